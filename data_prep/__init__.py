@@ -1,0 +1,1 @@
+"""Raw files -> prepared TFDS data, texts and embeddings; never imports the training loop."""

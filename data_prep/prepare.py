@@ -1,0 +1,247 @@
+"""Columns of raw interactions -> filtered, ordered, densely indexed users and items."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ur4rec_jax import splits
+from ur4rec_jax.errors import InputError
+
+
+class Item(NamedTuple):
+  """What the catalogue knows of one item; an empty value means unknown."""
+
+  title: str = ''
+  genres: tuple[str, ...] = ()
+  description: str = ''
+  image: bytes | Path | None = None  # PNG bytes, or a picture file to copy
+
+
+class Raw(NamedTuple):
+  """Interactions as columns, in file order, and the item table.
+
+  `users`, `items`: `[rows]` original ids, integers or strings. `timestamps`: `[rows]` int64, or
+  None where file order is all there is. `ratings`: `[rows]` float32 or None. `lines`: `[rows]`
+  line numbers in `path`, for messages. `table`: by original id, or None where there is none.
+  """
+
+  path: str
+  users: np.ndarray | pa.Array
+  items: np.ndarray | pa.Array
+  timestamps: np.ndarray | None
+  ratings: np.ndarray | None
+  lines: np.ndarray
+  table: dict[str, Item] | None = None
+
+
+class Options(NamedTuple):
+  """Filters; None and False leave everything in."""
+
+  min_rating: float | None = None
+  k_core: int | None = None
+  min_length: int | None = None
+  drop_duplicates: bool = False
+
+
+class Prepared(NamedTuple):
+  """A dataset ready to write: user u (from 0) owns `[offsets[u]:offsets[u + 1]]`.
+
+  `offsets`: `[users + 1]` int64. `item_ids`: `[interactions]` int32, 1-based. `timestamps`:
+  `[interactions]` int64. `ratings`: `[interactions]` float32. `item_names` and `items`: `[items]`,
+  entry i is item i + 1. `dropped`: what -> reason -> count.
+  """
+
+  user_names: list[str]
+  item_names: list[str]
+  items: list[Item]
+  offsets: np.ndarray
+  item_ids: np.ndarray
+  timestamps: np.ndarray
+  ratings: np.ndarray
+  has_timestamps: bool
+  dropped: dict[str, dict[str, int]]
+
+
+def prepare(raw: Raw, options: Options = Options()) -> Prepared:
+  """Filters, puts each user's rows in time order and gives users and items dense indices."""
+  user_names, users = _encode(raw.users)
+  item_names, items = _encode(raw.items)
+  _check_known_items(raw, item_names, items)
+  ledger = _Ledger(users, items)
+  rows = np.arange(len(users))
+
+  if raw.timestamps is not None:
+    rows = _without_duplicates(raw, user_names, item_names, users, items, options.drop_duplicates)
+    ledger.record('drop_duplicates', rows)
+  elif options.drop_duplicates:
+    raise InputError(
+      '--drop_duplicates needs times; in this source every line is an event of its own,'
+      ' repeats included: leave the flag out'
+    )
+  if options.min_rating is not None:
+    if raw.ratings is None:
+      raise InputError('--min_rating: this source has no ratings; leave the flag out')
+    rows = rows[raw.ratings[rows] >= options.min_rating]
+    ledger.record('min_rating', rows)
+  # The two thresholds undo each other's guarantee, so they go round until neither drops a row.
+  while True:
+    before = len(rows)
+    if options.k_core is not None:
+      rows = rows[np.bincount(items[rows], minlength=1)[items[rows]] >= options.k_core]
+      rows = rows[np.bincount(users[rows], minlength=1)[users[rows]] >= options.k_core]
+      ledger.record('k_core', rows)
+    if options.min_length is not None:
+      rows = rows[np.bincount(users[rows], minlength=1)[users[rows]] >= options.min_length]
+      ledger.record('min_length', rows)
+    if len(rows) == before:
+      break
+  _check_enough_left(raw.path, users[rows], items[rows], ledger, options)
+
+  # lexsort is stable: rows with equal times keep the order of the file.
+  keys = (users[rows],) if raw.timestamps is None else (raw.timestamps[rows], users[rows])
+  rows = rows[np.lexsort(keys)]
+  kept_users, lengths = np.unique(users[rows], return_counts=True)
+  kept_items, item_ids = np.unique(items[rows], return_inverse=True)
+  offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+  names = [item_names[i] for i in kept_items]
+  dropped = ledger.dropped
+  if raw.table is not None and (idle := len(raw.table) - len(item_names)):
+    dropped['items']['never_interacted'] = idle
+  if raw.timestamps is None:
+    timestamps = np.arange(len(rows)) - np.repeat(offsets[:-1], lengths)
+  else:
+    timestamps = raw.timestamps[rows]
+  ratings = np.ones(len(rows)) if raw.ratings is None else raw.ratings[rows]
+  return Prepared(
+    user_names=[user_names[u] for u in kept_users],
+    item_names=names,
+    items=[Item() if raw.table is None else raw.table[name] for name in names],
+    offsets=offsets,
+    item_ids=(item_ids + 1).astype(np.int32),
+    timestamps=timestamps.astype(np.int64),
+    ratings=ratings.astype(np.float32),
+    has_timestamps=raw.timestamps is not None,
+    dropped=dropped,
+  )
+
+
+def counts(prepared: Prepared) -> dict[str, int | float]:
+  """Sizes of a dataset, as dataset.json keeps them."""
+  lengths = np.diff(prepared.offsets)
+  return {
+    'users': len(lengths),
+    'items': len(prepared.item_names),
+    'interactions': len(prepared.item_ids),
+    'evaluated_users': int((lengths >= splits.MIN_EVALUATED_LENGTH).sum()),
+    'median_length': float(np.median(lengths)),
+  }
+
+
+def split_hash(prepared: Prepared) -> str:
+  """Fingerprint of the leave-one-out split of a prepared dataset."""
+  return splits.split_hash(splits.LEAVE_ONE_OUT, prepared.offsets, prepared.item_ids)
+
+
+class _Ledger:
+  """Counts what each filter takes away."""
+
+  def __init__(self, users: np.ndarray, items: np.ndarray):
+    self._columns = {'users': users, 'items': items}
+    self._left = self._count(np.arange(len(users)))
+    self.dropped: dict[str, dict[str, int]] = {'users': {}, 'items': {}, 'interactions': {}}
+
+  def _count(self, rows: np.ndarray) -> dict[str, int]:
+    sizes = {
+      what: int(np.count_nonzero(np.bincount(column[rows])))
+      for what, column in self._columns.items()
+    }
+    return {**sizes, 'interactions': len(rows)}
+
+  def record(self, reason: str, rows: np.ndarray) -> None:
+    left = self._count(rows)
+    for what, reasons in self.dropped.items():
+      if lost := self._left[what] - left[what]:
+        reasons[reason] = reasons.get(reason, 0) + lost
+    self._left = left
+
+
+def _encode(ids: np.ndarray | pa.Array) -> tuple[list[str], np.ndarray]:
+  """Distinct ids in their order (by number where all are whole numbers) and `[rows]` indices."""
+  encoded = pa.array(ids).dictionary_encode()
+  names = encoded.dictionary.cast(pa.string()).to_pylist()
+  if all(re.fullmatch(r'-?\d+', name) for name in names):
+    # '7' and '007' are two ids with one value, hence the text as second key.
+    order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]))
+  else:
+    order = sorted(range(len(names)), key=names.__getitem__)
+  rank = np.empty(len(names), np.int64)
+  rank[order] = np.arange(len(names))
+  return [names[i] for i in order], rank[np.asarray(encoded.indices)]
+
+
+def _check_known_items(raw: Raw, names: list[str], items: np.ndarray) -> None:
+  if raw.table is None:
+    return
+  unknown = [i for i, name in enumerate(names) if name not in raw.table]
+  if unknown:
+    first = int(np.argmax(np.isin(items, unknown)))
+    raise InputError(
+      f'{raw.path}, line {raw.lines[first]}: item {names[items[first]]!r} is not in the item table'
+      f' ({len(unknown)} such items in all); use the item table that belongs to these'
+      ' interactions, or add the missing items to it'
+    )
+
+
+def _without_duplicates(
+  raw: Raw,
+  user_names: list[str],
+  item_names: list[str],
+  users: np.ndarray,
+  items: np.ndarray,
+  drop: bool,
+) -> np.ndarray:
+  """Indices of rows that do not repeat an earlier row's user, item and time."""
+  order = np.lexsort((raw.timestamps, items, users))
+  repeats = np.zeros(len(order), bool)
+  repeats[1:] = True
+  for column in (raw.timestamps, items, users):
+    repeats[1:] &= column[order[1:]] == column[order[:-1]]
+  if repeats.any() and not drop:
+    at = np.flatnonzero(repeats)
+    at = at[np.argmin(order[at])]  # the first one a reader of the file meets
+    first, second = order[at - 1], order[at]
+    raise InputError(
+      f'{raw.path}, lines {raw.lines[first]} and {raw.lines[second]}: the same user'
+      f' {user_names[users[first]]!r}, item {item_names[items[first]]!r} and time'
+      f' {raw.timestamps[first]} twice ({repeats.sum():,} such rows in all);'
+      ' pass --drop_duplicates to keep the first of each'
+    )
+  return np.sort(order[~repeats])
+
+
+def _check_enough_left(
+  path: str, users: np.ndarray, items: np.ndarray, ledger: _Ledger, options: Options
+) -> None:
+  num_users, num_items = len(np.unique(users)), len(np.unique(items))
+  if num_users > 1 and num_items > 1:
+    return
+  removed = [
+    f'--{reason}{"" if reason == "drop_duplicates" else f"={getattr(options, reason)}"}'
+    f' removed {lost:,}'
+    for reason, lost in ledger.dropped['interactions'].items()
+  ]
+  left = (
+    f'{num_users} user{"s" * (num_users != 1)} and {num_items} item{"s" * (num_items != 1)} left'
+    if num_users
+    else 'nothing left'
+  )
+  total = len(users) + sum(ledger.dropped['interactions'].values())
+  way_out = (
+    f' after filtering: of {total:,} interactions {", ".join(removed)}; loosen these options'
+    if removed
+    else '; a recommender needs at least 2 of each: use a larger file'
+  )
+  raise InputError(f'{path}: {left}{way_out}')
