@@ -13,7 +13,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,11 @@ _MIN_LENGTH = flags.DEFINE_integer('min_length', None, 'Drop users with a shorte
 _DROP_DUPLICATES = flags.DEFINE_bool(
   'drop_duplicates', False, 'Keep the first of rows with the same user, item and time.'
 )
+_PARAMETERS = {
+  'num_users': flags.DEFINE_integer('num_users', None, 'Users to generate (synthetic only).'),
+  'num_items': flags.DEFINE_integer('num_items', None, 'Items to generate (synthetic only).'),
+  'seed': flags.DEFINE_integer('seed', None, 'Seed of the generator (synthetic only).'),
+}
 _OVERWRITE = flags.DEFINE_bool(
   'overwrite', False, 'Replace the dataset in --data_dir, once the new one is complete.'
 )
@@ -46,8 +53,17 @@ def build(
   raw_dir: str | Path | None = None,
   options: prepare.Options = prepare.Options(),
   overwrite: bool = False,
+  parameters: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], bool]:
   """Builds a dataset, or finds that it is there already.
+
+  Args:
+    source: a key of `sources.SOURCES`.
+    data_dir: the folder to make.
+    raw_dir: where the raw files are; None downloads or generates them.
+    options: filters.
+    overwrite: whether to replace another dataset in `data_dir`.
+    parameters: values for the source's own flags; defaults fill the rest.
 
   Returns:
     The content of dataset.json and whether it was built now.
@@ -56,24 +72,29 @@ def build(
   data_dir = Path(os.path.realpath(data_dir))
   _clean_up(data_dir)
   old = _existing(data_dir)
-  files = None
+  if misplaced := sorted(set(parameters) - set(spec.parameters)):
+    raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
+  parameters = {**spec.parameters, **parameters}
+  files = None if spec.files else []
   if raw_dir is not None:
+    if not spec.files:
+      raise InputError(f'--source={source} needs no raw files; leave --raw_dir out')
     raw_dir = Path(raw_dir)
     files = sources.find_files(spec.files, raw_dir)
     if data_dir in Path(os.path.realpath(files[0])).parents:
       raise InputError(f'{raw_dir}: the raw files lie inside --data_dir; give another --data_dir')
-  elif spec.archive is None:
+  elif spec.files and spec.archive is None:
     raise InputError(
       f'--source={source} cannot be downloaded; pass --raw_dir with {", ".join(spec.files)}'
     )
-  wanted = {'options': options._asdict()}
-  if files is not None:
+  wanted = {'options': {**options._asdict(), **parameters}}
+  if files:
     wanted['raw_sha256'] = {path.name: _sha256(path) for path in files}
   if old is not None and not overwrite:
     _check_same(data_dir, old, source, wanted)
     return old, False
 
-  raw = None if files is None else spec.read(*files)
+  raw = None if files is None else spec.read(*files, **parameters)
   staging = data_dir.with_name(f'{data_dir.name}.incomplete-{os.getpid()}')
   try:
     staging.mkdir(parents=True)
@@ -81,7 +102,7 @@ def build(
       folder = staging / 'raw'
       files = download.fetch(spec.archive, spec.files, folder)
       wanted['raw_sha256'] = {path.name: _sha256(path) for path in files}
-      raw = spec.read(*files)
+      raw = spec.read(*files, **parameters)
       shutil.rmtree(folder)
     data = prepare.prepare(raw, options)
     metadata = builders.write(staging, data, spec.origin, source, wanted)
@@ -124,7 +145,9 @@ def _check_same(data_dir: Path, old: dict[str, Any], source: str, wanted: dict[s
 
 def _compact(value: Any) -> str:
   if isinstance(value, dict):
-    return ' '.join(f'{k}={str(v)[:16]}' for k, v in value.items() if v not in (None, False))
+    return (
+      ' '.join(f'{k}={str(v)[:16]}' for k, v in value.items() if v not in (None, False)) or 'none'
+    )
   return str(value)
 
 
@@ -227,8 +250,9 @@ def main(argv: list[str]) -> None:
   options = prepare.Options(
     _MIN_RATING.value, _K_CORE.value, _MIN_LENGTH.value, _DROP_DUPLICATES.value
   )
+  parameters = {name: f.value for name, f in _PARAMETERS.items() if f.value is not None}
   metadata, is_new = build(
-    _SOURCE.value, _DATA_DIR.value, _RAW_DIR.value, options, _OVERWRITE.value
+    _SOURCE.value, _DATA_DIR.value, _RAW_DIR.value, options, _OVERWRITE.value, parameters
   )
   print(summary(metadata, _DATA_DIR.value, is_new))
 

@@ -215,9 +215,9 @@ def _verify(folder: Path, data: prepare.Prepared) -> None:
   """Reads back what was written: a full disk must not leave a dataset that looks complete."""
   try:
     users = tfds.builder_from_directory(folder / 'interactions/1.0.0').as_data_source('users')
-    item_ids = np.concatenate([users[u]['item_ids'] for u in range(len(users))])
+    item_ids = np.concatenate([user['item_ids'] for user in users.__getitems__(range(len(users)))])
     items = tfds.builder_from_directory(folder / 'items/1.0.0').as_data_source('items')
-    names = [items[i]['original_id'].decode() for i in range(len(items))]
+    names = [item['original_id'].decode() for item in items.__getitems__(range(len(items)))]
   except Exception as error:
     raise InputError(f'{folder}: what was written cannot be read back ({error})') from error
   if not np.array_equal(item_ids, data.item_ids) or names != data.item_names:

@@ -1,14 +1,16 @@
 """Raw formats -> columns. A new source is one `read_*` function and one entry in `SOURCES`."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
+from data_prep import synthetic
 from data_prep.builders import Origin
 from data_prep.prepare import Item, Raw
 from ur4rec_jax.errors import InputError
@@ -20,13 +22,16 @@ class Source(NamedTuple):
   """How to find and read one kind of raw data.
 
   `files`: patterns, each of which matches exactly one file of the raw folder; `read` gets the
-  files in that order. `archive`: where to download them, a URL listed in checksums.tsv.
+  files in that order; none where data is generated. `archive`: where to download them, a URL
+  listed in checksums.tsv. `parameters`: flags of this source and their defaults, which `read`
+  gets by name.
   """
 
   origin: Origin
   files: tuple[str, ...]
   read: Callable[..., Raw]
   archive: str | None = None
+  parameters: Mapping[str, int] = MappingProxyType({})
 
 
 def read_movielens_100k(data: Path, items: Path, genres: Path) -> Raw:
@@ -117,6 +122,12 @@ SOURCES = {
     origin=Origin(name='sequences', licence="that of the file's owner", citation='', url=''),
     files=('*.txt',),
     read=read_sequences,
+  ),
+  'synthetic': Source(
+    origin=Origin(name='synthetic', licence='generated; no rights reserved', citation='', url=''),
+    files=(),
+    read=synthetic.generate,
+    parameters={'num_users': 2000, 'num_items': 800, 'seed': 0},
   ),
 }
 
