@@ -1,0 +1,172 @@
+"""Checkpoints that can be trusted: Orbax saves, a manifest of hashes proves, restore falls back.
+
+Orbax alone restores a file with a flipped byte in silence and takes an empty step folder for the
+latest step. Here a step counts only if its manifest, written last, matches every file.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ur4rec_jax import parallel
+from ur4rec_jax.errors import StorageError
+
+PyTree = Any
+_MANIFEST = 'manifest.json'
+
+
+def write_file(path: pathlib.Path, text: str) -> None:
+  """Replaces a file whole or not at all."""
+  temporary = path.with_name(f'{path.name}.tmp-{os.getpid()}')
+  try:
+    with open(temporary, 'w') as f:
+      f.write(text)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, path)
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    raise StorageError(f'cannot write {path}: {error.strerror}') from error
+
+
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
+  files = sorted(p for p in folder.rglob('*') if p.is_file() and p != folder / _MANIFEST)
+  hashes = {}
+  for path in files:
+    with open(path, 'rb') as f:
+      hashes[str(path.relative_to(folder))] = hashlib.file_digest(f, 'sha256').hexdigest()
+  return hashes
+
+
+def find_damage(folder: pathlib.Path) -> str | None:
+  """Says what is wrong with a step's folder, or None if it is whole."""
+  try:
+    expected = json.loads((folder / _MANIFEST).read_text())
+  except FileNotFoundError:
+    return 'the save did not finish' if any(folder.iterdir()) else 'the folder is empty'
+  except ValueError:
+    return f'{_MANIFEST} is not readable'
+  found = _hashes(folder)
+  for name in sorted(expected.keys() | found.keys()):
+    if name not in found:
+      return f'{name} is missing'
+    if found[name] != expected.get(name):
+      return f'{name} has changed since it was written'
+  return None
+
+
+class Checkpointer:
+  """Saves and restores steps in `WORKDIR/checkpoints`, keeping the latest ones."""
+
+  def __init__(self, workdir: str, max_to_keep: int):
+    """Opens the folder and sets damaged newest steps aside, with a warning."""
+    self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+    self._damaged = self._folder.with_name('damaged_checkpoints')
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise StorageError(f'cannot write to {self._folder}: {error.strerror}') from error
+    if parallel.is_main_process():
+      self._set_damaged_aside()
+    parallel.any_process(False)  # The others wait.
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        enable_async_checkpointing=False,
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  def _steps(self) -> list[int]:
+    return sorted((int(p.name) for p in self._folder.iterdir() if p.name.isdigit()), reverse=True)
+
+  def _set_damaged_aside(self) -> None:
+    """Moves steps out of the way until the newest one is whole."""
+    for step in self._steps():
+      folder = self._folder / str(step)
+      damage = find_damage(folder)
+      if damage is None:
+        return
+      self._damaged.mkdir(exist_ok=True)
+      target = self._damaged / str(step)
+      if target.exists():
+        shutil.rmtree(target)
+      folder.rename(target)
+      print(
+        f'warning: checkpoint of step {step} is damaged ({damage}); moved to {target}, '
+        'going back to the one before',
+        file=sys.stderr,
+        flush=True,
+      )
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest whole step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, tree: PyTree, progress: dict) -> None:
+    """Writes a step; when it returns, the step is complete on disk.
+
+    Args:
+      step: number of optimizer steps taken; saving the same step again replaces it.
+      tree: arrays, as `parallel.replicate` or a mapped step gives them.
+      progress: JSON-serialisable host state.
+
+    Raises:
+      StorageError: the disk is full or not writable; earlier steps stay good.
+    """
+    try:
+      if step in self._manager.all_steps():
+        self._manager.delete(step)
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(parallel.to_global(tree)),
+          progress=ocp.args.JsonSave(progress),
+        ),
+      )
+      self._manager.wait_until_finished()
+      if parallel.is_main_process():
+        folder = self._folder / str(step)
+        write_file(folder / _MANIFEST, json.dumps(_hashes(folder), indent=1))
+    except (OSError, ValueError) as error:
+      raise StorageError(
+        f'checkpoint of step {step} could not be written to {self._folder}: {error}\n'
+        'make room or choose another --workdir; the same command goes on from the last good step'
+      ) from error
+
+  def restore(self, tree: PyTree) -> tuple[PyTree, dict] | None:
+    """Reads the latest step.
+
+    Args:
+      tree: arrays or shapes of the structure that was saved, on any number of devices.
+
+    Returns:
+      The tree, replicated over this process's devices, and the progress; None without a step.
+    """
+    step = self.latest_step
+    if step is None:
+      return None
+    sharding = parallel.replicated_sharding()
+    template = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore()
+      ),
+    )
+    return parallel.to_local(restored.state), restored.progress
+
+  def close(self) -> None:
+    """Finishes whatever is being written."""
+    self._manager.close()

@@ -1,0 +1,303 @@
+"""Full-catalogue ranking of held-out items under a named protocol, and the two baselines."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ur4rec_jax import metrics, parallel, splits
+from ur4rec_jax.input_pipeline import Dataset, Plan, assign, gather_batch, pack, plan_rows
+
+Array = jax.Array
+# How many of a user's last interactions are held out when ranking for each split.
+HELD_OUT = {'valid': 2, 'test': 1}
+
+
+class Queries(NamedTuple):
+  """Held-out items to rank, and what each user had before. NumPy, `[users]` unless said.
+
+  Attributes:
+    users: index of the user in the dataset.
+    targets: the held-out item id.
+    starts: index into `Dataset.item_ids` of the user's first interaction.
+    lengths: interactions before the target.
+    candidates: `[users, candidates]` item ids to rank against, or `[users, 0]` for all.
+  """
+
+  users: np.ndarray
+  targets: np.ndarray
+  starts: np.ndarray
+  lengths: np.ndarray
+  candidates: np.ndarray
+
+
+class Share(NamedTuple):
+  """One device's part of `Queries`; users fill up to the same number with empty ones.
+
+  Attributes:
+    plan: `[rows, slots]`, the users' latest interactions.
+    last: `[users]` index in the flattened rows of the user's newest token.
+    targets: `[users]` item ids, 0 for an empty user.
+    seen_starts: `[users]` index of the first earlier interaction.
+    seen_lengths: `[users]` number of earlier interactions.
+    candidates: `[users, candidates]`, see `Queries`.
+  """
+
+  plan: Plan
+  last: np.ndarray | Array
+  targets: np.ndarray | Array
+  seen_starts: np.ndarray | Array
+  seen_lengths: np.ndarray | Array
+  candidates: np.ndarray | Array
+
+
+def protocol(config: ConfigDict) -> dict[str, str]:
+  """Names everything that a number depends on besides the model.
+
+  Args:
+    config: `candidates`, `num_candidates`, `seed`.
+  """
+  if config.candidates == 'all':
+    candidates = 'all items'
+  else:
+    candidates = f'target + {config.num_candidates} {config.candidates} (seed {config.seed})'
+  return {
+    'split': splits.LEAVE_ONE_OUT,
+    'candidates': candidates,
+    'seen_items': 'left out',
+    'ties': 'against the model',
+  }
+
+
+def make_queries(dataset: Dataset, split: str, config: ConfigDict) -> Queries:
+  """Lists the users to evaluate on `split` with their held-out item.
+
+  Args:
+    dataset: all interactions.
+    split: `valid` or `test`.
+    config: `candidates`: `all`, or `uniform` or `popularity` to draw `num_candidates` others
+      that the user never has, with `seed`.
+  """
+  users = np.flatnonzero(dataset.lengths >= splits.MIN_EVALUATED_LENGTH)
+  starts = dataset.offsets[users]
+  lengths = dataset.lengths[users] - HELD_OUT[split]
+  candidates = np.zeros((len(users), 0), np.int32)
+  if config.candidates != 'all':
+    candidates = _draw_candidates(dataset, users, config)
+  return Queries(users, dataset.item_ids[starts + lengths], starts, lengths, candidates)
+
+
+def _draw_candidates(dataset: Dataset, users: np.ndarray, config: ConfigDict) -> np.ndarray:
+  """Draws distinct items the user never has, `[users, num_candidates]`, 0 where there are none."""
+  rng = np.random.default_rng(config.seed)
+  weights = np.ones(dataset.num_items)
+  if config.candidates == 'popularity':
+    train = dataset.train_part().item_ids
+    weights = np.bincount(train, minlength=dataset.num_items + 1)[1:].astype(float)
+  candidates = np.zeros((len(users), config.num_candidates), np.int32)
+  with np.errstate(divide='ignore'):
+    log_weights = np.log(weights)
+  for row, user in zip(candidates, users, strict=True):
+    # Gumbel top-k: a draw without replacement in proportion to the weights.
+    keys = log_weights + rng.gumbel(size=dataset.num_items)
+    keys[dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]] - 1] = -np.inf
+    best = np.argsort(-keys)[: config.num_candidates]
+    best = best[np.isfinite(keys[best])]
+    row[: len(best)] = best + 1
+  return candidates
+
+
+def rank_targets(
+  scores: Array, targets: Array, seen_users: Array, seen_items: Array, candidates: Array
+) -> Array:
+  """Ranks each target: 1 + better ones + equal ones, the target itself not counted.
+
+  Args:
+    scores: `[users, num_items]`, column i is item id i + 1.
+    targets: `[users]` item ids.
+    seen_users: `[seen]` row of `scores`; out of range is ignored.
+    seen_items: `[seen]` item id the user already has; the target stays in even if listed.
+    candidates: `[users, candidates]` item ids to rank against, 0 for none; `[users, 0]` for all.
+
+  Returns:
+    `[users]` int32.
+  """
+  rows = jnp.arange(scores.shape[0])
+  target_scores = scores[rows, targets - 1][:, None]
+  if candidates.shape[1]:
+    rivals = jnp.take_along_axis(scores, candidates - 1, axis=1)
+    rivals = jnp.where((candidates > 0) & (candidates != targets[:, None]), rivals, -jnp.inf)
+  else:
+    rivals = scores.at[seen_users, seen_items - 1].set(-jnp.inf, mode='drop')
+    rivals = rivals.at[rows, targets - 1].set(-jnp.inf)
+  return 1 + (rivals >= target_scores).sum(-1, dtype=jnp.int32)
+
+
+def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Callable:
+  """Builds the step that ranks the held-out items of one device's share.
+
+  Args:
+    model: has `__call__(item_ids, segment_ids)` and `item_vectors()`.
+    row_length: tokens a row.
+    seen_capacity: upper bound on the sum of a share's `seen_lengths`.
+
+  Returns:
+    `eval_step(params, item_ids, share)`: ranks `[users of all devices]`, in the order of the
+    shares, and whether all scores are finite.
+  """
+
+  def eval_step(params, item_ids: Array, share: Share) -> tuple[Array, Array]:
+    batch = gather_batch(item_ids, share.plan, row_length)
+    hidden = model.apply({'params': params}, batch.item_ids, batch.segment_ids)
+    item_vectors = model.apply({'params': params}, method='item_vectors').astype(hidden.dtype)
+    states = hidden.reshape(-1, hidden.shape[-1])[share.last]
+    scores = jnp.matmul(states, item_vectors.T, preferred_element_type=jnp.float32)
+    num_users = len(share.targets)
+    entry = jnp.arange(seen_capacity)
+    seen_users = jnp.repeat(
+      jnp.arange(num_users), share.seen_lengths, total_repeat_length=seen_capacity
+    )
+    ends = jnp.cumsum(share.seen_lengths)
+    begins = share.seen_starts - (ends - share.seen_lengths)
+    seen_items = item_ids[jnp.minimum(entry + begins[seen_users], item_ids.size - 1)]
+    seen_users = jnp.where(entry < ends[-1], seen_users, num_users)
+    targets = jnp.maximum(share.targets, 1)
+    ranks = rank_targets(scores, targets, seen_users, seen_items, share.candidates)
+    finite = jax.lax.pmin(jnp.isfinite(scores).all().astype(jnp.int32), parallel.AXIS)
+    return jax.lax.all_gather(ranks, parallel.AXIS, tiled=True), finite
+
+  return eval_step
+
+
+def make_shares(
+  queries: Queries, max_length: int, users_per_share: int
+) -> tuple[Share, np.ndarray]:
+  """Packs the users into equal shares without padding, a multiple of the device count.
+
+  Args:
+    queries: whom to evaluate.
+    max_length: tokens a row; longer histories lose their oldest interactions.
+    users_per_share: users a share, about.
+
+  Returns:
+    A `Share` whose arrays have a leading `[shares]`, and `[shares, users]`, the index into
+    `queries` of each entry, -1 if empty.
+  """
+  lengths = np.minimum(queries.lengths, max_length)
+  slots = pack(lengths, max_length)
+  users = assign(slots, lengths, np.arange(len(lengths)))
+  # Spread rows with many users evenly; the order changes no rank.
+  users = users[np.random.default_rng(0).permutation(len(users))]
+  rows_per_share = min(len(users), max(1, round(len(users) * users_per_share / len(lengths))))
+  num_shares = -(-len(users) // rows_per_share)
+  num_shares += -num_shares % parallel.device_count()
+  plan = plan_rows(
+    users, queries.starts + queries.lengths - lengths, lengths, num_shares * rows_per_share
+  )
+  by_share = lambda x: x.reshape(num_shares, rows_per_share, -1)  # noqa: E731
+  users = by_share(np.pad(users, ((0, len(plan.lengths) - len(users)), (0, 0)), constant_values=-1))
+  first_token = np.arange(rows_per_share)[:, None] * max_length
+  ends = first_token + np.cumsum(by_share(plan.lengths), axis=2) - 1
+  capacity = int((users >= 0).sum((1, 2)).max())
+  members = np.full((num_shares, capacity), -1, np.int64)
+  last = np.zeros((num_shares, capacity), np.int32)
+  for share in range(num_shares):
+    filled = users[share] >= 0
+    members[share, : filled.sum()] = users[share][filled]
+    last[share, : filled.sum()] = ends[share][filled]
+  lookup = lambda x: np.where(members >= 0, x[members], 0).astype(np.int32)  # noqa: E731
+  share = Share(
+    Plan(*map(by_share, plan)),
+    last,
+    lookup(queries.targets),
+    lookup(queries.starts),
+    lookup(queries.lengths),
+    queries.candidates[members],
+  )
+  return share, members
+
+
+def make_evaluator(
+  model: nn.Module, dataset: Dataset, item_ids: Array, split: str, config: ConfigDict, mapping: str
+) -> Callable[..., dict[str, float] | None]:
+  """Prepares the evaluation of one split, everything it reads placed on the devices.
+
+  Args:
+    model: has `max_length`, `__call__(item_ids, segment_ids)` and `item_vectors()`.
+    dataset: all interactions.
+    item_ids: `dataset.item_ids` on the devices.
+    split: `valid` or `test`.
+    config: `batch_size`, users a device and dispatch; and the fields that `protocol` reads.
+    mapping: `pmap` or `shard_map`.
+
+  Returns:
+    `evaluator(params, interrupted=lambda: False)`: metrics, or None once `interrupted()` is True.
+    It raises FloatingPointError if a score is not finite.
+  """
+  queries = make_queries(dataset, split, config)
+  shares, members = make_shares(queries, model.max_length, config.batch_size)
+  seen_capacity = int(shares.seen_lengths.sum(-1).max())
+  step = parallel.MAPPINGS[mapping](
+    make_eval_step(model, model.max_length, seen_capacity), (None, None, 0), ()
+  )
+  devices = parallel.device_count()
+  placed = [
+    parallel.shard(jax.tree.map(lambda x, i=i: x[i : i + devices], shares))
+    for i in range(0, len(members), devices)
+  ]
+
+  def evaluator(params, interrupted=lambda: False) -> dict[str, float] | None:
+    outputs = []
+    for share in placed:
+      if interrupted():
+        return None
+      outputs.append(step(params, item_ids, share))
+    outputs = jax.device_get(outputs)
+    if not all(finite for _, finite in outputs):
+      raise FloatingPointError(f'a score is not finite in the evaluation on {split}')
+    ranks = np.concatenate([ranks for ranks, _ in outputs])
+    # In the users' order, so that sums do not depend on the number of devices.
+    flat = members.reshape(-1)
+    ordered = np.zeros(len(queries.users), np.int64)
+    ordered[flat[flat >= 0]] = ranks[flat >= 0]
+    return metrics.ranking_metrics(ordered)
+
+  return evaluator
+
+
+def baseline_metrics(dataset: Dataset, split: str, config: ConfigDict) -> dict[str, dict]:
+  """Metrics of recommending by training popularity, and in random order, under the same protocol.
+
+  Returns:
+    `{'popularity': metrics, 'random': metrics}`.
+  """
+  queries = make_queries(dataset, split, config)
+  train = dataset.train_part().item_ids
+  popularity = np.bincount(train, minlength=dataset.num_items + 1)
+  popularity[0] = -1  # Below every item.
+  sorted_popularity = np.sort(popularity[1:])
+  rng = np.random.default_rng(config.seed)
+  popularity_ranks, random_ranks = [], []
+  for target, start, length, candidates in zip(
+    queries.targets, queries.starts, queries.lengths, queries.candidates, strict=True
+  ):
+    level = popularity[target]
+    if candidates.size:
+      rivals = candidates[(candidates > 0) & (candidates != target)]
+      num_rivals, not_worse = len(rivals), int((popularity[rivals] >= level).sum())
+    else:
+      out = np.union1d(dataset.item_ids[start : start + length], target)
+      num_rivals = dataset.num_items - len(out)
+      not_worse = dataset.num_items - int(np.searchsorted(sorted_popularity, level))
+      not_worse -= int((popularity[out] >= level).sum())
+    popularity_ranks.append(1 + not_worse)
+    # In a random order the target stands at each place with equal probability.
+    random_ranks.append(int(rng.integers(1, num_rivals + 2)))
+  return {
+    'popularity': metrics.ranking_metrics(np.array(popularity_ranks)),
+    'random': metrics.ranking_metrics(np.array(random_ranks)),
+  }

@@ -1,0 +1,255 @@
+"""Prepared TFDS data -> batches without padding; batch n is a pure function of (seed, n).
+
+Histories live in memory as flat values and offsets. An epoch is a plan: which users stand in which
+row. The plan is made on the host from (seed, epoch) alone; the tokens are gathered on the device.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ur4rec_jax import splits
+from ur4rec_jax.errors import InputError
+
+Array = jax.Array
+# Rows a batch are rounded up to this, so that 1, 2, 4 and 8 devices get the same batches.
+ROW_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A prepared dataset in memory.
+
+  Attributes:
+    info: contents of `dataset.json`: name, counts, split, options.
+    item_ids: `[interactions]` int32, 1-based, user after user, each in time order.
+    offsets: `[users + 1]` int64, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
+  """
+
+  info: dict
+  item_ids: np.ndarray
+  offsets: np.ndarray
+
+  @property
+  def num_items(self) -> int:
+    """Catalogue size; item ids are 1..num_items."""
+    return self.info['counts']['items']
+
+  def train_part(self) -> 'Dataset':
+    """Returns the dataset without its held-out interactions, so that training cannot see them."""
+    kept = splits.train_lengths(self.lengths)
+    is_kept = np.arange(len(self.item_ids)) < np.repeat(self.offsets[:-1] + kept, self.lengths)
+    return Dataset(self.info, self.item_ids[is_kept], np.concatenate([[0], np.cumsum(kept)]))
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """`[users]` history lengths."""
+    return np.diff(self.offsets)
+
+
+class Plan(NamedTuple):
+  """Where rows of tokens come from, `[..., rows, slots]` int32 each; a slot holds one user.
+
+  Attributes:
+    starts: index into the flat `item_ids` of the slot's first token.
+    lengths: tokens in the slot, 0 if it is empty; slots stand side by side from the left.
+  """
+
+  starts: np.ndarray | Array
+  lengths: np.ndarray | Array
+
+
+class Batch(NamedTuple):
+  """Packed rows of tokens, `[rows, length]` int32 each.
+
+  Attributes:
+    item_ids: inputs, 0 is padding.
+    targets: the item that followed, 0 where there is no token.
+    segment_ids: slot number from 1, 0 is padding.
+  """
+
+  item_ids: Array
+  targets: Array
+  segment_ids: Array
+
+
+def load_dataset(data_dir: str) -> Dataset:
+  """Reads a folder written by `python -m data_prep.build_dataset`.
+
+  Raises:
+    InputError: the folder is missing, not a prepared dataset, or its contents are not those that
+      were written.
+  """
+  import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
+
+  folder = pathlib.Path(data_dir)
+  rebuild = f'build it: python -m data_prep.build_dataset --source=NAME --data_dir={data_dir}'
+  if not folder.is_dir():
+    raise InputError(f'data_dir {data_dir}: no such folder; {rebuild}')
+  if not (folder / 'dataset.json').is_file():
+    raise InputError(f'data_dir {data_dir}: not a prepared dataset (no dataset.json); {rebuild}')
+  info = json.loads((folder / 'dataset.json').read_text())
+  try:
+    versions = sorted((folder / 'interactions').iterdir())
+    source = tfds.builder_from_directory(versions[-1]).as_data_source(split='users')
+    histories = [user['item_ids'] for user in source.__getitems__(range(len(source)))]
+  except Exception as error:
+    raise InputError(f'data_dir {data_dir}: cannot be read ({error}); {rebuild}') from error
+  offsets = np.concatenate([[0], np.cumsum([len(h) for h in histories])])
+  item_ids = np.concatenate(histories).astype(np.int32)
+  if splits.split_hash(info['split']['name'], offsets, item_ids) != info['split']['hash']:
+    raise InputError(f'data_dir {data_dir}: interactions differ from dataset.json; {rebuild}')
+  return Dataset(info, item_ids, offsets)
+
+
+def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
+  """Packs users into rows, best fit decreasing over the histogram of lengths.
+
+  The shape of the result depends on the lengths alone, whoever has them, so every epoch has the
+  same number of rows. Time is O(row_length^2), whatever the number of users.
+
+  Args:
+    lengths: `[users]` in 1..row_length.
+    row_length: tokens a row.
+
+  Returns:
+    `[rows, slots]` lengths, 0 for an empty slot; its non-zero values are those of `lengths`.
+  """
+  left = np.bincount(lengths, minlength=row_length + 1)
+  rows = []
+  while left.any():
+    pattern, room, after = [], row_length, left.copy()
+    while (fitting := np.flatnonzero(after[: room + 1])).size:
+      longest = int(fitting[-1])
+      pattern.append(longest)
+      after[longest] -= 1
+      room -= longest
+    used = left - after
+    repeats = int((left[used > 0] // used[used > 0]).min())
+    rows += [pattern] * repeats
+    left -= repeats * used
+  packed = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
+  for row, pattern in zip(packed, rows, strict=True):
+    row[: len(pattern)] = pattern
+  return packed
+
+
+def assign(slots: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+  """Puts users into slots of their length, earlier in `order` first.
+
+  Args:
+    slots: `[rows, slots]` from `pack(lengths, ...)`.
+    lengths: `[users]`.
+    order: `[users]` a permutation of the users.
+
+  Returns:
+    `[rows, slots]` user indices, -1 for an empty slot.
+  """
+  users = np.full(slots.shape, -1, np.int64)
+  by_length = np.argsort(slots, axis=None, kind='stable')[slots.size - len(lengths) :]
+  users.flat[by_length] = order[np.argsort(lengths[order], kind='stable')]
+  return users
+
+
+def plan_rows(users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, multiple: int) -> Plan:
+  """Looks up where each slot's tokens are, and adds empty rows.
+
+  Args:
+    users: `[rows, slots]` from `assign`.
+    starts: `[users]` index of the user's first token.
+    lengths: `[users]` tokens.
+    multiple: the number of rows is rounded up to this.
+
+  Returns:
+    `[rows rounded up, slots]`.
+  """
+  lookup = lambda x: np.where(users >= 0, x[users], 0).astype(np.int32)  # noqa: E731
+  missing = ((0, -len(users) % multiple), (0, 0))
+  return Plan(np.pad(lookup(starts), missing), np.pad(lookup(lengths), missing))
+
+
+class TrainBatches:
+  """All training batches of a dataset, by epoch.
+
+  Users are packed into rows of `max_length` tokens. A batch is a fixed number of rows that holds
+  `batch_size` users on average.
+
+  Attributes:
+    rows: rows a batch, a multiple of `ROW_MULTIPLE`.
+    steps_per_epoch: batches an epoch.
+    users: number of users that have something to predict.
+    tokens: predicted items an epoch.
+  """
+
+  def __init__(self, dataset: Dataset, *, max_length: int, batch_size: int, crop: str, seed: int):
+    """Fixes the shapes.
+
+    Args:
+      dataset: interactions to train on, from `Dataset.train_part`.
+      max_length: tokens a row, and at most as many a user and epoch.
+      batch_size: users a batch, on average.
+      crop: of longer histories take the `last` tokens, or each epoch a `random` window.
+      seed: of users' order and of random windows.
+
+    Raises:
+      InputError: nobody has two training interactions.
+    """
+    available = dataset.lengths - 1  # A user's last item is only predicted.
+    members = np.flatnonzero(available > 0)
+    if not members.size:
+      raise InputError('no user has two training interactions; lower --min_rating or --k_core')
+    self._starts = dataset.offsets[members]
+    self._spare = np.maximum(available[members] - max_length, 0)
+    self._lengths = np.minimum(available[members], max_length)
+    self._random_crop = crop == 'random'
+    self._seed = seed
+    self._slots = pack(self._lengths, max_length)
+    share = len(self._slots) * batch_size / len(members)
+    self.rows = ROW_MULTIPLE * max(1, round(share / ROW_MULTIPLE))
+    self.steps_per_epoch = -(-len(self._slots) // self.rows)
+    self.users = len(members)
+    self.tokens = int(self._lengths.sum())
+
+  def epoch(self, epoch: int) -> Plan:
+    """Returns the batches of an epoch, `[steps_per_epoch, rows, slots]`."""
+    rng = np.random.default_rng((self._seed, epoch))
+    users = assign(self._slots, self._lengths, rng.permutation(self.users))
+    users = users[rng.permutation(len(users))]
+    skip = self._spare
+    if self._random_crop:
+      skip = rng.integers(0, self._spare + 1)
+    plan = plan_rows(users, self._starts + skip, self._lengths, self.rows)
+    return Plan(*(x.reshape(self.steps_per_epoch, self.rows, -1) for x in plan))
+
+
+def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
+  """Fetches the tokens of one device's rows; runs on the device.
+
+  Args:
+    item_ids: `[interactions]`, see `Dataset`.
+    plan: `[rows, slots]`.
+    row_length: tokens a row.
+
+  Returns:
+    The batch, `[rows, row_length]`.
+  """
+  ends = jnp.cumsum(plan.lengths, axis=1)
+  position = jnp.arange(row_length, dtype=jnp.int32)
+  # A token's slot is the number of slots that end at or before it.
+  slot = (position[None, :, None] >= ends[:, None, :]).sum(-1)
+  filled = position < ends[:, -1:]
+  slot = jnp.where(filled, slot, 0)
+  shift = plan.starts - (ends - plan.lengths)
+  index = jnp.where(filled, position + jnp.take_along_axis(shift, slot, axis=1), 0)
+  zero_unless_filled = lambda x: jnp.where(filled, x, 0)  # noqa: E731
+  return Batch(
+    zero_unless_filled(item_ids[index]),
+    # Clamped at the very last interaction, which a training prefix never predicts.
+    zero_unless_filled(item_ids[jnp.minimum(index + 1, item_ids.size - 1)]),
+    zero_unless_filled(slot + 1),
+  )

@@ -1,0 +1,161 @@
+"""The pure training and evaluation steps of one device's share; no I/O, no Python state."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ur4rec_jax import losses
+from ur4rec_jax.input_pipeline import Plan, gather_batch
+from ur4rec_jax.parallel import AXIS
+from ur4rec_jax.train_state import TrainState
+
+Array = jax.Array
+
+
+class TrainData(NamedTuple):
+  """What training reads of a dataset, on every device; nothing held out is in it.
+
+  Attributes:
+    item_ids: `[training interactions]` int32, 1-based, user after user.
+    item_counts: `[num_items]` float32, training interactions an item.
+  """
+
+  item_ids: Array
+  item_counts: Array
+
+
+def make_loss(config: ConfigDict) -> Callable[..., Array]:
+  """Builds the retrieval loss named by `config.name`.
+
+  Args:
+    config: `name`, `num_negatives`, `negatives`, `calibration`, `chunk_size`.
+
+  Returns:
+    `loss(hidden, item_vectors, targets, weights, data, key)`, see `losses.py` for the shapes; the
+    scalar sum over tokens.
+  """
+
+  def sample_for_each_token(hidden, item_vectors, targets, weights, data, key):
+    del data
+    num_items = item_vectors.shape[0]
+    shift = jax.random.randint(key, (targets.shape[0], config.num_negatives), 1, num_items)
+    negatives = (targets[:, None] + shift) % num_items  # Uniform over all items but the target.
+    pairwise = {
+      'bpr': losses.bpr,
+      'bce': losses.bce,
+      'gbce': lambda *logits: losses.gbce(*logits, num_items, config.calibration),
+    }[config.name]
+
+    def loss(hidden, targets, negatives, weights):
+      positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
+      negative = jnp.einsum(
+        'td,tnd->tn', hidden, item_vectors[negatives], preferred_element_type=jnp.float32
+      )
+      return pairwise(positive, negative, weights)
+
+    chunk_size = max(1, config.chunk_size // config.num_negatives)
+    return losses.chunked_sum(loss, chunk_size, hidden, targets, negatives, weights)
+
+  def sample_for_all_tokens(hidden, item_vectors, targets, weights, data, key):
+    num_items = item_vectors.shape[0]
+    shape = (config.num_negatives,)
+    if config.negatives == 'popularity':
+      # A random training interaction is an item drawn by popularity.
+      negatives = data.item_ids[jax.random.randint(key, shape, 0, data.item_ids.size)] - 1
+      probability = data.item_counts[negatives] / data.item_ids.size
+    else:
+      negatives = jax.random.randint(key, shape, 0, num_items)
+      probability = jnp.full(shape, 1 / num_items)
+    log_expected_count = jnp.log(config.num_negatives * probability)
+    negative_vectors = item_vectors[negatives]
+
+    def loss(hidden, targets, weights):
+      positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
+      negative = jnp.matmul(hidden, negative_vectors.T, preferred_element_type=jnp.float32)
+      is_target = targets[:, None] == negatives
+      return losses.sampled_softmax(positive, negative, weights, log_expected_count, is_target)
+
+    return losses.chunked_sum(loss, config.chunk_size, hidden, targets, weights)
+
+  def whole_catalogue(hidden, item_vectors, targets, weights, data, key):
+    del data, key
+    return losses.softmax(hidden, item_vectors, targets, weights, config.chunk_size)
+
+  return {
+    'bpr': sample_for_each_token,
+    'bce': sample_for_each_token,
+    'gbce': sample_for_each_token,
+    'sampled_softmax': sample_for_all_tokens,
+    'softmax': whole_catalogue,
+  }[config.name]
+
+
+def make_train_step(
+  model: nn.Module, tx: optax.GradientTransformation, loss: Callable[..., Array], row_length: int
+) -> Callable[[TrainState, TrainData, Plan, Array], tuple[TrainState, dict[str, Array]]]:
+  """Builds the step that is mapped over devices: several optimizer steps in one dispatch.
+
+  Args:
+    model: has `__call__(item_ids, segment_ids)` and `item_vectors()`.
+    tx: optimizer.
+    loss: from `make_loss`.
+    row_length: tokens a row.
+
+  Returns:
+    `train_step(state, data, plan, num_steps)` with `plan` `[steps, rows, slots]`, this device's
+    rows of each step, of which the first `num_steps` are taken. It gives the new state and per
+    step, `[steps]`: `loss`, the mean over all devices' tokens; `grad_norm`; `finite`, whether both
+    are.
+  """
+
+  def one_step(data: TrainData, state: TrainState, plan: Plan):
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.root_key), state.step)
+    key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+    dropout_key, negatives_key = jax.random.split(key)
+    batch = gather_batch(data.item_ids, plan, row_length)
+    weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
+    # Dividing by the global count here makes the mean of the devices' gradients the gradient of
+    # the mean over all tokens, however unevenly tokens are spread.
+    tokens = jnp.maximum(jax.lax.pmean(weights.sum(), AXIS), 1.0)
+
+    def objective(params):
+      hidden = model.apply(
+        {'params': params},
+        batch.item_ids,
+        batch.segment_ids,
+        deterministic=False,
+        rngs={'dropout': dropout_key},
+      )
+      item_vectors = model.apply({'params': params}, method='item_vectors').astype(hidden.dtype)
+      targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
+      hidden = hidden.reshape(-1, hidden.shape[-1])
+      return loss(hidden, item_vectors, targets, weights, data, negatives_key) / tokens
+
+    value, gradients = jax.value_and_grad(objective)(state.params)
+    value, gradients = jax.lax.pmean((value, gradients), AXIS)
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    grad_norm = optax.global_norm(gradients)
+    metrics = {
+      'loss': value,
+      'grad_norm': grad_norm,
+      'finite': jnp.isfinite(value) & jnp.isfinite(grad_norm),
+    }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+  def train_step(state: TrainState, data: TrainData, plan: Plan, num_steps: Array):
+    def body(i, carry):
+      state, metrics = carry
+      state, new = one_step(data, state, jax.tree.map(lambda x: x[i], plan))
+      return state, jax.tree.map(lambda all_steps, x: all_steps.at[i].set(x), metrics, new)
+
+    shapes = jax.eval_shape(one_step, data, state, jax.tree.map(lambda x: x[0], plan))[1]
+    metrics = jax.tree.map(lambda x: jnp.zeros(plan.starts.shape[:1] + x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, num_steps, body, (state, metrics))
+
+  return train_step

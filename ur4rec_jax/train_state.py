@@ -1,0 +1,40 @@
+"""What a training step reads and returns."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """Everything that changes from step to step, and the root of all randomness.
+
+  Attributes:
+    step: `[]` int32, optimizer steps taken.
+    params: the model's parameters.
+    opt_state: the optimizer's state.
+    root_key: `[2]` uint32, never changes; step n uses `fold_in(root_key, n)`.
+  """
+
+  step: jax.Array
+  params: PyTree
+  opt_state: optax.OptState
+  root_key: jax.Array
+
+
+def create_train_state(model: nn.Module, tx: optax.GradientTransformation, seed: int) -> TrainState:
+  """Initialises parameters and optimizer, on the default device, from one seed."""
+
+  @jax.jit
+  def create() -> TrainState:
+    init_key, root_key = jax.random.split(jax.random.key(seed))
+    params = model.init(init_key, jnp.ones((1, 1), jnp.int32))['params']
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, params, tx.init(params), jax.random.key_data(root_key))
+
+  return create()
