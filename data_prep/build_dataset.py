@@ -7,11 +7,9 @@ The folder then holds dataset.json (counts, options, split hash, licence), `inte
 example a user) and `items` (one example an item), both TFDS data in array_record files.
 """
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from data_prep import builders, download, prepare, sources
+from data_prep import builders, download, prepare, sources, staging
 from ur4rec_jax.errors import InputError, exit_on_input_error
 
 _SOURCE = flags.DEFINE_string('source', None, f'One of: {", ".join(sources.SOURCES)}.')
@@ -43,7 +41,10 @@ _PARAMETERS = {
   'seed': flags.DEFINE_integer('seed', None, 'Seed of the generator (synthetic only).'),
 }
 _OVERWRITE = flags.DEFINE_bool(
-  'overwrite', False, 'Replace the dataset in --data_dir, once the new one is complete.'
+  'overwrite',
+  False,
+  'Replace the dataset in --data_dir, texts and embeddings made from it included, once the new one'
+  ' is complete.',
 )
 
 
@@ -68,50 +69,65 @@ def build(
   Returns:
     The content of dataset.json and whether it was built now.
   """
-  spec = sources.SOURCES[source]
   data_dir = Path(os.path.realpath(data_dir))
-  _clean_up(data_dir)
-  old = _existing(data_dir)
+  with staging.disk_errors(data_dir):
+    return _build(source, data_dir, raw_dir, options, overwrite, parameters)
+
+
+def _build(
+  source: str,
+  data_dir: Path,
+  raw_dir: str | Path | None,
+  options: prepare.Options,
+  overwrite: bool,
+  parameters: Mapping[str, int],
+) -> tuple[dict[str, Any], bool]:
+  spec = sources.SOURCES[source]
   if misplaced := sorted(set(parameters) - set(spec.parameters)):
     raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
   parameters = {**spec.parameters, **parameters}
-  files = None if spec.files else []
-  if raw_dir is not None:
-    if not spec.files:
-      raise InputError(f'--source={source} needs no raw files; leave --raw_dir out')
-    raw_dir = Path(raw_dir)
-    files = sources.find_files(spec.files, raw_dir)
-    if data_dir in Path(os.path.realpath(files[0])).parents:
-      raise InputError(f'{raw_dir}: the raw files lie inside --data_dir; give another --data_dir')
-  elif spec.files and spec.archive is None:
-    raise InputError(
-      f'--source={source} cannot be downloaded; pass --raw_dir with {", ".join(spec.files)}'
-    )
+  files = _raw_files(source, raw_dir, data_dir)
+  staging.clean_up(data_dir)
+  old = _existing(data_dir)
   wanted = {'options': {**options._asdict(), **parameters}}
   if files:
-    wanted['raw_sha256'] = {path.name: _sha256(path) for path in files}
+    wanted['raw_sha256'] = _fingerprints(files)
   if old is not None and not overwrite:
     _check_same(data_dir, old, source, wanted)
+    _check_sound(data_dir, old)
     return old, False
 
-  raw = None if files is None else spec.read(*files, **parameters)
-  staging = data_dir.with_name(f'{data_dir.name}.incomplete-{os.getpid()}')
-  try:
-    staging.mkdir(parents=True)
-    if raw is None:
-      folder = staging / 'raw'
-      files = download.fetch(spec.archive, spec.files, folder)
-      wanted['raw_sha256'] = {path.name: _sha256(path) for path in files}
-      raw = spec.read(*files, **parameters)
-      shutil.rmtree(folder)
-    data = prepare.prepare(raw, options)
-    metadata = builders.write(staging, data, spec.origin, source, wanted)
-    _move_in(staging, data_dir)
-  except OSError as error:
-    raise InputError(_disk_trouble(data_dir, error)) from error
-  finally:
-    shutil.rmtree(staging, ignore_errors=True)
+  # What can be found wrong with the input is found before anything is written.
+  data = None
+  if files is not None:
+    data = prepare.prepare(spec.read(*files, **parameters), options)
+  with staging.new_folder(data_dir) as folder:
+    if data is None:
+      files = download.fetch(spec.archive, spec.files, folder / 'raw')
+      wanted['raw_sha256'] = _fingerprints(files)
+      data = prepare.prepare(spec.read(*files, **parameters), options)
+      shutil.rmtree(folder / 'raw')
+    metadata = builders.write(folder, data, spec.origin, source, wanted)
   return metadata, True
+
+
+def _raw_files(source: str, raw_dir: str | Path | None, data_dir: Path) -> list[Path] | None:
+  """The raw files, none for a source that generates, None for those yet to be downloaded."""
+  spec = sources.SOURCES[source]
+  if raw_dir is None:
+    if not spec.files:
+      return []
+    if spec.archive is None:
+      raise InputError(
+        f'--source={source} cannot be downloaded; pass --raw_dir with {", ".join(spec.files)}'
+      )
+    return None
+  if not spec.files:
+    raise InputError(f'--source={source} needs no raw files; leave --raw_dir out')
+  files = sources.find_files(spec.files, Path(raw_dir))
+  if any(data_dir in Path(os.path.realpath(path)).parents for path in files):
+    raise InputError(f'{raw_dir}: the raw files lie inside --data_dir; give another --data_dir')
+  return files
 
 
 def _existing(data_dir: Path) -> dict[str, Any] | None:
@@ -143,6 +159,18 @@ def _check_same(data_dir: Path, old: dict[str, Any], source: str, wanted: dict[s
       )
 
 
+def _check_sound(data_dir: Path, old: dict[str, Any]) -> None:
+  try:
+    sound = builders.stored_split_hash(data_dir) == old['split']['hash']
+  except InputError as error:
+    raise InputError(f'{error}; pass --overwrite to build it again') from error
+  if not sound:
+    raise InputError(
+      f'{data_dir}: the interactions are not those of dataset.json; pass --overwrite to build it'
+      ' again'
+    )
+
+
 def _compact(value: Any) -> str:
   if isinstance(value, dict):
     return (
@@ -151,53 +179,16 @@ def _compact(value: Any) -> str:
   return str(value)
 
 
-def _clean_up(data_dir: Path) -> None:
-  """Removes what killed builds left; puts back a dataset whose replacement was cut short."""
-  pattern = re.compile(re.escape(data_dir.name) + r'\.(incomplete|replaced)-(\d+)')
-  siblings = data_dir.parent.iterdir() if data_dir.parent.is_dir() else ()
-  for path in sorted(siblings):
-    match = pattern.fullmatch(path.name)
-    if not match or (int(match[2]) != os.getpid() and _is_alive(int(match[2]))):
-      continue
-    if match[1] == 'replaced' and not data_dir.exists():
-      path.rename(data_dir)
-    else:
-      shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-  try:
-    os.kill(pid, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
-    pass
-  return True
-
-
-def _move_in(staging: Path, data_dir: Path) -> None:
-  """Puts a complete dataset in its place; an old one goes away only after that."""
-  replaced = data_dir.with_name(f'{data_dir.name}.replaced-{os.getpid()}')
-  if data_dir.exists() and any(data_dir.iterdir()):
-    os.rename(data_dir, replaced)
-  os.rename(staging, data_dir)
-  shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _disk_trouble(data_dir: Path, error: OSError) -> str:
-  if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-    advice = 'free some space or give another --data_dir'
-  else:
-    advice = 'make it writable or give another --data_dir'
-  return f'{data_dir}: cannot be written ({error.strerror or error}); {advice}'
-
-
-def _sha256(path: Path) -> str:
-  try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-  except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
+def _fingerprints(files: list[Path]) -> dict[str, str]:
+  """SHA-256 by file name: two files may hold the same source and still differ."""
+  found = {}
+  for path in files:
+    try:
+      with path.open('rb') as file:
+        found[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError as error:
+      raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
+  return found
 
 
 def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str:

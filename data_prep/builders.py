@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import writer as writer_lib
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep import prepare
+from data_prep import prepare, staging
 from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
 
@@ -190,7 +191,13 @@ def _build(builder: tfds.core.GeneratorBasedBuilder) -> None:
   # TFDS announces itself on stdout; what the user should read is printed by the caller.
   with contextlib.redirect_stdout(io.StringIO()):
     tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    try:
+      builder.download_and_prepare()
+    except RuntimeError as error:  # what the record writer raises when the disk is full
+      for code in staging.DISK_FULL:
+        if os.strerror(code) in str(error):
+          raise OSError(code, os.strerror(code)) from error
+      raise
 
 
 def _write_images(folder: Path, data: prepare.Prepared) -> list[str]:
@@ -211,16 +218,22 @@ def _write_images(folder: Path, data: prepare.Prepared) -> list[str]:
   return paths
 
 
-def _verify(folder: Path, data: prepare.Prepared) -> None:
-  """Reads back what was written: a full disk must not leave a dataset that looks complete."""
+def stored_split_hash(folder: Path) -> str:
+  """Fingerprint of the split as it is read back from a folder's interactions."""
   try:
     users = tfds.builder_from_directory(folder / 'interactions/1.0.0').as_data_source('users')
-    item_ids = np.concatenate([user['item_ids'] for user in users.__getitems__(range(len(users)))])
-    items = tfds.builder_from_directory(folder / 'items/1.0.0').as_data_source('items')
-    names = [item['original_id'].decode() for item in items.__getitems__(range(len(items)))]
+    histories = [user['item_ids'] for user in users.__getitems__(range(len(users)))]
   except Exception as error:
-    raise InputError(f'{folder}: what was written cannot be read back ({error})') from error
-  if not np.array_equal(item_ids, data.item_ids) or names != data.item_names:
+    raise InputError(f'{folder}: the interactions cannot be read ({error})') from error
+  offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
+  return splits.split_hash(splits.LEAVE_ONE_OUT, offsets, np.concatenate(histories))
+
+
+def _verify(folder: Path, data: prepare.Prepared) -> None:
+  """Reads back what was written: a failing disk must not leave a dataset that looks complete."""
+  items = tfds.builder_from_directory(folder / 'items/1.0.0').as_data_source('items')
+  names = [item['original_id'].decode() for item in items.__getitems__(range(len(items)))]
+  if stored_split_hash(folder) != prepare.split_hash(data) or names != data.item_names:
     raise InputError(f'{folder}: what was written reads back differently; is the disk sound?')
 
 

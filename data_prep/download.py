@@ -11,6 +11,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, download_manager
 
+from data_prep import staging
 from ur4rec_jax.errors import InputError
 
 CHECKSUMS = Path(__file__).parent / 'checksums.tsv'
@@ -55,7 +56,7 @@ def fetch(
       f' {checksums_file.name}); try again later, or {by_hand}'
     ) from error
   except Exception as error:
-    if isinstance(error, OSError) and error.errno:
+    if getattr(error, 'errno', None) in staging.DISK_FULL:
       raise
     raise InputError(f'{url}: the download failed ({error}); {by_hand}') from error
   found = []

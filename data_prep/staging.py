@@ -1,0 +1,79 @@
+"""A folder that is there whole or not at all, whenever the program is stopped."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ur4rec_jax.errors import InputError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+  """Gives an empty sibling folder to fill, which becomes `target` if the block ends well.
+
+  An old `target` stays until then. A killed program leaves the sibling, called
+  TARGET.incomplete-PID, for `clean_up` to remove.
+  """
+  folder = target.with_name(f'{target.name}.incomplete-{os.getpid()}')
+  made = [parent for parent in folder.parents if not parent.exists()]
+  try:
+    folder.mkdir(parents=True)
+    yield folder
+    _move_in(folder, target)
+  except BaseException:
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+      for parent in made:
+        parent.rmdir()
+    raise
+
+
+def clean_up(target: Path) -> None:
+  """Removes what killed programs left; puts back a folder whose replacement was cut short."""
+  pattern = re.compile(re.escape(target.name) + r'\.(incomplete|replaced)-(\d+)')
+  for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
+    match = pattern.fullmatch(path.name)
+    # This process has nothing lying about yet: a folder with its number is of an earlier one.
+    if not match or (int(match[2]) != os.getpid() and _is_alive(int(match[2]))):
+      continue
+    if match[1] == 'replaced' and not target.exists():
+      path.rename(target)
+    else:
+      shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+  """Turns an `OSError` into an `InputError` that says what to do about it."""
+  try:
+    yield
+  except OSError as error:
+    way_out = 'free some space' if error.errno in DISK_FULL else 'make its place writable'
+    raise InputError(
+      f'{target}: cannot be written ({error.strerror or error}); {way_out} or give another'
+      ' --data_dir'
+    ) from error
+
+
+def _move_in(folder: Path, target: Path) -> None:
+  replaced = target.with_name(f'{target.name}.replaced-{os.getpid()}')
+  if target.exists() and any(target.iterdir()):
+    os.rename(target, replaced)
+  os.rename(folder, target)
+  shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except (ProcessLookupError, OverflowError):
+    return False
+  except PermissionError:
+    pass
+  return True

@@ -1,0 +1,87 @@
+"""Small raw files in the true formats, and a way to run the program as a user does."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+GENRES = ('unknown', 'Action', 'Comedy', 'Drama')
+
+
+@pytest.fixture
+def command() -> Callable[..., list[str]]:
+  """Words of the command that runs the program with some flags."""
+
+  def words(*flags: str) -> list[str]:
+    return [sys.executable, '-m', 'data_prep.build_dataset', *flags]
+
+  return words
+
+
+@pytest.fixture
+def run_build(command) -> Callable[..., subprocess.CompletedProcess]:
+  """Runs the program in a process of its own."""
+
+  def run(*flags: str, limit: tuple[str, ...] = (), **kwargs) -> subprocess.CompletedProcess:
+    words = [*limit, *command(*flags)]
+    return subprocess.run(
+      words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, **kwargs
+    )
+
+  return run
+
+
+@pytest.fixture
+def ratings() -> np.ndarray:
+  """`[rows, 4]` user, item, rating, time; shuffled, many equal times, no duplicates."""
+  num_users, num_items = 12, 9
+  rng = np.random.default_rng(0)
+  pairs = np.stack(np.divmod(np.arange(num_users * num_items), num_items), axis=1) + 1
+  pairs = rng.permutation(pairs[rng.random(len(pairs)) < 0.7])
+  stars = rng.integers(1, 6, len(pairs))
+  times = 880_000_000 + rng.integers(0, 5, len(pairs))
+  return np.column_stack([pairs, stars, times])
+
+
+@pytest.fixture
+def ml_100k(ratings, tmp_path) -> Path:
+  """A folder like ml-100k, item 10 never rated, a title in latin-1."""
+  folder = tmp_path / 'ml-100k'
+  folder.mkdir()
+  rows = ['\t'.join(map(str, row)) for row in ratings]
+  (folder / 'u.data').write_text('\n'.join(rows) + '\n')
+  items = [
+    f'{i}|{"Misérables, Les" if i == 3 else f"Film {i}"} (1995)|01-Jan-1995||http://x/{i}|0|1|0|1'
+    for i in range(1, 11)
+  ]
+  (folder / 'u.item').write_bytes(('\n'.join(items) + '\n').encode('latin-1'))
+  lines = [f'{name}|{i}' for i, name in enumerate(GENRES)]
+  (folder / 'u.genre').write_text('\n'.join(lines) + '\n\n')
+  return folder
+
+
+@pytest.fixture
+def ml_1m(ratings, tmp_path) -> Path:
+  """A folder like ml-1m with the same interactions as `ml_100k`."""
+  folder = tmp_path / 'ml-1m'
+  folder.mkdir()
+  rows = ['::'.join(map(str, row)) for row in ratings]
+  (folder / 'ratings.dat').write_text('\n'.join(rows) + '\n')
+  items = [
+    f"{i}::{'Misérables, Les' if i == 3 else f'Film {i}'} (1995)::Children's|Drama"
+    for i in range(1, 11)
+  ]
+  (folder / 'movies.dat').write_bytes(('\n'.join(items) + '\n').encode('latin-1'))
+  return folder
+
+
+@pytest.fixture
+def sequences(tmp_path) -> Path:
+  """A file of "user item" lines with a repeat."""
+  path = tmp_path / 'pairs.txt'
+  path.write_text('b x\na y\nb x\na z\nb y\na x\nb z\n')
+  return path

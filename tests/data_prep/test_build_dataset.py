@@ -1,0 +1,295 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from absl import flags as absl_flags
+
+from data_prep import build_dataset, prepare
+from ur4rec_jax import splits
+from ur4rec_jax.errors import InputError
+
+SMALL = {'num_users': 20, 'num_items': 48}
+READ = """
+import sys
+import tensorflow_datasets as tfds
+folder = sys.argv[1]
+users = tfds.builder_from_directory(folder + '/interactions/1.0.0').as_data_source(split='users')
+items = tfds.builder_from_directory(folder + '/items/1.0.0').as_data_source(split='items')
+assert 'tensorflow' not in sys.modules
+print(len(users), len(items), users[1]['user_id'].decode(), items[2]['title'].decode())
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob('*'))
+    if path.is_file()
+  }
+
+
+def read(folder: Path, name: str, split: str) -> list[dict]:
+  return list(tfds.builder_from_directory(folder / name / '1.0.0').as_data_source(split=split))
+
+
+def test_movielens_from_raw_files_to_what_is_read_back(run_build, ratings, ml_1m, tmp_path):
+  data_dir = tmp_path / 'data' / 'ml-1m'
+  flags = ['--source=movielens_1m', f'--raw_dir={ml_1m}', f'--data_dir={data_dir}']
+  result = run_build(*flags)
+  assert (result.returncode, result.stderr) == (0, '')
+  rows = ratings
+  users = read(data_dir, 'interactions', 'users')
+  items = read(data_dir, 'items', 'items')
+  for index, user in enumerate(users):
+    own = rows[rows[:, 0] == index + 1]
+    own = own[np.argsort(own[:, 3], kind='stable')]
+    assert user['user_id'] == str(index + 1).encode()
+    # Original ids are 1..9 here, all rated, so they are the dense ones too.
+    np.testing.assert_array_equal(user['item_ids'], own[:, 1])
+    np.testing.assert_array_equal(user['ratings'], own[:, 2])
+    np.testing.assert_array_equal(user['timestamps'], own[:, 3])
+    types = [user[name].dtype for name in ('item_ids', 'timestamps', 'ratings')]
+    assert types == [np.int32, np.int64, np.float32]
+  assert [item['item_id'] for item in items] == list(range(1, 10))
+  assert items[2] == {
+    'item_id': 3,
+    'original_id': b'3',
+    'title': 'Misérables, Les (1995)'.encode(),
+    'genres': [b"Children's", b'Drama'],
+    'description': b'',
+    'image': b'',
+  }
+
+  metadata = json.loads((data_dir / 'dataset.json').read_text())
+  offsets = np.concatenate([[0], np.cumsum([len(user['item_ids']) for user in users])])
+  item_ids = np.concatenate([user['item_ids'] for user in users])
+  assert metadata['split'] == {
+    'name': 'leave_one_out',
+    'hash': splits.split_hash('leave_one_out', offsets, item_ids),
+  }
+  lengths = np.diff(offsets)
+  assert metadata['counts'] == {
+    'users': 12,
+    'items': 9,
+    'interactions': len(rows),
+    'evaluated_users': (lengths >= 3).sum(),
+    'median_length': np.median(lengths),
+  }
+  assert metadata['dropped']['items'] == {'never_interacted': 1}
+  assert metadata['has_timestamps']
+  assert 'GroupLens' in metadata['licence']
+  info = tfds.builder_from_directory(data_dir / 'interactions/1.0.0').info
+  assert 'Harper' in info.citation
+  assert 'grouplens.org' in info.homepage
+
+  for part in (
+    '12 (11 evaluated)',
+    '1997-11-20 to',
+    '1 items (never_interacted)',
+    'ur4rec_jax.main',
+  ):
+    assert part in result.stdout
+  assert metadata['split']['hash'] in result.stdout
+  assert [path.name for path in data_dir.parent.iterdir()] == ['ml-1m']
+
+  # Nothing of this needs TensorFlow, and the written fields are complete for a fresh reader.
+  fresh = subprocess.run(
+    [sys.executable, '-c', READ, str(data_dir)], capture_output=True, text=True, check=True
+  )
+  assert fresh.stdout.split(maxsplit=3) == ['12', '9', '2', 'Misérables, Les (1995)\n']
+
+  before = contents(data_dir)
+  again = run_build(*flags)
+  assert (again.returncode, 'already in' in again.stdout) == (0, True)
+  assert again.stdout.split('\n')[1:] == result.stdout.split('\n')[1:]
+  assert run_build(*flags, '--overwrite').returncode == 0
+  assert contents(data_dir) == before  # another process writes the very same bytes
+
+
+def test_both_movielens_sources_and_sequences_agree(ml_100k, ml_1m, sequences, tmp_path):
+  small, _ = build_dataset.build('movielens_100k', tmp_path / 'a', ml_100k)
+  large, _ = build_dataset.build('movielens_1m', tmp_path / 'b', ml_1m)
+  assert small['split'] == large['split']
+  assert small['counts'] == large['counts']
+  metadata, _ = build_dataset.build('sequences', tmp_path / 'c', sequences)
+  users = read(tmp_path / 'c', 'interactions', 'users')
+  assert [user['user_id'] for user in users] == [b'a', b'b']
+  assert users[1]['item_ids'].tolist() == [1, 1, 2, 3]
+  assert users[1]['timestamps'].tolist() == [0, 1, 2, 3]
+  assert metadata['has_timestamps'] is False
+
+
+def test_synthetic_pictures_are_where_the_items_say(tmp_path):
+  data_dir = tmp_path / 'data'
+  metadata, _ = build_dataset.build('synthetic', data_dir, parameters=SMALL)
+  assert metadata['options'] | SMALL | {'seed': 0} == metadata['options']
+  items = read(data_dir, 'items', 'items')
+  paths = {item['image'].decode() for item in items} - {''}
+  assert paths == {f'images/{path.name}' for path in (data_dir / 'images').iterdir()}
+  assert all(item['image'] in (b'', b'images/' + item['original_id'] + b'.png') for item in items)
+  other = tmp_path / 'again'
+  build_dataset.build('synthetic', other, parameters=SMALL)
+  assert contents(other) == contents(data_dir)
+
+
+def test_another_dataset_is_not_replaced_unless_told(ml_100k, tmp_path):
+  data_dir = tmp_path / 'data'
+  build_dataset.build('movielens_100k', data_dir, ml_100k)
+  before = contents(data_dir)
+  options = prepare.Options(min_rating=3)
+  with pytest.raises(InputError, match=r'options is none, asked for is min_rating=3; .*--overwr'):
+    build_dataset.build('movielens_100k', data_dir, ml_100k, options)
+  with pytest.raises(InputError, match='source is movielens_100k, asked for is synthetic'):
+    build_dataset.build('synthetic', data_dir)
+  data = (ml_100k / 'u.data').read_text()
+  (ml_100k / 'u.data').write_text(data.replace('\t1\t8', '\t2\t8', 1))
+  with pytest.raises(InputError, match=r'raw_sha256 is u\.data='):
+    build_dataset.build('movielens_100k', data_dir, ml_100k)
+  assert contents(data_dir) == before
+  metadata, is_new = build_dataset.build('movielens_100k', data_dir, ml_100k, options, True)
+  assert is_new
+  assert metadata['dropped']['interactions']['min_rating'] > 0
+  assert min(user['ratings'].min() for user in read(data_dir, 'interactions', 'users')) >= 3
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'ml-100k']
+
+
+def test_a_failed_replacement_leaves_the_old_dataset(ml_100k, tmp_path):
+  data_dir = tmp_path / 'data'
+  build_dataset.build('movielens_100k', data_dir, ml_100k)
+  before = contents(data_dir)
+  (ml_100k / 'u.data').write_text('1\t1\t5\tyesterday\n')
+  with pytest.raises(InputError, match='yesterday'):
+    build_dataset.build('movielens_100k', data_dir, ml_100k, overwrite=True)
+  assert contents(data_dir) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(sequences, tmp_path):
+  data_dir = tmp_path / 'thesis'
+  data_dir.mkdir()
+  (data_dir / 'chapter1.tex').write_text('years of work')
+  (data_dir / 'dataset.json').write_text('{"mine": true}')
+  for overwrite in (False, True):
+    with pytest.raises(InputError, match='no prepared dataset, and is left alone'):
+      build_dataset.build('sequences', data_dir, sequences, overwrite=overwrite)
+  assert (data_dir / 'chapter1.tex').read_text() == 'years of work'
+  with pytest.raises(InputError, match='is a file'):
+    build_dataset.build('sequences', data_dir / 'chapter1.tex', sequences)
+  # Raw files inside the folder would go with it.
+  with pytest.raises(InputError, match='inside --data_dir'):
+    build_dataset.build('sequences', sequences.parent, sequences, overwrite=True)
+  assert sequences.exists()
+
+
+def test_an_empty_folder_and_a_link_to_a_folder_are_filled(sequences, tmp_path):
+  (tmp_path / 'real').mkdir()
+  (tmp_path / 'link').symlink_to('real')
+  build_dataset.build('sequences', tmp_path / 'link', sequences)
+  assert (tmp_path / 'link').is_symlink()
+  assert (tmp_path / 'real' / 'dataset.json').exists()
+
+
+def test_a_damaged_dataset_is_not_passed_off_as_there(sequences, tmp_path):
+  data_dir = tmp_path / 'data'
+  build_dataset.build('sequences', data_dir, sequences)
+  (record,) = data_dir.glob('interactions/1.0.0/*.array_record*')
+  record.write_bytes(record.read_bytes()[:-100])
+  with pytest.raises(InputError, match='--overwrite'):
+    build_dataset.build('sequences', data_dir, sequences)
+  build_dataset.build('sequences', data_dir, sequences, overwrite=True)
+  assert not build_dataset.build('sequences', data_dir, sequences)[1]
+
+
+def test_a_killed_build_leaves_nothing_trusted_and_the_next_one_cleans_up(command, tmp_path):
+  data_dir = tmp_path / 'data'
+  build_dataset.build('synthetic', data_dir, parameters=SMALL)
+  before = contents(data_dir)
+  flags = ['--source=synthetic', '--num_users=300', '--num_items=200', '--overwrite']
+  process = subprocess.Popen(
+    command(*flags, f'--data_dir={data_dir}'), cwd=Path(__file__).parents[2]
+  )
+  folder = tmp_path / f'data.incomplete-{process.pid}'
+  deadline = time.monotonic() + 60
+  while not (folder / 'interactions').exists():
+    assert process.poll() is None
+    assert time.monotonic() < deadline
+    time.sleep(0.001)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  assert folder.exists()
+  assert not (folder / 'dataset.json').exists()
+  assert contents(data_dir) == before
+
+  # Only what a dead process left is removed.
+  sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+  try:
+    alive = tmp_path / f'data.incomplete-{sleeper.pid}'
+    alive.mkdir()
+    assert not build_dataset.build('synthetic', data_dir, parameters=SMALL)[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['data', alive.name]
+  finally:
+    sleeper.kill()
+    sleeper.wait()
+  # Killed between the two renames of a replacement: the old dataset comes back.
+  data_dir.rename(tmp_path / f'data.replaced-{process.pid}')
+  assert not build_dataset.build('synthetic', data_dir, parameters=SMALL)[1]
+  assert contents(data_dir) == before
+  assert [path.name for path in tmp_path.iterdir()] == ['data']
+
+
+def test_a_full_disk_and_an_unwritable_place(run_build, ml_1m, tmp_path):
+  limit = ('bash', '-c', 'ulimit -f 1 && exec "$@"', '-')
+  data_dir = tmp_path / 'new' / 'data'
+  flags = ['--source=movielens_1m', f'--raw_dir={ml_1m}']
+  environment = {**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'}
+  result = run_build(*flags, f'--data_dir={data_dir}', limit=limit, env=environment)
+  assert result.returncode == 2
+  assert result.stderr == (
+    f'error: {data_dir}: cannot be written (File too large); free some space or give another'
+    ' --data_dir\n'
+  )
+  assert not (tmp_path / 'new').exists()
+  result = run_build(*flags, f'--data_dir={ml_1m}/movies.dat/data')
+  assert result.returncode == 2
+  assert 'cannot be written (Not a directory)' in result.stderr
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--data_dir=x'], '--source must be one of movielens_100k, '),
+    (['--source=netflix', '--data_dir=x'], "not 'netflix'"),
+    (['--source=synthetic'], '--data_dir is missing'),
+    (['--source=synthetic', '--data_dir=x', '--k_core=0'], '--k_core must be 1 or more, not 0'),
+    (['--source=synthetic', '--data_dir=x', 'y'], "unexpected argument 'y'"),
+    (['--source=synthetic', '--data_dir=x', '--raw_dir=y'], 'leave --raw_dir out'),
+    (['--source=sequences', '--data_dir=x'], r'pass --raw_dir with *.txt'),
+    (['--source=movielens_1m', '--data_dir=x', '--seed=3'], '--seed is no flag of'),
+  ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(flags, message, capsys, monkeypatch, tmp_path):
+  # In this process: what is tested are the flags, and a process each would take a second each.
+  monkeypatch.chdir(tmp_path)
+  values = absl_flags.FLAGS
+  saved = values.flag_values_dict()
+  try:
+    rest = values(['build_dataset', *flags])
+    with pytest.raises(SystemExit) as stop:
+      build_dataset.main(rest)
+  finally:
+    values.unparse_flags()
+    for name, value in saved.items():
+      values[name].value = value
+      values[name].present = 0
+  assert stop.value.code == 2
+  error = capsys.readouterr().err
+  assert error.startswith('error: ')
+  assert error.count('\n') == 1
+  assert message in error
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+
+from data_prep import prepare
+from data_prep.prepare import Item, Options, Raw
+from ur4rec_jax.errors import InputError
+
+
+def make_raw(rows, table=None, **kwargs) -> Raw:
+  """A raw dataset from (user, item, time, rating) rows."""
+  users, items, times, stars = zip(*rows, strict=True)
+  columns = {
+    'users': np.array(users),
+    'items': np.array(items),
+    'timestamps': np.array(times, np.int64),
+    'ratings': np.array(stars, np.float32),
+    'lines': np.arange(1, len(rows) + 1),
+    **kwargs,
+  }
+  return Raw(path='rows.csv', table=table, **columns)
+
+
+def histories(data: prepare.Prepared) -> dict[str, list[str]]:
+  return {
+    name: [data.item_names[i - 1] for i in data.item_ids[data.offsets[u] : data.offsets[u + 1]]]
+    for u, name in enumerate(data.user_names)
+  }
+
+
+def random_rows(seed: int, num_rows: int = 300):
+  rng = np.random.default_rng(seed)
+  pairs = rng.permutation(40 * 30)[:num_rows]
+  return [
+    (int(p // 30) ** 2 % 37, int(p % 30) ** 2 % 29, t, 1 + p % 5) for t, p in enumerate(pairs)
+  ]
+
+
+def test_orders_rows_by_time_and_keeps_file_order_among_equals():
+  rows = [(1, 5, 20, 3), (1, 7, 10, 1), (2, 5, 9, 2), (1, 6, 10, 4), (1, 4, 10, 5), (2, 4, 8, 1)]
+  data = prepare.prepare(make_raw(rows))
+  assert histories(data) == {'1': ['7', '6', '4', '5'], '2': ['4', '5']}
+  np.testing.assert_array_equal(data.timestamps, [10, 10, 10, 20, 8, 9])
+  np.testing.assert_array_equal(data.ratings, [1, 4, 5, 3, 1, 2])
+  assert (data.item_ids.dtype, data.timestamps.dtype) == (np.int32, np.int64)
+  assert (data.ratings.dtype, data.offsets.dtype) == (np.float32, np.int64)
+
+
+@pytest.mark.parametrize(
+  ('ids', 'expected'),
+  [
+    (['10', '9', '2'], ['2', '9', '10']),
+    (['10', '9', '2', 'x'], ['10', '2', '9', 'x']),
+    (['7', '007', '-1'], ['-1', '007', '7']),
+    (['99999999999999999999', '3'], ['3', '99999999999999999999']),
+  ],
+)
+def test_ids_are_ordered_by_number_only_if_all_are_whole_numbers(ids, expected):
+  data = prepare.prepare(make_raw([(u, i, 0, 1) for u in ids for i in ids]))
+  assert data.user_names == data.item_names == expected
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize(('k_core', 'min_length'), [(5, None), (None, 8), (4, 12)])
+def test_filters_reach_the_fixed_point(seed, k_core, min_length):
+  raw = make_raw(random_rows(seed))._replace(timestamps=None)
+  data = prepare.prepare(raw, Options(k_core=k_core, min_length=min_length))
+  rows = list(zip(raw.users, raw.items, strict=True))
+  while True:  # the definition, one row at a time
+    users, items = [[r[i] for r in rows] for i in (0, 1)]
+    kept = [
+      (u, i)
+      for u, i in rows
+      if users.count(u) >= max(k_core or 0, min_length or 0) and items.count(i) >= (k_core or 0)
+    ]
+    if len(kept) == len(rows):
+      break
+    rows = kept
+  assert rows
+  expected = {str(u): [str(i) for v, i in rows if v == u] for u in sorted({u for u, _ in rows})}
+  assert histories(data) == expected
+
+
+def test_what_falls_out_adds_up():
+  raw = make_raw(random_rows(0) + random_rows(0)[:7])
+  everything = prepare.counts(prepare.prepare(raw, Options(drop_duplicates=True)))
+  options = Options(min_rating=2, k_core=4, min_length=7, drop_duplicates=True)
+  data = prepare.prepare(raw, options)
+  counts = prepare.counts(data)
+  assert data.dropped['interactions']['drop_duplicates'] >= 7
+  for what in ('users', 'items'):
+    assert counts[what] + sum(data.dropped[what].values()) == everything[what]
+  assert counts['interactions'] + sum(data.dropped['interactions'].values()) == len(raw.users)
+  assert data.ratings.min() >= 2
+
+
+def test_catalogue_holds_only_items_with_interactions():
+  table = {name: Item(title=f'T{name}') for name in ('1', '2', '3', '4')}
+  rows = [(1, 1, 0, 5), (1, 3, 1, 5), (2, 3, 2, 5), (2, 4, 3, 1)]
+  data = prepare.prepare(make_raw(rows, table), Options(min_rating=2))
+  assert [item.title for item in data.items] == ['T1', 'T3']
+  assert data.dropped['items'] == {'min_rating': 1, 'never_interacted': 1}
+
+
+def test_without_times_the_position_is_the_time_and_repeats_stay():
+  raw = make_raw([('b', 'x', 0, 1), ('a', 'x', 0, 1), ('b', 'x', 0, 1), ('b', 'y', 0, 1)])
+  data = prepare.prepare(raw._replace(timestamps=None, ratings=None))
+  assert histories(data) == {'a': ['x'], 'b': ['x', 'x', 'y']}
+  np.testing.assert_array_equal(data.timestamps, [0, 0, 1, 2])
+  np.testing.assert_array_equal(data.ratings, np.ones(4))
+  assert not data.has_timestamps
+  assert prepare.counts(data)['evaluated_users'] == 1
+
+
+def test_duplicates_are_named_or_dropped():
+  rows = [(1, 1, 5, 2), (2, 2, 5, 2), (2, 1, 7, 1), (1, 2, 5, 2), (2, 1, 7, 5), (1, 1, 5, 2)]
+  with pytest.raises(InputError, match=r'rows\.csv, lines 3 and 5: .*2 such.*--drop_duplicates'):
+    prepare.prepare(make_raw(rows))
+  data = prepare.prepare(make_raw(rows), Options(drop_duplicates=True))
+  assert data.dropped['interactions'] == {'drop_duplicates': 2}
+  np.testing.assert_array_equal(data.ratings, [2, 2, 2, 1])  # the first of each
+
+
+@pytest.mark.parametrize(
+  ('rows', 'options', 'message'),
+  [
+    ([(1, 1, 0, 5), (1, 2, 0, 5)], Options(), '1 user and 2 items left'),
+    ([(1, 1, 0, 5), (2, 1, 0, 5)], Options(), '2 users and 1 item left'),
+    (
+      [(1, 1, 0, 3), (2, 2, 0, 3)],
+      Options(min_rating=4.5),
+      'nothing left after filtering: of 2 interactions --min_rating=4.5 removed 2',
+    ),
+    (
+      [(1, 1, 0, 5), (2, 1, 0, 5), (2, 2, 0, 1)],
+      Options(min_rating=2, k_core=2),
+      'of 3 interactions --min_rating=2 removed 1, --k_core=2 removed 2',
+    ),
+    ([(1, 1, 0, 5), (2, 2, 0, 5)], Options(min_length=2), '--min_length=2 removed 2'),
+  ],
+)
+def test_too_little_left(rows, options, message):
+  with pytest.raises(InputError) as error:
+    prepare.prepare(make_raw(rows), options)
+  assert message in str(error.value)
+
+
+def test_filters_that_a_source_cannot_serve():
+  raw = make_raw([(1, 1, 0, 5), (2, 2, 0, 5)])._replace(timestamps=None, ratings=None)
+  with pytest.raises(InputError, match='--min_rating'):
+    prepare.prepare(raw, Options(min_rating=1))
+  with pytest.raises(InputError, match='--drop_duplicates'):
+    prepare.prepare(raw, Options(drop_duplicates=True))
+
+
+def test_an_item_missing_from_the_table_is_named():
+  rows = [(1, 1, 0, 5), (1, 8, 0, 5), (2, 9, 0, 5)]
+  with pytest.raises(InputError, match=r"rows\.csv, line 2: item '8' .*\(2 such items"):
+    prepare.prepare(make_raw(rows, {'1': Item()}))
