@@ -205,22 +205,23 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
     rows.append(('dates', f'{first} to {last}'))
   else:
     rows.append(('dates', 'none; the order of the file'))
-  lost = [
-    f'{n:,} {what} ({reason})'
-    for what, reasons in metadata['dropped'].items()
-    for reason, n in reasons.items()
-  ]
+  # What fell out, and by which rule.
+  for what, reasons in metadata['dropped'].items():
+    if reasons:
+      rows.append((f'- {what}', ', '.join(f'{reason} {n:,}' for reason, n in reasons.items())))
+  config = metadata['source']
+  if not (Path(__file__).parents[1] / 'configs' / f'{config}.py').exists():
+    config = 'default'
   rows += [
-    ('left out', ', '.join(lost) or 'nothing'),
     ('split', f'{metadata["split"]["name"]} {metadata["split"]["hash"]}'),
     ('licence', metadata['licence']),
     (
       'next',
-      'python -m ur4rec_jax.main --config=configs/sasrec.py'
+      f'python -m ur4rec_jax.main --config=configs/{config}.py'
       f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}',
     ),
   ]
-  return '\n'.join(f'{name:<13} {value}' for name, value in rows)
+  return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 
 
 @exit_on_input_error

@@ -1,5 +1,6 @@
 """Raw formats -> columns. A new source is one `read_*` function and one entry in `SOURCES`."""
 
+import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -135,26 +136,30 @@ SOURCES = {
 def find_files(patterns: tuple[str, ...], raw_dir: Path) -> list[Path]:
   """The one file each pattern means; `raw_dir` may itself be the file if one is all there is."""
   wanted = ', '.join(patterns)
-  if raw_dir.is_file() and len(patterns) == 1:
-    return [raw_dir]
-  if not raw_dir.exists():
-    raise InputError(f'{raw_dir}: no such folder; --raw_dir must hold {wanted}')
-  if not raw_dir.is_dir():
-    raise InputError(f'{raw_dir}: not a folder; --raw_dir must be the folder that holds {wanted}')
-  if not any(raw_dir.iterdir()):
-    raise InputError(f'{raw_dir}: the folder is empty; it must hold {wanted}')
+  try:
+    if len(patterns) == 1 and raw_dir.is_file():
+      return [raw_dir]
+    there = sorted(path.name for path in raw_dir.iterdir() if path.is_file())
+  except OSError as error:
+    raise InputError(
+      f'{raw_dir}: cannot be read ({error.strerror}); --raw_dir must be the folder that holds'
+      f' {wanted}'
+    ) from error
+  if not there:
+    raise InputError(f'{raw_dir}: no files in it; --raw_dir must be the folder that holds {wanted}')
   found = []
   for pattern in patterns:
-    matches = sorted(path for path in raw_dir.glob(pattern) if path.is_file())
+    matches = fnmatch.filter(there, pattern)
     if not matches:
-      there = ', '.join(sorted(path.name for path in raw_dir.iterdir())[:8])
-      raise InputError(f'{raw_dir}: no {pattern} in it (it holds {there}); it must hold {wanted}')
-    if len(matches) > 1:
-      names = ', '.join(path.name for path in matches[:8])
       raise InputError(
-        f'{raw_dir}: {len(matches)} files match {pattern} ({names}); give --raw_dir the one meant'
+        f'{raw_dir}: no {pattern} in it (it holds {", ".join(there[:8])}); it must hold {wanted}'
       )
-    found.append(matches[0])
+    if len(matches) > 1:
+      raise InputError(
+        f'{raw_dir}: {len(matches)} files match {pattern} ({", ".join(matches[:8])});'
+        ' give --raw_dir the one meant'
+      )
+    found.append(raw_dir / matches[0])
   return found
 
 

@@ -144,7 +144,8 @@ def _choose(
   world: World, users: np.ndarray, lengths: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
   """`[sum of lengths]` items of some users, user after user."""
-  rows = np.arange(len(users))
+  longest_first = np.argsort(-lengths, kind='stable')
+  users, lengths = users[longest_first], lengths[longest_first]
   weight = world.popularity * (
     world.style_liking[users][:, world.styles] * world.look_liking[users][:, world.looks]
   )
@@ -152,20 +153,24 @@ def _choose(
     weight[:, world.topics == topic] /= weight[:, world.topics == topic].sum(1, keepdims=True)
   taste = world.taste[users]
   unseen = np.ones(weight.shape, bool)
-  history = np.empty((len(users), lengths.max()), np.int64)
-  for step in range(lengths.max()):
-    last = history[:, step - 1]
-    topic = taste if step == 0 else taste * world.transition[world.topics[last]]
-    chance = (topic / topic.sum(1, keepdims=True))[:, world.topics] * weight
+  history = np.empty((len(users), lengths[0]), np.int64)
+  for step in range(lengths[0]):
+    active = np.arange(np.count_nonzero(lengths > step))  # the others are done
+    last = history[active, step - 1]
+    topic = taste[active]
+    if step > 0:
+      topic = topic * world.transition[world.topics[last]]
+    chance = (topic / topic.sum(1, keepdims=True))[:, world.topics] * weight[active]
     if step > 0:
       chance *= 1 - FOLLOW
       for column, share in enumerate(SUCCESSOR_WEIGHTS):
-        chance[rows, world.successors[last, column]] += FOLLOW * share
-    total = np.cumsum(chance * unseen, axis=1)
-    draw = rng.random(len(users)) * total[:, -1]
-    history[:, step] = (total <= draw[:, None]).sum(1)
-    unseen[rows, history[:, step]] = False
-  return history[np.arange(lengths.max()) < lengths[:, None]]
+        chance[active, world.successors[last, column]] += FOLLOW * share
+    total = np.cumsum(chance * unseen[active], axis=1)
+    draw = rng.random(len(active)) * total[:, -1]
+    history[active, step] = (total <= draw[:, None]).sum(1)
+    unseen[active, history[active, step]] = False
+  in_order = np.argsort(longest_first)
+  return history[in_order][np.arange(lengths[0]) < lengths[in_order][:, None]]
 
 
 def _distinct(rng: np.random.Generator, rows: int, choices: int, number: int) -> np.ndarray:
