@@ -236,7 +236,7 @@ def _bad_line(
   expected = f'{len(columns)} columns separated by {shown} ({", ".join(columns)})'
   for number, data in enumerate(raw.splitlines(), 1):
     where = f'{path}, line {number}'
-    if not data.strip():
+    if not (data.strip() if delimiter == ' ' else data):
       continue
     try:
       line = data.decode()
