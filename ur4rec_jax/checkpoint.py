@@ -123,7 +123,11 @@ class Checkpointer:
     Raises:
       StorageError: the disk is full or not writable; earlier steps stay good.
     """
+    size = sum(x.nbytes for x in jax.tree.leaves(tree))
     try:
+      free = shutil.disk_usage(self._folder).free
+      if free < size:  # Else Orbax finds out, with tracebacks from its threads.
+        raise OSError(f'{size:,} bytes needed, {free:,} free')
       if step in self._manager.all_steps():
         self._manager.delete(step)
       self._manager.save(

@@ -42,6 +42,7 @@ class MetricWriter:
     """Adds one line `{"step", "stage", **values}` and a TensorBoard point for each value."""
     line = {'step': step, 'stage': stage, **values}
     self._lines.write(json.dumps(line).encode() + b'\n')
+    self._lines.flush()
     self.write_timing(step, stage, values)
 
   def write_timing(self, step: int, stage: str, values: dict[str, float]) -> None:

@@ -1,0 +1,19 @@
+"""MovieLens-1M: 6,040 users, 3,706 items (3,416 in SASRec's `ml-1m.txt`), all ratings count.
+
+python -m data_prep.build_dataset --source=movielens_1m --data_dir=data/movielens_1m
+python -m ur4rec_jax.main --config=configs/movielens_1m.py --workdir=runs/movielens_1m
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(variant: str = 'sasrec') -> ConfigDict:
+  """Returns the config of a model variant, see `configs/default.py`."""
+  config = default.get_config(variant)
+  config.data_dir = 'data/movielens_1m'
+  config.max_length = 200
+  config.batch_size = 128
+  config.crop = 'random'
+  return config

@@ -1,0 +1,18 @@
+"""The generated dataset of the quickstart: users with tastes, a next-topic pattern, rare items.
+
+python -m data_prep.build_dataset --source=synthetic --data_dir=data/synthetic
+python -m ur4rec_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(variant: str = 'sasrec') -> ConfigDict:
+  """Returns the config of a model variant, see `configs/default.py`."""
+  config = default.get_config(variant)
+  config.data_dir = 'data/synthetic'
+  config.max_length = 50
+  config.num_epochs = 60
+  return config

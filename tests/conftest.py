@@ -1,0 +1,104 @@
+"""Small real data and real runs that several test files share."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# A run of two seconds: every part of the program at its smallest.
+SMALL = (
+  '--config.model.dim=16',
+  '--config.model.ffn_dim=16',
+  '--config.max_length=20',
+  '--config.batch_size=32',
+  '--config.num_epochs=4',
+  '--config.optimizer.warmup_steps=5',
+  '--config.steps_per_dispatch=3',
+)
+
+
+@pytest.fixture(scope='session')
+def environment(tmp_path_factory) -> dict[str, str]:
+  """Environment of the processes that tests start; they share compiled programs."""
+  cache = tmp_path_factory.mktemp('compiled')
+  return os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'PYTHONPATH': str(ROOT),
+  }
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory, environment) -> pathlib.Path:
+  """A prepared synthetic dataset of 120 users."""
+  folder = tmp_path_factory.mktemp('data') / 'synthetic'
+  command = [sys.executable, '-m', 'data_prep.build_dataset', '--source=synthetic']
+  command += [f'--data_dir={folder}', '--num_users=120', '--num_items=60']
+  subprocess.run(command, env=environment, check=True, capture_output=True)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def start(environment, data_dir):
+  """Starts the program: `start(workdir, *flags, env={}, prefix=())` gives a process."""
+
+  def start(workdir, *flags, env=None, prefix=()) -> subprocess.Popen:
+    command = [
+      *prefix,
+      sys.executable,
+      '-m',
+      'ur4rec_jax.main',
+      '--config',
+      ROOT / 'configs/synthetic.py',
+    ]
+    command += [f'--config.data_dir={data_dir}', *SMALL, f'--workdir={workdir}', *flags]
+    return subprocess.Popen(
+      command,
+      env=environment | (env or {}),
+      cwd=workdir.parent,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return start
+
+
+@pytest.fixture(scope='session')
+def run(start):
+  """Runs the program to its end: `run(workdir, *flags)` gives the finished process."""
+
+  def run(workdir, *flags, **options) -> subprocess.CompletedProcess:
+    process = start(workdir, *flags, **options)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+  return run
+
+
+@pytest.fixture(scope='session')
+def finished(run, tmp_path_factory) -> pathlib.Path:
+  """The workdir of an undisturbed run; read only."""
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  done = run(workdir)
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def load_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads every array of a run's latest checkpoint as NumPy, without the project's own code."""
+  checkpoints = workdir / 'checkpoints'
+  step = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = reader.metadata(checkpoints / str(step) / 'state').item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    arrays = reader.restore(checkpoints / str(step) / 'state', restore_args=as_numpy)
+  leaves = jax.tree_util.tree_leaves_with_path(arrays)
+  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}

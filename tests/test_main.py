@@ -1,0 +1,233 @@
+"""What a person sees: reports, files, and one clear message for each wrong input."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.conftest import ROOT
+
+METRICS = ['hit@5', 'hit@10', 'hit@20', 'ndcg@5', 'ndcg@10', 'ndcg@20', 'mrr', 'mean_rank']
+
+
+def assert_refused(done, *words, code=2):
+  """The program ended with a message that has all the words, and without a traceback."""
+  assert done.returncode == code, done.stderr
+  for word in words:
+    assert str(word) in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+def test_results_say_what_was_measured_and_how(finished, data_dir):
+  results = json.loads((finished / 'results.json').read_text())
+  dataset = json.loads((data_dir / 'dataset.json').read_text())
+  assert results['dataset']['split_hash'] == dataset['split']['hash']
+  assert results['dataset']['users'] == 120
+  assert results['protocol'] == {
+    'split': 'leave_one_out',
+    'candidates': 'all items',
+    'seen_items': 'left out',
+    'ties': 'against the model',
+  }
+  for scores in (results['valid'], results['test'], *results['baselines'].values()):
+    assert set(METRICS) <= scores.keys()
+    assert scores['users'] == 120
+  assert results['stages'][0]['test'] == results['test']
+  assert results['seed'] == 0
+
+
+def test_metrics_have_one_json_object_a_line(finished):
+  lines = [json.loads(line) for line in (finished / 'metrics.jsonl').read_text().splitlines()]
+  assert all({'step', 'stage'} <= line.keys() for line in lines)
+  losses = [line['loss'] for line in lines if 'loss' in line]
+  assert losses[-1] < losses[0]
+  validated = [line['step'] for line in lines if 'valid/ndcg@10' in line]
+  assert len(validated) == 4
+  assert validated == sorted(set(validated))
+
+
+def test_tensorboard_files_are_written(finished):
+  assert list((finished / 'tensorboard').glob('events.out.tfevents.*'))
+
+
+def test_the_report_of_a_run(run, tmp_path):
+  done = run(tmp_path / 'run')
+  assert done.returncode == 0, done.stderr
+  assert 'item_embedding' in done.stdout  # The parameter table.
+  assert 'total' in done.stdout
+  for word in ('random', 'popularity', 'sasrec', *METRICS):
+    assert word in done.stdout
+  assert 'epoch 4' in done.stderr  # Plain lines, as there is no terminal.
+  assert 'seq/s' in done.stderr
+  assert '\r' not in done.stderr
+
+
+def test_a_sampled_protocol_is_named_beside_its_numbers(run, finished):
+  done = run(
+    finished,
+    '--mode=evaluate',
+    '--config.evaluation.candidates=popularity',
+    '--config.evaluation.num_candidates=20',
+  )
+  assert done.returncode == 0, done.stderr
+  sampled = json.loads(done.stdout)
+  assert sampled['protocol']['candidates'] == 'target + 20 popularity (seed 0)'
+  assert 'target + 20 popularity (seed 0)' in done.stderr
+  assert sampled['test']['mean_rank'] <= 21
+  assert (
+    json.loads((finished / 'results.json').read_text())['protocol']['candidates'] == 'all items'
+  )
+
+
+@pytest.mark.parametrize('loss', ['sampled_softmax', 'bce', 'bpr', 'gbce'])
+def test_every_loss_trains(loss, run, tmp_path):
+  flags = (f'--config.loss.name={loss}', '--config.loss.num_negatives=8', '--config.num_epochs=2')
+  done = run(tmp_path / 'run', *flags)
+  assert done.returncode == 0, done.stderr
+
+
+def test_bfloat16_post_norm_random_crop_and_cosine_train(run, tmp_path):
+  done = run(
+    tmp_path / 'run',
+    '--config.model.dtype=bfloat16',
+    '--config.model.norm=post',
+    '--config.model.num_heads=2',
+    '--config.crop=random',
+    '--config.optimizer.schedule=cosine',
+    '--config.optimizer.weight_decay=0.01',
+  )
+  assert done.returncode == 0, done.stderr
+
+
+def test_divergence_stops_the_run_and_keeps_the_good_checkpoint(run, tmp_path):
+  workdir = tmp_path / 'run'
+  flags = ('--config.optimizer.name=sgd', '--config.optimizer.clip_norm=0.0')
+  assert run(workdir, *flags, '--config.num_epochs=1').returncode == 0
+  shutil.copytree(workdir, tmp_path / 'before')
+  other = run(tmp_path / 'other', *flags, '--config.optimizer.learning_rate=1e38')
+  assert_refused(other, 'not finite at step', 'learning_rate', code=3)
+  assert not (tmp_path / 'other/results.json').exists()
+  assert not [p for p in (tmp_path / 'other/checkpoints').iterdir() if p.name.isdigit()]
+
+
+def test_unknown_field(run, tmp_path):
+  done = run(tmp_path / 'run', '--config.model.dims=32')
+  assert done.returncode != 0
+  assert 'dims' in done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+def test_wrong_type(run, tmp_path):
+  done = run(tmp_path / 'run', '--config.batch_size=many')
+  assert done.returncode != 0
+  assert 'config.batch_size' in done.stderr
+  assert 'many' in done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('flag', 'words'),
+  [
+    ('--config.loss.name=hinge', ['config.loss.name', 'hinge', 'softmax']),
+    ('--config.model.num_heads=3', ['config.model.num_heads=3', 'config.model.dim=16']),
+    ('--config.batch_size=0', ['config.batch_size=0', 'at least 1']),
+    ('--config.model.dropout=1.0', ['config.model.dropout']),
+    ('--config.data_dir=/nowhere', ['/nowhere', 'no such folder', 'data_prep.build_dataset']),
+    ('--mode=evaluate', ['no run here', '--mode=train']),
+  ],
+)
+def test_impossible_values(flag, words, run, tmp_path):
+  assert_refused(run(tmp_path / 'run', flag), *words)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_unknown_config_file_and_variant(run, tmp_path):
+  done = run(tmp_path / 'run', f'--config={ROOT}/configs/nothing.py')
+  assert done.returncode != 0
+  assert 'nothing.py' in done.stderr
+  done = run(tmp_path / 'run', f'--config={ROOT}/configs/synthetic.py:bert')
+  assert done.returncode != 0
+  assert "unknown model variant 'bert'" in done.stderr
+
+
+def test_a_folder_that_is_no_dataset(run, tmp_path):
+  done = run(tmp_path / 'run', f'--config.data_dir={tmp_path}')
+  assert_refused(done, tmp_path, 'not a prepared dataset')
+
+
+def test_changed_interactions_are_noticed(run, data_dir, tmp_path):
+  copy = tmp_path / 'data'
+  shutil.copytree(data_dir, copy)
+  info = json.loads((copy / 'dataset.json').read_text())
+  info['split']['hash'] = '0' * 16
+  (copy / 'dataset.json').write_text(json.dumps(info))
+  done = run(tmp_path / 'run', f'--config.data_dir={copy}')
+  assert_refused(done, copy, 'differ from dataset.json')
+
+
+def test_damaged_data_is_noticed(run, data_dir, tmp_path):
+  copy = tmp_path / 'data'
+  shutil.copytree(data_dir, copy)
+  (path,) = copy.glob('interactions/*/*.array_record*')
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  done = run(tmp_path / 'run', f'--config.data_dir={copy}')
+  assert_refused(done, copy, 'build it')
+
+
+def test_a_workdir_of_another_dataset(run, finished, environment, data_dir, tmp_path):
+  copy = tmp_path / 'data'
+  shutil.copytree(data_dir, copy)
+  info = json.loads((copy / 'dataset.json').read_text())
+  info['name'] = 'another'
+  (copy / 'dataset.json').write_text(json.dumps(info))
+  done = run(finished, f'--config.data_dir={copy}')
+  assert_refused(done, 'another', 'use another --workdir')
+
+
+def test_a_changed_field_is_named(run, finished):
+  done = run(finished, '--config.model.dim=32')
+  assert_refused(done, 'config.model.dim', '32', '16', '--workdir')
+
+
+def test_more_epochs_go_on(run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  done = run(workdir, '--config.num_epochs=5')
+  assert done.returncode == 0, done.stderr
+  assert 'resuming from step' in done.stdout
+  assert 'epoch 5' in done.stderr
+
+
+def test_an_unwritable_workdir(run, tmp_path):
+  (tmp_path / 'file').write_text('')
+  assert_refused(run(tmp_path / 'file' / 'run'.replace('run', '.')), 'cannot write', code=4)
+
+
+def test_one_user_or_one_item_is_refused(run, data_dir, tmp_path):
+  copy = tmp_path / 'data'
+  shutil.copytree(data_dir, copy)
+  info = json.loads((copy / 'dataset.json').read_text())
+  info['counts']['items'] = 1
+  (copy / 'dataset.json').write_text(json.dumps(info))
+  assert_refused(run(tmp_path / 'run', f'--config.data_dir={copy}'), '1 items', 'at least 2')
+
+
+def test_ctrl_c_saves(start, tmp_path):
+  workdir = tmp_path / 'run'
+  process = start(workdir, '--config.num_epochs=1000', '--config.patience=1000')
+  for line in process.stderr:
+    if 'epoch 2' in line:
+      break
+  os.kill(process.pid, signal.SIGINT)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGINT
+  assert 'SIGINT: saved step' in stderr
+
+
+def test_tensorflow_and_torch_are_not_needed(data_dir, environment):
+  source = tfds.builder_from_directory(data_dir / 'interactions/1.0.0').as_data_source('users')
+  assert all(np.asarray(user['item_ids']).dtype == np.int32 for user in source)

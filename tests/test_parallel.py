@@ -1,0 +1,97 @@
+"""One training run gives the same parameters however it is spread over devices."""
+
+import json
+import shutil
+import socket
+
+import numpy as np
+import pytest
+
+from tests.conftest import load_arrays
+
+# SGD, because Adam hides a gradient of the wrong scale; no dropout, because its masks depend on
+# the device; a small rate, because rounding grows with training.
+EXACT = (
+  '--config.optimizer.name=sgd',
+  '--config.optimizer.learning_rate=0.1',
+  '--config.model.dropout=0.0',
+  '--config.num_epochs=2',
+)
+
+
+def devices(number: int) -> dict[str, str]:
+  return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={number}'}
+
+
+def assert_close(workdir, reference):
+  ours, theirs = load_arrays(workdir), load_arrays(reference)
+  assert ours.keys() == theirs.keys()
+  for name in theirs:
+    np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def one_device(run, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('one_device') / 'run'
+  done = run(workdir, *EXACT)
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+@pytest.mark.parametrize(('number', 'mapping'), [(2, 'pmap'), (8, 'pmap'), (8, 'shard_map')])
+def test_devices_agree(number, mapping, run, one_device, tmp_path):
+  workdir = tmp_path / 'run'
+  done = run(workdir, *EXACT, f'--config.mapping={mapping}', env=devices(number))
+  assert done.returncode == 0, done.stderr
+  assert f'{number} x cpu' in done.stdout
+  assert_close(workdir, one_device)
+
+
+def test_the_parameters_moved(one_device, run, tmp_path):
+  workdir = tmp_path / 'run'
+  assert run(workdir, *EXACT, '--config.optimizer.learning_rate=1e-9').returncode == 0
+  with pytest.raises(AssertionError):
+    assert_close(workdir, one_device)
+
+
+@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
+def test_two_processes_agree_with_one(mapping, start, one_device, tmp_path):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  workdir = tmp_path / 'run'
+  processes = [
+    start(
+      workdir,
+      *EXACT,
+      f'--config.mapping={mapping}',
+      env={
+        'JAX_COORDINATOR_ADDRESS': address,
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': str(number),
+      },
+    )
+    for number in range(2)
+  ]
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  assert 'in 2 processes' in outputs[0][0]
+  assert 'ndcg@10' not in outputs[1][0]  # Only the first one reports.
+  assert_close(workdir, one_device)
+  results = [json.loads((w / 'results.json').read_text()) for w in (workdir, one_device)]
+  assert results[0] == results[1]
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_back(run, one_device, tmp_path):
+  workdir = tmp_path / 'run'
+  assert run(workdir, *EXACT, '--config.num_epochs=1', env=devices(8)).returncode == 0
+  copy = tmp_path / 'copy'
+  shutil.copytree(workdir, copy)
+  on_one = run(workdir, *EXACT)
+  assert on_one.returncode == 0, on_one.stderr
+  assert 'resuming from step' in on_one.stdout
+  assert_close(workdir, one_device)
+  assert run(copy, *EXACT, '--config.num_epochs=1').returncode == 0  # Restores on one, is done.
+  on_eight = run(copy, *EXACT, env=devices(8))
+  assert on_eight.returncode == 0, on_eight.stderr
+  assert_close(copy, one_device)

@@ -1,0 +1,112 @@
+"""A run that is killed and started again ends exactly as one that was left alone."""
+
+import json
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import load_arrays
+
+
+def wait_for(process, condition, timeout=120):
+  """Waits until `condition()`, failing if the process ends or time runs out before."""
+  deadline = time.monotonic() + timeout
+  while not condition():
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.001)
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+  path = workdir / 'metrics.jsonl'
+  text = path.read_text() if path.exists() else ''
+  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]
+
+
+def assert_same_end(workdir, reference):
+  ours, theirs = load_arrays(workdir), load_arrays(reference)
+  assert ours.keys() == theirs.keys()
+  for name in theirs:
+    np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+  for file in ('metrics.jsonl', 'results.json'):
+    assert (workdir / file).read_bytes() == (reference / file).read_bytes(), file
+
+
+def in_first_dispatches(workdir):
+  return len(lines(workdir)) >= 1
+
+
+def in_a_save(workdir):
+  return any('tmp' in p.name for p in (workdir / 'checkpoints').glob('*'))
+
+
+def before_the_manifest(workdir):
+  steps = [p for p in (workdir / 'checkpoints').glob('*') if p.name.isdigit()]
+  return any(not (p / 'manifest.json').exists() for p in steps)
+
+
+def in_validation(workdir):
+  # An epoch is 2 dispatches here; its last line comes before a slow validation.
+  trained = sum('loss' in line for line in lines(workdir))
+  return trained >= 4 and trained % 2 == 0
+
+
+# One user a dispatch makes validation long enough to hit; it changes no number.
+SLOW_VALIDATION = '--config.evaluation.batch_size=1'
+
+
+@pytest.mark.parametrize(
+  'moments',
+  [(in_first_dispatches, in_a_save, in_validation), (in_validation, before_the_manifest)],
+)
+def test_sigkill_at_several_moments(moments, start, run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  for moment in moments:
+    process = start(workdir, SLOW_VALIDATION)
+    wait_for(process, lambda moment=moment: moment(workdir))
+    process.kill()
+    process.communicate()
+    assert not (workdir / 'results.json').exists()
+  done = run(workdir)
+  assert done.returncode == 0, done.stderr
+  assert 'resuming from step' in done.stdout
+  assert_same_end(workdir, finished)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(start, run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  for moment in (in_first_dispatches, in_validation):
+    process = start(workdir, SLOW_VALIDATION)
+    wait_for(process, lambda moment=moment: moment(workdir))
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert 'SIGTERM: saved step' in stderr
+    assert 'start the same command again' in stderr
+    assert 'Traceback' not in stderr
+  done = run(workdir)
+  assert done.returncode == 0, done.stderr
+  assert 'resuming from step' in done.stdout
+  assert_same_end(workdir, finished)
+
+
+def test_evaluate_mode_repeats_the_results_to_the_last_digit(run, finished):
+  results = json.loads((finished / 'results.json').read_text())
+  done = run(finished, '--mode=evaluate')
+  assert done.returncode == 0, done.stderr
+  again = json.loads(done.stdout)
+  for key in ('protocol', 'valid', 'test', 'baselines'):
+    assert again[key] == results[key]
+
+
+def test_training_a_finished_run_again_changes_nothing(run, finished):
+  before = (finished / 'results.json').read_bytes(), (finished / 'metrics.jsonl').read_bytes()
+  done = run(finished)
+  assert done.returncode == 0, done.stderr
+  assert before == (
+    (finished / 'results.json').read_bytes(),
+    (finished / 'metrics.jsonl').read_bytes(),
+  )
