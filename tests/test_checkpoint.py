@@ -138,7 +138,7 @@ def test_write_file_leaves_the_old_file_when_it_fails(tmp_path):
 
 def test_an_unwritable_folder_is_a_clear_error(tmp_path):
   (tmp_path / 'checkpoints').write_text('in the way')
-  with pytest.raises(StorageError, match='cannot write to .*checkpoints'):
+  with pytest.raises(StorageError, match=r'cannot write to .*checkpoints'):
     Checkpointer(tmp_path, max_to_keep=2)
 
 

@@ -39,15 +39,19 @@ class TrainProgress:
     step: optimizer steps taken.
     validated_step: step of the last validation.
     best_step: step of the best validation.
+    best_epoch: its epoch.
     best_valid: its metrics.
     metrics_size: bytes of `metrics.jsonl` written so far.
+    seconds: time spent training and validating, over all starts.
   """
 
   step: int = 0
   validated_step: int = 0
   best_step: int = 0
+  best_epoch: int = 0
   best_valid: dict[str, float] | None = None
   metrics_size: int = 0
+  seconds: float = 0.0
 
 
 def create_model(config: ConfigDict, num_items: int) -> nn.Module:
@@ -300,8 +304,11 @@ def _train(
     bar = Progress(STAGE, total_steps, progress.step)
   dispatcher = _Dispatcher(config, batches, train_step, writer, bar)
 
+  started = time.monotonic() - progress.seconds
+
   def save():
     progress.metrics_size = writer.position()
+    progress.seconds = time.monotonic() - started
     with jax.transfer_guard('allow'):
       tree = {'state': state, 'best_params': best_params}
       checkpointer.save(progress.step, tree, dataclasses.asdict(progress))
@@ -324,16 +331,16 @@ def _train(
         if values is None:
           save_and_stop(stop_requested())
         writer.write(progress.step, STAGE, {f'valid/{k}': v for k, v in values.items()})
+        epoch = progress.step // batches.steps_per_epoch
         improved = not progress.best_valid or (
           values[SELECTION_METRIC] > progress.best_valid[SELECTION_METRIC]
         )
         progress.validated_step = progress.step
         if improved:
-          progress.best_step, progress.best_valid = progress.step, values
+          progress.best_step, progress.best_epoch = progress.step, epoch
+          progress.best_valid = values
           best_params = _copy(state.params)
-        epoch = progress.step // batches.steps_per_epoch
-        best_epoch = progress.best_step // batches.steps_per_epoch
-        best = f'{progress.best_valid[SELECTION_METRIC]:.4f} (epoch {best_epoch})'
+        best = f'{progress.best_valid[SELECTION_METRIC]:.4f} (epoch {progress.best_epoch})'
         bar.update(progress.step, valid=f'{values[SELECTION_METRIC]:.4f}', best=best)
         bar.line(f'epoch {epoch}')
         if progress.step // validate_every % config.checkpoint.every_validations == 0:
@@ -410,7 +417,14 @@ def _write_results(
     'git': _git_version(),
   }
   if parallel.is_main_process():
-    write_file(pathlib.Path(workdir) / 'results.json', json.dumps(results, indent=2) + '\n')
+    # Apart from the results, which are the same whenever and wherever the run is repeated.
+    timing = {
+      'device': parallel.describe_devices(),
+      'seconds': round(progress.seconds, 1),
+      'jax': jax.__version__,
+    }
+    for name, content in (('timing.json', timing), ('results.json', results)):
+      write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
     print(_results_table(config, results), flush=True)
   return results
 
