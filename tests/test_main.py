@@ -62,7 +62,7 @@ def test_the_report_of_a_run(run, tmp_path):
   for word in ('random', 'popularity', 'sasrec', *METRICS):
     assert word in done.stdout
   assert 'epoch 4' in done.stderr  # Plain lines, as there is no terminal.
-  assert 'seq/s' in done.stderr
+  assert 'sequences/s' in done.stderr
   assert '\r' not in done.stderr
 
 

@@ -80,29 +80,22 @@ class Progress:
     self._start = time.monotonic()
     self._first, self._done, self._total = done, done, total
     self._description = description
-    self._status = {}
 
   def update(self, step: int, **status: str) -> None:
-    """Moves to `step` and shows `status`, which stays until it is replaced."""
-    self._status |= status
-    self._bar.set_postfix(self._status, refresh=False)
+    """Moves to `step` and shows `status` beside the bar, until it is replaced."""
+    self._bar.set_postfix(status, refresh=False)
     self._bar.update(step - self._done)
     self._done = step
 
   def line(self, message: str) -> None:
-    """Prints a message; without a terminal, with the step and the time left before it."""
+    """Prints a message that stays; without a terminal, with the step and the time left."""
     if not self._bar.disable:
       self._bar.write(message, file=sys.stderr)
       return
     elapsed = time.monotonic() - self._start
     left = elapsed * (self._total - self._done) / max(self._done - self._first, 1)
-    status = ' '.join(f'{k} {v}' for k, v in self._status.items())
-    print(
-      f'[{self._description} {self._done}/{self._total} steps, {_clock(left)} left] '
-      f'{status} {message}',
-      file=sys.stderr,
-      flush=True,
-    )
+    done = f'{self._description} {self._done}/{self._total} steps, at most {_clock(left)} left'
+    print(f'[{done}] {message}', file=sys.stderr, flush=True)
 
   def close(self) -> None:
     self._bar.close()

@@ -141,7 +141,8 @@ class _Dispatcher:
     self._writer, self._bar = writer, bar
     self._epoch, self._plan = -1, None
     self._pending = None
-    self._last_read = time.monotonic()
+    self._last_read = 0.0
+    self.loss = self.speed = float('nan')  # Of the last dispatch that was read.
 
   def run(self, state: TrainState, data: steps.TrainData, step: int) -> tuple[TrainState, int]:
     """Trains up to the next border: `steps_per_dispatch`, or the end of the epoch."""
@@ -158,6 +159,8 @@ class _Dispatcher:
       parallel.shard(parallel.split(plan, axis=1)),
       parallel.replicate(np.int32(count)),
     )
+    if self._pending is None:  # The first call compiled, others followed a validation.
+      self._last_read = time.monotonic()
     self.flush()
     self._pending = (step + count, count, metrics)
     return state, step + count
@@ -185,11 +188,11 @@ class _Dispatcher:
     }
     now = time.monotonic()
     users = count * self._batches.users / self._batches.steps_per_epoch
-    speed = users / (now - self._last_read)
+    self.loss, self.speed = values['loss'], users / (now - self._last_read)
     self._last_read = now
     self._writer.write(step, STAGE, values)
-    self._writer.write_timing(step, STAGE, {'sequences_per_second': speed})
-    self._bar.update(step, loss=f'{values["loss"]:.4f}', speed=f'{speed:.0f} seq/s')
+    self._writer.write_timing(step, STAGE, {'sequences_per_second': self.speed})
+    self._bar.update(step, loss=f'{self.loss:.4f}', speed=f'{self.speed:.0f} sequences/s')
 
 
 class _Silent:
@@ -340,9 +343,11 @@ def _train(
           progress.best_step, progress.best_epoch = progress.step, epoch
           progress.best_valid = values
           best_params = _copy(state.params)
-        best = f'{progress.best_valid[SELECTION_METRIC]:.4f} (epoch {progress.best_epoch})'
-        bar.update(progress.step, valid=f'{values[SELECTION_METRIC]:.4f}', best=best)
-        bar.line(f'epoch {epoch}')
+        bar.line(
+          f'epoch {epoch}: loss {dispatcher.loss:.4f}, {dispatcher.speed:.0f} sequences/s, '
+          f'valid {SELECTION_METRIC} {values[SELECTION_METRIC]:.4f}, '
+          f'best {progress.best_valid[SELECTION_METRIC]:.4f} at epoch {progress.best_epoch}'
+        )
         if progress.step // validate_every % config.checkpoint.every_validations == 0:
           save()
       out_of_patience = progress.step - progress.best_step >= config.patience * validate_every
