@@ -98,14 +98,17 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, mask: Array, *, deterministic: bool) -> Array:
-    """Maps `x` `[batch, length, dim]` under `mask` `[batch, length, length]` to its shape."""
+    """Maps tokens `x` `[batch * length, dim]` under `mask` `[batch, length, length]`."""
     dropout = Dropout(self.dropout, deterministic=deterministic)
     layer_norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)  # noqa: E731
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)  # noqa: E731
 
     def attention(h: Array) -> Array:
-      heads = (*h.shape[:2], self.num_heads, self.dim // self.num_heads)
-      query, key, value = (dense(self.dim, n)(h).reshape(heads) for n in ('query', 'key', 'value'))
+      batch, length, _ = mask.shape
+      heads = (batch, length, 3, self.num_heads, self.dim // self.num_heads)
+      query, key, value = jnp.moveaxis(
+        dense(3 * self.dim, 'query_key_value')(h).reshape(heads), 2, 0
+      )
       mixed = masked_attention(query, key, value, mask)
       return dense(self.dim, 'attention_out')(mixed.reshape(h.shape))
 
@@ -176,14 +179,15 @@ class SASRec(nn.Module):
     if segment_ids is None:
       segment_ids = (item_ids > 0).astype(jnp.int32)
     positions = segment_positions(segment_ids)
-    x = self.item_embedding[item_ids] + self.position_embedding[positions]
+    # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
+    x = self.item_embedding[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
     x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
     causal = jnp.tril(jnp.ones((item_ids.shape[1],) * 2, bool))
     # Padding attends to padding, so that no row of the softmax is empty; nothing reads it.
     mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
     for block in self.blocks:
       x = block(x, mask, deterministic=deterministic)
-    return self.final_norm(x)
+    return self.final_norm(x).reshape(*item_ids.shape, self.dim)
 
   def item_vectors(self) -> Array:
     """Returns `[num_items, dim]`: row i is the output vector of item id i + 1."""
