@@ -1,0 +1,384 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ur4rec_jax import evaluate, parallel
+from ur4rec_jax.errors import DivergenceError
+from ur4rec_jax.input_pipeline import Dataset, gather_batch
+from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.models.sasrec import SASRec
+
+NUM_ITEMS = 25
+MAX_LENGTH = 6
+SPLITS = ('valid', 'test')
+
+
+def make_dataset(histories, num_items: int = NUM_ITEMS) -> Dataset:
+  offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
+  item_ids = np.concatenate(histories).astype(np.int32)
+  return Dataset({'counts': {'items': num_items}}, item_ids, offsets)
+
+
+def make_config(candidates: str = 'all', **fields) -> ConfigDict:
+  defaults = {'num_candidates': 7, 'seed': 0, 'batch_size': 9}
+  return ConfigDict({'candidates': candidates} | defaults | fields)
+
+
+@functools.cache
+def mixed_dataset() -> Dataset:
+  """Users of 1 to 14 interactions, items often again, and one who has nearly everything."""
+  rng = np.random.default_rng(0)
+  histories = [rng.integers(1, NUM_ITEMS + 1, n) for n in rng.integers(1, 15, 45)]
+  histories.append(rng.permutation(np.arange(1, NUM_ITEMS - 1)))
+  histories.append(np.array([4, 8, 4, 8, 4]))  # Both targets were seen before.
+  return make_dataset(histories)
+
+
+@functools.cache
+def cycle_dataset() -> Dataset:
+  """Everybody goes through the items in their order, from a place of their own."""
+  histories = [(start + np.arange(3 + start % 5)) % NUM_ITEMS + 1 for start in range(40)]
+  return make_dataset(histories)
+
+
+def history(dataset: Dataset, user: int) -> np.ndarray:
+  return dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]]
+
+
+def run(model, dataset, split, config, params=None, mapping='pmap', **options):
+  evaluator = evaluate.make_evaluator(
+    model, dataset, parallel.replicate(dataset.item_ids), split, config, mapping
+  )
+  return evaluator(parallel.replicate(params or {}), **options)
+
+
+class Constant(nn.Module):
+  """Gives every item the same score."""
+
+  max_length: int = MAX_LENGTH
+  num_items: int = NUM_ITEMS
+
+  def __call__(self, item_ids, segment_ids):
+    return jnp.ones((*item_ids.shape, 1))
+
+  def item_vectors(self):
+    return jnp.ones((self.num_items, 1))
+
+
+class Oracle(nn.Module):
+  """Gives the item after the newest one the best score: the answer in `cycle_dataset`."""
+
+  max_length: int = MAX_LENGTH
+  num_items: int = NUM_ITEMS
+
+  def __call__(self, item_ids, segment_ids):
+    return jax.nn.one_hot(item_ids % self.num_items, self.num_items)
+
+  def item_vectors(self):
+    return jnp.eye(self.num_items)
+
+
+class Poisoned(Oracle):
+  """As `Oracle`, but `value` after item 7."""
+
+  value: float = jnp.nan
+
+  def __call__(self, item_ids, segment_ids):
+    return jnp.where(item_ids[..., None] == 7, self.value, super().__call__(item_ids, segment_ids))
+
+
+@pytest.mark.parametrize(
+  ('target', 'seen', 'rank'),
+  [
+    (2, [], 1),
+    (3, [], 4),  # Item 2 is better, 4 and 6 are equal.
+    (3, [2], 3),
+    (3, [2, 4, 6], 1),
+    (3, [2, 2, 4, 2, 4], 2),
+    (3, [3], 4),  # Seen before, but it is what is looked for.
+    (3, [3, 3, 2], 3),
+    (1, [], 6),
+    (1, [2, 3, 4, 5, 6], 1),
+    (5, [1], 5),
+  ],
+)
+def test_rank_among_all_items(target, seen, rank):
+  scores = jnp.array([[0.1, 0.9, 0.5, 0.5, 0.3, 0.5]])
+  users = jnp.array([0] * len(seen) + [1, 1], jnp.int32)  # The last two belong to nobody.
+  items = jnp.array([*seen, 4, 6], jnp.int32)
+  no_candidates = jnp.zeros((1, 0), jnp.int32)
+  ranks = evaluate.rank_targets(scores, jnp.array([target]), users, items, no_candidates)
+  np.testing.assert_array_equal(ranks, [rank])
+
+
+@pytest.mark.parametrize(
+  ('target', 'candidates', 'rank'),
+  [
+    (3, [2, 4, 1], 3),
+    (3, [2, 0, 0], 2),
+    (3, [0, 0, 0], 1),
+    (3, [3, 2, 0], 2),  # The target is not its own rival.
+    (1, [2, 4, 5], 4),
+    (6, [3, 4, 0], 3),
+  ],
+)
+def test_rank_among_candidates_leaves_out_fill_and_the_target(target, candidates, rank):
+  scores = jnp.array([[0.1, 0.9, 0.5, 0.5, 0.3, 0.5]])
+  # What was seen does not matter: candidates are free of it.
+  seen = jnp.array([0, 0]), jnp.array([2, 4])
+  ranks = evaluate.rank_targets(scores, jnp.array([target]), *seen, jnp.array([candidates]))
+  np.testing.assert_array_equal(ranks, [rank])
+
+
+def test_each_users_own_seen_items_are_left_out():
+  scores = jnp.tile(jnp.array([4.0, 3.0, 2.0, 1.0]), (3, 1))
+  targets = jnp.array([4, 4, 3])
+  seen_users, seen_items = jnp.array([0, 2, 2, 3]), jnp.array([1, 1, 2, 3])
+  no_candidates = jnp.zeros((3, 0), jnp.int32)
+  ranks = evaluate.rank_targets(scores, targets, seen_users, seen_items, no_candidates)
+  np.testing.assert_array_equal(ranks, [3, 4, 1])
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_queries_hold_out_the_last_or_the_one_before(split):
+  dataset = make_dataset([[1, 2, 3, 4], [5], [6, 7], [8, 9, 10]])
+  queries = evaluate.make_queries(dataset, split, make_config())
+  np.testing.assert_array_equal(queries.users, [0, 3])
+  np.testing.assert_array_equal(queries.targets, [4, 10] if split == 'test' else [3, 9])
+  np.testing.assert_array_equal(queries.starts, [0, 7])
+  np.testing.assert_array_equal(queries.lengths, [3, 2] if split == 'test' else [2, 1])
+  assert queries.candidates.shape == (2, 0)
+
+
+@pytest.mark.parametrize('candidates', ['uniform', 'popularity'])
+def test_candidates_are_distinct_items_the_user_never_has(candidates):
+  dataset = mixed_dataset()
+  train = set(dataset.train_part().item_ids.tolist())
+  drawable = train if candidates == 'popularity' else set(range(1, NUM_ITEMS + 1))
+  queries = evaluate.make_queries(dataset, 'valid', make_config(candidates))
+  assert queries.candidates.shape == (len(queries.users), 7)
+  for user, row in zip(queries.users, queries.candidates, strict=True):
+    free = drawable - set(history(dataset, user).tolist())
+    drawn = row[row > 0].tolist()
+    assert len(drawn) == len(set(drawn)) == min(7, len(free))
+    assert set(drawn) <= free
+  assert (queries.candidates == 0).any()  # For the user who has nearly everything.
+
+
+@pytest.mark.parametrize('candidates', ['uniform', 'popularity'])
+def test_candidates_follow_their_seed_and_not_the_split(candidates):
+  def draw(split, seed):
+    config = make_config(candidates, seed=seed)
+    return evaluate.make_queries(mixed_dataset(), split, config).candidates
+
+  np.testing.assert_array_equal(draw('valid', 0), draw('valid', 0))
+  np.testing.assert_array_equal(draw('valid', 0), draw('test', 0))
+  assert (draw('valid', 0) != draw('valid', 1)).any()
+
+
+@pytest.mark.parametrize(('candidates', 'share'), [('uniform', 0.5), ('popularity', 0.9)])
+def test_candidates_are_drawn_evenly_or_by_training_popularity(candidates, share):
+  """Everybody but one has item 1 only; item 2 is in training nine times as often as item 3."""
+  histories = [[1, 1, 1]] * 2000 + [[2] * 9 + [3, 1, 1]]
+  dataset = make_dataset(histories, num_items=3)
+  queries = evaluate.make_queries(dataset, 'test', make_config(candidates, num_candidates=1))
+  drawn = queries.candidates[:2000]
+  assert set(drawn.ravel().tolist()) == {2, 3}
+  assert abs((drawn == 2).mean() - share) < 4 * np.sqrt(share * (1 - share) / 2000)
+
+
+def test_protocol_names_what_a_number_depends_on():
+  assert evaluate.protocol(make_config()) == {
+    'split': 'leave_one_out',
+    'candidates': 'all items',
+    'seen_items': 'left out',
+    'ties': 'against the model',
+  }
+  sampled = evaluate.protocol(make_config('popularity', num_candidates=99, seed=5))
+  assert sampled['candidates'] == 'target + 99 popularity (seed 5)'
+
+
+@pytest.mark.parametrize('users_per_share', [1, 7, 1000])
+def test_shares_hold_every_user_once_with_the_newest_token(users_per_share):
+  dataset = mixed_dataset()
+  queries = evaluate.make_queries(dataset, 'test', make_config('uniform'))
+  shares, members = evaluate.make_shares(queries, MAX_LENGTH, users_per_share)
+  assert len(members) % parallel.device_count() == 0
+  np.testing.assert_array_equal(np.sort(members[members >= 0]), np.arange(len(queries.users)))
+  for i, share_members in enumerate(members):
+    share = jax.tree.map(lambda x, i=i: x[i], shares)
+    tokens = np.asarray(gather_batch(dataset.item_ids, share.plan, MAX_LENGTH).item_ids).ravel()
+    for entry, query in enumerate(share_members):
+      if query < 0:
+        assert share.targets[entry] == share.seen_lengths[entry] == 0
+        continue
+      seen = history(dataset, queries.users[query])[:-1]
+      length = min(len(seen), MAX_LENGTH)
+      last = share.last[entry]
+      np.testing.assert_array_equal(tokens[last + 1 - length : last + 1], seen[-length:])
+      assert share.targets[entry] == queries.targets[query]
+      assert (share.seen_starts[entry], share.seen_lengths[entry]) == (
+        dataset.offsets[queries.users[query]],
+        len(seen),
+      )
+      np.testing.assert_array_equal(share.candidates[entry], queries.candidates[query])
+
+
+@functools.cache
+def sasrec():
+  """A model whose scores differ widely, and its scores of the items after one history."""
+  model = SASRec(NUM_ITEMS, MAX_LENGTH, dim=8, num_blocks=1, num_heads=2, ffn_dim=8)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+
+  @jax.jit
+  def scores(item_ids):
+    hidden = model.apply({'params': params}, item_ids[None])[0, -1]
+    return model.apply({'params': params}, method='item_vectors') @ hidden
+
+  def score_all(before) -> np.ndarray:
+    """Scores by item id; the user alone in a left-padded row."""
+    latest = before[-MAX_LENGTH:]
+    row = np.zeros(MAX_LENGTH, np.int32)
+    row[MAX_LENGTH - len(latest) :] = latest
+    return np.concatenate([[np.nan], scores(row)])
+
+  return model, params, score_all
+
+
+def plain_ranks(dataset, split, config, score_all) -> np.ndarray:
+  """Full ranking as one would explain it."""
+  drawn = iter(evaluate.make_queries(dataset, split, config).candidates.tolist())
+  ranks = []
+  for user in range(len(dataset.lengths)):
+    items = history(dataset, user).tolist()
+    if len(items) < 3:
+      continue
+    *before, target = items if split == 'test' else items[:-1]
+    candidates = next(drawn)
+    if config.candidates == 'all':
+      candidates = [i for i in range(1, NUM_ITEMS + 1) if i not in before]
+    scores = score_all(before)
+    rank = 1
+    for item in candidates:
+      if item not in (0, target) and scores[item] >= scores[target]:
+        rank += 1
+    ranks.append(rank)
+  return np.array(ranks)
+
+
+@pytest.mark.parametrize('candidates', ['all', 'uniform', 'popularity'])
+@pytest.mark.parametrize('split', SPLITS)
+def test_evaluator_equals_a_plain_loop_over_users(split, candidates):
+  dataset, config = mixed_dataset(), make_config(candidates)
+  model, params, score_all = sasrec()
+  expected = ranking_metrics(plain_ranks(dataset, split, config, score_all))
+  assert expected['users'] == (dataset.lengths >= 3).sum()
+  assert run(model, dataset, split, config, params) == expected
+
+
+@pytest.mark.parametrize('batch_size', [1, 1000])
+def test_batch_size_changes_no_rank(batch_size):
+  dataset, config = mixed_dataset(), make_config(batch_size=batch_size)
+  model, params, score_all = sasrec()
+  expected = ranking_metrics(plain_ranks(dataset, 'test', config, score_all))
+  assert run(model, dataset, 'test', config, params) == expected
+
+
+def test_shard_map_gives_the_same_metrics():
+  dataset, config = mixed_dataset(), make_config()
+  model, params, score_all = sasrec()
+  expected = ranking_metrics(plain_ranks(dataset, 'valid', config, score_all))
+  assert run(model, dataset, 'valid', config, params, mapping='shard_map') == expected
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_equal_scores_give_the_worst_rank(split):
+  dataset = cycle_dataset()
+  metrics = run(Constant(), dataset, split, make_config())
+  seen = dataset.lengths - (1 if split == 'test' else 2)
+  assert metrics['mean_rank'] == (NUM_ITEMS - seen).mean()
+  assert metrics['hit@10'] == metrics['ndcg@10'] == 0
+
+
+def test_equal_scores_give_the_worst_rank_among_candidates():
+  metrics = run(Constant(), cycle_dataset(), 'test', make_config('uniform', num_candidates=12))
+  assert metrics['mean_rank'] == 13
+  assert metrics['hit@10'] == 0
+
+
+@pytest.mark.parametrize('candidates', ['all', 'uniform'])
+@pytest.mark.parametrize('split', SPLITS)
+def test_a_model_that_knows_the_answer_scores_one(split, candidates):
+  metrics = run(Oracle(), cycle_dataset(), split, make_config(candidates))
+  assert metrics['users'] == 40
+  assert [metrics[name] for name in ('hit@5', 'ndcg@5', 'mrr', 'mean_rank')] == [1.0] * 4
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_an_error(value):
+  """Item 7 is the newest of some users only."""
+  with pytest.raises(DivergenceError, match='not finite in the evaluation on valid'):
+    run(Poisoned(value=value), cycle_dataset(), 'valid', make_config())
+
+
+def test_only_the_newest_state_is_scored():
+  dataset = make_dataset([[7, 7, 1, 2, 3], [3, 7, 4, 5], [1, 2, 7, 3, 4, 5, 6]])
+  metrics = run(Poisoned(), dataset, 'test', make_config())
+  assert metrics['mean_rank'] == 1
+
+
+def test_interruption_ends_the_evaluation():
+  dataset, config = cycle_dataset(), make_config(batch_size=1)
+  assert run(Oracle(), dataset, 'test', config, interrupted=lambda: True) is None
+  asked = []
+
+  def after_the_first():
+    asked.append(len(asked))
+    return len(asked) > 1
+
+  assert run(Oracle(), dataset, 'test', config, interrupted=after_the_first) is None
+  assert len(asked) == 2
+  assert run(Oracle(), dataset, 'test', config, interrupted=lambda: False)['mrr'] == 1
+
+
+@pytest.mark.parametrize('candidates', ['all', 'uniform', 'popularity'])
+@pytest.mark.parametrize('split', SPLITS)
+def test_popularity_baseline_equals_a_plain_loop(split, candidates):
+  dataset, config = mixed_dataset(), make_config(candidates)
+  counts = np.zeros(NUM_ITEMS + 1)
+  for user in range(len(dataset.lengths)):
+    items = history(dataset, user)
+    for item in items[:-2] if len(items) >= 3 else items:
+      counts[item] += 1
+  ranks = plain_ranks(dataset, split, config, lambda before: counts)
+  popularity = evaluate.baseline_metrics(dataset, split, config)['popularity']
+  assert popularity == ranking_metrics(ranks)
+
+
+def test_random_baseline_is_near_chance():
+  """Among 60 items, of which 4 were seen before the target: ranks 1 to 56, all equally likely."""
+  rng = np.random.default_rng(0)
+  users = 4000
+  dataset = make_dataset([rng.permutation(60)[:5] + 1 for _ in range(users)], num_items=60)
+  chance = evaluate.baseline_metrics(dataset, 'test', make_config())['random']
+  assert abs(chance['mean_rank'] - 57 / 2) < 4 * np.sqrt((56**2 - 1) / 12 / users)
+  assert abs(chance['hit@10'] - 10 / 56) < 4 * np.sqrt(10 / 56 * 46 / 56 / users)
+  config = make_config('uniform', num_candidates=9)
+  chance = evaluate.baseline_metrics(dataset, 'test', config)['random']
+  assert abs(chance['mean_rank'] - 5.5) < 4 * np.sqrt((10**2 - 1) / 12 / users)
+  assert chance['hit@10'] == 1
+
+
+def test_random_baseline_follows_its_seed():
+  def random(seed):
+    return evaluate.baseline_metrics(mixed_dataset(), 'test', make_config(seed=seed))['random']
+
+  assert random(0) == random(0)
+  assert random(0) != random(1)
