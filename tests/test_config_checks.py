@@ -1,0 +1,168 @@
+import importlib
+import pathlib
+import pkgutil
+
+import pytest
+
+import configs
+from configs import default
+from ur4rec_jax.config_checks import check_config, check_unchanged, flatten
+from ur4rec_jax.errors import InputError
+
+WRONG = [
+  ('crop', 'first'),
+  ('mapping', 'vmap'),
+  ('transfer_guard', 'no'),
+  ('model.norm', 'none'),
+  ('model.dtype', 'float16'),
+  ('loss.name', 'hinge'),
+  ('loss.negatives', 'hard'),
+  ('optimizer.name', 'adam'),
+  ('optimizer.schedule', 'linear'),
+  ('evaluation.candidates', 'sampled'),
+  ('max_length', 0),
+  ('batch_size', 0),
+  ('num_epochs', 0),
+  ('patience', 0),
+  ('validate_every_epochs', 0),
+  ('steps_per_dispatch', -1),
+  ('checkpoint.every_validations', 0),
+  ('checkpoint.max_to_keep', 0),
+  ('model.dim', 0),
+  ('model.num_blocks', 0),
+  ('model.num_heads', 0),
+  ('model.num_heads', 3),
+  ('model.ffn_dim', 0),
+  ('model.dropout', 1.0),
+  ('model.dropout', -0.1),
+  ('model.dropout', float('nan')),
+  ('loss.num_negatives', 0),
+  ('loss.chunk_size', 0),
+  ('loss.calibration', 1.5),
+  ('loss.calibration', -0.5),
+  ('evaluation.num_candidates', 0),
+  ('evaluation.batch_size', 0),
+  ('evaluation.seed', -1),
+  ('seed', -1),
+  ('optimizer.learning_rate', 0.0),
+  ('optimizer.learning_rate', -1e-3),
+  ('optimizer.learning_rate', float('nan')),
+  ('optimizer.warmup_steps', -1),
+  ('optimizer.weight_decay', -0.1),
+  ('optimizer.weight_decay', float('nan')),
+  ('optimizer.clip_norm', -1.0),
+  ('optimizer.b1', 1.0),
+  ('optimizer.b2', 1.0),
+]
+OTHER = {
+  'data_dir': '/elsewhere',
+  'num_epochs': 7,
+  'patience': 3,
+  'steps_per_dispatch': 2,
+  'mapping': 'shard_map',
+  'transfer_guard': 'allow',
+  'checkpoint.every_validations': 4,
+  'checkpoint.max_to_keep': 5,
+  'evaluation.batch_size': 17,
+}
+
+
+def config_with(**fields):
+  config = default.get_config()
+  config.update_from_flattened_dict(fields)
+  return config
+
+
+def changed(name: str, value) -> dict:
+  """The default config as nested dicts, with one field set to another value."""
+  return config_with(**{name: value}).to_dict()
+
+
+@pytest.mark.parametrize('name', [m.name for m in pkgutil.iter_modules(configs.__path__)])
+def test_every_config_passes(name):
+  check_config(importlib.import_module(f'configs.{name}').get_config())
+
+
+def test_every_knob_has_a_comment():
+  lines = pathlib.Path(default.__file__).read_text().splitlines()
+  knobs = [x for x in lines if x.startswith('  config.') and not x.endswith('ConfigDict()')]
+  assert len(knobs) == len(flatten(default.get_config().to_dict()))
+  assert [x for x in knobs if '  # ' not in x] == []
+
+
+@pytest.mark.parametrize(('name', 'value'), WRONG)
+def test_a_wrong_field_is_named(name, value):
+  with pytest.raises(InputError, match=rf'config\.{name}\b'):
+    check_config(config_with(**{name: value}))
+
+
+@pytest.mark.parametrize('name', ['loss.name', 'evaluation.candidates', 'crop', 'model.norm'])
+def test_a_wrong_choice_lists_the_right_ones(name):
+  right = flatten(default.get_config().to_dict())[name]
+  with pytest.raises(InputError, match=rf"'wrong': must be one of .*{right}"):
+    check_config(config_with(**{name: 'wrong'}))
+
+
+@pytest.mark.parametrize('name', sorted(flatten(default.get_config().to_dict())))
+def test_a_missing_field_is_named(name):
+  config = default.get_config()
+  *path, field = name.split('.')
+  parent = config[path[0]] if path else config
+  del parent[field]
+  with pytest.raises(InputError, match=rf'config\.{name} is missing'):
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('model.dropout', 0.0),
+    ('optimizer.clip_norm', 0.0),
+    ('optimizer.warmup_steps', 0),
+    ('optimizer.weight_decay', 0.0),
+    ('loss.calibration', 0.0),
+    ('loss.calibration', 1.0),
+    ('model.num_heads', 64),
+    ('max_length', 1),
+  ],
+)
+def test_values_at_a_limit_pass(name, value):
+  check_config(config_with(**{name: value}))
+
+
+def test_flatten_gives_dotted_names():
+  nested = {'a': 1, 'b': {'c': 2, 'd': {'e': [3]}}}
+  assert flatten(nested) == {'a': 1, 'b.c': 2, 'b.d.e': [3]}
+
+
+@pytest.mark.parametrize('name', OTHER)
+def test_a_run_goes_on_with_fields_that_change_no_result(name):
+  check_unchanged(default.get_config().to_dict(), changed(name, OTHER[name]), 'runs/x')
+
+
+@pytest.mark.parametrize(
+  'name', sorted(flatten(default.get_config().to_dict()).keys() - OTHER.keys())
+)
+def test_a_run_does_not_go_on_with_another_value_of_any_other_field(name):
+  before = flatten(default.get_config().to_dict())[name]
+  value = {'float': 0.123, 'int': 77, 'str': 'other'}[type(before).__name__]
+  with pytest.raises(InputError, match=rf'config\.{name} is {value!r}.*runs/x.*{before!r}'):
+    check_unchanged(default.get_config().to_dict(), changed(name, value), 'runs/x')
+
+
+def test_the_number_of_epochs_is_fixed_under_a_cosine_schedule():
+  started = config_with(**{'optimizer.schedule': 'cosine'})
+  current = config_with(**{'optimizer.schedule': 'cosine', 'num_epochs': 7})
+  check_unchanged(started.to_dict(), started.to_dict(), 'runs/x')
+  with pytest.raises(InputError, match=r'config\.num_epochs is 7'):
+    check_unchanged(started.to_dict(), current.to_dict(), 'runs/x')
+
+
+@pytest.mark.parametrize('swap', [False, True])
+def test_a_field_that_only_one_side_has_is_named(swap):
+  started = default.get_config().to_dict()
+  current = started | {'extra': {'knob': 3}}
+  if swap:
+    started, current = current, started
+  with pytest.raises(InputError, match=r'config\.extra\.knob'):
+    check_unchanged(started, current, 'runs/x')

@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import default
+from ur4rec_jax import optimizers
+from ur4rec_jax.models.sasrec import SASRec
+
+
+def make_config(**fields):
+  config = default.get_config().optimizer
+  config.update({'learning_rate': 0.5, 'warmup_steps': 0, 'clip_norm': 0.0} | fields)
+  return config
+
+
+def take_steps(config, params, gradients, total_steps: int = 10):
+  """Parameters after one step for each of `gradients`."""
+  tx = optimizers.create_optimizer(config, total_steps)
+  opt_state = tx.init(params)
+  trajectory = []
+  for gradient in gradients:
+    updates, opt_state = tx.update(gradient, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    trajectory.append(params)
+  return trajectory
+
+
+@pytest.mark.parametrize(
+  ('schedule', 'warmup', 'expected'),
+  [
+    # Of step: rate, at a learning rate of 2 and 20 steps in all.
+    ('constant', 0, {0: 2.0, 1: 2.0, 19: 2.0, 500: 2.0}),
+    ('constant', 4, {0: 0.5, 1: 1.0, 2: 1.5, 3: 2.0, 4: 2.0, 500: 2.0}),
+    ('cosine', 0, {0: 2.0, 5: 1 + np.sqrt(0.5), 10: 1.0, 15: 1 - np.sqrt(0.5), 20: 0.0, 25: 0.0}),
+    ('cosine', 4, {0: 0.5, 3: 2.0, 4: 2.0, 8: 1 + np.sqrt(0.5), 12: 1.0, 20: 0.0}),
+    ('cosine', 20, {0: 0.1, 19: 2.0}),
+    ('cosine', 30, {14: 1.0, 19: 4 / 3}),
+  ],
+)
+def test_schedule_at_chosen_steps(schedule, warmup, expected):
+  config = make_config(learning_rate=2.0, schedule=schedule, warmup_steps=warmup)
+  rate = jax.jit(optimizers.learning_rate_schedule(config, 20))
+  assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_decay_leaves_out_biases_scales_and_embeddings():
+  model = SASRec(9, 4, dim=4, num_blocks=1, ffn_dim=4)
+  params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
+  mask = jax.tree_util.tree_leaves_with_path(optimizers.decay_mask(params))
+  names = {jax.tree_util.keystr(path, simple=True, separator='/'): value for path, value in mask}
+  assert {name for name, decays in names.items() if decays} == {
+    f'blocks_0/{layer}/kernel'
+    for layer in ('query', 'key', 'value', 'attention_out', 'ffn_in', 'ffn_out')
+  }
+  assert {name.split('/')[-1] for name, decays in names.items() if not decays} == {
+    'bias',
+    'scale',
+    'item_embedding',
+    'position_embedding',
+  }
+
+
+def test_weight_decay_shrinks_only_what_it_is_for():
+  params = {'dense': {'kernel': jnp.array([3.0]), 'bias': jnp.array([3.0])}}
+  config = make_config(weight_decay=0.1)
+  (after,) = take_steps(config, params, [jax.tree.map(jnp.zeros_like, params)])
+  np.testing.assert_allclose(after['dense']['kernel'], 3.0 * (1 - 0.5 * 0.1), rtol=1e-6)
+  np.testing.assert_array_equal(after['dense']['bias'], 3.0)
+
+
+def test_adamw_equals_its_formula():
+  config = make_config(b1=0.8, b2=0.9, weight_decay=0.2, learning_rate=0.01, warmup_steps=2)
+  gradients = [np.array([1.0, -2.0]), np.array([0.5, 3.0]), np.array([-4.0, 0.1])]
+  params, mean, square = np.array([1.0, -1.0]), np.zeros(2), np.zeros(2)
+  expected = []
+  for step, gradient in enumerate(gradients):
+    mean = 0.8 * mean + 0.2 * gradient
+    square = 0.9 * square + 0.1 * gradient**2
+    direction = mean / (1 - 0.8 ** (step + 1)) / (np.sqrt(square / (1 - 0.9 ** (step + 1))) + 1e-8)
+    params = params - 0.01 * min(1, (step + 1) / 2) * (direction + 0.2 * params)
+    expected.append(params)
+  trajectory = take_steps(
+    config, {'kernel': jnp.array([1.0, -1.0])}, [{'kernel': jnp.asarray(g)} for g in gradients]
+  )
+  for actual, wanted in zip(trajectory, expected, strict=True):
+    np.testing.assert_allclose(actual['kernel'], wanted, rtol=1e-5)
+
+
+def test_sgd_is_the_gradient_times_the_rate():
+  """No momentum and no weight decay: a step does not depend on those before."""
+  config = make_config(name='sgd', weight_decay=0.3, warmup_steps=2)
+  params = {'kernel': jnp.array([1.0, 2.0])}
+  gradient = {'kernel': jnp.array([4.0, -8.0])}
+  first, second, third = take_steps(config, params, [gradient] * 3)
+  np.testing.assert_allclose(first['kernel'], [0.0, 4.0], rtol=1e-6)  # Half of the rate.
+  np.testing.assert_allclose(second['kernel'], [-2.0, 8.0], rtol=1e-6)
+  np.testing.assert_allclose(third['kernel'], [-4.0, 12.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('clip_norm', 'factor'), [(0.0, 1.0), (1.0, 1 / 13), (6.5, 0.5), (14.0, 1.0)]
+)
+def test_clipping_bounds_the_norm_over_all_parameters(clip_norm, factor):
+  """The gradient's norm is 13 over both parameters together."""
+  gradient = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([[12.0]])}
+  params = jax.tree.map(jnp.zeros_like, gradient)
+  config = make_config(name='sgd', clip_norm=clip_norm)
+  (after,) = take_steps(config, params, [gradient])
+  np.testing.assert_allclose(after['a'], -0.5 * factor * gradient['a'], rtol=1e-6)
+  np.testing.assert_allclose(after['b'], -0.5 * factor * gradient['b'], rtol=1e-6)
+
+
+def test_clipping_comes_before_the_moments_of_adamw():
+  """AdamW hides the scale of a constant gradient, but not that one step's was cut."""
+  params = {'kernel': jnp.array([0.0])}
+  gradients = [{'kernel': jnp.array([g])} for g in (1000.0, 1.0)]
+  cut = [{'kernel': jnp.array([1.0])}] * 2
+  clipped = take_steps(make_config(clip_norm=1.0), params, gradients)[-1]
+  expected = take_steps(make_config(clip_norm=0.0), params, cut)[-1]
+  unclipped = take_steps(make_config(clip_norm=0.0), params, gradients)[-1]
+  np.testing.assert_allclose(clipped['kernel'], expected['kernel'], rtol=1e-6)
+  assert abs(clipped['kernel'] - unclipped['kernel']) > 0.1
