@@ -193,6 +193,15 @@ def test_a_changed_field_is_named(run, finished):
   assert_refused(done, 'config.model.dim', '32', '16', '--workdir')
 
 
+def test_a_second_process_in_the_workdir_is_refused(start, run, tmp_path):
+  workdir = tmp_path / 'run'
+  first = start(workdir, '--config.num_epochs=1000', '--config.patience=1000')
+  assert any('epoch 1' in line for line in first.stderr)
+  assert_refused(run(workdir), 'another process is training', workdir)
+  first.kill()
+  first.communicate()
+
+
 def test_more_epochs_go_on(run, finished, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(finished, workdir)

@@ -87,13 +87,14 @@ def check_config(config: ConfigDict) -> None:
     )
 
 
-def check_unchanged(started: dict, current: dict, workdir: str) -> None:
+def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str, ...] = ()) -> None:
   """Raises InputError, naming the field, if a started run cannot go on with this config.
 
   Args:
     started: config that the run was started with, as nested dicts.
     current: config now.
     workdir: the run's folder, for the message.
+    free: fields whose names start with one of these may differ.
   """
   before, now = flatten(started), flatten(current)
   fixed = set(before) | set(now)
@@ -101,7 +102,7 @@ def check_unchanged(started: dict, current: dict, workdir: str) -> None:
   if now.get('optimizer.schedule') == 'cosine':
     fixed.add('num_epochs')  # The schedule is stretched over them.
   for name in sorted(fixed):
-    if before.get(name) != now.get(name):
+    if before.get(name) != now.get(name) and not name.startswith(free):
       raise InputError(
         f'config.{name} is {now.get(name)!r}, but the run in {workdir} was started with '
         f'{before.get(name)!r}, and its checkpoints do not fit; set it back or use another '

@@ -7,7 +7,7 @@ python -m ur4rec_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train|e
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ur4rec_jax import parallel, train
+from ur4rec_jax import parallel, results, train
 from ur4rec_jax.errors import exit_on_input_error
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f'unexpected argument {argv[1]!r}')
   logging.set_verbosity(logging.WARNING)  # Libraries tell much at INFO.
   parallel.start_processes()
-  modes = {'train': train.train_and_evaluate, 'evaluate': train.evaluate_workdir}
+  modes = {'train': train.train_and_evaluate, 'evaluate': results.evaluate_workdir}
   modes[_MODE.value](_CONFIG.value, _WORKDIR.value)
 
 

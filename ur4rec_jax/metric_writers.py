@@ -101,19 +101,12 @@ class Progress:
     self._bar.close()
 
 
+class Silent:
+  """Takes the place of both in the processes of a run that report nothing."""
+
+  def __getattr__(self, name: str):
+    return lambda *args, **kwargs: 0
+
+
 def _clock(seconds: float) -> str:
   return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
-
-
-def metrics_table(rows: dict[str, dict[str, float]]) -> str:
-  """Formats metrics as a table, one row a model, one column a metric."""
-  names = [name for name in next(iter(rows.values())) if name != 'users']
-  width = max(map(len, rows))
-  lines = [' ' * width + ''.join(f'{name:>10}' for name in names)]
-  for row, values in rows.items():
-    cells = ''.join(
-      f'{values[name]:>10.1f}' if name == 'mean_rank' else f'{values[name]:>10.4f}'
-      for name in names
-    )
-    lines.append(f'{row:<{width}}{cells}')
-  return '\n'.join(lines)

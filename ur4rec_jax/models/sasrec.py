@@ -8,6 +8,7 @@ a left-padded row and a right-padded row give each user the same hidden states.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 Array = jax.Array
 
@@ -192,3 +193,9 @@ class SASRec(nn.Module):
   def item_vectors(self) -> Array:
     """Returns `[num_items, dim]`: row i is the output vector of item id i + 1."""
     return self.item_embedding[1:]
+
+
+def create_model(config: ConfigDict, num_items: int) -> SASRec:
+  """Builds the model that `config.model` and `config.max_length` describe."""
+  fields = {**config.model, 'dtype': jnp.dtype(config.model.dtype)}
+  return SASRec(num_items=num_items, max_length=config.max_length, **fields)

@@ -1,0 +1,151 @@
+"""The numbers of a finished run: `results.json`, the table, and `--mode=evaluate`."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ur4rec_jax import evaluate, optimizers, parallel
+from ur4rec_jax.checkpoint import Checkpointer, write_file
+from ur4rec_jax.config_checks import check_config
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.input_pipeline import Dataset, load_dataset
+from ur4rec_jax.models.sasrec import create_model
+from ur4rec_jax.train_state import create_train_state
+from ur4rec_jax.workdir import check_workdir
+
+PyTree = Any
+
+
+def write_results(
+  config: ConfigDict,
+  workdir: str,
+  dataset: Dataset,
+  params: PyTree,
+  stage: dict[str, Any],
+  seconds: float,
+) -> dict:
+  """Evaluates `params`, writes `results.json` and `timing.json`, and prints the table.
+
+  Args:
+    config: the run's config.
+    workdir: where to write.
+    dataset: all interactions.
+    params: the best parameters.
+    stage: what to say of the stage that made them.
+    seconds: training time.
+
+  Returns:
+    The contents of `results.json`.
+  """
+  scores = _evaluate_params(config, dataset, params)
+  results = {
+    'dataset': {
+      'name': dataset.info['name'],
+      **dataset.info['counts'],
+      'split_hash': dataset.info['split']['hash'],
+    },
+    **scores,
+    'stages': [{**stage, 'valid': scores['valid'], 'test': scores['test']}],
+    'seed': config.seed,
+    'git': _git_version(),
+  }
+  # Apart from the results, which are the same whenever and wherever the run is repeated.
+  timing = {
+    'device': parallel.describe_devices(),
+    'seconds': round(seconds, 1),
+    'jax': jax.__version__,
+  }
+  if parallel.is_main_process():
+    for name, content in (('timing.json', timing), ('results.json', results)):
+      write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
+    print(results_table(results), flush=True)
+  return results
+
+
+def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
+  """Evaluates a run's best parameters again; prints the table, and on stdout one line of JSON.
+
+  Args:
+    config: the run's config; `evaluation` may differ.
+    workdir: a folder that `train_and_evaluate` wrote.
+
+  Returns:
+    `protocol`, `valid`, `test` and `baselines`, as in `results.json`.
+
+  Raises:
+    InputError: the folder holds no run or another one.
+  """
+  check_config(config)
+  dataset = load_dataset(config.data_dir)
+  if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
+    raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
+  model = create_model(config, dataset.num_items)
+  tx = optimizers.create_optimizer(config.optimizer, 1)
+  shapes = jax.eval_shape(lambda: create_train_state(model, tx, config.seed))
+  checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
+  try:
+    restored = checkpointer.restore({'state': shapes, 'best_params': shapes.params})
+  finally:
+    checkpointer.close()
+  if restored is None or not restored[1]['best_valid']:
+    raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
+  results = _evaluate_params(config, dataset, restored[0]['best_params'])
+  if parallel.is_main_process():
+    print(results_table(results), file=sys.stderr)
+    print(json.dumps(results))
+  return results
+
+
+def _evaluate_params(config: ConfigDict, dataset: Dataset, params: PyTree) -> dict[str, dict]:
+  """Returns the protocol, the metrics of `params` on both splits, and the baselines on test."""
+  model = create_model(config, dataset.num_items)
+  with jax.transfer_guard(config.transfer_guard):
+    item_ids = parallel.replicate(dataset.item_ids)
+    scores = {
+      split: evaluate.make_evaluator(
+        model, dataset, item_ids, split, config.evaluation, config.mapping
+      )(params)
+      for split in evaluate.HELD_OUT
+    }
+  return {
+    'protocol': evaluate.protocol(config.evaluation),
+    **scores,
+    'baselines': evaluate.baseline_metrics(dataset, 'test', config.evaluation),
+  }
+
+
+def results_table(results: dict) -> str:
+  """Formats test metrics beside both baselines, one row each, under the protocol's name."""
+  rows = {
+    **{name: results['baselines'][name] for name in ('random', 'popularity')},
+    'sasrec': results['test'],
+    'sasrec (valid)': results['valid'],
+  }
+  names = [name for name in results['test'] if name != 'users']
+  width = max(map(len, rows))
+  protocol = ', '.join(f'{name}: {value}' for name, value in results['protocol'].items())
+  lines = [
+    f'\ntest, {results["test"]["users"]:,} users; {protocol}',
+    ' ' * width + ''.join(f'{name:>10}' for name in names),
+  ]
+  for row, values in rows.items():
+    digits = [1 if name == 'mean_rank' else 4 for name in names]
+    cells = ''.join(f'{values[n]:>10.{d}f}' for n, d in zip(names, digits, strict=True))
+    lines.append(f'{row:<{width}}{cells}')
+  return '\n'.join(lines)
+
+
+def _git_version() -> str | None:
+  """Commit of the source tree, with `-dirty` if it has changes; None outside a checkout."""
+  command = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+  folder = pathlib.Path(__file__).parent
+  try:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+  except OSError:
+    return None
+  return done.stdout.strip() or None

@@ -1,0 +1,76 @@
+"""The folder of a run: what it was started with, and that only one process trains in it."""
+
+import fcntl
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from ur4rec_jax import parallel
+from ur4rec_jax.checkpoint import write_file
+from ur4rec_jax.config_checks import check_unchanged
+from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.input_pipeline import Dataset
+
+_locks = []  # Open files; the locks end with the process, however it ends.
+
+
+def check_workdir(
+  workdir: str, config: ConfigDict, dataset: Dataset, free: tuple[str, ...] = ()
+) -> bool:
+  """Checks that the run in `workdir` is one on this dataset with this config.
+
+  Args:
+    workdir: the run's folder.
+    config: config now.
+    dataset: dataset now.
+    free: config fields whose names start with one of these may differ.
+
+  Returns:
+    Whether there is a run.
+
+  Raises:
+    InputError: it is another run; the message names the dataset or the field.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.exists():
+    return False
+  started = json.loads(path.read_text())
+  if started['dataset'] != _identity(dataset):
+    raise InputError(
+      f'{workdir} holds a run on dataset {started["dataset"]}, but config.data_dir='
+      f'{config.data_dir} is {_identity(dataset)}; use another --workdir'
+    )
+  check_unchanged(started['config'], config.to_dict(), workdir, free)
+  return True
+
+
+def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
+  """Checks the folder, locks it against other processes, and notes the config in `config.json`.
+
+  Raises:
+    InputError: the folder holds another run, or a process is training in it.
+    StorageError: the folder cannot be written.
+  """
+  check_workdir(workdir, config, dataset)
+  folder = pathlib.Path(workdir)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not parallel.is_main_process():
+      return
+    lock = open(folder / 'lock', 'w')  # noqa: SIM115
+  except OSError as error:
+    raise StorageError(f'cannot write to --workdir {workdir}: {error.strerror}') from error
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    raise InputError(
+      f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'
+    ) from error
+  _locks.append(lock)
+  content = {'dataset': _identity(dataset), 'config': config.to_dict()}
+  write_file(folder / 'config.json', json.dumps(content, indent=2) + '\n')
+
+
+def _identity(dataset: Dataset) -> dict[str, str]:
+  return {'name': dataset.info['name'], 'split_hash': dataset.info['split']['hash']}
