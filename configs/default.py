@@ -36,7 +36,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.loss.num_negatives = 1  # Sampled items a token, or a step for sampled_softmax.
   config.loss.negatives = 'uniform'  # How sampled_softmax draws them: uniform or popularity.
   config.loss.calibration = 0.75  # t of gbce: 0 as bce, 1 fully calibrated.
-  config.loss.chunk_size = 1200  # Tokens whose logits are in memory at once.
+  config.loss.chunk_size = 800  # Tokens whose logits are in memory at once.
 
   config.optimizer = ConfigDict()
   config.optimizer.name = 'adamw'  # adamw or sgd.

@@ -13,7 +13,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   """Returns the config of a model variant, see `configs/default.py`."""
   config = default.get_config(variant)
   config.data_dir = 'data/movielens_100k'
-  config.max_length = 100
+  config.max_length = 200
   config.batch_size = 32
+  config.crop = 'random'
   config.patience = 15
   return config

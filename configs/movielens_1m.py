@@ -14,6 +14,12 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config = default.get_config(variant)
   config.data_dir = 'data/movielens_1m'
   config.max_length = 200
-  config.batch_size = 128
+  config.batch_size = 64
   config.crop = 'random'
+  config.num_epochs = 30
+  config.validate_every_epochs = 2
+  config.model.dim = 128
+  config.model.ffn_dim = 128
+  config.model.num_heads = 2
+  config.optimizer.schedule = 'cosine'
   return config

@@ -189,11 +189,12 @@ class _TrainLoop:
     if restored is None:
       self.state: TrainState = parallel.replicate(state)
       self.best_params = _copy(self.state.params)
-      self.progress = TrainProgress()
+      self.progress, self.saved = TrainProgress(), None
     else:
       arrays, progress = restored
       self.state, self.best_params = arrays['state'], arrays['best_params']
       self.progress = TrainProgress(**progress)
+      self.saved = self._position()
 
   def run(self) -> None:
     """Trains to the end; `best_params` and `progress` then hold the outcome."""
@@ -209,8 +210,7 @@ class _TrainLoop:
           self._save_and_stop(signal_number)
         self.state, progress.step = self.dispatcher.run(self.state, progress.step)
       self.dispatcher.flush()
-      if self.checkpointer.latest_step != progress.step:
-        self._save()
+      self._save()
     finally:
       self.bar.close()
       self.writer.close()
@@ -244,12 +244,19 @@ class _TrainLoop:
     if progress.step // self.validate_every % self.config.checkpoint.every_validations == 0:
       self._save()
 
+  def _position(self) -> tuple[int, int]:
+    return self.progress.step, self.progress.validated_step
+
   def _save(self) -> None:
+    """Saves, unless the last save was of the same position."""
+    if self.saved == self._position():
+      return
     self.progress.metrics_size = self.writer.position()
     self.progress.seconds = time.monotonic() - self.started
     tree = {'state': self.state, 'best_params': self.best_params}
     with jax.transfer_guard('allow'):
       self.checkpointer.save(self.progress.step, tree, dataclasses.asdict(self.progress))
+    self.saved = self._position()
 
   def _save_and_stop(self, signal_number: int) -> None:
     self.dispatcher.flush()
