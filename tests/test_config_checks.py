@@ -166,3 +166,10 @@ def test_a_field_that_only_one_side_has_is_named(swap):
     started, current = current, started
   with pytest.raises(InputError, match=r'config\.extra\.knob'):
     check_unchanged(started, current, 'runs/x')
+
+
+def test_fields_that_are_declared_free_may_differ():
+  started = default.get_config().to_dict()
+  check_unchanged(started, changed('evaluation.seed', 3), 'runs/x', free=('evaluation.', 'loss.'))
+  with pytest.raises(InputError, match=r'config\.seed is 3'):
+    check_unchanged(started, changed('seed', 3), 'runs/x', free=('evaluation.', 'loss.'))

@@ -52,7 +52,7 @@ def test_decay_leaves_out_biases_scales_and_embeddings():
   names = {jax.tree_util.keystr(path, simple=True, separator='/'): value for path, value in mask}
   assert {name for name, decays in names.items() if decays} == {
     f'blocks_0/{layer}/kernel'
-    for layer in ('query', 'key', 'value', 'attention_out', 'ffn_in', 'ffn_out')
+    for layer in ('query_key_value', 'attention_out', 'ffn_in', 'ffn_out')
   }
   assert {name.split('/')[-1] for name, decays in names.items() if not decays} == {
     'bias',

@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ur4rec_jax.models.sasrec import Dropout, SASRec, masked_attention, segment_positions
+from configs import default
+from ur4rec_jax.models.sasrec import (
+  Dropout,
+  SASRec,
+  create_model,
+  masked_attention,
+  segment_positions,
+)
 
 NUM_ITEMS = 30
 LENGTH = 12
@@ -199,6 +206,15 @@ def test_number_of_parameters(items, length, dim, blocks, heads, ffn):
   embeddings = (items + 1) * dim + length * dim
   expected = embeddings + blocks * (attention + feed_forward + 2 * norm) + norm
   assert sum(x.size for x in jax.tree.leaves(parameter_shapes(model))) == expected
+
+
+def test_config_describes_the_model():
+  config = default.get_config()
+  config.update({'max_length': 9, 'model': {'dim': 6, 'num_heads': 3, 'dtype': 'bfloat16'}})
+  expected = SASRec(
+    NUM_ITEMS, 9, dim=6, num_heads=3, ffn_dim=64, dropout=0.2, norm='pre', dtype=jnp.bfloat16
+  )
+  assert create_model(config, NUM_ITEMS) == expected
 
 
 def test_item_vectors_are_the_input_embeddings_without_padding():

@@ -280,7 +280,7 @@ def golden_params():
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
   leaves, structure = jax.tree.flatten(shapes)
   values = [
-    (0.5 * np.cos(np.arange(1, x.size + 1) * (i + 1.7))).reshape(x.shape).astype(np.float32)
+    (0.7 * np.cos(1.7 * np.arange(x.size) ** 1.5 + i)).reshape(x.shape).astype(np.float32)
     for i, x in enumerate(leaves)
   ]
   return structure.unflatten(values)
@@ -305,18 +305,18 @@ def test_golden_step():
     'grad_norm': metrics['grad_norm'][0],
     'item': params['item_embedding'][3, 0],
     'position': params['position_embedding'][0, 1],
-    'query': params['blocks_0']['query']['kernel'][2, 3],
+    'query': params['blocks_0']['query_key_value']['kernel'][2, 3],
     'ffn_out': params['blocks_0']['ffn_out']['bias'][4],
     'final_norm': params['final_norm']['scale'][7],
   }
   expected = {
-    'loss': 2.9047818,
-    'grad_norm': 0.75637484,
-    'item': -0.36151516,
-    'position': -0.41623276,
-    'query': 0.12908368,
-    'ffn_out': -0.140367,
-    'final_norm': 0.19090873,
+    'loss': 3.3058369,
+    'grad_norm': 1.0587245,
+    'item': 0.67162013,
+    'position': -0.38382798,
+    'query': -0.18790235,
+    'ffn_out': -0.65053993,
+    'final_norm': 0.61895394,
   }
   assert {k: float(v) for k, v in actual.items()} == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
