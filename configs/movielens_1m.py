@@ -16,10 +16,11 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.max_length = 200
   config.batch_size = 64
   config.crop = 'random'
-  config.num_epochs = 30
+  config.num_epochs = 40
   config.validate_every_epochs = 2
   config.model.dim = 128
   config.model.ffn_dim = 128
   config.model.num_heads = 2
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule = 'cosine'
   return config

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax import metrics, parallel, splits
+from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.input_pipeline import Dataset, Plan, assign, gather_batch, pack, plan_rows
 
 Array = jax.Array
@@ -236,7 +237,7 @@ def make_evaluator(
 
   Returns:
     `evaluator(params, interrupted=lambda: False)`: metrics, or None once `interrupted()` is True.
-    It raises FloatingPointError if a score is not finite.
+    It raises DivergenceError if a score is not finite.
   """
   queries = make_queries(dataset, split, config)
   shares, members = make_shares(queries, model.max_length, config.batch_size)
@@ -258,7 +259,7 @@ def make_evaluator(
       outputs.append(step(params, item_ids, share))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
-      raise FloatingPointError(f'a score is not finite in the evaluation on {split}')
+      raise DivergenceError(f'a score is not finite in the evaluation on {split}')
     ranks = np.concatenate([ranks for ranks, _ in outputs])
     # In the users' order, so that sums do not depend on the number of devices.
     flat = members.reshape(-1)
