@@ -1,6 +1,10 @@
 """Small real data and real runs that several test files share."""
 
 import os
+
+# The same numbers on every machine; and the tests are mostly compiling.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
 import pathlib
 import subprocess
 import sys
@@ -28,7 +32,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
   """Environment of the processes that tests start; they share compiled programs."""
   cache = tmp_path_factory.mktemp('compiled')
   return os.environ | {
-    'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'PYTHONPATH': str(ROOT),

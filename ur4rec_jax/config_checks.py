@@ -19,6 +19,8 @@ _CHOICES = {
   'transfer_guard': ('disallow', 'log', 'allow'),
 }
 _AT_LEAST = {
+  'seed': 0,
+  'evaluation.seed': 0,
   'max_length': 1,
   'batch_size': 1,
   'num_epochs': 1,
@@ -39,6 +41,7 @@ _AT_LEAST = {
   'optimizer.weight_decay': 0,
   'optimizer.clip_norm': 0,
 }
+_BELOW_ONE = ('model.dropout', 'optimizer.b1', 'optimizer.b2')
 # These change neither what is computed nor what is stored, or only how far training goes.
 _CHANGEABLE = (
   'data_dir',
@@ -67,7 +70,8 @@ def flatten(config: dict, prefix: str = '') -> dict[str, Any]:
 def check_config(config: ConfigDict) -> None:
   """Raises InputError, naming the field and what it may be, if a field is missing or impossible."""
   fields = flatten(config.to_dict())
-  for name in (*_CHOICES, *_AT_LEAST, 'optimizer.learning_rate', 'model.dropout'):
+  others = ('data_dir', 'loss.calibration', 'optimizer.learning_rate')
+  for name in (*_CHOICES, *_AT_LEAST, *_BELOW_ONE, *others):
     if name not in fields:
       raise InputError(f'config.{name} is missing; configs/default.py has every field')
   for name, choices in _CHOICES.items():
@@ -78,8 +82,11 @@ def check_config(config: ConfigDict) -> None:
       raise InputError(f'config.{name}={fields[name]}: must be at least {least}')
   if not fields['optimizer.learning_rate'] > 0:
     raise InputError('config.optimizer.learning_rate: must be above 0')
-  if not 0 <= fields['model.dropout'] < 1:
-    raise InputError(f'config.model.dropout={fields["model.dropout"]}: must be in [0, 1)')
+  for name in _BELOW_ONE:
+    if not 0 <= fields[name] < 1:
+      raise InputError(f'config.{name}={fields[name]}: must be in [0, 1)')
+  if not 0 <= fields['loss.calibration'] <= 1:
+    raise InputError(f'config.loss.calibration={fields["loss.calibration"]}: must be in [0, 1]')
   if fields['model.dim'] % fields['model.num_heads']:
     raise InputError(
       f'config.model.num_heads={fields["model.num_heads"]}: must divide '

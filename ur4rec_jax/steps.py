@@ -121,7 +121,8 @@ def make_train_step(
     weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
     # Dividing by the global count here makes the mean of the devices' gradients the gradient of
     # the mean over all tokens, however unevenly tokens are spread.
-    tokens = jnp.maximum(jax.lax.pmean(weights.sum(), AXIS), 1.0)
+    tokens = jax.lax.pmean(weights.sum(), AXIS)
+    tokens = jnp.where(tokens > 0, tokens, 1.0)
 
     def objective(params):
       hidden = model.apply(
@@ -140,7 +141,7 @@ def make_train_step(
     value, gradients = jax.lax.pmean((value, gradients), AXIS)
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     metrics = {
       'loss': value,
       'grad_norm': grad_norm,

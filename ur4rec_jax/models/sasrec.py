@@ -70,7 +70,7 @@ class Dropout(nn.Module):
   def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
     """Zeroes values of `x` `[...]` at random and scales up the others."""
     deterministic = nn.merge_param('deterministic', self.deterministic, deterministic)
-    dropped = round(self.rate * 65536)
+    dropped = min(round(self.rate * 65536), 65535)
     if deterministic or not dropped:
       return x
     words = jax.random.bits(self.make_rng('dropout'), ((x.size + 1) // 2,), jnp.uint32)
