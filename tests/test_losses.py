@@ -221,7 +221,7 @@ def test_plain_softmax_equals_its_formula():
 def test_plain_softmax_has_the_gradients_of_finite_differences():
   """In float32, as its logits are: hence the wide step and tolerance."""
   hidden, item_vectors, targets, weights = catalogue_inputs()
-  loss = lambda h, v: losses.plain_softmax(h, v, targets, weights)  # noqa: E731
+  loss = lambda h, v: losses.plain_softmax(h, v, targets, weights)
   check_grads(loss, (hidden, item_vectors), 1, ['rev'], atol=2e-2, rtol=2e-2, eps=1e-2)
 
 
@@ -241,7 +241,7 @@ def test_softmax_carries_the_cotangent(dtype):
   inputs = catalogue_inputs(dtype=dtype)
   tolerance = 1e-5 if dtype == jnp.float32 else 0.05
   softmax = softmax_in_chunks(5)
-  objective = lambda loss: lambda *args: jnp.tanh(loss(*args) / 50) * -70  # noqa: E731
+  objective = lambda loss: lambda *args: jnp.tanh(loss(*args) / 50) * -70
   value, gradients = value_and_gradients(objective(softmax), *inputs)
   expected, expected_gradients = value_and_gradients(objective(losses.plain_softmax), *inputs)
   np.testing.assert_allclose(value, expected, rtol=tolerance)
@@ -305,7 +305,7 @@ def test_chunked_sum_equals_the_whole(chunk_size):
     return losses.plain_softmax(hidden, item_vectors, targets, weights)
 
   def chunked(hidden, item_vectors):
-    loss = lambda h, t, w: losses.plain_softmax(h, item_vectors, t, w)  # noqa: E731
+    loss = lambda h, t, w: losses.plain_softmax(h, item_vectors, t, w)
     return losses.chunked_sum(loss, chunk_size, hidden, targets, weights)
 
   value, gradients = value_and_gradients(chunked, hidden, item_vectors)

@@ -32,7 +32,7 @@ def parameter_shapes(model: SASRec):
 def large_params(model: SASRec):
   """Parameters far from zero, so that a leak between positions cannot hide."""
   rng = np.random.default_rng(0)
-  draw = lambda x: jnp.asarray(rng.normal(scale=0.5, size=x.shape), x.dtype)  # noqa: E731
+  draw = lambda x: jnp.asarray(rng.normal(scale=0.5, size=x.shape), x.dtype)
   return jax.tree.map(draw, parameter_shapes(model))
 
 

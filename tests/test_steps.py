@@ -81,7 +81,7 @@ def item_gradients(config, data, target: int, num_keys: int) -> np.ndarray:
   loss = steps.make_loss(config)
 
   def gradient(key):
-    objective = lambda v: loss(hidden, v, jnp.array([target]), jnp.ones(1), data, key)  # noqa: E731
+    objective = lambda v: loss(hidden, v, jnp.array([target]), jnp.ones(1), data, key)
     return jax.grad(objective)(item_vectors[: len(data.item_counts)])
 
   return np.asarray(jax.jit(jax.vmap(gradient))(jax.random.split(jax.random.key(1), num_keys)))
@@ -129,7 +129,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
 @pytest.mark.parametrize('name', ['sampled_softmax', 'bce', 'bpr', 'gbce'])
 def test_negatives_follow_the_key(name):
   loss = steps.make_loss(loss_config(name))
-  run = lambda seed: loss(*loss_inputs(), train_data(EVEN), jax.random.key(seed))  # noqa: E731
+  run = lambda seed: loss(*loss_inputs(), train_data(EVEN), jax.random.key(seed))
   assert run(0) == run(0)
   assert run(0) != run(1)
 

@@ -199,7 +199,7 @@ def make_shares(
   plan = plan_rows(
     users, queries.starts + queries.lengths - lengths, lengths, num_shares * rows_per_share
   )
-  by_share = lambda x: x.reshape(num_shares, rows_per_share, -1)  # noqa: E731
+  by_share = lambda x: x.reshape(num_shares, rows_per_share, -1)
   users = by_share(np.pad(users, ((0, len(plan.lengths) - len(users)), (0, 0)), constant_values=-1))
   first_token = np.arange(rows_per_share)[:, None] * max_length
   ends = first_token + np.cumsum(by_share(plan.lengths), axis=2) - 1
@@ -210,7 +210,7 @@ def make_shares(
     filled = users[share] >= 0
     members[share, : filled.sum()] = users[share][filled]
     last[share, : filled.sum()] = ends[share][filled]
-  lookup = lambda x: np.where(members >= 0, x[members], 0).astype(np.int32)  # noqa: E731
+  lookup = lambda x: np.where(members >= 0, x[members], 0).astype(np.int32)
   share = Share(
     Plan(*map(by_share, plan)),
     last,

@@ -168,7 +168,7 @@ def plan_rows(users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, multip
   Returns:
     `[rows rounded up, slots]`.
   """
-  lookup = lambda x: np.where(users >= 0, x[users], 0).astype(np.int32)  # noqa: E731
+  lookup = lambda x: np.where(users >= 0, x[users], 0).astype(np.int32)
   missing = ((0, -len(users) % multiple), (0, 0))
   return Plan(np.pad(lookup(starts), missing), np.pad(lookup(lengths), missing))
 
@@ -246,7 +246,7 @@ def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
   slot = jnp.where(filled, slot, 0)
   shift = plan.starts - (ends - plan.lengths)
   index = jnp.where(filled, position + jnp.take_along_axis(shift, slot, axis=1), 0)
-  zero_unless_filled = lambda x: jnp.where(filled, x, 0)  # noqa: E731
+  zero_unless_filled = lambda x: jnp.where(filled, x, 0)
   return Batch(
     zero_unless_filled(item_ids[index]),
     # Clamped at the very last interaction, which a training prefix never predicts.

@@ -179,7 +179,7 @@ def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
 def _softmax_backward(chunk_size, residuals, cotangent):
   del chunk_size
   hidden_gradient, item_gradient = residuals
-  scale = lambda g: (g * cotangent).astype(g.dtype)  # noqa: E731
+  scale = lambda g: (g * cotangent).astype(g.dtype)
   return scale(hidden_gradient), scale(item_gradient), None, None
 
 

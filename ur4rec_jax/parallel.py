@@ -150,7 +150,7 @@ def shard_map(
   specs = tuple(PartitionSpec() if axis is None else PartitionSpec(AXIS) for axis in in_axes)
 
   def share(*args):
-    squeeze = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
+    squeeze = lambda tree: jax.tree.map(lambda x: x[0], tree)
     return step(
       *(arg if axis is None else squeeze(arg) for arg, axis in zip(args, in_axes, strict=True))
     )

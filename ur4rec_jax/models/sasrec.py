@@ -34,7 +34,7 @@ def segment_positions(segment_ids: Array) -> Array:
 def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
   """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-  Dividing after the value product instead of before halves the time on CPU: the normalised
+  Dividing after the value product instead of before halves the forward time on CPU: normalised
   weights are never written out.
 
   Args:
@@ -101,8 +101,8 @@ class Block(nn.Module):
   def __call__(self, x: Array, mask: Array, *, deterministic: bool) -> Array:
     """Maps tokens `x` `[batch * length, dim]` under `mask` `[batch, length, length]`."""
     dropout = Dropout(self.dropout, deterministic=deterministic)
-    layer_norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)  # noqa: E731
-    dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)  # noqa: E731
+    layer_norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
+    dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
 
     def attention(h: Array) -> Array:
       batch, length, _ = mask.shape
