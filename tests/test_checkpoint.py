@@ -168,6 +168,7 @@ def test_a_full_disk_during_a_save(run, finished, tmp_path):
   assert done.returncode == StorageError.exit_code, done.stderr
   assert 'could not be written' in done.stderr
   assert 'goes on from the last good step' in done.stderr.splitlines()[-1]
+  assert 'Traceback' not in done.stderr
   assert newest_step(workdir) == kept
   assert run(workdir).returncode == 0
   assert (workdir / 'results.json').read_bytes() == (finished / 'results.json').read_bytes()

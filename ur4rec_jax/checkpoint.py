@@ -123,11 +123,8 @@ class Checkpointer:
     Raises:
       StorageError: the disk is full or not writable; earlier steps stay good.
     """
-    size = sum(x.nbytes for x in jax.tree.leaves(tree))
     try:
-      free = shutil.disk_usage(self._folder).free
-      if free < size:  # Else Orbax finds out, with tracebacks from its threads.
-        raise OSError(f'{size:,} bytes needed, {free:,} free')
+      self._reserve(sum(x.nbytes for x in jax.tree.leaves(tree)))
       if step in self._manager.all_steps():
         self._manager.delete(step)
       self._manager.save(
@@ -146,6 +143,18 @@ class Checkpointer:
         f'checkpoint of step {step} could not be written to {self._folder}: {error}\n'
         'make room or choose another --workdir; the same command goes on from the last good step'
       ) from error
+
+  def _reserve(self, size: int) -> None:
+    """Raises OSError if there is no room for arrays of `size` bytes.
+
+    Orbax would find out too, but with tracebacks from several threads around the message.
+    """
+    path = self._folder / f'reserved.tmp-{os.getpid()}'
+    try:
+      with open(path, 'wb') as f:
+        os.posix_fallocate(f.fileno(), 0, size + 2**20)  # A megabyte for metadata.
+    finally:
+      path.unlink(missing_ok=True)
 
   def restore(self, tree: PyTree) -> tuple[PyTree, dict] | None:
     """Reads the latest step.
