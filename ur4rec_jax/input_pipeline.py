@@ -93,16 +93,17 @@ def load_dataset(data_dir: str) -> Dataset:
     raise InputError(f'data_dir {data_dir}: no such folder; {rebuild}')
   if not (folder / 'dataset.json').is_file():
     raise InputError(f'data_dir {data_dir}: not a prepared dataset (no dataset.json); {rebuild}')
-  info = json.loads((folder / 'dataset.json').read_text())
   try:
+    info = json.loads((folder / 'dataset.json').read_text())
+    split = info['split']
     versions = sorted((folder / 'interactions').iterdir())
     source = tfds.builder_from_directory(versions[-1]).as_data_source(split='users')
     histories = [user['item_ids'] for user in source.__getitems__(range(len(source)))]
     offsets = np.concatenate([[0], np.cumsum([len(h) for h in histories])])
     item_ids = np.concatenate(histories).astype(np.int32)
   except Exception as error:  # Whatever a damaged file makes the readers raise.
-    raise InputError(f'data_dir {data_dir}: cannot be read ({error}); {rebuild}') from error
-  if splits.split_hash(info['split']['name'], offsets, item_ids) != info['split']['hash']:
+    raise InputError(f'data_dir {data_dir}: cannot be read ({error!r}); {rebuild}') from error
+  if splits.split_hash(split['name'], offsets, item_ids) != split['hash']:
     raise InputError(f'data_dir {data_dir}: interactions differ from dataset.json; {rebuild}')
   return Dataset(info, item_ids, offsets)
 
