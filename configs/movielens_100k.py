@@ -16,5 +16,5 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.max_length = 200
   config.batch_size = 32
   config.crop = 'random'
-  config.patience = 15
+  config.patience = 30
   return config
