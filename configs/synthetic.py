@@ -14,5 +14,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config = default.get_config(variant)
   config.data_dir = 'data/synthetic'
   config.max_length = 50
-  config.num_epochs = 60
+  config.batch_size = 32
+  config.num_epochs = 25
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.schedule = 'cosine'
   return config

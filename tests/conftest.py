@@ -22,6 +22,9 @@ SMALL = (
   '--config.max_length=20',
   '--config.batch_size=32',
   '--config.num_epochs=4',
+  '--config.patience=10',
+  '--config.optimizer.schedule=constant',
+  '--config.optimizer.learning_rate=1e-3',
   '--config.optimizer.warmup_steps=5',
   '--config.steps_per_dispatch=3',
 )

@@ -240,3 +240,10 @@ def test_ctrl_c_saves(start, tmp_path):
 def test_tensorflow_and_torch_are_not_needed(data_dir, environment):
   source = tfds.builder_from_directory(data_dir / 'interactions/1.0.0').as_data_source('users')
   assert all(np.asarray(user['item_ids']).dtype == np.int32 for user in source)
+
+
+def test_more_epochs_are_refused_where_the_schedule_ends_with_them(run, tmp_path):
+  workdir = tmp_path / 'run'
+  cosine = '--config.optimizer.schedule=cosine'
+  assert run(workdir, cosine, '--config.num_epochs=1').returncode == 0
+  assert_refused(run(workdir, cosine, '--config.num_epochs=2'), 'config.num_epochs', workdir)
