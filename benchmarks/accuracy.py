@@ -56,10 +56,10 @@ def table() -> str:
     stored = json.loads(path.read_text())
     runs = stored['runs']
 
-    def spread(metric, runs=runs):
+    def mean(metric, runs=runs):
       values = [run['test'][metric] for run in runs]
-      deviation = statistics.stdev(values) if len(values) > 1 else 0
-      return f'{statistics.mean(values):.4f} ± {deviation:.4f}'
+      spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 else ''
+      return f'{statistics.mean(values):.4f}{spread}'
 
     first = runs[0]
     epochs = ', '.join(str(run['stages'][-1]['best_epoch']) for run in runs)
@@ -69,9 +69,9 @@ def table() -> str:
       f'{first["dataset"]["users"]:,} x {first["dataset"]["items"]:,}',
       f'`{stored["command"]}`',
       ', '.join(str(run['seed']) for run in runs),
-      spread('ndcg@10'),
-      spread('hit@10'),
-      spread('mrr'),
+      mean('ndcg@10'),
+      mean('hit@10'),
+      mean('mrr'),
       f'{first["baselines"]["popularity"]["ndcg@10"]:.4f}',
       epochs,
       f'{minutes:.0f} min, {first["timing"]["device"]}',

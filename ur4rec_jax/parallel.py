@@ -50,7 +50,9 @@ def is_main_process() -> bool:
 def describe_devices() -> str:
   """Devices for people, e.g. `8 x NVIDIA H100 in 2 processes`."""
   processes = jax.process_count()
-  name = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+  device = jax.devices()[0]
+  cores = f' ({os.cpu_count()} cores)' if device.platform == 'cpu' else ''
+  name = f'{jax.device_count()} x {device.device_kind}{cores}'
   return name + (f' in {processes} processes' if processes > 1 else '')
 
 
