@@ -162,6 +162,11 @@ def choose_columns(
       )
     if found:
       chosen[role] = found[0]
+    elif role == 'time' and (near := [name for name in names if _is_like_time(name)]):
+      raise InputError(
+        f'{path}: {" and ".join(near)} may be the time; say so: {flag}={near[0]}, or {flag}={NONE}'
+        ' if rows are in order of time'
+      )
     elif role not in OPTIONAL:
       hint = ''
       if delimiter is not None and len(names) == 1:
@@ -174,6 +179,11 @@ def choose_columns(
   if len(set(chosen.values())) < len(chosen):
     raise InputError(f'{path}: one column is given two roles: {_shown(chosen)}')
   return chosen
+
+
+def _is_like_time(name: str) -> bool:
+  """Whether a column could be a time: order by file instead must then be asked for."""
+  return bool(re.search(r'time|date|stamp|[_ ]at$|^day$', name, re.IGNORECASE))
 
 
 def _plain(name: str) -> str:
