@@ -337,7 +337,7 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
     if reasons:
       rows.append((f'- {what}', ', '.join(f'{reason} {n:,}' for reason, n in reasons.items())))
   rows += [('note', note) for note in metadata.get('notes', [])]
-  config = metadata['source']
+  config = metadata['source'].removeprefix('multimodal_')
   if not (Path(__file__).parents[1] / 'configs' / f'{config}.py').exists():
     config = 'default'
   rows += [

@@ -208,6 +208,8 @@ def _encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
   encoded = []
   for role, name in columns.items():
     column = table[name]
+    if pa.types.is_string_view(column.type):  # what Polars hands over
+      column = column.cast(pa.large_string())
     if role in ('user', 'item') and not pa.types.is_dictionary(column.type):
       column = column.dictionary_encode()
     encoded.append(column)

@@ -36,8 +36,8 @@ class File(NamedTuple):
 
 def kind(path: Path) -> str:
   """The extension that tells the format, lower case, `.gz` left out."""
-  suffixes = [suffix.lower() for suffix in path.suffixes]
-  return (suffixes[:-1] if suffixes[-1:] == ['.gz'] else suffixes)[-1:][0] if suffixes else ''
+  name = path.name.lower().removesuffix('.gz')
+  return Path(name).suffix
 
 
 def open_file(path: Path, delimiter: str | None = None) -> File:

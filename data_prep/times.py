@@ -12,7 +12,7 @@ from ur4rec_jax.errors import InputError
 # Unix times by their size: seconds reach 10^11 in the year 5138, milliseconds in 1973.
 _UNITS = ((1, 'seconds'), (10**3, 'milliseconds'), (10**6, 'microseconds'), (10**9, 'nanoseconds'))
 _LIMITS = np.array([10**11, 10**14, 10**17])
-_NUMBER = r'^\s*[+-]?\d{1,18}\s*$'
+_NUMBER = r'^\s*[+-]?\d{1,19}\s*$'
 _DECIMAL = r'^\s*[+-]?\d{1,11}\.\d*\s*$'
 _DATE = r'^\d{4}-\d{2}-\d{2}'
 _ZONE = r'[T ]\d{2}.*([Zz]|[+-]\d{2}(:?\d{2})?)$'
@@ -46,7 +46,7 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
   if pa.types.is_date(column.type):
     return column.cast(pa.timestamp('s')).cast(pa.int64()).to_numpy(), 1
   if pa.types.is_integer(column.type):
-    return _unix(column.cast(pa.int64()).to_numpy(), name, where)
+    return _unix(column.cast(pa.int64(), safe=False).to_numpy(), name, where)
   if pa.types.is_floating(column.type):
     return _decimal(column.to_numpy(), name, where)
   if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
@@ -65,7 +65,12 @@ def _text(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
         odd = first_true(pc.invert(pc.match_substring_regex(column, both)))
       if odd is not None:
         raise _unlike(column, odd, name, where)
-      return read(pc.utf8_trim_whitespace(column).cast(type_).to_numpy(), name, where)
+      try:
+        values = pc.utf8_trim_whitespace(column).cast(type_).to_numpy()
+      except pa.ArrowInvalid as error:  # more than 64 bits hold
+        odd = next(row for row in range(len(column)) if abs(int(column[row].as_py())) >= 2**63)
+        raise _unlike(column, odd, name, where) from error
+      return read(values, name, where)
   odd = first_true(pc.invert(pc.match_substring_regex(column, _DATE)))
   if odd is not None:
     raise _unlike(column, odd, name, where)

@@ -79,7 +79,8 @@ def test_another_delimiter_comes_by_flag(write):
   assert events(read(path, delimiter=';')) == EVENTS
   assert 'is the delimiter another than' in fault(path)
   assert events(read(write(ROWS.replace(',', '\t'), 'rows.dat'), delimiter='tab')) == EVENTS
-  assert 'pass --delimiter' in fault(write(ROWS, 'rows.dat'))
+  for name in ('rows.dat', 'rows', 'rows.gz'):
+    assert 'pass --delimiter' in fault(write(ROWS, name))
   assert '--delimiter must be one character' in fault(path, delimiter='::')
 
 
@@ -126,6 +127,7 @@ def test_a_folder_of_parts_in_any_format(write, tmp_path):
     (['1400000000', '1400000001'], [1_400_000_000, 1_400_000_001], 1),
     (['1400000000000', '1400000000001'], [1_400_000_000_000, 1_400_000_000_001], 1000),
     (['1.4e9', '2'], None, None),
+    ([f'{10**18}', f'{14 * 10**17}'], [10**18, 14 * 10**17], 10**9),
     (['1400000000.0', '1400000001.0'], [1_400_000_000, 1_400_000_001], 1),
     (['1400000000', '1400000000.25'], [1_400_000_000_000_000, 1_400_000_000_250_000], 10**6),
     (['1970-01-02', '1969-12-31'], [DAY, -DAY], 1),
@@ -218,6 +220,7 @@ FAULTS = {
     'user,item,time\na,x,1400000000\nb,y,1400000000000\n',
     'line 3: time mixes units: 1400000000 (seconds?) in ',
   ),
+  'too large': ('user,item,time\na,x,1\nb,y,9999999999999999999\n', "line 3: time is '99999"),
   'digits of a date': ('user,item,time\na,x,20240131\nb,y,20240201\n', 'looks like a date; write'),
   'no such day': (
     'user,item,time\na,x,2024-01-31\nb,y,2024-02-31\n',
@@ -400,6 +403,10 @@ def test_a_table_in_memory_gives_what_its_file_gives(write, tmp_path):
   metadata = build_dataset.build_from_table(frame, tmp_path / 'b', items=items)
   assert metadata['split'] == expected['split']
   assert metadata['counts'] == expected['counts']
+  views = pa.table(frame)  # ids as Polars hands them over
+  for i, name in enumerate(('user_id', 'item_id')):
+    views = views.set_column(i, name, views[name].cast(pa.string_view()))
+  assert events(interactions.from_table(views)) == EVENTS
   again = build_dataset.build_from_table(pa.table(frame), tmp_path / 'b', items=items)
   assert again == metadata
   with pytest.raises(InputError, match='raw_sha256 is table='):
