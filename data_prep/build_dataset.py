@@ -205,8 +205,11 @@ def _raw_files(
     files = raw_files.find_files(spec.files, Path(raw_dir))
   else:
     files = spec.find(Path(raw_dir), parameters)
-  more = [Path(parameters[name]) for name in spec.paths if parameters[name] is not None]
-  for path in (*files, *more):
+  more = {name: Path(parameters[name]) for name in spec.paths if parameters[name] is not None}
+  for name, path in more.items():
+    if not path.exists():
+      raise InputError(f'{path}: no such file or folder; correct --{name}')
+  for path in (*files, *more.values()):
     real = Path(os.path.realpath(path))
     if data_dir == real or data_dir in real.parents:
       raise InputError(f'{path}: the raw files lie inside --data_dir; give another --data_dir')

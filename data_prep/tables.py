@@ -125,9 +125,10 @@ def check_rows(file: File) -> None:
         f' {shown(file.delimiter.join(fields))}; correct the line, quote what contains the'
         ' delimiter, or pass --delimiter'
       )
+  text = file.delimiter.join(fields).partition(_END)[0].rstrip('\n')
   raise InputError(
-    f'{file.path}, line {line}: a quote is opened and never closed:'
-    f' {shown(file.delimiter.join(fields))}; close it, or double the quotes inside a text'
+    f'{file.path}, line {line}: a quote is opened and never closed: {shown(text)}; close'
+    ' it, or double the quotes inside a text'
   )
 
 

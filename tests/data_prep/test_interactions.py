@@ -243,6 +243,7 @@ def test_a_bad_file_is_one_message_with_the_place(write, name):
   assert message.startswith(str(path))
   assert expected in message
   assert '\n' not in message
+  assert tables._END not in message
 
 
 def test_bad_parquet_files(tmp_path):
@@ -474,6 +475,8 @@ def test_where_files_lie_does_not_matter_and_what_is_in_them_does(write, tmp_pat
   moved.write_text('id,title\nx,X2\ny,Y\n')
   with pytest.raises(InputError, match='raw_sha256 is'):
     build_dataset.build('interactions', data_dir, rows, parameters=flags)
+  with pytest.raises(InputError, match=r'items\.csv: no such file or folder; correct --items'):
+    build_dataset.build('interactions', data_dir, rows, parameters={'items': str(items)})
   inside = moved.rename(data_dir / 'items.csv')
   with pytest.raises(InputError, match='inside --data_dir'):
     build_dataset.build('interactions', data_dir, rows, parameters={'items': str(inside)})
