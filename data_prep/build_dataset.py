@@ -1,6 +1,7 @@
 """Turns raw files into one prepared dataset folder.
 
   python -m data_prep.build_dataset --source=movielens_1m --raw_dir=raw/ml-1m --data_dir=data/ml-1m
+  python -m data_prep.build_dataset --source=interactions --raw_dir=orders.csv --data_dir=data/shop
   python -m data_prep.build_dataset --source=synthetic --data_dir=data/synthetic
 
 The folder then holds dataset.json (counts, options, split hash, licence), `interactions` (one
@@ -19,12 +20,15 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from data_prep import builders, download, prepare, sources, staging
+from data_prep import builders, download, interactions, prepare, raw_files, sources, staging
 from ur4rec_jax.errors import InputError, exit_on_input_error
 
 _SOURCE = flags.DEFINE_string('source', None, f'One of: {", ".join(sources.SOURCES)}.')
 _RAW_DIR = flags.DEFINE_string(
-  'raw_dir', None, 'Folder with the raw files; left out, MovieLens sources are downloaded.'
+  'raw_dir',
+  None,
+  'Folder with the raw files, or the file where there is one; left out, movielens_100k and'
+  ' movielens_1m are downloaded.',
 )
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder to make.')
 _MIN_RATING = flags.DEFINE_float('min_rating', None, 'Drop interactions rated below this.')
@@ -39,6 +43,39 @@ _PARAMETERS = {
   'num_users': flags.DEFINE_integer('num_users', None, 'Users to generate (synthetic only).'),
   'num_items': flags.DEFINE_integer('num_items', None, 'Items to generate (synthetic only).'),
   'seed': flags.DEFINE_integer('seed', None, 'Seed of the generator (synthetic only).'),
+  # Of the source `interactions`; left out, columns are recognised by their names.
+  'user_column': flags.DEFINE_string('user_column', None, 'Column of users.'),
+  'item_column': flags.DEFINE_string('item_column', None, 'Column of items.'),
+  'time_column': flags.DEFINE_string(
+    'time_column', None, 'Column of times; none: rows are in order of time.'
+  ),
+  'rating_column': flags.DEFINE_string(
+    'rating_column', None, 'Column of ratings; none: no ratings.'
+  ),
+  'delimiter': flags.DEFINE_string(
+    'delimiter', None, 'Character between columns, or tab; left out, the extension tells.'
+  ),
+  'items': flags.DEFINE_string('items', None, 'Item table: CSV, TSV, Parquet or JSON lines.'),
+  'partial_items': flags.DEFINE_bool(
+    'partial_items', None, 'Keep items that the item table lacks, without text.'
+  ),
+  'item_id_column': flags.DEFINE_string('item_id_column', None, "Item table's column of ids."),
+  'title_column': flags.DEFINE_string('title_column', None, 'Column of titles; none: no titles.'),
+  'description_column': flags.DEFINE_string(
+    'description_column', None, 'Column of descriptions; none: no descriptions.'
+  ),
+  'text_columns': flags.DEFINE_string(
+    'text_columns', None, 'Further columns, separated by commas, to join to the description.'
+  ),
+  'genres_column': flags.DEFINE_string(
+    'genres_column', None, 'Column of genres or categories, lists or separated by |; none: none.'
+  ),
+  'image_column': flags.DEFINE_string(
+    'image_column', None, 'Column of picture files or URLs; none: no pictures.'
+  ),
+  'images': flags.DEFINE_string(
+    'images', None, 'Folder of the pictures (interactions and multimodal_movielens_*).'
+  ),
 }
 _OVERWRITE = flags.DEFINE_bool(
   'overwrite',
@@ -54,7 +91,7 @@ def build(
   raw_dir: str | Path | None = None,
   options: prepare.Options = prepare.Options(),
   overwrite: bool = False,
-  parameters: Mapping[str, int] = MappingProxyType({}),
+  parameters: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], bool]:
   """Builds a dataset, or finds that it is there already.
 
@@ -74,44 +111,84 @@ def build(
     return _build(source, data_dir, raw_dir, options, overwrite, parameters)
 
 
+def build_from_table(
+  data: Any,
+  data_dir: str | Path,
+  options: prepare.Options = prepare.Options(),
+  overwrite: bool = False,
+  **parameters: Any,
+) -> dict[str, Any]:
+  """Builds a dataset from a table in memory, or finds that it is there already.
+
+  Args:
+    data: interactions, e.g. a pandas DataFrame, an Arrow table or a HuggingFace `Dataset`.
+    data_dir: the folder to make.
+    options: filters.
+    overwrite: whether to replace another dataset in `data_dir`.
+    **parameters: as the flags of `--source=interactions`, e.g. `user_column='customer'`; `items`
+      may be a table in memory too.
+
+  Returns:
+    The content of dataset.json.
+  """
+  data_dir = Path(os.path.realpath(data_dir))
+  raw = interactions.from_table(data, **parameters)
+  wanted = {'options': options._asdict(), 'raw_sha256': {'table': _table_fingerprint(raw)}}
+  with staging.disk_errors(data_dir):
+    staging.clean_up(data_dir)
+    old = _old(data_dir, 'interactions', wanted, overwrite)
+    if old is not None:
+      return old
+    prepared = prepare.prepare(raw, options)
+    wanted['notes'] = list(raw.notes)
+    with staging.new_folder(data_dir) as folder:
+      origin = sources.SOURCES['interactions'].origin
+      return builders.write(folder, prepared, origin, 'interactions', wanted)
+
+
 def _build(
   source: str,
   data_dir: Path,
   raw_dir: str | Path | None,
   options: prepare.Options,
   overwrite: bool,
-  parameters: Mapping[str, int],
+  parameters: Mapping[str, Any],
 ) -> tuple[dict[str, Any], bool]:
   spec = sources.SOURCES[source]
   if misplaced := sorted(set(parameters) - set(spec.parameters)):
     raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
   parameters = {**spec.parameters, **parameters}
-  files = _raw_files(source, raw_dir, data_dir)
+  files = _raw_files(source, raw_dir, data_dir, parameters)
   staging.clean_up(data_dir)
-  old = _existing(data_dir)
-  wanted = {'options': {**options._asdict(), **parameters}}
+  # Where a file lies does not matter, what is in it does.
+  plain = {name: value for name, value in parameters.items() if name not in spec.paths}
+  wanted = {'options': {**options._asdict(), **plain}}
   if files:
-    wanted['raw_sha256'] = _fingerprints(files)
-  if old is not None and not overwrite:
-    _check_same(data_dir, old, source, wanted)
-    _check_sound(data_dir, old)
+    wanted['raw_sha256'] = _fingerprints(files, spec, parameters)
+  old = _old(data_dir, source, wanted, overwrite)
+  if old is not None:
     return old, False
 
   # What can be found wrong with the input is found before anything is written.
   data = None
   if files is not None:
-    data = prepare.prepare(spec.read(*files, **parameters), options)
+    raw = spec.read(*files, **parameters)
+    data, notes = prepare.prepare(raw, options), raw.notes
+    del raw  # memory for the writers
   with staging.new_folder(data_dir) as folder:
     if data is None:
       files = download.fetch(spec.archive, spec.files, folder / 'raw')
-      wanted['raw_sha256'] = _fingerprints(files)
-      data = prepare.prepare(spec.read(*files, **parameters), options)
+      wanted['raw_sha256'] = _fingerprints(files, spec, parameters)
+      raw = spec.read(*files, **parameters)
+      data, notes = prepare.prepare(raw, options), raw.notes
       shutil.rmtree(folder / 'raw')
-    metadata = builders.write(folder, data, spec.origin, source, wanted)
+    metadata = builders.write(folder, data, spec.origin, source, {**wanted, 'notes': list(notes)})
   return metadata, True
 
 
-def _raw_files(source: str, raw_dir: str | Path | None, data_dir: Path) -> list[Path] | None:
+def _raw_files(
+  source: str, raw_dir: str | Path | None, data_dir: Path, parameters: Mapping[str, Any]
+) -> list[Path] | None:
   """The raw files, none for a source that generates, None for those yet to be downloaded."""
   spec = sources.SOURCES[source]
   if raw_dir is None:
@@ -124,10 +201,31 @@ def _raw_files(source: str, raw_dir: str | Path | None, data_dir: Path) -> list[
     return None
   if not spec.files:
     raise InputError(f'--source={source} needs no raw files; leave --raw_dir out')
-  files = sources.find_files(spec.files, Path(raw_dir))
-  if any(data_dir in Path(os.path.realpath(path)).parents for path in files):
-    raise InputError(f'{raw_dir}: the raw files lie inside --data_dir; give another --data_dir')
+  if spec.find is None:
+    files = raw_files.find_files(spec.files, Path(raw_dir))
+  else:
+    files = spec.find(Path(raw_dir), parameters)
+  more = {name: Path(parameters[name]) for name in spec.paths if parameters[name] is not None}
+  for name, path in more.items():
+    if not path.exists():
+      raise InputError(f'{path}: no such file or folder; correct --{name}')
+  for path in (*files, *more.values()):
+    real = Path(os.path.realpath(path))
+    if data_dir == real or data_dir in real.parents:
+      raise InputError(f'{path}: the raw files lie inside --data_dir; give another --data_dir')
   return files
+
+
+def _old(
+  data_dir: Path, source: str, wanted: dict[str, Any], overwrite: bool
+) -> dict[str, Any] | None:
+  """The dataset.json of the dataset wanted, None where it is to be built."""
+  old = _existing(data_dir)
+  if old is None or overwrite:
+    return None
+  _check_same(data_dir, old, source, wanted)
+  _check_sound(data_dir, old)
+  return old
 
 
 def _existing(data_dir: Path) -> dict[str, Any] | None:
@@ -179,16 +277,48 @@ def _compact(value: Any) -> str:
   return str(value)
 
 
-def _fingerprints(files: list[Path]) -> dict[str, str]:
+def _fingerprints(
+  files: list[Path], spec: sources.Source, parameters: Mapping[str, Any]
+) -> dict[str, str]:
   """SHA-256 by file name: two files may hold the same source and still differ."""
-  found = {}
-  for path in files:
-    try:
-      with path.open('rb') as file:
-        found[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
-    except OSError as error:
-      raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
+  found = {path.name: _file_hash(path) for path in files}
+  for name in spec.paths:
+    if parameters[name] is None:
+      folder = files[0].parent / 'image'  # where pictures are unless a flag says so
+      if name == 'images' and folder.is_dir() and spec.read is not interactions.read:
+        found['image'] = _folder_hash(folder)
+      continue
+    path = Path(parameters[name])
+    found[name] = _folder_hash(path) if path.is_dir() else _file_hash(path)
   return found
+
+
+def _file_hash(path: Path) -> str:
+  try:
+    with path.open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
+
+
+def _folder_hash(folder: Path) -> str:
+  """Of names and sizes: pictures are too many to read them each time."""
+  digest = hashlib.sha256()
+  for path in sorted(folder.rglob('*')):
+    if path.is_file():
+      digest.update(f'{path.relative_to(folder)}\0{path.stat().st_size}\0'.encode())
+  return digest.hexdigest()
+
+
+def _table_fingerprint(raw: prepare.Raw) -> str:
+  digest = hashlib.sha256()
+  for ids in (raw.users, raw.items):
+    digest.update('\0'.join(ids.dictionary.to_pylist()).encode())
+    digest.update(np.asarray(ids.indices).astype('<i4').tobytes())
+  for column in (raw.timestamps, raw.ratings):
+    digest.update(b'' if column is None else np.ascontiguousarray(column).tobytes())
+  digest.update(repr((raw.ticks_per_second, raw.table, raw.notes)).encode())
+  return digest.hexdigest()
 
 
 def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str:
@@ -209,7 +339,8 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
   for what, reasons in metadata['dropped'].items():
     if reasons:
       rows.append((f'- {what}', ', '.join(f'{reason} {n:,}' for reason, n in reasons.items())))
-  config = metadata['source']
+  rows += [('note', note) for note in metadata.get('notes', [])]
+  config = metadata['source'].removeprefix('multimodal_')
   if not (Path(__file__).parents[1] / 'configs' / f'{config}.py').exists():
     config = 'default'
   rows += [

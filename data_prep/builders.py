@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 1
 METADATA = 'dataset.json'
+_READ_AT_ONCE = 10_000  # examples; all of a large dataset at once would not fit in memory
 
 
 class Origin(NamedTuple):
@@ -156,7 +158,7 @@ class Items(_Builder):
   def _info(self) -> tfds.core.DatasetInfo:
     return self._dataset_info(
       f'{self._origin.name}: one example an item, in the order of item_id (1-based);'
-      " image is a path relative to the dataset's folder.",
+      " image is a path relative to the dataset's folder, or the URL of a picture not fetched.",
       {
         'item_id': tfds.features.Scalar(np.int32),
         'original_id': tfds.features.Text(),
@@ -203,11 +205,11 @@ def _build(builder: tfds.core.GeneratorBasedBuilder) -> None:
 def _write_images(folder: Path, data: prepare.Prepared) -> list[str]:
   """Writes or copies the pictures; returns `[items]` relative paths, '' where there is none."""
   paths = []
-  for name, item in zip(data.item_names, data.items, strict=True):
-    if item.image is None:
-      paths.append('')
+  for name, item in zip(_picture_names(data.item_names), data.items, strict=True):
+    if item.image is None or isinstance(item.image, str):
+      paths.append(item.image or '')
       continue
-    suffix = '.png' if isinstance(item.image, bytes) else item.image.suffix
+    suffix = '.png' if isinstance(item.image, bytes) else item.image.suffix.lower()
     paths.append(f'images/{name}{suffix}')
     target = folder / paths[-1]
     target.parent.mkdir(exist_ok=True)
@@ -218,15 +220,32 @@ def _write_images(folder: Path, data: prepare.Prepared) -> list[str]:
   return paths
 
 
+def _picture_names(names: list[str]) -> list[str]:
+  """File names without suffix: the items' ids if all are plain, else their numbers.
+
+  An id may be `../x`, and two ids may differ in case only, which some file systems do not see.
+  """
+  plain = all(re.fullmatch(r'[0-9A-Za-z][0-9A-Za-z_-]{0,63}', name) for name in names)
+  if plain and len({name.casefold() for name in names}) == len(names):
+    return names
+  return [str(i + 1) for i in range(len(names))]
+
+
 def stored_split_hash(folder: Path) -> str:
   """Fingerprint of the split as it is read back from a folder's interactions."""
   try:
     users = tfds.builder_from_directory(folder / 'interactions/1.0.0').as_data_source('users')
-    histories = [user['item_ids'] for user in users.__getitems__(range(len(users)))]
+    lengths, parts = [], []
+    for start in range(0, len(users), _READ_AT_ONCE):
+      stop = min(start + _READ_AT_ONCE, len(users))
+      histories = [user['item_ids'] for user in users.__getitems__(range(start, stop))]
+      lengths += map(len, histories)
+      parts.append(np.concatenate(histories))
+    item_ids = np.concatenate(parts)
   except Exception as error:
     raise InputError(f'{folder}: the interactions cannot be read ({error})') from error
-  offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
-  return splits.split_hash(splits.LEAVE_ONE_OUT, offsets, np.concatenate(histories))
+  offsets = np.concatenate([[0], np.cumsum(lengths)])
+  return splits.split_hash(splits.LEAVE_ONE_OUT, offsets, item_ids)
 
 
 def _verify(folder: Path, data: prepare.Prepared) -> None:

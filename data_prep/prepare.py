@@ -1,6 +1,7 @@
 """Columns of raw interactions -> filtered, ordered, densely indexed users and items."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,15 @@ class Item(NamedTuple):
   title: str = ''
   genres: tuple[str, ...] = ()
   description: str = ''
-  image: bytes | Path | None = None  # PNG bytes, or a picture file to copy
+  image: bytes | Path | str | None = None  # PNG bytes, a picture file to copy, or a URL to keep
+
+
+class Place(NamedTuple):
+  """Where a row stands in the raw data, for messages; `unit` is what its file counts in."""
+
+  path: str
+  number: int
+  unit: str = 'line'
 
 
 class Raw(NamedTuple):
@@ -25,7 +34,10 @@ class Raw(NamedTuple):
 
   `users`, `items`: `[rows]` original ids, integers or strings. `timestamps`: `[rows]` int64, or
   None where file order is all there is. `ratings`: `[rows]` float32 or None. `lines`: `[rows]`
-  line numbers in `path`, for messages. `table`: by original id, or None where there is none.
+  line numbers in `path`, for messages; or a function that finds the place of a row when asked.
+  `table`: by original id, or None where there is none. `table_is_partial`: whether items may be
+  absent from the table. `ticks_per_second`: unit of `timestamps`; rows are ordered by ticks,
+  prepared data keep whole seconds. `notes`: what the user should know of how the data were read.
   """
 
   path: str
@@ -33,8 +45,24 @@ class Raw(NamedTuple):
   items: np.ndarray | pa.Array
   timestamps: np.ndarray | None
   ratings: np.ndarray | None
-  lines: np.ndarray
+  lines: np.ndarray | Callable[[int], Place]
   table: dict[str, Item] | None = None
+  table_is_partial: bool = False
+  ticks_per_second: int = 1
+  notes: tuple[str, ...] = ()
+
+  def where(self, *rows: int) -> str:
+    """Names file and line of one or two rows."""
+    find = self.lines if callable(self.lines) else self._line
+    places = [find(int(row)) for row in rows]
+    if len({place.path for place in places}) == 1:
+      plural = 's' * (len(rows) > 1)
+      numbers = ' and '.join(str(place.number) for place in places)
+      return f'{places[0].path}, {places[0].unit}{plural} {numbers}'
+    return ' and '.join(f'{place.path}, {place.unit} {place.number}' for place in places)
+
+  def _line(self, row: int) -> Place:
+    return Place(self.path, int(self.lines[row]))
 
 
 class Options(NamedTuple):
@@ -69,7 +97,7 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
   """Filters, puts each user's rows in time order and gives users and items dense indices."""
   user_names, users = _encode(raw.users)
   item_names, items = _encode(raw.items)
-  _check_known_items(raw, item_names, items)
+  unknown = _unknown_items(raw, item_names, items)
   ledger = _Ledger(users, items)
   rows = np.arange(len(users))
 
@@ -108,17 +136,17 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   names = [item_names[i] for i in kept_items]
   dropped = ledger.dropped
-  if raw.table is not None and (idle := len(raw.table) - len(item_names)):
+  if raw.table is not None and (idle := len(raw.table) + unknown - len(item_names)):
     dropped['items']['never_interacted'] = idle
   if raw.timestamps is None:
     timestamps = np.arange(len(rows)) - np.repeat(offsets[:-1], lengths)
   else:
-    timestamps = raw.timestamps[rows]
+    timestamps = raw.timestamps[rows] // raw.ticks_per_second
   ratings = np.ones(len(rows)) if raw.ratings is None else raw.ratings[rows]
   return Prepared(
     user_names=[user_names[u] for u in kept_users],
     item_names=names,
-    items=[Item() if raw.table is None else raw.table[name] for name in names],
+    items=[(raw.table or {}).get(name, Item()) for name in names],
     offsets=offsets,
     item_ids=(item_ids + 1).astype(np.int32),
     timestamps=timestamps.astype(np.int64),
@@ -182,17 +210,20 @@ def _encode(ids: np.ndarray | pa.Array) -> tuple[list[str], np.ndarray]:
   return [names[i] for i in order], rank[np.asarray(encoded.indices)]
 
 
-def _check_known_items(raw: Raw, names: list[str], items: np.ndarray) -> None:
+def _unknown_items(raw: Raw, names: list[str], items: np.ndarray) -> int:
+  """Counts items that the item table lacks; an error unless the table may be partial."""
   if raw.table is None:
-    return
+    return 0
   unknown = [i for i, name in enumerate(names) if name not in raw.table]
-  if unknown:
+  if unknown and not raw.table_is_partial:
     first = int(np.argmax(np.isin(items, unknown)))
     raise InputError(
-      f'{raw.path}, line {raw.lines[first]}: item {names[items[first]]!r} is not in the item table'
+      f'{raw.where(first)}: item {names[items[first]]!r} is not in the item table'
       f' ({len(unknown)} such items in all); use the item table that belongs to these'
-      ' interactions, or add the missing items to it'
+      ' interactions, add the missing items to it, or, where the source has the flag, pass'
+      ' --partial_items to keep them without text'
     )
+  return len(unknown)
 
 
 def _without_duplicates(
@@ -214,12 +245,18 @@ def _without_duplicates(
     at = at[np.argmin(order[at])]  # the first one a reader of the file meets
     first, second = order[at - 1], order[at]
     raise InputError(
-      f'{raw.path}, lines {raw.lines[first]} and {raw.lines[second]}: the same user'
+      f'{raw.where(first, second)}: the same user'
       f' {user_names[users[first]]!r}, item {item_names[items[first]]!r} and time'
-      f' {raw.timestamps[first]} twice ({repeats.sum():,} such rows in all);'
+      f' {_shown_time(raw, first)} twice ({repeats.sum():,} such rows in all);'
       ' pass --drop_duplicates to keep the first of each'
     )
   return np.sort(order[~repeats])
+
+
+def _shown_time(raw: Raw, row: int) -> str:
+  seconds, ticks = divmod(int(raw.timestamps[row]), raw.ticks_per_second)
+  fraction = f'{ticks / raw.ticks_per_second:.9f}'[1:].rstrip('0') if ticks else ''
+  return f'{seconds}{fraction}'
 
 
 def _check_enough_left(

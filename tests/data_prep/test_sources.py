@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from data_prep import sources
+from data_prep import raw_files, sources
 from ur4rec_jax.errors import InputError
 
 
 def read(name: str, folder):
   spec = sources.SOURCES[name]
-  return spec.read(*sources.find_files(spec.files, folder))
+  return spec.read(*raw_files.find_files(spec.files, folder))
 
 
 def test_the_two_movielens_formats_give_the_same_columns(ml_100k, ml_1m):
