@@ -8,6 +8,7 @@ A seed that has finished is not run again. What is kept, in benchmarks/results/N
 runs' own results.json files.
 """
 
+import argparse
 import json
 import pathlib
 import shlex
@@ -15,17 +16,9 @@ import statistics
 import subprocess
 import sys
 
-from absl import app, flags
-
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
 BEGIN, END = '<!-- results: begin -->', '<!-- results: end -->'
-
-_NAME = flags.DEFINE_string('name', None, 'Row of the table; no training without it.')
-_CONFIG = flags.DEFINE_string('config', None, 'Config file.')
-_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Prepared data.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Holds one run a seed.')
-_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
 
 
 def run_seeds(name: str, config: str, data_dir: str, workdir: str, seeds: list[str]) -> None:
@@ -88,13 +81,21 @@ def write_table() -> None:
   readme.write_text(f'{before}{BEGIN}\n{table()}\n{END}{after}')
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags name and writes the table."""
-  del argv
-  if _NAME.value:
-    run_seeds(_NAME.value, _CONFIG.value, _DATA_DIR.value, _WORKDIR.value, _SEEDS.value)
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--name', help='row of the table; without it nothing is trained')
+  parser.add_argument('--config', help='config file')
+  parser.add_argument('--data_dir', help='prepared data')
+  parser.add_argument('--workdir', help='holds one run a seed')
+  parser.add_argument('--seeds', type=lambda text: text.split(','), default=['0', '1', '2'])
+  flags = parser.parse_args()
+  if flags.name:
+    if not (flags.config and flags.data_dir and flags.workdir):
+      parser.error('--name needs --config, --data_dir and --workdir')
+    run_seeds(flags.name, flags.config, flags.data_dir, flags.workdir, flags.seeds)
   write_table()
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()
