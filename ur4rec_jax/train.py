@@ -170,7 +170,8 @@ class _TrainLoop:
     )
     self.writer = self.bar = Silent()
     if parallel.is_main_process():
-      print(_describe_run(config, dataset, self.batches, self.state.params, self.progress))
+      description = _describe_run(config, dataset, self.batches, self.state.params, self.progress)
+      print(description, flush=True)
       self.writer = MetricWriter(workdir, self.progress.step, self.progress.metrics_size)
       self.bar = Progress(STAGE, self.total_steps, self.progress.step)
     self.dispatcher = _Dispatcher(
