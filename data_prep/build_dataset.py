@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from data_prep import builders, download, interactions, prepare, raw_files, sources, staging
-from ur4rec_jax.errors import InputError, exit_on_input_error
+from ur4rec_jax.errors import InputError, exit_on_reported_error
 
 _SOURCE = flags.DEFINE_string('source', None, f'One of: {", ".join(sources.SOURCES)}.')
 _RAW_DIR = flags.DEFINE_string(
@@ -355,7 +355,7 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 
 
-@exit_on_input_error
+@exit_on_reported_error
 def main(argv: list[str]) -> None:
   """Reads the flags, builds and prints the summary."""
   if not flags.FLAGS['verbosity'].present:

@@ -41,7 +41,7 @@ class InterruptedBySignal(ReportedError):
     self.exit_code = 128 + signal_number
 
 
-def exit_on_input_error(main: Callable) -> Callable:
+def exit_on_reported_error(main: Callable) -> Callable:
   """Wraps a program's `main` : a `ReportedError` becomes a message on stderr and an exit code."""
 
   @functools.wraps(main)

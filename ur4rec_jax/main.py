@@ -8,7 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ur4rec_jax import parallel, results, train
-from ur4rec_jax.errors import exit_on_input_error
+from ur4rec_jax.errors import exit_on_reported_error
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, `configs/NAME.py` or `configs/NAME.py:VARIANT`.'
@@ -17,7 +17,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; resumed 
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
 
 
-@exit_on_input_error
+@exit_on_reported_error
 def main(argv: list[str]) -> None:
   """Joins the other processes, if any, and does what `--mode` says."""
   if len(argv) > 1:
