@@ -21,6 +21,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from data_prep import builders, download, interactions, prepare, raw_files, sources, staging
+from ur4rec_jax import splits
+from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, load_dataset
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
 _SOURCE = flags.DEFINE_string('source', None, f'One of: {", ".join(sources.SOURCES)}.')
@@ -38,6 +40,12 @@ _K_CORE = flags.DEFINE_integer(
 _MIN_LENGTH = flags.DEFINE_integer('min_length', None, 'Drop users with a shorter history.')
 _DROP_DUPLICATES = flags.DEFINE_bool(
   'drop_duplicates', False, 'Keep the first of rows with the same user, item and time.'
+)
+_TIME_SPLIT = flags.DEFINE_string(
+  'time_split',
+  None,
+  'Where the split by time cuts: two dates such as 2024-05-01,2024-06-01 or two shares of the'
+  ' interactions; left out, 0.8,0.9.',
 )
 _PARAMETERS = {
   'num_users': flags.DEFINE_integer('num_users', None, 'Users to generate (synthetic only).'),
@@ -83,6 +91,15 @@ _OVERWRITE = flags.DEFINE_bool(
   'Replace the dataset in --data_dir, texts and embeddings made from it included, once the new one'
   ' is complete.',
 )
+# What the summary says of a split, where it is not zero.
+_SPLIT_COUNTS = {
+  'train_interactions': 'interactions train',
+  'valid_users': 'users validate',
+  'test_users': 'test',
+  'train_only_users': 'only train',
+  'unused_users': 'are unused',
+  'items_without_training': 'items are never in training',
+}
 
 
 def build(
@@ -224,7 +241,7 @@ def _old(
   if old is None or overwrite:
     return None
   _check_same(data_dir, old, source, wanted)
-  _check_sound(data_dir, old)
+  _check_sound(data_dir)
   return old
 
 
@@ -237,8 +254,8 @@ def _existing(data_dir: Path) -> dict[str, Any] | None:
   if not any(data_dir.iterdir()):
     return None
   try:
-    metadata = json.loads((data_dir / builders.METADATA).read_text(encoding='utf-8'))
-    if {'source', 'options', 'counts', 'split', 'format_version'} <= metadata.keys():
+    metadata = json.loads((data_dir / METADATA).read_text(encoding='utf-8'))
+    if {'source', 'options', 'counts', 'format_version'} <= metadata.keys():
       return metadata
   except (OSError, ValueError, AttributeError):
     pass
@@ -248,7 +265,7 @@ def _existing(data_dir: Path) -> dict[str, Any] | None:
 
 
 def _check_same(data_dir: Path, old: dict[str, Any], source: str, wanted: dict[str, Any]) -> None:
-  wanted = {'format_version': builders.FORMAT_VERSION, 'source': source, **wanted}
+  wanted = {'format_version': FORMAT_VERSION, 'source': source, **wanted}
   for field, value in wanted.items():
     if old.get(field) != value:
       raise InputError(
@@ -257,16 +274,14 @@ def _check_same(data_dir: Path, old: dict[str, Any], source: str, wanted: dict[s
       )
 
 
-def _check_sound(data_dir: Path, old: dict[str, Any]) -> None:
+def _check_sound(data_dir: Path) -> None:
   try:
-    sound = builders.stored_split_hash(data_dir) == old['split']['hash']
+    load_dataset(data_dir)
   except InputError as error:
-    raise InputError(f'{error}; pass --overwrite to build it again') from error
-  if not sound:
     raise InputError(
-      f'{data_dir}: the interactions are not those of dataset.json; pass --overwrite to build it'
-      ' again'
-    )
+      f'{data_dir}: the interactions are not those of {METADATA}, or cannot be read; pass'
+      ' --overwrite to build it again'
+    ) from error
 
 
 def _compact(value: Any) -> str:
@@ -326,7 +341,7 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
   counts = metadata['counts']
   rows = [
     ('dataset', f'{metadata["name"]}, {"written to" if is_new else "already in"} {data_dir}'),
-    ('users', f'{counts["users"]:,} ({counts["evaluated_users"]:,} evaluated)'),
+    ('users', f'{counts["users"]:,}'),
     ('items', f'{counts["items"]:,}'),
     ('interactions', f'{counts["interactions"]:,}, median {counts["median_length"]:g} a user'),
   ]
@@ -343,8 +358,11 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
   config = metadata['source'].removeprefix('multimodal_')
   if not (Path(__file__).parents[1] / 'configs' / f'{config}.py').exists():
     config = 'default'
+  for name, record in metadata['splits'].items():
+    rows.append(('split', f'{splits.describe(name, record)} {record["hash"]}'))
+    shown = {what: record[field] for field, what in _SPLIT_COUNTS.items() if record[field]}
+    rows.append(('-', ', '.join(f'{n:,} {what}' for what, n in shown.items())))
   rows += [
-    ('split', f'{metadata["split"]["name"]} {metadata["split"]["hash"]}'),
     ('licence', metadata['licence']),
     (
       'next',
@@ -371,7 +389,7 @@ def main(argv: list[str]) -> None:
     if flag.value is not None and flag.value < 1:
       raise InputError(f'--{flag.name} must be 1 or more, not {flag.value}')
   options = prepare.Options(
-    _MIN_RATING.value, _K_CORE.value, _MIN_LENGTH.value, _DROP_DUPLICATES.value
+    _MIN_RATING.value, _K_CORE.value, _MIN_LENGTH.value, _DROP_DUPLICATES.value, _TIME_SPLIT.value
   )
   parameters = {name: f.value for name, f in _PARAMETERS.items() if f.value is not None}
   metadata, is_new = build(

@@ -16,12 +16,8 @@ from tensorflow_datasets.core import writer as writer_lib
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_prep import prepare, staging
-from ur4rec_jax import splits
+from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, read_interactions, read_items
 from ur4rec_jax.errors import InputError
-
-FORMAT_VERSION = 1
-METADATA = 'dataset.json'
-_READ_AT_ONCE = 10_000  # examples; all of a large dataset at once would not fit in memory
 
 
 class Origin(NamedTuple):
@@ -62,8 +58,9 @@ def write(
     'counts': prepare.counts(data),
     'dropped': data.dropped,
     'has_timestamps': data.has_timestamps,
+    'has_ratings': data.has_ratings,
     'time_range': _time_range(data),
-    'split': {'name': splits.LEAVE_ONE_OUT, 'hash': prepare.split_hash(data)},
+    'splits': data.splits,
     'licence': origin.licence,
     'citation': origin.citation,
     'url': origin.url,
@@ -231,28 +228,14 @@ def _picture_names(names: list[str]) -> list[str]:
   return [str(i + 1) for i in range(len(names))]
 
 
-def stored_split_hash(folder: Path) -> str:
-  """Fingerprint of the split as it is read back from a folder's interactions."""
-  try:
-    users = tfds.builder_from_directory(folder / 'interactions/1.0.0').as_data_source('users')
-    lengths, parts = [], []
-    for start in range(0, len(users), _READ_AT_ONCE):
-      stop = min(start + _READ_AT_ONCE, len(users))
-      histories = [user['item_ids'] for user in users.__getitems__(range(start, stop))]
-      lengths += map(len, histories)
-      parts.append(np.concatenate(histories))
-    item_ids = np.concatenate(parts)
-  except Exception as error:
-    raise InputError(f'{folder}: the interactions cannot be read ({error})') from error
-  offsets = np.concatenate([[0], np.cumsum(lengths)])
-  return splits.split_hash(splits.LEAVE_ONE_OUT, offsets, item_ids)
-
-
 def _verify(folder: Path, data: prepare.Prepared) -> None:
   """Reads back what was written: a failing disk must not leave a dataset that looks complete."""
-  items = tfds.builder_from_directory(folder / 'items/1.0.0').as_data_source('items')
-  names = [item['original_id'].decode() for item in items.__getitems__(range(len(items)))]
-  if stored_split_hash(folder) != prepare.split_hash(data) or names != data.item_names:
+  stored = read_interactions(folder)
+  same = stored.user_ids == data.user_names and all(
+    np.array_equal(getattr(stored, name), getattr(data, name))
+    for name in ('offsets', 'item_ids', 'timestamps', 'ratings')
+  )
+  if not same or [item['original_id'] for item in read_items(folder)] != data.item_names:
     raise InputError(f'{folder}: what was written reads back differently; is the disk sound?')
 
 

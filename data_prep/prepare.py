@@ -1,15 +1,19 @@
 """Columns of raw interactions -> filtered, ordered, densely indexed users and items."""
 
+import datetime
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
+
+# Where --time_split says nothing: 80 % of the interactions train, 10 % validate, 10 % test.
+_TIME_SPLIT = '0.8,0.9'
 
 
 class Item(NamedTuple):
@@ -66,12 +70,16 @@ class Raw(NamedTuple):
 
 
 class Options(NamedTuple):
-  """Filters; None and False leave everything in."""
+  """Filters, of which None and False leave everything in; and the borders of the split by time.
+
+  `time_split`: two dates, or two shares of the interactions; None: shares where that is possible.
+  """
 
   min_rating: float | None = None
   k_core: int | None = None
   min_length: int | None = None
   drop_duplicates: bool = False
+  time_split: str | None = None
 
 
 class Prepared(NamedTuple):
@@ -79,7 +87,8 @@ class Prepared(NamedTuple):
 
   `offsets`: `[users + 1]` int64. `item_ids`: `[interactions]` int32, 1-based. `timestamps`:
   `[interactions]` int64. `ratings`: `[interactions]` float32. `item_names` and `items`: `[items]`,
-  entry i is item i + 1. `dropped`: what -> reason -> count.
+  entry i is item i + 1. `dropped`: what -> reason -> count. `splits`: name -> what dataset.json
+  says of it.
   """
 
   user_names: list[str]
@@ -90,7 +99,9 @@ class Prepared(NamedTuple):
   timestamps: np.ndarray
   ratings: np.ndarray
   has_timestamps: bool
+  has_ratings: bool
   dropped: dict[str, dict[str, int]]
+  splits: dict[str, dict[str, Any]]
 
 
 def prepare(raw: Raw, options: Options = Options()) -> Prepared:
@@ -141,18 +152,23 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
   if raw.timestamps is None:
     timestamps = np.arange(len(rows)) - np.repeat(offsets[:-1], lengths)
   else:
-    timestamps = raw.timestamps[rows] // raw.ticks_per_second
+    timestamps = (raw.timestamps[rows] // raw.ticks_per_second).astype(np.int64)
+  item_ids = (item_ids + 1).astype(np.int32)
   ratings = np.ones(len(rows)) if raw.ratings is None else raw.ratings[rows]
   return Prepared(
     user_names=[user_names[u] for u in kept_users],
     item_names=names,
     items=[(raw.table or {}).get(name, Item()) for name in names],
     offsets=offsets,
-    item_ids=(item_ids + 1).astype(np.int32),
-    timestamps=timestamps.astype(np.int64),
+    item_ids=item_ids,
+    timestamps=timestamps,
     ratings=ratings.astype(np.float32),
     has_timestamps=raw.timestamps is not None,
+    has_ratings=raw.ratings is not None,
     dropped=dropped,
+    splits=make_splits(
+      offsets, item_ids, None if raw.timestamps is None else timestamps, options.time_split
+    ),
   )
 
 
@@ -163,14 +179,85 @@ def counts(prepared: Prepared) -> dict[str, int | float]:
     'users': len(lengths),
     'items': len(prepared.item_names),
     'interactions': len(prepared.item_ids),
-    'evaluated_users': int((lengths >= splits.MIN_EVALUATED_LENGTH).sum()),
     'median_length': float(np.median(lengths)),
   }
 
 
-def split_hash(prepared: Prepared) -> str:
-  """Fingerprint of the leave-one-out split of a prepared dataset."""
-  return splits.split_hash(splits.LEAVE_ONE_OUT, prepared.offsets, prepared.item_ids)
+def make_splits(
+  offsets: np.ndarray,
+  item_ids: np.ndarray,
+  timestamps: np.ndarray | None,
+  time_split: str | None = None,
+) -> dict[str, dict[str, Any]]:
+  """Describes every split of the interactions: its borders, its hash, and who falls out.
+
+  Args:
+    offsets: `[users + 1]`, user u owns `[offsets[u]:offsets[u + 1]]` of the others.
+    item_ids: `[interactions]` 1-based.
+    timestamps: `[interactions]` unix seconds, or None where there are none.
+    time_split: see `Options`.
+
+  Raises:
+    InputError: the split asked for by `time_split` is impossible.
+  """
+  records: dict[str, dict[str, Any]] = {splits.LEAVE_ONE_OUT: {}}
+  if timestamps is not None:
+    valid_from, test_from = _borders(timestamps, time_split or _TIME_SPLIT)
+    records[splits.TIME] = {'valid_from': valid_from, 'test_from': test_from}
+  elif time_split is not None:
+    raise InputError('--time_split: this source has no times; leave the flag out')
+  for name, record in records.items():
+    split = splits.make_split(name, record, offsets, timestamps)
+    is_train = _leading(offsets, split.train_lengths)
+    unseen = np.isin(np.unique(item_ids), item_ids[is_train], invert=True)
+    record |= {
+      'train_interactions': int(is_train.sum()),
+      **{f'{part}_users': int((at >= 0).sum()) for part, at in split.held_out.items()},
+      'train_only_users': int((split.held_out['test'] < 0)[split.train_lengths > 0].sum()),
+      'unused_users': int((split.held_out['test'] < 0)[split.train_lengths == 0].sum()),
+      'items_without_training': int(unseen.sum()),
+      'hash': splits.split_hash(name, offsets, item_ids, split),
+    }
+  # By time there may be nobody with a history before both borders and something after them.
+  by_time = records.get(splits.TIME)
+  if by_time and not (by_time['valid_users'] and by_time['test_users']):
+    if time_split is not None:
+      raise InputError(
+        f'--time_split={time_split}: {by_time["valid_users"]} users to validate and'
+        f' {by_time["test_users"]} to test are left; choose other borders'
+      )
+    del records[splits.TIME]
+  return records
+
+
+def _borders(timestamps: np.ndarray, wanted: str) -> tuple[int, int]:
+  """Validation's and test's first second."""
+  try:
+    first, second = wanted.split(',')
+    if '-' in wanted:
+      times = map(datetime.datetime.fromisoformat, (first.strip(), second.strip()))
+      times = [time if time.tzinfo else time.replace(tzinfo=datetime.UTC) for time in times]
+      borders = [int(time.timestamp()) for time in times]
+      if borders[0] >= borders[1]:
+        raise ValueError
+    else:
+      shares = float(first), float(second)
+      if not 0 < shares[0] < shares[1] < 1:
+        raise ValueError
+      ordered = np.sort(timestamps)
+      borders = [int(ordered[int(share * len(ordered))]) for share in shares]
+  except ValueError as error:
+    raise InputError(
+      f'--time_split={wanted}: must be two dates such as 2024-05-01,2024-06-01, or two shares of'
+      ' the interactions such as 0.8,0.9, the first below the second'
+    ) from error
+  return borders[0], borders[1]
+
+
+def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
+  """`[interactions]` whether each is among the first `kept` ones of its user."""
+  ends = np.repeat(offsets[:-1] + kept, np.diff(offsets))
+  return np.arange(offsets[-1]) < ends
 
 
 class _Ledger:

@@ -4,9 +4,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
 
 _CHOICES = {
+  'split': splits.NAMES,
   'crop': ('last', 'random'),
   'mapping': ('pmap', 'shard_map'),
   'model.norm': ('pre', 'post'),

@@ -10,12 +10,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax import metrics, parallel, splits
+from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
-from ur4rec_jax.input_pipeline import Dataset, Plan, assign, gather_batch, pack, plan_rows
+from ur4rec_jax.input_pipeline import Plan, assign, gather_batch, pack, plan_rows
 
 Array = jax.Array
-# How many of a user's last interactions are held out when ranking for each split.
-HELD_OUT = {'valid': 2, 'test': 1}
+PARTS = ('valid', 'test')
 
 
 class Queries(NamedTuple):
@@ -56,10 +56,11 @@ class Share(NamedTuple):
   candidates: np.ndarray | Array
 
 
-def protocol(config: ConfigDict) -> dict[str, str]:
+def protocol(dataset: Dataset, config: ConfigDict) -> dict[str, str]:
   """Names everything that a number depends on besides the model.
 
   Args:
+    dataset: whose split is used.
     config: `candidates`, `num_candidates`, `seed`.
   """
   if config.candidates == 'all':
@@ -67,25 +68,25 @@ def protocol(config: ConfigDict) -> dict[str, str]:
   else:
     candidates = f'target + {config.num_candidates} {config.candidates} (seed {config.seed})'
   return {
-    'split': splits.LEAVE_ONE_OUT,
+    'split': splits.describe(dataset.split_name, dataset.info['splits'][dataset.split_name]),
     'candidates': candidates,
     'seen_items': 'left out',
     'ties': 'against the model',
   }
 
 
-def make_queries(dataset: Dataset, split: str, config: ConfigDict) -> Queries:
-  """Lists the users to evaluate on `split` with their held-out item.
+def make_queries(dataset: Dataset, part: str, config: ConfigDict) -> Queries:
+  """Lists the users to evaluate on `part` with their held-out item.
 
   Args:
     dataset: all interactions.
-    split: `valid` or `test`.
+    part: `valid` or `test`.
     config: `candidates`: `all`, or `uniform` or `popularity` to draw `num_candidates` others
       that the user never has, with `seed`.
   """
-  users = np.flatnonzero(dataset.lengths >= splits.MIN_EVALUATED_LENGTH)
-  starts = dataset.offsets[users]
-  lengths = dataset.lengths[users] - HELD_OUT[split]
+  held_out = dataset.split.held_out[part]
+  users = np.flatnonzero(held_out >= 0)
+  starts, lengths = dataset.offsets[users], held_out[users]
   candidates = np.zeros((len(users), 0), np.int32)
   if config.candidates != 'all':
     candidates = _draw_candidates(dataset, users, config)
@@ -223,15 +224,15 @@ def make_shares(
 
 
 def make_evaluator(
-  model: nn.Module, dataset: Dataset, item_ids: Array, split: str, config: ConfigDict, mapping: str
+  model: nn.Module, dataset: Dataset, item_ids: Array, part: str, config: ConfigDict, mapping: str
 ) -> Callable[..., dict[str, float] | None]:
-  """Prepares the evaluation of one split, everything it reads placed on the devices.
+  """Prepares the evaluation of one part, everything it reads placed on the devices.
 
   Args:
     model: has `max_length`, `__call__(item_ids, segment_ids)` and `item_vectors()`.
     dataset: all interactions.
     item_ids: `dataset.item_ids` on the devices.
-    split: `valid` or `test`.
+    part: `valid` or `test`.
     config: `batch_size`, users a device and dispatch; and the fields that `protocol` reads.
     mapping: `pmap` or `shard_map`.
 
@@ -239,7 +240,7 @@ def make_evaluator(
     `evaluator(params, interrupted=lambda: False)`: metrics, or None once `interrupted()` is True.
     It raises DivergenceError if a score is not finite.
   """
-  queries = make_queries(dataset, split, config)
+  queries = make_queries(dataset, part, config)
   shares, members = make_shares(queries, model.max_length, config.batch_size)
   seen_capacity = int(shares.seen_lengths.sum(-1).max())
   step = parallel.MAPPINGS[mapping](
@@ -259,7 +260,7 @@ def make_evaluator(
       outputs.append(step(params, item_ids, share))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
-      raise DivergenceError(f'a score is not finite in the evaluation on {split}')
+      raise DivergenceError(f'a score is not finite in the evaluation on {part}')
     ranks = np.concatenate([ranks for ranks, _ in outputs])
     # In the users' order, so that sums do not depend on the number of devices.
     flat = members.reshape(-1)
@@ -270,13 +271,13 @@ def make_evaluator(
   return evaluator
 
 
-def baseline_metrics(dataset: Dataset, split: str, config: ConfigDict) -> dict[str, dict]:
+def baseline_metrics(dataset: Dataset, part: str, config: ConfigDict) -> dict[str, dict]:
   """Metrics of recommending by training popularity, and in random order, under the same protocol.
 
   Returns:
     `{'popularity': metrics, 'random': metrics}`.
   """
-  queries = make_queries(dataset, split, config)
+  queries = make_queries(dataset, part, config)
   train = dataset.train_part().item_ids
   popularity = np.bincount(train, minlength=dataset.num_items + 1)
   popularity[0] = -1  # Below every item.

@@ -1,55 +1,21 @@
-"""Prepared TFDS data -> batches without padding; batch n is a pure function of (seed, n).
+"""Histories in memory -> batches without padding; batch n is a pure function of (seed, n).
 
 Histories live in memory as flat values and offsets. An epoch is a plan: which users stand in which
 row. The plan is made on the host from (seed, epoch) alone; the tokens are gathered on the device.
 """
 
-import dataclasses
-import json
-import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur4rec_jax import splits
+from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
 
 Array = jax.Array
 # Rows a batch are rounded up to this, so that 1, 2, 4 and 8 devices get the same batches.
 ROW_MULTIPLE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-  """A prepared dataset in memory.
-
-  Attributes:
-    info: contents of `dataset.json`: name, counts, split, options.
-    item_ids: `[interactions]` int32, 1-based, user after user, each in time order.
-    offsets: `[users + 1]` int64, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
-  """
-
-  info: dict
-  item_ids: np.ndarray
-  offsets: np.ndarray
-
-  @property
-  def num_items(self) -> int:
-    """Catalogue size; item ids are 1..num_items."""
-    return self.info['counts']['items']
-
-  def train_part(self) -> 'Dataset':
-    """Returns the dataset without its held-out interactions, so that training cannot see them."""
-    kept = splits.train_lengths(self.lengths)
-    is_kept = np.arange(len(self.item_ids)) < np.repeat(self.offsets[:-1] + kept, self.lengths)
-    return Dataset(self.info, self.item_ids[is_kept], np.concatenate([[0], np.cumsum(kept)]))
-
-  @property
-  def lengths(self) -> np.ndarray:
-    """`[users]` history lengths."""
-    return np.diff(self.offsets)
 
 
 class Plan(NamedTuple):
@@ -76,36 +42,6 @@ class Batch(NamedTuple):
   item_ids: Array
   targets: Array
   segment_ids: Array
-
-
-def load_dataset(data_dir: str) -> Dataset:
-  """Reads a folder written by `python -m data_prep.build_dataset`.
-
-  Raises:
-    InputError: the folder is missing, not a prepared dataset, or its contents are not those that
-      were written.
-  """
-  import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
-
-  folder = pathlib.Path(data_dir)
-  rebuild = f'build it: python -m data_prep.build_dataset --source=NAME --data_dir={data_dir}'
-  if not folder.is_dir():
-    raise InputError(f'data_dir {data_dir}: no such folder; {rebuild}')
-  if not (folder / 'dataset.json').is_file():
-    raise InputError(f'data_dir {data_dir}: not a prepared dataset (no dataset.json); {rebuild}')
-  try:
-    info = json.loads((folder / 'dataset.json').read_text())
-    split = info['split']
-    versions = sorted((folder / 'interactions').iterdir())
-    source = tfds.builder_from_directory(versions[-1]).as_data_source(split='users')
-    histories = [user['item_ids'] for user in source.__getitems__(range(len(source)))]
-    offsets = np.concatenate([[0], np.cumsum([len(h) for h in histories])])
-    item_ids = np.concatenate(histories).astype(np.int32)
-  except Exception as error:  # Whatever a damaged file makes the readers raise.
-    raise InputError(f'data_dir {data_dir}: cannot be read ({error!r}); {rebuild}') from error
-  if splits.split_hash(split['name'], offsets, item_ids) != split['hash']:
-    raise InputError(f'data_dir {data_dir}: interactions differ from dataset.json; {rebuild}')
-  return Dataset(info, item_ids, offsets)
 
 
 def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from ur4rec_jax import evaluate, optimizers, parallel
 from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
+from ur4rec_jax.dataset import Dataset, load_dataset
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.input_pipeline import Dataset, load_dataset
 from ur4rec_jax.models.sasrec import create_model
 from ur4rec_jax.train_state import create_train_state
 from ur4rec_jax.workdir import check_workdir
@@ -47,7 +47,7 @@ def write_results(
     'dataset': {
       'name': dataset.info['name'],
       **dataset.info['counts'],
-      'split_hash': dataset.info['split']['hash'],
+      'split_hash': dataset.split_hash,
     },
     **scores,
     'stages': [{**stage, 'valid': scores['valid'], 'test': scores['test']}],
@@ -81,7 +81,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     InputError: the folder holds no run or another one.
   """
   check_config(config)
-  dataset = load_dataset(config.data_dir)
+  dataset = load_dataset(config.data_dir, config.split)
   if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   model = create_model(config, dataset.num_items)
@@ -102,18 +102,18 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
 
 
 def _evaluate_params(config: ConfigDict, dataset: Dataset, params: PyTree) -> dict[str, dict]:
-  """Returns the protocol, the metrics of `params` on both splits, and the baselines on test."""
+  """Returns the protocol, the metrics of `params` on both parts, and the baselines on test."""
   model = create_model(config, dataset.num_items)
   with jax.transfer_guard(config.transfer_guard):
     item_ids = parallel.replicate(dataset.item_ids)
     scores = {
-      split: evaluate.make_evaluator(
-        model, dataset, item_ids, split, config.evaluation, config.mapping
+      part: evaluate.make_evaluator(
+        model, dataset, item_ids, part, config.evaluation, config.mapping
       )(params)
-      for split in evaluate.HELD_OUT
+      for part in evaluate.PARTS
     }
   return {
-    'protocol': evaluate.protocol(config.evaluation),
+    'protocol': evaluate.protocol(dataset, config.evaluation),
     **scores,
     'baselines': evaluate.baseline_metrics(dataset, 'test', config.evaluation),
   }

@@ -1,38 +1,109 @@
 """Which interactions train, validate and test: rules and fingerprints, NumPy only."""
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 LEAVE_ONE_OUT = 'leave_one_out'
+TIME = 'time'
+NAMES = (LEAVE_ONE_OUT, TIME)
 # Shorter users cannot give a training, a validation and a test item: they only train.
 MIN_EVALUATED_LENGTH = 3
 
 
-def train_lengths(lengths: np.ndarray) -> np.ndarray:
-  """Number of leading interactions a user trains on under leave-one-out.
+class Split(NamedTuple):
+  """Where each user's history is cut, `[users]` each.
+
+  Attributes:
+    train_lengths: number of leading interactions to train on.
+    held_out: by `valid` and `test`, the position in the history of the item to predict from all
+      before it, -1 where the user is not evaluated.
+  """
+
+  train_lengths: np.ndarray
+  held_out: dict[str, np.ndarray]
+
+
+def leave_one_out(lengths: np.ndarray) -> Split:
+  """Holds out the last two interactions of every user who has at least three.
 
   Args:
     lengths: `[users]` history lengths.
-
-  Returns:
-    `[users]`: all but the last two where the user is evaluated, all otherwise.
   """
-  return np.where(lengths >= MIN_EVALUATED_LENGTH, lengths - 2, lengths)
+  is_evaluated = lengths >= MIN_EVALUATED_LENGTH
+  position = lambda from_end: np.where(is_evaluated, lengths - from_end, -1)
+  return Split(
+    np.where(is_evaluated, lengths - 2, lengths), {'valid': position(2), 'test': position(1)}
+  )
 
 
-def split_hash(split: str, offsets: np.ndarray, item_ids: np.ndarray) -> str:
-  """Fingerprint of a split: equal if and only if every user's ordered items and the rule are.
+def by_time(offsets: np.ndarray, timestamps: np.ndarray, valid_from: int, test_from: int) -> Split:
+  """Holds out everything from two points in time on, the same for all users.
+
+  The model trains on what came before `valid_from`. A user's first interaction from `valid_from`
+  up to `test_from` is the validation item, the first from `test_from` on the test item, each
+  predicted from all the user did before that border.
 
   Args:
-    split: name of the rule, e.g. `leave_one_out`.
+    offsets: `[users + 1]`, user u owns `timestamps[offsets[u]:offsets[u + 1]]`.
+    timestamps: `[interactions]` unix seconds, ascending for each user.
+    valid_from: unix seconds.
+    test_from: unix seconds, later.
+  """
+  lengths = np.diff(offsets)
+  before = lambda border: np.diff(np.concatenate([[0], np.cumsum(timestamps < border)])[offsets])
+  train, seen = before(valid_from), before(test_from)
+  return Split(
+    train,
+    {
+      'valid': np.where((train > 0) & (train < seen), train, -1),
+      'test': np.where((seen > 0) & (seen < lengths), seen, -1),
+    },
+  )
+
+
+def make_split(
+  name: str, record: Mapping[str, Any], offsets: np.ndarray, timestamps: np.ndarray
+) -> Split:
+  """Cuts histories as dataset.json says.
+
+  Args:
+    name: of the rule, one of `NAMES`.
+    record: what dataset.json holds under that name; the borders of `time`.
+    offsets: `[users + 1]`, user u owns `timestamps[offsets[u]:offsets[u + 1]]`.
+    timestamps: `[interactions]` unix seconds, ascending for each user.
+  """
+  if name == LEAVE_ONE_OUT:
+    return leave_one_out(np.diff(offsets))
+  return by_time(offsets, timestamps, record['valid_from'], record['test_from'])
+
+
+def describe(name: str, record: Mapping[str, Any]) -> str:
+  """The rule in words that tell it from every other rule."""
+  if name == LEAVE_ONE_OUT:
+    return name
+  borders = (np.datetime64(record[part], 's') for part in ('valid_from', 'test_from'))
+  return '{}: valid from {}, test from {}'.format(name, *borders)
+
+
+def split_hash(name: str, offsets: np.ndarray, item_ids: np.ndarray, split: Split) -> str:
+  """Fingerprint of a split: equal if and only if every user's ordered items and the cuts are.
+
+  Args:
+    name: of the rule, e.g. `leave_one_out`.
     offsets: `[users + 1]`, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
     item_ids: `[interactions]` item ids, 1-based, each user's in time order.
+    split: the cuts.
 
   Returns:
     16 hexadecimal digits.
   """
-  digest = hashlib.sha256(split.encode())
+  digest = hashlib.sha256(name.encode())
   digest.update(np.ascontiguousarray(offsets, '<i8').tobytes())
   digest.update(np.ascontiguousarray(item_ids, '<i4').tobytes())
+  if name != LEAVE_ONE_OUT:  # Whose cuts follow from the lengths.
+    for cuts in (split.train_lengths, split.held_out['valid'], split.held_out['test']):
+      digest.update(np.ascontiguousarray(cuts, '<i8').tobytes())
   return digest.hexdigest()[:16]

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from ur4rec_jax import evaluate, optimizers, parallel, results, steps
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
+from ur4rec_jax.dataset import Dataset, load_dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.input_pipeline import Dataset, Plan, TrainBatches, load_dataset
+from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.models.sasrec import create_model
 from ur4rec_jax.train_state import TrainState, create_train_state
@@ -45,7 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     InterruptedBySignal: SIGTERM or SIGINT came; the run is saved.
   """
   check_config(config)
-  dataset = load_dataset(config.data_dir)
+  dataset = load_dataset(config.data_dir, config.split)
   _check_dataset(config, dataset)
   claim_workdir(workdir, config, dataset)
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
@@ -71,11 +72,12 @@ def _check_dataset(config: ConfigDict, dataset: Dataset) -> None:
       f'config.data_dir={config.data_dir}: {len(dataset.lengths)} users and {dataset.num_items} '
       'items; a recommender needs at least 2 of each'
     )
-  if not dataset.info['counts']['evaluated_users']:
-    raise InputError(
-      f'config.data_dir={config.data_dir}: no user has the 3 interactions that training, '
-      'validation and test need'
-    )
+  for part in evaluate.PARTS:
+    if not (dataset.split.held_out[part] >= 0).any():
+      raise InputError(
+        f'config.data_dir={config.data_dir}: split {dataset.split_name} has no {part} users; '
+        'leave_one_out needs users with 3 interactions, time needs users before and after it'
+      )
 
 
 @contextlib.contextmanager
@@ -375,7 +377,7 @@ def _describe_run(
     parameter_table(params),
     '',
     f'data     {dataset.info["name"]}: {counts["users"]:,} users, {counts["items"]:,} items, '
-    f'{counts["interactions"]:,} interactions, split {dataset.info["split"]["hash"]}',
+    f'{counts["interactions"]:,} interactions, split {dataset.split_name} {dataset.split_hash}',
     f'batches  {batches.steps_per_epoch} an epoch of {batches.rows} rows x {config.max_length} '
     f'tokens, {filled:.0%} filled, {batches.users / batches.steps_per_epoch:.0f} users each',
     f'devices  {parallel.describe_devices()}, jax {jax.__version__}',

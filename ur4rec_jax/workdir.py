@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from ur4rec_jax import parallel
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.config_checks import check_unchanged
+from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.input_pipeline import Dataset
 
 _locks = []  # Open files; the locks end with the process, however it ends.
 
@@ -73,4 +73,4 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
 
 
 def _identity(dataset: Dataset) -> dict[str, str]:
-  return {'name': dataset.info['name'], 'split_hash': dataset.info['split']['hash']}
+  return {'name': dataset.info['name'], 'split_hash': dataset.split_hash}

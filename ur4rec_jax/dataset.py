@@ -1,0 +1,172 @@
+"""A prepared folder, as data_prep.build_dataset writes it, in memory; NumPy only."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ur4rec_jax import splits
+from ur4rec_jax.errors import InputError
+
+FORMAT_VERSION = 2
+METADATA = 'dataset.json'
+_READ_AT_ONCE = 10_000  # Examples; all of a large dataset at once would not fit in memory.
+
+
+class Interactions(NamedTuple):
+  """All histories, user after user, each in time order.
+
+  Attributes:
+    user_ids: `[users]` original ids.
+    offsets: `[users + 1]` int64, user u owns `[offsets[u]:offsets[u + 1]]` of the others.
+    item_ids: `[interactions]` int32, 1-based.
+    timestamps: `[interactions]` int64 unix seconds.
+    ratings: `[interactions]` float32.
+  """
+
+  user_ids: list[str]
+  offsets: np.ndarray
+  item_ids: np.ndarray
+  timestamps: np.ndarray
+  ratings: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """What training and evaluation need of a prepared dataset.
+
+  Attributes:
+    info: contents of `dataset.json`: name, counts, splits, options.
+    split_name: which of `info['splits']` is used.
+    split: where it cuts each history.
+    item_ids: `[interactions]` int32, 1-based, user after user, each in time order.
+    offsets: `[users + 1]` int64, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
+  """
+
+  info: dict[str, Any]
+  split_name: str
+  split: splits.Split
+  item_ids: np.ndarray
+  offsets: np.ndarray
+
+  @property
+  def num_items(self) -> int:
+    """Catalogue size; item ids are 1..num_items."""
+    return self.info['counts']['items']
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """`[users]` history lengths."""
+    return np.diff(self.offsets)
+
+  @property
+  def split_hash(self) -> str:
+    """Fingerprint of the interactions and the split."""
+    return self.info['splits'][self.split_name]['hash']
+
+  def train_part(self) -> 'Dataset':
+    """Returns the dataset without its held-out interactions, so that training cannot see them."""
+    kept = self.split.train_lengths
+    is_kept = np.arange(len(self.item_ids)) < np.repeat(self.offsets[:-1] + kept, self.lengths)
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    return dataclasses.replace(self, item_ids=self.item_ids[is_kept], offsets=offsets)
+
+
+def load_dataset(data_dir: str, split_name: str = splits.LEAVE_ONE_OUT) -> Dataset:
+  """Reads the interactions of a prepared folder and cuts them.
+
+  Raises:
+    InputError: the folder is missing, not a prepared dataset, has no such split, or its contents
+      are not those that were written.
+  """
+  info = read_info(data_dir)
+  record = info['splits'].get(split_name)
+  if record is None:
+    raise InputError(
+      f'data_dir {data_dir}: has no split {split_name!r}, only {", ".join(info["splits"])};'
+      ' data_prep.build_dataset makes a split by time where the data has times'
+    )
+  interactions = read_interactions(data_dir)
+  split = splits.make_split(split_name, record, interactions.offsets, interactions.timestamps)
+  found = splits.split_hash(split_name, interactions.offsets, interactions.item_ids, split)
+  if found != record['hash']:
+    raise InputError(
+      f'data_dir {data_dir}: interactions differ from {METADATA}; {_rebuild(data_dir)}'
+    )
+  return Dataset(info, split_name, split, interactions.item_ids, interactions.offsets)
+
+
+def read_info(data_dir: str | pathlib.Path) -> dict[str, Any]:
+  """Reads dataset.json.
+
+  Raises:
+    InputError: the folder is missing, not a prepared dataset, or of another version.
+  """
+  path = pathlib.Path(data_dir) / METADATA
+  if not path.parent.is_dir():
+    raise InputError(f'data_dir {data_dir}: no such folder; {_rebuild(data_dir)}')
+  if not path.is_file():
+    raise InputError(
+      f'data_dir {data_dir}: not a prepared dataset (no {METADATA}); {_rebuild(data_dir)}'
+    )
+  try:
+    info = json.loads(path.read_text(encoding='utf-8'))
+    version = info['format_version']
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise InputError(f'{path}: cannot be read ({error!r}); {_rebuild(data_dir)}') from error
+  if version != FORMAT_VERSION:
+    raise InputError(
+      f'{path}: is of format {version}, this version reads {FORMAT_VERSION}; {_rebuild(data_dir)}'
+    )
+  return info
+
+
+def read_interactions(data_dir: str | pathlib.Path) -> Interactions:
+  """Reads all histories; InputError if they cannot be read."""
+  user_ids: list[str] = []
+  columns: dict[str, list[np.ndarray]] = {'item_ids': [], 'timestamps': [], 'ratings': []}
+  lengths = [0]
+  for examples in _examples(data_dir, 'interactions', 'users'):
+    user_ids += [example['user_id'].decode() for example in examples]
+    lengths += [len(example['item_ids']) for example in examples]
+    for name, parts in columns.items():
+      parts.append(np.concatenate([example[name] for example in examples]))
+  flat = {name: np.concatenate(parts) for name, parts in columns.items()}
+  return Interactions(user_ids, np.cumsum(lengths), **flat)
+
+
+def read_items(data_dir: str | pathlib.Path) -> list[dict[str, Any]]:
+  """Reads what is known of the items, in the order of `item_id`; InputError if it cannot be read.
+
+  Returns:
+    `[items]` of `item_id`, `original_id`, `title`, `genres` (a list), `description`, `image`.
+  """
+  text = lambda value: value.decode() if isinstance(value, bytes) else value
+  return [
+    {name: [*map(text, v)] if isinstance(v, list) else text(v) for name, v in example.items()}
+    for examples in _examples(data_dir, 'items', 'items')
+    for example in examples
+  ]
+
+
+def _examples(
+  data_dir: str | pathlib.Path, name: str, split: str
+) -> Iterator[list[dict[str, Any]]]:
+  import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
+
+  try:
+    version = max((pathlib.Path(data_dir) / name).iterdir())
+    source = tfds.builder_from_directory(version).as_data_source(split=split)
+    for start in range(0, len(source), _READ_AT_ONCE):
+      yield source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
+  except Exception as error:  # Whatever a damaged file makes the readers raise.
+    raise InputError(
+      f'data_dir {data_dir}: {name} cannot be read ({error!r}); {_rebuild(data_dir)}'
+    ) from error
+
+
+def _rebuild(data_dir: str | pathlib.Path) -> str:
+  return f'build it: python -m data_prep.build_dataset --source=NAME --data_dir={data_dir}'
