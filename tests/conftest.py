@@ -14,6 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from ur4rec_jax import splits
+from ur4rec_jax.dataset import Dataset
+
 ROOT = pathlib.Path(__file__).parents[1]
 # A run of two seconds: every part of the program at its smallest.
 SMALL = (
@@ -96,6 +99,18 @@ def finished(run, tmp_path_factory) -> pathlib.Path:
   done = run(workdir)
   assert done.returncode == 0, done.stderr
   return workdir
+
+
+def make_dataset(histories, num_items: int | None = None) -> Dataset:
+  """A dataset in memory, split by leave-one-out."""
+  offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
+  item_ids = np.concatenate(histories).astype(np.int32)
+  info = {
+    'counts': {'items': int(item_ids.max()) if num_items is None else num_items},
+    'splits': {splits.LEAVE_ONE_OUT: {}},
+  }
+  split = splits.leave_one_out(np.diff(offsets))
+  return Dataset(info, splits.LEAVE_ONE_OUT, split, item_ids, offsets)
 
 
 def load_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:

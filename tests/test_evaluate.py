@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests import conftest
 from ur4rec_jax import evaluate, parallel
+from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
-from ur4rec_jax.input_pipeline import Dataset, gather_batch
+from ur4rec_jax.input_pipeline import gather_batch
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.sasrec import SASRec
 
 NUM_ITEMS = 25
 MAX_LENGTH = 6
-SPLITS = ('valid', 'test')
-
-
-def make_dataset(histories, num_items: int = NUM_ITEMS) -> Dataset:
-  offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
-  item_ids = np.concatenate(histories).astype(np.int32)
-  return Dataset({'counts': {'items': num_items}}, item_ids, offsets)
+PARTS = ('valid', 'test')
+make_dataset = functools.partial(conftest.make_dataset, num_items=NUM_ITEMS)
 
 
 def make_config(candidates: str = 'all', **fields) -> ConfigDict:
@@ -50,9 +47,9 @@ def history(dataset: Dataset, user: int) -> np.ndarray:
   return dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]]
 
 
-def run(model, dataset, split, config, params=None, mapping='pmap', **options):
+def run(model, dataset, part, config, params=None, mapping='pmap', **options):
   evaluator = evaluate.make_evaluator(
-    model, dataset, parallel.replicate(dataset.item_ids), split, config, mapping
+    model, dataset, parallel.replicate(dataset.item_ids), part, config, mapping
   )
   return evaluator(parallel.replicate(params or {}), **options)
 
@@ -144,14 +141,14 @@ def test_each_users_own_seen_items_are_left_out():
   np.testing.assert_array_equal(ranks, [3, 4, 1])
 
 
-@pytest.mark.parametrize('split', SPLITS)
-def test_queries_hold_out_the_last_or_the_one_before(split):
+@pytest.mark.parametrize('part', PARTS)
+def test_queries_hold_out_the_last_or_the_one_before(part):
   dataset = make_dataset([[1, 2, 3, 4], [5], [6, 7], [8, 9, 10]])
-  queries = evaluate.make_queries(dataset, split, make_config())
+  queries = evaluate.make_queries(dataset, part, make_config())
   np.testing.assert_array_equal(queries.users, [0, 3])
-  np.testing.assert_array_equal(queries.targets, [4, 10] if split == 'test' else [3, 9])
+  np.testing.assert_array_equal(queries.targets, [4, 10] if part == 'test' else [3, 9])
   np.testing.assert_array_equal(queries.starts, [0, 7])
-  np.testing.assert_array_equal(queries.lengths, [3, 2] if split == 'test' else [2, 1])
+  np.testing.assert_array_equal(queries.lengths, [3, 2] if part == 'test' else [2, 1])
   assert queries.candidates.shape == (2, 0)
 
 
@@ -171,10 +168,10 @@ def test_candidates_are_distinct_items_the_user_never_has(candidates):
 
 
 @pytest.mark.parametrize('candidates', ['uniform', 'popularity'])
-def test_candidates_follow_their_seed_and_not_the_split(candidates):
-  def draw(split, seed):
+def test_candidates_follow_their_seed_and_not_the_part(candidates):
+  def draw(part, seed):
     config = make_config(candidates, seed=seed)
-    return evaluate.make_queries(mixed_dataset(), split, config).candidates
+    return evaluate.make_queries(mixed_dataset(), part, config).candidates
 
   np.testing.assert_array_equal(draw('valid', 0), draw('valid', 0))
   np.testing.assert_array_equal(draw('valid', 0), draw('test', 0))
@@ -193,13 +190,13 @@ def test_candidates_are_drawn_evenly_or_by_training_popularity(candidates, share
 
 
 def test_protocol_names_what_a_number_depends_on():
-  assert evaluate.protocol(make_config()) == {
+  assert evaluate.protocol(mixed_dataset(), make_config()) == {
     'split': 'leave_one_out',
     'candidates': 'all items',
     'seen_items': 'left out',
     'ties': 'against the model',
   }
-  sampled = evaluate.protocol(make_config('popularity', num_candidates=99, seed=5))
+  sampled = evaluate.protocol(mixed_dataset(), make_config('popularity', num_candidates=99, seed=5))
   assert sampled['candidates'] == 'target + 99 popularity (seed 5)'
 
 
@@ -252,15 +249,15 @@ def sasrec():
   return model, params, score_all
 
 
-def plain_ranks(dataset, split, config, score_all) -> np.ndarray:
+def plain_ranks(dataset, part, config, score_all) -> np.ndarray:
   """Full ranking as one would explain it."""
-  drawn = iter(evaluate.make_queries(dataset, split, config).candidates.tolist())
+  drawn = iter(evaluate.make_queries(dataset, part, config).candidates.tolist())
   ranks = []
   for user in range(len(dataset.lengths)):
     items = history(dataset, user).tolist()
     if len(items) < 3:
       continue
-    *before, target = items if split == 'test' else items[:-1]
+    *before, target = items if part == 'test' else items[:-1]
     candidates = next(drawn)
     if config.candidates == 'all':
       candidates = [i for i in range(1, NUM_ITEMS + 1) if i not in before]
@@ -274,13 +271,13 @@ def plain_ranks(dataset, split, config, score_all) -> np.ndarray:
 
 
 @pytest.mark.parametrize('candidates', ['all', 'uniform', 'popularity'])
-@pytest.mark.parametrize('split', SPLITS)
-def test_evaluator_equals_a_plain_loop_over_users(split, candidates):
+@pytest.mark.parametrize('part', PARTS)
+def test_evaluator_equals_a_plain_loop_over_users(part, candidates):
   dataset, config = mixed_dataset(), make_config(candidates)
   model, params, score_all = sasrec()
-  expected = ranking_metrics(plain_ranks(dataset, split, config, score_all))
+  expected = ranking_metrics(plain_ranks(dataset, part, config, score_all))
   assert expected['users'] == (dataset.lengths >= 3).sum()
-  assert run(model, dataset, split, config, params) == expected
+  assert run(model, dataset, part, config, params) == expected
 
 
 @pytest.mark.parametrize('batch_size', [1, 1000])
@@ -298,11 +295,11 @@ def test_shard_map_gives_the_same_metrics():
   assert run(model, dataset, 'valid', config, params, mapping='shard_map') == expected
 
 
-@pytest.mark.parametrize('split', SPLITS)
-def test_equal_scores_give_the_worst_rank(split):
+@pytest.mark.parametrize('part', PARTS)
+def test_equal_scores_give_the_worst_rank(part):
   dataset = cycle_dataset()
-  metrics = run(Constant(), dataset, split, make_config())
-  seen = dataset.lengths - (1 if split == 'test' else 2)
+  metrics = run(Constant(), dataset, part, make_config())
+  seen = dataset.lengths - (1 if part == 'test' else 2)
   assert metrics['mean_rank'] == (NUM_ITEMS - seen).mean()
   assert metrics['hit@10'] == metrics['ndcg@10'] == 0
 
@@ -314,9 +311,9 @@ def test_equal_scores_give_the_worst_rank_among_candidates():
 
 
 @pytest.mark.parametrize('candidates', ['all', 'uniform'])
-@pytest.mark.parametrize('split', SPLITS)
-def test_a_model_that_knows_the_answer_scores_one(split, candidates):
-  metrics = run(Oracle(), cycle_dataset(), split, make_config(candidates))
+@pytest.mark.parametrize('part', PARTS)
+def test_a_model_that_knows_the_answer_scores_one(part, candidates):
+  metrics = run(Oracle(), cycle_dataset(), part, make_config(candidates))
   assert metrics['users'] == 40
   assert [metrics[name] for name in ('hit@5', 'ndcg@5', 'mrr', 'mean_rank')] == [1.0] * 4
 
@@ -349,16 +346,16 @@ def test_interruption_ends_the_evaluation():
 
 
 @pytest.mark.parametrize('candidates', ['all', 'uniform', 'popularity'])
-@pytest.mark.parametrize('split', SPLITS)
-def test_popularity_baseline_equals_a_plain_loop(split, candidates):
+@pytest.mark.parametrize('part', PARTS)
+def test_popularity_baseline_equals_a_plain_loop(part, candidates):
   dataset, config = mixed_dataset(), make_config(candidates)
   counts = np.zeros(NUM_ITEMS + 1)
   for user in range(len(dataset.lengths)):
     items = history(dataset, user)
     for item in items[:-2] if len(items) >= 3 else items:
       counts[item] += 1
-  ranks = plain_ranks(dataset, split, config, lambda before: counts)
-  popularity = evaluate.baseline_metrics(dataset, split, config)['popularity']
+  ranks = plain_ranks(dataset, part, config, lambda before: counts)
+  popularity = evaluate.baseline_metrics(dataset, part, config)['popularity']
   assert popularity == ranking_metrics(ranks)
 
 

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import make_dataset
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.input_pipeline import (
   ROW_MULTIPLE,
-  Dataset,
   Plan,
   TrainBatches,
   assign,
@@ -17,13 +17,6 @@ from ur4rec_jax.input_pipeline import (
 )
 
 MAX_LENGTH = 8
-
-
-def make_dataset(histories: list[list[int]]) -> Dataset:
-  lengths = [len(history) for history in histories]
-  item_ids = np.concatenate(histories).astype(np.int32)
-  info = {'counts': {'items': int(item_ids.max())}}
-  return Dataset(info, item_ids, np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def unique_histories(lengths) -> list[list[int]]:

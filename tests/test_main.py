@@ -25,7 +25,7 @@ def assert_refused(done, *words, code=2):
 def test_results_say_what_was_measured_and_how(finished, data_dir):
   results = json.loads((finished / 'results.json').read_text())
   dataset = json.loads((data_dir / 'dataset.json').read_text())
-  assert results['dataset']['split_hash'] == dataset['split']['hash']
+  assert results['dataset']['split_hash'] == dataset['splits']['leave_one_out']['hash']
   assert results['dataset']['users'] == 120
   assert results['protocol'] == {
     'split': 'leave_one_out',
@@ -159,11 +159,46 @@ def test_a_folder_that_is_no_dataset(run, tmp_path):
   assert_refused(done, tmp_path, 'not a prepared dataset')
 
 
+def test_a_split_at_a_point_in_time(run, data_dir, tmp_path):
+  done = run(tmp_path / 'run', '--config.split=time')
+  assert done.returncode == 0, done.stderr
+  results = json.loads((tmp_path / 'run/results.json').read_text())
+  record = json.loads((data_dir / 'dataset.json').read_text())['splits']['time']
+  assert results['dataset']['split_hash'] == record['hash']
+  assert results['protocol']['split'].startswith('time: valid from 2020-')
+  assert results['valid']['users'] == record['valid_users']
+  assert results['test']['users'] == results['baselines']['popularity']['users']
+  assert results['test']['users'] == record['test_users']
+  # The checkpoints of one split are not to be judged by another.
+  other = run(tmp_path / 'run', '--mode=evaluate')
+  assert other.returncode == 2
+  assert 'use another --workdir' in other.stderr
+
+
+def test_a_split_that_the_data_do_not_have(run, data_dir, tmp_path):
+  copy = tmp_path / 'data'
+  shutil.copytree(data_dir, copy)
+  info = json.loads((copy / 'dataset.json').read_text())
+  del info['splits']['time']
+  (copy / 'dataset.json').write_text(json.dumps(info))
+  done = run(tmp_path / 'run', f'--config.data_dir={copy}', '--config.split=time')
+  assert_refused(done, copy, "has no split 'time'")
+
+
+def test_data_of_another_format_are_refused(run, data_dir, tmp_path):
+  copy = tmp_path / 'data'
+  shutil.copytree(data_dir, copy)
+  info = json.loads((copy / 'dataset.json').read_text())
+  (copy / 'dataset.json').write_text(json.dumps(info | {'format_version': 1}))
+  done = run(tmp_path / 'run', f'--config.data_dir={copy}')
+  assert_refused(done, copy, 'is of format 1')
+
+
 def test_changed_interactions_are_noticed(run, data_dir, tmp_path):
   copy = tmp_path / 'data'
   shutil.copytree(data_dir, copy)
   info = json.loads((copy / 'dataset.json').read_text())
-  info['split']['hash'] = '0' * 16
+  info['splits']['leave_one_out']['hash'] = '0' * 16
   (copy / 'dataset.json').write_text(json.dumps(info))
   done = run(tmp_path / 'run', f'--config.data_dir={copy}')
   assert_refused(done, copy, 'differ from dataset.json')

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from configs import default
+from tests.conftest import make_dataset
 from ur4rec_jax import losses, optimizers, parallel, steps
-from ur4rec_jax.input_pipeline import Dataset, Plan, TrainBatches
+from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.sasrec import Dropout, SASRec
 from ur4rec_jax.train_state import TrainState, create_train_state
 
@@ -163,9 +165,7 @@ def training_part() -> Dataset:
   for length in rng.integers(3, 14, 80):
     steps_ahead = rng.choice([1, 1, 1, 2], length)
     histories.append((rng.integers(NUM_ITEMS) + np.cumsum(steps_ahead)) % NUM_ITEMS + 1)
-  offsets = np.concatenate([[0], np.cumsum([len(h) for h in histories])])
-  info = {'counts': {'items': NUM_ITEMS}}
-  return Dataset(info, np.concatenate(histories).astype(np.int32), offsets).train_part()
+  return make_dataset(histories, NUM_ITEMS).train_part()
 
 
 def all_data() -> steps.TrainData:

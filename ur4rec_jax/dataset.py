@@ -161,7 +161,10 @@ def _examples(
     version = max((pathlib.Path(data_dir) / name).iterdir())
     source = tfds.builder_from_directory(version).as_data_source(split=split)
     for start in range(0, len(source), _READ_AT_ONCE):
-      yield source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
+      examples = source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
+      if any(value is None for example in examples for value in example.values()):
+        raise ValueError('damaged examples')
+      yield examples
   except Exception as error:  # Whatever a damaged file makes the readers raise.
     raise InputError(
       f'data_dir {data_dir}: {name} cannot be read ({error!r}); {_rebuild(data_dir)}'

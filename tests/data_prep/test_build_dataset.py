@@ -70,16 +70,21 @@ def test_movielens_from_raw_files_to_what_is_read_back(run_build, ratings, ml_1m
   metadata = json.loads((data_dir / 'dataset.json').read_text())
   offsets = np.concatenate([[0], np.cumsum([len(user['item_ids']) for user in users])])
   item_ids = np.concatenate([user['item_ids'] for user in users])
-  assert metadata['split'] == {
-    'name': 'leave_one_out',
-    'hash': splits.split_hash('leave_one_out', offsets, item_ids),
-  }
   lengths = np.diff(offsets)
+  split = splits.leave_one_out(lengths)
+  assert metadata['splits']['leave_one_out'] == {
+    'train_interactions': split.train_lengths.sum(),
+    'valid_users': 11,
+    'test_users': 11,
+    'train_only_users': 1,
+    'unused_users': 0,
+    'items_without_training': 0,
+    'hash': splits.split_hash('leave_one_out', offsets, item_ids, split),
+  }
   assert metadata['counts'] == {
     'users': 12,
     'items': 9,
     'interactions': len(rows),
-    'evaluated_users': (lengths >= 3).sum(),
     'median_length': np.median(lengths),
   }
   assert metadata['dropped']['items'] == {'never_interacted': 1}
@@ -90,13 +95,14 @@ def test_movielens_from_raw_files_to_what_is_read_back(run_build, ratings, ml_1m
   assert 'grouplens.org' in info.homepage
 
   for part in (
-    '12 (11 evaluated)',
+    'users          12',
+    '11 users validate, 11 test, 1 only train',
     '1997-11-20 to',
     'never_interacted 1',
     'ur4rec_jax.main',
   ):
     assert part in result.stdout
-  assert metadata['split']['hash'] in result.stdout
+  assert metadata['splits']['leave_one_out']['hash'] in result.stdout
   assert [path.name for path in data_dir.parent.iterdir()] == ['ml-1m']
 
   # Nothing of this needs TensorFlow, and the written fields are complete for a fresh reader.
@@ -116,7 +122,7 @@ def test_movielens_from_raw_files_to_what_is_read_back(run_build, ratings, ml_1m
 def test_both_movielens_sources_and_sequences_agree(ml_100k, ml_1m, sequences, tmp_path):
   small, _ = build_dataset.build('movielens_100k', tmp_path / 'a', ml_100k)
   large, _ = build_dataset.build('movielens_1m', tmp_path / 'b', ml_1m)
-  assert small['split'] == large['split']
+  assert small['splits'] == large['splits']
   assert small['counts'] == large['counts']
   metadata, _ = build_dataset.build('sequences', tmp_path / 'c', sequences)
   users = read(tmp_path / 'c', 'interactions', 'users')

@@ -402,7 +402,7 @@ def test_a_table_in_memory_gives_what_its_file_gives(write, tmp_path):
   flags = {'items': str(tmp_path / 'items.csv')}
   expected, _ = build_dataset.build('interactions', tmp_path / 'a', path, parameters=flags)
   metadata = build_dataset.build_from_table(frame, tmp_path / 'b', items=items)
-  assert metadata['split'] == expected['split']
+  assert metadata['splits'] == expected['splits']
   assert metadata['counts'] == expected['counts']
   views = pa.table(frame)  # ids as Polars hands them over
   for i, name in enumerate(('user_id', 'item_id')):

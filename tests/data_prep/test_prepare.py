@@ -108,7 +108,9 @@ def test_without_times_the_position_is_the_time_and_repeats_stay():
   np.testing.assert_array_equal(data.timestamps, [0, 0, 1, 2])
   np.testing.assert_array_equal(data.ratings, np.ones(4))
   assert not data.has_timestamps
-  assert prepare.counts(data)['evaluated_users'] == 1
+  assert not data.has_ratings
+  assert data.splits.keys() == {'leave_one_out'}
+  assert data.splits['leave_one_out']['test_users'] == 1
 
 
 def test_duplicates_are_named_or_dropped():
@@ -156,3 +158,56 @@ def test_an_item_missing_from_the_table_is_named():
   rows = [(1, 1, 0, 5), (1, 8, 0, 5), (2, 9, 0, 5)]
   with pytest.raises(InputError, match=r"rows\.csv, line 2: item '8' .*\(2 such items"):
     prepare.prepare(make_raw(rows, {'1': Item()}))
+
+
+DAY = 86_400
+# Two users over ten days from 2024-01-01; the second starts on the seventh day.
+BY_DAY = [(1, item, 1_704_067_200 + item * DAY, 5) for item in range(10)] + [
+  (2, item, 1_704_067_200 + item * DAY, 5) for item in range(6, 10)
+]
+
+
+@pytest.mark.parametrize('wanted', ['2024-01-06,2024-01-09T00:00:00Z', ' 2024-01-06, 2024-01-09'])
+def test_the_split_by_time_cuts_at_dates_and_counts_who_falls_out(wanted):
+  split = prepare.prepare(make_raw(BY_DAY), Options(time_split=wanted)).splits['time']
+  assert split.pop('hash') != prepare.prepare(make_raw(BY_DAY)).splits['time']['hash']
+  assert split == {
+    'valid_from': 1_704_067_200 + 5 * DAY,
+    'test_from': 1_704_067_200 + 8 * DAY,
+    'train_interactions': 5,
+    'valid_users': 1,
+    'test_users': 2,
+    'train_only_users': 0,
+    'unused_users': 0,
+    'items_without_training': 5,
+  }
+
+
+def test_the_split_by_time_cuts_at_shares_of_the_interactions():
+  data = prepare.prepare(make_raw(BY_DAY), Options(time_split='0.5,0.75'))
+  # In the order of time: one a day for six days, then two a day.
+  assert data.splits['time']['valid_from'] == 1_704_067_200 + 6 * DAY
+  assert data.splits['time']['test_from'] == 1_704_067_200 + 8 * DAY
+
+
+@pytest.mark.parametrize(
+  ('wanted', 'message'),
+  [
+    ('0.9,0.8', 'the first below the second'),
+    ('0.5', 'two shares'),
+    ('2024-01-08,2024-01-03', 'the first below the second'),
+    ('yesterday,today', 'two dates'),
+    ('2024-02-30,2024-03-01', 'two dates'),
+    ('2030-01-01,2030-02-01', '0 users to validate and 0 to test'),
+  ],
+)
+def test_an_impossible_split_by_time_is_refused(wanted, message):
+  with pytest.raises(InputError, match=message):
+    prepare.prepare(make_raw(BY_DAY), Options(time_split=wanted))
+
+
+def test_a_split_by_time_nobody_asked_for_is_left_out_where_it_is_impossible():
+  rows = [(user, item, 0, 5) for user in range(3) for item in range(4)]
+  assert prepare.prepare(make_raw(rows)).splits.keys() == {'leave_one_out'}
+  with pytest.raises(InputError, match='has no times'):
+    prepare.prepare(make_raw(rows)._replace(timestamps=None), Options(time_split='0.8,0.9'))
