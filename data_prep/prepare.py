@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from data_prep import pictures
 from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
 
@@ -18,7 +19,7 @@ class Item(NamedTuple):
   title: str = ''
   genres: tuple[str, ...] = ()
   description: str = ''
-  image: bytes | Path | str | None = None  # PNG bytes, a picture file to copy, or a URL to keep
+  image: bytes | Path | str | None = None  # a picture's content, its file, or a URL to keep
 
 
 class Place(NamedTuple):
@@ -66,12 +67,13 @@ class Raw(NamedTuple):
 
 
 class Options(NamedTuple):
-  """Filters; None and False leave everything in."""
+  """Filters, of which None and False leave everything in, and what pictures are reduced to."""
 
   min_rating: float | None = None
   k_core: int | None = None
   min_length: int | None = None
   drop_duplicates: bool = False
+  image_size: int = pictures.IMAGE_SIZE
 
 
 class Prepared(NamedTuple):
