@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from ur4rec_jax.errors import InputError
 
@@ -130,6 +131,18 @@ def _orientation(image: Image.Image) -> int:
 def _jpeg(image: Image.Image) -> bytes:
   image.save(file := io.BytesIO(), 'JPEG', quality=QUALITY)
   return file.getvalue()
+
+
+def placeholder(title: str, image_size: int) -> bytes:
+  """A card with a title, for people; it is a JPEG file and no item's picture."""
+  width, height = image_size, image_size * 3 // 2
+  hue = hashlib.sha256(title.encode()).digest()[0] * 360 // 256
+  image = Image.new('RGB', (width, height), f'hsl({hue}, 30%, 35%)')
+  text = textwrap.fill(title, 14, max_lines=8, placeholder=' ...')
+  font = ImageFont.load_default(max(1, width // 10))
+  draw = ImageDraw.Draw(image)
+  draw.multiline_text((width / 2, height / 2), text, 'white', font, 'mm', align='center')
+  return _jpeg(image)
 
 
 def store(picture: bytes | Path, folder: Path, name: str, image_size: int) -> dict[str, Any]:
