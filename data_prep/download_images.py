@@ -489,7 +489,7 @@ async def _ask(tmdb: _Tmdb, web: _Web, path: str, **query: Any) -> dict[str, Any
 def _title_and_year(title: str) -> tuple[str, int | None]:
   """MovieLens' "Matrix, The (a.k.a. X) (1999)" as "The Matrix" and 1999."""
   years = re.findall(r'\((\d{4})\)', title)
-  name = re.sub(r'\s*\([^()]*\)', '', title).strip()
+  name = re.sub(r'\s+\([^()]*\)', '', title).strip()  # but not that of "(500) Days of Summer"
   if moved := re.fullmatch(rf'(.+), ({_ARTICLES})', name):
     name = moved[2] + ('' if moved[2].endswith("'") else ' ') + moved[1]
   return name or title, int(years[-1]) if years else None

@@ -25,7 +25,7 @@ from ur4rec_jax.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
 CANARY = 'eyJhbGciOi.canary-5e1f0c.x_Y'
-BRIEF = download_images.Settings(timeout=2, deadline=4, tries=2)
+BRIEF = download_images.Settings(timeout=2, deadline=3, tries=2)
 
 
 class Server:
@@ -184,7 +184,7 @@ def test_every_way_to_misbehave(server, dataset, make_picture):
     'elsewhere': 'rejected: redirected to another host; --redirect_hosts=localhost',
     'file': "rejected: no usable URL: 'file:///etc/passwd'",
     'slow': 'unanswered: ',
-    'drip': 'unanswered: no whole answer in 4 seconds',
+    'drip': 'unanswered: no whole answer in 3 seconds',
     'html': 'rejected: content type text/html, not image/',
     'liar': 'rejected: is no JPEG, PNG, WEBP, GIF or BMP picture; it begins with',
     'vast': 'rejected: more than 33,554,432 bytes: 10,000,000,000 declared',
@@ -379,6 +379,7 @@ def tmdb(server, make_picture):
     movie(5, 'Late One', '1999-01-02', '/late.jpg'),
     movie(6, 'Late One', '1959-01-02'),
     movie(7, 'Unpictured', '1990-01-02', None),
+    movie(8, '(500) Days of Summer', '2009-07-17', '/p.jpg'),
   ]
 
   def checked(send):
@@ -418,6 +419,7 @@ MOVIES = {
   '4': ('', 'Late One (1998) (V)'),
   '5': ('', 'Nobody Knows (1990)'),
   '6': ('', 'Unpictured (1990)'),
+  '7': ('', '(500) Days of Summer (2009)'),
 }
 
 
@@ -427,21 +429,23 @@ def test_posters_are_found_by_title_and_year(tmdb, dataset, run):
   result = run(*flags, TMDB_API_KEY=CANARY)
   assert result.returncode == 0, result.stderr
   assert result.stderr == ''
-  assert 'pictures       4 of 6 items have one' in result.stdout
+  assert 'pictures       5 of 7 items have one' in result.stdout
   found = outcomes(data_dir)
-  assert [found[i].get('match') for i in '123456'] == [
+  assert [found[i].get('match') for i in '1234567'] == [
     'The Matrix (1999), TMDB 2',
     'The Wretched (1995), TMDB 3',
     'Léon: The Professional (1994), TMDB 4',
     'Late One (1999), TMDB 5',
     None,
     None,
+    '(500) Days of Summer (2009), TMDB 8',
   ]
-  assert [found[i]['status'] for i in '123456'] == ['fetched'] * 4 + ['missing'] * 2
+  assert [found[i]['status'] for i in '56'] == ['missing'] * 2
   asked = {(q['query'][0], *q.get('year', ())) for path, q, *_ in tmdb.asked if 'search' in path}
   assert ('The Matrix', '1999') in asked
   assert ('Les Misérables', '1995') in asked
   assert ('The Professional', '1994') in asked
+  assert ('(500) Days of Summer', '2009') in asked
   assert {('Late One', '1998'), ('Late One',)} <= asked
 
   # The key goes to the API's header and nowhere else.
@@ -462,7 +466,7 @@ def test_posters_are_found_by_links(tmdb, dataset, tmp_path, monkeypatch):
   links.write_text('movieId,imdbId,tmdbId\n5,0133093,603\n6,0000042,\n9,1,2\n')
   data_dir = dataset(MOVIES)
   settings = BRIEF._replace(source='tmdb', tmdb_url=tmdb.url, links=str(links))
-  assert download_images.download(data_dir, settings)['pictures'] == 6
+  assert download_images.download(data_dir, settings)['pictures'] == 7
   found = outcomes(data_dir)
   assert found['5']['match'] == 'By id (1999), TMDB 603'
   assert found['6']['url'] == f'{tmdb.url}/t/p/w342/imdb.jpg'
