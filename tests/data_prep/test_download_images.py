@@ -380,8 +380,8 @@ def tmdb(server, make_picture):
     movie(2, 'The Matrix', '1999-03-30', '/matrix.jpg'),
     movie(3, 'The Wretched', '1995-03-20', '/m.jpg', original_title='Les misérables'),
     movie(4, 'Léon: The Professional', '1994-09-14', '/leon.jpg'),
-    movie(5, 'Late One', '1999-01-02', '/late.jpg'),
     movie(6, 'Late One', '1959-01-02'),
+    movie(5, 'Late One', '1999-01-02', '/late.jpg'),
     movie(7, 'Unpictured', '1990-01-02', None),
     movie(8, '(500) Days of Summer', '2009-07-17', '/p.jpg'),
   ]
