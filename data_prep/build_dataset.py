@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from data_prep import builders, download, interactions, prepare, raw_files, sources, staging
+from data_prep import (
+  builders,
+  download,
+  interactions,
+  pictures,
+  prepare,
+  raw_files,
+  sources,
+  staging,
+)
+from data_prep import items as item_tables
 from ur4rec_jax import splits
 from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, load_dataset
 from ur4rec_jax.errors import InputError, exit_on_reported_error
@@ -46,6 +56,9 @@ _TIME_SPLIT = flags.DEFINE_string(
   None,
   'Where the split by time cuts: two dates such as 2024-05-01,2024-06-01 or two shares of the'
   ' interactions; left out, 0.8,0.9.',
+)
+_IMAGE_SIZE = flags.DEFINE_integer(
+  'image_size', pictures.IMAGE_SIZE, 'Pixels that the short side of a picture is reduced to.'
 )
 _PARAMETERS = {
   'num_users': flags.DEFINE_integer('num_users', None, 'Users to generate (synthetic only).'),
@@ -150,7 +163,9 @@ def build_from_table(
   """
   data_dir = Path(os.path.realpath(data_dir))
   raw = interactions.from_table(data, **parameters)
-  wanted = {'options': options._asdict(), 'raw_sha256': {'table': _table_fingerprint(raw)}}
+  found = {'table': _table_fingerprint(raw)}
+  found |= _picture_fingerprint(item_tables.pictures(raw.table or {}))
+  wanted = {'options': options._asdict(), 'raw_sha256': found}
   with staging.disk_errors(data_dir):
     staging.clean_up(data_dir)
     old = _old(data_dir, 'interactions', wanted, overwrite)
@@ -160,7 +175,8 @@ def build_from_table(
     wanted['notes'] = list(raw.notes)
     with staging.new_folder(data_dir) as folder:
       origin = sources.SOURCES['interactions'].origin
-      return builders.write(folder, prepared, origin, 'interactions', wanted)
+      size = options.image_size
+      return builders.write(folder, prepared, origin, 'interactions', wanted, size)
 
 
 def _build(
@@ -199,7 +215,8 @@ def _build(
       raw = spec.read(*files, **parameters)
       data, notes = prepare.prepare(raw, options), raw.notes
       shutil.rmtree(folder / 'raw')
-    metadata = builders.write(folder, data, spec.origin, source, {**wanted, 'notes': list(notes)})
+    extra = {**wanted, 'notes': list(notes)}
+    metadata = builders.write(folder, data, spec.origin, source, extra, options.image_size)
   return metadata, True
 
 
@@ -298,14 +315,9 @@ def _fingerprints(
   """SHA-256 by file name: two files may hold the same source and still differ."""
   found = {path.name: _file_hash(path) for path in files}
   for name in spec.paths:
-    if parameters[name] is None:
-      folder = files[0].parent / 'image'  # where pictures are unless a flag says so
-      if name == 'images' and folder.is_dir() and spec.read is not interactions.read:
-        found['image'] = _folder_hash(folder)
-      continue
-    path = Path(parameters[name])
-    found[name] = _folder_hash(path) if path.is_dir() else _file_hash(path)
-  return found
+    if parameters[name] is not None and Path(parameters[name]).is_file():
+      found[name] = _file_hash(Path(parameters[name]))
+  return found | _picture_fingerprint(spec.pictures(files, parameters))
 
 
 def _file_hash(path: Path) -> str:
@@ -316,13 +328,12 @@ def _file_hash(path: Path) -> str:
     raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
 
 
-def _folder_hash(folder: Path) -> str:
-  """Of names and sizes: pictures are too many to read them each time."""
+def _picture_fingerprint(paths: list[Path]) -> dict[str, str]:
+  """Of content: a picture may change and keep its size, and copying a folder changes its times."""
   digest = hashlib.sha256()
-  for path in sorted(folder.rglob('*')):
-    if path.is_file():
-      digest.update(f'{path.relative_to(folder)}\0{path.stat().st_size}\0'.encode())
-  return digest.hexdigest()
+  for path in paths:
+    digest.update(f'{path.name}\0{_file_hash(path)}\0'.encode())
+  return {'pictures': digest.hexdigest()} if paths else {}
 
 
 def _table_fingerprint(raw: prepare.Raw) -> str:
@@ -385,11 +396,16 @@ def main(argv: list[str]) -> None:
     raise InputError(f'--source must be one of {", ".join(sources.SOURCES)}{given}')
   if not _DATA_DIR.value:
     raise InputError('--data_dir is missing: the folder to make')
-  for flag in (_K_CORE, _MIN_LENGTH):
+  for flag in (_K_CORE, _MIN_LENGTH, _IMAGE_SIZE):
     if flag.value is not None and flag.value < 1:
       raise InputError(f'--{flag.name} must be 1 or more, not {flag.value}')
   options = prepare.Options(
-    _MIN_RATING.value, _K_CORE.value, _MIN_LENGTH.value, _DROP_DUPLICATES.value, _TIME_SPLIT.value
+    _MIN_RATING.value,
+    _K_CORE.value,
+    _MIN_LENGTH.value,
+    _DROP_DUPLICATES.value,
+    _TIME_SPLIT.value,
+    _IMAGE_SIZE.value,
   )
   parameters = {name: f.value for name, f in _PARAMETERS.items() if f.value is not None}
   metadata, is_new = build(

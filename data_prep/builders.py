@@ -1,10 +1,9 @@
 """A prepared dataset -> one folder of TFDS data that reads back without TensorFlow."""
 
 import contextlib
+import hashlib
 import json
 import os
-import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep import prepare, staging
+from data_prep import pictures, prepare, staging
 from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, read_interactions, read_items
 from ur4rec_jax.errors import InputError
 
@@ -31,7 +30,12 @@ class Origin(NamedTuple):
 
 
 def write(
-  folder: Path, data: prepare.Prepared, origin: Origin, source: str, extra: dict[str, Any]
+  folder: Path,
+  data: prepare.Prepared,
+  origin: Origin,
+  source: str,
+  extra: dict[str, Any],
+  image_size: int = pictures.IMAGE_SIZE,
 ) -> dict[str, Any]:
   """Writes pictures, interactions, items and, last, dataset.json into an empty folder.
 
@@ -41,11 +45,13 @@ def write(
     origin: name, licence and citation, kept with the data.
     source: the value of --source.
     extra: further fields of dataset.json (options, fingerprints of the raw files).
+    image_size: what the short side of a picture is reduced to.
 
   Returns:
     The content of dataset.json.
   """
-  images = _write_images(folder, data)
+  offered = [item.image for item in data.items]
+  images, notes = pictures.import_all(folder, data.item_names, offered, image_size)
   _write_interactions(folder, data, origin)
   _write_items(folder, data, images, origin)
   _verify(folder, data)
@@ -53,7 +59,9 @@ def write(
     'name': origin.name,
     'source': source,
     **extra,
+    'notes': [*extra.get('notes', []), *notes],
     'counts': prepare.counts(data),
+    'ids_sha256': {'users': _hash(data.user_names), 'items': _hash(data.item_names)},
     'dropped': data.dropped,
     'has_timestamps': data.has_timestamps,
     'has_ratings': data.has_ratings,
@@ -205,33 +213,8 @@ def _write_items(folder: Path, data: prepare.Prepared, images: list[str], origin
   )
 
 
-def _write_images(folder: Path, data: prepare.Prepared) -> list[str]:
-  """Writes or copies the pictures; returns `[items]` relative paths, '' where there is none."""
-  paths = []
-  for name, item in zip(_picture_names(data.item_names), data.items, strict=True):
-    if item.image is None or isinstance(item.image, str):
-      paths.append(item.image or '')
-      continue
-    suffix = '.png' if isinstance(item.image, bytes) else item.image.suffix.lower()
-    paths.append(f'images/{name}{suffix}')
-    target = folder / paths[-1]
-    target.parent.mkdir(exist_ok=True)
-    if isinstance(item.image, bytes):
-      target.write_bytes(item.image)
-    else:
-      shutil.copyfile(item.image, target)
-  return paths
-
-
-def _picture_names(names: list[str]) -> list[str]:
-  """File names without suffix: the items' ids if all are plain, else their numbers.
-
-  An id may be `../x`, and two ids may differ in case only, which some file systems do not see.
-  """
-  plain = all(re.fullmatch(r'[0-9A-Za-z][0-9A-Za-z_-]{0,63}', name) for name in names)
-  if plain and len({name.casefold() for name in names}) == len(names):
-    return names
-  return [str(i + 1) for i in range(len(names))]
+def _hash(names: list[str]) -> str:
+  return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def _verify(folder: Path, data: prepare.Prepared) -> None:

@@ -72,6 +72,14 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
   return tabular
 
 
+def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path]:
+  """The picture files that the item table names, each once."""
+  del files
+  if parameters['items'] is None:
+    return []
+  return item_tables.pictures(_read_items(parameters)[0])
+
+
 def read(*files: Path, **parameters: Any) -> Raw:
   """Reads files of interactions, one after the other, and the item table."""
   options = {**PARAMETERS, **parameters}

@@ -87,6 +87,11 @@ def from_rows(
   return table, [f'item table: {shown}']
 
 
+def pictures(table: Mapping[str, Item]) -> list[Path]:
+  """The picture files of a table's items, each once."""
+  return list({item.image: None for item in table.values() if isinstance(item.image, Path)})
+
+
 def text(value: Any) -> str:
   """A value of any kind as text, '' for none; the parts of a list are put one after the other."""
   if value is None or value != value:

@@ -82,8 +82,7 @@ def read_multimodal(ratings: Path, movies: Path, texts: Path, *, images: str | N
   raw = read_movielens_1m(ratings, movies)
   table = dict(raw.table)
   described = dict(_reviews(texts))
-  folder = Path(images) if images is not None else ratings.parent / 'image'
-  pictures = _pictures(folder) if folder.is_dir() else {}
+  pictures = _pictures(ratings, images)
   for name, item in table.items():
     table[name] = item._replace(description=described.get(name, ''), image=pictures.get(name))
   notes = []
@@ -127,10 +126,16 @@ def _reviews(path: Path) -> Iterator[tuple[str, str]]:
       yield name, review
 
 
-def _pictures(folder: Path) -> dict[str, Path]:
+def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path]:
+  """The picture files that `read_multimodal` finds."""
+  return list(_pictures(files[0], parameters['images']).values())
+
+
+def _pictures(ratings: Path, images: str | None) -> dict[str, Path]:
   """Pictures called by a movie's id, by id; other files are none of our business."""
+  folder = Path(images) if images is not None else ratings.parent / 'image'
   found: dict[str, Path] = {}
-  for path in sorted(folder.iterdir()):
+  for path in sorted(folder.iterdir()) if folder.is_dir() else ():
     if not re.fullmatch(r'\d+\.(png|jpe?g)', path.name, re.ASCII | re.IGNORECASE):
       continue
     name = str(int(path.stem))

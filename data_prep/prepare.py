@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from data_prep import pictures
 from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
 
@@ -22,7 +23,7 @@ class Item(NamedTuple):
   title: str = ''
   genres: tuple[str, ...] = ()
   description: str = ''
-  image: bytes | Path | str | None = None  # PNG bytes, a picture file to copy, or a URL to keep
+  image: bytes | Path | str | None = None  # a picture's content, its file, or a URL to keep
 
 
 class Place(NamedTuple):
@@ -70,9 +71,10 @@ class Raw(NamedTuple):
 
 
 class Options(NamedTuple):
-  """Filters, of which None and False leave everything in; and the borders of the split by time.
+  """Filters, of which None and False leave everything in, and the rest that shapes a dataset.
 
   `time_split`: two dates, or two shares of the interactions; None: shares where that is possible.
+  `image_size`: pixels that the short side of a picture is reduced to.
   """
 
   min_rating: float | None = None
@@ -80,6 +82,7 @@ class Options(NamedTuple):
   min_length: int | None = None
   drop_duplicates: bool = False
   time_split: str | None = None
+  image_size: int = pictures.IMAGE_SIZE
 
 
 class Prepared(NamedTuple):

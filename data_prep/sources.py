@@ -19,7 +19,8 @@ class Source(NamedTuple):
   files in that order; none where data is generated. `archive`: where to download them, a URL
   listed in checksums.tsv. `parameters`: flags of this source and their defaults, which `read`
   gets by name. `find`: finds the files in the raw folder where patterns do not say which.
-  `paths`: those of the parameters that are a file or folder, raw data too.
+  `paths`: those of the parameters that are a file or folder, raw data too. `pictures`: the
+  picture files that go with the raw files, which are raw data as well.
   """
 
   origin: Origin
@@ -29,6 +30,7 @@ class Source(NamedTuple):
   parameters: Mapping[str, Any] = MappingProxyType({})
   find: Callable[[Path, Mapping[str, Any]], list[Path]] | None = None
   paths: tuple[str, ...] = ()
+  pictures: Callable[[list[Path], Mapping[str, Any]], list[Path]] = lambda files, parameters: []
 
 
 def read_sequences(path: Path) -> Raw:
@@ -60,6 +62,7 @@ _MULTIMODAL = {
   'read': movielens.read_multimodal,
   'parameters': {'images': None},
   'paths': ('images',),
+  'pictures': movielens.find_pictures,
 }
 _MULTIMODAL_LICENCE = f'{_MOVIELENS_LICENCE}; texts and posters belong to their owners'
 _OWN = Origin(name='interactions', licence="that of the data's owner", citation='', url='')
@@ -127,6 +130,7 @@ SOURCES = {
     read=interactions.read,
     parameters=interactions.PARAMETERS,
     paths=('items', 'images'),
+    pictures=interactions.find_pictures,
   ),
   'sequences': Source(
     origin=Origin(name='sequences', licence="that of the file's owner", citation='', url=''),

@@ -1,5 +1,6 @@
 """Small raw files in the true formats, and a way to run the program as a user does."""
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 GENRES = ('unknown', 'Action', 'Comedy', 'Drama')
@@ -33,6 +35,18 @@ def run_build(command) -> Callable[..., subprocess.CompletedProcess]:
     )
 
   return run
+
+
+@pytest.fixture
+def make_picture() -> Callable[..., bytes]:
+  """Content of a noisy picture file: `make_picture(format, size, seed, **options of Pillow)`."""
+
+  def make(kind: str = 'JPEG', size: tuple[int, int] = (40, 60), seed: int = 0, **options) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), kind, **options)
+    return file.getvalue()
+
+  return make
 
 
 @pytest.fixture

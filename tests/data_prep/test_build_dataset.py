@@ -138,7 +138,8 @@ def test_synthetic_pictures_are_where_the_items_say(tmp_path):
   assert metadata['options'] | SMALL | {'seed': 0} == metadata['options']
   items = read(data_dir, 'items', 'items')
   paths = {item['image'].decode() for item in items} - {''}
-  assert paths == {f'images/{path.name}' for path in (data_dir / 'images').iterdir()}
+  files = {f'images/{path.name}' for path in (data_dir / 'images').iterdir()}
+  assert files == paths | {'images/manifest.jsonl'}
   assert all(item['image'] in (b'', b'images/' + item['original_id'] + b'.png') for item in items)
   other = tmp_path / 'again'
   build_dataset.build('synthetic', other, parameters=SMALL)
@@ -150,7 +151,7 @@ def test_another_dataset_is_not_replaced_unless_told(ml_100k, tmp_path):
   build_dataset.build('movielens_100k', data_dir, ml_100k)
   before = contents(data_dir)
   options = prepare.Options(min_rating=3)
-  with pytest.raises(InputError, match=r'options is none, asked for is min_rating=3; .*--overwr'):
+  with pytest.raises(InputError, match=r'options is image_size=256, .* min_rating=3 .*--overwr'):
     build_dataset.build('movielens_100k', data_dir, ml_100k, options)
   with pytest.raises(InputError, match='source is movielens_100k, asked for is synthetic'):
     build_dataset.build('synthetic', data_dir)

@@ -351,11 +351,13 @@ def test_items_that_the_table_lacks_are_kept_if_told(write):
   assert "no column 'size' (--text_columns)" in message
 
 
-def test_pictures_are_found_copied_under_safe_names_and_never_outside(write, tmp_path):
+def test_pictures_are_found_copied_under_safe_names_and_never_outside(
+  write, make_picture, tmp_path
+):
   (tmp_path / 'secret.png').write_bytes(b'secret')
   folder = tmp_path / 'shop'
   (folder / 'pics').mkdir(parents=True)
-  (folder / 'pics/1.JPG').write_bytes(b'one')
+  (folder / 'pics/1.JPG').write_bytes(one := make_picture())
   (folder / 'notes.txt').write_bytes(b'text')
   (folder / 'link.png').symlink_to(tmp_path / 'secret.png')
   rows = write('user,item\nu/../v,../../x\nu/../v,a b/c\nw,../../x\nw,Ü\n')
@@ -369,7 +371,7 @@ def test_pictures_are_found_copied_under_safe_names_and_never_outside(write, tmp
     item['original_id'].decode(): item['image'].decode() for item in builder.as_data_source('items')
   }
   assert found == {'../../x': 'images/1.jpg', 'a b/c': 'https://shop.example/a?b=1', 'Ü': ''}
-  assert (data_dir / 'images/1.jpg').read_bytes() == b'one'
+  assert (data_dir / 'images/1.jpg').read_bytes() == one
   assert sorted(path.name for path in tmp_path.iterdir()) == [
     'data',
     'rows.csv',

@@ -45,12 +45,12 @@ KINDS = {
 
 
 @pytest.fixture
-def folder(ml_1m):
+def folder(ml_1m, make_picture):
   """A folder like M_ML-1M: a MovieLens-1M one with texts and pictures."""
   write_texts(ml_1m, TEXTS)
   (ml_1m / 'image').mkdir()
   for name in ('1.png', '2.jpg', '77.png', 'Thumbs.db'):
-    (ml_1m / 'image' / name).write_bytes(name.encode())
+    (ml_1m / 'image' / name).write_bytes(make_picture())
   return ml_1m
 
 
@@ -136,10 +136,13 @@ def test_damaged_text_files(folder):
   assert 'holds text.csv and text.xls; leave only one' in fault(folder)
 
 
-def test_a_folder_of_pictures_elsewhere_is_copied_from_and_remembered(folder, tmp_path):
+def test_a_folder_of_pictures_elsewhere_is_copied_from_and_remembered(
+  folder, make_picture, tmp_path
+):
   pictures = tmp_path / 'posters'
   pictures.mkdir()
-  (pictures / '4.JPG').write_bytes(b'four')
+  four = make_picture()
+  (pictures / '4.JPG').write_bytes(four)
   data_dir = tmp_path / 'data'
   flags = {'images': str(pictures)}
   arguments = ('multimodal_movielens_1m', data_dir, folder)
@@ -148,10 +151,11 @@ def test_a_folder_of_pictures_elsewhere_is_copied_from_and_remembered(folder, tm
   assert {item['item_id']: item['image'].decode() for item in items if item['image']} == {
     4: 'images/4.jpg'
   }
-  assert (data_dir / 'images/4.jpg').read_bytes() == b'four'
+  assert (data_dir / 'images/4.jpg').read_bytes() == four
   assert metadata['notes'][1] == 'pictures: of 1 of 10 movies'
   assert not build_dataset.build(*arguments, parameters=flags)[1]
-  (pictures / '5.png').write_bytes(b'five')
+  # As large as before, but another.
+  (pictures / '4.JPG').write_bytes(four[:-3] + b'.' + four[-2:])
   with pytest.raises(InputError, match='raw_sha256 is'):
     build_dataset.build(*arguments, parameters=flags)
   (pictures / '4.png').write_bytes(b'four')
