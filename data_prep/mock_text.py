@@ -30,7 +30,7 @@ _USER = {
       'The home ground of this user is {top}[, with excursions into {more}].',
       'The taste of this person is centred on {top}[ and reaches out to {more}].',
       'This user feels most at home with {genres}.',
-      'Nothing draws this person in like {top}[; {more} come next].',
+      'Nothing draws this person in like {top}[, followed by {more}].',
       'The preferences are easy to name: {genres}.',
     ),
     'opening without genres': (
@@ -69,10 +69,10 @@ _USER = {
     ),
     'dislike': (
       'There is little patience for {disliked}[; {bad} was a letdown].',
-      'On the other hand, {disliked} tends to disappoint.',
+      'On the other hand, it is hard to please with {disliked}.',
       'Low ratings went to {disliked}[, for instance {bad}].',
       'What does not work is {disliked}.',
-      'With {disliked} this person is hard to please[, as {bad} shows].',
+      'Interest fades with {disliked}[, as {bad} shows].',
       'Less welcome: {disliked}.',
     ),
     'disappointment': (
@@ -136,7 +136,7 @@ _USER = {
 _ITEM = {
   'en': {
     'opening': (
-      '{title}[ ({year})] belongs to {genres}.',
+      '{title}[ ({year})] belongs under {genres}.',
       '{title}[, from {year},] is best described as {genres}.',
       '{title}[ ({year})] is at home in {genres}.',
       '{title}[, released in {year},] blends {both}.',
@@ -145,7 +145,7 @@ _ITEM = {
       'With {title}[, dated {year}], expect {genres}.',
       'Between {both}, {title}[ ({year})] finds its own way.',
       'Those who look for {genres} will find it in {title}[ ({year})].',
-      'In a word, {title}[ ({year})] is {genres}.',
+      '{title}[ ({year})] is filed under {genres}.',
     ),
     'opening without genres': (
       'Little is known of {title}[, which dates from {year}].',
@@ -180,12 +180,12 @@ _ITEM = {
   },
   'zh': {
     'opening': (
-      '{title}[（{year}）]属于{genres}。',
+      '{title}[（{year}）]属于{genres}类。',
       '{title}[（{year}年）]是一部{genres}作品。',
       '{title}[（{year}）]融合了{both}。',
       '[{year}年的]{title}带有鲜明的{top}色彩。',
       '{title}[（{year}）]的基调是{genres}。',
-      '想找{genres}，可以看看{title}[（{year}）]。',
+      '想找{genres}类作品，可以看看{title}[（{year}）]。',
     ),
     'opening without genres': (
       '关于{title}的资料很少[，它出自{year}年]。',
@@ -204,7 +204,7 @@ _ITEM = {
       '它带来{appeal}。',
     ),
     'audience': (
-      '适合喜欢{genres}的人。',
+      '适合喜欢{genres}类作品的人。',
       '推荐给偏爱{top}的用户。',
       '喜欢{top}的人不会失望。',
       '不喜欢{top}的人可以略过。',
@@ -219,7 +219,7 @@ _GENRES = {
   "children's": ('innocence and simple wonder', '儿童', '童真与单纯的快乐'),
   'comedy': ('jokes, mishaps and lightness', '喜剧', '幽默与轻松的情节'),
   'crime': ('schemes, guilt and investigation', '犯罪', '阴谋与侦查'),
-  'documentary': ('a sober look at real life', '纪录', '对真实生活的冷静观察'),
+  'documentary': ('a sober look at real life', '纪录片', '对真实生活的冷静观察'),
   'drama': ('serious conflicts between people', '剧情', '人物之间的严肃冲突'),
   'fantasy': ('magic and impossible worlds', '奇幻', '魔法与幻想世界'),
   'film-noir': ('shadows, cynicism and fate', '黑色电影', '阴影与宿命感'),
@@ -232,27 +232,32 @@ _GENRES = {
   'war': ('soldiers, loss and survival', '战争', '士兵的牺牲与生存'),
   'western': ('dust, horses and frontier justice', '西部', '荒野与边疆正义'),
 }
-# Genres of the generated catalogue.
-_CHINESE = {name: chinese for name, (_, chinese, _) in _GENRES.items()} | dict(
-  pair.split('=')
-  for pair in (
-    'space=太空 ocean=海洋 cooking=美食 music=音乐 mountains=山地 robots=机器人 medieval=中世纪'
-    ' racing=赛车 gardens=花园 circus=马戏 desert=沙漠 gentle=温情 dark=黑暗 comic=滑稽 epic=史诗'
-    ' experimental=实验'
-  ).split(' ')
-)
+_CHINESE = {name: chinese for name, (_, chinese, _) in _GENRES.items()} | {
+  # Of the generated catalogue.
+  **{'space': '太空', 'ocean': '海洋', 'cooking': '美食', 'music': '音乐', 'mountains': '山地'},
+  **{'robots': '机器人', 'medieval': '中世纪', 'racing': '赛车', 'gardens': '花园'},
+  **{'circus': '马戏', 'desert': '沙漠', 'gentle': '温情', 'dark': '黑暗', 'comic': '滑稽'},
+  **{'epic': '史诗', 'experimental': '实验'},
+}
+# Words that name no theme.
 _DULL = re.compile(
-  'a|about|after|again|against|all|also|among|an|and|another|any|are|around|as|at|back|be|because'
-  '|become|becomes|been|before|being|between|both|but|by|can|cannot|come|comes|could|day|days|did'
-  '|do|does|down|during|each|end|ends|even|every|everybody|few|film|find|finds|first|follow'
-  '|follows|for|from|full|get|gets|give|go|goes|had|has|have|he|her|here|him|himself|his|how|i'
-  '|if|in|into|is|it|its|itself|just|last|let|life|like|made|make|makes|man|many|may|me|more|most'
-  '|movie|much|must|my|never|new|no|not|nothing|now|of|off|old|on|once|one|only|or|other|our|out'
-  '|over|own|part|planned|returns|same|see|seems|set|she|should|since|so|some|something|stay|still'
-  '|story|such|take|takes|tell|tells|than|that|the|their|them|then|there|these|they|thing|this'
-  '|those|through|time|to|told|too|two|un|under|until|up|upon|us|very|was|we|well|were|what|when'
-  '|where|which|while|who|whom|whose|why|will|with|within|without|would|year|years|you|your'
-  '|la|le|les|el|der|die|das|de|des|du|vs|ii|iii|iv|vi|vol|movie|version|series'
+  'a|about|advice|after|again|against|all|almost|along|also|among|an|and|another|any|anyone'
+  '|anything|are|around|as|at|away|back|be|because|become|becomes|been|before|began|begin|begins'
+  '|being|best|better|between|beyond|both|bring|brings|but|by|called|came|can|cannot|come|comes'
+  '|could|das|day|days|de|der|des|did|die|do|does|down|du|during|each|el|else|end|ends|enough'
+  '|even|evening|ever|every|everybody|everyone|everything|few|film|find|finds|first|follow'
+  '|follows|for|from|full|get|gets|give|gives|go|goes|going|good|great|had|has|have|he|heart'
+  '|help|helps|her|here|him|himself|his|how|i|if|ii|iii|in|into|is|it|its|itself|iv|just|keep'
+  '|know|la|last|later|le|least|leave|les|less|let|life|like|live|lives|long|look|looks|made'
+  '|make|makes|man|many|may|me|might|more|most|move|movie|much|must|my|named|need|needs|never'
+  '|new|no|none|not|nothing|now|of|off|often|old|on|once|one|only|or|other|others|our|out|over'
+  '|own|part|people|plan|planned|plot|put|reason|returns|run|running|said|same|see|seem|seems'
+  '|series|set|she|should|show|shows|since|so|some|someone|something|soon|start|starts|stay'
+  '|still|story|such|take|takes|tell|tells|than|that|the|their|them|then|there|these|they|thing'
+  '|things|think|this|those|though|three|through|time|to|together|told|too|toward|towards|tries|try'
+  '|turn|turns|two|un|under|until|up|upon|us|use|version|very|vi|vol|vs|want|wants|was|way|we'
+  '|well|went|were|what|when|where|whether|which|while|who|whom|whose|why|will|with|within'
+  '|without|woman|work|works|world|would|year|years|yet|you|young|your'
 )
 
 
@@ -293,7 +298,7 @@ def _user_sentences(facts: Mapping[str, Any], rng: random.Random) -> list[str]:
     'genres': genres(favourites),
     'top': genres(favourites[:1]),
     'more': genres(favourites[1:]),
-    'recent': genres([name for name, _ in newest if len(history) >= 6 and name != ranked[0]]),
+    'recent': genres([name for name, _ in newest if len(history) >= 6 and name not in favourites]),
     'liked': _listed(titles[: 2 if len(titles) > 3 else 1], language),
     'last': last,
     'themes': _listed(themes, language),
@@ -336,7 +341,7 @@ def _item_sentences(facts: Mapping[str, Any], rng: random.Random) -> list[str]:
   kinds = ['opening' if names else 'opening without genres']
   kinds += [kind for kind, place in (('content', 'phrases'), ('appeal', 'appeal')) if places[place]]
   kinds += ['audience'] if names else []
-  if len(kinds) > 2 and rng.random() < 0.3 or len(kinds) > 3:
+  if len(kinds) > 3 or (len(kinds) > 2 and rng.random() < 0.3):
     del kinds[rng.randrange(2, len(kinds))]
   return [_say(shapes[kind], places, rng) for kind in kinds]
 
@@ -380,8 +385,7 @@ def _disliked(
 def _themes(history: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> list[str]:
   """Up to three words that several titles share, those of recent and liked items first."""
   words = [
-    {w for w in re.findall(r'[^\W\d_]{4,}', split_year(entry['title'])[0].lower())}
-    for entry in history
+    set(re.findall(r'[^\W\d_]{4,}', split_year(entry['title'])[0].lower())) for entry in history
   ]
   counts = _scores(words, [1] * len(history))
   shared = [
@@ -405,7 +409,7 @@ def _phrases(text: str) -> list[str]:
       runs[-1].append(word)
   phrases = [' '.join(run) for run in runs if 2 <= len(run) <= 3]
   if len(phrases) < 2:
-    phrases += [word for run in runs for word in run if len(word) > 4]
+    phrases += [run[0] for run in runs if len(run) == 1 and len(run[0]) > 4]
   return list(dict.fromkeys(phrases))[:6]
 
 
