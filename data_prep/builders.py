@@ -14,10 +14,8 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_prep import pictures, prepare, staging
-from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, read_interactions, read_items
+from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, VERSION, read_interactions, read_items
 from ur4rec_jax.errors import InputError
-
-VERSION = '1.0.0'
 
 
 class Origin(NamedTuple):
@@ -85,6 +83,7 @@ def write_records(
   examples: Iterable[dict[str, Any]],
   description: str,
   origin: Origin,
+  metadata: dict[str, Any] | None = None,
 ) -> None:
   """Writes one TFDS dataset into an empty folder, in order, as TFDS itself would, but faster.
 
@@ -98,6 +97,7 @@ def write_records(
     examples: `text`, a list of texts, a number or an array by field.
     description: what an example is.
     origin: licence and citation, kept with the data.
+    metadata: what else to keep, in metadata.json.
   """
   folder.mkdir(parents=True)
   count = size = 0
@@ -125,6 +125,7 @@ def write_records(
     citation=origin.citation or None,
     license=origin.licence or None,
     disable_shuffling=True,
+    metadata=tfds.core.MetadataDict(metadata) if metadata else None,
   )
 
 

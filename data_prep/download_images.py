@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from data_prep import builders, pictures, staging, tables
 from data_prep import items as item_tables
+from ur4rec_jax.dataset import read_items
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 
 try:
@@ -103,7 +104,7 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
   if httpx is None:
     raise InputError('httpx is not installed; pip install "httpx>=0.28"')
   data_dir = Path(data_dir)
-  items = pictures.read_items(data_dir)
+  items = read_items(data_dir)
   ids = [item['original_id'] for item in items]
   size = _image_size(data_dir)
   is_url = lambda item: item['image'].startswith(('http://', 'https://'))

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from ur4rec_jax.dataset import read_items
 from ur4rec_jax.errors import InputError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
@@ -33,7 +33,6 @@ FOLDER = 'images'
 MANIFEST = f'{FOLDER}/manifest.jsonl'
 FETCHED, MISSING, REJECTED = 'fetched', 'missing', 'rejected'
 _THREADS = min(8, os.cpu_count() or 1)  # a picture of MAX_PIXELS takes 400 MB while it is decoded
-_READ_AT_ONCE = 10_000
 # How to turn a picture upright, by the orientation that its camera noted.
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -259,21 +258,6 @@ def read_manifest(data_dir: Path) -> list[dict[str, Any]]:
     except (ValueError, TypeError, KeyError):
       continue
   return records
-
-
-def read_items(data_dir: Path) -> list[dict[str, Any]]:
-  """The items of a prepared dataset in the order of their numbers, texts decoded."""
-  try:
-    items = tfds.builder_from_directory(data_dir / 'items/1.0.0').as_data_source('items')
-    records = []
-    for start in range(0, len(items), _READ_AT_ONCE):
-      records += items.__getitems__(range(start, min(start + _READ_AT_ONCE, len(items))))
-  except Exception as error:
-    raise InputError(
-      f'{data_dir}: its items cannot be read ({error}); build it with data_prep.build_dataset'
-    ) from error
-  texts = ('original_id', 'title', 'description', 'image')
-  return [record | {name: record[name].decode() for name in texts} for record in records]
 
 
 def find(data_dir: str | Path) -> list[Path | None]:

@@ -14,7 +14,8 @@ from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 2
 METADATA = 'dataset.json'
-_LISTS = ('genres',)  # Fields with any number of values; the others have one.
+_LISTS = ('genres', 'sentences')  # Fields with any number of values; the others have one.
+VERSION = '1.0.0'  # Of the TFDS data in a folder.
 _READ_AT_ONCE = 10_000  # Examples; all of a large dataset at once would not fit in memory.
 
 
@@ -69,12 +70,16 @@ class Dataset:
     """Fingerprint of the interactions and the split."""
     return self.info['splits'][self.split_name]['hash']
 
+  @property
+  def is_train(self) -> np.ndarray:
+    """`[interactions]` whether each one is of the training part."""
+    ends = np.repeat(self.offsets[:-1] + self.split.train_lengths, self.lengths)
+    return np.arange(len(self.item_ids)) < ends
+
   def train_part(self) -> 'Dataset':
     """Returns the dataset without its held-out interactions, so that training cannot see them."""
-    kept = self.split.train_lengths
-    is_kept = np.arange(len(self.item_ids)) < np.repeat(self.offsets[:-1] + kept, self.lengths)
-    offsets = np.concatenate([[0], np.cumsum(kept)])
-    return dataclasses.replace(self, item_ids=self.item_ids[is_kept], offsets=offsets)
+    offsets = np.concatenate([[0], np.cumsum(self.split.train_lengths)])
+    return dataclasses.replace(self, item_ids=self.item_ids[self.is_train], offsets=offsets)
 
 
 def load_dataset(data_dir: str, split_name: str = splits.LEAVE_ONE_OUT) -> Dataset:
@@ -157,6 +162,62 @@ def iterate_items(data_dir: str | pathlib.Path) -> Iterator[dict[str, Any]]:
     yield from map(_plain, examples)
 
 
+def read_texts(
+  data_dir: str | pathlib.Path, kind: str, split_hash: str | None = None
+) -> tuple[list[list[str]], dict[str, Any]]:
+  """Reads the sentences written about items or users.
+
+  Args:
+    data_dir: a prepared folder.
+    kind: `item` or `user`.
+    split_hash: of the split that is used; texts about users must be of the same.
+
+  Returns:
+    `[items or users]` lists of sentences, empty where there is no text: entry i is of item i + 1 or
+    of user i; and where the texts come from.
+
+  Raises:
+    InputError: there are no texts, they cannot be read, or they are not of this dataset and split.
+  """
+  origin, info = texts_origin(data_dir, kind), read_info(data_dir)
+  if kind == 'user' and split_hash is not None and origin['split_hash'] != split_hash:
+    name = {record['hash']: name for name, record in info['splits'].items()}.get(split_hash, 'NAME')
+    raise InputError(
+      f'data_dir {data_dir}: the user texts were written for the split {origin["split_name"]}'
+      f' {origin["split_hash"]}, not for {name} {split_hash}, and may tell of what it holds out;'
+      f' {_rewrite(data_dir, kind)} --split={name}'
+    )
+  sentences = [row['sentences'] for row in iterate_texts(data_dir, kind)]
+  wanted = info['counts'][f'{kind}s']
+  if len(sentences) != wanted:
+    raise InputError(
+      f'data_dir {data_dir}: has {wanted} {kind}s, but its texts are of {len(sentences)};'
+      f' {_rewrite(data_dir, kind)}'
+    )
+  return sentences, origin
+
+
+def iterate_texts(data_dir: str | pathlib.Path, kind: str) -> Iterator[dict[str, Any]]:
+  """Gives `original_id`, `text`, `sentences` and `source` of each item or user, in order."""
+  for examples in _examples(data_dir, f'{kind}_texts', f'{kind}s'):
+    yield from map(_plain, examples)
+
+
+def texts_origin(data_dir: str | pathlib.Path, kind: str) -> dict[str, Any]:
+  """Reads where texts come from: provider, model, prompt version, time, counts; users' split.
+
+  Raises:
+    InputError: there are none, or they cannot be read.
+  """
+  folder = pathlib.Path(data_dir) / f'{kind}_texts'
+  if not folder.is_dir():
+    raise InputError(f'data_dir {data_dir}: has no {kind} texts; {_rewrite(data_dir, kind)}')
+  try:
+    return json.loads((folder / VERSION / 'metadata.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise InputError(f'{folder}: cannot be read ({error!r}); {_rewrite(data_dir, kind)}') from error
+
+
 def _plain(example: dict[str, Sequence]) -> dict[str, Any]:
   """Texts as `str`, and what is no list as its only value."""
   decode = lambda value: value.decode() if isinstance(value, bytes) else value
@@ -177,8 +238,8 @@ def _examples(
   from tensorflow_datasets.proto import tf_example_pb2
 
   try:
-    version = max((pathlib.Path(data_dir) / name).iterdir())
-    source = tfds.builder_from_directory(version).as_data_source(
+    folder = pathlib.Path(data_dir) / name / VERSION
+    source = tfds.builder_from_directory(folder).as_data_source(
       split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
     for start in range(0, len(source), _READ_AT_ONCE):
@@ -191,10 +252,16 @@ def _examples(
         )
       yield examples
   except Exception as error:  # Whatever a damaged file makes the readers raise.
+    kind, is_text, _ = name.partition('_texts')
+    way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
     raise InputError(
-      f'data_dir {data_dir}: {name} cannot be read ({error!r}); {_rebuild(data_dir)}'
+      f'data_dir {data_dir}: {name} cannot be read ({error!r}); {way_out}'
     ) from error
 
 
 def _rebuild(data_dir: str | pathlib.Path) -> str:
   return f'build it: python -m data_prep.build_dataset --source=NAME --data_dir={data_dir}'
+
+
+def _rewrite(data_dir: str | pathlib.Path, kind: str) -> str:
+  return f'write them: python -m data_prep.generate_text --data_dir={data_dir} --kind={kind}s'

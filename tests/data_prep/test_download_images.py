@@ -21,6 +21,7 @@ import pyarrow as pa
 import pytest
 
 from data_prep import build_dataset, download_images, pictures
+from ur4rec_jax.dataset import read_items
 from ur4rec_jax.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -205,7 +206,7 @@ def test_every_way_to_misbehave(server, dataset, make_picture):
   assert (data_dir / 'images/good.jpg').read_bytes() == good
   assert found['broken']['bytes'] == len(good) - 200
   assert found['good']['url'] == f'{server.url}/good'
-  ids = [item['original_id'] for item in pictures.read_items(data_dir)]
+  ids = [item['original_id'] for item in read_items(data_dir)]
   has = {name for name, path in zip(ids, pictures.find(data_dir), strict=True) if path}
   assert has == fetched
   assert {key: n for key, n in counts.items() if key != 'reasons'} == {

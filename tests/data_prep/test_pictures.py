@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from data_prep import build_dataset, pictures, prepare
+from ur4rec_jax.dataset import read_items
 from ur4rec_jax.errors import InputError
 
 
@@ -236,7 +237,7 @@ def build(shop, data_dir, options=prepare.Options(), **more):
 def test_a_bad_picture_costs_its_item_the_picture_only(shop, tmp_path):
   data_dir = tmp_path / 'data'
   metadata, _ = build(shop, data_dir)
-  images = [item['image'] for item in pictures.read_items(data_dir)]
+  images = [item['image'] for item in read_items(data_dir)]
   assert images == ['images/a.jpg', '', 'images/c.jpg']
   assert decode((data_dir / 'images/a.jpg').read_bytes()).shape == (341, 256, 3)
   assert metadata['notes'][-1].startswith(
@@ -292,7 +293,7 @@ def test_finding_pictures_leaves_out_what_is_lost_or_damaged(shop, tmp_path):
   with (data_dir / 'images/manifest.jsonl').open('a') as file:
     file.write('{"item": "c", "status": "miss')
   assert pictures.find(str(data_dir)) == [None, None, c]
-  with pytest.raises(InputError, match='its items cannot be read'):
+  with pytest.raises(InputError, match='items cannot be read'):
     pictures.find(shop)
 
 
