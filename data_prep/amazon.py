@@ -1,10 +1,8 @@
 """Amazon reviews of 2014: the original pair of files, or the same as CSV and JSON lines."""
 
 import ast
-import fnmatch
 import html
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as arrow_json
 
-from data_prep import interactions, items, raw_files, tables
+from data_prep import archives, interactions, items, raw_files, tables
 from data_prep.prepare import Item, Place, Raw
 from ur4rec_jax.errors import InputError
 
-REVIEWS = ('reviews_*.json.gz', 'reviews_*.json')
-METADATA = ('meta_*.json.gz', 'meta_*.json')
-PAIR = ('interactions.csv', 'items.jsonl')
+# Either layout: as downloaded, or the pair.
+FILES = (('reviews_*.json', 'interactions.csv'), ('meta_*.json', 'items.jsonl'))
 _FIELDS = {
   'reviewerID': pa.string(),
   'asin': pa.string(),
@@ -28,37 +25,9 @@ _FIELDS = {
 _TEXTS = ('brand', 'price')  # fields that join the description
 
 
-def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
-  """The files of either layout in a folder."""
-  del parameters
-  layouts = f'{REVIEWS[0]} and {METADATA[0]}, or {PAIR[0]} and {PAIR[1]}'
-  if not raw_dir.is_dir():
-    raise InputError(
-      f'{raw_dir}: no such folder; --raw_dir must be the folder that holds {layouts}'
-    )
-  there = sorted(path.name for path in raw_dir.iterdir() if path.is_file())
-  if set(PAIR) <= set(there):
-    return [raw_dir / name for name in PAIR]
-  found = []
-  for patterns in (REVIEWS, METADATA):
-    matches = [name for name in there if any(fnmatch.fnmatch(name, p) for p in patterns)]
-    if not matches:
-      raise InputError(
-        f'{raw_dir}: no {patterns[0]} in it (it holds {", ".join(there[:8]) or "no files"}); it'
-        f' must hold {layouts}'
-      )
-    if len(matches) > 1:
-      raise InputError(
-        f'{raw_dir}: {len(matches)} files match {patterns[0]} ({", ".join(matches[:8])}); leave one'
-        ' category in the folder'
-      )
-    found.append(raw_dir / matches[0])
-  return found
-
-
 def read(reviews: Path, metadata: Path) -> Raw:
   """Reads either layout; rows with equal times keep the order of the file."""
-  if reviews.name == PAIR[0]:
+  if tables.kind(reviews) == '.csv':
     return _read_pair(reviews, metadata)
   columns = _read_reviews(reviews)
   users, asins = (columns[name].combine_chunks() for name in ('reviewerID', 'asin'))
@@ -97,13 +66,14 @@ def _read_reviews(path: Path) -> pa.Table:
   try:
     if path.stat().st_size == 0:
       raise InputError(f'{path}: the file is empty; download it again')
-    table = arrow_json.read_json(
-      str(path),
-      read_options=arrow_json.ReadOptions(block_size=1 << 23),
-      parse_options=arrow_json.ParseOptions(
-        explicit_schema=pa.schema(_FIELDS), unexpected_field_behavior='ignore'
-      ),
-    )
+    with archives.open_file(path) as file:
+      table = arrow_json.read_json(
+        file,
+        read_options=arrow_json.ReadOptions(block_size=1 << 23),
+        parse_options=arrow_json.ParseOptions(
+          explicit_schema=pa.schema(_FIELDS), unexpected_field_behavior='ignore'
+        ),
+      )
   except pa.ArrowInvalid as error:
     _check_reviews(path)
     raise InputError(f'{path}: cannot be read ({error}); download it again') from error

@@ -28,6 +28,7 @@ NAMES = {
   'rating': 'rating ratings stars score overall',
 }
 OPTIONAL = ('time', 'rating')
+FILES = (tuple(f'*{kind}' for kind in (*tables.DELIMITERS, *tables.PARQUET)),)
 NONE = 'none'
 # Flags of the source and their defaults; None: look for it.
 PARAMETERS: Mapping[str, Any] = {

@@ -1,9 +1,8 @@
 """MovieLens: the original archives and the "Multimodal_Datasets" folders."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -51,25 +50,6 @@ def read_movielens_1m(data: Path, items: Path) -> Raw:
   return read_ratings(data, '::', table)
 
 
-def find_multimodal(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
-  """ratings.dat, movies.dat and the text, which is an Excel or CSV file."""
-  if raw_dir.is_dir():
-    texts = sorted(
-      path.name
-      for path in raw_dir.iterdir()
-      if path.is_file() and path.stem == 'text' and path.suffix.lower() in ('.xls', '.xlsx', '.csv')
-    )
-    if len(texts) > 1:
-      raise InputError(f'{raw_dir}: holds {" and ".join(texts)}; leave only one of them there')
-  else:
-    texts = []
-  files = raw_files.find_files(('ratings.dat', 'movies.dat', *(texts or ('text.xls',))), raw_dir)
-  images = parameters.get('images')
-  if images is not None and not Path(images).is_dir():
-    raise InputError(f'{images}: no such folder; --images must be the folder with the pictures')
-  return files
-
-
 def read_multimodal(ratings: Path, movies: Path, texts: Path, *, images: str | None = None) -> Raw:
   """Reads a folder of "Multimodal_Datasets": as MovieLens-1M, with texts and pictures.
 
@@ -83,6 +63,8 @@ def read_multimodal(ratings: Path, movies: Path, texts: Path, *, images: str | N
   table = dict(raw.table)
   described = dict(_reviews(texts))
   folder = Path(images) if images is not None else ratings.parent / 'image'
+  if images is not None and not folder.is_dir():
+    raise InputError(f'{images}: no such folder; --images must be the folder with the pictures')
   pictures = _pictures(folder) if folder.is_dir() else {}
   for name, item in table.items():
     table[name] = item._replace(description=described.get(name, ''), image=pictures.get(name))

@@ -15,19 +15,21 @@ from data_prep.prepare import Raw
 class Source(NamedTuple):
   """How to find and read one kind of raw data.
 
-  `files`: patterns, each of which matches exactly one file of the raw folder; `read` gets the
-  files in that order; none where data is generated. `archive`: where to download them, a URL
-  listed in checksums.tsv. `parameters`: flags of this source and their defaults, which `read`
-  gets by name. `find`: finds the files in the raw folder where patterns do not say which.
-  `paths`: those of the parameters that are a file or folder, raw data too.
+  `files`: patterns as of `raw_files.find_files`, each of which means one file of the raw folder;
+  `read` gets the files in that order; none where data is generated. `archive`: where to download
+  them, a URL listed in checksums.tsv. `parameters`: flags of this source and their defaults, which
+  `read` gets by name. `find`: finds the files in the raw folder where patterns do not say which.
+  `more`: patterns of what else `read` looks for beside the files. `paths`: those of the parameters
+  that are a file or folder, raw data too.
   """
 
   origin: Origin
-  files: tuple[str, ...]
+  files: raw_files.Patterns
   read: Callable[..., Raw]
   archive: str | None = None
   parameters: Mapping[str, Any] = MappingProxyType({})
   find: Callable[[Path, Mapping[str, Any]], list[Path]] | None = None
+  more: tuple[str, ...] = ()
   paths: tuple[str, ...] = ()
 
 
@@ -55,8 +57,8 @@ _MOVIELENS_LICENCE = (
   ' use without permission'
 )
 _MULTIMODAL = {
-  'files': ('ratings.dat', 'movies.dat', 'text.xls'),
-  'find': movielens.find_multimodal,
+  'files': ('ratings.dat', 'movies.dat', ('text.xls', 'text.xlsx', 'text.csv')),
+  'more': ('image/*',),
   'read': movielens.read_multimodal,
   'parameters': {'images': None},
   'paths': ('images',),
@@ -116,13 +118,12 @@ SOURCES = {
       ),
       url='https://jmcauley.ucsd.edu/data/amazon/',
     ),
-    files=(amazon.REVIEWS[0], amazon.METADATA[0]),
-    find=amazon.find,
+    files=amazon.FILES,
     read=amazon.read,
   ),
   'interactions': Source(
     origin=_OWN,
-    files=('a CSV, TSV or Parquet file',),
+    files=interactions.FILES,
     find=interactions.find,
     read=interactions.read,
     parameters=interactions.PARAMETERS,
