@@ -86,6 +86,12 @@ _PARAMETERS = {
   'images': flags.DEFINE_string(
     'images', None, 'Folder of the pictures (interactions and multimodal_movielens_*).'
   ),
+  'hub_name': flags.DEFINE_string(
+    'hub_name', None, 'Dataset on the HuggingFace hub to read from (amazon_reviews only).'
+  ),
+  'category': flags.DEFINE_string(
+    'category', None, 'Category to read, e.g. All_Beauty (amazon_reviews only).'
+  ),
 }
 _OVERWRITE = flags.DEFINE_bool(
   'overwrite',
@@ -150,7 +156,7 @@ def build_from_table(
     if old is not None:
       return old
     prepared = prepare.prepare(raw, options)
-    wanted['notes'] = list(raw.notes)
+    wanted['notes'] = list(prepared.notes)
     with staging.new_folder(data_dir) as folder:
       origin = sources.SOURCES['interactions'].origin
       return builders.write(folder, prepared, origin, 'interactions', wanted)
@@ -191,25 +197,26 @@ def _build(
       files = _find(spec, scratch, parameters)
     # What can be found wrong with the input is found before the dataset is begun.
     raw = spec.read(*files, **parameters)
-    data, notes = prepare.prepare(raw, options), raw.notes
+    data = prepare.prepare(raw, options)
     del raw  # memory for the writers
     with staging.new_folder(data_dir) as folder:
-      extra = {**wanted, 'notes': list(notes)}
+      extra = {**wanted, 'notes': list(data.notes)}
       return builders.write(folder, data, spec.origin, source, extra), True
 
 
 def _raw_files(
   source: str, raw_dir: str | Path | None, data_dir: Path, parameters: Mapping[str, Any]
 ) -> list[Path] | None:
-  """The raw files or their archive; none to generate from, None for those yet to be downloaded."""
+  """The raw files or their archive; none where none are needed, None for those to download."""
   spec = sources.SOURCES[source]
   if raw_dir is None:
-    if not spec.files:
+    if not spec.files or parameters.get('hub_name'):
       return []
     if spec.archive is None:
+      more = ', or --hub_name and --category' if 'hub_name' in parameters else ''
       raise InputError(
         f'--source={source} cannot be downloaded; pass --raw_dir with'
-        f' {raw_files.described(spec.files)}'
+        f' {raw_files.described(spec.files)}{more}'
       )
     return None
   if not spec.files:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data_prep import amazon, interactions, movielens, raw_files, synthetic
+from data_prep import amazon, amazon_reviews, interactions, movielens, raw_files, synthetic
 from data_prep.builders import Origin
 from data_prep.prepare import Raw
 
@@ -120,6 +120,22 @@ SOURCES = {
     ),
     files=amazon.FILES,
     read=amazon.read,
+  ),
+  'amazon_reviews': Source(
+    origin=Origin(
+      name='Amazon Reviews 2023',
+      licence='no licence is given; McAuley Lab, UCSD, offers it for research, with citation',
+      citation=(
+        'Yupeng Hou, Jiacheng Li, Zhankui He, An Yan, Xiusi Chen and Julian McAuley. 2024.'
+        ' Bridging Language and Items for Retrieval and Recommendation.'
+        ' https://arxiv.org/abs/2403.03952'
+      ),
+      url='https://amazon-reviews-2023.github.io/',
+    ),
+    files=amazon_reviews.FILES,
+    find=amazon_reviews.find,
+    read=amazon_reviews.read,
+    parameters=amazon_reviews.PARAMETERS,
   ),
   'interactions': Source(
     origin=_OWN,

@@ -105,7 +105,7 @@ def test_metadata_lines_that_cannot_be_read_are_counted_and_told(folder):
     '1 items have no metadata: kept without text',
   )
   write(folder, 'meta_Beauty.json.gz', broken)
-  assert 'none of its 4 lines is a Python or JSON object with an asin' in fault(folder)
+  assert 'none of its 4 lines is an object with the field asin' in fault(folder)
 
 
 @pytest.mark.parametrize(
