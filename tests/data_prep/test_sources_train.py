@@ -97,7 +97,9 @@ def own(folder: Path, ratings: np.ndarray) -> Path:
 
 def in_order(folder: Path, ratings: np.ndarray) -> Path:
   rows = ratings[np.lexsort((ratings[:, 3], ratings[:, 0]))]
-  (path := folder / 'pairs.txt').write_text(''.join(f'{user} {item}\n' for user, item, _, _ in rows))
+  (path := folder / 'pairs.txt').write_text(
+    ''.join(f'{user} {item}\n' for user, item, _, _ in rows)
+  )
   return path
 
 
