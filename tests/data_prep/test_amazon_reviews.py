@@ -1,6 +1,7 @@
 import gzip
 import http.server
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -172,6 +173,10 @@ def test_parquet_shards_and_gz_files_give_the_same(folder, tmp_path):
   metadata, _ = build_dataset.build('amazon_reviews', tmp_path / 'data', shards)
   assert len(metadata['raw_sha256']) == 3
   assert not build_dataset.build('amazon_reviews', tmp_path / 'data', shards)[1]
+  # Shards of both kinds have the same names, and are told apart by their folders.
+  archive = shutil.make_archive(str(tmp_path / 'packed'), 'zip', shards)
+  packed, _ = build_dataset.build('amazon_reviews', tmp_path / 'again', archive)
+  assert packed['split'] == metadata['split']
 
 
 def test_one_category_of_several_is_chosen(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import archives, build_dataset, raw_files
+from data_prep import archives, build_dataset, prepare, raw_files
 from ur4rec_jax.errors import InputError
 
 PATTERNS = ('ratings.dat', 'movies.dat', 'image/*')
@@ -81,7 +81,7 @@ def test_only_what_is_needed_comes_out_of_whatever_folder(unpack, tmp_path, kind
 
 
 @pytest.mark.parametrize('kind', archives.KINDS)
-def test_every_source_that_reads_files_reads_an_archive_of_them(ml_1m, tmp_path, kind):
+def test_a_dataset_is_built_from_an_archive(ml_1m, tmp_path, kind):
   content = {f'x/{name}': data for name, data in files(ml_1m).items()}
   archive = pack(tmp_path / f'ml{kind}', content)
   (tmp_path / 'image').mkdir()  # beside the archive: none of its business
@@ -100,6 +100,15 @@ def test_pictures_in_an_archive_reach_the_dataset(ml_1m, tmp_path):
   metadata, _ = build_dataset.build('multimodal_movielens_1m', tmp_path / 'data', archive)
   assert metadata['notes'] == ['texts: of 1 of 10 movies', 'pictures: of 1 of 10 movies']
   assert (tmp_path / 'data/images/2.jpg').read_bytes() == b'two'
+
+
+def test_own_data_may_come_in_an_archive(tmp_path):
+  rows = b'user,item,time\na,x,1\nb,y,2\n'
+  members = {'export/part-0.csv': rows, 'export/part-1.csv.gz': gzip.compress(rows[:-1] + b'3\n')}
+  archive = pack(tmp_path / 'orders.tar', {**members, 'export/README.md': b'notes'})
+  options = prepare.Options(drop_duplicates=True)
+  metadata, _ = build_dataset.build('interactions', tmp_path / 'data', archive, options)
+  assert metadata['counts']['interactions'] == 3
 
 
 def test_a_fault_in_a_packed_file_is_told_of_the_archive(ml_1m, tmp_path):
@@ -248,3 +257,13 @@ def test_a_gz_file_of_zeros_is_refused(tmp_path):
   for read in (raw_files.read_bytes, lambda path: list(raw_files.utf8_lines(path))):
     with pytest.raises(InputError, match='unpacks to more than 67,108,864 bytes'):
       read(path)
+
+
+def test_the_check_sum_at_the_very_end_counts(unpack, tmp_path):
+  # A whole number of buffers: reading the last member does not touch the sum.
+  archive = pack(tmp_path / 'a.tgz', {'ratings.dat': b'1', 'README': os.urandom(1_308_160)})
+  data = bytearray(archive.read_bytes())
+  data[-8] ^= 1
+  archive.write_bytes(data)
+  with pytest.raises(InputError, match='it is damaged'):
+    unpack(archive)
