@@ -1,24 +1,22 @@
 """Amazon reviews of 2014: the original pair of files, or the same as CSV and JSON lines."""
 
 import ast
-import fnmatch
 import html
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as arrow_json
 
-from data_prep import interactions, items, raw_files, tables
+from data_prep import archives, interactions, items, raw_files, tables
 from data_prep.prepare import Item, Place, Raw
 from ur4rec_jax.errors import InputError
 
-REVIEWS = ('reviews_*.json.gz', 'reviews_*.json')
-METADATA = ('meta_*.json.gz', 'meta_*.json')
-PAIR = ('interactions.csv', 'items.jsonl')
+# Either layout: as downloaded, or the pair.
+FILES = (('reviews_*.json', 'interactions.csv'), ('meta_*.json', 'items.jsonl'))
 _FIELDS = {
   'reviewerID': pa.string(),
   'asin': pa.string(),
@@ -28,41 +26,15 @@ _FIELDS = {
 _TEXTS = ('brand', 'price')  # fields that join the description
 
 
-def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
-  """The files of either layout in a folder."""
-  del parameters
-  layouts = f'{REVIEWS[0]} and {METADATA[0]}, or {PAIR[0]} and {PAIR[1]}'
-  if not raw_dir.is_dir():
-    raise InputError(
-      f'{raw_dir}: no such folder; --raw_dir must be the folder that holds {layouts}'
-    )
-  there = sorted(path.name for path in raw_dir.iterdir() if path.is_file())
-  if set(PAIR) <= set(there):
-    return [raw_dir / name for name in PAIR]
-  found = []
-  for patterns in (REVIEWS, METADATA):
-    matches = [name for name in there if any(fnmatch.fnmatch(name, p) for p in patterns)]
-    if not matches:
-      raise InputError(
-        f'{raw_dir}: no {patterns[0]} in it (it holds {", ".join(there[:8]) or "no files"}); it'
-        f' must hold {layouts}'
-      )
-    if len(matches) > 1:
-      raise InputError(
-        f'{raw_dir}: {len(matches)} files match {patterns[0]} ({", ".join(matches[:8])}); leave one'
-        ' category in the folder'
-      )
-    found.append(raw_dir / matches[0])
-  return found
-
-
 def read(reviews: Path, metadata: Path) -> Raw:
   """Reads either layout; rows with equal times keep the order of the file."""
-  if reviews.name == PAIR[0]:
+  if tables.kind(reviews) == '.csv':
     return _read_pair(reviews, metadata)
   columns = _read_reviews(reviews)
   users, asins = (columns[name].combine_chunks() for name in ('reviewerID', 'asin'))
-  table, notes = _read_metadata(metadata)
+  # Lines are Python dict literals, JSON in later releases.
+  records = ((number, _parse(text)) for number, text in raw_files.utf8_lines(metadata))
+  table, notes = catalogue(metadata, records, 'asin', _item)
   known = pa.array(list(table))
   if missing := pc.sum(pc.invert(pc.is_in(pc.unique(asins), known))).as_py():
     notes.append(f'{missing:,} items have no metadata: kept without text')
@@ -72,7 +44,7 @@ def read(reviews: Path, metadata: Path) -> Raw:
     items=asins,
     timestamps=columns['unixReviewTime'].to_numpy(),
     ratings=columns['overall'].to_numpy(),
-    lines=lambda row: Place(str(reviews), _line(reviews, row)),
+    lines=lambda row: Place(str(reviews), line(reviews, row)),
     table=table,
     table_is_partial=True,
     notes=tuple(notes),
@@ -97,15 +69,16 @@ def _read_reviews(path: Path) -> pa.Table:
   try:
     if path.stat().st_size == 0:
       raise InputError(f'{path}: the file is empty; download it again')
-    table = arrow_json.read_json(
-      str(path),
-      read_options=arrow_json.ReadOptions(block_size=1 << 23),
-      parse_options=arrow_json.ParseOptions(
-        explicit_schema=pa.schema(_FIELDS), unexpected_field_behavior='ignore'
-      ),
-    )
+    with archives.open_file(path) as file:
+      table = arrow_json.read_json(
+        file,
+        read_options=arrow_json.ReadOptions(block_size=1 << 23),
+        parse_options=arrow_json.ParseOptions(
+          explicit_schema=pa.schema(_FIELDS), unexpected_field_behavior='ignore'
+        ),
+      )
   except pa.ArrowInvalid as error:
-    _check_reviews(path)
+    check_reviews(path, raw_files.utf8_lines(path), _FIELDS)
     raise InputError(f'{path}: cannot be read ({error}); download it again') from error
   except OSError as error:
     raise InputError(
@@ -122,26 +95,29 @@ def _read_reviews(path: Path) -> pa.Table:
       bad = pc.or_kleene(bad, pc.invert(pc.is_finite(column)))
     if (row := tables.first_true(bad)) is not None:
       raise InputError(
-        f'{path}, line {_line(path, row)}: {name} is missing or empty; download the file again, or'
+        f'{path}, line {line(path, row)}: {name} is missing or empty; download the file again, or'
         ' remove the line'
       )
   return table
 
 
-def _check_reviews(path: Path) -> None:
-  """Goes through the reviews line by line and raises what is wrong with them."""
-  for number, line in raw_files.utf8_lines(path):
+def check_reviews(
+  path: Any, lines: Iterable[tuple[int, str | bytes]], fields: Mapping[str, pa.DataType]
+) -> None:
+  """Goes through reviews line by line and raises what is wrong with them."""
+  for number, line in lines:
     where = f'{path}, line {number}'
     try:
       review = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+      text = line.decode(errors='replace').strip() if isinstance(line, bytes) else line
       raise InputError(
-        f'{where}: is no JSON: {raw_files.shown(line)}; download the file again, or correct the'
+        f'{where}: is no JSON: {raw_files.shown(text)}; download the file again, or correct the'
         ' line'
       ) from error
     if not isinstance(review, dict):
-      raise InputError(f'{where}: is no JSON object: {raw_files.shown(line)}; correct the line')
-    for name, kind in _FIELDS.items():
+      raise InputError(f'{where}: is no JSON object: {raw_files.shown(str(review))}; correct it')
+    for name, kind in fields.items():
       value = review.get(name)
       wanted = (
         str if pa.types.is_string(kind) else int if pa.types.is_integer(kind) else (int, float)
@@ -151,48 +127,64 @@ def _check_reviews(path: Path) -> None:
         raise InputError(f'{where}: {name} is {value!r}, not {what}; correct the line')
 
 
-def _line(path: Path, row: int) -> int:
+def line(path: Path, row: int) -> int:
+  """The line of a row, counted from 0, of JSON lines."""
   for index, (number, _) in enumerate(raw_files.utf8_lines(path)):
     if index == row:
       return number
   raise IndexError(row)
 
 
-def _read_metadata(path: Path) -> tuple[dict[str, Item], list[str]]:
-  """Lines are Python dict literals (JSON in later releases); what is neither is counted."""
+def catalogue(
+  path: Any,
+  records: Iterable[tuple[int, Any]],
+  key: str,
+  item: Callable[[dict[str, Any]], Item],
+  wanted: Container[str] | None = None,
+) -> tuple[dict[str, Item], list[str]]:
+  """Items by id, and notes on what could not be used.
+
+  Args:
+    path: of the metadata, for messages.
+    records: line numbers and what was parsed from the lines, anything but a dict if nothing.
+    key: field of the id.
+    item: makes an item of a record.
+    wanted: ids to keep; None keeps all.
+  """
   table: dict[str, Item] = {}
   unparsed, repeated, total = [], 0, 0
-  for number, line in raw_files.utf8_lines(path):
+  for number, record in records:
     total += 1
-    record = _parse(line)
-    asin = record.get('asin') if isinstance(record, dict) else None
-    if not isinstance(asin, str) or not asin:
+    name = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(name, str) or not name:
       unparsed.append(number)
-    elif asin in table:
+    elif name in table:
       repeated += 1
-    else:
-      table[asin] = _item(record)
-  if not table:
+    elif wanted is None or name in wanted:
+      table[name] = item(record)
+  if len(unparsed) == total:
     raise InputError(
-      f'{path}: none of its {total:,} lines is a Python or JSON object with an asin; get the'
-      " metadata that belongs to the reviews' category"
+      f'{path}: none of its {total:,} lines is an object with the field {key}; get the metadata'
+      " that belongs to the reviews' category"
     )
   notes = []
   if unparsed:
     first = ', '.join(map(str, unparsed[:5])) + (', ...' if len(unparsed) > 5 else '')
     notes.append(
-      f'{path.name}: {len(unparsed):,} of {total:,} lines cannot be parsed (lines {first}); their'
-      ' items are kept without text'
+      f'{PurePosixPath(str(path)).name}: {len(unparsed):,} of {total:,} lines cannot be parsed'
+      f' (lines {first}); their items are kept without text'
     )
   if repeated:
-    notes.append(f'{path.name}: {repeated:,} repeated items; the first of each counts')
+    notes.append(
+      f'{PurePosixPath(str(path)).name}: {repeated:,} repeated items; the first of each counts'
+    )
   return table, notes
 
 
-def _parse(line: str) -> Any:
+def _parse(text: str) -> Any:
   for parse in (ast.literal_eval, json.loads):
     try:
-      return parse(line)
+      return parse(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
       continue
   return None

@@ -8,10 +8,11 @@ The folder then holds dataset.json (counts, options, split hash, licence), `inte
 example a user) and `items` (one example an item), both TFDS data in array_record files.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from data_prep import (
+  archives,
   builders,
   download,
   interactions,
@@ -39,8 +41,8 @@ _SOURCE = flags.DEFINE_string('source', None, f'One of: {", ".join(sources.SOURC
 _RAW_DIR = flags.DEFINE_string(
   'raw_dir',
   None,
-  'Folder with the raw files, or the file where there is one; left out, movielens_100k and'
-  ' movielens_1m are downloaded.',
+  'Folder or archive (.zip, .tar, .tar.gz, .tgz) with the raw files, or the file where there is'
+  ' one; left out, movielens_100k and movielens_1m are downloaded.',
 )
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder to make.')
 _MIN_RATING = flags.DEFINE_float('min_rating', None, 'Drop interactions rated below this.')
@@ -96,6 +98,12 @@ _PARAMETERS = {
   ),
   'images': flags.DEFINE_string(
     'images', None, 'Folder of the pictures (interactions and multimodal_movielens_*).'
+  ),
+  'hub_name': flags.DEFINE_string(
+    'hub_name', None, 'Dataset on the HuggingFace hub to read from (amazon_reviews only).'
+  ),
+  'category': flags.DEFINE_string(
+    'category', None, 'Category to read, e.g. All_Beauty (amazon_reviews only).'
   ),
 }
 _OVERWRITE = flags.DEFINE_bool(
@@ -172,7 +180,7 @@ def build_from_table(
     if old is not None:
       return old
     prepared = prepare.prepare(raw, options)
-    wanted['notes'] = list(raw.notes)
+    wanted['notes'] = list(prepared.notes)
     with staging.new_folder(data_dir) as folder:
       origin = sources.SOURCES['interactions'].origin
       size = options.image_size
@@ -202,43 +210,45 @@ def _build(
   if old is not None:
     return old, False
 
-  # What can be found wrong with the input is found before anything is written.
-  data = None
-  if files is not None:
-    raw = spec.read(*files, **parameters)
-    data, notes = prepare.prepare(raw, options), raw.notes
-    del raw  # memory for the writers
-  with staging.new_folder(data_dir) as folder:
-    if data is None:
-      files = download.fetch(spec.archive, spec.files, folder / 'raw')
+  with contextlib.ExitStack() as stack:
+    if files is None:
+      scratch = stack.enter_context(staging.scratch_folder(data_dir))
+      files = download.fetch(spec.archive, spec.files, scratch)
       wanted['raw_sha256'] = _fingerprints(files, spec, parameters)
-      raw = spec.read(*files, **parameters)
-      data, notes = prepare.prepare(raw, options), raw.notes
-      shutil.rmtree(folder / 'raw')
-    extra = {**wanted, 'notes': list(notes)}
-    metadata = builders.write(folder, data, spec.origin, source, extra, options.image_size)
+    elif files and archives.is_archive(files[0]):
+      scratch = stack.enter_context(staging.scratch_folder(data_dir))
+      patterns = (*itertools.chain(*raw_files.alternatives(spec.files)), *spec.more)
+      stack.enter_context(archives.unpacked(files[0], patterns, scratch))
+      files = _find(spec, scratch, parameters)
+    # What can be found wrong with the input is found before the dataset is begun.
+    raw = spec.read(*files, **parameters)
+    data = prepare.prepare(raw, options)
+    del raw  # memory for the writers
+    with staging.new_folder(data_dir) as folder:
+      extra = {**wanted, 'notes': list(data.notes)}
+      metadata = builders.write(folder, data, spec.origin, source, extra, options.image_size)
   return metadata, True
 
 
 def _raw_files(
   source: str, raw_dir: str | Path | None, data_dir: Path, parameters: Mapping[str, Any]
 ) -> list[Path] | None:
-  """The raw files, none for a source that generates, None for those yet to be downloaded."""
+  """The raw files or their archive; none where none are needed, None for those to download."""
   spec = sources.SOURCES[source]
   if raw_dir is None:
-    if not spec.files:
+    if not spec.files or parameters.get('hub_name'):
       return []
     if spec.archive is None:
+      more = ', or --hub_name and --category' if 'hub_name' in parameters else ''
       raise InputError(
-        f'--source={source} cannot be downloaded; pass --raw_dir with {", ".join(spec.files)}'
+        f'--source={source} cannot be downloaded; pass --raw_dir with'
+        f' {raw_files.described(spec.files)}{more}'
       )
     return None
   if not spec.files:
     raise InputError(f'--source={source} needs no raw files; leave --raw_dir out')
-  if spec.find is None:
-    files = raw_files.find_files(spec.files, Path(raw_dir))
-  else:
-    files = spec.find(Path(raw_dir), parameters)
+  raw_dir = Path(raw_dir)
+  files = [raw_dir] if archives.is_archive(raw_dir) else _find(spec, raw_dir, parameters)
   more = {name: Path(parameters[name]) for name in spec.paths if parameters[name] is not None}
   for name, path in more.items():
     if not path.exists():
@@ -248,6 +258,12 @@ def _raw_files(
     if data_dir == real or data_dir in real.parents:
       raise InputError(f'{path}: the raw files lie inside --data_dir; give another --data_dir')
   return files
+
+
+def _find(spec: sources.Source, folder: Path, parameters: Mapping[str, Any]) -> list[Path]:
+  if spec.find is None:
+    return raw_files.find_files(spec.files, folder)
+  return spec.find(folder, parameters)
 
 
 def _old(
@@ -313,11 +329,14 @@ def _fingerprints(
   files: list[Path], spec: sources.Source, parameters: Mapping[str, Any]
 ) -> dict[str, str]:
   """SHA-256 by file name: two files may hold the same source and still differ."""
-  found = {path.name: _file_hash(path) for path in files}
+  root = os.path.commonpath([path.parent for path in files])
+  found = {os.path.relpath(path, root): _file_hash(path) for path in files}
   for name in spec.paths:
     if parameters[name] is not None and Path(parameters[name]).is_file():
       found[name] = _file_hash(Path(parameters[name]))
-  return found | _picture_fingerprint(spec.pictures(files, parameters))
+  # Pictures in an archive have its hash.
+  inside = archives.is_archive(files[0]) and parameters.get('images') is None
+  return found | _picture_fingerprint([] if inside else spec.pictures(files, parameters))
 
 
 def _file_hash(path: Path) -> str:

@@ -2,16 +2,14 @@
 
 import contextlib
 import io
-import shutil
 import urllib.error
 import urllib.request
-import zipfile
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, download_manager
 
-from data_prep import staging
+from data_prep import archives, raw_files, staging
 from ur4rec_jax.errors import InputError
 
 CHECKSUMS = Path(__file__).parent / 'checksums.tsv'
@@ -25,7 +23,7 @@ def fetch(
   Args:
     url: address of the archive, listed in `checksums_file`.
     files: names of the files wanted, whatever folder of the archive they are in.
-    folder: where to put them; may not exist yet.
+    folder: where to put them.
     checksums_file: lines of url, size, sha256 and file name, tab-separated.
 
   Returns:
@@ -59,13 +57,5 @@ def fetch(
     if getattr(error, 'errno', None) in staging.DISK_FULL:
       raise
     raise InputError(f'{url}: the download failed ({error}); {by_hand}') from error
-  found = []
-  with zipfile.ZipFile(archive) as content:
-    for name in files:
-      members = [m for m in content.namelist() if m.rpartition('/')[2] == name]
-      if len(members) != 1:
-        raise InputError(f'{url}: {len(members)} files called {name} in the archive; {by_hand}')
-      found.append(folder / name)
-      with content.open(members[0]) as source, found[-1].open('wb') as target:
-        shutil.copyfileobj(source, target)
-  return found
+  archives.unpack(Path(archive), files, folder)
+  return raw_files.find_files(files, folder)

@@ -28,6 +28,7 @@ NAMES = {
   'rating': 'rating ratings stars score overall',
 }
 OPTIONAL = ('time', 'rating')
+FILES = (tuple(f'*{kind}' for kind in (*tables.DELIMITERS, *tables.PARQUET)),)
 NONE = 'none'
 # Flags of the source and their defaults; None: look for it.
 PARAMETERS: Mapping[str, Any] = {
@@ -94,7 +95,7 @@ def read(*files: Path, **parameters: Any) -> Raw:
           f'{file.path}: no column {name!r} (the {role}), which {files[0].name} has; its columns'
           f' are {", ".join(file.columns)}; give all files the same columns'
         )
-    parts.append(_encoded(tables.read(file, wanted), columns))
+    parts.append(encoded(tables.read(file, wanted), columns))
   ends = np.cumsum([len(part) for part in parts])
 
   def locate(row: int) -> Place:
@@ -102,7 +103,7 @@ def read(*files: Path, **parameters: Any) -> Raw:
     return tables.place(opened[part], row - int(ends[part - 1] if part else 0))
 
   path = str(files[0] if len(files) == 1 else files[0].parent)
-  return _read_columns(path, _joined(parts, path), columns, locate, options)
+  return read_columns(path, joined(parts, path), columns, locate, options)
 
 
 def from_table(data: Any, **parameters: Any) -> Raw:
@@ -123,9 +124,9 @@ def from_table(data: Any, **parameters: Any) -> Raw:
       raise InputError(f'the table: {name!r} is the name of two columns; rename one')
   if not table.num_rows:
     raise InputError('the table: has no rows')
-  table = _encoded(table.select(list(columns.values())), columns)
+  table = encoded(table.select(list(columns.values())), columns)
   locate = lambda row: Place('the table', row + 1, 'row')
-  return _read_columns('the table', table, columns, locate, options)
+  return read_columns('the table', table, columns, locate, options)
 
 
 def as_arrow(data: Any) -> pa.Table:
@@ -211,7 +212,7 @@ def _delimiter(value: str | None) -> str | None:
   return value
 
 
-def _encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
+def encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
   """Users and items as numbers into a dictionary: text once an id, not once a row."""
   encoded = []
   for role, name in columns.items():
@@ -224,7 +225,8 @@ def _encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
   return pa.table(encoded, list(columns))
 
 
-def _joined(parts: list[pa.Table], path: str) -> pa.Table:
+def joined(parts: list[pa.Table], path: str) -> pa.Table:
+  """One table of encoded ones."""
   try:
     return pa.concat_tables(parts).unify_dictionaries()
   except pa.ArrowInvalid as error:
@@ -233,7 +235,7 @@ def _joined(parts: list[pa.Table], path: str) -> pa.Table:
     ) from error
 
 
-def _read_columns(
+def read_columns(
   path: str, table: pa.Table, columns: Mapping[str, str], locate: Any, options: Mapping[str, Any]
 ) -> Raw:
   """Checks the values of encoded columns and reads the item table."""

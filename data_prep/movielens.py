@@ -51,25 +51,6 @@ def read_movielens_1m(data: Path, items: Path) -> Raw:
   return read_ratings(data, '::', table)
 
 
-def find_multimodal(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
-  """ratings.dat, movies.dat and the text, which is an Excel or CSV file."""
-  if raw_dir.is_dir():
-    texts = sorted(
-      path.name
-      for path in raw_dir.iterdir()
-      if path.is_file() and path.stem == 'text' and path.suffix.lower() in ('.xls', '.xlsx', '.csv')
-    )
-    if len(texts) > 1:
-      raise InputError(f'{raw_dir}: holds {" and ".join(texts)}; leave only one of them there')
-  else:
-    texts = []
-  files = raw_files.find_files(('ratings.dat', 'movies.dat', *(texts or ('text.xls',))), raw_dir)
-  images = parameters.get('images')
-  if images is not None and not Path(images).is_dir():
-    raise InputError(f'{images}: no such folder; --images must be the folder with the pictures')
-  return files
-
-
 def read_multimodal(ratings: Path, movies: Path, texts: Path, *, images: str | None = None) -> Raw:
   """Reads a folder of "Multimodal_Datasets": as MovieLens-1M, with texts and pictures.
 
@@ -134,6 +115,8 @@ def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path
 def _pictures(ratings: Path, images: str | None) -> dict[str, Path]:
   """Pictures called by a movie's id, by id; other files are none of our business."""
   folder = Path(images) if images is not None else ratings.parent / 'image'
+  if images is not None and not folder.is_dir():
+    raise InputError(f'{images}: no such folder; --images must be the folder with the pictures')
   found: dict[str, Path] = {}
   for path in sorted(folder.iterdir()) if folder.is_dir() else ():
     if not re.fullmatch(r'\d+\.(png|jpe?g)', path.name, re.ASCII | re.IGNORECASE):

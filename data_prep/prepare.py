@@ -43,6 +43,7 @@ class Raw(NamedTuple):
   `table`: by original id, or None where there is none. `table_is_partial`: whether items may be
   absent from the table. `ticks_per_second`: unit of `timestamps`; rows are ordered by ticks,
   prepared data keep whole seconds. `notes`: what the user should know of how the data were read.
+  `read_items`: where the item table is too large to hold, reads those of some items, and notes.
   """
 
   path: str
@@ -55,6 +56,7 @@ class Raw(NamedTuple):
   table_is_partial: bool = False
   ticks_per_second: int = 1
   notes: tuple[str, ...] = ()
+  read_items: Callable[[list[str]], tuple[dict[str, Item], list[str]]] | None = None
 
   def where(self, *rows: int) -> str:
     """Names file and line of one or two rows."""
@@ -91,7 +93,7 @@ class Prepared(NamedTuple):
   `offsets`: `[users + 1]` int64. `item_ids`: `[interactions]` int32, 1-based. `timestamps`:
   `[interactions]` int64. `ratings`: `[interactions]` float32. `item_names` and `items`: `[items]`,
   entry i is item i + 1. `dropped`: what -> reason -> count. `splits`: name -> what dataset.json
-  says of it.
+  says of it. `notes`: those of `Raw`, and more.
   """
 
   user_names: list[str]
@@ -105,6 +107,7 @@ class Prepared(NamedTuple):
   has_ratings: bool
   dropped: dict[str, dict[str, int]]
   splits: dict[str, dict[str, Any]]
+  notes: tuple[str, ...] = ()
 
 
 def prepare(raw: Raw, options: Options = Options()) -> Prepared:
@@ -157,11 +160,15 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
   else:
     timestamps = (raw.timestamps[rows] // raw.ticks_per_second).astype(np.int64)
   item_ids = (item_ids + 1).astype(np.int32)
+  table, notes = raw.table or {}, raw.notes
+  if raw.read_items is not None:
+    table, more = raw.read_items(names)
+    notes += tuple(more)
   ratings = np.ones(len(rows)) if raw.ratings is None else raw.ratings[rows]
   return Prepared(
     user_names=[user_names[u] for u in kept_users],
     item_names=names,
-    items=[(raw.table or {}).get(name, Item()) for name in names],
+    items=[table.get(name, Item()) for name in names],
     offsets=offsets,
     item_ids=item_ids,
     timestamps=timestamps,
@@ -172,6 +179,7 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
     splits=make_splits(
       offsets, item_ids, None if raw.timestamps is None else timestamps, options.time_split
     ),
+    notes=notes,
   )
 
 

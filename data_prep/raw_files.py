@@ -1,9 +1,7 @@
 """Finding raw files and reading plain text ones; every fault names file, line and field."""
 
 import fnmatch
-import gzip
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +9,33 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
+from data_prep import archives
 from ur4rec_jax.errors import InputError
 
 _INT64 = np.iinfo(np.int64)
 
 
-def find_files(patterns: tuple[str, ...], raw_dir: Path) -> list[Path]:
-  """The one file each pattern means; `raw_dir` may itself be the file if one is all there is."""
-  wanted = ', '.join(patterns)
+Patterns = tuple[str | tuple[str, ...], ...]
+
+
+def alternatives(patterns: Patterns) -> list[tuple[str, ...]]:
+  """The names that each of the files may have."""
+  return [(pattern,) if isinstance(pattern, str) else pattern for pattern in patterns]
+
+
+def described(patterns: Patterns) -> str:
+  """The files that patterns mean, in words."""
+  return ', '.join(' or '.join(names) for names in alternatives(patterns))
+
+
+def find_files(patterns: Patterns, raw_dir: Path) -> list[Path]:
+  """The one file each pattern means, which may have `.gz` after it.
+
+  Args:
+    patterns: of names; a tuple lists names of which the file has one.
+    raw_dir: their folder, or the file itself if one is all there is.
+  """
+  wanted = described(patterns)
   try:
     if len(patterns) == 1 and raw_dir.is_file():
       return [raw_dir]
@@ -31,16 +48,19 @@ def find_files(patterns: tuple[str, ...], raw_dir: Path) -> list[Path]:
   if not there:
     raise InputError(f'{raw_dir}: no files in it; --raw_dir must be the folder that holds {wanted}')
   found = []
-  for pattern in patterns:
-    matches = fnmatch.filter(there, pattern)
+  for names in alternatives(patterns):
+    matches = [
+      name for name in there if any(fnmatch.fnmatch(name.removesuffix('.gz'), n) for n in names)
+    ]
     if not matches:
       raise InputError(
-        f'{raw_dir}: no {pattern} in it (it holds {", ".join(there[:8])}); it must hold {wanted}'
+        f'{raw_dir}: no {" or ".join(names)} in it (it holds {", ".join(there[:8])}); it must hold'
+        f' {wanted}'
       )
     if len(matches) > 1:
       raise InputError(
-        f'{raw_dir}: {len(matches)} files match {pattern} ({", ".join(matches[:8])});'
-        ' give --raw_dir the one meant'
+        f'{raw_dir}: {len(matches)} files match {" or ".join(names)} ({", ".join(matches[:8])});'
+        ' leave only the one meant, or give it to --raw_dir'
       )
     found.append(raw_dir / matches[0])
   return found
@@ -141,7 +161,8 @@ def _fault(value: str, kind: pa.DataType) -> str:
 
 def read_bytes(path: Path) -> bytes:
   try:
-    raw = path.read_bytes()
+    with archives.open_file(path) as file:
+      raw = file.read()
   except OSError as error:
     raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
   raw = raw.removeprefix(b'\xef\xbb\xbf')
@@ -176,7 +197,7 @@ def shown(line: str) -> str:
 def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
   """Numbered non-empty lines of a UTF-8 file, `.gz` or not, without holding all of it."""
   try:
-    with gzip.open(path) if path.suffix.lower() == '.gz' else path.open('rb') as file:
+    with archives.open_file(path) as file:
       for number, data in enumerate(file, 1):
         if number == 1:
           data = data.removeprefix(b'\xef\xbb\xbf')
@@ -189,8 +210,5 @@ def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
           ) from error
         if line.strip():
           yield number, line.strip()
-  except (OSError, EOFError, zlib.error) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise InputError(
-      f'{path}: cannot be read ({reason}); make it readable, or get it again'
-    ) from error
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error

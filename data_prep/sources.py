@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data_prep import amazon, interactions, movielens, raw_files, synthetic
+from data_prep import amazon, amazon_reviews, interactions, movielens, raw_files, synthetic
 from data_prep.builders import Origin
 from data_prep.prepare import Raw
 
@@ -15,20 +15,22 @@ from data_prep.prepare import Raw
 class Source(NamedTuple):
   """How to find and read one kind of raw data.
 
-  `files`: patterns, each of which matches exactly one file of the raw folder; `read` gets the
-  files in that order; none where data is generated. `archive`: where to download them, a URL
-  listed in checksums.tsv. `parameters`: flags of this source and their defaults, which `read`
-  gets by name. `find`: finds the files in the raw folder where patterns do not say which.
-  `paths`: those of the parameters that are a file or folder, raw data too. `pictures`: the
-  picture files that go with the raw files, which are raw data as well.
+  `files`: patterns as of `raw_files.find_files`, each of which means one file of the raw folder;
+  `read` gets the files in that order; none where data is generated. `archive`: where to download
+  them, a URL listed in checksums.tsv. `parameters`: flags of this source and their defaults, which
+  `read` gets by name. `find`: finds the files in the raw folder where patterns do not say which.
+  `more`: patterns of what else `read` looks for beside the files. `paths`: those of the parameters
+  that are a file or folder, raw data too. `pictures`: the picture files that go with the raw files,
+  which are raw data as well.
   """
 
   origin: Origin
-  files: tuple[str, ...]
+  files: raw_files.Patterns
   read: Callable[..., Raw]
   archive: str | None = None
   parameters: Mapping[str, Any] = MappingProxyType({})
   find: Callable[[Path, Mapping[str, Any]], list[Path]] | None = None
+  more: tuple[str, ...] = ()
   paths: tuple[str, ...] = ()
   pictures: Callable[[list[Path], Mapping[str, Any]], list[Path]] = lambda files, parameters: []
 
@@ -57,8 +59,8 @@ _MOVIELENS_LICENCE = (
   ' use without permission'
 )
 _MULTIMODAL = {
-  'files': ('ratings.dat', 'movies.dat', 'text.xls'),
-  'find': movielens.find_multimodal,
+  'files': ('ratings.dat', 'movies.dat', ('text.xls', 'text.xlsx', 'text.csv')),
+  'more': ('image/*',),
   'read': movielens.read_multimodal,
   'parameters': {'images': None},
   'paths': ('images',),
@@ -119,13 +121,28 @@ SOURCES = {
       ),
       url='https://jmcauley.ucsd.edu/data/amazon/',
     ),
-    files=(amazon.REVIEWS[0], amazon.METADATA[0]),
-    find=amazon.find,
+    files=amazon.FILES,
     read=amazon.read,
+  ),
+  'amazon_reviews': Source(
+    origin=Origin(
+      name='Amazon Reviews 2023',
+      licence='no licence is given; McAuley Lab, UCSD, offers it for research, with citation',
+      citation=(
+        'Yupeng Hou, Jiacheng Li, Zhankui He, An Yan, Xiusi Chen and Julian McAuley. 2024.'
+        ' Bridging Language and Items for Retrieval and Recommendation.'
+        ' https://arxiv.org/abs/2403.03952'
+      ),
+      url='https://amazon-reviews-2023.github.io/',
+    ),
+    files=amazon_reviews.FILES,
+    find=amazon_reviews.find,
+    read=amazon_reviews.read,
+    parameters=amazon_reviews.PARAMETERS,
   ),
   'interactions': Source(
     origin=_OWN,
-    files=('a CSV, TSV or Parquet file',),
+    files=interactions.FILES,
     find=interactions.find,
     read=interactions.read,
     parameters=interactions.PARAMETERS,

@@ -15,21 +15,16 @@ _XLS, _XLSX = b'\xd0\xcf\x11\xe0', b'PK\x03\x04'
 
 def rows(path: Path) -> Iterator[tuple[int, list[Any]]]:
   """Rows with their numbers from 1; values are text, numbers or None."""
-  start = raw_files.read_bytes(path)[:4]
-  if start == _XLS:
-    found = _xls(path)
-  elif start == _XLSX:
-    found = _xlsx(path)
-  else:
-    found = _csv(path)
-  return enumerate(found, 1)
+  raw = raw_files.read_bytes(path)
+  read = {_XLS: _xls, _XLSX: _xlsx}.get(raw[:4], _csv)
+  return enumerate(read(path, raw), 1)
 
 
-def _xls(path: Path) -> Iterator[list[Any]]:
+def _xls(path: Path, raw: bytes) -> Iterator[list[Any]]:
   import xlrd  # Only these functions need the Excel readers.
 
   try:
-    with xlrd.open_workbook(path) as book:
+    with xlrd.open_workbook(file_contents=raw) as book:
       sheet = book.sheet_by_index(0)
       yield from (sheet.row_values(row) for row in range(sheet.nrows))
   except (
@@ -42,20 +37,17 @@ def _xls(path: Path) -> Iterator[list[Any]]:
     raise _damaged(path, error) from error
 
 
-def _xlsx(path: Path) -> Iterator[list[Any]]:
+def _xlsx(path: Path, raw: bytes) -> Iterator[list[Any]]:
   import openpyxl
 
   try:
-    # Opened here: openpyxl refuses a file that is misnamed .xls.
-    with path.open('rb') as file:
-      book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-      yield from (list(row) for row in book.worksheets[0].iter_rows(values_only=True))
+    book = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True)
+    yield from (list(row) for row in book.worksheets[0].iter_rows(values_only=True))
   except (zipfile.BadZipFile, KeyError, IndexError, ValueError, OSError) as error:
     raise _damaged(path, error) from error
 
 
-def _csv(path: Path) -> Iterator[list[Any]]:
-  raw = raw_files.read_bytes(path)
+def _csv(path: Path, raw: bytes) -> Iterator[list[Any]]:
   try:
     text = raw.decode()
   except UnicodeDecodeError as error:

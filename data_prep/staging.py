@@ -15,29 +15,37 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-  """Gives an empty sibling folder to fill, which becomes `target` if the block ends well.
+def scratch_folder(target: Path, purpose: str = 'raw') -> Iterator[Path]:
+  """Gives an empty sibling folder, which is removed when the block ends.
 
-  An old `target` stays until then. A killed program leaves the sibling, called
-  TARGET.incomplete-PID, for `clean_up` to remove.
+  A killed program leaves it, called TARGET.PURPOSE-PID, for `clean_up` to remove.
   """
-  folder = target.with_name(f'{target.name}.incomplete-{os.getpid()}')
+  folder = target.with_name(f'{target.name}.{purpose}-{os.getpid()}')
   made = [parent for parent in folder.parents if not parent.exists()]
   try:
     folder.mkdir(parents=True)
     yield folder
-    _move_in(folder, target)
-  except BaseException:
+  finally:
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # they hold the target, if all went well
       for parent in made:
         parent.rmdir()
-    raise
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+  """Gives an empty sibling folder to fill, which becomes `target` if the block ends well.
+
+  An old `target` stays until then.
+  """
+  with scratch_folder(target, 'incomplete') as folder:
+    yield folder
+    _move_in(folder, target)
 
 
 def clean_up(target: Path) -> None:
   """Removes what killed programs left; puts back a folder whose replacement was cut short."""
-  pattern = re.compile(re.escape(target.name) + r'\.(incomplete|replaced)-(\d+)')
+  pattern = re.compile(re.escape(target.name) + r'\.(raw|incomplete|replaced)-(\d+)')
   for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
     match = pattern.fullmatch(path.name)
     # This process has nothing lying about yet: a folder with its number is of an earlier one.

@@ -4,7 +4,6 @@ Only when something is wrong is a file gone through again, row by row, to name t
 """
 
 import csv
-import gzip
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv as arrow_csv
 
+from data_prep import archives
 from data_prep.prepare import Place
 from data_prep.raw_files import shown
 from ur4rec_jax.errors import InputError
@@ -148,7 +148,7 @@ def records(file: File) -> Iterator[tuple[Place, dict[str, object]]]:
 
 
 def _read_text(file: File, columns: list[str]) -> pa.Table:
-  with _open(file.path) as content:
+  with archives.open_file(file.path) as content:
     table = arrow_csv.read_csv(
       _WithEnd(content, _end_row(file.delimiter, len(file.columns))),
       read_options=arrow_csv.ReadOptions(
@@ -198,16 +198,12 @@ class _WithEnd(io.RawIOBase):
     return data
 
 
-def _open(path: Path) -> IO[bytes]:
-  return gzip.open(path) if path.suffix.lower() == '.gz' else path.open('rb')
-
-
 def _rows(path: Path, delimiter: str, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
   """Non-empty rows with the line they start in; the last one is the end row, if it is reached."""
-  with _open(path) as content:
-    # The end row is as wide as the header: no row of the file is needed to know that.
+  # The end row is as wide as the header: no row of the file is needed to know that.
+  with archives.open_file(path) as content:
     header = content.readline().decode('utf-8', 'surrogateescape')
-    content.seek(0)
+  with archives.open_file(path) as content:
     width = len(next(csv.reader([header], delimiter=delimiter), ''))
     data = io.BufferedReader(_WithEnd(content, _end_row(delimiter, width)))
     text = io.TextIOWrapper(data, 'utf-8', 'surrogateescape', newline='')

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data_prep import amazon, prepare
+from data_prep import amazon, prepare, raw_files
 from data_prep.prepare import Options
 from ur4rec_jax.errors import InputError
 
@@ -53,7 +53,7 @@ def write(folder, name: str, lines: list[str]) -> None:
 
 
 def read(folder):
-  return amazon.read(*amazon.find(folder, {}))
+  return amazon.read(*raw_files.find_files(amazon.FILES, folder))
 
 
 def fault(folder) -> str:
@@ -105,7 +105,7 @@ def test_metadata_lines_that_cannot_be_read_are_counted_and_told(folder):
     '1 items have no metadata: kept without text',
   )
   write(folder, 'meta_Beauty.json.gz', broken)
-  assert 'none of its 4 lines is a Python or JSON object with an asin' in fault(folder)
+  assert 'none of its 4 lines is an object with the field asin' in fault(folder)
 
 
 @pytest.mark.parametrize(
@@ -135,23 +135,21 @@ def test_damaged_and_missing_files(folder):
   path = folder / 'reviews_Beauty_5.json.gz'
   whole = path.read_bytes()
   path.write_bytes(whole[:-20])
-  assert f'{path}: cannot be read' in fault(folder)
+  assert f'{path}: cannot be unpacked' in fault(folder)
   path.write_bytes(b'')
   assert 'the file is empty' in fault(folder)
   path.write_bytes(whole)
   metadata = folder / 'meta_Beauty.json.gz'
   content = metadata.read_bytes()
   metadata.write_bytes(content[:-20])
-  assert f'{metadata}: cannot be read' in fault(folder)
+  assert f'{metadata}: cannot be unpacked' in fault(folder)
   metadata.write_bytes(gzip.compress(b"{'asin': 'B', 'title': '\xe9'}\n"))
   assert 'line 1: bytes that are not UTF-8' in fault(folder)
   metadata.unlink()
-  assert 'no meta_*.json.gz in it (it holds reviews_Beauty_5.json.gz); it must hold' in fault(
-    folder
-  )
+  assert 'no meta_*.json or items.jsonl in it (it holds reviews_Beauty_5.json.gz)' in fault(folder)
   write(folder, 'reviews_Books_5.json.gz', [])
-  assert '2 files match reviews_*.json.gz' in fault(folder)
-  assert 'no such folder' in fault(folder / 'nowhere')
+  assert '2 files match reviews_*.json or interactions.csv' in fault(folder)
+  assert 'No such file or directory' in fault(folder / 'nowhere')
 
 
 def test_the_pair_of_csv_and_json_lines(tmp_path):

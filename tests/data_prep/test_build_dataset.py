@@ -1,15 +1,19 @@
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from absl import flags as absl_flags
+from PIL import Image
 
 from data_prep import build_dataset, prepare
 from ur4rec_jax import splits
@@ -248,6 +252,70 @@ def test_a_killed_build_leaves_nothing_trusted_and_the_next_one_cleans_up(comman
   assert not build_dataset.build('synthetic', data_dir, parameters=SMALL)[1]
   assert contents(data_dir) == before
   assert [path.name for path in tmp_path.iterdir()] == ['data']
+
+
+def noise(rng: np.random.Generator) -> bytes:
+  """A picture that takes a while to be made smaller."""
+  file = io.BytesIO()
+  Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8)).save(file, 'PNG')
+  return file.getvalue()
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+  """An archive of Multimodal MovieLens that takes more than a second to build from."""
+  rng = np.random.default_rng(0)
+  ratings = [(user, item) for user in range(1, 20_001) for item in rng.permutation(40)[:5] + 1]
+  content = {
+    'ratings.dat': ''.join(f'{u}::{i}::5::{n}\n' for n, (u, i) in enumerate(ratings)),
+    'movies.dat': ''.join(f'{i}::Film {i} (1995)::Drama\n' for i in range(1, 41)),
+    'text.csv': 'movie-id,review\n1,Fine\n',
+    **{f'image/{i}.png': noise(rng) for i in range(1, 41)},
+  }
+  path = tmp_path / 'movies.zip'
+  with zipfile.ZipFile(path, 'w') as archive:
+    for name, data in content.items():
+      archive.writestr(f'M_ML/{name}', data)
+  return path
+
+
+def test_a_build_killed_at_any_moment_is_made_good_by_the_next(
+  command, packed, sequences, tmp_path
+):
+  source = 'multimodal_movielens_1m'
+  build_dataset.build(source, tmp_path / 'undisturbed', packed)
+  expected = contents(tmp_path / 'undisturbed')
+  build_dataset.build('sequences', tmp_path / 'old', sequences)
+  before = contents(tmp_path / 'old')
+  # What shows that a build has come so far; a little later it dies.
+  signs = ['raw-*', 'raw-*/image/2*', 'incomplete-*', 'incomplete-*/images/3*']
+  signs += ['incomplete-*/interactions/*'] * 2
+  delays = np.random.default_rng(1).uniform(0, 0.2, len(signs))
+  for start in range(0, len(signs), 2):
+    running = {}
+    for moment in (start, start + 1):
+      shutil.copytree(tmp_path / 'old', tmp_path / f'place{moment}/data')
+      flags = [f'--source={source}', f'--raw_dir={packed}', '--overwrite']
+      flags += [f'--data_dir={tmp_path}/place{moment}/data']
+      running[moment] = subprocess.Popen(command(*flags), cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 60
+    while running:
+      for moment, process in list(running.items()):
+        assert process.poll() is None
+        if any((tmp_path / f'place{moment}').glob(f'data.{signs[moment]}')):
+          time.sleep(delays[moment])
+          process.kill()
+          del running[moment]
+          assert process.wait() == -signal.SIGKILL
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+  for moment in range(len(signs)):
+    place = tmp_path / f'place{moment}'
+    assert len(list(place.iterdir())) > 1
+    assert contents(place / 'data') == before
+    assert build_dataset.build(source, place / 'data', packed, overwrite=True)[1]
+    assert contents(place / 'data') == expected
+    assert [path.name for path in place.iterdir()] == ['data']
 
 
 def test_a_full_disk_and_an_unwritable_place(run_build, ml_1m, tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import tensorflow_datasets as tfds
 import xlwt
 
-from data_prep import build_dataset, movielens, raw_files
+from data_prep import build_dataset, movielens, raw_files, sources
 from ur4rec_jax.errors import InputError
 
+FILES = sources.SOURCES['multimodal_movielens_1m'].files
 TEXTS = [[1, 'Toys, "alive"\nand kicking à né'], [3, ''], [99, 'Of another film']]
 
 
@@ -59,7 +60,7 @@ def write_texts(folder, rows, header=('movie-id', 'review'), name='text.xls', ma
 
 
 def read(folder, **parameters):
-  return movielens.read_multimodal(*movielens.find_multimodal(folder, parameters), **parameters)
+  return movielens.read_multimodal(*raw_files.find_files(FILES, folder), **parameters)
 
 
 def fault(folder, **parameters) -> str:
@@ -130,10 +131,10 @@ def test_damaged_text_files(folder):
     path.write_bytes(content)
     assert expected in fault(folder)
   path.unlink()
-  assert 'no text.xls in it' in fault(folder)
+  assert 'no text.xls or text.xlsx or text.csv in it' in fault(folder)
   write_texts(folder, TEXTS, name='text.csv', make=csv_file)
   write_texts(folder, TEXTS)
-  assert 'holds text.csv and text.xls; leave only one' in fault(folder)
+  assert '(text.csv, text.xls); leave only the one meant' in fault(folder)
 
 
 def test_a_folder_of_pictures_elsewhere_is_copied_from_and_remembered(

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -150,3 +153,16 @@ def test_missing_raw_files_are_named(tmp_path, ml_100k):
   (tmp_path / 'b.txt').write_text('1 2\n')
   with pytest.raises(InputError, match=r'2 files match \*\.txt \(a\.txt, b\.txt\)'):
     read('sequences', tmp_path)
+
+
+@pytest.mark.parametrize('source', sources.SOURCES)
+def test_the_readme_tells_where_data_come_from_and_what_to_cite(source):
+  text = (Path(__file__).parents[2] / 'README.md').read_text()
+  table = text.split('## Datasets and their terms')[1].split('\n## ')[0]
+  rows = [line for line in table.splitlines() if line.startswith('|')]
+  (row,) = [row for row in rows if f'`{source}`' in row.split('|')[1]]
+  origin = sources.SOURCES[source].origin
+  assert origin.name in row
+  assert not origin.url or f']({origin.url})' in row
+  for link in re.findall(r'https://\S+', origin.citation):
+    assert f']({link})' in row

@@ -1,0 +1,228 @@
+"""Archives and `.gz` files from anywhere: only what is needed is unpacked, and within limits."""
+
+import contextlib
+import functools
+import gzip
+import io
+import lzma
+import re
+import shutil
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from ur4rec_jax.errors import InputError
+
+KINDS = ('.zip', '.tar', '.tar.gz', '.tgz')
+_DAMAGED = (
+  zipfile.BadZipFile,
+  tarfile.TarError,
+  gzip.BadGzipFile,
+  zlib.error,
+  lzma.LZMAError,
+  struct.error,
+  EOFError,
+  NotImplementedError,  # a way of packing that Python does not know
+)
+
+
+class Limits(NamedTuple):
+  """What unpacking may take; a file that wants more is a mistake or an attack."""
+
+  members: int = 200_000  # files and folders of an archive; pictures are a few thousand
+  member_bytes: int = 64 << 30  # one file; the largest reviews there are have about 40 GB
+  total_bytes: int = 128 << 30  # all files
+  ratio: int = 200  # unpacked to packed size; raw data are at 2 to 20, and zeros at 1,000
+  any_ratio_bytes: int = 64 << 20  # up to this size the ratio does not matter
+
+
+class _Member(NamedTuple):
+  """A file or folder in an archive; `fault` says why it must not be unpacked."""
+
+  name: str
+  size: int
+  is_folder: bool
+  fault: str
+  open: Callable[[], IO[bytes]]
+
+
+def is_archive(path: Path) -> bool:
+  """Whether a path is a file that `unpack` reads."""
+  return path.name.lower().endswith(KINDS) and path.is_file()
+
+
+def open_file(path: Path, limits: Limits = Limits()) -> IO[bytes]:
+  """Opens a file for reading, unpacked if it is a `.gz`.
+
+  Raises:
+    OSError: it cannot be opened.
+    InputError: when read, the `.gz` turns out damaged or larger than the limits.
+  """
+  if path.suffix.lower() not in ('.gz', '.tgz'):
+    return path.open('rb')
+  return io.BufferedReader(_Limited(gzip.open(path), path, _budget(path, limits)), 1 << 18)
+
+
+@contextlib.contextmanager
+def unpacked(archive: Path, patterns: tuple[str, ...], folder: Path) -> Iterator[Path]:
+  """Unpacks into a folder; errors about files there, raised in the block, name the archive."""
+  try:
+    unpack(archive, patterns, folder)
+    yield folder
+  except InputError as error:
+    raise InputError(str(error).replace(str(folder), str(archive))) from error
+
+
+def unpack(
+  archive: Path, patterns: tuple[str, ...], folder: Path, limits: Limits = Limits()
+) -> None:
+  """Unpacks the members that match, whatever folder of the archive they lie in.
+
+  Args:
+    archive: a zip or tar file.
+    patterns: of names, with the folder directly above where it matters (`image/*`); a member may
+      have `.gz` after it. Hidden files never match.
+    folder: where to put them, by name or by folder and name.
+    limits: of what is unpacked, by what the archive says and by what comes out.
+
+  Raises:
+    InputError: the archive is damaged, too large or unsafe, or nothing in it matches.
+  """
+  members = _zip_members if archive.suffix.lower() == '.zip' else _tar_members
+  left = _budget(archive, limits)
+  origins: dict[Path, str] = {}
+  number = 0
+  try:
+    for number, member in enumerate(members(archive, limits), 1):
+      where = f'{archive}: {member.name!r}'
+      if number > limits.members:
+        raise _too_large(f'{archive}: has more than {limits.members:,} members')
+      name = _safe_name(member.name, where)
+      relative = None if member.is_folder else _target(name, patterns)
+      if relative is None:
+        continue
+      if member.fault:
+        raise InputError(f'{where} {member.fault}; pack the archive again, with plain files')
+      if relative in origins:
+        raise InputError(
+          f'{where} and {origins[relative]!r} are both called {relative}; unpack the archive by'
+          ' hand and give --raw_dir the folder meant'
+        )
+      origins[relative] = member.name
+      left -= member.size
+      if member.size > limits.member_bytes or left < 0:
+        raise _too_large(f'{where} has {member.size:,} bytes')
+      target = folder / relative
+      target.parent.mkdir(parents=True, exist_ok=True)
+      with _Limited(member.open(), archive, member.size) as source, target.open('xb') as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+  except _DAMAGED as error:
+    raise _damaged(archive, error) from error
+  if not origins:
+    raise InputError(
+      f'{archive}: none of its {number:,} members is called {" or ".join(patterns)}; give --raw_dir'
+      ' the archive of this source'
+    )
+
+
+class _Limited(io.RawIOBase):
+  """Unpacked bytes, as long as they are sound and not too many."""
+
+  def __init__(self, file: IO[bytes], path: Path, limit: int):
+    self._file, self._path, self._limit, self._left = file, path, limit, limit
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer) -> int:
+    try:
+      size = self._file.readinto(buffer)
+    except (OSError, *_DAMAGED) as error:
+      raise _damaged(self._path, error) from error
+    self._left -= size
+    if self._left < 0:
+      raise _too_large(f'{self._path}: unpacks to more than {self._limit:,} bytes')
+    return size
+
+  def close(self) -> None:
+    self._file.close()
+    super().close()
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+  """A damaged header is an error: tarfile itself takes it for the end of the archive."""
+
+  @classmethod
+  def fromtarfile(cls, file: tarfile.TarFile) -> tarfile.TarInfo:
+    try:
+      return super().fromtarfile(file)
+    except tarfile.EOFHeaderError:
+      raise
+    except tarfile.HeaderError as error:
+      raise tarfile.ReadError(str(error)) from error
+
+
+def _zip_members(path: Path, limits: Limits) -> Iterator[_Member]:
+  del limits
+  with zipfile.ZipFile(path) as content:
+    for info in content.infolist():
+      kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the packer keeps no such thing
+      fault = '' if kind in (0, stat.S_IFREG) else 'is a link or device'
+      if info.flag_bits & 1:
+        fault = 'is encrypted'
+      opened = functools.partial(content.open, info)
+      yield _Member(info.filename, info.file_size, info.is_dir(), fault, opened)
+
+
+def _tar_members(path: Path, limits: Limits) -> Iterator[_Member]:
+  # As a stream: whatever has to be unpacked to reach a member counts, too.
+  with open_file(path, limits) as file:
+    with tarfile.open(fileobj=file, mode='r|', tarinfo=_StrictTarInfo) as content:
+      while (info := content.next()) is not None:
+        content.members.clear()  # all members at once need not fit in memory
+        fault = '' if info.isreg() and not info.issparse() else 'is a link or device'
+        opened = functools.partial(content.extractfile, info)
+        yield _Member(info.name, info.size, info.isdir(), fault, opened)
+    while file.read(1 << 20):  # up to the check sum at the end
+      pass
+
+
+def _safe_name(name: str, where: str) -> PurePosixPath:
+  path = PurePosixPath(name.replace('\\', '/'))
+  if path.is_absolute() or '..' in path.parts or re.match('[A-Za-z]:', name):
+    raise InputError(f'{where} leads out of the archive; do not use an archive that does so')
+  return path
+
+
+def _target(name: PurePosixPath, patterns: tuple[str, ...]) -> Path | None:
+  """Where a member goes, None if no pattern matches."""
+  if any(part.startswith(('.', '__MACOSX')) for part in name.parts):
+    return None
+  plain = PurePosixPath(str(name).removesuffix('.gz'))
+  for pattern in patterns:
+    if plain.match(pattern):
+      return Path(*name.parts[-len(PurePosixPath(pattern).parts) :])
+  return None
+
+
+def _budget(path: Path, limits: Limits) -> int:
+  """How many bytes a packed file may unpack to."""
+  by_ratio = max(limits.any_ratio_bytes, limits.ratio * path.stat().st_size)
+  return min(limits.total_bytes, by_ratio)
+
+
+def _too_large(what: str) -> InputError:
+  return InputError(
+    f'{what}, more than is unpacked unasked; if you trust the file, unpack it by hand and give'
+    ' --raw_dir the folder'
+  )
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+  reason = ' '.join(str(error).split()) or type(error).__name__
+  return InputError(f'{path}: cannot be unpacked ({reason}); it is damaged: get it again')
