@@ -20,12 +20,9 @@ from ur4rec_jax import splits
 from ur4rec_jax.dataset import Dataset, Interactions, read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
-_DATA_DIR = flags.DEFINE_string('data_dir', None, 'Prepared folder to describe.')
-_OUT = flags.DEFINE_string(
-  'out', None, 'HTML file to write or replace; left out, describe.html in the prepared folder.'
-)
 PAGE = 'describe.html'
 FEW = 5  # an item with fewer interactions is rare: ids alone teach little about it
+_MAX_LISTED_RATINGS = 12  # distinct values; more are summed up
 _DAY = 86_400  # seconds
 
 
@@ -54,7 +51,9 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
   pictures = find_pictures(data_dir, items)
   figures = measure(info, histories, items, pictures)
   shown = facts(info, figures)
-  page = describe_page.render(info, figures, shown, histories, items, pictures)
+  page = describe_page.render(
+    Path(data_dir).resolve().name, info, figures, shown, histories, items, pictures
+  )
   with staging.disk_errors(out, '--out'):
     staging.write_file(out, page.encode())
   rows = [
@@ -88,15 +87,11 @@ def measure(
     pictures: `[items]` picture files or None.
 
   Returns:
-    `density`; `lengths` of the histories, `popularity` and `ratings` (value -> count, None where
-    there are none) as numbers; `known`: what -> how many items have it; `warnings`.
+    `density`; `lengths` of the histories; `popularity`; `ratings`, None where there are none;
+    `known`: what -> how many items have it; `warnings`.
   """
   lengths = np.diff(histories.offsets)
   names = ('min', 'q1', 'median', 'q3', 'max')
-  ratings = None
-  if info['has_ratings']:
-    values, numbers = np.unique(histories.ratings, return_counts=True)
-    ratings = dict(zip(values.tolist(), numbers.tolist(), strict=True))
   known = {
     name: sum(bool(item[name]) for item in items) for name in ('title', 'genres', 'description')
   }
@@ -113,13 +108,13 @@ def measure(
       'mean': float(lengths.mean()),
     },
     'popularity': _popularity(np.bincount(histories.item_ids, minlength=len(items) + 1)[1:]),
-    'ratings': ratings,
+    'ratings': _ratings(histories.ratings) if info['has_ratings'] else None,
     'known': known,
     'warnings': [
       *_order_warnings(info, histories),
       *_repeat_warnings(histories),
       *_unseen_warnings(info, histories),
-      *([f'{lost:,} items name a picture file that is not there'] if lost else []),
+      *([f'picture files that items name and that are not there: {lost:,}'] if lost else []),
     ],
   }
 
@@ -135,6 +130,15 @@ def _popularity(counts: np.ndarray) -> dict[str, float]:
     'gini': float(2 * (ranks * ordered).sum() / (number * total) - (number + 1) / number),
     'items_with_few': int((counts < FEW).sum()),
   }
+
+
+def _ratings(ratings: np.ndarray) -> dict[str, Any]:
+  values, numbers = np.unique(ratings, return_counts=True)
+  shares = None
+  if len(values) <= _MAX_LISTED_RATINGS:
+    shares = dict(zip(values.tolist(), (numbers / len(ratings)).tolist(), strict=True))
+  ends = {'min': float(values[0]), 'max': float(values[-1])}
+  return {**ends, 'mean': float(ratings.mean(dtype=np.float64)), 'shares': shares}
 
 
 def _order_warnings(info: dict[str, Any], histories: Interactions) -> list[str]:
@@ -215,8 +219,10 @@ def facts(info: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]
     (what, f'{number:,} items ({percent(number / counts["items"])})')
     for what, number in known.items()
   ]
-  if figures['ratings']:
-    rows.append(('ratings', _ratings(figures['ratings'])))
+  if ratings := figures['ratings']:
+    shares = [f'{value:g}: {percent(share)}' for value, share in (ratings['shares'] or {}).items()]
+    span = ', '.join(shares) or '{min:,g} to {max:,g}'.format(**ratings)
+    rows.append(('ratings', f'{span}; mean {ratings["mean"]:,.2f}'))
   for name, record in info['splits'].items():
     rows.append(('split', f'{splits.describe(name, record)} {record["hash"]}'))
     shown = {what: record[field] for field, what in describe_page.SPLIT_COUNTS.items()}
@@ -227,15 +233,6 @@ def facts(info: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]
       rows.append(('dropped', f'{what}: {lost}'))
   rows += [('note', note) for note in info.get('notes', [])]
   return [*rows, ('licence', info['licence'])]
-
-
-def _ratings(numbers: dict[float, int]) -> str:
-  total = sum(numbers.values())
-  mean = sum(value * number for value, number in numbers.items()) / total
-  if len(numbers) > describe_page.MAX_LISTED_RATINGS:
-    return f'{min(numbers):g} to {max(numbers):g}, mean {mean:.2f}'
-  shares = (f'{value:g}: {percent(number / total)}' for value, number in numbers.items())
-  return f'{", ".join(shares)}; mean {mean:.2f}'
 
 
 def _part(number: int, total: int) -> str:
@@ -249,10 +246,15 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # TFDS tells of each file it opens
   if len(argv) > 1:
     raise InputError(f'unexpected argument {argv[1]!r}; flags are written --name=value')
-  if not _DATA_DIR.value:
+  if not flags.FLAGS.data_dir:
     raise InputError('--data_dir is missing: the prepared folder to describe')
-  print(describe(_DATA_DIR.value, _OUT.value))
+  print(describe(flags.FLAGS.data_dir, flags.FLAGS.out))
 
 
 if __name__ == '__main__':
+  # Here, as other programs have a --data_dir too, and one process may import several.
+  flags.DEFINE_string('data_dir', None, 'Prepared folder to describe.')
+  flags.DEFINE_string(
+    'out', None, 'HTML file to write or replace; left out, describe.html in the prepared folder.'
+  )
   app.run(main)

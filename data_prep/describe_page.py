@@ -6,6 +6,7 @@ whatever is put into it.
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from ur4rec_jax import splits
 from ur4rec_jax.dataset import Interactions
 
 _TEMPLATE = Path(__file__).with_name('describe.html')
-MAX_LISTED_RATINGS = 12  # more distinct values are put into bins
 # Of the plots, in units of the picture.
 _WIDTH, _HEIGHT = 480, 280
 _CHARACTER = 9  # width, at the size that phones show
@@ -71,6 +71,7 @@ def date(seconds: int) -> str:
 
 
 def render(
+  folder: str,
   info: dict[str, Any],
   figures: dict[str, Any],
   facts: Sequence[tuple[str, str]],
@@ -78,7 +79,17 @@ def render(
   items: Sequence[dict[str, Any]],
   pictures: Sequence[Path | None],
 ) -> str:
-  """Makes the page; for the arguments see `data_prep.describe`."""
+  """Makes the page.
+
+  Args:
+    folder: name of the prepared folder.
+    info: content of dataset.json.
+    figures: see `describe.measure`.
+    facts: see `describe.facts`.
+    histories: all interactions.
+    items: `[items]` what is known of each.
+    pictures: `[items]` picture files or None.
+  """
   counts = info['counts']
   words = dict(facts)
   item_counts = np.bincount(histories.item_ids, minlength=len(items) + 1)[1:]
@@ -89,7 +100,7 @@ def render(
   if info['has_timestamps']:
     plots.append(time_plot(histories.timestamps, info['splits'].get(splits.TIME), words['dates']))
   if figures['ratings']:
-    plots.append(rating_plot(figures['ratings'], words['ratings']))
+    plots.append(rating_plot(histories.ratings, words['ratings']))
   groups = sample_cards(items, item_counts, pictures)
   template = jinja2.Template(
     _TEMPLATE.read_text(encoding='utf-8'),
@@ -100,7 +111,8 @@ def render(
   )
   return template.render(
     name=info['name'],
-    dates=words['dates'] if info['time_range'] else '',
+    folder=folder,
+    dates=words['dates'],
     headlines=[
       ('users', f'{counts["users"]:,}'),
       ('items', f'{counts["items"]:,}'),
@@ -116,8 +128,7 @@ def render(
       for what, number in figures['known'].items()
     ],
     splits=list(info['splits']),
-    hashes=[record['hash'] for record in info['splits'].values()],
-    split_rows=_split_rows(info['splits'].values()),
+    split_rows=_split_rows([*info['splits'].values()]),
     details=[
       *((what, text) for what, text in facts if what in ('dropped', 'note', 'licence')),
       *((what, info[what]) for what in ('citation', 'url') if info[what]),
@@ -129,15 +140,16 @@ def render(
 
 def _split_rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
   """Rows of a table with a column a split."""
-  times = {'valid_from': 'validation from', 'test_from': 'test from'}
+  borders = {'valid_from': 'validation from', 'test_from': 'test from'}
   rows = [
     (what, [date(record[field]) if field in record else '' for record in records])
-    for field, what in times.items()
+    for field, what in borders.items()
+    if any(field in record for record in records)
   ]
   rows += [
     (what, [f'{record[field]:,}' for record in records]) for field, what in SPLIT_COUNTS.items()
   ]
-  return rows
+  return [*rows, ('hash', [record['hash'] for record in records])]
 
 
 def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
@@ -200,9 +212,9 @@ def time_plot(times: np.ndarray, split: dict[str, Any] | None, caption: str) -> 
   edges = np.arange(first, last + 2).astype(f'M8[{unit}]')
   seconds = edges.astype('M8[s]').astype(np.int64).tolist()
   bars = [
-    Bar(left, right, number, f'{name} of {edge}: {number:,} interactions')
-    for left, right, number, edge in zip(
-      seconds[:-1], seconds[1:], numbers.tolist(), edges[:-1], strict=True
+    Bar(*span, number, f'{name} of {edge}: {number:,} interactions')
+    for span, number, edge in zip(
+      itertools.pairwise(seconds), numbers.tolist(), edges[:-1], strict=True
     )
   ]
   marks, bands = [], []
@@ -223,21 +235,22 @@ def time_plot(times: np.ndarray, split: dict[str, Any] | None, caption: str) -> 
   )
 
 
-def rating_plot(ratings: dict[float, int], caption: str) -> dict[str, Any]:
-  """Bars of value -> count."""
-  values, numbers = np.array([*ratings]), np.array([*ratings.values()])
-  if len(values) <= MAX_LISTED_RATINGS:
+def rating_plot(ratings: np.ndarray, caption: str) -> dict[str, Any]:
+  """Bars of the distinct `[interactions]` ratings, or a histogram where they are many."""
+  values, numbers = np.unique(ratings, return_counts=True)
+  if len(values) <= _RATING_BARS:
     names = [f'{value:g}' for value in values]
-    spots = enumerate(zip(names, numbers.tolist(), strict=True))
-    bars = [Bar(i - 0.4, i + 0.4, n, f'{name}: {n:,} interactions') for i, (name, n) in spots]
+    edges = [(i - 0.4, i + 0.4) for i in range(len(names))]
     ticks = [*enumerate(names)]
   else:
-    numbers, edges = np.histogram(values, _RATING_BARS, weights=numbers)
-    bars = [
-      Bar(left, right, int(n), f'{left:g} to {right:g}: {int(n):,} interactions')
-      for left, right, n in zip(edges[:-1], edges[1:], numbers, strict=True)
-    ]
-    ticks = _ticks(edges[0], edges[-1], 5, least_step=0)
+    numbers, borders = np.histogram(ratings, _RATING_BARS)
+    edges = [*itertools.pairwise(borders.tolist())]
+    names = [f'{left:,g} to {right:,g}' for left, right in edges]
+    ticks = _ticks(borders[0], borders[-1], 5, least_step=0)
+  bars = [
+    Bar(left, right, number, f'{name}: {number:,} interactions')
+    for (left, right), number, name in zip(edges, numbers.tolist(), names, strict=True)
+  ]
   return _plot(
     'Ratings', caption, bars=bars, x_label='rating', x_ticks=ticks, y_label='interactions'
   )
@@ -297,7 +310,7 @@ def _plot(
     drawn.append((left, box['bottom'] - height, right - left - gap, height, bar))
   return {
     'title': title,
-    'caption': caption,
+    'caption': caption.replace(' %', '\xa0%'),
     'width': _WIDTH,
     'height': _HEIGHT,
     'box': box,
@@ -366,10 +379,10 @@ def sample_cards(
     candidates = candidates[: max(_CARDS, len(items) // 10)].tolist()
     chosen = sorted(candidates, key=lambda i: pictures[i] is None)[:_CARDS]
     if chosen:
-      own = counts[chosen]
-      span = f'{own.min():,}' if own.min() == own.max() else f'{own.min():,} to {own.max():,}'
+      most, least = int(counts[chosen].max()), int(counts[chosen].min())
+      span = _times(least) if most == least else f'{most:,} to {_times(least)}'
       cards = [_card(items[i], int(counts[i]), pictures[i]) for i in chosen]
-      groups.append({'name': name, 'span': f'{span} interactions each', 'cards': cards})
+      groups.append({'name': name, 'span': span, 'cards': cards})
   return groups
 
 
@@ -384,16 +397,20 @@ def _card(item: dict[str, Any], count: int, path: Path | None) -> dict[str, Any]
     or f'Item {item["original_id"][:_TITLE_LENGTH]}',
     'genres': ' · '.join(_excerpt(genre, _TITLE_LENGTH) for genre in item['genres'][:_MAX_GENRES]),
     'text': _excerpt(item['description'], _TEXT_LENGTH),
-    'count': f'{count:,} interaction{"s" * (count != 1)}',
+    'count': _times(count),
     'picture': picture,
     'absence': absence,
   }
 
 
+def _times(count: int) -> str:
+  return f'{count:,} interaction{"s" * (count != 1)}'
+
+
 def _excerpt(text: str, length: int) -> str:
   text = ' '.join(text[: 10 * length].split())
   # Not textwrap.shorten, which leaves nothing of a text without blanks, as in Chinese.
-  return text if len(text) <= length else text[:length].rsplit(' ', 1)[0] + '…'
+  return text if len(text) <= length else text[:length].rsplit(' ', 1)[0].rstrip('.,;: ') + '…'
 
 
 def _small_picture(path: Path) -> str | None:
