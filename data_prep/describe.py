@@ -67,9 +67,9 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
 
 def find_pictures(data_dir: str | Path, items: Sequence[dict[str, Any]]) -> list[Path | None]:
   """`[items]` picture files, None where there is none or only a URL."""
-  paths = [Path(data_dir, item['image']) for item in items]
+  paths = [os.path.join(data_dir, item['image']) for item in items]
   # Not Path.is_file, which raises where a URL is too long for a file name.
-  return [path if os.path.isfile(path) else None for path in paths]
+  return [Path(path) if os.path.isfile(path) else None for path in paths]
 
 
 def measure(
