@@ -122,11 +122,12 @@ def measure(
 def _popularity(counts: np.ndarray) -> dict[str, float]:
   ordered = np.sort(counts)
   number, total = len(ordered), ordered.sum()
-  top = lambda share: float(ordered[-int(np.ceil(share * number)) :].sum() / total)
+  # Rounded up, in whole numbers: 0.01 * 700 is more than 7.
+  top = lambda percents: float(ordered[-number * percents // 100 :].sum() / total)
   ranks = np.arange(1, number + 1)
   return {
-    'top_1_percent': top(0.01),
-    'top_10_percent': top(0.1),
+    'top_1_percent': top(1),
+    'top_10_percent': top(10),
     'gini': float(2 * (ranks * ordered).sum() / (number * total) - (number + 1) / number),
     'items_with_few': int((counts < FEW).sum()),
   }
@@ -159,7 +160,7 @@ def _order_warnings(info: dict[str, Any], histories: Interactions) -> list[str]:
 
 def _repeat_warnings(histories: Interactions) -> list[str]:
   lengths = np.diff(histories.offsets)
-  # One number a (user, item) pair; sorting them takes a third of the time of np.unique.
+  # One number a (user, item) pair.
   pairs = np.repeat(np.arange(len(lengths)) << 32, lengths) + histories.item_ids
   pairs.sort()
   repeats = int((pairs[1:] == pairs[:-1]).sum())
