@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_prep import builders, pictures, staging, tables
 from data_prep import items as item_tables
-from ur4rec_jax.dataset import read_items
+from data_prep import pictures, staging, tables
+from ur4rec_jax.dataset import read_info, read_items
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 
 try:
@@ -104,9 +104,9 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
   if httpx is None:
     raise InputError('httpx is not installed; pip install "httpx>=0.28"')
   data_dir = Path(data_dir)
+  size = read_info(data_dir)['options']['image_size']
   items = read_items(data_dir)
   ids = [item['original_id'] for item in items]
-  size = _image_size(data_dir)
   is_url = lambda item: item['image'].startswith(('http://', 'https://'))
   if settings.source == 'tmdb':
     locate = functools.partial(_tmdb_poster, _tmdb(settings, size, ids))
@@ -173,17 +173,6 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
   }
 
 
-def _image_size(data_dir: Path) -> int:
-  """That of the pictures which the dataset was built with."""
-  path = data_dir / builders.METADATA
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))['options']['image_size']
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(
-      f'{path}: is not there, or of another version; build the dataset again'
-    ) from error
-
-
 def _is_open(record: dict[str, Any] | None, settings: Settings) -> bool:
   """Whether an item without picture is to be asked for: answers stand unless told otherwise."""
   answered = (pictures.MISSING, pictures.REJECTED)
@@ -202,7 +191,7 @@ def _manifest(data_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
       raise InputError(
         f'{data_dir}: another process is fetching pictures for it; wait for it, or stop it'
       ) from error
-    for part in path.parent.rglob('*.part'):  # of a killed program
+    for part in path.parent.rglob('*.incomplete-*'):  # of a killed program
       part.unlink()
     if path.stat().st_size:
       file.seek(-1, os.SEEK_END)
@@ -523,7 +512,7 @@ def _update_placeholders(
     if path is not None:
       card.unlink(missing_ok=True)
     elif image_size is not None and not card.exists():
-      pictures.write_file(card, pictures.placeholder(item['title'] or name, image_size))
+      staging.write_file(card, pictures.placeholder(item['title'] or name, image_size))
       place = str(card.relative_to(data_dir))
       note({'item': item['original_id'], 'status': 'placeholder', 'path': place})
 

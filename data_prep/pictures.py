@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from data_prep import staging
 from ur4rec_jax.dataset import read_items
 from ur4rec_jax.errors import InputError
 
@@ -165,7 +166,7 @@ def store(picture: bytes | Path, folder: Path, name: str, image_size: int) -> di
   except BadPicture as error:
     return {'status': REJECTED, 'reason': str(error), **facts}
   path = f'{FOLDER}/{name}{suffix}'
-  write_file(folder / path, content)
+  staging.write_file(folder / path, content)
   stored = hashlib.sha256(content).hexdigest()
   return {'status': FETCHED, 'path': path, **facts, 'stored_sha256': stored}
 
@@ -177,13 +178,6 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
   except OSError as error:
     raise BadPicture(f'cannot be read ({error.strerror})') from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-  """Writes a file that is there whole or not at all."""
-  part = path.with_suffix('.part')
-  part.write_bytes(content)
-  part.rename(path)
 
 
 def import_all(

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all, whenever the program is stopped."""
+"""A folder or file that is there whole or not at all, whenever the program is stopped."""
 
 import contextlib
 import ctypes
@@ -58,16 +58,26 @@ def clean_up(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-  """Turns an `OSError` into an `InputError` that says what to do about it."""
+def disk_errors(target: Path, flag: str = '--data_dir') -> Iterator[None]:
+  """Turns an `OSError` into an `InputError` that says what to do about it; `flag` set `target`."""
   try:
     yield
   except OSError as error:
     way_out = 'free some space' if error.errno in DISK_FULL else 'make its place writable'
     raise InputError(
-      f'{target}: cannot be written ({error.strerror or error}); {way_out} or give another'
-      ' --data_dir'
+      f'{target}: cannot be written ({error.strerror or error}); {way_out} or give another {flag}'
     ) from error
+
+
+def write_file(target: Path, content: bytes) -> None:
+  """Writes a file or replaces it."""
+  part = target.with_name(f'{target.name}.incomplete-{os.getpid()}')
+  try:
+    part.write_bytes(content)
+    part.replace(target)
+  except BaseException:
+    part.unlink(missing_ok=True)
+    raise
 
 
 def _move_in(folder: Path, target: Path) -> None:

@@ -270,14 +270,14 @@ def test_a_second_run_asks_only_for_what_has_no_answer_yet(server, dataset, make
   assert (first['fetched'], first['missing'], first['unanswered']) == (2, 1, 1)
   # One is damaged, and a killed program left half a picture and half a line.
   (data_dir / 'images/a.jpg').write_bytes(good[:-1])
-  (data_dir / 'images/late.part').write_bytes(good[:99])
+  (data_dir / 'images/late.jpg.incomplete-1').write_bytes(good[:99])
   with (data_dir / 'images/manifest.jsonl').open('a') as file:
     file.write('{"item": "late", "status": "fetch')
   server.asked.clear()
   second = download_images.download(data_dir, once)
   assert (second['asked'], second['fetched'], second['missing']) == (2, 2, 1)
   assert server.counts() == {'/a': 1, '/shaky': 1}
-  assert not list(data_dir.rglob('*.part'))
+  assert not list(data_dir.rglob('*.incomplete-*'))
   assert download_images.download(data_dir, once)['asked'] == 0
   assert download_images.download(data_dir, once._replace(retry_failed=True))['pictures'] == 4
   assert all(pictures.find(data_dir))
@@ -532,7 +532,7 @@ def test_what_cannot_be_done_is_said(dataset, run, tmp_path, monkeypatch, capsys
   data_dir = dataset({'1': ('', 'A'), '2': ('', 'B')})
   for flags, message in [
     ((f'--data_dir={data_dir}',), 'no item has the URL of a picture'),
-    ((f'--data_dir={tmp_path}/nowhere',), 'its items cannot be read'),
+    ((f'--data_dir={tmp_path}/nowhere',), 'no such folder'),
     ((f'--data_dir={data_dir}', '--links=x'), '--links is about TMDB'),
     ((f'--data_dir={data_dir}', '--concurrency=0'), '--concurrency must be more than 0, not 0'),
   ]:

@@ -1,0 +1,254 @@
+"""Prints what is in a prepared folder, and writes a page to look at it.
+
+  python -m data_prep.describe --data_dir=data/ml-1m
+
+The page is one HTML file without scripts and without links out of it: plots, splits, warnings, and
+some items with picture and text. It goes to describe.html in the folder, or to --out.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+
+from data_prep import describe_page, pictures, staging
+from data_prep.describe_page import percent
+from ur4rec_jax import splits
+from ur4rec_jax.dataset import Dataset, Interactions, read_info, read_interactions, read_items
+from ur4rec_jax.errors import InputError, exit_on_reported_error
+
+PAGE = 'describe.html'
+FEW = 5  # an item with fewer interactions is rare: ids alone teach little about it
+_MAX_LISTED_RATINGS = 12  # distinct values; more are summed up
+_DAY = 86_400  # seconds
+
+
+def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
+  """Writes the page of a prepared folder.
+
+  Args:
+    data_dir: the folder.
+    out: the HTML file to write or replace; None: `PAGE` in the folder.
+
+  Returns:
+    The summary to print.
+
+  Raises:
+    InputError: the folder is not a prepared one, or the page cannot be written.
+  """
+  info = read_info(data_dir)
+  out = Path(os.path.realpath(out or Path(data_dir) / PAGE))
+  if out.suffix.lower() not in ('.html', '.htm'):
+    raise InputError(f'--out={out}: must end in .html, so that no other file is replaced')
+  if out.is_dir() or not out.parent.is_dir():
+    what = 'is a folder' if out.is_dir() else f'there is no folder {out.parent}'
+    raise InputError(f'--out={out}: {what}; give the name of a file in a folder that exists')
+  histories = read_interactions(data_dir)
+  items = read_items(data_dir)
+  images = pictures.find(data_dir)
+  figures = measure(info, histories, items, images)
+  shown = facts(info, figures)
+  page = describe_page.render(
+    Path(data_dir).resolve().name, info, figures, shown, histories, items, images
+  )
+  with staging.disk_errors(out, '--out'):
+    staging.write_file(out, page.encode())
+  rows = [
+    ('dataset', f'{info["name"]}, in {data_dir}'),
+    *shown,
+    *(('warning', warning) for warning in figures['warnings']),
+    ('page', str(out)),
+  ]
+  return '\n'.join(f'{name:<14} {value}' for name, value in rows)
+
+
+def measure(
+  info: dict[str, Any],
+  histories: Interactions,
+  items: Sequence[dict[str, Any]],
+  images: Sequence[Path | None],
+) -> dict[str, Any]:
+  """Computes the figures that dataset.json does not hold.
+
+  Args:
+    info: content of dataset.json.
+    histories: all interactions.
+    items: `[items]` what is known of each.
+    images: `[items]` picture files or None.
+
+  Returns:
+    `density`; `lengths` of the histories; `popularity`; `ratings`, None where there are none;
+    `known`: what -> how many items have it; `warnings`.
+  """
+  lengths = np.diff(histories.offsets)
+  names = ('min', 'q1', 'median', 'q3', 'max')
+  known = {
+    name: sum(bool(item[name]) for item in items) for name in ('title', 'genres', 'description')
+  }
+  known['picture'] = sum(path is not None for path in images)
+  absent = [item['image'] for item, path in zip(items, images, strict=True) if not path]
+  urls = sum('://' in image for image in absent)
+  if urls:
+    known['picture URL'] = urls
+  lost = sum(map(bool, absent)) - urls
+  return {
+    'density': len(histories.item_ids) / (len(lengths) * len(items)),
+    'lengths': {
+      **dict(zip(names, np.quantile(lengths, (0, 0.25, 0.5, 0.75, 1)).tolist(), strict=True)),
+      'mean': float(lengths.mean()),
+    },
+    'popularity': _popularity(np.bincount(histories.item_ids, minlength=len(items) + 1)[1:]),
+    'ratings': _ratings(histories.ratings) if info['has_ratings'] else None,
+    'known': known,
+    'warnings': [
+      *_order_warnings(info, histories),
+      *_repeat_warnings(histories),
+      *_unseen_warnings(info, histories),
+      *([f'picture files that items name and that are lost or damaged: {lost:,}'] if lost else []),
+    ],
+  }
+
+
+def _popularity(counts: np.ndarray) -> dict[str, float]:
+  ordered = np.sort(counts)
+  number, total = len(ordered), ordered.sum()
+  # Rounded up, in whole numbers: 0.01 * 700 is more than 7.
+  top = lambda percents: float(ordered[-number * percents // 100 :].sum() / total)
+  ranks = np.arange(1, number + 1)
+  return {
+    'top_1_percent': top(1),
+    'top_10_percent': top(10),
+    'gini': float(2 * (ranks * ordered).sum() / (number * total) - (number + 1) / number),
+    'items_with_few': int((counts < FEW).sum()),
+  }
+
+
+def _ratings(ratings: np.ndarray) -> dict[str, Any]:
+  values, numbers = np.unique(ratings, return_counts=True)
+  shares = None
+  if len(values) <= _MAX_LISTED_RATINGS:
+    shares = dict(zip(values.tolist(), (numbers / len(ratings)).tolist(), strict=True))
+  ends = {'min': float(values[0]), 'max': float(values[-1])}
+  return {**ends, 'mean': float(ratings.mean(dtype=np.float64)), 'shares': shares}
+
+
+def _order_warnings(info: dict[str, Any], histories: Interactions) -> list[str]:
+  if not info['has_timestamps']:
+    return ['no times: the order of the raw file is all there is']
+  warnings = []
+  times, ends = histories.timestamps, histories.offsets[1:]
+  ends = ends[np.diff(histories.offsets) >= splits.MIN_EVALUATED_LENGTH]
+  if equal := int((times[ends - 1] == times[ends - 2]).sum()):
+    warnings.append(
+      f'{_part(equal, len(ends))} evaluated users have their last two interactions at one time:'
+      ' the order of the raw file decides which one is the test item'
+    )
+  if not (times % _DAY).any():
+    warnings.append('all times are whole days: within a day the order is that of the raw file')
+  return warnings
+
+
+def _repeat_warnings(histories: Interactions) -> list[str]:
+  lengths = np.diff(histories.offsets)
+  # One number a (user, item) pair.
+  pairs = np.repeat(np.arange(len(lengths)) << 32, lengths) + histories.item_ids
+  pairs.sort()
+  repeats = int((pairs[1:] == pairs[:-1]).sum())
+  if not repeats:
+    return []
+  return [f'{_part(repeats, len(pairs))} interactions repeat an item that the user had before']
+
+
+def _unseen_warnings(info: dict[str, Any], histories: Interactions) -> list[str]:
+  warnings = []
+  for name, record in info['splits'].items():
+    split = splits.make_split(name, record, histories.offsets, histories.timestamps)
+    data = Dataset(info, name, split, histories.item_ids, histories.offsets)
+    is_trained = np.zeros(info['counts']['items'] + 1, bool)
+    is_trained[data.train_part().item_ids] = True
+    targets = {
+      part: histories.item_ids[(histories.offsets[:-1] + at)[at >= 0]]
+      for part, at in split.held_out.items()
+    }
+    unseen = {part: int((~is_trained[items]).sum()) for part, items in targets.items()}
+    if any(unseen.values()):
+      warnings.append(
+        f'{name}: {_part(unseen["valid"], len(targets["valid"]))} validation items and'
+        f' {_part(unseen["test"], len(targets["test"]))} test items never occur in training, and'
+        ' ids alone cannot find them'
+      )
+  return warnings
+
+
+def facts(info: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]]:
+  """All that is known of a dataset in words, as (what, text)."""
+  counts, known = info['counts'], figures['known']
+  lengths, popularity = figures['lengths'], figures['popularity']
+  few = popularity['items_with_few']
+  rows = [
+    ('users', f'{counts["users"]:,}'),
+    ('items', f'{counts["items"]:,}'),
+    ('interactions', f'{counts["interactions"]:,}, density {percent(figures["density"])}'),
+    (
+      'dates',
+      ' to '.join(map(describe_page.date, info['time_range'] or ()))
+      or 'none; the order of the file',
+    ),
+    (
+      'history',
+      '{min:,g} to {max:,g} interactions a user, quartiles {q1:,g}, {median:,g}, {q3:,g},'
+      ' mean {mean:,.1f}'.format(**lengths),
+    ),
+    (
+      'popularity',
+      f'the top 1 % of the items have {percent(popularity["top_1_percent"])} of the interactions,'
+      f' the top 10 % {percent(popularity["top_10_percent"])}; Gini {popularity["gini"]:.2f};'
+      f' {few:,} items ({percent(few / counts["items"])}) have fewer than {FEW}',
+    ),
+  ]
+  rows += [
+    (what, f'{number:,} items ({percent(number / counts["items"])})')
+    for what, number in known.items()
+  ]
+  if ratings := figures['ratings']:
+    shares = [f'{value:g}: {percent(share)}' for value, share in (ratings['shares'] or {}).items()]
+    span = ', '.join(shares) or '{min:,g} to {max:,g}'.format(**ratings)
+    rows.append(('ratings', f'{span}; mean {ratings["mean"]:,.2f}'))
+  for name, record in info['splits'].items():
+    rows.append(('split', f'{splits.describe(name, record)} {record["hash"]}'))
+    shown = {what: record[field] for field, what in describe_page.SPLIT_COUNTS.items()}
+    rows.append(('-', ', '.join(f'{n:,} {what}' for what, n in shown.items() if n)))
+  for what, reasons in info['dropped'].items():
+    if reasons:
+      lost = ', '.join(f'{reason} {number:,}' for reason, number in reasons.items())
+      rows.append(('dropped', f'{what}: {lost}'))
+  rows += [('note', note) for note in info.get('notes', [])]
+  return [*rows, ('licence', info['licence'])]
+
+
+def _part(number: int, total: int) -> str:
+  return f'{number:,} of {total:,} ({percent(number / total)})'
+
+
+@exit_on_reported_error
+def main(argv: list[str]) -> None:
+  """Reads the flags, writes the page and prints the summary."""
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file it opens
+  if len(argv) > 1:
+    raise InputError(f'unexpected argument {argv[1]!r}; flags are written --name=value')
+  if not flags.FLAGS.data_dir:
+    raise InputError('--data_dir is missing: the prepared folder to describe')
+  print(describe(flags.FLAGS.data_dir, flags.FLAGS.out))
+
+
+if __name__ == '__main__':
+  # Here, as other programs have a --data_dir too, and one process may import several.
+  flags.DEFINE_string('data_dir', None, 'Prepared folder to describe.')
+  flags.DEFINE_string(
+    'out', None, 'HTML file to write or replace; left out, describe.html in the prepared folder.'
+  )
+  app.run(main)

@@ -1,0 +1,427 @@
+"""Figures of a dataset -> one HTML page that needs nothing but itself.
+
+Here numbers become coordinates and pictures become data; describe.html is the page, and escapes
+whatever is put into it.
+"""
+
+import base64
+import io
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from PIL import Image, ImageOps
+
+from ur4rec_jax import splits
+from ur4rec_jax.dataset import Interactions
+
+_TEMPLATE = Path(__file__).with_name('describe.html')
+# Of the plots, in units of the picture.
+_WIDTH, _HEIGHT = 480, 280
+_CHARACTER = 9  # width, at the size that phones show
+_ROW = 20  # height of a line of text
+_MAX_LENGTH_BARS = 40
+_RATING_BARS = 20
+_MAX_TIME_BARS = 150
+_TIME_UNITS = {'h': 'hour', 'D': 'day', 'W': 'week', 'M': 'month', 'Y': 'year'}
+_TIME_TICKS = (
+  *(('D', 1), ('D', 2), ('D', 7), ('M', 1), ('M', 2), ('M', 3), ('M', 6)),
+  *(('Y', 1), ('Y', 2), ('Y', 5), ('Y', 10), ('Y', 50)),
+)
+_CURVE_POINTS = 200
+_CARDS = 8  # a group
+_PICTURE_SIZE = (160, 240)
+_TITLE_LENGTH, _TEXT_LENGTH, _MAX_GENRES = 120, 180, 3
+
+# What dataset.json counts of a split.
+SPLIT_COUNTS = {
+  'train_interactions': 'training interactions',
+  'valid_users': 'validation users',
+  'test_users': 'test users',
+  'train_only_users': 'users only in training',
+  'unused_users': 'unused users',
+  'items_without_training': 'items never in training',
+}
+
+Ticks = list[tuple[float, str]]
+
+
+class Bar(NamedTuple):
+  """A bar from `left` to `right`, in units of its axis; `text` shows under the pointer."""
+
+  left: float
+  right: float
+  height: int
+  text: str
+  is_rest: bool = False
+
+
+def percent(share: float) -> str:
+  """Three digits; 100 % is all of it and nothing less."""
+  text = f'{100 * share:.3g}'
+  return f'{"99.9" if text == "100" and share < 1 else text} %'
+
+
+def date(seconds: int) -> str:
+  """The day of a time."""
+  return str(np.datetime64(seconds, 's').astype('M8[D]'))
+
+
+def render(
+  folder: str,
+  info: dict[str, Any],
+  figures: dict[str, Any],
+  facts: Sequence[tuple[str, str]],
+  histories: Interactions,
+  items: Sequence[dict[str, Any]],
+  pictures: Sequence[Path | None],
+) -> str:
+  """Makes the page.
+
+  Args:
+    folder: name of the prepared folder.
+    info: content of dataset.json.
+    figures: see `describe.measure`.
+    facts: see `describe.facts`.
+    histories: all interactions.
+    items: `[items]` what is known of each.
+    pictures: `[items]` picture files or None.
+  """
+  counts = info['counts']
+  words = dict(facts)
+  item_counts = np.bincount(histories.item_ids, minlength=len(items) + 1)[1:]
+  plots = [
+    length_plot(np.diff(histories.offsets), words['history']),
+    popularity_plot(item_counts, words['popularity']),
+  ]
+  if info['has_timestamps']:
+    plots.append(time_plot(histories.timestamps, info['splits'].get(splits.TIME), words['dates']))
+  if figures['ratings']:
+    plots.append(rating_plot(histories.ratings, words['ratings']))
+  groups = sample_cards(items, item_counts, pictures)
+  template = jinja2.Template(
+    _TEMPLATE.read_text(encoding='utf-8'),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  return template.render(
+    name=info['name'],
+    folder=folder,
+    dates=words['dates'],
+    headlines=[
+      ('users', f'{counts["users"]:,}'),
+      ('items', f'{counts["items"]:,}'),
+      ('interactions', f'{counts["interactions"]:,}'),
+      ('density', percent(figures['density'])),
+      ('median history', f'{figures["lengths"]["median"]:,g}'),
+      ('popularity Gini', f'{figures["popularity"]["gini"]:.2f}'),
+    ],
+    warnings=figures['warnings'],
+    plots=plots,
+    coverage=[
+      (what, f'{number:,}', percent(number / len(items)), round(100 * number / len(items), 1))
+      for what, number in figures['known'].items()
+    ],
+    splits=list(info['splits']),
+    split_rows=_split_rows([*info['splits'].values()]),
+    details=[
+      *((what, text) for what, text in facts if what in ('dropped', 'note', 'licence')),
+      *((what, info[what]) for what in ('citation', 'url') if info[what]),
+    ],
+    groups=groups,
+    has_pictures=any(path is not None for path in pictures),
+  )
+
+
+def _split_rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+  """Rows of a table with a column a split."""
+  borders = {'valid_from': 'validation from', 'test_from': 'test from'}
+  rows = [
+    (what, [date(record[field]) if field in record else '' for record in records])
+    for field, what in borders.items()
+    if any(field in record for record in records)
+  ]
+  rows += [
+    (what, [f'{record[field]:,}' for record in records]) for field, what in SPLIT_COUNTS.items()
+  ]
+  return [*rows, ('hash', [record['hash'] for record in records])]
+
+
+def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
+  """Histogram of `[users]` history lengths; the longest 1 % share one bar."""
+  low, high = int(lengths.min()), int(np.ceil(np.quantile(lengths, 0.99)))
+  width = -(-(high - low + 1) // _MAX_LENGTH_BARS)
+  numbers = np.bincount((lengths - low) // width)
+  shown = -(-(high - low + 1) // width)
+  bars, ticks = [], _ticks(low, high, 5)
+  for i, number in enumerate(numbers[:shown].tolist()):
+    first, last = low + i * width, low + (i + 1) * width - 1
+    span = f'{first:,}' if width == 1 else f'{first:,} to {last:,}'
+    bars.append(Bar(first - 0.5, last + 0.5, number, f'{span} interactions: {number:,} users'))
+  if rest := int(numbers[shown:].sum()):
+    end = bars[-1].right
+    name = f'{int(end + 0.5):,}'
+    more = f'{name} interactions or more: {rest:,} users'
+    bars.append(Bar(end + width, end + 3 * width, rest, more, is_rest=True))
+    # The last bar's own label must not meet another.
+    ticks = [tick for tick in ticks if tick[0] < low + 0.85 * (end - low)]
+    ticks.append((end + 2 * width, f'≥ {name}'))
+  median = float(np.median(lengths))
+  return _plot(
+    'Length of the histories',
+    caption,
+    bars=bars,
+    x_label='interactions of a user',
+    x_ticks=ticks,
+    y_label='users',
+    marks=[(median, f'median {median:,g}')],
+  )
+
+
+def popularity_plot(counts: np.ndarray, caption: str) -> dict[str, Any]:
+  """Interactions of an item over its rank, both logarithmic; a few of the `[items]` points."""
+  ordered = np.sort(counts)[::-1]
+  ranks = np.unique(np.geomspace(1, len(ordered), _CURVE_POINTS).round().astype(int))
+  points = np.log10(np.stack([ranks, ordered[ranks - 1]], axis=1))
+  tops = [(share, np.log10(share * len(ordered))) for share in (0.01, 0.1)]
+  return _plot(
+    'Popularity of the items',
+    caption,
+    line=points.tolist(),
+    x_label='rank of the item (logarithmic)',
+    x_ticks=_log_ticks(points[-1, 0]),
+    y_label='interactions (logarithmic)',
+    y_ticks=_log_ticks(points[0, 1]),
+    marks=[(at, f'top {share:.0%}'.replace('%', ' %')) for share, at in tops if at > 0],
+  )
+
+
+def time_plot(times: np.ndarray, split: dict[str, Any] | None, caption: str) -> dict[str, Any]:
+  """Histogram of `[interactions]` unix seconds, with the borders of the split by time."""
+  ends = np.array([times.min(), times.max()]).astype('M8[s]')
+  for unit, name in _TIME_UNITS.items():  # noqa: B007 the last one serves if all are too fine
+    first, last = ends.astype(f'M8[{unit}]').astype(np.int64)
+    if last - first < _MAX_TIME_BARS:
+      break
+  numbers = np.bincount(times.astype('M8[s]').astype(f'M8[{unit}]').astype(np.int64) - first)
+  edges = np.arange(first, last + 2).astype(f'M8[{unit}]')
+  seconds = edges.astype('M8[s]').astype(np.int64).tolist()
+  bars = [
+    Bar(*span, number, f'{name} of {edge}: {number:,} interactions')
+    for span, number, edge in zip(
+      itertools.pairwise(seconds), numbers.tolist(), edges[:-1], strict=True
+    )
+  ]
+  marks, bands = [], []
+  if split:
+    borders = (split['valid_from'], split['test_from'], seconds[-1])
+    bands = [(*borders[:2], 'valid'), (*borders[1:], 'test')]
+    marks = [(split['valid_from'], f'validation from {date(split["valid_from"])}')]
+    marks += [(split['test_from'], f'test from {date(split["test_from"])}')]
+  return _plot(
+    'Interactions over time',
+    caption + ('; shaded: validation and test of the split by time' if split else ''),
+    bars=bars,
+    x_label='date (UTC)',
+    x_ticks=_time_ticks(seconds[0], seconds[-1]),
+    y_label=f'interactions per {name}',
+    marks=marks,
+    bands=bands,
+  )
+
+
+def rating_plot(ratings: np.ndarray, caption: str) -> dict[str, Any]:
+  """Bars of the distinct `[interactions]` ratings, or a histogram where they are many."""
+  values, numbers = np.unique(ratings, return_counts=True)
+  if len(values) <= _RATING_BARS:
+    names = [f'{value:g}' for value in values]
+    edges = [(i - 0.4, i + 0.4) for i in range(len(names))]
+    ticks = [*enumerate(names)]
+  else:
+    numbers, borders = np.histogram(ratings, _RATING_BARS)
+    edges = [*itertools.pairwise(borders.tolist())]
+    names = [f'{left:,g} to {right:,g}' for left, right in edges]
+    ticks = _ticks(borders[0], borders[-1], 5, least_step=0)
+  bars = [
+    Bar(left, right, number, f'{name}: {number:,} interactions')
+    for (left, right), number, name in zip(edges, numbers.tolist(), names, strict=True)
+  ]
+  return _plot(
+    'Ratings', caption, bars=bars, x_label='rating', x_ticks=ticks, y_label='interactions'
+  )
+
+
+def _plot(
+  title: str,
+  caption: str,
+  *,
+  x_label: str,
+  x_ticks: Ticks,
+  y_label: str,
+  y_ticks: Ticks | None = None,
+  bars: Sequence[Bar] = (),
+  line: Sequence[tuple[float, float]] = (),
+  marks: Sequence[tuple[float, str]] = (),
+  bands: Sequence[tuple[float, float, str]] = (),
+) -> dict[str, Any]:
+  """Units of the axes -> units of the picture, for the macro `plot` of the page.
+
+  Args:
+    title: of the plot.
+    caption: a sentence below it.
+    x_label: what the x axis counts.
+    x_ticks: its ticks.
+    y_label: what the y axis counts, which begins at 0.
+    y_ticks: its ticks; None: round numbers.
+    bars: a histogram.
+    line: or a curve.
+    marks: vertical lines with a text above, from left to right.
+    bands: stretches of the x axis, each with the name of its colour.
+  """
+  xs = [x for bar in bars for x in (bar.left, bar.right)] + [x for x, _ in line]
+  top = max([bar.height for bar in bars] + [y for _, y in line])
+  start, end, top = min(xs), max(max(xs), min(xs) + 1e-9), max(top, 1e-9) * 1.04
+  if y_ticks is None:
+    y_ticks = _ticks(0, top, 4)
+  box = {
+    'left': 12 + _CHARACTER * max(len(text) for _, text in y_ticks),
+    'right': _WIDTH - 12,
+    'top': 10 + _ROW * (1 + len(marks)),
+    'bottom': _HEIGHT - 10 - 2 * _ROW,
+  }
+  across, up = box['right'] - box['left'], box['bottom'] - box['top']
+  x = lambda value: round(box['left'] + across * (value - start) / (end - start), 1)
+  y = lambda value: round(box['bottom'] - up * value / top, 1)
+
+  def anchor(at: float, text: str) -> str:
+    half = _CHARACTER * len(text) / 2
+    return 'end' if at + half > _WIDTH else 'start' if at < half else 'middle'
+
+  drawn = []
+  for bar in bars:
+    left, right = x(bar.left), x(bar.right)
+    gap = min(1.5, 0.2 * (right - left))
+    height = max(box['bottom'] - y(bar.height), 1) if bar.height else 0
+    drawn.append((left, box['bottom'] - height, right - left - gap, height, bar))
+  return {
+    'title': title,
+    'caption': caption.replace(' %', '\xa0%'),
+    'width': _WIDTH,
+    'height': _HEIGHT,
+    'box': box,
+    'x_label': x_label,
+    'y_label': y_label,
+    'x_ticks': [(x(at), text, anchor(x(at), text)) for at, text in x_ticks],
+    'y_ticks': [(y(at), text) for at, text in y_ticks],
+    'bars': drawn,
+    'line': ' '.join(f'{x(a)},{y(b)}' for a, b in line),
+    'marks': [
+      (x(at), text, 'end' if x(at) > _WIDTH / 2 else 'start', 10 + _ROW * (i + 2) - 6)
+      for i, (at, text) in enumerate(reversed(marks))
+    ],
+    'bands': [(x(left), x(right) - x(left), kind) for left, right, kind in bands],
+  }
+
+
+def _ticks(low: float, high: float, at_most: int, least_step: float = 1) -> Ticks:
+  """Round numbers from `low` to `high`."""
+  step = max((high - low) / at_most, least_step)
+  power = 10.0 ** np.floor(np.log10(step))
+  step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
+  values = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
+  return [(value, f'{value:,.0f}' if step >= 1 else f'{value:g}') for value in values.tolist()]
+
+
+def _log_ticks(high: float) -> Ticks:
+  """Powers of ten up to an exponent."""
+  exponents = range(int(high) + 1)
+  return [(k, f'{10**k:,}') for k in exponents][:: 1 + len(exponents) // 6]
+
+
+def _time_ticks(first: int, last: int) -> Ticks:
+  """Days, months or years, as many as fit."""
+  for unit, step in _TIME_TICKS:
+    dates = np.array([first - 1, last]).astype('M8[s]').astype(f'M8[{unit}]')
+    low, high = dates.astype(np.int64) + (1970 if unit == 'Y' else 0)
+    numbers = np.arange(low + 1, high + 1)
+    numbers = numbers[numbers % step == 0] - (1970 if unit == 'Y' else 0)
+    if len(numbers) * _CHARACTER * (len(str(dates[0])) + 2) <= _WIDTH - 60:
+      break
+  if not len(numbers):  # all within one day
+    return [((first + last) / 2, date(first))]
+  dates = numbers.astype(f'M8[{unit}]')
+  return [(int(at.astype('M8[s]').astype(np.int64)), str(at)) for at in dates]
+
+
+def sample_cards(
+  items: Sequence[dict[str, Any]], counts: np.ndarray, pictures: Sequence[Path | None]
+) -> list[dict[str, Any]]:
+  """Chooses popular, middling and rare items, always the same; those with pictures come first.
+
+  Args:
+    items: `[items]` what is known of each.
+    counts: `[items]` interactions.
+    pictures: `[items]` picture files or None.
+
+  Returns:
+    Groups with a `name`, the range of interactions `span`, and `cards`.
+  """
+  popular, middle, rare = np.array_split(np.argsort(-counts, kind='stable'), 3)
+  from_centre = np.argsort(np.abs(np.arange(len(middle)) - len(middle) // 2), kind='stable')
+  ordered = {'Popular': popular, 'In the middle': middle[from_centre], 'Rare': rare[::-1]}
+  groups = []
+  for name, candidates in ordered.items():
+    candidates = candidates[: max(_CARDS, len(items) // 10)].tolist()
+    chosen = sorted(candidates, key=lambda i: pictures[i] is None)[:_CARDS]
+    if chosen:
+      most, least = int(counts[chosen].max()), int(counts[chosen].min())
+      span = _times(least) if most == least else f'{most:,} to {_times(least)}'
+      cards = [_card(items[i], int(counts[i]), pictures[i]) for i in chosen]
+      groups.append({'name': name, 'span': span, 'cards': cards})
+  return groups
+
+
+def _card(item: dict[str, Any], count: int, path: Path | None) -> dict[str, Any]:
+  picture = None if path is None else _small_picture(path)
+  if path is not None:
+    absence = 'picture cannot be read'
+  else:
+    absence = 'picture not fetched' if '://' in item['image'] else 'no picture'
+  return {
+    'title': _excerpt(item['title'], _TITLE_LENGTH)
+    or f'Item {item["original_id"][:_TITLE_LENGTH]}',
+    'genres': ' · '.join(_excerpt(genre, _TITLE_LENGTH) for genre in item['genres'][:_MAX_GENRES]),
+    'text': _excerpt(item['description'], _TEXT_LENGTH),
+    'count': _times(count),
+    'picture': picture,
+    'absence': absence,
+  }
+
+
+def _times(count: int) -> str:
+  return f'{count:,} interaction{"s" * (count != 1)}'
+
+
+def _excerpt(text: str, length: int) -> str:
+  text = ' '.join(text[: 10 * length].split())
+  # Not textwrap.shorten, which leaves nothing of a text without blanks, as in Chinese.
+  return text if len(text) <= length else text[:length].rsplit(' ', 1)[0].rstrip('.,;: ') + '…'
+
+
+def _small_picture(path: Path) -> str | None:
+  """A picture as a data URL, None if it is damaged."""
+  try:
+    with Image.open(path, formats=('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')) as image:
+      image.draft('RGB', tuple(2 * side for side in _PICTURE_SIZE))
+      image = ImageOps.exif_transpose(image).convert('RGBA')
+    image.thumbnail(_PICTURE_SIZE)
+    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    image.save(file := io.BytesIO(), 'JPEG', quality=80)
+  except Exception:  # decoders raise whatever the damage leads them to
+    return None
+  return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'
