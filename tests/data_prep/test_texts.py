@@ -21,45 +21,42 @@ ITEMS = [
   {'id': 'b', 'title': 'Be', 'description': 'Bees at 3.5 m. Mr. B.'},
 ]
 ROWS = [(user, item['id'], time) for user in ('10', '9') for time, item in enumerate(ITEMS)]
-# Writes old and new texts again and again, in processes that are killed at any moment.
+# Writes again and again, killed before its first, second, ... step in the file system, until one
+# run gets through. Each run first reads what is there.
 KILLS = """
-import os, random, signal, sys, time, traceback
+import os, signal, sys
 from data_prep import texts
 from ur4rec_jax.dataset import read_texts
+
 data_dir = sys.argv[1]
-def write(name):
-  origin = {'provider': name, 'is_mock': False}
-  texts.write_texts(data_dir, 'item', {'b': name, 'ü': name}, origin)
-def check():
-  sentences, origin = read_texts(data_dir, 'item')
-  assert sentences[1] == sentences[3] == [origin['provider']], sentences
-  print(origin['provider'], flush=True)
-def loop():
-  while True:
-    write('new')
-    write('old')
-# Each in a child of its own: a process with threads must not fork.
-def child(work):
+STEPS = ('os.mkdir', 'os.rename', 'shutil.rmtree', 'ctypes.dlopen')
+
+def run(number):
+  if number:
+    sentences, origin = read_texts(data_dir, 'item')
+    assert sentences[1] == sentences[3] == [origin['provider']], sentences
+    print(origin['provider'], flush=True)
+  steps = 0
+  def count(event, _):
+    nonlocal steps
+    if number and event in STEPS:
+      steps += 1
+      if steps == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+  sys.addaudithook(count)
+  name = f'run{number}'
+  texts.write_texts(data_dir, 'item', {'b': name, 'ü': name}, {'provider': name, 'is_mock': False})
+
+number, status = 0, signal.SIGKILL
+while number <= 1 or status == signal.SIGKILL:
   pid = os.fork()
   if not pid:
-    try:
-      work()
-      os._exit(0)
-    except BaseException:
-      traceback.print_exc()
-      os._exit(1)
-  return pid
-def finish(work):
-  assert os.waitpid(child(work), 0)[1] == 0
-finish(lambda: write('old'))
-for i in range(12):
-  pid = child(loop)
-  time.sleep(random.Random(i).uniform(0.05, 0.35))
-  os.kill(pid, signal.SIGKILL)
-  os.waitpid(pid, 0)
-  finish(check)
-finish(lambda: write('new'))
-finish(check)
+    run(number)
+    sys.stdout.flush()
+    os._exit(0)
+  status = os.waitpid(pid, 0)[1]
+  number += 1
+assert status == 0
 """
 
 
@@ -188,13 +185,16 @@ def test_texts_that_are_not_of_the_dataset_are_refused(shop, make_shop):
     read_texts(fewer, 'item')
 
 
-def test_killed_at_any_moment_the_old_texts_are_there_or_the_new(shop):
+def test_killed_at_any_step_the_old_texts_are_there_or_the_new(shop):
   done = subprocess.run(
     [sys.executable, '-c', KILLS, shop], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
   )
   assert done.returncode == 0, done.stderr
-  assert len(done.stdout.split()) == 13
-  assert done.stdout.endswith('new\n')
+  seen = done.stdout.split()
+  assert seen[0] == seen[5] == 'run0'  # killed while writing
+  assert seen[-1] == f'run{len(seen) - 1}'  # killed when only the old was left to be removed
+  assert len(seen) > 8
+  assert read_texts(shop, 'item')[1]['provider'] == f'run{len(seen)}'
   assert not list(shop.glob('item_texts.*'))
 
 
