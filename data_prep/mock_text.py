@@ -279,9 +279,10 @@ def _user_sentences(facts: Mapping[str, Any], rng: random.Random) -> list[str]:
   likings = _likings(facts)
   recency = [0.5 + 0.5 * (i + 1) / len(history) for i in range(len(history))]
   weights = [a * b for a, b in zip(likings, recency, strict=True)]
-  scores = _scores((entry['genres'] for entry in history), weights)
-  ranked = [name for name, score in scores.most_common() if score > 0]
-  favourites = [name for name in ranked[:MOST_GENRES] if scores[name] >= 0.4 * scores[ranked[0]]]
+  # What is rated lowest still counts a little: it was chosen.
+  scores = _scores((entry['genres'] for entry in history), [weight + 0.05 for weight in weights])
+  ranked = scores.most_common(MOST_GENRES)
+  favourites = [name for name, score in ranked if score >= 0.4 * ranked[0][1]]
   start = 2 * len(history) // 3
   newest = _scores((entry['genres'] for entry in history[start:]), weights[start:]).most_common(1)
   disliked = _disliked(history, likings, favourites)
