@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ur4rec_jax import splits
-from ur4rec_jax.dataset import iterate_items, load_dataset, read_interactions
+from ur4rec_jax.dataset import iterate_items, load_dataset, read_info, read_interactions
 from ur4rec_jax.errors import InputError
 
 LANGUAGES = ('en', 'zh')
@@ -47,15 +47,18 @@ _INVISIBLE = re.compile(
   '\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]'
 )
 _UNFENCED = str.maketrans({'<': '‹', '>': '›', '|': '/'})
-# Titles begin with "Sorry" and "I can't" too: an assistant has to say what it will not do.
+# How refusals begin; `I Can't Sleep` and `Sorry, Wrong Number` are films.
 _REFUSAL = re.compile(
-  r"i(['’]?m| am) (unable|not able) to\b|as an ai\b|\bai (language )?model\b"
-  r"|i (can['’]?t|cannot|can not|won['’]?t|will not) (help|assist|provide|comply|fulfil|write"
-  r'|create|generate|answer|do (this|that)|describe|share|infer|access|continue)'
-  r'|我(无法|不能|没办法)(帮|提供|协助|生成|写|回答|完成|满足)|作为(一个|一名)?(ai|人工智能|语言模型)',
+  r"((i['’]?m|i am) )?((very|so|really) )?(sorry|afraid),? (but )?(that )?(i|we|there|this|as)\b"
+  r"|i (can['’]?t|cannot|can not|won['’]?t|will not|am unable to|am not able to) (\w+ ){0,2}?"
+  r'(answer|assist|comply|complete|continue|create|describe|determine|fulfil|generate|help|infer'
+  r'|provide|write)'
+  r"|i['’]m (unable|not able) to\b|i apologi[sz]e\b|unfortunately, i\b|as an ai( language model)?,"
+  r"|i (do not|don['’]?t) have (any |enough |sufficient )?(access|details|information|knowledge)"
+  r'|(很|非常)?(抱歉|对不起)[，,。！]|我(无法|不能|没办法)(完成|协助|回答|帮助|描述|提供|撰写|满足|生成)'
+  r'|作为(一个|一名)?(ai|人工智能|语言模型)',
   re.IGNORECASE,
 )
-_REFUSAL_WITHIN = 160  # characters; later ones are about the item
 
 
 class Prompt(NamedTuple):
@@ -115,14 +118,16 @@ def item_prompts(
     InputError: the folder is no prepared dataset, or says nothing of any item.
   """
   template = read_template('item', language)
+  read_info(data_dir)  # Says so where this is no prepared dataset.
   skipped = Counter() if skipped is None else skipped
   nothing_known = True
   for item in iterate_items(data_dir):
-    title = _field(item['title'], MAX_TITLE)
+    title, year = split_year(_field(item['title'], MAX_TITLE))
     description = known_text(item['description'])
     facts = {
       'language': language,
-      **dict(zip(('title', 'year'), split_year(title), strict=True)),
+      'title': title,
+      'year': year,
       'genres': _genres(item),
       'description': _field(description, MAX_DESCRIPTION),
     }
@@ -210,14 +215,14 @@ def parse_answer(raw: str) -> str:
   """
   if len(raw) > 2 * MAX_ANSWER:
     raise ValueError(f'too long: {len(raw):,} characters')
-  text = known_text(_unpacked(raw.strip())).strip('"“”` \n')
+  text = known_text(_unpacked(raw.strip()))
   if not text:
     raise ValueError('empty')
   if len(text) > MAX_ANSWER:
     raise ValueError(f'too long: {len(text):,} characters')
   if not any(map(str.isalpha, text)):
     raise ValueError(f'no text: {text[:40]!r}')
-  if _REFUSAL.search(text[:_REFUSAL_WITHIN]):
+  if _REFUSAL.match(text):
     raise ValueError(f'a refusal: {text[:80]!r}')
   return text
 
@@ -281,7 +286,8 @@ def _unpacked(raw: str) -> str:
   plain = re.sub(r'^```\w*\n?|```$', '', raw).strip()
   if re.match(r'[\[{]', plain) or re.search(r'"text"\s*:', plain):
     raise ValueError(f'no complete JSON object with a text: {raw[:80]!r}')
-  return plain
+  quoted = re.fullmatch(r'["“]([^"“”]*)["”]', plain)
+  return quoted[1] if quoted else plain
 
 
 def _nothing_known(data_dir: str | Path, what: str) -> InputError:

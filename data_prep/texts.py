@@ -1,5 +1,6 @@
 """Texts about items and users in the prepared folder: written, imported, exported."""
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -90,11 +91,14 @@ def read_json(path: str | Path, id_field: str = 'id', text_field: str = 'text') 
       where = f'{place.path}, line {place.number}'
       if id_field not in row:
         raise InputError(
-          f'{where}: has no field {id_field!r}, only {", ".join(row)}; say which holds the id'
+          f'{where}: has no field {id_field!r}, only {", ".join(row)}; say with --id_field which'
+          ' holds the id'
         )
       pairs.append((where, row[id_field], row.get(text_field)))
     if pairs and all(text is None for _, _, text in pairs):
-      raise InputError(f'{path}: no line has a {text_field!r}; say which field holds the text')
+      raise InputError(
+        f'{path}: no line has a {text_field!r}; say with --text_field where the text is'
+      )
   else:
     try:
       found = json.loads(raw_files.read_bytes(path), object_pairs_hook=list)
@@ -128,10 +132,16 @@ def write_json(data_dir: str | Path, kind: str, path: str | Path) -> int:
   """
   path = Path(path)
   texts = {row['original_id']: row['text'] for row in iterate_texts(data_dir, kind) if row['text']}
-  with staging.disk_errors(path):
-    draft = path.with_name(f'{path.name}.incomplete-{os.getpid()}')
+  draft = path.with_name(f'{path.name}.incomplete-{os.getpid()}')
+  try:
     draft.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     draft.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)
+    raise InputError(
+      f'{path}: cannot be written ({error.strerror}); make its place writable, or give another'
+    ) from error
   return len(texts)
 
 
