@@ -45,11 +45,8 @@ def write(
     The content of dataset.json.
   """
   images = _write_images(folder, data)
-  _build(Interactions(data=data, origin=origin, data_dir=folder, file_format='array_record'))
-  _build(
-    Items(data=data, images=images, origin=origin, data_dir=folder, file_format='array_record')
-  )
-  shutil.rmtree(folder / 'downloads', ignore_errors=True)  # TFDS makes it even when unused
+  build(Interactions, folder, data=data, origin=origin)
+  build(Items, folder, data=data, images=images, origin=origin)
   _verify(folder, data)
   metadata = {
     'name': origin.name,
@@ -86,17 +83,19 @@ def _sort_fields(record: bytes) -> bytes:
   return tf_example_pb2.Example.FromString(record).SerializeToString(deterministic=True)
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder):
-  """What both builders share; the data comes in ready, there is nothing to download."""
+class Builder(tfds.core.GeneratorBasedBuilder):
+  """What all builders share; the data comes in ready, there is nothing to download."""
 
   VERSION = tfds.core.Version('1.0.0')
 
-  def __init__(self, *, data: prepare.Prepared, origin: Origin, **kwargs):
+  def __init__(self, *, data: Any, origin: Origin, **kwargs):
     self._data = data
     self._origin = origin
     super().__init__(**kwargs)
 
-  def _dataset_info(self, description: str, features: dict[str, Any]) -> tfds.core.DatasetInfo:
+  def _dataset_info(
+    self, description: str, features: dict[str, Any], metadata: dict[str, Any] | None = None
+  ) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
       description=description,
@@ -105,13 +104,29 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
       citation=self._origin.citation or None,
       license=self._origin.licence or None,
       disable_shuffling=True,
+      metadata=metadata,
     )
 
   def _example_writer(self) -> writer_lib.ExampleWriter:
     return _StableWriter(file_format=self.info.file_format)
 
 
-class Interactions(_Builder):
+def build(builder: type[Builder], folder: Path, **kwargs: Any) -> None:
+  """Writes the data of one builder into a folder, under the builder's name and version."""
+  # TFDS announces itself on stdout; what the user should read is printed by the caller.
+  with contextlib.redirect_stdout(io.StringIO()):
+    tfds.disable_progress_bar()
+    try:
+      builder(data_dir=folder, file_format='array_record', **kwargs).download_and_prepare()
+    except RuntimeError as error:  # what the record writer raises when the disk is full
+      for code in staging.DISK_FULL:
+        if os.strerror(code) in str(error):
+          raise OSError(code, os.strerror(code)) from error
+      raise
+  shutil.rmtree(folder / 'downloads', ignore_errors=True)  # TFDS makes it even when unused
+
+
+class Interactions(Builder):
   """One example a user: the whole history in time order."""
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -145,7 +160,7 @@ class Interactions(_Builder):
       )
 
 
-class Items(_Builder):
+class Items(Builder):
   """One example an item, in the order of item_id."""
 
   def __init__(self, *, images: list[str], **kwargs):
@@ -184,19 +199,6 @@ class Items(_Builder):
           'image': image,
         },
       )
-
-
-def _build(builder: tfds.core.GeneratorBasedBuilder) -> None:
-  # TFDS announces itself on stdout; what the user should read is printed by the caller.
-  with contextlib.redirect_stdout(io.StringIO()):
-    tfds.disable_progress_bar()
-    try:
-      builder.download_and_prepare()
-    except RuntimeError as error:  # what the record writer raises when the disk is full
-      for code in staging.DISK_FULL:
-        if os.strerror(code) in str(error):
-          raise OSError(code, os.strerror(code)) from error
-      raise
 
 
 def _write_images(folder: Path, data: prepare.Prepared) -> list[str]:

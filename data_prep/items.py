@@ -44,7 +44,7 @@ def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
     )
   pictures = Path(parameters.pop('images', None) or path.parent)
   if tables.kind(path) in JSON_LINES:
-    rows = list(_json_lines(path))
+    rows = list(json_lines(path))
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     return from_rows(str(path), names, rows, images=pictures, **parameters)
   file = tables.open_file(path)
@@ -185,7 +185,8 @@ def _image(value: Any, folder: Path | None, column: str, where: str) -> Path | s
   return path
 
 
-def _json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+  """The objects of a file with one a line, and their places."""
   for number, line in raw_files.utf8_lines(path):
     try:
       row = json.loads(line)

@@ -1,6 +1,7 @@
 """A folder that is there whole or not at all, whenever the program is stopped."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -62,11 +63,25 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def _move_in(folder: Path, target: Path) -> None:
-  replaced = target.with_name(f'{target.name}.replaced-{os.getpid()}')
   if target.exists() and any(target.iterdir()):
+    if _exchange(folder, target):
+      shutil.rmtree(folder, ignore_errors=True)
+      return
+    replaced = target.with_name(f'{target.name}.replaced-{os.getpid()}')
     os.rename(target, replaced)
-  os.rename(folder, target)
-  shutil.rmtree(replaced, ignore_errors=True)
+    os.rename(folder, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+  else:
+    os.rename(folder, target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+  """Swaps two folders in one step, where the system can: then neither is ever missing."""
+  swap = getattr(ctypes.CDLL(None), 'renameat2', None)
+  here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+  return swap is not None and not swap(
+    here, os.fsencode(first), here, os.fsencode(second), exchange
+  )
 
 
 def _is_alive(pid: int) -> bool:

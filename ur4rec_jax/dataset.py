@@ -13,6 +13,7 @@ from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 2
 METADATA = 'dataset.json'
+TEXTS_VERSION = '1.0.0'
 _READ_AT_ONCE = 10_000  # Examples; all of a large dataset at once would not fit in memory.
 
 
@@ -67,12 +68,16 @@ class Dataset:
     """Fingerprint of the interactions and the split."""
     return self.info['splits'][self.split_name]['hash']
 
+  @property
+  def is_train(self) -> np.ndarray:
+    """`[interactions]` whether each one is of the training part."""
+    ends = np.repeat(self.offsets[:-1] + self.split.train_lengths, self.lengths)
+    return np.arange(len(self.item_ids)) < ends
+
   def train_part(self) -> 'Dataset':
     """Returns the dataset without its held-out interactions, so that training cannot see them."""
-    kept = self.split.train_lengths
-    is_kept = np.arange(len(self.item_ids)) < np.repeat(self.offsets[:-1] + kept, self.lengths)
-    offsets = np.concatenate([[0], np.cumsum(kept)])
-    return dataclasses.replace(self, item_ids=self.item_ids[is_kept], offsets=offsets)
+    offsets = np.concatenate([[0], np.cumsum(self.split.train_lengths)])
+    return dataclasses.replace(self, item_ids=self.item_ids[self.is_train], offsets=offsets)
 
 
 def load_dataset(data_dir: str, split_name: str = splits.LEAVE_ONE_OUT) -> Dataset:
@@ -144,12 +149,73 @@ def read_items(data_dir: str | pathlib.Path) -> list[dict[str, Any]]:
   Returns:
     `[items]` of `item_id`, `original_id`, `title`, `genres` (a list), `description`, `image`.
   """
+  return list(iterate_items(data_dir))
+
+
+def iterate_items(data_dir: str | pathlib.Path) -> Iterator[dict[str, Any]]:
+  """As `read_items`, one at a time: a large catalogue's descriptions need much memory."""
+  for examples in _examples(data_dir, 'items', 'items'):
+    yield from map(_as_text, examples)
+
+
+def read_texts(
+  data_dir: str | pathlib.Path, kind: str, split_hash: str | None = None
+) -> tuple[list[list[str]], dict[str, Any]]:
+  """Reads the sentences written about items or users.
+
+  Args:
+    data_dir: a prepared folder.
+    kind: `item` or `user`.
+    split_hash: of the split that is used; texts about users must be of the same.
+
+  Returns:
+    `[items or users]` lists of sentences, empty where there is no text: entry i is of item i + 1 or
+    of user i; and where the texts come from.
+
+  Raises:
+    InputError: there are no texts, they cannot be read, or they are not of this dataset and split.
+  """
+  origin = texts_origin(data_dir, kind)
+  if kind == 'user' and split_hash is not None and origin['split_hash'] != split_hash:
+    raise InputError(
+      f'data_dir {data_dir}: the user texts were written for the split {origin["split_name"]}'
+      f' {origin["split_hash"]}, not for {split_hash}: they may tell of held-out interactions;'
+      f' {_rewrite(data_dir, kind)}'
+    )
+  sentences = [row['sentences'] for row in iterate_texts(data_dir, kind)]
+  wanted = read_info(data_dir)['counts'][f'{kind}s']
+  if len(sentences) != wanted:
+    raise InputError(
+      f'data_dir {data_dir}: has {wanted} {kind}s, but its texts are of {len(sentences)};'
+      f' {_rewrite(data_dir, kind)}'
+    )
+  return sentences, origin
+
+
+def iterate_texts(data_dir: str | pathlib.Path, kind: str) -> Iterator[dict[str, Any]]:
+  """Gives `original_id`, `text`, `sentences` and `source` of each item or user, in order."""
+  for examples in _examples(data_dir, f'{kind}_texts', f'{kind}s'):
+    yield from map(_as_text, examples)
+
+
+def texts_origin(data_dir: str | pathlib.Path, kind: str) -> dict[str, Any]:
+  """Reads where texts come from: provider, model, prompt version, time, counts; users' split.
+
+  Raises:
+    InputError: there are none, or they cannot be read.
+  """
+  folder = pathlib.Path(data_dir) / f'{kind}_texts'
+  if not folder.is_dir():
+    raise InputError(f'data_dir {data_dir}: has no {kind} texts; {_rewrite(data_dir, kind)}')
+  try:
+    return json.loads((folder / TEXTS_VERSION / 'metadata.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise InputError(f'{folder}: cannot be read ({error!r}); {_rewrite(data_dir, kind)}') from error
+
+
+def _as_text(example: dict[str, Any]) -> dict[str, Any]:
   text = lambda value: value.decode() if isinstance(value, bytes) else value
-  return [
-    {name: [*map(text, v)] if isinstance(v, list) else text(v) for name, v in example.items()}
-    for examples in _examples(data_dir, 'items', 'items')
-    for example in examples
-  ]
+  return {k: [*map(text, v)] if isinstance(v, list) else text(v) for k, v in example.items()}
 
 
 def _examples(
@@ -163,10 +229,16 @@ def _examples(
     for start in range(0, len(source), _READ_AT_ONCE):
       yield source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
   except Exception as error:  # Whatever a damaged file makes the readers raise.
+    kind, is_text, _ = name.partition('_texts')
+    way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
     raise InputError(
-      f'data_dir {data_dir}: {name} cannot be read ({error!r}); {_rebuild(data_dir)}'
+      f'data_dir {data_dir}: {name} cannot be read ({error!r}); {way_out}'
     ) from error
 
 
 def _rebuild(data_dir: str | pathlib.Path) -> str:
   return f'build it: python -m data_prep.build_dataset --source=NAME --data_dir={data_dir}'
+
+
+def _rewrite(data_dir: str | pathlib.Path, kind: str) -> str:
+  return f'write them: python -m data_prep.generate_text --data_dir={data_dir} --kind={kind}'

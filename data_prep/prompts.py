@@ -1,0 +1,289 @@
+"""What an LLM is asked about items and users, and how its answer is read.
+
+The words are in templates/: instructions, a line `---`, and the data between its fences. Whatever
+comes from the dataset is cleaned and cannot close the fence; original ids are never in a prompt.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ur4rec_jax import splits
+from ur4rec_jax.dataset import iterate_items, load_dataset, read_interactions
+from ur4rec_jax.errors import InputError
+
+LANGUAGES = ('en', 'zh')
+MAX_TITLE = 200  # These and the next three in characters.
+MAX_GENRE = 50
+MAX_DESCRIPTION = 2000
+MAX_HISTORY = 6000
+MAX_GENRES = 8
+MAX_ANSWER = 4000
+SCHEMA = {
+  'type': 'object',
+  'properties': {'text': {'type': 'string'}},
+  'required': ['text'],
+  'additionalProperties': False,
+}
+# What datasets and models write where they have nothing to say, without case and punctuation.
+PLACEHOLDERS = (
+  *('no description available', 'no description', 'description not available', 'not available'),
+  *('no overview available', 'no text', 'none', 'null', 'nan', 'n/a', 'na', 'unknown', 'tbd'),
+  *('暂无描述', '暂无简介', '暂无', '无描述', '无'),
+)
+_TEMPLATES = Path(__file__).parent / 'templates'
+_NO_GENRES = frozenset(('unknown', '(no genres listed)'))
+# Control characters, directions, and invisible ones that can hide instructions in a title.
+_INVISIBLE = re.compile(
+  '[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e'
+  '\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]'
+)
+_UNFENCED = str.maketrans({'<': '‹', '>': '›', '|': '/'})
+_REFUSAL = re.compile(
+  r"(i['’]?m|i am) (very |so |really )?(sorry|afraid|unable|not able)|sorry\b|i apologi[sz]e"
+  r"|i (can['’]?t|cannot|can not|won['’]?t|will not|do not|don['’]?t|am unable)\b"
+  r'|as an ai\b|unfortunately, i\b|(很|非常)?抱歉|对不起|我(无法|不能|没办法)'
+  r'|作为(一个|一名)?(ai|人工智能|语言模型)',
+  re.IGNORECASE,
+)
+
+
+class Prompt(NamedTuple):
+  """One question to an LLM.
+
+  Attributes:
+    kind: `item` or `user`.
+    id: original id, only for joining the answer; it is sent nowhere.
+    version: names kind, language and, by its hash, the template.
+    system: instructions.
+    text: the data, fenced.
+    facts: the same data as fields, and the language.
+  """
+
+  kind: str
+  id: str
+  version: str
+  system: str
+  text: str
+  facts: dict[str, Any]
+
+
+class Template(NamedTuple):
+  """A file of templates/ in its two parts; `version` changes with every change to the file."""
+
+  version: str
+  system: str
+  text: str
+
+
+def read_template(kind: str, language: str) -> Template:
+  """Reads the words around the data; InputError if there are none in that language."""
+  if language not in LANGUAGES:
+    raise InputError(f'language {language!r}: must be one of {", ".join(LANGUAGES)}')
+  content = (_TEMPLATES / f'{kind}.{language}.txt').read_text(encoding='utf-8')
+  digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+  system, text = content.split('\n---\n')
+  return Template(f'{kind}-{language}-{digest}', system.strip(), text.strip())
+
+
+def item_prompts(
+  data_dir: str | Path,
+  *,
+  language: str = 'en',
+  regenerate: bool = False,
+  skipped: Counter | None = None,
+) -> Iterator[Prompt]:
+  """Asks what each item is, one prompt at a time.
+
+  Args:
+    data_dir: a prepared folder.
+    language: of the answer, one of `LANGUAGES`.
+    regenerate: whether to ask for items that have a description of their own too.
+    skipped: counts, by reason, the items without a prompt.
+
+  Raises:
+    InputError: the folder is no prepared dataset, or says nothing of any item.
+  """
+  template = read_template('item', language)
+  skipped = Counter() if skipped is None else skipped
+  nothing_known = True
+  for item in iterate_items(data_dir):
+    title = _field(item['title'], MAX_TITLE)
+    description = known_text(item['description'])
+    facts = {
+      'language': language,
+      **dict(zip(('title', 'year'), split_year(title), strict=True)),
+      'genres': _genres(item),
+      'description': _field(description, MAX_DESCRIPTION),
+    }
+    if not (title or facts['genres'] or description):
+      skipped['nothing is known of the item'] += 1
+      continue
+    nothing_known = False
+    if description and not regenerate:
+      skipped['has a description of its own'] += 1
+      continue
+    text = _fill(template.text, {**facts, 'genres': ', '.join(facts['genres'])})
+    yield Prompt('item', item['original_id'], template.version, template.system, text, facts)
+  if nothing_known:
+    raise _nothing_known(data_dir, 'title, genres or description')
+
+
+def user_prompts(
+  data_dir: str | Path,
+  *,
+  language: str = 'en',
+  split_name: str = splits.LEAVE_ONE_OUT,
+  max_history: int = 30,
+  skipped: Counter | None = None,
+) -> Iterator[Prompt]:
+  """Asks what each user prefers, from the training part of a split and nothing else.
+
+  Args:
+    data_dir: a prepared folder.
+    language: of the answer, one of `LANGUAGES`.
+    split_name: which split's held-out interactions stay unseen.
+    max_history: how many of a user's last different items are shown.
+    skipped: counts, by reason, the users without a prompt.
+
+  Raises:
+    InputError: the folder is no prepared dataset, has no such split, or no item has a title or
+      genres.
+  """
+  template = read_template('user', language)
+  if max_history < 1:
+    raise InputError(f'max_history must be 1 or more, not {max_history}')
+  skipped = Counter() if skipped is None else skipped
+  dataset = load_dataset(str(data_dir), split_name)
+  interactions = read_interactions(data_dir)
+  items = [(_field(i['title'], MAX_TITLE), _genres(i)) for i in iterate_items(data_dir)]
+  if not any(title or genres for title, genres in items):
+    raise _nothing_known(data_dir, 'title or genres')
+  train = dataset.train_part()
+  ratings = interactions.ratings[dataset.is_train]
+  # A scale of one value, where every interaction counts 1, says nothing.
+  scale = {'worst': '', 'best': ''}
+  if dataset.info['has_ratings'] and len(ratings) and ratings.min() < ratings.max():
+    scale = {'worst': f'{ratings.min():g}', 'best': f'{ratings.max():g}'}
+  for user, name in enumerate(interactions.user_ids):
+    start, end = train.offsets[user], train.offsets[user + 1]
+    if start == end:
+      skipped['has no training part'] += 1
+      continue
+    latest: dict[int, float] = {}  # Each item once, where the user had it last.
+    for item_id, rating in zip(train.item_ids[start:end], ratings[start:end], strict=True):
+      latest.pop(item_id, None)
+      latest[item_id] = float(rating)
+    history = []
+    for item_id, rating in list(latest.items())[-max_history:]:
+      title, genres = items[item_id - 1]
+      if title or genres:
+        entry = {'title': title, 'genres': genres}
+        history.append(entry | ({'rating': rating} if scale['best'] else {}))
+    if not history:
+      skipped['nothing is known of the items'] += 1
+      continue
+    lines = [_history_line(entry) for entry in history]
+    sizes = list(itertools.accumulate(len(line) + 1 for line in reversed(lines)))
+    kept = max(1, int(np.searchsorted(sizes, MAX_HISTORY, 'right')))
+    facts = {'language': language, 'history': history[-kept:]}
+    facts |= {name: float(value) for name, value in scale.items() if value}
+    text = _fill(template.text, {'history': '\n'.join(lines[-kept:]), **scale})
+    yield Prompt('user', name, template.version, template.system, text, facts)
+
+
+def parse_answer(raw: str) -> str:
+  """The text of an answer: of a JSON object, fenced or within prose, or a plain one.
+
+  Raises:
+    ValueError: there is no text to use, with the reason.
+  """
+  if len(raw) > 2 * MAX_ANSWER:
+    raise ValueError(f'too long: {len(raw):,} characters')
+  text = known_text(_unpacked(raw.strip())).strip('"“”` \n')
+  if not text:
+    raise ValueError('empty')
+  if len(text) > MAX_ANSWER:
+    raise ValueError(f'too long: {len(text):,} characters')
+  if not any(map(str.isalpha, text)):
+    raise ValueError(f'no text: {text[:40]!r}')
+  if _REFUSAL.match(text):
+    raise ValueError(f'a refusal: {text[:80]!r}')
+  return text
+
+
+def known_text(text: str) -> str:
+  """A cleaned text, '' where it only says that there is none."""
+  text = clean(text)
+  plain = text[:60].casefold().strip(' .。-–—!…()[]"\'')
+  return text if plain and plain not in PLACEHOLDERS else ''
+
+
+def clean(text: str) -> str:
+  """Unicode NFC without control, direction and hidden characters; single blanks, lines stripped."""
+  text = text.encode('utf-8', 'replace').decode()  # JSON may hold halves of surrogate pairs.
+  text = unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
+  lines = (' '.join(line.split()) for line in text.splitlines())
+  return re.sub(r'\n{3,}', '\n\n', '\n'.join(lines)).strip()
+
+
+def split_year(title: str) -> tuple[str, str]:
+  """A title such as `Heat (1995)` without its year, and the year, '' where there is none."""
+  match = re.fullmatch(r'(.+?)\s*\(((?:1[89]|20)\d\d)\)', title)
+  return (match[1], match[2]) if match else (title, '')
+
+
+def _field(text: str, limit: int) -> str:
+  """One line that cannot close the fence, at most `limit` characters."""
+  text = ' '.join(clean(text[: 4 * limit]).split()).translate(_UNFENCED)
+  return text if len(text) <= limit else text[: limit - 1].rstrip() + '…'
+
+
+def _genres(item: dict[str, Any]) -> list[str]:
+  names = (_field(name, MAX_GENRE) for name in item['genres'])
+  return [name for name in names if name and name.casefold() not in _NO_GENRES][:MAX_GENRES]
+
+
+def _history_line(entry: dict[str, Any]) -> str:
+  parts = [entry['title'] or '-', ', '.join(entry['genres']) or '-']
+  return ' | '.join(parts + ([f'{entry["rating"]:g}'] if 'rating' in entry else []))
+
+
+def _fill(template: str, fields: dict[str, Any]) -> str:
+  """Puts fields in their places at once, so that data cannot hold a place; drops empty lines."""
+  lines = []
+  for line in template.split('\n'):
+    places = re.findall(r'\{(\w+)\}', line)
+    if not places or any(fields[name] for name in places):
+      lines.append(re.sub(r'\{(\w+)\}', lambda match: str(fields[match[1]]), line))
+  return '\n'.join(lines)
+
+
+def _unpacked(raw: str) -> str:
+  decoder = json.JSONDecoder(strict=False)  # Models write line breaks into strings.
+  for brace in itertools.islice(re.finditer(r'\{', raw), 20):
+    try:
+      found, _ = decoder.raw_decode(raw, brace.start())
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(found.get('text'), str):
+      return found['text']
+  plain = re.sub(r'^```\w*\n?|```$', '', raw).strip()
+  if re.match(r'[\[{]', plain) or re.search(r'"text"\s*:', plain):
+    raise ValueError(f'no complete JSON object with a text: {raw[:80]!r}')
+  return plain
+
+
+def _nothing_known(data_dir: str | Path, what: str) -> InputError:
+  return InputError(
+    f'data_dir {data_dir}: no item has a {what}, so there is nothing to write about; build it from'
+    ' a source that has them, e.g. --source=interactions --items=FILE, or bring texts of your own'
+  )
