@@ -79,6 +79,7 @@ class Store:
     self.versions: collections.Counter[tuple[str, str, str]] = collections.Counter()
     self._offsets: dict[bytes, int] = {}
     self._failures: dict[bytes, Failures] = {}
+    self._files: dict[str, int] = {}
     self._is_dirty = False
     self._synced = time.monotonic()
     if not read_only:
@@ -94,11 +95,12 @@ class Store:
   def __len__(self) -> int:
     return len(self._offsets)
 
-  def get(self, key: str) -> dict[str, Any] | None:
-    """Returns the record of an answer, None if there is none."""
-    offset = self._offsets.get(_digest(key))
-    if offset is None:
-      return None
+  def offset(self, key: str) -> int | None:
+    """Returns where an answer lies, for `read`; None if there is none."""
+    return self._offsets.get(_digest(key))
+
+  def read(self, offset: int) -> dict[str, Any]:
+    """Returns the record of an answer."""
     with (self.folder / ANSWERS).open('rb') as file:
       file.seek(offset)
       return json.loads(file.readline())
@@ -131,8 +133,10 @@ class Store:
   def close(self) -> None:
     """Syncs, and lets other processes write."""
     self.sync()
-    for descriptor in (*self._files.values(), self._lock):
+    for descriptor in self._files.values():
       os.close(descriptor)
+    if self._files:
+      os.close(self._lock)
 
   def _open(self) -> None:
     try:

@@ -31,6 +31,12 @@ def keys_under_way(store: Path) -> set[str]:
   return {key for path in states for key in _read_keys(path.with_suffix('.keys.jsonl'))}
 
 
+def promised(store: Path) -> float:
+  """Returns the dollars that the batches under way may cost at most."""
+  states = (store / FOLDER).glob('*.json')
+  return sum(json.loads(path.read_text())['promised'] for path in states)
+
+
 class Batches:
   """Submits, polls and collects.
 

@@ -70,6 +70,10 @@ class Rejected(Exception):
     self.tokens = tokens
 
 
+class BadRequest(Rejected):
+  """The server does not take the request."""
+
+
 class Unusable(Rejected):
   """An answer that is paid but no text; asking again may help."""
 
@@ -85,7 +89,11 @@ class Unanswered(Exception):
   """
 
   def __init__(
-    self, reason: str, wait: float | None = None, is_from_server: bool = True, may_cost: bool = False
+    self,
+    reason: str,
+    wait: float | None = None,
+    is_from_server: bool = True,
+    may_cost: bool = False,
   ):
     super().__init__(reason)
     self.reason = reason
@@ -98,8 +106,8 @@ class RefusedField(Exception):
   """The server does not take an optional field of the request, which is now left out."""
 
 
-def connect(provider: ModuleType, settings: Settings) -> Any:
-  """Returns the SDK's client.
+def find_key(provider: ModuleType, settings: Settings) -> str:
+  """Returns the key of the provider, after a look at everything that can be wrong without a call.
 
   Raises:
     InputError: the SDK is not installed, the key is not in the environment, or the address is none.
@@ -111,19 +119,24 @@ def connect(provider: ModuleType, settings: Settings) -> Any:
       f"--backend={provider.NAME} needs the {provider.NAME} package: pip install 'ur4rec-jax[llm]'"
       f' or pip install {provider.NAME}'
     ) from error
+  if settings.base_url:
+    url = urllib.parse.urlsplit(settings.base_url)
+    if url.scheme not in ('http', 'https') or not url.hostname:
+      raise InputError('--base_url must be an address such as http://localhost:8000/v1')
   key = os.environ.get(provider.KEY, '').strip()
   if not key and not settings.base_url:
     raise InputError(
       f'{provider.KEY} is not set: export the key of your {provider.NAME} account under that name,'
       ' or try everything out with --backend=mock'
     )
-  if settings.base_url:
-    url = urllib.parse.urlsplit(settings.base_url)
-    if url.scheme not in ('http', 'https') or not url.hostname:
-      raise InputError('--base_url must be an address such as http://localhost:8000/v1')
-  if not key.isascii() or not (key or 'none').isprintable():
+  if not key.isascii() or not key.isprintable():
     raise InputError(f'{provider.KEY} holds characters that no key has; export it again')
-  return provider.client(key or 'none', settings.base_url, settings.timeout)
+  return key or 'none'  # Local servers want some word.
+
+
+def connect(provider: ModuleType, settings: Settings) -> Any:
+  """Returns the SDK's client; raises as `find_key`."""
+  return provider.client(find_key(provider, settings), settings.base_url, settings.timeout)
 
 
 def read(provider: ModuleType, reply: Any, estimate: tuple[int, int]) -> Answer:
@@ -180,7 +193,7 @@ def judge(error: Exception, provider: ModuleType, settings: Settings) -> Excepti
     )
   if status in (400, 422) and refuse(message, provider, settings):
     return RefusedField(message)
-  return Rejected(f'the server answers {status}: {message[:200]}')
+  return BadRequest(f'the server answers {status}: {message[:200]}')
 
 
 def refuse(message: str, provider: ModuleType, settings: Settings) -> bool:

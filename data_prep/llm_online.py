@@ -9,7 +9,15 @@ from types import ModuleType
 from typing import Any
 
 from data_prep import costs, llm_calls, prompts
-from data_prep.llm_calls import Answer, RefusedField, Rejected, Settings, Unanswered, Unusable
+from data_prep.llm_calls import (
+  Answer,
+  BadRequest,
+  RefusedField,
+  Rejected,
+  Settings,
+  Unanswered,
+  Unusable,
+)
 from ur4rec_jax.errors import InputError, ReportedError
 
 ATTEMPTS = 10
@@ -19,6 +27,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 _SILENT_ATTEMPTS = 3
 # Requests given up in a row, each after all its attempts: the server is gone.
 _GIVEN_UP = 20
+# Requests that the server did not take, and never an answer: something is wrong with all of them.
+_BAD_REQUESTS = 5
 # What a late start may make up for, in seconds; a server's own bucket holds more.
 _BURST = 0.2
 
@@ -75,7 +85,8 @@ class Online:
     self._requests = Pace(requests_per_minute)
     self._tokens = Pace(tokens_per_minute)
     self._server_was_heard = False
-    self._given_up = 0
+    self._given_up = self._bad_requests = 0
+    self._was_answered = False
 
   async def answer_all(
     self,
@@ -133,10 +144,18 @@ class Online:
       try:
         answer = await self._send(client, prompt)
         self._given_up = 0
+        self._was_answered = True
         return Answer(answer.text, _total([*paid, answer.tokens]))
       except RefusedField:
         continue
       except Rejected as error:
+        if isinstance(error, BadRequest) and not self._was_answered:
+          self._bad_requests += 1
+          if self._bad_requests == _BAD_REQUESTS:
+            raise InputError(
+              f'{error.reason}; so it went with the first {_BAD_REQUESTS} requests: correct'
+              ' --parameters, --max_output_tokens or --model'
+            ) from None
         paid.append(error.tokens)
         error.tokens = _total(paid)
         if not isinstance(error, Unusable) or len(paid) == PAID_ATTEMPTS:
