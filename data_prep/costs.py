@@ -59,16 +59,32 @@ class Budget:
   Attributes:
     spent: for answers that came, usable or not, in this store.
     lost: at most, for replies that broke off: they may have been paid.
-    promised: at most, for requests under way.
   """
 
   def __init__(self, limit: float | None, spent: float):
     self.limit = limit
     self.spent = spent
     self.lost = 0.0
-    self.promised = 0.0
+    self._promised = 0.0
+    self._num_under_way = 0
+
+  @property
+  def is_idle(self) -> bool:
+    """Whether nothing is under way."""
+    return not self._num_under_way
 
   def fits(self, amount: float) -> bool:
     """Whether a request that may cost `amount` can be sent."""
-    committed = self.spent + self.lost + self.promised + amount
+    committed = self.spent + self.lost + self._promised + amount
     return self.limit is None or committed <= self.limit
+
+  def promise(self, amount: float, num_requests: int = 1) -> None:
+    """Sets aside what requests may cost at most."""
+    self._promised += amount
+    self._num_under_way += num_requests
+
+  def release(self, amount: float, num_requests: int = 1) -> None:
+    """Ends a promise: the requests are answered, or will never be."""
+    self._num_under_way -= num_requests
+    # Sums of floats leave a rest.
+    self._promised = self._promised - amount if self._num_under_way else 0.0

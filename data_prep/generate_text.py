@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -195,7 +195,7 @@ def run(
   under_way = lambda: llm_batch.keys_under_way(store.folder)
   provider = PROVIDERS.get(job.settings.backend)
   total = plan.requests.total() + (plan.found['in a batch'] if _MODE.value == 'batch' else 0)
-  with tqdm(total=total, unit='text', smoothing=0.05) as bar:
+  with tqdm(total=total, unit='text', disable=not total) as bar:
     recorder = text_job.Recorder(job, store, price, bar)
     stopped = ''
     try:

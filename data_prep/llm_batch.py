@@ -23,6 +23,9 @@ from data_prep.llm_online import ATTEMPTS, BudgetReached
 from ur4rec_jax.errors import InputError, ReportedError
 
 FOLDER = 'batches'
+# The budget is not worn down with ever smaller batches, each of which may take a day.
+_FEWEST_FOR_BUDGET = 10
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 
 
 def keys_under_way(store: Path) -> set[str]:
@@ -91,7 +94,7 @@ class Batches:
     try:
       states = self._read_states()
       for state in states:
-        self.budget.promised += state['promised']
+        self.budget.promise(state['promised'], state['requests'])
         if not state['ids']:
           await self._submit(state, may_exist=True)
       while True:
@@ -126,7 +129,7 @@ class Batches:
       if not self.budget.fits(most):
         self._is_full = True
         return
-      self.budget.promised += most
+      self.budget.promise(most)
       line = json.dumps(self._provider.batch_line(key, body), ensure_ascii=False)
       entry = {'key': key, 'kind': prompt.kind, 'id': prompt.id, 'prompt': prompt.version}
       entry['estimate'] = costs.estimate(prompt)
@@ -155,7 +158,8 @@ class Batches:
       for file in files:
         file.flush()
         os.fsync(file.fileno())
-    if not num_requests:
+    if num_requests < (_FEWEST_FOR_BUDGET if self._is_full else 1):
+      self.budget.release(promised, num_requests)
       self._forget(tag)
       return None
     state = {
@@ -197,7 +201,7 @@ class Batches:
         may_exist = True
         await _back_off(reason, attempt)
     self._write_state(state)
-    requests.unlink()
+    requests.unlink(missing_ok=True)
 
   async def _collect_all(
     self,
@@ -216,7 +220,7 @@ class Batches:
         if all(batch.is_ended for batch in batches.values()):
           num_answers += await self._call(lambda s=state, b=batches: self._collect(s, b))
           errors += [batch.error for batch in batches.values() if batch.error]
-          self.budget.promised -= state['promised']
+          self.budget.release(state['promised'], state['requests'])
           self._forget(state['tag'])
           states.remove(state)
           self.num_under_way -= 1
@@ -319,13 +323,14 @@ def _read_keys(path: Path) -> dict[str, dict[str, Any]]:
 
 
 async def _back_off(reason: Unanswered, attempt: int) -> None:
-  backoff = random.uniform(0, min(60.0, 0.5 * 2**attempt))
+  backoff = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
   await asyncio.sleep(backoff if reason.wait is None else reason.wait)
 
 
 def _as_reported(reason: Exception) -> Exception:
   if isinstance(reason, (Unanswered, Rejected, RefusedField)):
     return ReportedError(
-      f'the provider does not answer ({reason}); nothing is lost: start the same command again later'
+      f'the provider does not answer ({reason}); nothing is lost: start the same command'
+      ' again later'
     )
   return reason

@@ -1,4 +1,4 @@
-"""What every call to a provider needs: settings, the one judgement of errors, and reading a reply."""
+"""What every call to a provider needs: settings, one judgement of errors, reading a reply."""
 
 import dataclasses
 import email.utils

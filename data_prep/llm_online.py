@@ -186,10 +186,10 @@ class Online:
     limit = self._settings.parameters[self._provider.MAX_OUTPUT]
     most = self._price.cost(costs.most_tokens(body, limit))
     while not self.budget.fits(most):
-      if not self.budget.promised:
+      if self.budget.is_idle:
         raise BudgetReached
       await self._pause(0.02)
-    self.budget.promised += most
+    self.budget.promise(most)
     estimate = costs.estimate(prompt)
     tokens = None
     try:
@@ -213,7 +213,7 @@ class Online:
       self.budget.lost += most if error.may_cost else 0.0
       raise
     finally:
-      self.budget.promised -= most
+      self.budget.release(most)
       if tokens:
         self.budget.spent += self._price.cost(tokens)
         self._tokens.give_back(sum(estimate) - sum(tokens))

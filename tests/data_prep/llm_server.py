@@ -80,6 +80,9 @@ class LlmServer(http.server.ThreadingHTTPServer):
     self._seen: collections.Counter[str] = collections.Counter()
     self._tokens, self._filled = 2.0, time.monotonic()
 
+  def handle_error(self, request, client_address):
+    pass  # A killed client breaks its connections off.
+
   def __enter__(self):
     threading.Thread(target=self.serve_forever, kwargs={'poll_interval': 0.02}, daemon=True).start()
     return self
@@ -193,7 +196,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     pass
 
   def do_POST(self):
-    content = self.rfile.read(int(self.headers.get('content-length', 0)))
+    length = int(self.headers.get('content-length', 0))
+    content = self.rfile.read(length)
+    if len(content) < length:  # The client was killed.
+      self.close_connection = True
+      return
     if self.server.keep_bodies:
       self.server.bodies.append(content)
     path = self.path.split('?')[0]
