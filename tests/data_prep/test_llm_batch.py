@@ -127,7 +127,7 @@ def test_batches_are_split_by_requests_and_by_bytes(backend, tmp_path, monkeypat
 def test_the_limits_are_the_providers(backend, tmp_path):
   limits = {'openai': (50_000, 200_000_000), 'anthropic': (100_000, 256_000_000)}
   provider = PROVIDERS[backend]
-  assert (provider.BATCH_REQUESTS, provider.BATCH_BYTES) == limits[backend]
+  assert limits[backend] == (provider.BATCH_REQUESTS, provider.BATCH_BYTES)
   with running(backend, tmp_path) as run:
     run.batch(ASKED)
     (batch,) = run.server.batches.values()
