@@ -224,7 +224,7 @@ def known_text(text: str) -> str:
   """A cleaned text, '' where it only says that there is none."""
   text = clean(text)
   plain = text[:60].casefold().strip(' .。-–—!…()[]"\'')
-  return text if plain and plain not in PLACEHOLDERS else ''
+  return text if plain not in PLACEHOLDERS and any(map(str.isalnum, text)) else ''
 
 
 def clean(text: str) -> str:

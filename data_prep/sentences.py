@@ -6,8 +6,8 @@ from collections.abc import Iterator
 MAX_SENTENCE = 400  # Characters; about what encoders read at once.
 # Before a name or a number: a dot after these ends no sentence.
 _TITLE = re.compile(
-  'mr|mrs|ms|mx|dr|prof|st|gen|col|lt|sgt|capt|cmdr|rev|hon|gov|sen|rep|mt|ft|vs|e.g|i.e|cf'
-  '|approx|feat|dir|eds?|pp|vol|fig|al'.replace('.', r'\.'),
+  r'mr|mrs|ms|mx|dr|prof|st|gen|maj|col|lt|sgt|cpl|pvt|capt|cmdr|adm|det|insp|rev|fr|hon|gov|sen'
+  r'|rep|mt|ft|vs|e\.g|i\.e|a\.k\.a|cf|approx|feat|dir|eds?|pp|vol|fig|al',
   re.IGNORECASE,
 )
 # A dot after these ends a sentence only where the next word usually begins one.
@@ -22,7 +22,7 @@ _BEGINNING = re.compile(
   re.IGNORECASE,
 )
 _BORDER = re.compile(
-  r'[.!?…]+["\'”’»)\]*_]*\s+'  # Latin, Cyrillic, Greek, ...: only before a blank
+  r'(?<![.!?…])[.!?…]++["\'”’»)\]*_]*\s+'  # Latin, Cyrillic, Greek, ...: only before a blank
   r'|[。！？｡]+[”’」』）》〉】"\']*\s*'  # Chinese, Japanese
   r'|[।॥۔؟።။។]+["”»]*\s*'  # Indic, Arabic, Ethiopic, Burmese, Khmer
 )
@@ -53,11 +53,12 @@ def _ends(line: str, start: int, border: re.Match) -> bool:
   mark = border[0].rstrip()
   if mark[0] not in '.!?…' or border.end() == len(line):
     return True
-  following = line[border.end() : border.end() + 40].lstrip('"\'“‘«([*_¿¡')
+  after = line[border.end() : border.end() + 40]
+  following = after.lstrip('"\'“‘«([*_¿¡')
   if following[:1].islower():
     return False
   if mark[0] != '.' or mark.startswith('..'):
-    return True
+    return after[0] != '('  # A year behind a title: Help! (1965)
   sentence = line[max(start, border.start() - 40) : border.start()]
   word = sentence.rpartition(' ')[2].lstrip('"\'“‘«([*_')
   if sentence == word and word.isdigit():  # The number of a list: 1. First

@@ -209,7 +209,7 @@ def _check_counts(
   if texts and counts['unknown_ids'] == len(texts):
     raise InputError(
       f'data_dir {data_dir}: has no {kind} {next(iter(texts))!r}, nor any other of the'
-      f' {len(texts):,} ids with a text; texts go by the ids of the raw data'
+      f' {len(texts):,} ids with a text; give texts by the ids of the raw data'
     )
   if set(counts) <= {'without_text', 'unknown_ids'}:
     raise InputError(f'data_dir {data_dir}: there is no text about any {kind}; nothing is written')

@@ -175,15 +175,16 @@ def read_texts(
   Raises:
     InputError: there are no texts, they cannot be read, or they are not of this dataset and split.
   """
-  origin = texts_origin(data_dir, kind)
+  origin, info = texts_origin(data_dir, kind), read_info(data_dir)
   if kind == 'user' and split_hash is not None and origin['split_hash'] != split_hash:
+    name = {record['hash']: name for name, record in info['splits'].items()}.get(split_hash, 'NAME')
     raise InputError(
       f'data_dir {data_dir}: the user texts were written for the split {origin["split_name"]}'
-      f' {origin["split_hash"]}, not for {split_hash}: they may tell of held-out interactions;'
-      f' {_rewrite(data_dir, kind)}'
+      f' {origin["split_hash"]}, not for {name} {split_hash}, and may tell of what it holds out;'
+      f' {_rewrite(data_dir, kind)} --split={name}'
     )
   sentences = [row['sentences'] for row in iterate_texts(data_dir, kind)]
-  wanted = read_info(data_dir)['counts'][f'{kind}s']
+  wanted = info['counts'][f'{kind}s']
   if len(sentences) != wanted:
     raise InputError(
       f'data_dir {data_dir}: has {wanted} {kind}s, but its texts are of {len(sentences)};'
@@ -241,4 +242,4 @@ def _rebuild(data_dir: str | pathlib.Path) -> str:
 
 
 def _rewrite(data_dir: str | pathlib.Path, kind: str) -> str:
-  return f'write them: python -m data_prep.generate_text --data_dir={data_dir} --kind={kind}'
+  return f'write them: python -m data_prep.generate_text --data_dir={data_dir} --kind={kind}s'
