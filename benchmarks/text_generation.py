@@ -18,8 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
-from data_prep import answers, llm_anthropic, llm_openai, prompts
+import pyarrow as pa
+
+from data_prep import answers, build_dataset, llm_anthropic, llm_openai, prompts
 from tests.data_prep import llm_server
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,19 +34,12 @@ def make_data(folder: pathlib.Path, num_items: int) -> pathlib.Path:
   """Builds a prepared folder of items that have a title and no description."""
   words = ('Amber', 'Broken', 'Candle', 'Distant', 'Echo', 'Falcon', 'Garden', 'Harbour')
   chooser = random.Random(0)
-  with (folder / 'items.csv').open('w') as items, (folder / 'log.csv').open('w') as log:
-    items.write('id,title,genres\n')
-    log.write('user,item,timestamp\n')
-    for i in range(num_items):
-      items.write(f'{i},The {chooser.choice(words)} {chooser.choice(words)} {i},Drama|Mystery\n')
-      log.write(f'{i // 20},{i},{1_700_000_000 + i}\n')
-  data_dir = folder / 'data'
-  command = [sys.executable, '-m', 'data_prep.build_dataset', '--source=interactions']
-  command += [f'--raw_dir={folder / "log.csv"}', f'--items={folder / "items.csv"}']
-  subprocess.run(
-    [*command, f'--data_dir={data_dir}'], check=True, capture_output=True, cwd=ROOT, text=True
-  )
-  return data_dir
+  ids = list(range(num_items))
+  titles = [f'The {chooser.choice(words)} {chooser.choice(words)} {i}' for i in ids]
+  log = pa.table({'user': [i // 20 for i in ids], 'item': ids, 'timestamp': ids})
+  items = pa.table({'id': ids, 'title': titles, 'genres': ['Drama|Mystery'] * num_items})
+  build_dataset.build_from_table(log, folder / 'data', time_column='timestamp', items=items)
+  return folder / 'data'
 
 
 def start(
@@ -84,7 +80,7 @@ def prove_kills(
   num_kills: int,
   backend: str,
   faults: llm_server.Faults = FAULTS,
-  flags: tuple[str, ...] = ('--max_cost=100', '--concurrency=32'),
+  start: Callable[..., subprocess.Popen] = start,
 ) -> dict[str, object]:
   """Kills the program again and again, then lets it end, and compares with the server's count."""
   data_dir = make_data(folder, num_items)
@@ -100,7 +96,7 @@ def prove_kills(
   lost = 0
   with llm_server.LlmServer(faults) as server:
     for moment in sorted(chooser.uniform(0, 0.95) for _ in range(num_kills)):
-      process = start(server, backend, data_dir, *flags)
+      process = start(server, backend, data_dir, '--max_cost=100', '--concurrency=32')
       # At the latest when so many are answered; a little later, so at any point of a write.
       while len(server.answers()) < moment * num_items and process.poll() is None:
         time.sleep(0.005)
@@ -114,7 +110,7 @@ def prove_kills(
         first_stored.setdefault(inputs[key], time.time())
     runs = 0
     while True:
-      process = start(server, backend, data_dir, *flags)
+      process = start(server, backend, data_dir, '--max_cost=100', '--concurrency=32')
       process.wait()
       runs += 1
       if process.returncode != 1 or runs == 10:  # 1: some faults in a row; go on.

@@ -194,7 +194,7 @@ def run(
   """Asks for everything that is missing; returns what came and why it stopped early, if it did."""
   under_way = lambda: llm_batch.keys_under_way(store.folder)
   provider = PROVIDERS.get(job.settings.backend)
-  total = plan.requests.total() + (plan.found['in a batch'] if _MODE.value == 'batch' else 0)
+  total = plan.requests.total() + (len(under_way()) if _MODE.value == 'batch' else 0)
   with tqdm(total=total, unit='text', disable=not total) as bar:
     recorder = text_job.Recorder(job, store, price, bar)
     stopped = ''
@@ -273,6 +273,9 @@ def generate(job: text_job.Job, store_folder: str, price: costs.Price | None) ->
     store.sync()
     rows = [('answered', f'{recorder.answered:,} now, {plan.found["stored"]:,} before')]
     rows += [(f'- {what}', f'{count:,}') for what, count in plan.skipped.items()]
+    waiting = plan.found['in a batch'] if _MODE.value == 'online' else 0
+    if waiting:
+      stopped = stopped or f'{waiting:,} requests are in a batch: --mode=batch collects them'
     failures = recorder.failed + collections.Counter({'failed before': plan.found['failed before']})
     rows += [('failed', f'{count:,} {reason}') for reason, count in failures.items()]
     if is_paid:

@@ -127,11 +127,10 @@ class Recorder:
   """Puts results into the store, and into the progress bar."""
 
   def __init__(self, job: Job, store: answers.Store, price: costs.Price | None, bar: tqdm):
-    self.failed: collections.Counter = collections.Counter()
+    self.failures: dict[str, Exception] = {}  # By key, of what has not been answered since.
     self.answered = 0
     self.tokens = [0, 0]
     self.cost = 0.0
-    self.may_go_on = False  # Whether the same command may bring more answers.
     self._job, self._store, self._price, self._bar = job, store, price, bar
 
   def answer(self, key: str, prompt: prompts.Prompt, answer: llm_calls.Answer) -> None:
@@ -139,6 +138,7 @@ class Recorder:
     if key in self._store:  # A batch that was read before the program was killed.
       return
     self._store.add(self._record(key, prompt, answer.tokens) | {'text': answer.text})
+    self.failures.pop(key, None)
     self.answered += 1
     self._bar.update()
 
@@ -148,8 +148,17 @@ class Recorder:
     tokens = error.tokens if is_final else (0, 0)
     failed = {'reason': error.reason, 'is_final': is_final}
     self._store.add_failure(self._record(key, prompt, tokens) | failed)
-    self.failed[error.reason.partition(':')[0]] += 1
-    self.may_go_on |= not is_final
+    self.failures[key] = error
+
+  @property
+  def failed(self) -> collections.Counter:
+    """How many requests failed, by reason."""
+    return collections.Counter(e.reason.partition(':')[0] for e in self.failures.values())
+
+  @property
+  def may_go_on(self) -> bool:
+    """Whether the same command may bring more answers."""
+    return not all(isinstance(e, llm_calls.Rejected) for e in self.failures.values())
 
   def _record(self, key: str, prompt: prompts.Prompt, tokens: tuple[int, int]) -> dict[str, Any]:
     cost = self._price.cost(tokens) if self._price else None

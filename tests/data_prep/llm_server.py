@@ -62,6 +62,7 @@ class LlmServer(http.server.ThreadingHTTPServer):
     faults: may be changed while it runs.
     arrivals: (time, input, outcome) of each request, batches' too; the outcome is `answer` or a
       fault.
+    key: that it accepts.
     bodies: of all requests, where `keep_bodies` is set.
   """
 
@@ -72,6 +73,7 @@ class LlmServer(http.server.ThreadingHTTPServer):
     super().__init__(('127.0.0.1', port), _Handler)
     self.faults = faults or Faults()
     self.keep_bodies = keep_bodies
+    self.key = KEY
     self.arrivals: list[tuple[float, str, str]] = []
     self.bodies: list[bytes] = []
     self.files: dict[str, bytes] = {}
@@ -250,9 +252,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _is_known(self) -> bool:
     key = self.headers.get('x-api-key') or self.headers.get('authorization', '').split(' ')[-1]
-    if key != KEY:
+    if key != self.server.key:
       self._error(401, f'Incorrect API key provided: {key}.')
-    return key == KEY
+    return key == self.server.key
 
   def _answer(self, body: dict[str, Any], reply):
     faults = self.server.faults
