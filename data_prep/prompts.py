@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ur4rec_jax import splits
-from ur4rec_jax.dataset import iterate_items, load_dataset, read_interactions
+from ur4rec_jax.dataset import iterate_items, load_dataset, read_info, read_interactions
 from ur4rec_jax.errors import InputError
 
 LANGUAGES = ('en', 'zh')
@@ -47,10 +47,15 @@ _INVISIBLE = re.compile(
   '\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]'
 )
 _UNFENCED = str.maketrans({'<': '‹', '>': '›', '|': '/'})
+# How refusals begin; `I Can't Sleep` and `Sorry, Wrong Number` are films.
 _REFUSAL = re.compile(
-  r"(i['’]?m|i am) (very |so |really )?(sorry|afraid|unable|not able)|sorry\b|i apologi[sz]e"
-  r"|i (can['’]?t|cannot|can not|won['’]?t|will not|do not|don['’]?t|am unable)\b"
-  r'|as an ai\b|unfortunately, i\b|(很|非常)?抱歉|对不起|我(无法|不能|没办法)'
+  r"((i['’]?m|i am) )?((very|so|really) )?(sorry|afraid),? (but )?(that )?(i|we|there|this|as)\b"
+  r"|i (can['’]?t|cannot|can not|won['’]?t|will not|am unable to|am not able to) (\w+ ){0,2}?"
+  r'(answer|assist|comply|complete|continue|create|describe|determine|fulfil|generate|help|infer'
+  r'|provide|write)'
+  r"|i['’]m (unable|not able) to\b|i apologi[sz]e\b|unfortunately, i\b|as an ai( language model)?,"
+  r"|i (do not|don['’]?t) have (any |enough |sufficient )?(access|details|information|knowledge)"
+  r'|(很|非常)?(抱歉|对不起)[，,。！]|我(无法|不能|没办法)(完成|协助|回答|帮助|描述|提供|撰写|满足|生成)'
   r'|作为(一个|一名)?(ai|人工智能|语言模型)',
   re.IGNORECASE,
 )
@@ -113,6 +118,7 @@ def item_prompts(
     InputError: the folder is no prepared dataset, or says nothing of any item.
   """
   template = read_template('item', language)
+  read_info(data_dir)  # Says so where this is no prepared dataset.
   skipped = Counter() if skipped is None else skipped
   nothing_known = True
   for item in iterate_items(data_dir):

@@ -195,6 +195,7 @@ def read_texts(
 
 def iterate_texts(data_dir: str | pathlib.Path, kind: str) -> Iterator[dict[str, Any]]:
   """Gives `original_id`, `text`, `sentences` and `source` of each item or user, in order."""
+  texts_origin(data_dir, kind)  # Says so where there are none.
   for examples in _examples(data_dir, f'{kind}_texts', f'{kind}s'):
     yield from map(_as_text, examples)
 

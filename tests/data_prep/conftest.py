@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+
+from data_prep import build_dataset, prepare
 
 REPOSITORY = Path(__file__).parents[2]
 GENRES = ('unknown', 'Action', 'Comedy', 'Drama')
@@ -85,3 +88,22 @@ def sequences(tmp_path) -> Path:
   path = tmp_path / 'pairs.txt'
   path.write_text('b x\na y\nb x\na z\nb y\na x\nb z\n')
   return path
+
+
+@pytest.fixture
+def make_shop(tmp_path) -> Callable[..., Path]:
+  """Prepares a small dataset: `make_shop(rows, items)` from dicts or tuples gives its folder."""
+
+  def make(rows, items, time_split: str | None = None, name: str = 'shop') -> Path:
+    if not isinstance(rows, pd.DataFrame):
+      rows = pd.DataFrame(rows, columns=['user', 'item', 'time', 'rating'][: len(rows[0])])
+    build_dataset.build_from_table(
+      rows,
+      tmp_path / name,
+      prepare.Options(time_split=time_split),
+      items=pd.DataFrame(items),
+      time_column='time',
+    )
+    return tmp_path / name
+
+  return make
