@@ -36,6 +36,7 @@ from data_prep import (
   llm_openai,
   mock_text,
   prompts,
+  sources,
   text_job,
   texts,
 )
@@ -291,13 +292,8 @@ def generate(job: text_job.Job, store_folder: str, price: costs.Price | None) ->
     else:
       if failures.total():
         rows.append(('next', f'{again} with --retry_failed, or go on without these texts:'))
-      rows.append(
-        (
-          'next',
-          f'python -m ur4rec_jax.main --config=configs/default.py'
-          f' --workdir=runs/{Path(job.data_dir).name} --config.data_dir={job.data_dir}',
-        )
-      )
+      command = sources.training_command(read_info(job.data_dir), job.data_dir)
+      rows.append(('next', command))
     show(rows)
     if recorder.may_go_on or (stopped and _WAIT.value):
       raise ReportedError(stopped or 'some requests were not answered; the same command goes on')
