@@ -116,12 +116,12 @@ _TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'Where a JSON line has i
 _EXPORT = flags.DEFINE_string('export', None, 'File to write the texts of the folder to.')
 
 
-def write(job: text_job.Job, store: answers.Store) -> list[tuple[str, str]]:
+def write(job: text_job.Job, store: answers.Store, has_descriptions: bool) -> list[tuple[str, str]]:
   """Writes all texts that there are into the prepared folder; returns rows of the summary."""
   rows = []
   for kind in job.kinds:
     found = text_job.StoredTexts(job, store, kind)
-    if kind == 'user' and not found:
+    if not found and not (kind == 'item' and has_descriptions):
       rows.append((f'{kind} texts', 'none yet'))
       continue
     settings = job.settings
@@ -284,7 +284,7 @@ def generate(job: text_job.Job, store_folder: str, price: costs.Price | None) ->
       now = f'${recorder.cost:.4f} now, ${store.cost:.4f} in all' if price else 'unknown'
       lost = f', and at most ${budget.lost:.4f} for replies that broke off' if budget.lost else ''
       rows.append(('cost', now + lost))
-    rows += write(job, store)
+    rows += write(job, store, bool(plan.skipped[prompts.HAS_DESCRIPTION]))
     rows += [('store', str(store.folder)), *shown_notes]
     again = 'the same command again'
     if stopped or recorder.may_go_on:
@@ -295,7 +295,9 @@ def generate(job: text_job.Job, store_folder: str, price: costs.Price | None) ->
       command = sources.training_command(read_info(job.data_dir), job.data_dir)
       rows.append(('next', command))
     show(rows)
-    if recorder.may_go_on or (stopped and _WAIT.value):
+    # With --nowait it is no fault that batches are under way.
+    is_submitted = not (is_online or _WAIT.value) and llm_batch.keys_under_way(store.folder)
+    if (recorder.may_go_on or stopped) and not is_submitted:
       raise ReportedError(stopped or 'some requests were not answered; the same command goes on')
   except KeyboardInterrupt:
     raise _interrupted(None, store) from None
