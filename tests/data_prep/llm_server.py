@@ -36,6 +36,7 @@ class Faults:
     requests_per_minute: above, every request is answered 429.
     retry_after: of a 429.
     latency: seconds an answer takes.
+    output_tokens: that an answer is said to have.
     refused: fields of a request that are answered 400.
     batches: what happens to the first, second, ... batch: `ok`, `partly` failed, `expired`,
       `failed` as a whole, `unnoticed` (made, but the reply is dropped), `bad` (every line 400).
@@ -50,6 +51,7 @@ class Faults:
   requests_per_minute: float | None = None
   retry_after: float = 0.05
   latency: float = 0.0
+  output_tokens: int = 40
   refused: tuple[str, ...] = ()
   batches: tuple[str, ...] = ()
   polls: int = 1
@@ -158,7 +160,7 @@ def written(text: str) -> tuple[str, str]:
   ), 'stop'
 
 
-def chat_reply(body: dict[str, Any], content: str, end: str) -> dict[str, Any]:
+def chat_reply(body: dict[str, Any], content: str, end: str, tokens: int = 40) -> dict[str, Any]:
   """A reply of Chat Completions."""
   message = {'role': 'assistant', 'content': content, 'refusal': None}
   if end == 'refuse':
@@ -171,11 +173,11 @@ def chat_reply(body: dict[str, Any], content: str, end: str) -> dict[str, Any]:
     'created': int(time.time()),
     'model': body['model'],
     'choices': [{'index': 0, 'message': message, 'finish_reason': reasons.get(end, 'stop')}],
-    'usage': {'prompt_tokens': size, 'completion_tokens': 40, 'total_tokens': size + 40},
+    'usage': {'prompt_tokens': size, 'completion_tokens': tokens, 'total_tokens': size + tokens},
   }
 
 
-def message_reply(body: dict[str, Any], content: str, end: str) -> dict[str, Any]:
+def message_reply(body: dict[str, Any], content: str, end: str, tokens: int = 40) -> dict[str, Any]:
   """A reply of Messages."""
   reasons = {'filter': 'refusal', 'refuse': 'refusal', 'length': 'max_tokens'}
   return {
@@ -186,7 +188,7 @@ def message_reply(body: dict[str, Any], content: str, end: str) -> dict[str, Any
     'content': [{'type': 'text', 'text': content}] if content else [],
     'stop_reason': reasons.get(end, 'end_turn'),
     'stop_sequence': None,
-    'usage': {'input_tokens': len(json.dumps(body)) // 4, 'output_tokens': 40},
+    'usage': {'input_tokens': len(json.dumps(body)) // 4, 'output_tokens': tokens},
   }
 
 
@@ -269,6 +271,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if faults.latency:
       time.sleep(faults.latency)
     content, end = written(user_text(body))
+    whole = reply(body, content, end, faults.output_tokens)
     if outcome in ('rate_limit', 'over the limit'):
       self._error(429, 'slow down', {'retry-after': str(faults.retry_after)})
     elif outcome == 'error':
@@ -277,11 +280,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.close_connection = True
       self.connection.close()
     elif outcome == 'malformed' and len(self.server.arrivals) % 2:
-      self._send(200, json.dumps(reply(body, content, end)).encode()[:-20])
+      self._send(200, json.dumps(whole).encode()[:-20])
     elif outcome == 'malformed':
-      self._send(200, reply(body, content[: len(content) // 2], end))
+      self._send(200, reply(body, content[: len(content) // 2], end, faults.output_tokens))
     else:
-      self._send(200, reply(body, content, end))
+      self._send(200, whole)
 
   def _make_batch(self, requests: list[tuple[str, dict]], metadata: dict | None):
     server = self.server

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import socket
+import sys
 
 import pytest
 
@@ -88,8 +89,9 @@ def test_a_request_holds_the_schema_the_limit_and_nothing_of_the_id(backend, tmp
 @BACKENDS
 def test_a_budget_is_reached_and_never_exceeded(backend, tmp_path):
   asked = questions(200)
-  limit = 0.012
-  with running(backend, tmp_path, llm_server.Faults(latency=0.01), limit=limit) as run:
+  limit = 0.05
+  faults = llm_server.Faults(latency=0.01, output_tokens=1000)
+  with running(backend, tmp_path, faults, limit=limit) as run:
     with pytest.raises(llm_online.BudgetReached):
       run.online(asked, concurrency=16)
     outcomes = run.server.outcomes()
@@ -102,7 +104,8 @@ def test_a_budget_is_reached_and_never_exceeded(backend, tmp_path):
 
 def _paid(content: bytes) -> float:
   body = json.loads(content)
-  reply = (llm_server.message_reply if 'system' in body else llm_server.chat_reply)(body, '', '')
+  reply = llm_server.message_reply if 'system' in body else llm_server.chat_reply
+  reply = reply(body, '', '', 1000)
   tokens = PROVIDERS['anthropic' if 'system' in body else 'openai'].tokens(reply)
   return (tokens[0] + 2 * tokens[1]) / 1e6
 
@@ -227,8 +230,11 @@ def test_a_pace_spreads_a_limit_evenly():
   assert free == 0
 
 
-def test_a_limit_of_the_server_is_kept(tmp_path):
-  faults = llm_server.Faults(requests_per_minute=1200)
-  with running('openai', tmp_path, faults) as run:
-    run.online(questions(30), concurrency=30, per_minute=1200)
-    assert run.server.outcomes()['over the limit'] <= 2
+@BACKENDS
+def test_a_missing_sdk_is_named_with_the_way_to_install_it(backend, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, backend, None)
+  with (
+    running(backend, tmp_path) as run,
+    pytest.raises(InputError, match=rf"pip install 'ur4rec-jax\[llm\]' or pip install {backend}"),
+  ):
+    run.online(questions(1))
