@@ -268,13 +268,18 @@ def generate(job: text_job.Job, store_folder: str, price: costs.Price | None) ->
     if is_paid:
       show([*plan_rows(plan, price, store), *shown_notes], file=sys.stderr)
     is_online = _MODE.value == 'online'
-    in_batches = llm_batch.promised(store.folder) if is_online else 0.0
-    budget = costs.Budget(_MAX_COST.value, store.cost + in_batches)
+    # What this run collects is set aside by itself.
+    others = [
+      state
+      for state in llm_batch.read_states(store.folder)
+      if is_online or not llm_batch.is_of(state, job.settings)
+    ]
+    budget = costs.Budget(_MAX_COST.value, store.cost + sum(s['promised'] for s in others))
     recorder, stopped = run(job, store, price, budget, plan)
     store.sync()
     rows = [('answered', f'{recorder.answered:,} now, {plan.found["stored"]:,} before')]
     rows += [(f'- {what}', f'{count:,}') for what, count in plan.skipped.items()]
-    waiting = plan.found['in a batch'] if _MODE.value == 'online' else 0
+    waiting = plan.found['in a batch'] if is_online else 0
     if waiting:
       stopped = stopped or f'{waiting:,} requests are in a batch: --mode=batch collects them'
     failures = recorder.failed + collections.Counter({'failed before': plan.found['failed before']})
@@ -286,6 +291,13 @@ def generate(job: text_job.Job, store_folder: str, price: costs.Price | None) ->
       rows.append(('cost', now + lost))
     rows += write(job, store, bool(plan.skipped[prompts.HAS_DESCRIPTION]))
     rows += [('store', str(store.folder)), *shown_notes]
+    rows += [
+      (
+        'note',
+        f'{s["requests"]:,} requests to {s["model"]} are in a batch; its command collects them',
+      )
+      for s in others
+    ]
     again = 'the same command again'
     if stopped or recorder.may_go_on:
       rows.append(('next', again + (f'; {stopped}' if stopped else '')))

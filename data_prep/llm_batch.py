@@ -28,16 +28,20 @@ _FEWEST_FOR_BUDGET = 10
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 
 
+def read_states(store: Path) -> list[dict[str, Any]]:
+  """Returns the states of all batches under way, oldest first."""
+  return [json.loads(path.read_text()) for path in sorted((store / FOLDER).glob('*.json'))]
+
+
+def is_of(state: dict[str, Any], settings: Settings) -> bool:
+  """Whether a run with these settings collects the batch."""
+  return all(state[name] == getattr(settings, name) for name in ('backend', 'model', 'parameters'))
+
+
 def keys_under_way(store: Path) -> set[str]:
   """Returns the keys of all requests that are in a batch."""
-  states = (store / FOLDER).glob('*.json')
-  return {key for path in states for key in _read_keys(path.with_suffix('.keys.jsonl'))}
-
-
-def promised(store: Path) -> float:
-  """Returns the dollars that the batches under way may cost at most."""
-  states = (store / FOLDER).glob('*.json')
-  return sum(json.loads(path.read_text())['promised'] for path in states)
+  tags = [state['tag'] for state in read_states(store)]
+  return {key for tag in tags for key in _read_keys(store / FOLDER / f'{tag}.keys.jsonl')}
 
 
 class Batches:
@@ -60,7 +64,7 @@ class Batches:
   ):
     self.budget = budget
     self.num_under_way = self.num_done = 0
-    self._folder = store / FOLDER
+    self._store, self._folder = store, store / FOLDER
     self._provider = provider
     self._settings = settings
     self._price = price or costs.Price(0.0, 0.0)
@@ -92,7 +96,8 @@ class Batches:
     self._folder.mkdir(exist_ok=True)
     self._client = llm_calls.connect(self._provider, self._settings)
     try:
-      states = self._read_states()
+      self._clean_up()
+      states = [s for s in read_states(self._store) if is_of(s, self._settings)]
       for state in states:
         self.budget.promise(state['promised'], state['requests'])
         if not state['ids']:
@@ -166,6 +171,7 @@ class Batches:
       'tag': tag,
       'backend': self._settings.backend,
       'model': self._settings.model,
+      'parameters': self._settings.parameters,
       'requests': num_requests,
       'promised': promised,
       'time': time.time(),
@@ -183,7 +189,7 @@ class Batches:
     search = lambda: self._provider.find_batches(
       self._client, tag, state['time'], state['requests']
     )
-    known = {batch_id for other in self._read_states() for batch_id in other['ids']}
+    known = {batch_id for other in read_states(self._store) for batch_id in other['ids']}
     for attempt in range(1, ATTEMPTS + 1):
       if may_exist:
         state['ids'] = [i for i in await self._call(search) if i not in known]
@@ -193,13 +199,15 @@ class Batches:
         break
       except Exception as error:
         reason = llm_calls.judge(error, self._provider, self._settings)
-        if isinstance(reason, (Rejected, RefusedField)):
+        if isinstance(reason, Unanswered) and attempt < ATTEMPTS:
+          may_exist = True
+          await _back_off(reason, attempt)
+          continue
+        if not may_exist:  # Nothing was made, for certain.
           self._forget(tag)
+        if isinstance(reason, (Rejected, RefusedField)):
           raise InputError(f'the provider does not take the batch: {reason}') from None
-        if not isinstance(reason, Unanswered) or attempt == ATTEMPTS:
-          raise _as_reported(reason) from None
-        may_exist = True
-        await _back_off(reason, attempt)
+        raise _as_reported(reason) from None
     self._write_state(state)
     requests.unlink(missing_ok=True)
 
@@ -294,14 +302,12 @@ class Batches:
           raise _as_reported(reason) from None
         await _back_off(reason, attempt)
 
-  def _read_states(self) -> list[dict[str, Any]]:
-    """States of this provider's batches; removes what was written before there was a state."""
-    states = [json.loads(path.read_text()) for path in sorted(self._folder.glob('*.json'))]
-    tags = {state['tag'] for state in states}
+  def _clean_up(self) -> None:
+    """Removes what was written before there was a state."""
+    tags = {state['tag'] for state in read_states(self._store)}
     for path in self._folder.iterdir():
       if path.name.split('.')[0] not in tags:
         path.unlink()
-    return [state for state in states if state['backend'] == self._settings.backend]
 
   def _write_state(self, state: dict[str, Any]) -> None:
     answers.write_durably(self._path(state['tag'], 'state'), json.dumps(state, indent=1) + '\n')

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from data_prep import llm_batch, llm_calls, llm_online
+from data_prep import llm_batch, llm_online
 from tests.data_prep import llm_server
 from tests.data_prep.llm_runs import PROVIDERS, expected, questions, running
 from ur4rec_jax.errors import InputError
@@ -44,7 +44,13 @@ def test_a_later_process_collects(backend, tmp_path):
     assert batches.num_under_way == 1
     assert not run.texts
     assert len(llm_batch.keys_under_way(tmp_path)) == len(ASKED)
-    assert llm_batch.promised(tmp_path) > 0
+    (state,) = llm_batch.read_states(tmp_path)
+    assert state['promised'] > 0
+    # The answers to one model are not taken for those to another.
+    run.settings.model = 'local'
+    run.batch([], wait=False)
+    assert not run.texts
+    run.settings.model = run.provider.DEFAULT_MODEL
     run.batch(ASKED, wait=False)
     assert run.texts == expected(ASKED)
     assert len(run.server.batches) == 1
@@ -201,4 +207,4 @@ def test_a_server_without_batches_is_explained(tmp_path):
     run.settings.base_url = run.server.url + '/v2'
     with pytest.raises(InputError, match='404'):
       run.batch(ASKED)
-  assert not llm_calls.Settings('openai', 'm', {}).refused
+    assert not llm_batch.keys_under_way(tmp_path)  # Asking online is possible.
