@@ -1,6 +1,7 @@
 """Proves, against a server with faults, that generate_text loses no answer and pays for none twice.
 
   python -m benchmarks.text_generation --proof=kills --items=5000 --kills=10
+  python -m benchmarks.text_generation --proof=batches --backend=anthropic
   python -m benchmarks.text_generation --proof=throughput
   python -m benchmarks.text_generation --proof=memory --items=100000
 
@@ -136,6 +137,43 @@ def prove_kills(
   }
 
 
+def prove_batches(
+  folder: pathlib.Path, num_items: int, num_kills: int, backend: str
+) -> dict[str, object]:
+  """Kills the program while it submits, waits for and collects batches that go wrong."""
+  data_dir = make_data(folder, num_items)
+  faults = llm_server.Faults(batches=('partly', 'expired', 'unnoticed', 'partly'), polls=4)
+  flags = ('--mode=batch', f'--batch_requests={num_items // 5}', '--poll_seconds=0.3')
+  chooser = random.Random(0)
+  begin = time.monotonic()
+  with llm_server.LlmServer(faults) as server:
+    for _ in range(num_kills):
+      process = start(server, backend, data_dir, *flags)
+      num_before = server.num_requests
+      while server.num_requests == num_before and process.poll() is None:
+        time.sleep(0.002)
+      time.sleep(chooser.uniform(0, 0.8))
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+    process = start(server, backend, data_dir, *flags)
+    process.wait()
+    answers_by_input, outcomes = server.answers(), server.outcomes()
+    now = stored(data_dir)
+  return {
+    'backend': backend,
+    'items': num_items,
+    'kills': num_kills,
+    'exit_code': process.returncode,
+    'answered': len(now),
+    'answers_lost': len(set(answers_by_input) - {text.split()[4][:-1] for text in now.values()}),
+    'paid_twice': sum(count > 1 for count in answers_by_input.values()),
+    'batches': [b['plan'] for b in server.batches.values()],
+    'outcomes': dict(outcomes),
+    'seconds': round(time.monotonic() - begin, 1),
+    'output': output_of(data_dir).read_text().splitlines()[-6:],
+  }
+
+
 def prove_throughput(folder: pathlib.Path, num_items: int, per_minute: float) -> dict[str, object]:
   """Runs at a server's limit of requests a minute."""
   data_dir = make_data(folder, num_items)
@@ -184,7 +222,9 @@ def prove_memory(folder: pathlib.Path, num_items: int, backend: str) -> dict[str
 def main() -> None:
   """Runs one proof and prints it."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--proof', choices=('kills', 'throughput', 'memory'), required=True)
+  parser.add_argument(
+    '--proof', choices=('kills', 'batches', 'throughput', 'memory'), required=True
+  )
   parser.add_argument('--items', type=int)
   parser.add_argument('--kills', type=int, default=10)
   parser.add_argument('--per_minute', type=float, default=1800)
@@ -197,6 +237,11 @@ def main() -> None:
       result = prove_kills(folder, num_items, options.kills, options.backend)
       is_good = result['answered'] == num_items
       is_good &= not (result['answers_lost'] or result['stored_but_asked_again'])
+    elif options.proof == 'batches':
+      num_items = options.items or 5000
+      result = prove_batches(folder, num_items, options.kills, options.backend)
+      is_good = result['answered'] == num_items
+      is_good &= not (result['answers_lost'] or result['paid_twice'])
     elif options.proof == 'throughput':
       result = prove_throughput(folder, options.items or 900, options.per_minute)
       is_good = result['share'] > 0.8

@@ -65,6 +65,7 @@ class LlmServer(http.server.ThreadingHTTPServer):
     arrivals: (time, input, outcome) of each request, batches' too; the outcome is `answer` or a
       fault.
     key: that it accepts.
+    num_requests: of every kind, looks at batches too.
     bodies: of all requests, where `keep_bodies` is set.
   """
 
@@ -76,6 +77,7 @@ class LlmServer(http.server.ThreadingHTTPServer):
     self.faults = faults or Faults()
     self.keep_bodies = keep_bodies
     self.key = KEY
+    self.num_requests = 0
     self.arrivals: list[tuple[float, str, str]] = []
     self.bodies: list[bytes] = []
     self.files: dict[str, bytes] = {}
@@ -194,10 +196,15 @@ def message_reply(body: dict[str, Any], content: str, end: str, tokens: int = 40
 
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = 'HTTP/1.1'
+  disable_nagle_algorithm = True
   server: LlmServer
 
   def log_message(self, *args):
     pass
+
+  def parse_request(self):
+    self.server.num_requests += 1
+    return super().parse_request()
 
   def do_POST(self):
     length = int(self.headers.get('content-length', 0))

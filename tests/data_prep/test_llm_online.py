@@ -189,6 +189,7 @@ def test_no_network_is_known_after_three_tries(tmp_path, monkeypatch):
 
 def test_a_server_that_dies_ends_the_run_instead_of_failing_all(tmp_path, monkeypatch):
   monkeypatch.setattr(llm_online, '_FIRST_WAIT', 0.0001)
+  monkeypatch.setattr(llm_online, 'ATTEMPTS', 3)
   with running('openai', tmp_path, llm_server.Faults(error=1.0)) as run:
     with pytest.raises(llm_online.ReportedError, match='answers nothing any more'):
       run.online(questions(100), concurrency=4)
