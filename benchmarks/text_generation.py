@@ -152,7 +152,7 @@ def prove_batches(
       num_before = server.num_requests
       while server.num_requests == num_before and process.poll() is None:
         time.sleep(0.002)
-      time.sleep(chooser.uniform(0, 0.8))
+      time.sleep(chooser.uniform(0, 2.5))
       process.send_signal(signal.SIGKILL)
       process.wait()
     process = start(server, backend, data_dir, *flags)
