@@ -69,7 +69,7 @@ _USER = {
     ),
     'dislike': (
       'There is little patience for {disliked}[; {bad} was a letdown].',
-      'On the other hand, it is hard to please with {disliked}.',
+      'On the other hand, {disliked} will not win this user over.',
       'Low ratings went to {disliked}[, for instance {bad}].',
       'What does not work is {disliked}.',
       'Interest fades with {disliked}[, as {bad} shows].',
@@ -279,11 +279,13 @@ def _user_sentences(facts: Mapping[str, Any], rng: random.Random) -> list[str]:
   likings = _likings(facts)
   recency = [0.5 + 0.5 * (i + 1) / len(history) for i in range(len(history))]
   weights = [a * b for a, b in zip(likings, recency, strict=True)]
-  scores = _scores((entry['genres'] for entry in history), weights)
-  ranked = [name for name, score in scores.most_common() if score > 0]
-  favourites = [name for name in ranked[:MOST_GENRES] if scores[name] >= 0.4 * scores[ranked[0]]]
+  # What is rated lowest still counts a little: it was chosen.
+  scores = _scores((entry['genres'] for entry in history), [weight + 0.05 for weight in weights])
+  ranked = scores.most_common(MOST_GENRES)
+  favourites = [name for name, score in ranked if score >= 0.4 * ranked[0][1]]
   start = 2 * len(history) // 3
   newest = _scores((entry['genres'] for entry in history[start:]), weights[start:]).most_common(1)
+  newest = newest if len(history) >= 6 else []
   disliked = _disliked(history, likings, favourites)
   by_liking = sorted(
     (i for i, entry in enumerate(history) if entry['title']), key=lambda i: (-likings[i], -i)
@@ -298,7 +300,7 @@ def _user_sentences(facts: Mapping[str, Any], rng: random.Random) -> list[str]:
     'genres': genres(favourites),
     'top': genres(favourites[:1]),
     'more': genres(favourites[1:]),
-    'recent': genres([name for name, _ in newest if len(history) >= 6 and name not in favourites]),
+    'recent': genres([name for name, _ in newest if name not in favourites + disliked]),
     'liked': _listed(titles[: 2 if len(titles) > 3 else 1], language),
     'last': last,
     'themes': _listed(themes, language),

@@ -123,11 +123,12 @@ def item_prompts(
   skipped = Counter() if skipped is None else skipped
   nothing_known = True
   for item in iterate_items(data_dir):
-    title = _field(item['title'], MAX_TITLE)
+    title, year = split_year(_field(item['title'], MAX_TITLE))
     description = known_text(item['description'])
     facts = {
       'language': language,
-      **dict(zip(('title', 'year'), split_year(title), strict=True)),
+      'title': title,
+      'year': year,
       'genres': _genres(item),
       'description': _field(description, MAX_DESCRIPTION),
     }
@@ -215,7 +216,7 @@ def parse_answer(raw: str) -> str:
   """
   if len(raw) > 2 * MAX_ANSWER:
     raise ValueError(f'too long: {len(raw):,} characters')
-  text = known_text(_unpacked(raw.strip())).strip('"“”` \n')
+  text = known_text(_unpacked(raw.strip()))
   if not text:
     raise ValueError('empty')
   if len(text) > MAX_ANSWER:
@@ -286,7 +287,8 @@ def _unpacked(raw: str) -> str:
   plain = re.sub(r'^```\w*\n?|```$', '', raw).strip()
   if re.match(r'[\[{]', plain) or re.search(r'"text"\s*:', plain):
     raise ValueError(f'no complete JSON object with a text: {raw[:80]!r}')
-  return plain
+  quoted = re.fullmatch(r'["“]([^"“”]*)["”]', plain)
+  return quoted[1] if quoted else plain
 
 
 def _nothing_known(data_dir: str | Path, what: str) -> InputError:

@@ -122,11 +122,14 @@ def read_json(path: str | Path, id_field: str = 'id', text_field: str = 'text') 
       where = f'{place.path}, line {place.number}'
       if id_field not in row:
         raise InputError(
-          f'{where}: has no field {id_field!r}, only {", ".join(row)}; say which holds the id'
+          f'{where}: has no field {id_field!r}, only {", ".join(row)}; say with --id_field which'
+          ' holds the id'
         )
       pairs.append((where, row[id_field], row.get(text_field)))
     if pairs and all(text is None for _, _, text in pairs):
-      raise InputError(f'{path}: no line has a {text_field!r}; say which field holds the text')
+      raise InputError(
+        f'{path}: no line has a {text_field!r}; say with --text_field where the text is'
+      )
   else:
     try:
       found = json.loads(raw_files.read_bytes(path), object_pairs_hook=list)

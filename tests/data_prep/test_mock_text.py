@@ -135,7 +135,10 @@ def test_any_facts_make_a_text(language):
     assert all(texts([prompt], seed) for seed in range(20))
     (text,) = texts([prompt])
     assert not re.search(r'[{}\[\]]|  |None', text)
-  for history in ([{'title': 'Solo', 'genres': []}], [{'title': '', 'genres': ['Drama']}]):
+  solo = {'title': 'Solo', 'genres': [], 'rating': 1.0}
+  untitled = {'title': '', 'genres': ['Drama'], 'rating': 1.0}
+  for history in ([solo], [untitled], [untitled, solo], [untitled] * 30):
     for seed in range(20):
-      (text,) = texts([user_prompt(history, language)], seed)
+      scale = {'worst': 1.0, 'best': 5.0} if seed % 2 else {}
+      (text,) = texts([user_prompt(history, language, **scale)], seed)
       assert not re.search(r'[{}\[\]]|  |None', text)

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import unicodedata
@@ -283,6 +284,12 @@ def test_an_answer_is_read_from_json_or_plain_text(raw):
 def test_what_is_no_text_is_not_passed_off_as_one(raw, reason):
   with pytest.raises(ValueError, match=reason):
     prompts.parse_answer(raw)
+
+
+def test_an_answer_keeps_its_own_quotes():
+  text = '"Heat" is what its name says: "heat"'
+  for raw in (text, f'```\n{text}\n```', json.dumps({'text': text})):
+    assert prompts.parse_answer(raw) == text
 
 
 @pytest.mark.parametrize(
