@@ -12,7 +12,6 @@ started again, whatever stopped it, asks only for what is missing. See docs/llm_
 
 import asyncio
 import collections
-import contextlib
 import json
 import signal
 import sys
@@ -432,8 +431,7 @@ def main(argv: list[str]) -> None:
       _RETRY_FAILED.value,
     )
     store = _STORE.value or str(Path(data_dir).absolute()).rstrip('/') + '.answers'
-    with contextlib.suppress(ValueError):  # Not in a main thread: then nobody sends signals.
-      signal.signal(signal.SIGTERM, _stop_on_sigterm)
+    signal.signal(signal.SIGTERM, _stop_on_sigterm)
     generate(job, store, make_price(settings))
 
 
