@@ -385,20 +385,13 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
     if reasons:
       rows.append((f'- {what}', ', '.join(f'{reason} {n:,}' for reason, n in reasons.items())))
   rows += [('note', note) for note in metadata.get('notes', [])]
-  config = metadata['source'].removeprefix('multimodal_')
-  if not (Path(__file__).parents[1] / 'configs' / f'{config}.py').exists():
-    config = 'default'
   for name, record in metadata['splits'].items():
     rows.append(('split', f'{splits.describe(name, record)} {record["hash"]}'))
     shown = {what: record[field] for field, what in _SPLIT_COUNTS.items() if record[field]}
     rows.append(('-', ', '.join(f'{n:,} {what}' for what, n in shown.items())))
   rows += [
     ('licence', metadata['licence']),
-    (
-      'next',
-      f'python -m ur4rec_jax.main --config=configs/{config}.py'
-      f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}',
-    ),
+    ('next', sources.training_command(metadata, data_dir)),
   ]
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 

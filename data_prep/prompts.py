@@ -27,6 +27,7 @@ MAX_DESCRIPTION = 2000
 MAX_HISTORY = 6000
 MAX_GENRES = 8
 MAX_ANSWER = 4000
+HAS_DESCRIPTION = 'has a description of its own'  # Why an item has no prompt.
 SCHEMA = {
   'type': 'object',
   'properties': {'text': {'type': 'string'}},
@@ -136,7 +137,7 @@ def item_prompts(
       continue
     nothing_known = False
     if description and not regenerate:
-      skipped['has a description of its own'] += 1
+      skipped[HAS_DESCRIPTION] += 1
       continue
     text = _fill(template.text, {**facts, 'genres': ', '.join(facts['genres'])})
     yield Prompt('item', item['original_id'], template.version, template.system, text, facts)

@@ -161,3 +161,14 @@ SOURCES = {
     parameters={'num_users': 2000, 'num_items': 800, 'seed': 0},
   ),
 }
+
+
+def training_command(metadata: Mapping[str, Any], data_dir: str | Path) -> str:
+  """The command that trains on a prepared folder, with the config of its source if there is one."""
+  config = metadata['source'].removeprefix('multimodal_')
+  if not (Path(__file__).parents[1] / 'configs' / f'{config}.py').exists():
+    config = 'default'
+  return (
+    f'python -m ur4rec_jax.main --config=configs/{config}.py'
+    f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}'
+  )

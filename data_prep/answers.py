@@ -1,0 +1,236 @@
+"""The store of paid answers: append-only JSON lines that survive being killed at any byte.
+
+A store is a folder beside the prepared one, so that building the data anew never touches it:
+
+  answers.jsonl   one line an answer
+  failed.jsonl    one line a failed request, with the reason; never taken for an answer
+  batches/        batches that a provider works on, see llm_batch.py
+  lock            held by the one process that writes
+"""
+
+import collections
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep import staging
+from ur4rec_jax.errors import InputError, StorageError
+
+ANSWERS = 'answers.jsonl'
+FAILED = 'failed.jsonl'
+_LOCK = 'lock'
+_SYNC_SECONDS = 1.0  # One wait for the disk serves all answers of this time.
+
+
+class Failures(NamedTuple):
+  """What is known of a request without an answer.
+
+  Attributes:
+    attempts: how often it failed.
+    reason: of the last time.
+    is_final: whether asking again is left to the user, as it costs and would likely fail again.
+  """
+
+  attempts: int
+  reason: str
+  is_final: bool
+
+
+def make_key(provider: str, model: str, parameters: Mapping[str, Any], prompt: Any) -> str:
+  """Returns the name of a request, equal if and only if everything that shapes the answer is.
+
+  Args:
+    provider: e.g. `openai`.
+    model: as the provider calls it.
+    parameters: of the request, beside the prompt.
+    prompt: a `prompts.Prompt`; its id is no part of the key.
+  """
+  request = [provider, model, parameters, prompt.version, prompt.system, prompt.text]
+  return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+class Store:
+  """Answers and failures by key; only where they lie is kept in memory.
+
+  Attributes:
+    unreadable: number of lines that are no records: torn by a kill, or damaged.
+    cost: dollars that all requests of the store have cost so far, as far as that is known.
+    versions: number of answers by (provider, model, prompt version).
+  """
+
+  def __init__(self, folder: str | Path, read_only: bool = False):
+    """Opens or makes a store.
+
+    Args:
+      folder: of the store.
+      read_only: changes nothing, and also reads a store that another process writes.
+
+    Raises:
+      InputError: another process writes to the store, or it is not writable.
+    """
+    self.folder = Path(folder)
+    self.unreadable = 0
+    self.cost = 0.0
+    self.versions: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    self._offsets: dict[bytes, int] = {}
+    self._failures: dict[bytes, Failures] = {}
+    self._files: dict[str, int] = {}
+    self._is_dirty = False
+    self._synced = time.monotonic()
+    if not read_only:
+      self._open()
+    for offset, record in self._records(ANSWERS):
+      self._count_answer(record, offset)
+    for _, record in self._records(FAILED):
+      self._count_failure(record)
+
+  def __contains__(self, key: str) -> bool:
+    return _digest(key) in self._offsets
+
+  def __len__(self) -> int:
+    return len(self._offsets)
+
+  def offset(self, key: str) -> int | None:
+    """Returns where an answer lies, for `read`; None if there is none."""
+    return self._offsets.get(_digest(key))
+
+  def read(self, offset: int) -> dict[str, Any]:
+    """Returns the record of an answer."""
+    with (self.folder / ANSWERS).open('rb') as file:
+      file.seek(offset)
+      return json.loads(file.readline())
+
+  def failure(self, key: str) -> Failures | None:
+    """Returns what is known of a request that failed and has no answer."""
+    return None if key in self else self._failures.get(_digest(key))
+
+  def add(self, record: Mapping[str, Any]) -> None:
+    """Writes an answer; StorageError if that is impossible."""
+    if record['key'] not in self:
+      self._count_answer(record, self._append(ANSWERS, record))
+
+  def add_failure(self, record: Mapping[str, Any]) -> None:
+    """Writes down that a request failed: `key`, `reason`, `is_final`; else as `add`."""
+    self._append(FAILED, record)
+    self._count_failure(record)
+
+  def sync(self) -> None:
+    """Forces what was written to the disk: a kill needs no such care, a power cut does.
+
+    Writing does so by itself about once a second.
+    """
+    if self._is_dirty:
+      self._is_dirty = False
+      self._synced = time.monotonic()
+      for descriptor in self._files.values():
+        os.fsync(descriptor)
+
+  def close(self) -> None:
+    """Syncs, and lets other processes write."""
+    self.sync()
+    for descriptor in self._files.values():
+      os.close(descriptor)
+    if self._files:
+      os.close(self._lock)
+
+  def _open(self) -> None:
+    try:
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+      try:
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        os.close(self._lock)
+        raise InputError(
+          f'{self.folder}: another process is writing to this store; wait for it, stop it, or give'
+          ' another --store'
+        ) from error
+      flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+      self._files = {name: os.open(self.folder / name, flags, 0o644) for name in (ANSWERS, FAILED)}
+      for descriptor in self._files.values():
+        size = os.fstat(descriptor).st_size
+        # The line that a kill has torn ends here, lest the next record becomes a part of it.
+        if size and os.pread(descriptor, 1, size - 1) != b'\n':
+          _write(descriptor, b'\n')
+    except OSError as error:
+      raise InputError(
+        f'{self.folder}: the store cannot be written ({error.strerror or error}); make it writable'
+        ' or give another --store'
+      ) from error
+
+  def _records(self, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    path = self.folder / name
+    if not path.exists():
+      return
+    offset = 0
+    with path.open('rb') as file:
+      for line in file:
+        try:
+          record = json.loads(line)
+          _digest(record['key'])
+          yield offset, record
+        except (ValueError, TypeError, LookupError):
+          self.unreadable += bool(line.strip())
+        offset += len(line)
+
+  def _append(self, name: str, record: Mapping[str, Any]) -> int:
+    # A lone surrogate in a text has no UTF-8 form.
+    line = (json.dumps(record, ensure_ascii=False) + '\n').encode('utf-8', 'replace')
+    descriptor = self._files[name]
+    offset = os.fstat(descriptor).st_size
+    try:
+      _write(descriptor, line)
+    except OSError as error:
+      way_out = 'free some space' if error.errno in staging.DISK_FULL else 'look to the disk'
+      raise StorageError(
+        f'{self.folder / name}: an answer cannot be written ({error.strerror}); {way_out} and start'
+        ' the same command again: all earlier answers are safe'
+      ) from error
+    self._is_dirty = True
+    if time.monotonic() - self._synced > _SYNC_SECONDS:
+      self.sync()
+    return offset
+
+  def _count_answer(self, record: Mapping[str, Any], offset: int) -> None:
+    self._offsets[_digest(record['key'])] = offset
+    self.versions[record.get('provider'), record.get('model'), record.get('prompt')] += 1
+    self.cost += record.get('cost') or 0.0
+
+  def _count_failure(self, record: Mapping[str, Any]) -> None:
+    digest = _digest(record['key'])
+    earlier = self._failures.get(digest)
+    self._failures[digest] = Failures(
+      1 + (earlier.attempts if earlier else 0),
+      str(record.get('reason')),
+      bool(record.get('is_final')),
+    )
+    self.cost += record.get('cost') or 0.0
+
+
+def write_durably(path: Path, content: str) -> None:
+  """Replaces a small file so that a kill or a power cut leaves the old one or the new one."""
+  temporary = path.with_name(path.name + '.tmp')
+  with temporary.open('w', encoding='utf-8') as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+  folder = os.open(path.parent, os.O_RDONLY)
+  os.fsync(folder)
+  os.close(folder)
+
+
+def _digest(key: str) -> bytes:
+  # Half of the key tells requests apart as well, and 100,000 of them take half the memory.
+  return bytes.fromhex(key)[:16]
+
+
+def _write(descriptor: int, content: bytes) -> None:
+  # One call, unless the disk fills up in its middle.
+  while content:
+    content = content[os.write(descriptor, content) :]
