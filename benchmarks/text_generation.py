@@ -23,8 +23,9 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from data_prep import answers, build_dataset, llm_anthropic, llm_openai, prompts
-from tests.data_prep import llm_server
+from data_prep import build_dataset
+from data_prep.llm_text import answers, llm_anthropic, llm_openai, prompts
+from tests.data_prep.llm_text import llm_server
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROVIDERS = {'openai': llm_openai, 'anthropic': llm_anthropic}

@@ -21,18 +21,9 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from data_prep import (
-  archives,
-  builders,
-  download,
-  interactions,
-  pictures,
-  prepare,
-  raw_files,
-  sources,
-  staging,
-)
-from data_prep import items as item_tables
+from data_prep import pictures, prepare, sources, staging, tfds_writer
+from data_prep.sources import archives, download, interactions, raw_files
+from data_prep.sources import items as item_tables
 from ur4rec_jax import splits
 from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, load_dataset
 from ur4rec_jax.errors import InputError, exit_on_reported_error
@@ -184,7 +175,7 @@ def build_from_table(
     with staging.new_folder(data_dir) as folder:
       origin = sources.SOURCES['interactions'].origin
       size = options.image_size
-      return builders.write(folder, prepared, origin, 'interactions', wanted, size)
+      return tfds_writer.write(folder, prepared, origin, 'interactions', wanted, size)
 
 
 def _build(
@@ -226,7 +217,7 @@ def _build(
     del raw  # memory for the writers
     with staging.new_folder(data_dir) as folder:
       extra = {**wanted, 'notes': list(data.notes)}
-      metadata = builders.write(folder, data, spec.origin, source, extra, options.image_size)
+      metadata = tfds_writer.write(folder, data, spec.origin, source, extra, options.image_size)
   return metadata, True
 
 

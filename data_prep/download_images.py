@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_prep import items as item_tables
-from data_prep import pictures, staging, tables
+from data_prep import pictures, staging
+from data_prep.sources import items as item_tables
+from data_prep.sources import tables
 from ur4rec_jax.dataset import read_info, read_items
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 

@@ -25,7 +25,8 @@ from typing import Any
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from data_prep import (
+from data_prep import sources
+from data_prep.llm_text import (
   answers,
   costs,
   llm_anthropic,
@@ -35,7 +36,6 @@ from data_prep import (
   llm_openai,
   mock_text,
   prompts,
-  sources,
   text_job,
   texts,
 )
@@ -179,7 +179,7 @@ def plan_rows(
   else:
     cost = (
       f'about ${price.cost(plan.tokens):.4f}, at ${price.input:g} in and ${price.output:g} out per'
-      ' million tokens (check them: data_prep/prices.json)'
+      ' million tokens (check them: data_prep/llm_text/prices.json)'
     )
   return [*rows, ('cost', cost), ('spent', f'${store.cost:.4f} in {store.folder} so far')]
 
@@ -357,7 +357,7 @@ def make_price(settings: llm_calls.Settings) -> costs.Price | None:
     raise InputError(
       f'--max_cost: the price of {settings.model} is unknown; give --input_price and'
       ' --output_price in dollars per million tokens (0 for a server of your own), or add it to'
-      ' data_prep/prices.json'
+      ' data_prep/llm_text/prices.json'
     )
   return price
 

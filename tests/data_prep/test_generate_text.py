@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 
 from benchmarks import text_generation
-from data_prep import answers, build_dataset, llm_batch
-from tests.data_prep import llm_server
-from tests.data_prep.fork_server import Program
+from data_prep import build_dataset
+from data_prep.llm_text import answers, llm_batch
+from tests.data_prep.llm_text import llm_server
+from tests.data_prep.llm_text.fork_server import Program
 from ur4rec_jax import dataset
 
 # The last two items are held out of the texts about users.

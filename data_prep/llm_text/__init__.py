@@ -1,0 +1,1 @@
+"""Texts that an LLM writes about items and users: prompts, asking, storing, writing."""

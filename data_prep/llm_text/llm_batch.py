@@ -1,0 +1,342 @@
+"""Batches: submitted, remembered before anything else, collected by this or any later process.
+
+A batch is known from before it is submitted until its answers are in the store, by three files in
+STORE/batches: TAG.requests.jsonl is what the provider gets, TAG.keys.jsonl says whose requests
+these are, TAG.json is the state. A state without ids was cut short while it was submitted: the
+provider is asked whether it has the batch.
+"""
+
+import asyncio
+import json
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from data_prep.llm_text import answers, costs, llm_calls, prompts
+from data_prep.llm_text.llm_calls import Answer, RefusedField, Rejected, Settings, Unanswered
+from data_prep.llm_text.llm_online import ATTEMPTS, BudgetReached
+from ur4rec_jax.errors import InputError, ReportedError
+
+FOLDER = 'batches'
+# The budget is not worn down with ever smaller batches, each of which may take a day.
+_FEWEST_FOR_BUDGET = 10
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
+
+
+def read_states(store: Path) -> list[dict[str, Any]]:
+  """Returns the states of all batches under way, oldest first."""
+  return [json.loads(path.read_text()) for path in sorted((store / FOLDER).glob('*.json'))]
+
+
+def is_of(state: dict[str, Any], settings: Settings) -> bool:
+  """Whether a run with these settings collects the batch."""
+  return all(state[name] == getattr(settings, name) for name in ('backend', 'model', 'parameters'))
+
+
+def keys_under_way(store: Path) -> set[str]:
+  """Returns the keys of all requests that are in a batch."""
+  tags = [state['tag'] for state in read_states(store)]
+  return {key for tag in tags for key in _read_keys(store / FOLDER / f'{tag}.keys.jsonl')}
+
+
+class Batches:
+  """Submits, polls and collects.
+
+  Attributes:
+    budget: see `costs.Budget`; what batches under way may cost is promised.
+    num_under_way: batches that the provider works on.
+    num_done: requests that it has finished in them.
+  """
+
+  def __init__(
+    self,
+    store: Path,
+    provider: ModuleType,
+    settings: Settings,
+    price: costs.Price | None,
+    budget: costs.Budget,
+    max_requests: int | None = None,
+  ):
+    self.budget = budget
+    self.num_under_way = self.num_done = 0
+    self._store, self._folder = store, store / FOLDER
+    self._provider = provider
+    self._settings = settings
+    self._price = price or costs.Price(0.0, 0.0)
+    self._max_requests = min(max_requests or provider.BATCH_REQUESTS, provider.BATCH_REQUESTS)
+
+  async def answer_all(
+    self,
+    make_work: Callable[[], Iterator[tuple[str, prompts.Prompt]]],
+    poll_seconds: float,
+    wait: bool,
+    on_answer: Callable[[str, prompts.Prompt, Answer], None],
+    on_failure: Callable[[str, prompts.Prompt, Rejected | Unanswered], None],
+    on_poll: Callable[[], None],
+  ) -> None:
+    """Asks for every prompt, again for those that come back without an answer.
+
+    Args:
+      make_work: gives the prompts that have no answer and are in no batch.
+      poll_seconds: between two looks at the batches.
+      wait: whether to stay until the batches have ended.
+      on_answer, on_failure: take key, prompt (without its texts) and result.
+      on_poll: called after each look.
+
+    Raises:
+      BudgetReached: no further request fits, and none is under way.
+      InputError, ReportedError: the provider cannot be asked, or does not take the requests.
+    """
+    self._on_answer, self._on_failure = on_answer, on_failure
+    self._folder.mkdir(exist_ok=True)
+    self._client = llm_calls.connect(self._provider, self._settings)
+    try:
+      self._clean_up()
+      states = [s for s in read_states(self._store) if is_of(s, self._settings)]
+      for state in states:
+        self.budget.promise(state['promised'], state['requests'])
+        if not state['ids']:
+          await self._submit(state, may_exist=True)
+      while True:
+        self._is_full = False
+        states += await self._submit_all(make_work())
+        if not states:
+          if self._is_full:
+            raise BudgetReached
+          return
+        num_answers = await self._collect_all(states, poll_seconds, wait, on_poll)
+        if states or not num_answers:  # Not waited for; or asking again would bring nothing.
+          return
+    finally:
+      await self._client.close()
+
+  async def _submit_all(self, work: Iterator[tuple[str, prompts.Prompt]]) -> list[dict[str, Any]]:
+    states = []
+    work = self._lines(work)
+    while state := self._write_requests(work):
+      await self._submit(state, may_exist=False)
+      states.append(state)
+    return states
+
+  def _lines(
+    self, work: Iterator[tuple[str, prompts.Prompt]]
+  ) -> Iterator[tuple[str, prompts.Prompt, float]]:
+    """The requests, as lines of a batch, that the budget allows, and what each may cost."""
+    limit = self._settings.parameters[self._provider.MAX_OUTPUT]
+    for key, prompt in work:
+      body = self._provider.body(prompt, self._settings)
+      most = self._price.cost(costs.most_tokens(body, limit))
+      if not self.budget.fits(most):
+        self._is_full = True
+        return
+      self.budget.promise(most)
+      line = json.dumps(self._provider.batch_line(key, body), ensure_ascii=False)
+      entry = {'key': key, 'kind': prompt.kind, 'id': prompt.id, 'prompt': prompt.version}
+      entry['estimate'] = costs.estimate(prompt)
+      yield line + '\n', json.dumps(entry, ensure_ascii=False) + '\n', most
+
+  def _write_requests(self, work: Iterator) -> dict[str, Any] | None:
+    """Writes the next batch's files; None when there is nothing more to ask."""
+    tag = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime())}-{secrets.token_hex(4)}'
+    size = num_requests = 0
+    promised = 0.0
+    files = [self._path(tag, name).open('w', encoding='utf-8') for name in ('requests', 'keys')]
+    with files[0] as requests, files[1] as keys:
+      while num_requests < self._max_requests:
+        line, entry, most = self._left_over or next(work, (None, None, 0.0))
+        self._left_over = None
+        if line is None:
+          break
+        size += len(line.encode())
+        if size > self._provider.BATCH_BYTES and num_requests:
+          self._left_over = line, entry, most
+          break
+        requests.write(line)
+        keys.write(entry)
+        promised += most
+        num_requests += 1
+      for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    if num_requests < (_FEWEST_FOR_BUDGET if self._is_full else 1):
+      self.budget.release(promised, num_requests)
+      self._forget(tag)
+      return None
+    state = {
+      'tag': tag,
+      'backend': self._settings.backend,
+      'model': self._settings.model,
+      'parameters': self._settings.parameters,
+      'requests': num_requests,
+      'promised': promised,
+      'time': time.time(),
+      'ids': [],
+    }
+    self._write_state(state)
+    return state
+
+  _left_over: tuple[str, str, float] | None = None
+
+  async def _submit(self, state: dict[str, Any], may_exist: bool) -> None:
+    """Submits once: whenever that may have happened unnoticed, the provider is asked first."""
+    tag = state['tag']
+    requests = self._path(tag, 'requests')
+    search = lambda: self._provider.find_batches(
+      self._client, tag, state['time'], state['requests']
+    )
+    known = {batch_id for other in read_states(self._store) for batch_id in other['ids']}
+    for attempt in range(1, ATTEMPTS + 1):
+      if may_exist:
+        state['ids'] = [i for i in await self._call(search) if i not in known]
+      try:
+        if not state['ids']:
+          state['ids'] = [await self._provider.create_batch(self._client, requests, tag)]
+        break
+      except Exception as error:
+        reason = llm_calls.judge(error, self._provider, self._settings)
+        if isinstance(reason, Unanswered) and attempt < ATTEMPTS:
+          may_exist = True
+          await _back_off(reason, attempt)
+          continue
+        if not may_exist:  # Nothing was made, for certain.
+          self._forget(tag)
+        if isinstance(reason, (Rejected, RefusedField)):
+          raise InputError(f'the provider does not take the batch: {reason}') from None
+        raise _as_reported(reason) from None
+    self._write_state(state)
+    requests.unlink(missing_ok=True)
+
+  async def _collect_all(
+    self,
+    states: list[dict[str, Any]],
+    poll_seconds: float,
+    wait: bool,
+    on_poll: Callable[[], None],
+  ) -> int:
+    """Takes the batches that have ended out of `states`; returns the number of answers."""
+    num_answers = 0
+    errors = []
+    while states:
+      self.num_under_way, self.num_done = len(states), 0
+      for state in list(states):
+        batches = {i: await self._poll(i, state) for i in state['ids']}
+        if all(batch.is_ended for batch in batches.values()):
+          num_answers += await self._call(lambda s=state, b=batches: self._collect(s, b))
+          errors += [batch.error for batch in batches.values() if batch.error]
+          self.budget.release(state['promised'], state['requests'])
+          self._forget(state['tag'])
+          states.remove(state)
+          self.num_under_way -= 1
+        else:
+          self.num_done += max(batch.num_done for batch in batches.values())
+      on_poll()
+      if not wait:
+        break
+      if states:
+        await asyncio.sleep(poll_seconds)
+    if errors:
+      raise InputError(f'the provider did not take a batch, which costs nothing: {errors[0]}')
+    return num_answers
+
+  async def _poll(self, batch_id: str, state: dict[str, Any]) -> llm_calls.Batch:
+    try:
+      return await self._call(lambda: self._provider.poll_batch(self._client, batch_id))
+    except InputError as error:
+      raise InputError(
+        f'batch {batch_id}: {error}; it was submitted with this store: use the key of the account'
+        f' that did, or give its answers up by deleting {self._path(state["tag"], "state")}'
+      ) from None
+
+  async def _collect(self, state: dict[str, Any], batches: dict[str, llm_calls.Batch]) -> int:
+    """Reads what came of a batch, in whatever order; can be done again."""
+    entries = _read_keys(self._path(state['tag'], 'keys'))
+    num_answers = 0
+    for batch_id, batch in batches.items():
+      async for result in self._provider.batch_results(self._client, batch, batch_id):
+        entry = entries.pop(result['key'], None)
+        if entry is None:  # Of another batch, where the right one had to be guessed.
+          continue
+        prompt = prompts.Prompt(entry['kind'], entry['id'], entry['prompt'], '', '', {})
+        try:
+          answer = self._read(result, tuple(entry['estimate']))
+        except (Rejected, Unanswered) as failure:
+          self._on_failure(result['key'], prompt, failure)
+        else:
+          self._on_answer(result['key'], prompt, answer)
+          num_answers += 1
+    for key, entry in entries.items():
+      prompt = prompts.Prompt(entry['kind'], entry['id'], entry['prompt'], '', '', {})
+      self._on_failure(key, prompt, Unanswered('the batch came back without it'))
+    return num_answers
+
+  def _read(self, result: dict[str, Any], estimate: tuple[int, int]) -> Answer:
+    if 'error' in result:
+      message = llm_calls.redact(str(result['error']), self._provider)
+      status = result['status'] or 500
+      if status in (400, 422) and llm_calls.refuse(message, self._provider, self._settings):
+        raise Unanswered(message)
+      if 400 <= status < 500 and status not in llm_calls.RETRIED:
+        raise Rejected(f'the server answers {status}: {message[:200]}')
+      raise Unanswered(message[:200])
+    try:
+      answer = llm_calls.read(self._provider, result['reply'], estimate)
+    except Rejected as error:
+      self.budget.spent += self._price.cost(error.tokens)
+      raise
+    self.budget.spent += self._price.cost(answer.tokens)
+    return answer
+
+  async def _call(self, request: Callable[[], Any]) -> Any:
+    """A request that may be repeated."""
+    for attempt in range(1, ATTEMPTS + 1):
+      try:
+        return await request()
+      except Exception as error:
+        reason = llm_calls.judge(error, self._provider, self._settings)
+        if not isinstance(reason, Unanswered) or attempt == ATTEMPTS:
+          raise _as_reported(reason) from None
+        await _back_off(reason, attempt)
+
+  def _clean_up(self) -> None:
+    """Removes what was written before there was a state."""
+    tags = {state['tag'] for state in read_states(self._store)}
+    for path in self._folder.iterdir():
+      if path.name.split('.')[0] not in tags:
+        path.unlink()
+
+  def _write_state(self, state: dict[str, Any]) -> None:
+    answers.write_durably(self._path(state['tag'], 'state'), json.dumps(state, indent=1) + '\n')
+
+  def _path(self, tag: str, name: str) -> Path:
+    return self._folder / (f'{tag}.json' if name == 'state' else f'{tag}.{name}.jsonl')
+
+  def _forget(self, tag: str) -> None:
+    for name in ('state', 'keys', 'requests'):
+      self._path(tag, name).unlink(missing_ok=True)
+
+
+def _read_keys(path: Path) -> dict[str, dict[str, Any]]:
+  if not path.exists():
+    return {}
+  with path.open(encoding='utf-8') as file:
+    entries = map(json.loads, file)
+    return {entry['key']: entry for entry in entries}
+
+
+async def _back_off(reason: Unanswered, attempt: int) -> None:
+  backoff = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
+  await asyncio.sleep(backoff if reason.wait is None else reason.wait)
+
+
+def _as_reported(reason: Exception) -> Exception:
+  if isinstance(reason, (Unanswered, Rejected, RefusedField)):
+    return ReportedError(
+      f'the provider does not answer ({reason}); nothing is lost: start the same command'
+      ' again later'
+    )
+  return reason

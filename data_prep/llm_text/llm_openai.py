@@ -1,0 +1,138 @@
+"""Chat Completions and the Batch API of OpenAI, and servers that speak the former (vLLM, Ollama).
+
+The same functions as in llm_anthropic.py; nothing else knows what a provider's messages look like.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from data_prep.llm_text import prompts
+from data_prep.llm_text.llm_calls import Batch, Rejected, Settings
+
+NAME = 'openai'
+KEY = 'OPENAI_API_KEY'
+DEFAULT_MODEL = 'gpt-6-luna'
+# A short text needs no reasoning, whose tokens are paid like the answer's.
+PARAMETERS = {'max_completion_tokens': 1000, 'reasoning_effort': 'none'}
+MAX_OUTPUT = 'max_completion_tokens'
+# What some servers and models refuse, and the words by which they say so.
+OPTIONAL = {
+  'response_format': ('response_format', 'json_schema', 'structured output'),
+  'reasoning_effort': ('reasoning',),
+  'max_completion_tokens': ('max_completion_tokens',),
+}
+BATCH_REQUESTS, BATCH_BYTES = 50_000, 200_000_000
+_ENDPOINT = '/v1/chat/completions'
+_TAG = 'generate_text'
+_UNDER_WAY = ('validating', 'in_progress', 'finalizing', 'cancelling')
+
+
+def client(key: str, base_url: str | None, timeout: float) -> Any:
+  """Returns the SDK's client, which leaves retries to us."""
+  import openai
+
+  return openai.AsyncOpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
+
+
+def body(prompt: prompts.Prompt, settings: Settings) -> dict[str, Any]:
+  """Returns a request, without what the server has refused before."""
+  schema = {'name': 'text', 'strict': True, 'schema': prompts.SCHEMA}
+  fields = {
+    'model': settings.model,
+    'messages': [
+      {'role': 'system', 'content': prompt.system},
+      {'role': 'user', 'content': prompt.text},
+    ],
+    'response_format': {'type': 'json_schema', 'json_schema': schema},
+    **settings.parameters,
+  }
+  if MAX_OUTPUT in settings.refused:  # Servers of the older form.
+    fields['max_tokens'] = fields[MAX_OUTPUT]
+  return {name: value for name, value in fields.items() if name not in settings.refused}
+
+
+async def send(client: Any, body: dict[str, Any]) -> str:
+  """Sends a request and returns the body of the reply."""
+  named = {'model': body['model'], 'messages': body['messages']}
+  others = {name: value for name, value in body.items() if name not in named}
+  reply = await client.chat.completions.with_raw_response.create(**named, extra_body=others)
+  return reply.text
+
+
+def content(reply: dict[str, Any]) -> str:
+  """Returns what the model wrote; Rejected if that is no whole answer."""
+  choice = reply['choices'][0]
+  if choice['message'].get('refusal'):
+    raise Rejected('refused')
+  if choice.get('finish_reason') == 'content_filter':
+    raise Rejected('filtered by the provider')
+  if choice.get('finish_reason') == 'length':
+    raise Rejected('cut off at the limit of output tokens')
+  return choice['message'].get('content') or ''
+
+
+def tokens(reply: dict[str, Any]) -> tuple[int, int]:
+  """Returns the tokens that are paid: input, output."""
+  return int(reply['usage']['prompt_tokens']), int(reply['usage']['completion_tokens'])
+
+
+def batch_line(key: str, body: dict[str, Any]) -> dict[str, Any]:
+  """Returns the line of a request in a batch."""
+  return {'custom_id': key, 'method': 'POST', 'url': _ENDPOINT, 'body': body}
+
+
+async def create_batch(client: Any, requests: Path, tag: str) -> str:
+  """Uploads the requests, starts a batch and returns its id."""
+  file = await client.files.create(file=requests, purpose='batch')
+  batch = await client.batches.create(
+    input_file_id=file.id,
+    endpoint=_ENDPOINT,
+    completion_window='24h',
+    metadata={_TAG: tag},
+  )
+  return batch.id
+
+
+async def find_batches(client: Any, tag: str, since: float, num_requests: int) -> list[str]:
+  """Returns the batch that carries the tag, if the provider has it."""
+  del num_requests
+  found = []
+  async for batch in client.batches.list(limit=100):
+    if (batch.metadata or {}).get(_TAG) == tag:
+      found.append(batch.id)
+    if batch.created_at < since - 3600:  # Newest first.
+      break
+  return found
+
+
+async def poll_batch(client: Any, batch_id: str) -> Batch:
+  """Asks how far a batch is."""
+  batch = await client.batches.retrieve(batch_id)
+  counts = batch.request_counts
+  errors = (batch.errors.data if batch.errors else None) or []
+  return Batch(
+    is_ended=batch.status not in _UNDER_WAY,
+    num_done=counts.completed + counts.failed if counts else 0,
+    error='; '.join(str(error.message) for error in errors) if batch.status == 'failed' else '',
+    files=tuple(file for file in (batch.output_file_id, batch.error_file_id) if file),
+  )
+
+
+async def batch_results(client: Any, batch: Batch, batch_id: str) -> AsyncIterator[dict[str, Any]]:
+  """Yields `key` with `reply`, or with `error` and the `status`, of all requests that ended."""
+  del batch_id
+  for file in batch.files:
+    async with client.files.with_streaming_response.content(file) as content:
+      async for text in content.iter_lines():
+        if text.strip():
+          line = json.loads(text)
+          response = line.get('response') or {}
+          status = response.get('status_code')
+          if line.get('error') or status != 200:
+            error = line.get('error') or (response.get('body') or {}).get('error') or {}
+            reason = error.get('message') or error.get('code') or 'failed in the batch'
+            yield {'key': line['custom_id'], 'error': reason, 'status': status}
+          else:
+            yield {'key': line['custom_id'], 'reply': response['body']}

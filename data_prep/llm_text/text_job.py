@@ -1,0 +1,202 @@
+"""What there is to ask, what is already answered, and how answers get into the store."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.llm_text import answers, costs, llm_calls, prompts
+from ur4rec_jax import splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What is to be written.
+
+  Attributes:
+    data_dir: prepared folder.
+    kinds: `item`, `user`.
+    settings: backend, model and parameters; of the mock writer too.
+    language, split_name, max_history, regenerate: of the prompts.
+    retry_failed: whether failures that were final are tried again.
+  """
+
+  data_dir: str
+  kinds: tuple[str, ...]
+  settings: llm_calls.Settings
+  language: str = 'en'
+  split_name: str = splits.LEAVE_ONE_OUT
+  max_history: int = 30
+  regenerate: bool = False
+  retry_failed: bool = False
+
+  def questions(
+    self, kind: str, skipped: collections.Counter | None = None
+  ) -> Iterator[tuple[str, prompts.Prompt]]:
+    """Yields key and prompt of each item or user to be written about."""
+    if kind == 'item':
+      found = prompts.item_prompts(
+        self.data_dir, language=self.language, regenerate=self.regenerate, skipped=skipped
+      )
+    else:
+      found = prompts.user_prompts(
+        self.data_dir,
+        language=self.language,
+        split_name=self.split_name,
+        max_history=self.max_history,
+        skipped=skipped,
+      )
+    settings = self.settings
+    for prompt in found:
+      yield (
+        answers.make_key(settings.backend, settings.model, settings.parameters, prompt),
+        prompt,
+      )
+
+  def work(
+    self,
+    store: answers.Store,
+    under_way: set[str],
+    found: collections.Counter | None = None,
+    skipped: collections.Counter | None = None,
+  ) -> Iterator[tuple[str, prompts.Prompt]]:
+    """Yields what has to be asked, each request once; counts in `found` what has not."""
+    found = collections.Counter() if found is None else found
+    yielded = set()
+    for kind in self.kinds:
+      for key, prompt in self.questions(kind, skipped):
+        failure = store.failure(key)
+        if key in store:
+          found['stored'] += 1
+        elif key in under_way:
+          found['in a batch'] += 1
+        elif failure and failure.is_final and not self.retry_failed:
+          found['failed before'] += 1
+        elif bytes.fromhex(key) in yielded:
+          found['same as another'] += 1
+        else:
+          yielded.add(bytes.fromhex(key))
+          yield key, prompt
+
+
+@dataclasses.dataclass
+class Plan:
+  """What there is to do: numbers of requests, and tokens and dollars, roughly."""
+
+  requests: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  found: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  tokens: tuple[int, int] = (0, 0)
+  versions: set[str] = dataclasses.field(default_factory=set)
+
+
+def make_plan(job: Job, store: answers.Store, under_way: set[str]) -> Plan:
+  """Goes through all prompts without asking anything."""
+  plan = Plan()
+  for _, prompt in job.work(store, under_way, plan.found, plan.skipped):
+    estimate = costs.estimate(prompt)
+    plan.tokens = plan.tokens[0] + estimate[0], plan.tokens[1] + estimate[1]
+    plan.requests[prompt.kind] += 1
+    plan.versions.add(prompt.version)
+  return plan
+
+
+def notes(job: Job, store: answers.Store, plan: Plan) -> list[str]:
+  """What the user should know before paying."""
+  lines = []
+  for (provider, model, version), count in sorted(store.versions.items(), key=str):
+    is_same = (provider, model) == (job.settings.backend, job.settings.model)
+    for wanted in plan.versions - {version}:
+      # item-en-1f2e3d4c: kind, language, and a hash that changes with the template.
+      if is_same and str(version).rpartition('-')[0] == wanted.rpartition('-')[0]:
+        lines.append(
+          f'{store.folder} holds {count:,} answers to another version of the prompt ({version});'
+          f' they stay there, but are not used: this run asks anew with {wanted}'
+        )
+  if store.unreadable:
+    lines.append(
+      f'{store.folder}: {store.unreadable} lines are torn or damaged, and count as not there'
+    )
+  return lines
+
+
+class Recorder:
+  """Puts results into the store, and into the progress bar."""
+
+  def __init__(self, job: Job, store: answers.Store, price: costs.Price | None, bar: tqdm):
+    self.failures: dict[str, Exception] = {}  # By key, of what has not been answered since.
+    self.answered = 0
+    self.tokens = [0, 0]
+    self.cost = 0.0
+    self._job, self._store, self._price, self._bar = job, store, price, bar
+
+  def answer(self, key: str, prompt: prompts.Prompt, answer: llm_calls.Answer) -> None:
+    """Stores an answer."""
+    if key in self._store:  # A batch that was read before the program was killed.
+      return
+    self._store.add(self._record(key, prompt, answer.tokens) | {'text': answer.text})
+    self.failures.pop(key, None)
+    self.answered += 1
+    self._bar.update()
+
+  def failure(self, key: str, prompt: prompts.Prompt, error: Exception) -> None:
+    """Writes down a failure."""
+    is_final = isinstance(error, llm_calls.Rejected)
+    tokens = error.tokens if is_final else (0, 0)
+    failed = {'reason': error.reason, 'is_final': is_final}
+    self._store.add_failure(self._record(key, prompt, tokens) | failed)
+    self.failures[key] = error
+
+  @property
+  def failed(self) -> collections.Counter:
+    """How many requests failed, by reason."""
+    return collections.Counter(e.reason.partition(':')[0] for e in self.failures.values())
+
+  @property
+  def may_go_on(self) -> bool:
+    """Whether the same command may bring more answers."""
+    return not all(isinstance(e, llm_calls.Rejected) for e in self.failures.values())
+
+  def _record(self, key: str, prompt: prompts.Prompt, tokens: tuple[int, int]) -> dict[str, Any]:
+    cost = self._price.cost(tokens) if self._price else None
+    self.cost += cost or 0.0
+    self.tokens = [total + new for total, new in zip(self.tokens, tokens, strict=True)]
+    if self._price:
+      self._bar.set_postfix_str(f'${self._store.cost + (cost or 0.0):.4f}', refresh=False)
+    settings = self._job.settings
+    return {
+      'key': key,
+      'kind': prompt.kind,
+      'id': prompt.id,
+      'provider': settings.backend,
+      'model': settings.model,
+      'prompt': prompt.version,
+      'parameters': settings.parameters,
+      'tokens': list(tokens),
+      'cost': cost,
+      'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    }
+
+
+class StoredTexts(Mapping[str, str]):
+  """The texts about items or users by id; they stay in the store until asked for."""
+
+  def __init__(self, job: Job, store: answers.Store, kind: str):
+    self._store = store
+    self._offsets = {
+      prompt.id: offset
+      for key, prompt in job.questions(kind)
+      if (offset := store.offset(key)) is not None
+    }
+
+  def __getitem__(self, name: str) -> str:
+    return self._store.read(self._offsets[name])['text']
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._offsets)
+
+  def __len__(self) -> int:
+    return len(self._offsets)

@@ -1,0 +1,196 @@
+"""Texts about items and users in the prepared folder: written, imported, exported."""
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from data_prep import staging, tfds_writer
+from data_prep.llm_text import sentences
+from data_prep.llm_text.prompts import known_text
+from data_prep.sources import raw_files
+from data_prep.sources.items import json_lines
+from ur4rec_jax.dataset import (
+  VERSION,
+  iterate_items,
+  iterate_texts,
+  read_info,
+  read_interactions,
+)
+from ur4rec_jax.errors import InputError
+
+
+def write_texts(
+  data_dir: str | Path, kind: str, texts: Mapping[str, str], origin: Mapping[str, Any]
+) -> dict[str, int]:
+  """Writes `item_texts` or `user_texts`, all or nothing; an earlier one is replaced.
+
+  Items that `texts` lacks get their own description, if they have one.
+
+  Args:
+    data_dir: a prepared folder.
+    kind: `item` or `user`.
+    texts: by original id; asked for one at a time, so it need not be in memory.
+    origin: what JSON can hold: provider (`import` for texts made elsewhere), model, prompt
+      version, parameters, time, language, is_mock; for users split_name and split_hash too.
+
+  Returns:
+    How many have a text, by source, `without_text` and `unknown_ids`.
+
+  Raises:
+    InputError: the folder is no prepared dataset, cannot be written, or the texts are not of it.
+  """
+  info = read_info(data_dir)
+  if kind == 'user':
+    _check_split(data_dir, info, origin)
+  source = 'import' if origin['provider'] == 'import' else 'mock' if origin['is_mock'] else 'llm'
+  counts: Counter[str] = Counter()
+  target = Path(os.path.realpath(data_dir)) / f'{kind}_texts'
+  with staging.disk_errors(target):
+    staging.clean_up(target)
+    with staging.new_folder(target) as folder:
+      tfds_writer.write_records(
+        folder / VERSION,
+        target.name,
+        f'{kind}s',
+        {
+          'original_id': tfds.features.Text(),
+          'text': tfds.features.Text(),
+          'sentences': tfds.features.Sequence(tfds.features.Text()),
+          'source': tfds.features.Text(),
+        },
+        _rows(data_dir, kind, texts, source, counts),
+        f'{info["name"]}: texts about {kind}s, one example each, in the order of the other data;'
+        " source is llm, mock, import, dataset (a description of the dataset's own), or empty where"
+        ' there is no text. metadata.json says where they come from.',
+        tfds_writer.Origin(**{name: info[name] for name in tfds_writer.Origin._fields}),
+        metadata={**origin, 'kind': kind, 'counts': counts},
+      )
+      _check_counts(data_dir, kind, texts, counts)
+  return dict(counts)
+
+
+def read_json(path: str | Path, id_field: str = 'id', text_field: str = 'text') -> dict[str, str]:
+  """Reads texts by id: one object `{"<id>": "text"}`, or in a .jsonl file an object a line.
+
+  Args:
+    path: the file.
+    id_field: where a line has its id; text or a whole number.
+    text_field: where a line has its text; may be missing or null.
+
+  Raises:
+    InputError: the file cannot be read, or something in it is not what it should be.
+  """
+  path = Path(path)
+  if path.suffix.lower() in ('.jsonl', '.ndjson'):
+    pairs = []
+    for place, row in json_lines(path):
+      where = f'{place.path}, line {place.number}'
+      if id_field not in row:
+        raise InputError(
+          f'{where}: has no field {id_field!r}, only {", ".join(row)}; say with --id_field which'
+          ' holds the id'
+        )
+      pairs.append((where, row[id_field], row.get(text_field)))
+    if pairs and all(text is None for _, _, text in pairs):
+      raise InputError(
+        f'{path}: no line has a {text_field!r}; say with --text_field where the text is'
+      )
+  else:
+    try:
+      found = json.loads(raw_files.read_bytes(path), object_pairs_hook=list)
+    except (ValueError, RecursionError) as error:
+      raise InputError(
+        f'{path}: is no JSON ({error}); write {{"<id>": "text", ...}}, or call a file with an'
+        ' object a line .jsonl'
+      ) from error
+    if not isinstance(found, list) or not all(isinstance(pair, tuple) for pair in found):
+      raise InputError(f'{path}: must hold one object {{"<id>": "text", ...}}')
+    pairs = [(str(path), name, text) for name, text in found]
+  texts: dict[str, str] = {}
+  for where, name, text in pairs:
+    if isinstance(name, bool) or not isinstance(name, str | int):
+      raise InputError(f'{where}: the id {name!r} is neither text nor a whole number; correct it')
+    if not isinstance(text, str | None):
+      raise InputError(f'{where}: the text of {name!r} is {str(text)[:40]!r}, no text; correct it')
+    if str(name) in texts:
+      raise InputError(f'{where}: {name!r} is there twice; remove one of the two')
+    texts[str(name)] = known_text(text or '')
+  if not texts:
+    raise InputError(f'{path}: no texts in it; export it again')
+  return texts
+
+
+def write_json(data_dir: str | Path, kind: str, path: str | Path) -> int:
+  """Exports texts as `{"<id>": "text"}`, those of the dataset's own included; returns how many.
+
+  Raises:
+    InputError: there are no texts, or the file cannot be written.
+  """
+  path = Path(path)
+  texts = {row['original_id']: row['text'] for row in iterate_texts(data_dir, kind) if row['text']}
+  draft = path.with_name(f'{path.name}.incomplete-{os.getpid()}')
+  try:
+    draft.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    draft.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)
+    raise InputError(
+      f'{path}: cannot be written ({error.strerror}); make its place writable, or give another'
+    ) from error
+  return len(texts)
+
+
+def _check_split(data_dir: str | Path, info: dict[str, Any], origin: Mapping[str, Any]) -> None:
+  name = origin['split_name']
+  if name not in info['splits']:
+    raise InputError(
+      f'data_dir {data_dir}: has no split {name!r}, only {", ".join(info["splits"])}'
+    )
+  if info['splits'][name]['hash'] != origin['split_hash']:
+    raise InputError(
+      f'data_dir {data_dir}: the texts are of the split {name} {origin["split_hash"]}, but the'
+      f' dataset has {info["splits"][name]["hash"]}; write them from this dataset'
+    )
+
+
+def _rows(
+  data_dir: str | Path, kind: str, texts: Mapping[str, str], source: str, counts: Counter
+) -> Iterator[dict[str, Any]]:
+  """One row an item or user; `counts` is complete when all have been given."""
+  if kind == 'item':
+    own = ((item['original_id'], item['description']) for item in iterate_items(data_dir))
+  else:
+    own = ((name, '') for name in read_interactions(data_dir).user_ids)
+  counts['unknown_ids'] = len(texts)
+  for name, description in own:
+    given = texts.get(name)
+    counts['unknown_ids'] -= given is not None
+    text, its_source = known_text(given or ''), source
+    if not text:
+      text, its_source = known_text(description), 'dataset'
+    counts[its_source if text else 'without_text'] += 1
+    yield {
+      'original_id': name,
+      'text': text,
+      'sentences': sentences.split(text),
+      'source': its_source if text else '',
+    }
+
+
+def _check_counts(
+  data_dir: str | Path, kind: str, texts: Mapping[str, str], counts: Counter
+) -> None:
+  if texts and counts['unknown_ids'] == len(texts):
+    raise InputError(
+      f'data_dir {data_dir}: has no {kind} {next(iter(texts))!r}, nor any other of the'
+      f' {len(texts):,} ids with a text; give texts by the ids of the raw data'
+    )
+  if set(counts) <= {'without_text', 'unknown_ids'}:
+    raise InputError(f'data_dir {data_dir}: there is no text about any {kind}; nothing is written')

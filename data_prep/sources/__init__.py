@@ -1,0 +1,174 @@
+"""Raw formats -> columns. A new source is one `read` function and one entry in `SOURCES`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from data_prep.prepare import Raw
+from data_prep.sources import amazon, amazon_reviews, interactions, movielens, raw_files, synthetic
+from data_prep.tfds_writer import Origin
+
+
+class Source(NamedTuple):
+  """How to find and read one kind of raw data.
+
+  `files`: patterns as of `raw_files.find_files`, each of which means one file of the raw folder;
+  `read` gets the files in that order; none where data is generated. `archive`: where to download
+  them, a URL listed in checksums.tsv. `parameters`: flags of this source and their defaults, which
+  `read` gets by name. `find`: finds the files in the raw folder where patterns do not say which.
+  `more`: patterns of what else `read` looks for beside the files. `paths`: those of the parameters
+  that are a file or folder, raw data too. `pictures`: the picture files that go with the raw files,
+  which are raw data as well.
+  """
+
+  origin: Origin
+  files: raw_files.Patterns
+  read: Callable[..., Raw]
+  archive: str | None = None
+  parameters: Mapping[str, Any] = MappingProxyType({})
+  find: Callable[[Path, Mapping[str, Any]], list[Path]] | None = None
+  more: tuple[str, ...] = ()
+  paths: tuple[str, ...] = ()
+  pictures: Callable[[list[Path], Mapping[str, Any]], list[Path]] = lambda files, parameters: []
+
+
+def read_sequences(path: Path) -> Raw:
+  """Reads "user item" lines; a user's lines are in the order of time, repeats are events."""
+  columns = {'user': pa.string(), 'item': pa.string()}
+  table, lines = raw_files.read_columns(path, ' ', columns)
+  return Raw(
+    path=str(path),
+    users=table['user'].combine_chunks(),
+    items=table['item'].combine_chunks(),
+    timestamps=None,
+    ratings=None,
+    lines=lines,
+  )
+
+
+_MOVIELENS_CITATION = (
+  'F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context.'
+  ' ACM Transactions on Interactive Intelligent Systems 5, 4, Article 19.'
+  ' https://doi.org/10.1145/2827872'
+)
+_MOVIELENS_LICENCE = (
+  'MovieLens terms of GroupLens: research use with citation; no redistribution and no commercial'
+  ' use without permission'
+)
+_MULTIMODAL = {
+  'files': ('ratings.dat', 'movies.dat', ('text.xls', 'text.xlsx', 'text.csv')),
+  'more': ('image/*',),
+  'read': movielens.read_multimodal,
+  'parameters': {'images': None},
+  'paths': ('images',),
+  'pictures': movielens.find_pictures,
+}
+_MULTIMODAL_LICENCE = f'{_MOVIELENS_LICENCE}; texts and posters belong to their owners'
+_OWN = Origin(name='interactions', licence="that of the data's owner", citation='', url='')
+
+SOURCES = {
+  'movielens_100k': Source(
+    origin=Origin(
+      name='MovieLens 100K',
+      licence=_MOVIELENS_LICENCE,
+      citation=_MOVIELENS_CITATION,
+      url='https://grouplens.org/datasets/movielens/100k/',
+    ),
+    files=('u.data', 'u.item', 'u.genre'),
+    read=movielens.read_movielens_100k,
+    archive='https://files.grouplens.org/datasets/movielens/ml-100k.zip',
+  ),
+  'movielens_1m': Source(
+    origin=Origin(
+      name='MovieLens 1M',
+      licence=_MOVIELENS_LICENCE,
+      citation=_MOVIELENS_CITATION,
+      url='https://grouplens.org/datasets/movielens/1m/',
+    ),
+    files=('ratings.dat', 'movies.dat'),
+    read=movielens.read_movielens_1m,
+    archive='https://files.grouplens.org/datasets/movielens/ml-1m.zip',
+  ),
+  'multimodal_movielens_100k': Source(
+    origin=Origin(
+      name='Multimodal MovieLens 100K',
+      licence=_MULTIMODAL_LICENCE,
+      citation=_MOVIELENS_CITATION,
+      url='https://grouplens.org/datasets/movielens/100k/',
+    ),
+    **_MULTIMODAL,
+  ),
+  'multimodal_movielens_1m': Source(
+    origin=Origin(
+      name='Multimodal MovieLens 1M',
+      licence=_MULTIMODAL_LICENCE,
+      citation=_MOVIELENS_CITATION,
+      url='https://grouplens.org/datasets/movielens/1m/',
+    ),
+    **_MULTIMODAL,
+  ),
+  'amazon_beauty': Source(
+    origin=Origin(
+      name='Amazon Beauty',
+      licence='Amazon product data of J. McAuley, UCSD: research use with citation',
+      citation=(
+        'Julian McAuley, Christopher Targett, Qinfeng Shi and Anton van den Hengel. 2015.'
+        ' Image-Based Recommendations on Styles and Substitutes. SIGIR 2015.'
+        ' https://doi.org/10.1145/2766462.2767755'
+      ),
+      url='https://jmcauley.ucsd.edu/data/amazon/',
+    ),
+    files=amazon.FILES,
+    read=amazon.read,
+  ),
+  'amazon_reviews': Source(
+    origin=Origin(
+      name='Amazon Reviews 2023',
+      licence='no licence is given; McAuley Lab, UCSD, offers it for research, with citation',
+      citation=(
+        'Yupeng Hou, Jiacheng Li, Zhankui He, An Yan, Xiusi Chen and Julian McAuley. 2024.'
+        ' Bridging Language and Items for Retrieval and Recommendation.'
+        ' https://arxiv.org/abs/2403.03952'
+      ),
+      url='https://amazon-reviews-2023.github.io/',
+    ),
+    files=amazon_reviews.FILES,
+    find=amazon_reviews.find,
+    read=amazon_reviews.read,
+    parameters=amazon_reviews.PARAMETERS,
+  ),
+  'interactions': Source(
+    origin=_OWN,
+    files=interactions.FILES,
+    find=interactions.find,
+    read=interactions.read,
+    parameters=interactions.PARAMETERS,
+    paths=('items', 'images'),
+    pictures=interactions.find_pictures,
+  ),
+  'sequences': Source(
+    origin=Origin(name='sequences', licence="that of the file's owner", citation='', url=''),
+    files=('*.txt',),
+    read=read_sequences,
+  ),
+  'synthetic': Source(
+    origin=Origin(name='synthetic', licence='generated; no rights reserved', citation='', url=''),
+    files=(),
+    read=synthetic.generate,
+    parameters={'num_users': 2000, 'num_items': 800, 'seed': 0},
+  ),
+}
+
+
+def training_command(metadata: Mapping[str, Any], data_dir: str | Path) -> str:
+  """The command that trains on a prepared folder, with the config of its source if there is one."""
+  config = metadata['source'].removeprefix('multimodal_')
+  if not (Path(__file__).parents[2] / 'configs' / f'{config}.py').exists():
+    config = 'default'
+  return (
+    f'python -m ur4rec_jax.main --config=configs/{config}.py'
+    f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}'
+  )

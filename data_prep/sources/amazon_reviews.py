@@ -1,0 +1,317 @@
+"""Amazon reviews of 2023: JSON lines or Parquet, in files or on the HuggingFace hub.
+
+  python -m data_prep.build_dataset --source=amazon_reviews --raw_dir=raw/all_beauty \
+    --data_dir=data/all_beauty
+  python -m data_prep.build_dataset --source=amazon_reviews --category=All_Beauty \
+    --hub_name=McAuley-Lab/Amazon-Reviews-2023 --data_dir=data/all_beauty
+
+A category may be larger than memory. Reviews are read in batches, of which the four columns used
+stay; the metadata is read for the items that are left after filtering.
+"""
+
+import functools
+import html
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import json as arrow_json
+
+from data_prep.prepare import Item, Place, Raw
+from data_prep.sources import amazon, archives, interactions, items, tables
+from ur4rec_jax.errors import InputError
+
+FILES = (('*.jsonl', 'raw_review_*/*.parquet'), ('meta_*.jsonl', 'raw_meta_*/*.parquet'))
+PARAMETERS: Mapping[str, Any] = {'hub_name': None, 'category': None}
+COLUMNS = {'user': 'user_id', 'item': 'parent_asin', 'time': 'timestamp', 'rating': 'rating'}
+_FIELDS = {
+  'user_id': pa.string(),
+  'parent_asin': pa.string(),
+  'timestamp': pa.int64(),
+  'rating': pa.float32(),
+}
+_METADATA = (
+  *('parent_asin', 'title', 'main_category', 'categories', 'features', 'description', 'store'),
+  *('price', 'images'),
+)
+_ON_THE_HUB = ('raw/review_categories/{}.jsonl', 'raw/meta_categories/meta_{}.jsonl')
+_BATCH_BYTES, _BATCH_LINES = 1 << 23, 1 << 13
+
+File = Path | str  # a URL on the hub
+
+
+def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
+  """Reviews and metadata of one category, wherever in the folder they are."""
+  if parameters.get('hub_name'):
+    raise InputError('--hub_name reads from the hub and --raw_dir from files; pass one of them')
+  wanted = parameters.get('category')
+  found: tuple[dict[str, list[Path]], ...] = ({}, {})  # reviews and metadata, by category
+  for path in sorted(raw_dir.rglob('*')):
+    kind, category = _classify(path)
+    if category and wanted in (None, category) and path.is_file():
+      found[kind].setdefault(category, []).append(path)
+  for files, names in zip(found, FILES, strict=True):
+    shown = ' or '.join(name.replace('*', wanted or '*', 1) for name in names)
+    if not files:
+      raise InputError(
+        f'{raw_dir}: no {shown} in it; --raw_dir must hold reviews and metadata of a category, e.g.'
+        ' All_Beauty.jsonl and meta_All_Beauty.jsonl'
+      )
+    if len(files) > 1:
+      raise InputError(
+        f'{raw_dir}: holds {shown} of several categories ({", ".join(sorted(files)[:8])}); say'
+        f' which: --category={min(files)}'
+      )
+  (reviews, of_reviews), (metadata, of_metadata) = (next(iter(files.items())) for files in found)
+  if reviews != metadata:
+    raise InputError(
+      f'{raw_dir}: holds reviews of {reviews} and metadata of {metadata}; put there what belongs'
+      ' together'
+    )
+  for files in (of_reviews, of_metadata):
+    if len({(path.parent, tables.kind(path)) for path in files}) > 1 or (
+      len(files) > 1 and not _is_parquet(files[0])
+    ):
+      names = ', '.join(str(path.relative_to(raw_dir)) for path in files[:4])
+      raise InputError(f'{raw_dir}: the same in {names}; leave one of them')
+  return of_reviews + of_metadata
+
+
+def _classify(path: Path) -> tuple[int, str]:
+  """Whether a file is reviews (0) or metadata (1), and its category; '' for other files."""
+  plain = path.name.removesuffix('.gz')
+  if plain.endswith('.jsonl'):
+    category = plain.removesuffix('.jsonl')
+    return int(category.startswith('meta_')), category.removeprefix('meta_')
+  for kind, prefix in enumerate(('raw_review_', 'raw_meta_')):
+    if path.match(f'{prefix}*/*.parquet'):
+      return kind, path.parent.name.removeprefix(prefix)
+  return 0, ''
+
+
+def read(*files: Path, hub_name: str | None = None, category: str | None = None) -> Raw:
+  """Reads files that `find` found, or those of a category on the hub.
+
+  Args:
+    *files: reviews, then metadata; none to read from the hub.
+    hub_name: dataset repository on the hub, laid out as McAuley-Lab/Amazon-Reviews-2023.
+    category: for instance All_Beauty.
+  """
+  notes = []
+  if files:
+    reviews = [path for path in files if not _classify(path)[0]]
+    metadata = list(files[len(reviews) :])
+  else:
+    revision, reviews, metadata = _on_the_hub(hub_name, category)
+    notes.append(f'read from {hub_name} at revision {revision}')
+  ends, parts = [0], []
+  for file in reviews:
+    parts += (interactions.encoded(batch, COLUMNS) for batch in _reviews(file))
+    ends.append(sum(map(len, parts)))
+  path = str(reviews[0] if len(reviews) == 1 else reviews[0].parent)
+  if not ends[-1]:
+    raise InputError(f'{path}: the file is empty; download it again')
+
+  def locate(row: int) -> Place:
+    part = int(np.searchsorted(ends, row, side='right')) - 1
+    file, row = reviews[part], row - ends[part]
+    if isinstance(file, str) or _is_parquet(file):  # the hub's lines are not gone through again
+      return Place(str(file), row + 1, 'row')
+    return Place(str(file), amazon.line(file, row))
+
+  table = interactions.joined(parts, path)
+  raw = interactions.read_columns(path, table, COLUMNS, locate, interactions.PARAMETERS)
+  return raw._replace(
+    notes=tuple(notes), read_items=functools.partial(_read_items, metadata=metadata)
+  )
+
+
+def _is_parquet(file: File) -> bool:
+  return isinstance(file, Path) and tables.kind(file) in tables.PARQUET
+
+
+def _reviews(file: File) -> Iterator[pa.Table]:
+  """The columns used, in batches."""
+  if _is_parquet(file):
+    for batch in _parquet(file, list(_FIELDS), list(_FIELDS)):
+      yield pa.Table.from_batches([batch])
+    return
+  for lines in _lines(file):
+    try:
+      table = arrow_json.read_json(
+        pa.BufferReader(b''.join(line for _, line in lines)),
+        read_options=arrow_json.ReadOptions(block_size=2 * _BATCH_BYTES),
+        parse_options=arrow_json.ParseOptions(
+          explicit_schema=pa.schema(_FIELDS), unexpected_field_behavior='ignore'
+        ),
+      )
+      table.validate(full=True)
+    except pa.ArrowInvalid as error:
+      amazon.check_reviews(file, lines, _FIELDS)
+      raise InputError(
+        f'{file}, lines {lines[0][0]} to {lines[-1][0]}: cannot be read ({error}); download the'
+        ' file again'
+      ) from error
+    if len(table) != len(lines):
+      amazon.check_reviews(file, lines, _FIELDS)
+      raise InputError(
+        f'{file}, lines {lines[0][0]} to {lines[-1][0]}: not one JSON object a line; download the'
+        ' file again'
+      )
+    yield table
+
+
+def _read_items(
+  wanted: Sequence[str], metadata: Sequence[File]
+) -> tuple[dict[str, Item], list[str]]:
+  """Metadata of some items; what is missing is told."""
+  records = _parquet_records if _is_parquet(metadata[0]) else _json_records
+  numbered = itertools.chain.from_iterable(map(records, metadata))
+  if len(metadata) > 1:
+    numbered = ((number, record) for number, (_, record) in enumerate(numbered, 1))
+  path = metadata[0].parent if len(metadata) > 1 else metadata[0]
+  table, notes = amazon.catalogue(path, numbered, 'parent_asin', _item, set(wanted))
+  absent = {
+    'metadata': len(wanted) - len(table),
+    'a title': sum(not item.title for item in table.values()),
+    'a description': sum(not item.description for item in table.values()),
+    'a picture': sum(not item.image for item in table.values()),
+  }
+  told = ', '.join(f'{count:,} without {what}' for what, count in absent.items() if count)
+  return table, [*notes, f'of {len(wanted):,} items {told}: all kept'] if told else notes
+
+
+def _json_records(file: File) -> Iterator[tuple[int, Any]]:
+  for lines in _lines(file):
+    for number, line in lines:
+      try:
+        yield number, json.loads(line)
+      except (ValueError, RecursionError):
+        yield number, None
+
+
+def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
+  batches = _parquet(file, ['parent_asin'], list(_METADATA))
+  return enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+
+
+def _parquet(file: Path, needed: list[str], wanted: list[str]) -> Iterator[pa.RecordBatch]:
+  try:
+    content = pq.ParquetFile(file)
+    names = content.schema_arrow.names
+    if missing := [name for name in needed if name not in names]:
+      raise InputError(
+        f'{file}: no column {missing[0]!r}; its columns are {", ".join(names[:20])}; use the files'
+        ' of Amazon Reviews 2023'
+      )
+    columns = [name for name in wanted if name in names]
+    yield from content.iter_batches(columns=columns, batch_size=_BATCH_LINES)
+  except (pa.ArrowInvalid, OSError) as error:
+    raise InputError(f'{file}: cannot be read ({error}); download it again') from error
+
+
+def _lines(file: File) -> Iterator[list[tuple[int, bytes]]]:
+  """Numbered non-empty lines, in batches."""
+  number = 1
+  for batch in _file_lines(file) if isinstance(file, Path) else _hub_lines(file):
+    lines = [(n, line) for n, line in enumerate(batch, number) if line.strip()]
+    number += len(batch)
+    if lines:
+      yield lines
+
+
+def _file_lines(path: Path) -> Iterator[list[bytes]]:
+  try:
+    with archives.open_file(path) as file:
+      while lines := file.readlines(_BATCH_BYTES):
+        yield lines
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
+
+
+def _hub_lines(url: str) -> Iterator[list[bytes]]:
+  import datasets
+
+  try:
+    # As text: of the metadata no two lines need have the same fields, and bad lines are ours to
+    # count.
+    stream = datasets.load_dataset('text', data_files=[url], split='train', streaming=True)
+    for batch in stream.iter(batch_size=_BATCH_LINES):
+      yield [line.encode() + b'\n' for line in batch['text']]
+  except Exception as error:  # whatever its layers raise
+    raise _hub_error(url, error) from error
+
+
+def _on_the_hub(name: str | None, category: str | None) -> tuple[str, list[str], list[str]]:
+  """Revision, reviews and metadata of a category on the hub.
+
+  The repository's own loading script is no way in: `datasets` runs none since version 4.
+  """
+  if not name or not category:
+    raise InputError(f'--{"category" if name else "hub_name"} is missing; pass both, or --raw_dir')
+  try:
+    import datasets  # noqa: F401
+    import huggingface_hub
+  except ImportError as error:
+    raise InputError(
+      f'--hub_name needs the package datasets ({error}): pip install "datasets>=4.0", or download'
+      ' the files by hand and pass --raw_dir'
+    ) from error
+  try:
+    info = huggingface_hub.HfApi().dataset_info(name, timeout=20)
+  except Exception as error:
+    raise _hub_error(name, error) from error
+  paths = [path.format(category) for path in _ON_THE_HUB]
+  there = {sibling.rfilename for sibling in info.siblings or ()}
+  for path in paths:
+    if path not in there:
+      known = sorted(
+        name.removeprefix('raw/review_categories/').removesuffix('.jsonl')
+        for name in there
+        if PurePosixPath(name).match('raw/review_categories/*.jsonl')
+      )
+      raise InputError(
+        f'{name}: has no {path}; --category must be one of {", ".join(known) or "those it holds"}'
+      )
+  return info.sha, *([f'hf://datasets/{name}@{info.sha}/{path}'] for path in paths)
+
+
+def _hub_error(what: str, error: Exception) -> InputError:
+  reason = ' '.join(str(error).split())[:200] or type(error).__name__
+  return InputError(
+    f'{what}: cannot be read from the hub ({reason}); correct the name or try again later, or'
+    ' download reviews and metadata by hand and pass --raw_dir with them'
+  )
+
+
+def _item(record: dict[str, Any]) -> Item:
+  texts = [items.text(record.get(name)) for name in ('description', 'features')]
+  for name in ('store', 'price'):
+    value = items.text(record.get(name))
+    if value and value != 'None':  # how Parquet holds a price that is not known
+      texts.append(f'{name}: {value}')
+  genres = items.genres([record.get('main_category'), record.get('categories')])
+  return Item(
+    title=html.unescape(items.text(record.get('title'))),
+    genres=tuple(map(html.unescape, genres)),
+    description=html.unescape('\n'.join(filter(None, texts))),
+    image=_image(record.get('images')),
+  )
+
+
+def _image(images: Any) -> str | None:
+  """The first picture, which is the main one, at the size nearest to what encoders use."""
+  if isinstance(images, dict):  # of lists, as Parquet holds it
+    columns = {name: values for name, values in images.items() if isinstance(values, list)}
+    images = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
+  for picture in images if isinstance(images, list) else ():
+    for size in ('large', 'hi_res', 'thumb'):
+      url = items.text(picture.get(size)) if isinstance(picture, dict) else ''
+      if url.startswith(('http://', 'https://')):
+        return url
+  return None

@@ -1,0 +1,346 @@
+"""The user's own interactions: CSV, TSV or Parquet files, or a table in memory.
+
+  python -m data_prep.build_dataset --source=interactions --raw_dir=orders.csv --items=goods.csv \
+    --data_dir=data/shop
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.prepare import Item, Place, Raw
+from data_prep.sources import items as item_tables
+from data_prep.sources import tables, times
+from ur4rec_jax.errors import InputError
+
+# Names that say what a column is, in lower case without blanks, dots, dashes and underscores.
+NAMES = {
+  'user': 'user userid uid customer customerid client clientid member memberid account accountid'
+  ' visitor visitorid reviewer reviewerid session sessionid',
+  'item': 'item itemid iid product productid article articleid movie movieid book bookid track'
+  ' trackid song songid sku asin parentasin business businessid',
+  'time': 'time timestamp ts date datetime unixtime unixreviewtime eventtime createdat',
+  'rating': 'rating ratings stars score overall',
+}
+OPTIONAL = ('time', 'rating')
+FILES = (tuple(f'*{kind}' for kind in (*tables.DELIMITERS, *tables.PARQUET)),)
+NONE = 'none'
+# Flags of the source and their defaults; None: look for it.
+PARAMETERS: Mapping[str, Any] = {
+  **{f'{role}_column': None for role in NAMES},
+  'delimiter': None,
+  'items': None,
+  **item_tables.PARAMETERS,
+  'partial_items': False,
+}
+
+
+def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
+  """The file, or the files of a folder; the item table and hidden files left out."""
+  if not raw_dir.is_dir():
+    if not raw_dir.exists():
+      raise InputError(
+        f'{raw_dir}: no such file; --raw_dir must be a CSV, TSV or Parquet file of interactions,'
+        ' or a folder of them'
+      )
+    return [raw_dir]
+  items = parameters.get('items')
+  files = [
+    path
+    for path in sorted(raw_dir.iterdir())
+    if path.is_file()
+    and not path.name.startswith(('.', '_'))
+    and not (items and Path(items).exists() and path.samefile(items))
+  ]
+  tabular = [path for path in files if tables.kind(path) in (*tables.DELIMITERS, *tables.PARQUET)]
+  if parameters.get('delimiter') and not tabular:
+    tabular = files
+  if not tabular:
+    raise InputError(
+      f'{raw_dir}: no CSV, TSV or Parquet file in it; give --raw_dir the file itself'
+    )
+  kinds = sorted({tables.kind(path) for path in tabular})
+  if len(kinds) > 1:
+    raise InputError(
+      f'{raw_dir}: holds files of several kinds ({", ".join(kinds)}); give --raw_dir the one file'
+      ' meant, or a folder with one kind, and --items the item table'
+    )
+  return tabular
+
+
+def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path]:
+  """The picture files that the item table names, each once."""
+  del files
+  if parameters['items'] is None:
+    return []
+  return item_tables.pictures(_read_items(parameters)[0])
+
+
+def read(*files: Path, **parameters: Any) -> Raw:
+  """Reads files of interactions, one after the other, and the item table."""
+  options = {**PARAMETERS, **parameters}
+  opened = [tables.open_file(path, _delimiter(options['delimiter'])) for path in files]
+  columns = choose_columns(str(files[0]), opened[0].columns, options, opened[0].delimiter)
+  wanted = list(columns.values())
+  parts = []
+  for file in opened:
+    for role, name in columns.items():
+      if name not in file.columns:
+        raise InputError(
+          f'{file.path}: no column {name!r} (the {role}), which {files[0].name} has; its columns'
+          f' are {", ".join(file.columns)}; give all files the same columns'
+        )
+    parts.append(encoded(tables.read(file, wanted), columns))
+  ends = np.cumsum([len(part) for part in parts])
+
+  def locate(row: int) -> Place:
+    part = int(np.searchsorted(ends, row, side='right'))
+    return tables.place(opened[part], row - int(ends[part - 1] if part else 0))
+
+  path = str(files[0] if len(files) == 1 else files[0].parent)
+  return read_columns(path, joined(parts, path), columns, locate, options)
+
+
+def from_table(data: Any, **parameters: Any) -> Raw:
+  """Reads a table in memory, e.g. a pandas, Polars or Arrow one, or a HuggingFace `Dataset`.
+
+  Args:
+    data: the interactions.
+    **parameters: as the flags of `--source=interactions`, e.g. `user_column='customer'`; `items`
+      may itself be such a table.
+  """
+  table = as_arrow(data)
+  options = {**PARAMETERS, **parameters}
+  if unknown := sorted(set(options) - set(PARAMETERS)):
+    raise InputError(f'{unknown[0]} is none of {", ".join(PARAMETERS)}')
+  columns = choose_columns('the table', table.column_names, options, None)
+  for name in columns.values():
+    if table.column_names.count(name) > 1:
+      raise InputError(f'the table: {name!r} is the name of two columns; rename one')
+  if not table.num_rows:
+    raise InputError('the table: has no rows')
+  table = encoded(table.select(list(columns.values())), columns)
+  locate = lambda row: Place('the table', row + 1, 'row')
+  return read_columns('the table', table, columns, locate, options)
+
+
+def as_arrow(data: Any) -> pa.Table:
+  """Whatever holds columns as an Arrow table."""
+  if isinstance(data, pa.Table):
+    return data
+  if hasattr(data, 'with_format') and hasattr(data, 'features'):  # a HuggingFace dataset
+    return data.with_format('arrow')[:]
+  if hasattr(data, '__arrow_c_stream__'):
+    return pa.table(data)
+  if type(data).__module__.startswith('pandas'):
+    return pa.Table.from_pandas(data, preserve_index=False)
+  raise InputError(
+    f'interactions are of type {type(data).__name__}; pass a pandas DataFrame, an Arrow table or'
+    ' a HuggingFace Dataset'
+  )
+
+
+def choose_columns(
+  path: str, names: tuple[str, ...] | list[str], options: Mapping[str, Any], delimiter: str | None
+) -> dict[str, str]:
+  """Which column plays which role, by flag or by its name; optional roles may be absent."""
+  chosen: dict[str, str] = {}
+  listed = ', '.join(names)
+  for role, known in NAMES.items():
+    flag = f'--{role}_column'
+    wanted = options[f'{role}_column']
+    if wanted is not None:
+      if wanted == NONE and role in OPTIONAL and NONE not in names:
+        continue
+      if wanted not in names:
+        raise InputError(f'{path}: no column {wanted!r} ({flag}); its columns are {listed}')
+      chosen[role] = wanted
+      continue
+    taken = {options[f'{other}_column'] for other in NAMES} | set(chosen.values())
+    found = [name for name in names if _plain(name) in known.split() and name not in taken]
+    if len(found) > 1:
+      way_out = f', or {flag}={NONE}' if role in OPTIONAL else ''
+      raise InputError(
+        f'{path}: {" and ".join(found)} may each be the {role}; say which: {flag}={found[0]}'
+        f'{way_out}'
+      )
+    if found:
+      chosen[role] = found[0]
+    elif role == 'time' and (near := [name for name in names if _is_like_time(name)]):
+      raise InputError(
+        f'{path}: {" and ".join(near)} may be the time; say so: {flag}={near[0]}, or {flag}={NONE}'
+        ' if rows are in order of time'
+      )
+    elif role not in OPTIONAL:
+      hint = ''
+      if delimiter is not None and len(names) == 1:
+        hint = f'; is the delimiter another than {tables.DELIMITER_NAMES.get(delimiter, delimiter)}'
+        hint += '? pass --delimiter'
+      raise InputError(
+        f'{path}: no column is recognised as the {role} (the first line must name the columns; it'
+        f' says {listed}); pass {flag}=NAME{hint}'
+      )
+  if len(set(chosen.values())) < len(chosen):
+    raise InputError(f'{path}: one column is given two roles: {_shown(chosen)}')
+  return chosen
+
+
+def _is_like_time(name: str) -> bool:
+  """Whether a column could be a time: order by file instead must then be asked for."""
+  return bool(re.search(r'time|date|stamp|[_ ]at$|^day$', name, re.IGNORECASE))
+
+
+def _plain(name: str) -> str:
+  return re.sub(r'[\s._-]', '', name).lower()
+
+
+def _shown(columns: Mapping[str, str]) -> str:
+  return ', '.join(f'{role} = {name}' for role, name in columns.items())
+
+
+def _delimiter(value: str | None) -> str | None:
+  if value is None:
+    return None
+  value = {'tab': '\t', '\\t': '\t', 'space': ' '}.get(value, value)
+  if len(value) != 1 or not value.isascii() or value in '"\r\n':
+    raise InputError(f'--delimiter must be one character, or tab, not {value!r}')
+  return value
+
+
+def encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
+  """Users and items as numbers into a dictionary: text once an id, not once a row."""
+  encoded = []
+  for role, name in columns.items():
+    column = table[name]
+    if pa.types.is_string_view(column.type):  # what Polars hands over
+      column = column.cast(pa.large_string())
+    if role in ('user', 'item') and not pa.types.is_dictionary(column.type):
+      column = column.dictionary_encode()
+    encoded.append(column)
+  return pa.table(encoded, list(columns))
+
+
+def joined(parts: list[pa.Table], path: str) -> pa.Table:
+  """One table of encoded ones."""
+  try:
+    return pa.concat_tables(parts).unify_dictionaries()
+  except pa.ArrowInvalid as error:
+    raise InputError(
+      f'{path}: a column has different types in different files ({error}); export them alike'
+    ) from error
+
+
+def read_columns(
+  path: str, table: pa.Table, columns: Mapping[str, str], locate: Any, options: Mapping[str, Any]
+) -> Raw:
+  """Checks the values of encoded columns and reads the item table."""
+
+  def where(row: int) -> str:
+    found = locate(row)
+    return f'{found.path}, {found.unit} {found.number}'
+
+  users, items = (_ids(table[role], columns[role], where) for role in ('user', 'item'))
+  notes = [f'columns: {_shown(columns)}']
+  timestamps, ticks, ratings = None, 1, None
+  if 'time' in columns:
+    timestamps, ticks = times.parse(table['time'], columns['time'], where)
+  else:
+    notes.append('no time column: rows count as being in order of time, file by file')
+  if 'rating' in columns:
+    ratings = _ratings(table['rating'], columns['rating'], where)
+  catalogue: dict[str, Item] | None = None
+  if options['items'] is not None:
+    catalogue, more = _read_items(options)
+    notes += more
+    known = set(catalogue)
+    missing = sum(name not in known for name in items.dictionary.to_pylist())
+    if missing and options['partial_items']:
+      notes.append(f'{missing:,} items are not in the item table: kept without text')
+  else:
+    _check_no_item_flags(options)
+  return Raw(
+    path=path,
+    users=users,
+    items=items,
+    timestamps=timestamps,
+    ratings=ratings,
+    lines=locate,
+    table=catalogue,
+    table_is_partial=bool(options['partial_items']),
+    ticks_per_second=ticks,
+    notes=tuple(notes),
+  )
+
+
+def _read_items(options: Mapping[str, Any]) -> tuple[dict[str, Item], list[str]]:
+  settings = {name: options[name] for name in item_tables.PARAMETERS}
+  if isinstance(options['items'], str | Path):
+    return item_tables.read(Path(options['items']), **settings)
+  rows = as_arrow(options['items'])
+  return item_tables.from_rows(
+    'the item table',
+    rows.column_names,
+    ((Place('the item table', i + 1, 'row'), row) for i, row in enumerate(rows.to_pylist())),
+    **settings,
+  )
+
+
+def _check_no_item_flags(options: Mapping[str, Any]) -> None:
+  for name, default in {**item_tables.PARAMETERS, 'partial_items': False}.items():
+    if options[name] != default:
+      raise InputError(f'--{name} is about the item table; pass it with --items, or leave it out')
+
+
+def _ids(column: pa.ChunkedArray, name: str, where: Any) -> pa.DictionaryArray:
+  """Checks ids: text or whole numbers, none empty."""
+  kind = column.type.value_type
+  readable = pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+  if not readable and not pa.types.is_null(kind):
+    raise InputError(
+      f'{where(0)}: {name} is of type {kind}; ids are text or whole numbers: convert the column'
+    )
+  if column.null_count:
+    row = tables.first_true(pc.is_null(column))
+    raise InputError(f'{where(row)}: {name} is empty; fill it in or remove the row')
+  encoded = column.combine_chunks()
+  if isinstance(encoded, pa.ChunkedArray):
+    encoded = encoded.chunk(0)
+  names = encoded.dictionary.cast(pa.string())
+  for pattern, fault in ((r'^\s*$', 'empty'), (r'[\x00-\x1f\x7f]', 'no text on one line')):
+    if (bad := np.flatnonzero(pc.match_substring_regex(names, pattern))).size:
+      rows = np.flatnonzero(np.isin(np.asarray(encoded.indices), bad))
+      if rows.size:
+        value = names[int(np.asarray(encoded.indices)[rows[0]])].as_py()
+        raise InputError(
+          f'{where(int(rows[0]))}: {name} is {fault}: {value!r}; correct it or remove the row'
+        )
+  return pa.DictionaryArray.from_arrays(encoded.indices, names)
+
+
+def _ratings(column: pa.ChunkedArray, name: str, where: Any) -> np.ndarray:
+  if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    number = r'^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$'
+    if (odd := tables.first_true(pc.invert(pc.match_substring_regex(column, number)))) is not None:
+      raise InputError(
+        f'{where(odd)}: {name} is not a number: {column[odd].as_py()!r}; correct it, or leave the'
+        f' ratings out: --rating_column={NONE}'
+      )
+    column = pc.utf8_trim_whitespace(column)
+  elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+    raise InputError(
+      f'{where(0)}: {name} is of type {column.type}, not numbers; convert it, or leave the ratings'
+      f' out: --rating_column={NONE}'
+    )
+  values = column.cast(pa.float32(), safe=False).to_numpy()
+  if not np.isfinite(values).all():
+    row = int(np.argmin(np.isfinite(values)))
+    raise InputError(
+      f'{where(row)}: {name} is {values[row]}; correct it, or leave the ratings out:'
+      f' --rating_column={NONE}'
+    )
+  return values

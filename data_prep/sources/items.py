@@ -1,0 +1,208 @@
+"""An item table in CSV, TSV, Parquet or JSON lines -> what the catalogue knows of each item."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.prepare import Item, Place
+from data_prep.sources import raw_files, tables
+from ur4rec_jax.errors import InputError
+
+JSON_LINES = ('.jsonl', '.ndjson', '.json')
+PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
+# Names that say what a column is, in lower case without blanks, dots, dashes and underscores.
+NAMES = {
+  'item_id': 'id item itemid iid product productid article articleid movie movieid book bookid'
+  ' track trackid song songid sku asin parentasin business businessid',
+  'title': 'title name itemname itemtitle productname producttitle',
+  'description': 'description desc summary plot overview abstract review text',
+  'genres': 'genre genres category categories',
+  'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
+}
+# Flags of the table and their defaults; None: look for it.
+PARAMETERS: Mapping[str, Any] = {
+  **{f'{role}_column': None for role in NAMES},
+  'text_columns': None,
+  'images': None,
+}
+
+Rows = Iterable[tuple[Place, dict[str, Any]]]
+
+
+def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
+  """Reads an item table; returns the items by id, and notes for the user.
+
+  Args:
+    path: the table.
+    **parameters: see `PARAMETERS`; picture files are relative to `images`, or to the table.
+  """
+  if not path.is_file():
+    raise InputError(
+      f'{path}: no such file; --items must be a CSV, TSV, Parquet or JSON lines file'
+    )
+  pictures = Path(parameters.pop('images', None) or path.parent)
+  if tables.kind(path) in JSON_LINES:
+    rows = list(json_lines(path))
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    return from_rows(str(path), names, rows, images=pictures, **parameters)
+  file = tables.open_file(path)
+  return from_rows(str(path), file.columns, tables.records(file), images=pictures, **parameters)
+
+
+def from_rows(
+  path: str, names: Sequence[str], rows: Rows, *, images: str | Path | None = None, **parameters
+) -> tuple[dict[str, Item], list[str]]:
+  """Reads an item table whose rows are there already; see `read`."""
+  options = {**PARAMETERS, **parameters}
+  columns = _choose_columns(path, names, options)
+  extra = _text_columns(path, names, options['text_columns'])
+  folder = None if images is None else Path(images)
+  table: dict[str, Item] = {}
+  places: dict[str, Place] = {}
+  for place, row in rows:
+    where = f'{place.path}, {place.unit} {place.number}'
+    name = _id(row.get(columns['item_id']), columns['item_id'], where)
+    if name in table:
+      raise InputError(
+        f'{where}: item {name!r} is in the table twice, first in {places[name].unit}'
+        f' {places[name].number}; remove one of the two'
+      )
+    value = lambda role, row=row: row.get(columns[role]) if role in columns else None
+    texts = [text(value('description'))]
+    texts += [f'{column}: {found}' for column in extra if (found := text(row.get(column)))]
+    places[name] = place
+    table[name] = Item(
+      title=text(value('title')),
+      genres=genres(value('genres')),
+      description='\n'.join(filter(None, texts)),
+      image=_image(value('image'), folder, columns.get('image', ''), where),
+    )
+  if not table:
+    raise InputError(f'{path}: no items in the table; export it again')
+  shown = ', '.join(f'{role} = {name}' for role, name in columns.items())
+  if extra:
+    shown += f', text = {"+".join(extra)}'
+  return table, [f'item table: {shown}']
+
+
+def pictures(table: Mapping[str, Item]) -> list[Path]:
+  """The picture files of a table's items, each once."""
+  return list({item.image: None for item in table.values() if isinstance(item.image, Path)})
+
+
+def text(value: Any) -> str:
+  """A value of any kind as text, '' for none; the parts of a list are put one after the other."""
+  if value is None or value != value:
+    return ''
+  if isinstance(value, list | tuple):
+    return ' '.join(filter(None, map(text, value)))
+  # JSON may hold halves of surrogate pairs, which no file can.
+  return str(value).encode(errors='replace').decode().strip()
+
+
+def genres(value: Any) -> tuple[str, ...]:
+  """Names in a list, nested or not, or in a text separated by `|`; each once."""
+  if isinstance(value, list | tuple):
+    return tuple(dict.fromkeys(name for part in value for name in genres(part)))
+  return tuple(dict.fromkeys(part.strip() for part in text(value).split('|') if part.strip()))
+
+
+def _choose_columns(path: str, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
+  chosen: dict[str, str] = {}
+  extra = (options['text_columns'] or '').split(',')
+  for role, known in NAMES.items():
+    flag = f'--{role}_column'
+    wanted = options[f'{role}_column']
+    if wanted == 'none' and role != 'item_id' and wanted not in names:
+      continue
+    if wanted is not None:
+      if wanted not in names:
+        raise InputError(
+          f'{path}: no column {wanted!r} ({flag}); its columns are {", ".join(names)}'
+        )
+      chosen[role] = wanted
+      continue
+    found = [
+      name
+      for name in names
+      if re.sub(r'[\s._-]', '', name).lower() in known.split()
+      and name not in chosen.values()
+      and name not in extra
+    ]
+    if len(found) > 1:
+      way_out = '' if role == 'item_id' else f', or {flag}=none'
+      raise InputError(
+        f'{path}: {" and ".join(found)} may each be the {role}; say which: {flag}={found[0]}'
+        f'{way_out}'
+      )
+    if found:
+      chosen[role] = found[0]
+    elif role == 'item_id':
+      raise InputError(
+        f"{path}: no column is recognised as the items' ids; its columns are {', '.join(names)};"
+        f' pass {flag}=NAME'
+      )
+  return chosen
+
+
+def _text_columns(path: str, names: Sequence[str], wanted: str | None) -> list[str]:
+  extra = [name.strip() for name in (wanted or '').split(',') if name.strip()]
+  for name in extra:
+    if name not in names:
+      raise InputError(f'{path}: no column {name!r} (--text_columns); it has {", ".join(names)}')
+  return extra
+
+
+def _id(value: Any, column: str, where: str) -> str:
+  if isinstance(value, bool | float | list | dict):
+    raise InputError(f'{where}: {column} is {value!r}; ids are text or whole numbers: correct it')
+  name = '' if value is None else str(value)
+  if not name.strip():
+    raise InputError(f'{where}: {column} is empty; fill it in or remove the row')
+  return name
+
+
+def _image(value: Any, folder: Path | None, column: str, where: str) -> Path | str | None:
+  """A picture file that is there, inside the folder, or a URL as it stands."""
+  name = text(value)
+  if not name:
+    return None
+  if re.match(r'https?://\S+$', name):
+    return name
+  fault = ''
+  if folder is None:
+    fault = 'is no URL; for picture files pass images=FOLDER'
+  elif Path(name).suffix.lower() not in PICTURES:
+    fault = f'is neither a URL nor a file ending in {", ".join(PICTURES)}; correct it'
+  else:
+    try:
+      path = (folder / name).resolve()
+      if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
+        fault = f'leads out of {folder}; put the pictures there, or pass --images=FOLDER'
+      elif not path.is_file():
+        fault = f'is not in {folder}; put it there, pass --images=FOLDER, or leave the field empty'
+    except (OSError, ValueError):  # too long for a path, or a NUL byte
+      fault = 'is no file name; correct it'
+  if fault:
+    raise InputError(f'{where}: {column} {name!r} {fault}')
+  return path
+
+
+def json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+  """The objects of a file with one a line, and their places."""
+  for number, line in raw_files.utf8_lines(path):
+    try:
+      row = json.loads(line)
+    except ValueError as error:
+      raise InputError(
+        f'{path}, line {number}: is no JSON ({error}): {raw_files.shown(line)}; write one object a'
+        ' line'
+      ) from error
+    if not isinstance(row, dict):
+      raise InputError(
+        f'{path}, line {number}: is no JSON object: {raw_files.shown(line)}; write one object a'
+        ' line'
+      )
+    yield Place(str(path), number), row
