@@ -247,6 +247,8 @@ def _examples(
       records = source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
       examples = []
       for record in records:
+        if not record:  # What the reader gives for one that it cannot read.
+          raise ValueError('a damaged record')
         features = tf_example_pb2.Example.FromString(record).features.feature
         examples.append(
           {field: getattr(f, f.WhichOneof('kind')).value for field, f in features.items()}
