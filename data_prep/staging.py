@@ -26,7 +26,7 @@ def new_folder(target: Path) -> Iterator[Path]:
   try:
     folder.mkdir(parents=True)
     yield folder
-    _move_in(folder, target)
+    move_in(folder, target)
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -62,7 +62,8 @@ def disk_errors(target: Path) -> Iterator[None]:
     ) from error
 
 
-def _move_in(folder: Path, target: Path) -> None:
+def move_in(folder: Path, target: Path) -> None:
+  """Makes a complete folder the `target`, in place of an old one."""
   if target.exists() and any(target.iterdir()):
     if _exchange(folder, target):
       shutil.rmtree(folder, ignore_errors=True)
