@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _items_projection(
   return projection.load(folder, info['projection'])
 
 
-def summary(info: dict[str, Any], is_new: bool, data_dir: str | Path, neighbours: list[str]) -> str:
+def summary(info: dict[str, Any], seconds: float | None, data_dir: str | Path, neighbours: list[str]) -> str:
   """What the user reads at the end."""
   of, counts, encoder = info['of'], info['counts'], info['encoder']
   place = Path(data_dir) / 'features' / of / info['modality']
@@ -131,8 +132,9 @@ def summary(info: dict[str, Any], is_new: bool, data_dir: str | Path, neighbours
   ]
   shown = ('layer', 'token_0', 'precision')
   details = [f'{name} {encoder[name]}' for name in shown if name in encoder]
+  done = 'already in' if seconds is None else 'written to'
   rows = [
-    ('features', f'{of} {info["modality"]}, {"written to" if is_new else "already in"} {place}'),
+    ('features', f'{of} {info["modality"]}, {done} {place}'),
     ('encoder', ', '.join([encoder['name'], *details, *notes])),
     (f'{of}s', f'{info["rows"]:,}: {counts["with"]:,} with, {counts["without"]:,} without'),
   ]
@@ -162,7 +164,13 @@ def summary(info: dict[str, Any], is_new: bool, data_dir: str | Path, neighbours
       f'{counts["bytes"] / 1e6:,.1f} MB; relative squared error {info["storage_error"]:.1e}',
     ),
     ('fingerprint', info['fingerprint'][:16]),
+    *((('time', f'{seconds:.1f} s, {info["rows"] / seconds:,.1f} {of}s/s'),) if seconds else ()),
     *(('neighbours', line) for line in neighbours),
+    (
+      'next',
+      'python -m ur4rec_jax.main --config=configs/default.py'
+      f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}',
+    ),
   ]
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 
@@ -288,19 +296,21 @@ def _check(flags: argparse.Namespace) -> None:
 
 
 @exit_on_reported_error
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
   """Reads the flags, encodes and prints the summary."""
-  flags = _flags().parse_args()
+  flags = _flags().parse_args(argv)
   _check(flags)
   of = flags.of or 'item'
   if not flags.of and flags.file is None and flags.modality == TEXT:
     of = 'both' if (Path(flags.data_dir) / 'user_texts').is_dir() else 'item'
   try:
     for kind in _KINDS[of]:
+      start = time.monotonic()
       info, is_new = encode(flags.data_dir, kind, flags)
+      seconds = time.monotonic() - start if is_new else None
       ids = flags.neighbours.split(',') if flags.neighbours else None
       lines = nearest(flags.data_dir, flags.modality, ids) if kind == 'item' else []
-      print(summary(info, is_new, flags.data_dir, lines), flush=True)
+      print(summary(info, seconds, flags.data_dir, lines), flush=True)
   except KeyboardInterrupt:
     raise InterruptedBySignal(
       'stopped; what is done is kept, and the same command goes on', signal.SIGINT
