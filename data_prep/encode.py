@@ -70,8 +70,7 @@ def _source(
   data_dir: Path, dataset: dict[str, Any], of: str, flags: argparse.Namespace, scratch: Path
 ) -> feature_files.Source:
   if flags.file is not None:
-    source, unknown = imported_tokens.source(data_dir, of, flags.file, flags.ids, scratch)
-    about = {'unknown_ids': unknown}
+    about = {}
     if of == 'user':
       record = dataset['splits'].get(flags.split)
       if record is None:
@@ -80,7 +79,8 @@ def _source(
           f' were made from, one of {", ".join(dataset["splits"])}'
         )
       about |= {'split_name': flags.split, 'split_hash': record['hash']}
-    return source._replace(info=source.info | about)
+    source, unknown = imported_tokens.source(data_dir, of, flags.file, flags.ids, scratch)
+    return source._replace(info=source.info | about | {'unknown_ids': unknown})
   common = {'device': flags.device, 'precision': flags.precision, 'batch_size': flags.batch_size}
   if flags.modality == TEXT:
     name = flags.encoder or text_tokens.DEFAULT
@@ -118,7 +118,9 @@ def _items_projection(
   return projection.load(folder, info['projection'])
 
 
-def summary(info: dict[str, Any], seconds: float | None, data_dir: str | Path, neighbours: list[str]) -> str:
+def summary(
+  info: dict[str, Any], seconds: float | None, data_dir: str | Path, neighbours: list[str]
+) -> str:
   """What the user reads at the end."""
   of, counts, encoder = info['of'], info['counts'], info['encoder']
   place = Path(data_dir) / 'features' / of / info['modality']

@@ -190,7 +190,7 @@ def _read_safetensors(path: Path, scratch: Path) -> dict[str, np.ndarray]:
         tuple(values.get_shape()),
       )
       for start in range(0, len(unpacked), _BLOCK):
-        block = values[start : start + _BLOCK]
+        block = values[start : min(start + _BLOCK, len(unpacked))]
         unpacked[start : start + _BLOCK] = block.float().numpy() if kind == 'BF16' else block
       arrays[name] = unpacked
   return arrays

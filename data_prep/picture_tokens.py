@@ -245,14 +245,15 @@ def vision_model(
       CLIPVisionModelWithProjection,
     )
 
-    is_clip = AutoConfig.from_pretrained(folder).model_type in ('clip', 'clip_vision_model')
+    is_clip_tower = AutoConfig.from_pretrained(folder).model_type == 'clip_vision_model'
     load = functools.partial(
-      (CLIPVisionModelWithProjection if is_clip else AutoModel).from_pretrained,
+      (CLIPVisionModelWithProjection if is_clip_tower else AutoModel).from_pretrained,
       folder,
       local_files_only=True,
       dtype=getattr(torch, precision),
     )
-    model, found = load(output_loading_info=True)
+    # Weights that do not fit are for `check_loaded` to report.
+    model, found = load(output_loading_info=True, ignore_mismatched_sizes=True)
     has_space = hasattr(model, 'visual_projection')
     layer = layer or (PROJECTED if has_space else LAST)
     if layer == PROJECTED and not has_space:

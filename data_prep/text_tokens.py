@@ -190,7 +190,11 @@ def sentence_transformer(
     options = {'dtype': getattr(torch, precision)}
     if (folder / 'config.json').is_file():
       _, found = AutoModel.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, **options
+        folder,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # For `check_loaded` to report.
+        **options,
       )
       models.check_loaded(name, found, unused=('pooler.',))
     loaded = [
