@@ -175,6 +175,8 @@ def _workplace(target: Path) -> Iterator[Path]:
     yield draft
   finally:
     os.close(lock)
+    with contextlib.suppress(OSError):  # It stays if there is work in it.
+      draft.rmdir()
 
 
 def _settings(source: Source, form: Form, projection: Projection | None) -> dict[str, Any]:

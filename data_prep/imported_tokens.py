@@ -60,8 +60,8 @@ def source(
   known = sum(name in places for name in names)
   if not known:
     raise InputError(
-      f'{where}: none of its {len(ids):,} ids, first {ids[0]!r}, is a {of} of {data_dir}, where the'
-      f' first is {names[0]!r}; give features by the ids of the raw data'
+      f'{where}: none of its {len(ids):,} ids, first {ids[0]!r}, is one of the {of}s of {data_dir},'
+      f' first {names[0]!r}; give features by the ids of the raw data'
     )
   info = {
     'encoder': {'name': f'imported from {path.name}', 'is_builtin': False},

@@ -6,6 +6,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -82,11 +83,10 @@ def source(data_dir: str | Path, encoder: Encoder, processes: int = 0) -> Source
 
 
 def _rows(data_dir: Path, found: list[Path | None]) -> Iterator[Row]:
-  last = {record['item']: record for record in pictures.read_manifest(data_dir)}
+  records = pictures.read_manifest(data_dir)
+  last = {record['item']: record for record in records}
   fetched = {
-    record['item']: record['stored_sha256']
-    for record in pictures.read_manifest(data_dir)
-    if record['status'] == pictures.FETCHED and 'stored_sha256' in record
+    r['item']: r.get('stored_sha256', '') for r in records if r['status'] == pictures.FETCHED
   }
   for item, path in zip(iterate_items(data_dir), found, strict=True):
     name = item['original_id']
@@ -116,7 +116,7 @@ class _Decoders:
     if self._pool is None:
       # Not forked: torch and its threads do not survive that.
       self._pool = ProcessPoolExecutor(
-        self._processes, multiprocessing.get_context('spawn'), _end_with_parent
+        self._processes, multiprocessing.get_context('spawn'), _follow_parent
       )
     waiting: collections.deque = collections.deque()
     for batch in batches:
@@ -127,13 +127,14 @@ class _Decoders:
       yield waiting.popleft().result()
 
 
-def _end_with_parent() -> None:
-  """Processes of a pool outlive a parent that is killed, unless they look after it."""
+def _follow_parent() -> None:
+  """Makes a process of the pool end when its parent is killed, and leave Ctrl-C to it."""
 
   def watch() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=watch, daemon=True).start()
 
 
@@ -233,9 +234,9 @@ def vision_model(
   Raises:
     InputError: the model or the device is not to be had, or the model does not read pictures.
   """
+  folder, identity = models.find(name)
   places = models.devices(device)
   precision = models.precision(precision, places)
-  folder, identity = models.find(name)
   with models.loading(name):
     import torch
     from transformers import (
@@ -281,6 +282,7 @@ def vision_model(
     'is_normalised': False,
     'token_0': encoders[0].token_0,
     'grid': grid,
+    'processor': type(processor).__name__,
     'pixels': list(pixels.shape[1:]),
     'precision': precision,
     'versions': models.versions('transformers', 'torch', 'pillow'),

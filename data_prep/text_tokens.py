@@ -97,6 +97,11 @@ def _rows(data_dir: str | Path, of: str, has_texts: bool, max_tokens: int) -> It
       yield _row(row['original_id'], row['sentences'], max_tokens)
     return
   for item, row in zip(iterate_items(data_dir), written, strict=False):
+    if row is not None and row['original_id'] != item['original_id']:
+      raise InputError(
+        f'data_dir {data_dir}: item {item["original_id"]!r} has the text of {row["original_id"]!r};'
+        f' write the texts again: python -m data_prep.generate_text --data_dir={data_dir}'
+      )
     parts = [_head(item)]
     if row is not None and row['source'] != 'dataset':
       parts += row['sentences']
@@ -179,9 +184,9 @@ def sentence_transformer(
   Raises:
     InputError: the model or the device is not to be had.
   """
+  folder, identity = models.find(name)
   places = models.devices(device)
   precision = models.precision(precision, places)
-  folder, identity = models.find(name)
   with models.loading(name):
     import torch
     from sentence_transformers import SentenceTransformer
@@ -211,13 +216,6 @@ def sentence_transformer(
     'versions': models.versions('sentence-transformers', 'transformers', 'torch'),
   }
 
-  def worker(model: SentenceTransformer) -> Callable[[list[str]], np.ndarray]:
-    def encode(texts: list[str]) -> np.ndarray:
-      found = model.encode(
-        texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=False
-      )
-      return torch.stack(list(found)).float().cpu().numpy()
-
-    return encode
-
-  return Encoder(info, width, [worker(model) for model in loaded], batch_size)
+  encode = lambda model, texts: model.encode(texts, batch_size=batch_size, show_progress_bar=False)
+  workers = [functools.partial(encode, model) for model in loaded]
+  return Encoder(info, width, workers, batch_size)
