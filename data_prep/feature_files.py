@@ -29,7 +29,7 @@ from ur4rec_jax.features import FORMAT_VERSION, INFO, array_kinds, file_name, re
 DTYPES = ('float16', 'float32', 'int8')
 MASKED = 'masked.jsonl'
 _PROGRESS = 'progress.jsonl'
-_MIN_SHARD, _MAX_SHARD, _USUAL_SHARDS = 1024, 65536, 256  # Rows, rows, shards.
+_MIN_SHARD, _MAX_SHARD, _USUAL_SHARDS = 256, 65536, 256  # Rows, rows, shards.
 _LARGEST_FLOAT16 = 65504
 
 
