@@ -19,13 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import feature_files, imported_tokens, picture_tokens, projection, text_tokens
+from data_prep import (
+  feature_files,
+  imported_tokens,
+  picture_tokens,
+  projection,
+  staging,
+  text_tokens,
+)
 from ur4rec_jax.dataset import iterate_items, read_info
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 from ur4rec_jax.features import load_features, read_features_info
 
 TEXT, IMAGE = 'text', 'image'
 _KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}
+_MOST_REASONS = 5
 _MOST_COMPARED = 100_000  # Items among which neighbours are looked for.
 
 
@@ -50,6 +58,8 @@ def encode(data_dir: str | Path, of: str, flags: argparse.Namespace) -> tuple[di
   form = feature_files.Form(
     flags.dtype, flags.width, flags.whiten, flags.normalise, flags.rows_per_shard
   )
+  with staging.disk_errors(target):
+    staging.clean_up(target)
   try:
     source = _source(data_dir, dataset, of, flags, scratch)
     about = {
@@ -140,8 +150,10 @@ def summary(
     ('encoder', ', '.join([encoder['name'], *details, *notes])),
     (f'{of}s', f'{info["rows"]:,}: {counts["with"]:,} with, {counts["without"]:,} without'),
   ]
-  for reason, record in info['masked'].items():
+  for reason, record in list(info['masked'].items())[:_MOST_REASONS]:
     rows.append(('- without', f'{record["rows"]:,}: {reason}; first {of} {record["first"]!r}'))
+  if counts['without']:
+    rows.append(('- all', str(place / feature_files.MASKED)))
   if info.get('unknown_ids'):
     rows.append(('unknown', f'{info["unknown_ids"]:,} ids of the file are not in the dataset'))
   rows.append(

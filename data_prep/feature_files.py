@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +23,12 @@ from tqdm import tqdm
 from data_prep import staging
 from data_prep.projection import Moments, Projection
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import FORMAT_VERSION, INFO, array_kinds, file_name, read_features_info
+from ur4rec_jax.features import FORMAT_VERSION, INFO, file_name, read_features_info
 
 DTYPES = ('float16', 'float32', 'int8')
 MASKED = 'masked.jsonl'
 _PROGRESS = 'progress.jsonl'
-_MIN_SHARD, _MAX_SHARD, _USUAL_SHARDS = 256, 65536, 256  # Rows, rows, shards.
+_MIN_SHARD, _MAX_SHARD, _USUAL_SHARDS = 256, 16384, 256  # Rows, rows, shards.
 _LARGEST_FLOAT16 = 65504
 
 
@@ -127,7 +126,6 @@ def write(
     )
   settings = _settings(source, form, projection)
   with staging.disk_errors(target), _workplace(target) as draft:
-    staging.clean_up(target)
     if target.exists() and not overwrite:
       old = _same(target, source, settings)
       shutil.rmtree(draft)
@@ -143,7 +141,7 @@ def write(
       projection.save(ready)
       about_projection = projection.info
       records = _project(store, ready, records, projection, form, source.name)
-    info = _info(settings, records, source, form, about_projection)
+    info = _info(settings, records, about_projection)
     lines = (
       json.dumps({'id': name, 'reason': reason}, ensure_ascii=False) + '\n'
       for record in records
@@ -271,7 +269,21 @@ def _encode(
   stored = sum(record['rows'] for record in records)
   if stored != source.count:
     raise InputError(f'{source.name}: gives {stored:,} {settings["of"]}s, not {source.count:,}')
+  if not any(record['filled'] for record in records):
+    reason, record = next(iter(_masked(records).items()))
+    raise InputError(
+      f'{source.name}: no {settings["of"]} has anything to encode, so nothing is written'
+      f' ({record["rows"]:,}: {reason}, first {record["first"]!r})'
+    )
   return records
+
+
+def _masked(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """By reason, the most frequent first: how many rows are without a token, and the first id."""
+  found: dict[str, dict[str, Any]] = {}
+  for name, reason in itertools.chain.from_iterable(record['masked'] for record in records):
+    found.setdefault(reason, {'rows': 0, 'first': name})['rows'] += 1
+  return dict(sorted(found.items(), key=lambda pair: -pair[1]['rows']))
 
 
 def _progress(draft: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -414,44 +426,27 @@ def _project(
 def _info(
   settings: dict[str, Any],
   records: list[dict[str, Any]],
-  source: Source,
-  form: Form,
   about_projection: dict[str, Any] | None,
 ) -> dict[str, Any]:
-  reasons = Counter(reason for record in records for _, reason in record['masked'])
-  first: dict[str, str] = {}
-  for record in records:
-    for name, reason in record['masked']:
-      first.setdefault(reason, name)
-  masked = sum(reasons.values())
-  if masked == source.count:
-    reason, count = reasons.most_common(1)[0]
-    raise InputError(
-      f'{source.name}: no {settings["of"]} has anything to encode, so nothing is written'
-      f' ({count:,}: {reason}, first {first[reason]!r})'
-    )
+  masked = sum(len(record['masked']) for record in records)
   error, total = map(sum, zip(*(record['squares'] for record in records), strict=True))
   inputs = [record['inputs_sha256'] for record in records]
-  info = {
+  return {
     'format_version': FORMAT_VERSION,
     **settings,
     'fingerprint': hashlib.sha256(
       json.dumps([settings, about_projection, inputs], sort_keys=True).encode()
     ).hexdigest(),
     'counts': {
-      'with': source.count - masked,
+      'with': settings['rows'] - masked,
       'without': masked,
       'tokens': sum(record['filled'] for record in records),
       'bytes': sum(record['bytes'] for record in records),
     },
-    'masked': {
-      reason: {'rows': count, 'first': first[reason]} for reason, count in reasons.most_common()
-    },
+    'masked': _masked(records),
     'projection': about_projection,
     'storage_error': error / total,
     'shards': [
       {name: record[name] for name in ('rows', 'inputs_sha256', 'sha256')} for record in records
     ],
   }
-  assert {kind for kind, *_ in array_kinds(info)} == set(info['shards'][0]['sha256'])
-  return info

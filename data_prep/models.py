@@ -158,11 +158,28 @@ def precision(wanted: str, places: list[str]) -> str:
   return 'bfloat16' if on_gpu else 'float32'
 
 
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+  try:
+    yield
+  except RuntimeError as error:  # torch's, which must not be imported for NumPy's encoders.
+    if 'out of memory' not in str(error):
+      raise
+    raise InputError(
+      f'the device has too little memory ({str(error).splitlines()[0]}); pass a smaller'
+      ' --batch_size'
+    ) from error
+
+
 def in_order(
   workers: list[Callable[[Batch], Result]], batches: Iterable[Batch]
 ) -> Iterator[tuple[Batch, Result]]:
-  """Deals batches to workers that each do one at a time; gives batches and results in order."""
-  with contextlib.ExitStack() as stack:
+  """Deals batches to workers that each do one at a time; gives batches and results in order.
+
+  Raises:
+    InputError: a device has too little memory.
+  """
+  with _memory_errors(), contextlib.ExitStack() as stack:
     pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in workers]
     waiting: collections.deque = collections.deque()
     for number, batch in enumerate(batches):

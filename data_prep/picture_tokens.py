@@ -9,7 +9,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,9 +123,19 @@ class _Decoders:
     for batch in batches:
       waiting.append(self._pool.submit(_open_all, self._prepare, batch))
       if len(waiting) > 2 * self._processes:
-        yield waiting.popleft().result()
+        yield _result(waiting.popleft())
     while waiting:
-      yield waiting.popleft().result()
+      yield _result(waiting.popleft())
+
+
+def _result(waiting: Future) -> list[np.ndarray | str]:
+  try:
+    return waiting.result()
+  except BrokenProcessPool as error:
+    raise InputError(
+      'a process that decodes pictures was killed, probably for lack of memory; pass fewer'
+      ' --workers'
+    ) from error
 
 
 def _follow_parent() -> None:
@@ -147,10 +158,9 @@ def _open_all(
 def _open(prepare: Callable[[Image.Image], np.ndarray], path: Path) -> np.ndarray | str:
   try:
     with Image.open(path) as file:
-      image = file.convert('RGB')
+      return prepare(file.convert('RGB'))
   except Exception as error:  # Decoders raise whatever the damage leads them to.
     return f'its picture cannot be decoded ({error})'
-  return prepare(image)
 
 
 def _encode(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import pathlib
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 1
 INFO = 'info.json'
-_BLOCK = 4096  # Rows that are converted at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Features:
     shards, places = np.divmod(indices, self.info['rows_per_shard'])
     for shard in np.unique(shards):
       chosen = shards == shard
-      tokens[chosen] = self._decoded(shard, places[chosen])
-      mask[chosen] = self.shards['mask'][shard][places[chosen]]
+      found = {kind: arrays[shard][places[chosen]] for kind, arrays in self.shards.items()}
+      tokens[chosen], mask[chosen] = _decoded(found), found['mask']
     return tokens, mask
 
   def table(self, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -70,34 +70,32 @@ class Features:
     Raises:
       InputError: the content of a file is not what was written, or is not finite.
     """
-    rows, width_of_row, width = self.shape
-    tokens = np.zeros((rows + 1, width_of_row, width), dtype)
-    mask = np.zeros((rows + 1, width_of_row), bool)
-    at = 1
-    for shard in range(len(self.shards['tokens'])):
-      self._check_content(shard)
-      masked = self.shards['mask'][shard]
-      for start in range(0, len(masked), _BLOCK):
-        block = self._decoded(shard, slice(start, start + _BLOCK))
-        if not np.isfinite(block).all():
-          raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
-        tokens[at : at + len(block)] = block
-        mask[at : at + len(block)] = masked[start : start + _BLOCK]
-        at += len(block)
+    rows, *row = self.shape
+    tokens = np.zeros((rows + 1, *row), dtype)
+    mask = np.zeros((rows + 1, row[0]), bool)
+    end = 1
+    for shard, record in enumerate(self.info['shards']):
+      start, end = end, end + record['rows']
+      # Read, not mapped: one shard at a time is in memory beside the table.
+      found = {kind: self._read(kind, shard) for kind in self.shards}
+      decoded = _decoded(found)
+      if not np.isfinite(decoded).all():
+        raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
+      tokens[start:end], mask[start:end] = decoded, found['mask']
     return tokens, mask
 
-  def _decoded(self, shard: int, rows: np.ndarray | slice) -> np.ndarray:
-    tokens = self.shards['tokens'][shard][rows]
-    if self.info['dtype'] != 'int8':
-      return tokens
-    return tokens * self.shards['scale'][shard][rows].astype(np.float32)[..., None]
+  def _read(self, kind: str, shard: int) -> np.ndarray:
+    path = self.folder / file_name(kind, shard, len(self.info['shards']))
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != self.info['shards'][shard]['sha256'][kind]:
+      raise InputError(f'{path}: is damaged: its content is not what was written')
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
-  def _check_content(self, shard: int) -> None:
-    for kind, wanted in self.info['shards'][shard]['sha256'].items():
-      path = self.folder / file_name(kind, shard, len(self.info['shards']))
-      with path.open('rb') as file:
-        if hashlib.file_digest(file, 'sha256').hexdigest() != wanted:
-          raise InputError(f'{path}: is damaged: its content is not what was written')
+
+def _decoded(arrays: dict[str, np.ndarray]) -> np.ndarray:
+  if 'scale' not in arrays:
+    return arrays['tokens']
+  return arrays['tokens'] * arrays['scale'].astype(np.float32)[..., None]
 
 
 def load_features(

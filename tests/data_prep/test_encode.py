@@ -364,6 +364,7 @@ def test_other_vision_models(build, vision, name, token_0, extra):
   np.testing.assert_allclose(tokens[1:, 1:], grid_means(hidden.numpy()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
 def test_bad_pictures_are_masked_and_named(build, capsys):
   items = [{'image': picture(seed)} for seed in range(40)]
   items[3] = items[17] = {}
@@ -641,8 +642,10 @@ def test_an_interrupted_run_says_what_to_do(many):
   assert process.stderr.read() == 'stopped; what is done is kept, and the same command goes on\n'
 
 
-def test_a_damaged_shard_of_a_killed_run_is_made_again(many):
+def test_damaged_and_changed_shards_of_a_killed_run_are_made_again(many):
+  write_about(many, 'item', {'i004': 'The old text.', 'i299': 'Another.'})
   start_and_kill(many)
+  write_about(many, 'item', {'i004': 'The new text.', 'i299': 'Another.'})
   ready = many / 'features/item/text.incomplete/ready'
   path = sorted(ready.glob('tokens-*.npy'))[3]
   path.write_bytes(path.read_bytes()[:-1] + b'x')
