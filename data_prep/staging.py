@@ -40,7 +40,7 @@ def new_folder(target: Path) -> Iterator[Path]:
   """
   with scratch_folder(target, 'incomplete') as folder:
     yield folder
-    _move_in(folder, target)
+    move_in(folder, target)
 
 
 def clean_up(target: Path) -> None:
@@ -80,7 +80,8 @@ def write_file(target: Path, content: bytes) -> None:
     raise
 
 
-def _move_in(folder: Path, target: Path) -> None:
+def move_in(folder: Path, target: Path) -> None:
+  """Makes a complete folder the `target`, in place of an old one."""
   if target.exists() and any(target.iterdir()):
     if _exchange(folder, target):
       shutil.rmtree(folder, ignore_errors=True)

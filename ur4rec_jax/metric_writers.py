@@ -6,10 +6,17 @@ import pathlib
 import sys
 import time
 
-import tensorboardX
 from tqdm import tqdm
 
 from ur4rec_jax.errors import StorageError
+
+# tensorboardX loads torch wherever it is installed, which takes seconds and serves nothing here.
+if has_no_torch := 'torch' not in sys.modules:
+  sys.modules['torch'] = None
+import tensorboardX
+
+if has_no_torch:
+  del sys.modules['torch']
 
 
 class MetricWriter:

@@ -1,0 +1,1 @@
+"""Frozen encoders: texts, pictures and imports -> files of token embeddings."""

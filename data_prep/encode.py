@@ -1,0 +1,335 @@
+"""Encodes the texts or pictures of a prepared dataset once, into token embeddings for training.
+
+  python -m data_prep.encode --data_dir=data/shop --modality=text
+  python -m data_prep.encode --data_dir=data/shop --modality=image --encoder=facebook/dinov2-small
+  python -m data_prep.encode --data_dir=data/shop --modality=audio --import=audio.npz
+
+What is written lies in features/item/MODALITY and features/user/MODALITY of the dataset. The same
+command goes on where a killed one was. docs/embeddings.md says more.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import staging
+from data_prep.embeddings import (
+  feature_files,
+  imported_tokens,
+  picture_tokens,
+  projection,
+  text_tokens,
+)
+from ur4rec_jax.dataset import iterate_items, read_info
+from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
+from ur4rec_jax.features import load_features, read_features_info
+
+TEXT, IMAGE = 'text', 'image'
+_KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}
+_MOST_REASONS = 5
+_MOST_COMPARED = 100_000  # Items among which neighbours are looked for.
+
+
+def encode(data_dir: str | Path, of: str, flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+  """Makes the features of one modality.
+
+  Args:
+    data_dir: a prepared folder.
+    of: `item` or `user`.
+    flags: what the command line says.
+
+  Returns:
+    The content of info.json, and whether it is new.
+
+  Raises:
+    InputError: something cannot be read, encoded or written; nothing that was there changes.
+  """
+  data_dir = Path(os.path.realpath(data_dir))
+  dataset = read_info(data_dir)
+  target = data_dir / 'features' / of / flags.modality
+  scratch = target.with_name(f'{target.name}.incomplete-{os.getpid()}')
+  form = feature_files.Form(
+    flags.dtype, flags.width, flags.whiten, flags.normalise, flags.rows_per_shard
+  )
+  with staging.disk_errors(target):
+    staging.clean_up(target)
+  try:
+    source = _source(data_dir, dataset, of, flags, scratch)
+    about = {
+      'of': of,
+      'modality': flags.modality,
+      'ids_sha256': dataset['ids_sha256'][f'{of}s'],
+      **source.info,
+    }
+    fitted = _items_projection(data_dir, flags.modality, form, source) if of == 'user' else None
+    return feature_files.write(
+      target, source._replace(info=about), form, projection=fitted, overwrite=flags.overwrite
+    )
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _source(
+  data_dir: Path, dataset: dict[str, Any], of: str, flags: argparse.Namespace, scratch: Path
+) -> feature_files.Source:
+  if flags.file is not None:
+    about = {}
+    if of == 'user':
+      record = dataset['splits'].get(flags.split)
+      if record is None:
+        raise InputError(
+          f'--split={flags.split}: must name the split whose training part the features of users'
+          f' were made from, one of {", ".join(dataset["splits"])}'
+        )
+      about |= {'split_name': flags.split, 'split_hash': record['hash']}
+    source, unknown = imported_tokens.source(data_dir, of, flags.file, flags.ids, scratch)
+    return source._replace(info=source.info | about | {'unknown_ids': unknown})
+  common = {'device': flags.device, 'precision': flags.precision, 'batch_size': flags.batch_size}
+  if flags.modality == TEXT:
+    name = flags.encoder or text_tokens.DEFAULT
+    is_builtin = name == text_tokens.HASHING
+    encoder = (
+      text_tokens.hashing() if is_builtin else text_tokens.sentence_transformer(name, **common)
+    )
+    return text_tokens.source(data_dir, of, encoder, flags.max_tokens)
+  name = flags.encoder or picture_tokens.DEFAULT
+  if name == picture_tokens.COLOR:
+    encoder = picture_tokens.color(flags.grid)
+  else:
+    encoder = picture_tokens.vision_model(name, flags.grid, flags.layer, **common)
+  return picture_tokens.source(data_dir, encoder, flags.workers)
+
+
+def _items_projection(
+  data_dir: Path, modality: str, form: feature_files.Form, source: feature_files.Source
+) -> projection.Projection | None:
+  """What the items' features were projected with: users are to lie in the same space."""
+  if not form.projects:
+    return None
+  folder = data_dir / 'features' / 'item' / modality
+  way_out = f'encode the items first: --of=item --modality={modality}, with the same flags'
+  info = read_features_info(folder, way_out)
+  wanted = {
+    'encoder': source.info['encoder'],
+    'width': form.width or source.width,
+    'is_whitened': form.whiten,
+    'is_normalised': form.normalise,
+  }
+  for name, value in wanted.items():
+    if info['projection'] is None or info[name] != value:
+      raise InputError(f'{folder}: was made with another {name}; {way_out}')
+  return projection.load(folder, info['projection'])
+
+
+def summary(
+  info: dict[str, Any], seconds: float | None, data_dir: str | Path, neighbours: list[str]
+) -> str:
+  """What the user reads at the end."""
+  of, counts, encoder = info['of'], info['counts'], info['encoder']
+  place = Path(data_dir) / 'features' / of / info['modality']
+  notes = [
+    note
+    for note, is_so in (
+      ('built in, for trying things out', encoder['is_builtin']),
+      ('the texts are made up by the mock writer', info['is_mock']),
+    )
+    if is_so
+  ]
+  shown = ('layer', 'token_0', 'precision')
+  details = [f'{name} {encoder[name]}' for name in shown if name in encoder]
+  done = 'already in' if seconds is None else 'written to'
+  rows = [
+    ('features', f'{of} {info["modality"]}, {done} {place}'),
+    ('encoder', ', '.join([encoder['name'], *details, *notes])),
+    (f'{of}s', f'{info["rows"]:,}: {counts["with"]:,} with, {counts["without"]:,} without'),
+  ]
+  for reason, record in list(info['masked'].items())[:_MOST_REASONS]:
+    rows.append(('- without', f'{record["rows"]:,}: {reason}; first {of} {record["first"]!r}'))
+  if counts['without']:
+    rows.append(('- all', str(place / feature_files.MASKED)))
+  if info.get('unknown_ids'):
+    rows.append(('unknown', f'{info["unknown_ids"]:,} ids of the file are not in the dataset'))
+  rows.append(
+    (
+      'tokens',
+      f'{info["tokens"]} a row at most, {counts["tokens"] / counts["with"]:.1f} on average;'
+      f' {info["width"]} {info["dtype"]} each',
+    )
+  )
+  if info['projection']:
+    rows.append(
+      (
+        'projection',
+        f'from {info["encoded_width"]} to {info["width"]}'
+        f'{", whitened" if info["is_whitened"] else ""}: keeps'
+        f' {info["projection"]["explained_variance"]:.1%} of the variance',
+      )
+    )
+  rows += [
+    (
+      'storing',
+      f'{counts["bytes"] / 1e6:,.1f} MB; relative squared error {info["storage_error"]:.1e}',
+    ),
+    ('fingerprint', info['fingerprint'][:16]),
+    *((('time', f'{seconds:.1f} s, {info["rows"] / seconds:,.1f} {of}s/s'),) if seconds else ()),
+    *(('neighbours', line) for line in neighbours),
+    (
+      'next',
+      'python -m ur4rec_jax.main --config=configs/default.py'
+      f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}',
+    ),
+  ]
+  return '\n'.join(f'{name:<14} {value}' for name, value in rows)
+
+
+def nearest(
+  data_dir: str | Path, modality: str, ids: list[str] | None, count: int = 5
+) -> list[str]:
+  """Says, by token 0 and cosine, which items lie nearest to some.
+
+  Args:
+    data_dir: a prepared folder.
+    modality: of the features.
+    ids: original ids; None for the first three items with features.
+    count: how many neighbours of each.
+
+  Raises:
+    InputError: an item is not in the dataset.
+  """
+  features = load_features(data_dir, 'item', modality)
+  if ids is None and features.shape[0] > _MOST_COMPARED:
+    return []
+  items = list(iterate_items(data_dir))
+  labels = {item['original_id']: at for at, item in enumerate(items)}
+  vectors = np.zeros((len(items), features.shape[2]), np.float32)
+  for start in range(0, len(items), 4096):
+    part = np.arange(start, min(start + 4096, len(items)))
+    tokens, mask = features.rows(part)
+    vectors[part] = tokens[:, 0] * mask[:, :1]
+  vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+  is_there = vectors.any(1)
+  if ids is None:
+    ids = [items[at]['original_id'] for at in np.flatnonzero(is_there)[:3]]
+  lines = []
+  for name in ids:
+    if name not in labels:
+      raise InputError(f'--neighbours: {name!r} is no item of {data_dir}; give original ids')
+    at = labels[name]
+    title = lambda i: items[i]['title'] or items[i]['original_id']
+    if not is_there[at]:
+      lines.append(f'{title(at)}: has no features')
+      continue
+    scores = np.where(is_there, vectors @ vectors[at], -np.inf)
+    scores[at] = -np.inf
+    best = [i for i in np.argsort(-scores, kind='stable')[:count] if np.isfinite(scores[i])]
+    lines.append(f'{title(at)}: ' + ', '.join(f'{title(i)} {scores[i]:.2f}' for i in best))
+  return lines
+
+
+def _flags() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('--data_dir', required=True, help='folder of the prepared dataset')
+  add('--modality', required=True, help='text, image, or a name of your own with --import')
+  add(
+    '--of',
+    choices=_KINDS,
+    help='whose features; without it of items, and of users too where there are texts about them',
+  )
+  add(
+    '--encoder',
+    help='a folder, a name at the hub, or hashing (texts) and color (pictures), which are built in;'
+    f' without it {text_tokens.DEFAULT} or {picture_tokens.DEFAULT}',
+  )
+  add('--max_tokens', type=int, default=8, help='sentences a text that get a token of their own')
+  add('--grid', type=int, default=3, help='parts a side of a picture; 0: the whole picture alone')
+  add('--layer', help='of a vision model: projected, last, or a number such as -2')
+  add('--import', dest='file', help='.npz, .npy or .safetensors file with features made elsewhere')
+  add('--ids', help='file with an original id a line, for an --import without ids')
+  add('--split', help='with --import and --of=user: the split whose training part was used')
+  add('--width', type=int, help='project to so many dimensions, by PCA fitted to the items')
+  add('--whiten', action='store_true', help='give all directions the same variance')
+  add('--normalise', action='store_true', help='give every token the length 1')
+  add('--dtype', choices=feature_files.DTYPES, default='float16', help='how tokens are stored')
+  add('--batch_size', type=int, default=64, help='texts or pictures encoded at once')
+  add(
+    '--precision',
+    choices=('auto', 'float32', 'bfloat16'),
+    default='auto',
+    help='of the computation; auto: bfloat16 on a GPU that has it',
+  )
+  add('--device', help='torch devices by commas; without it all GPUs, or the CPU')
+  add(
+    '--workers',
+    type=int,
+    default=min(8, (os.cpu_count() or 1) - 1),
+    help='processes that decode pictures; 0: none besides this one',
+  )
+  add('--rows_per_shard', type=int, help='rows a file, and lost at most when killed')
+  add('--neighbours', help='original ids, by commas, whose nearest items are shown')
+  add('--overwrite', action='store_true', help='replace features that were made otherwise')
+  return parser
+
+
+def _check(flags: argparse.Namespace) -> None:
+  if not re.fullmatch(r'[a-z0-9][a-z0-9_-]*', flags.modality):
+    raise InputError(
+      f'--modality={flags.modality}: must be a name of small letters, digits, - and _'
+    )
+  if flags.file is None and flags.modality not in (TEXT, IMAGE):
+    raise InputError(
+      f'--modality={flags.modality}: only {TEXT} and {IMAGE} are encoded here; for others pass'
+      ' --import=FILE'
+    )
+  if flags.file is not None and flags.encoder is not None:
+    raise InputError('--encoder and --import exclude each other; leave one out')
+  if flags.file is None and (flags.ids or flags.split):
+    raise InputError('--ids and --split are about --import; pass it too, or leave them out')
+  if flags.file is None and flags.modality == IMAGE and flags.of in ('user', 'both'):
+    raise InputError('--of: users have no pictures; the model looks at those of their items')
+  if flags.file is not None and flags.of == 'both':
+    raise InputError('--of=both: import the features of items and of users one after the other')
+  least = {'max_tokens': 0, 'grid': 0, 'width': 1, 'batch_size': 1, 'workers': 0}
+  for name, lowest in (least | {'rows_per_shard': 1}).items():
+    value = getattr(flags, name)
+    if value is not None and value < lowest:
+      raise InputError(f'--{name} must be {lowest} or more, not {value}')
+  if flags.layer is not None and not re.fullmatch(r'projected|last|-?\d+', flags.layer):
+    raise InputError(f'--layer={flags.layer}: must be projected, last or a number such as -2')
+
+
+@exit_on_reported_error
+def main(argv: list[str] | None = None) -> None:
+  """Reads the flags, encodes and prints the summary."""
+  flags = _flags().parse_args(argv)
+  _check(flags)
+  of = flags.of or 'item'
+  if not flags.of and flags.file is None and flags.modality == TEXT:
+    of = 'both' if (Path(flags.data_dir) / 'user_texts').is_dir() else 'item'
+  try:
+    for kind in _KINDS[of]:
+      start = time.monotonic()
+      info, is_new = encode(flags.data_dir, kind, flags)
+      seconds = time.monotonic() - start if is_new else None
+      ids = flags.neighbours.split(',') if flags.neighbours else None
+      lines = nearest(flags.data_dir, flags.modality, ids) if kind == 'item' else []
+      print(summary(info, seconds, flags.data_dir, lines), flush=True)
+  except KeyboardInterrupt:
+    raise InterruptedBySignal(
+      'stopped; what is done is kept, and the same command goes on', signal.SIGINT
+    ) from None
+
+
+if __name__ == '__main__':
+  main()

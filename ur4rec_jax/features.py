@@ -1,0 +1,178 @@
+"""Token embeddings of items and users, as data_prep.encode writes them; NumPy only."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ur4rec_jax.dataset import read_info
+from ur4rec_jax.errors import InputError
+
+FORMAT_VERSION = 1
+INFO = 'info.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+  """The tokens of one modality; row i is of item i + 1, or of user i.
+
+  Attributes:
+    folder: where they lie.
+    info: contents of `info.json`: encoder, sizes, fingerprint, counts.
+    shards: by kind of file (`tokens`, `mask` and, of int8, `scale`) the memory-mapped arrays,
+      `[rows of the shard, tokens, width]` and `[rows of the shard, tokens]`.
+  """
+
+  folder: pathlib.Path
+  info: dict[str, Any]
+  shards: dict[str, list[np.ndarray]]
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """Rows, tokens a row, width of a token."""
+    return self.info['rows'], self.info['tokens'], self.info['width']
+
+  def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reads some rows; nothing else is loaded.
+
+    Args:
+      indices: `[n]` from 0.
+
+    Returns:
+      `[n, tokens, width]` float32, zeros where masked, and `[n, tokens]` bool, true where there is
+      a token.
+    """
+    indices = np.asarray(indices)
+    tokens = np.empty((len(indices), *self.shape[1:]), np.float32)
+    mask = np.empty((len(indices), self.shape[1]), bool)
+    shards, places = np.divmod(indices, self.info['rows_per_shard'])
+    for shard in np.unique(shards):
+      chosen = shards == shard
+      found = {kind: arrays[shard][places[chosen]] for kind, arrays in self.shards.items()}
+      tokens[chosen], mask[chosen] = _decoded(found), found['mask']
+    return tokens, mask
+
+  def table(self, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Reads everything, for a lookup by item id.
+
+    Args:
+      dtype: of the tokens.
+
+    Returns:
+      `[rows + 1, tokens, width]`, zeros where masked, and `[rows + 1, tokens]` bool, true where
+      there is a token; row 0, which is no item, has none.
+
+    Raises:
+      InputError: the content of a file is not what was written, or is not finite.
+    """
+    rows, *row = self.shape
+    tokens = np.zeros((rows + 1, *row), dtype)
+    mask = np.zeros((rows + 1, row[0]), bool)
+    end = 1
+    for shard, record in enumerate(self.info['shards']):
+      start, end = end, end + record['rows']
+      # Read, not mapped: one shard at a time is in memory beside the table.
+      found = {kind: self._read(kind, shard) for kind in self.shards}
+      decoded = _decoded(found)
+      if not np.isfinite(decoded).all():
+        raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
+      tokens[start:end], mask[start:end] = decoded, found['mask']
+    return tokens, mask
+
+  def _read(self, kind: str, shard: int) -> np.ndarray:
+    path = self.folder / file_name(kind, shard, len(self.info['shards']))
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != self.info['shards'][shard]['sha256'][kind]:
+      raise InputError(f'{path}: is damaged: its content is not what was written')
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _decoded(arrays: dict[str, np.ndarray]) -> np.ndarray:
+  if 'scale' not in arrays:
+    return arrays['tokens']
+  return arrays['tokens'] * arrays['scale'].astype(np.float32)[..., None]
+
+
+def load_features(
+  data_dir: str | pathlib.Path, of: str, modality: str, split_hash: str | None = None
+) -> Features:
+  """Opens features of a prepared folder; the arrays are memory-mapped.
+
+  Args:
+    data_dir: the prepared folder.
+    of: `item` or `user`.
+    modality: `text`, `image` or a name of one's own.
+    split_hash: for users, of the split that is used: their features tell of its training part.
+
+  Raises:
+    InputError: there are none, they are of other items, users or another split, or a file is
+      missing or damaged.
+  """
+  dataset = read_info(data_dir)
+  folder = pathlib.Path(data_dir) / 'features' / of / modality
+  again = f'make them: {_command(data_dir, of, modality)}'
+  if not folder.is_dir():
+    raise InputError(f'data_dir {data_dir}: has no {modality} features of {of}s; {again}')
+  info = read_features_info(folder, again)
+  if info['ids_sha256'] != dataset['ids_sha256'][f'{of}s']:
+    raise InputError(
+      f'{folder}: is of other {of}s than those of data_dir {data_dir} (their ids differ); {again}'
+    )
+  if of == 'user' and info['split_hash'] != split_hash:
+    raise InputError(
+      f'{folder}: was made for the split {info["split_name"]} {info["split_hash"]}, not for'
+      f' {split_hash}, and may tell of what that holds out; {again}'
+    )
+  shards: dict[str, list[np.ndarray]] = {}
+  for kind, dtype, *shape in array_kinds(info):
+    shards[kind] = []
+    for number, record in enumerate(info['shards']):
+      path = folder / file_name(kind, number, len(info['shards']))
+      try:
+        array = np.load(path, mmap_mode='r', allow_pickle=False)
+      except (OSError, ValueError, EOFError) as error:
+        raise InputError(f'{path}: cannot be read ({error}); {again}') from error
+      if array.dtype != dtype or array.shape != (record['rows'], *shape):
+        raise InputError(
+          f'{path}: holds {array.dtype} {array.shape}, not what was written; {again}'
+        )
+      shards[kind].append(array)
+  return Features(folder, info, shards)
+
+
+def read_features_info(folder: pathlib.Path, way_out: str) -> dict[str, Any]:
+  """Reads info.json; InputError, with the way out given, if it is missing or damaged."""
+  path = folder / INFO
+  try:
+    info = json.loads(path.read_text(encoding='utf-8'))
+    version = info['format_version']
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    raise InputError(f'{path}: cannot be read ({error!r}); {way_out}') from error
+  if version != FORMAT_VERSION:
+    raise InputError(
+      f'{path}: is of format {version}, this version reads {FORMAT_VERSION}; {way_out}'
+    )
+  return info
+
+
+def array_kinds(info: dict[str, Any]) -> Iterator[tuple]:
+  """Gives name, dtype and shape of a row of each array of a shard."""
+  yield 'tokens', info['dtype'], info['tokens'], info['width']
+  yield 'mask', 'bool', info['tokens']
+  if info['dtype'] == 'int8':
+    yield 'scale', 'float16', info['tokens']
+
+
+def file_name(kind: str, shard: int, count: int) -> str:
+  return f'{kind}-{shard:05}-of-{count:05}.npy'
+
+
+def _command(data_dir: str | pathlib.Path, of: str, modality: str) -> str:
+  return (
+    f'python -m data_prep.encode --data_dir={data_dir} --of={of} --modality={modality} --overwrite'
+  )
