@@ -156,7 +156,7 @@ def _hash(texts: list[str]) -> np.ndarray:
   vectors = np.zeros((len(texts), _HASHED_WIDTH), np.float32)
   for vector, text in zip(vectors, texts, strict=True):
     buckets = [bucket for word in re.findall(r'\w+', text.lower()) for bucket in _buckets(word)]
-    counts = np.bincount(buckets, minlength=2 * _HASHED_WIDTH)
+    counts = np.bincount(np.array(buckets, int), minlength=2 * _HASHED_WIDTH)
     signed = counts[:_HASHED_WIDTH] - counts[_HASHED_WIDTH:]
     vector[:] = np.sign(signed) * np.sqrt(np.abs(signed))
   return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
