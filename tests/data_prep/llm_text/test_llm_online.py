@@ -193,7 +193,8 @@ def test_a_server_that_dies_ends_the_run_instead_of_failing_all(tmp_path, monkey
   with running('openai', tmp_path, llm_server.Faults(error=1.0)) as run:
     with pytest.raises(llm_online.ReportedError, match='answers nothing any more'):
       run.online(questions(100), concurrency=4)
-    assert len(run.failures) == llm_online._GIVEN_UP - 1
+    # Those under way beside the last one may still fail.
+    assert llm_online._GIVEN_UP - 1 <= len(run.failures) < llm_online._GIVEN_UP + 4
 
 
 def test_a_retry_waits_as_long_as_the_server_says(tmp_path):
