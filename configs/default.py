@@ -14,6 +14,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
 
   config.data_dir = ''  # Folder that data_prep.build_dataset wrote.
   config.split = 'leave_one_out'  # What is held out: leave_one_out, or time for all at one time.
+  config.modalities = ()  # Embeddings of the items to use: data_prep.encode's text, image, ...
   config.seed = 0  # Of parameters, batches, dropout and negatives.
   config.max_length = 50  # Longest history in items; older ones are cut off.
   config.batch_size = 128  # Users a step on average, over all devices.
@@ -30,6 +31,9 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.model.ffn_dim = 64  # Width of the hidden feed-forward layer.
   config.model.dropout = 0.2  # Rate on embeddings and inside blocks.
   config.model.norm = 'pre'  # Layer norm before (pre) or after (post) each branch.
+  config.model.item_input = 'id'  # What an item is to the model: id, content or id+content.
+  config.model.content_dim = 128  # Hidden width of the content's projection.
+  config.model.content_dropout = 0.2  # Rate in it.
   config.model.dtype = 'float32'  # Computation type: float32, or bfloat16 where it is faster.
 
   config.loss = ConfigDict()

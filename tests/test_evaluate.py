@@ -49,7 +49,7 @@ def history(dataset: Dataset, user: int) -> np.ndarray:
 
 def run(model, dataset, part, config, params=None, mapping='pmap', **options):
   evaluator = evaluate.make_evaluator(
-    model, dataset, parallel.replicate(dataset.item_ids), part, config, mapping
+    model, dataset, parallel.replicate(dataset.item_ids), {}, part, config, mapping
   )
   return evaluator(parallel.replicate(params or {}), **options)
 
@@ -60,11 +60,11 @@ class Constant(nn.Module):
   max_length: int = MAX_LENGTH
   num_items: int = NUM_ITEMS
 
-  def __call__(self, item_ids, segment_ids):
+  def __call__(self, item_ids, segment_ids, item_table):
     return jnp.ones((*item_ids.shape, 1))
 
-  def item_vectors(self):
-    return jnp.ones((self.num_items, 1))
+  def item_table(self, features):
+    return jnp.ones((self.num_items + 1, 1))
 
 
 class Oracle(nn.Module):
@@ -73,11 +73,11 @@ class Oracle(nn.Module):
   max_length: int = MAX_LENGTH
   num_items: int = NUM_ITEMS
 
-  def __call__(self, item_ids, segment_ids):
+  def __call__(self, item_ids, segment_ids, item_table):
     return jax.nn.one_hot(item_ids % self.num_items, self.num_items)
 
-  def item_vectors(self):
-    return jnp.eye(self.num_items)
+  def item_table(self, features):
+    return jnp.eye(self.num_items + 1)[:, 1:]
 
 
 class Poisoned(Oracle):
@@ -85,8 +85,9 @@ class Poisoned(Oracle):
 
   value: float = jnp.nan
 
-  def __call__(self, item_ids, segment_ids):
-    return jnp.where(item_ids[..., None] == 7, self.value, super().__call__(item_ids, segment_ids))
+  def __call__(self, item_ids, segment_ids, item_table):
+    states = super().__call__(item_ids, segment_ids, item_table)
+    return jnp.where(item_ids[..., None] == 7, self.value, states)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def sasrec():
   @jax.jit
   def scores(item_ids):
     hidden = model.apply({'params': params}, item_ids[None])[0, -1]
-    return model.apply({'params': params}, method='item_vectors') @ hidden
+    return model.apply({'params': params}, method='item_table')[1:] @ hidden
 
   def score_all(before) -> np.ndarray:
     """Scores by item id; the user alone in a left-padded row."""

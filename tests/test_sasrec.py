@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from configs import default
+from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import (
-  Dropout,
   SASRec,
   create_model,
   masked_attention,
@@ -220,8 +220,10 @@ def test_config_describes_the_model():
 def test_item_vectors_are_the_input_embeddings_without_padding():
   model = small_model()
   params = large_params(model)
-  vectors = model.apply({'params': params}, method='item_vectors')
+  item_ids = jnp.arange(1, LENGTH + 1)[None]
+  hidden, vectors = model.apply({'params': params}, {}, item_ids, method='encode')
   np.testing.assert_array_equal(vectors, params['item_embedding'][1:])
+  np.testing.assert_allclose(hidden, encode(model, params, item_ids), atol=1e-5)
 
 
 def test_model_dropout_follows_its_key():

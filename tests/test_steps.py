@@ -11,7 +11,8 @@ from tests.conftest import make_dataset
 from ur4rec_jax import losses, optimizers, parallel, steps
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
-from ur4rec_jax.models.sasrec import Dropout, SASRec
+from ur4rec_jax.models.layers import Dropout
+from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.train_state import TrainState, create_train_state
 
 NUM_ITEMS = 20
@@ -40,7 +41,7 @@ def loss_inputs(tokens: int = 11, dim: int = 4):
 
 def train_data(counts) -> steps.TrainData:
   item_ids = np.repeat(np.arange(1, len(counts) + 1), counts).astype(np.int32)
-  return steps.TrainData(jnp.asarray(item_ids), jnp.asarray(counts, jnp.float32))
+  return steps.TrainData(jnp.asarray(item_ids), jnp.asarray(counts, jnp.float32), {})
 
 
 EVEN = np.full(NUM_ITEMS, 3)
@@ -171,7 +172,7 @@ def training_part() -> Dataset:
 def all_data() -> steps.TrainData:
   train = training_part()
   counts = np.bincount(train.item_ids, minlength=NUM_ITEMS + 1)[1:]
-  return steps.TrainData(jnp.asarray(train.item_ids), jnp.asarray(counts, jnp.float32))
+  return steps.TrainData(jnp.asarray(train.item_ids), jnp.asarray(counts, jnp.float32), {})
 
 
 class Lookup(nn.Module):
@@ -187,8 +188,8 @@ class Lookup(nn.Module):
   def __call__(self, item_ids, segment_ids=None, *, deterministic: bool = True):
     return self.drop(self.item_embedding[item_ids], deterministic=deterministic)
 
-  def item_vectors(self):
-    return self.item_embedding[1:]
+  def encode(self, features, item_ids, segment_ids=None, *, deterministic: bool = True):
+    return self(item_ids, deterministic=deterministic), self.item_embedding[1:]
 
 
 class Trainer:
@@ -208,7 +209,7 @@ class Trainer:
     self.initial = jax.device_get(self.create(seed=0))
 
   def create(self, seed: int) -> TrainState:
-    return create_train_state(self.model, self.tx, seed)
+    return create_train_state(self.model, self.tx, seed, {})
 
   def init(self, **changes) -> TrainState:
     """The state of seed 0 on the devices, with some fields changed."""

@@ -6,11 +6,13 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.models.sasrec import ITEM_INPUTS
 
 _CHOICES = {
   'split': splits.NAMES,
   'crop': ('last', 'random'),
   'mapping': ('pmap', 'shard_map'),
+  'model.item_input': ITEM_INPUTS,
   'model.norm': ('pre', 'post'),
   'model.dtype': ('float32', 'bfloat16'),
   'loss.name': ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce'),
@@ -35,6 +37,7 @@ _AT_LEAST = {
   'model.num_blocks': 1,
   'model.num_heads': 1,
   'model.ffn_dim': 1,
+  'model.content_dim': 1,
   'loss.num_negatives': 1,
   'loss.chunk_size': 1,
   'evaluation.num_candidates': 1,
@@ -43,7 +46,7 @@ _AT_LEAST = {
   'optimizer.weight_decay': 0,
   'optimizer.clip_norm': 0,
 }
-_BELOW_ONE = ('model.dropout', 'optimizer.b1', 'optimizer.b2')
+_BELOW_ONE = ('model.dropout', 'model.content_dropout', 'optimizer.b1', 'optimizer.b2')
 # These change neither what is computed nor what is stored, or only how far training goes.
 _CHANGEABLE = (
   'data_dir',
@@ -65,14 +68,14 @@ def flatten(config: dict, prefix: str = '') -> dict[str, Any]:
     if isinstance(value, dict):
       flat |= flatten(value, f'{prefix}{name}.')
     else:
-      flat[prefix + name] = value
+      flat[prefix + name] = [*value] if isinstance(value, tuple) else value  # As JSON has it.
   return flat
 
 
 def check_config(config: ConfigDict) -> None:
   """Raises InputError, naming the field and what it may be, if a field is missing or impossible."""
   fields = flatten(config.to_dict())
-  others = ('data_dir', 'loss.calibration', 'optimizer.learning_rate')
+  others = ('data_dir', 'modalities', 'loss.calibration', 'optimizer.learning_rate')
   for name in (*_CHOICES, *_AT_LEAST, *_BELOW_ONE, *others):
     if name not in fields:
       raise InputError(f'config.{name} is missing; configs/default.py has every field')
@@ -89,6 +92,12 @@ def check_config(config: ConfigDict) -> None:
       raise InputError(f'config.{name}={fields[name]}: must be in [0, 1)')
   if not 0 <= fields['loss.calibration'] <= 1:
     raise InputError(f'config.loss.calibration={fields["loss.calibration"]}: must be in [0, 1]')
+  if bool(fields['modalities']) != ('content' in fields['model.item_input']):
+    raise InputError(
+      f'config.modalities={fields["modalities"]} with config.model.item_input='
+      f'{fields["model.item_input"]}: content needs modalities, and modalities are for content; '
+      'set both, e.g. --config.modalities=text --config.model.item_input=id+content'
+    )
   if fields['model.dim'] % fields['model.num_heads']:
     raise InputError(
       f'config.model.num_heads={fields["model.num_heads"]}: must divide '

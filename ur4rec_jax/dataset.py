@@ -47,6 +47,7 @@ class Dataset:
     split: where it cuts each history.
     item_ids: `[interactions]` int32, 1-based, user after user, each in time order.
     offsets: `[users + 1]` int64, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
+    features: embeddings of the items by modality, see `features.add_features`.
   """
 
   info: dict[str, Any]
@@ -54,6 +55,7 @@ class Dataset:
   split: splits.Split
   item_ids: np.ndarray
   offsets: np.ndarray
+  features: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def num_items(self) -> int:
@@ -75,6 +77,13 @@ class Dataset:
     """`[interactions]` whether each one is of the training part."""
     ends = np.repeat(self.offsets[:-1] + self.split.train_lengths, self.lengths)
     return np.arange(len(self.item_ids)) < ends
+
+  def identity(self) -> dict[str, Any]:
+    """What tells the data of one run from those of another."""
+    found = {'name': self.info['name'], 'split_hash': self.split_hash}
+    if self.features:
+      found['features'] = {name: f.info['fingerprint'] for name, f in self.features.items()}
+    return found
 
   def train_part(self) -> 'Dataset':
     """Returns the dataset without its held-out interactions, so that training cannot see them."""

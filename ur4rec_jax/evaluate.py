@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax import metrics, parallel, splits
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
+from ur4rec_jax.features import TokenTable
 from ur4rec_jax.input_pipeline import Plan, assign, gather_batch, pack, plan_rows
 
 Array = jax.Array
@@ -143,19 +144,19 @@ def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Cal
   """Builds the step that ranks the held-out items of one device's share.
 
   Args:
-    model: has `__call__(item_ids, segment_ids)` and `item_vectors()`.
+    model: has `__call__(item_ids, segment_ids, item_table)`.
     row_length: tokens a row.
     seen_capacity: upper bound on the sum of a share's `seen_lengths`.
 
   Returns:
-    `eval_step(params, item_ids, share)`: ranks `[users of all devices]`, in the order of the
-    shares, and whether all scores are finite.
+    `eval_step(params, item_table, item_ids, share)`: ranks `[users of all devices]`, in the order
+    of the shares, and whether all scores are finite.
   """
 
-  def eval_step(params, item_ids: Array, share: Share) -> tuple[Array, Array]:
+  def eval_step(params, item_table: Array, item_ids: Array, share: Share) -> tuple[Array, Array]:
     batch = gather_batch(item_ids, share.plan, row_length)
-    hidden = model.apply({'params': params}, batch.item_ids, batch.segment_ids)
-    item_vectors = model.apply({'params': params}, method='item_vectors').astype(hidden.dtype)
+    hidden = model.apply({'params': params}, batch.item_ids, batch.segment_ids, item_table)
+    item_vectors = item_table[1:].astype(hidden.dtype)
     states = hidden.reshape(-1, hidden.shape[-1])[share.last]
     scores = jnp.matmul(states, item_vectors.T, preferred_element_type=jnp.float32)
     num_users = len(share.targets)
@@ -224,14 +225,22 @@ def make_shares(
 
 
 def make_evaluator(
-  model: nn.Module, dataset: Dataset, item_ids: Array, part: str, config: ConfigDict, mapping: str
+  model: nn.Module,
+  dataset: Dataset,
+  item_ids: Array,
+  features: dict[str, TokenTable],
+  part: str,
+  config: ConfigDict,
+  mapping: str,
 ) -> Callable[..., dict[str, float] | None]:
   """Prepares the evaluation of one part, everything it reads placed on the devices.
 
   Args:
-    model: has `max_length`, `__call__(item_ids, segment_ids)` and `item_vectors()`.
+    model: has `max_length`, `item_table(features)` and
+      `__call__(item_ids, segment_ids, item_table)`.
     dataset: all interactions.
     item_ids: `dataset.item_ids` on the devices.
+    features: of the items, on the devices.
     part: `valid` or `test`.
     config: `batch_size`, users a device and dispatch; and the fields that `protocol` reads.
     mapping: `pmap` or `shard_map`.
@@ -244,7 +253,10 @@ def make_evaluator(
   shares, members = make_shares(queries, model.max_length, config.batch_size)
   seen_capacity = int(shares.seen_lengths.sum(-1).max())
   step = parallel.MAPPINGS[mapping](
-    make_eval_step(model, model.max_length, seen_capacity), (None, None, 0), ()
+    make_eval_step(model, model.max_length, seen_capacity), (None, None, None, 0), ()
+  )
+  make_table = parallel.on_each_device(
+    lambda params, features: model.apply({'params': params}, features, method='item_table')
   )
   devices = parallel.device_count()
   placed = [
@@ -254,10 +266,11 @@ def make_evaluator(
 
   def evaluator(params, interrupted=lambda: False) -> dict[str, float] | None:
     outputs = []
+    item_table = make_table(params, features)  # Once for all users.
     for share in placed:
       if interrupted():
         return None
-      outputs.append(step(params, item_ids, share))
+      outputs.append(step(params, item_table, item_ids, share))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
       raise DivergenceError(f'a score is not finite in the evaluation on {part}')

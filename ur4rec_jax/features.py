@@ -5,16 +5,28 @@ import hashlib
 import io
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ur4rec_jax.dataset import read_info
+from ur4rec_jax.dataset import Dataset, read_info
 from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 1
 INFO = 'info.json'
+
+
+class TokenTable(NamedTuple):
+  """Tokens by item id or user number; placed on devices, they are `jax.Array`s.
+
+  Attributes:
+    tokens: `[rows, tokens, width]`, zeros where masked.
+    mask: `[rows, tokens]` bool, true where there is a token.
+  """
+
+  tokens: Any
+  mask: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +49,17 @@ class Features:
     """Rows, tokens a row, width of a token."""
     return self.info['rows'], self.info['tokens'], self.info['width']
 
+  @property
+  def origin(self) -> dict[str, Any]:
+    """Who made them of what: goes with every result."""
+    encoder = self.info['encoder']
+    return {
+      'encoder': encoder['name'],
+      'is_builtin': encoder['is_builtin'],
+      'is_mock': self.info.get('is_mock', False),
+      'fingerprint': self.info['fingerprint'],
+    }
+
   def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reads some rows; nothing else is loaded.
 
@@ -57,7 +80,7 @@ class Features:
       tokens[chosen], mask[chosen] = _decoded(found), found['mask']
     return tokens, mask
 
-  def table(self, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+  def table(self, dtype: Any = np.float32) -> TokenTable:
     """Reads everything, for a lookup by item id.
 
     Args:
@@ -82,7 +105,7 @@ class Features:
       if not np.isfinite(decoded).all():
         raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
       tokens[start:end], mask[start:end] = decoded, found['mask']
-    return tokens, mask
+    return TokenTable(tokens, mask)
 
   def _read(self, kind: str, shard: int) -> np.ndarray:
     path = self.folder / file_name(kind, shard, len(self.info['shards']))
@@ -143,6 +166,19 @@ def load_features(
         )
       shards[kind].append(array)
   return Features(folder, info, shards)
+
+
+def add_features(
+  dataset: Dataset, data_dir: str | pathlib.Path, modalities: Sequence[str]
+) -> Dataset:
+  """Returns the dataset with its items' features; raises what `load_features` raises."""
+  found = {name: load_features(data_dir, 'item', name) for name in modalities}
+  return dataclasses.replace(dataset, features=found)
+
+
+def item_tables(dataset: Dataset, dtype: Any = np.float32) -> dict[str, TokenTable]:
+  """Reads the dataset's features whole, by modality, in the type that is computed in."""
+  return {name: features.table(dtype) for name, features in dataset.features.items()}
 
 
 def read_features_info(folder: pathlib.Path, way_out: str) -> dict[str, Any]:

@@ -126,6 +126,11 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+def on_each_device(function: Callable) -> Callable:
+  """Compiles a function of what `replicate` placed, to run whole on each local device."""
+  return jax.jit(function, out_shardings=NamedSharding(_local_mesh(), PartitionSpec()))
+
+
 def pmap(step: Callable, in_axes: Sequence[int | None], donate_argnums: Sequence[int]) -> Callable:
   """Maps `step` over all devices; what it returns must be equal on each.
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ur4rec_jax import evaluate, optimizers, parallel
@@ -14,6 +15,7 @@ from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset, load_dataset
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.features import TokenTable, add_features, item_tables
 from ur4rec_jax.models.sasrec import create_model
 from ur4rec_jax.train_state import create_train_state
 from ur4rec_jax.workdir import check_workdir
@@ -25,6 +27,7 @@ def write_results(
   config: ConfigDict,
   workdir: str,
   dataset: Dataset,
+  features: dict[str, TokenTable],
   params: PyTree,
   stage: dict[str, Any],
   seconds: float,
@@ -35,6 +38,7 @@ def write_results(
     config: the run's config.
     workdir: where to write.
     dataset: all interactions.
+    features: of the items, by modality.
     params: the best parameters.
     stage: what to say of the stage that made them.
     seconds: training time.
@@ -42,12 +46,13 @@ def write_results(
   Returns:
     The contents of `results.json`.
   """
-  scores = _evaluate_params(config, dataset, params)
+  scores = _evaluate_params(config, dataset, features, params)
   results = {
     'dataset': {
       'name': dataset.info['name'],
       **dataset.info['counts'],
       'split_hash': dataset.split_hash,
+      'features': {name: found.origin for name, found in dataset.features.items()},
     },
     **scores,
     'stages': [{**stage, 'valid': scores['valid'], 'test': scores['test']}],
@@ -81,12 +86,15 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     InputError: the folder holds no run or another one.
   """
   check_config(config)
-  dataset = load_dataset(config.data_dir, config.split)
+  dataset = add_features(
+    load_dataset(config.data_dir, config.split), config.data_dir, config.modalities
+  )
   if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   model = create_model(config, dataset.num_items)
   tx = optimizers.create_optimizer(config.optimizer, 1)
-  shapes = jax.eval_shape(lambda: create_train_state(model, tx, config.seed))
+  features = item_tables(dataset, jnp.dtype(config.model.dtype))
+  shapes = jax.eval_shape(lambda: create_train_state(model, tx, config.seed, features))
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   try:
     restored = checkpointer.restore({'state': shapes, 'best_params': shapes.params})
@@ -94,21 +102,24 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     checkpointer.close()
   if restored is None or not restored[1]['best_valid']:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
-  results = _evaluate_params(config, dataset, restored[0]['best_params'])
+  results = _evaluate_params(config, dataset, features, restored[0]['best_params'])
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
     print(json.dumps(results))
   return results
 
 
-def _evaluate_params(config: ConfigDict, dataset: Dataset, params: PyTree) -> dict[str, dict]:
+def _evaluate_params(
+  config: ConfigDict, dataset: Dataset, features: dict[str, TokenTable], params: PyTree
+) -> dict[str, dict]:
   """Returns the protocol, the metrics of `params` on both parts, and the baselines on test."""
   model = create_model(config, dataset.num_items)
   with jax.transfer_guard(config.transfer_guard):
     item_ids = parallel.replicate(dataset.item_ids)
+    features = parallel.replicate(features)
     scores = {
       part: evaluate.make_evaluator(
-        model, dataset, item_ids, part, config.evaluation, config.mapping
+        model, dataset, item_ids, features, part, config.evaluation, config.mapping
       )(params)
       for part in evaluate.PARTS
     }

@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ur4rec_jax import losses
+from ur4rec_jax.features import TokenTable
 from ur4rec_jax.input_pipeline import Plan, gather_batch
 from ur4rec_jax.parallel import AXIS
 from ur4rec_jax.train_state import TrainState
@@ -23,10 +24,12 @@ class TrainData(NamedTuple):
   Attributes:
     item_ids: `[training interactions]` int32, 1-based, user after user.
     item_counts: `[num_items]` float32, training interactions an item.
+    features: by modality, tables with `num_items + 1` rows.
   """
 
   item_ids: Array
   item_counts: Array
+  features: dict[str, TokenTable]
 
 
 def make_loss(config: ConfigDict) -> Callable[..., Array]:
@@ -101,7 +104,7 @@ def make_train_step(
   """Builds the step that is mapped over devices: several optimizer steps in one dispatch.
 
   Args:
-    model: has `__call__(item_ids, segment_ids)` and `item_vectors()`.
+    model: has `encode(features, item_ids, segment_ids)`.
     tx: optimizer.
     loss: from `make_loss`.
     row_length: tokens a row.
@@ -125,14 +128,15 @@ def make_train_step(
     tokens = jnp.where(tokens > 0, tokens, 1.0)
 
     def objective(params):
-      hidden = model.apply(
+      hidden, item_vectors = model.apply(
         {'params': params},
+        data.features,
         batch.item_ids,
         batch.segment_ids,
         deterministic=False,
         rngs={'dropout': dropout_key},
+        method='encode',
       )
-      item_vectors = model.apply({'params': params}, method='item_vectors').astype(hidden.dtype)
       targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
       hidden = hidden.reshape(-1, hidden.shape[-1])
       return loss(hidden, item_vectors, targets, weights, data, negatives_key) / tokens

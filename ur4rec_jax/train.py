@@ -18,6 +18,7 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset, load_dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
+from ur4rec_jax.features import add_features, item_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.models.sasrec import create_model
@@ -46,7 +47,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     InterruptedBySignal: SIGTERM or SIGINT came; the run is saved.
   """
   check_config(config)
-  dataset = load_dataset(config.data_dir, config.split)
+  dataset = add_features(
+    load_dataset(config.data_dir, config.split), config.data_dir, config.modalities
+  )
   _check_dataset(config, dataset)
   claim_workdir(workdir, config, dataset)
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
@@ -63,7 +66,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     'best_step': progress.best_step,
     'best_epoch': progress.best_epoch,
   }
-  return results.write_results(config, workdir, dataset, loop.best_params, stage, progress.seconds)
+  return results.write_results(
+    config, workdir, dataset, loop.features, loop.best_params, stage, progress.seconds
+  )
 
 
 def _check_dataset(config: ConfigDict, dataset: Dataset) -> None:
@@ -159,13 +164,17 @@ class _TrainLoop:
       in_axes=(None, None, 0, None),
       donate_argnums=(0,),
     )
+    self.features = item_tables(dataset, jnp.dtype(config.model.dtype))
     self._restore_or_create(model, tx)
     item_counts = np.bincount(train_part.item_ids, minlength=dataset.num_items + 1)[1:]
-    data = steps.TrainData(train_part.item_ids, item_counts.astype(np.float32))
+    data = parallel.replicate(
+      steps.TrainData(train_part.item_ids, item_counts.astype(np.float32), self.features)
+    )
     self.validator = evaluate.make_evaluator(
       model,
       dataset,
       parallel.replicate(dataset.item_ids),
+      data.features,
       'valid',
       config.evaluation,
       config.mapping,
@@ -180,14 +189,14 @@ class _TrainLoop:
       config.steps_per_dispatch,
       self.batches,
       train_step,
-      parallel.replicate(data),
+      data,
       self.writer,
       self.bar,
     )
     self.started = time.monotonic() - self.progress.seconds
 
   def _restore_or_create(self, model: nn.Module, tx) -> None:
-    state = create_train_state(model, tx, self.config.seed)
+    state = create_train_state(model, tx, self.config.seed, self.features)
     restored = self.checkpointer.restore({'state': state, 'best_params': state.params})
     if restored is None:
       self.state: TrainState = parallel.replicate(state)
@@ -382,6 +391,14 @@ def _describe_run(
     f'tokens, {filled:.0%} filled, {batches.users / batches.steps_per_epoch:.0f} users each',
     f'devices  {parallel.describe_devices()}, jax {jax.__version__}',
   ]
+  for name, features in dataset.features.items():
+    rows, tokens, width = features.shape
+    origin = features.origin
+    marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
+    lines.append(
+      f'features {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
+      f'{origin["fingerprint"][:16]}'
+    )
   if progress.step:
     lines.append(f'resuming from step {progress.step}')
   return '\n'.join(lines)

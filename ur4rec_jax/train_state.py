@@ -6,7 +6,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from ur4rec_jax.features import TokenTable
 
 PyTree = Any
 
@@ -27,13 +30,27 @@ class TrainState(flax.struct.PyTreeNode):
   root_key: jax.Array
 
 
-def create_train_state(model: nn.Module, tx: optax.GradientTransformation, seed: int) -> TrainState:
-  """Initialises parameters and optimizer, on the default device, from one seed."""
+def create_train_state(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  seed: int,
+  features: dict[str, TokenTable],
+) -> TrainState:
+  """Initialises parameters and optimizer, on the default device, from one seed.
+
+  Args:
+    model: has `encode(features, item_ids)`.
+    tx: optimizer.
+    seed: of parameters and of everything random in training.
+    features: by modality; only the width of their tokens matters.
+  """
+  one_item = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), features)
 
   @jax.jit
   def create() -> TrainState:
     init_key, root_key = jax.random.split(jax.random.key(seed))
-    params = model.init(init_key, jnp.ones((1, 1), jnp.int32))['params']
+    item_ids = jnp.ones((1, 1), jnp.int32)
+    params = model.init(init_key, one_item, item_ids, method='encode')['params']
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, tx.init(params), jax.random.key_data(root_key))
 

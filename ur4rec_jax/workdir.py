@@ -36,10 +36,10 @@ def check_workdir(
   if not path.exists():
     return False
   started = json.loads(path.read_text())
-  if started['dataset'] != _identity(dataset):
+  if started['dataset'] != dataset.identity():
     raise InputError(
       f'{workdir} holds a run on dataset {started["dataset"]}, but config.data_dir='
-      f'{config.data_dir} is {_identity(dataset)}; use another --workdir'
+      f'{config.data_dir} is {dataset.identity()}; use another --workdir'
     )
   check_unchanged(started['config'], config.to_dict(), workdir, free)
   return True
@@ -68,9 +68,5 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
       f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'
     ) from error
   _locks.append(lock)
-  content = {'dataset': _identity(dataset), 'config': config.to_dict()}
+  content = {'dataset': dataset.identity(), 'config': config.to_dict()}
   write_file(folder / 'config.json', json.dumps(content, indent=2) + '\n')
-
-
-def _identity(dataset: Dataset) -> dict[str, str]:
-  return {'name': dataset.info['name'], 'split_hash': dataset.split_hash}

@@ -5,12 +5,19 @@ The module sees token rows in which several users may stand side by side, told a
 a left-padded row and a right-padded row give each user the same hidden states.
 """
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ur4rec_jax.features import TokenTable
+from ur4rec_jax.models.content import ContentEmbedding
+from ur4rec_jax.models.layers import Dropout
+
 Array = jax.Array
+ITEM_INPUTS = ('id', 'content', 'id+content')
 
 
 def segment_positions(segment_ids: Array) -> Array:
@@ -53,29 +60,6 @@ def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
     'bhqk,bkhd->bqhd', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
   )
   return (mixed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
-
-
-class Dropout(nn.Module):
-  """Dropout (Srivastava et al. 2014) on 16 random bits a value, half of what `nn.Dropout` draws.
-
-  Attributes:
-    rate: share of values set to zero, to the nearest 1/65536.
-    deterministic: True returns the input.
-  """
-
-  rate: float
-  deterministic: bool | None = None
-
-  @nn.compact
-  def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
-    """Zeroes values of `x` `[...]` at random and scales up the others."""
-    deterministic = nn.merge_param('deterministic', self.deterministic, deterministic)
-    dropped = min(round(self.rate * 65536), 65535)
-    if deterministic or not dropped:
-      return x
-    words = jax.random.bits(self.make_rng('dropout'), ((x.size + 1) // 2,), jnp.uint32)
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16])[: x.size].reshape(x.shape)
-    return jnp.where(halves >= dropped, x * (65536 / (65536 - dropped)), 0).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -129,6 +113,8 @@ class Block(nn.Module):
 class SASRec(nn.Module):
   """Encodes item sequences; scores are inner products with the same item embeddings.
 
+  An item's embedding is a table's row, is made from its texts and pictures, or is the sum of both.
+
   Attributes:
     num_items: catalogue size; item ids are 1..num_items, 0 is padding.
     max_length: longest sequence, the number of position embeddings.
@@ -138,6 +124,9 @@ class SASRec(nn.Module):
     ffn_dim: width of the hidden feed-forward layer.
     dropout: rate on embeddings and inside the blocks.
     norm: `pre` or `post` normalisation.
+    item_input: `id`, `content` or `id+content`.
+    content_dim: hidden width of the content's projection.
+    content_dropout: rate in it.
     dtype: computation type; parameters and reductions stay float32.
   """
 
@@ -149,11 +138,17 @@ class SASRec(nn.Module):
   ffn_dim: int = 64
   dropout: float = 0.1
   norm: str = 'pre'
+  item_input: str = 'id'
+  content_dim: int = 128
+  content_dropout: float = 0.2
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     init = nn.initializers.normal(0.02)
-    self.item_embedding = self.param('item_embedding', init, (self.num_items + 1, self.dim))
+    if 'id' in self.item_input:
+      self.item_embedding = self.param('item_embedding', init, (self.num_items + 1, self.dim))
+    if 'content' in self.item_input:
+      self.content = ContentEmbedding(self.dim, self.content_dim, self.content_dropout, self.dtype)
     self.position_embedding = self.param('position_embedding', init, (self.max_length, self.dim))
     self.embedding_dropout = Dropout(self.dropout)
     self.blocks = [
@@ -163,7 +158,12 @@ class SASRec(nn.Module):
     self.final_norm = nn.LayerNorm(dtype=self.dtype)
 
   def __call__(
-    self, item_ids: Array, segment_ids: Array | None = None, *, deterministic: bool = True
+    self,
+    item_ids: Array,
+    segment_ids: Array | None = None,
+    item_table: Array | None = None,
+    *,
+    deterministic: bool = True,
   ) -> Array:
     """Encodes every prefix of every sequence.
 
@@ -172,6 +172,8 @@ class SASRec(nn.Module):
         most `max_length`.
       segment_ids: `[batch, length]` int32, see the module's docstring; by default each row is one
         user, padded on either side.
+      item_table: `[items + 1, dim]`, from `item_table`; may be left out where that needs no
+        features.
       deterministic: False applies dropout, with the `dropout` key.
 
     Returns:
@@ -179,9 +181,11 @@ class SASRec(nn.Module):
     """
     if segment_ids is None:
       segment_ids = (item_ids > 0).astype(jnp.int32)
+    if item_table is None:
+      item_table = self.item_table()
     positions = segment_positions(segment_ids)
     # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
-    x = self.item_embedding[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
+    x = item_table[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
     x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
     causal = jnp.tril(jnp.ones((item_ids.shape[1],) * 2, bool))
     # Padding attends to padding, so that no row of the softmax is empty; nothing reads it.
@@ -190,9 +194,39 @@ class SASRec(nn.Module):
       x = block(x, mask, deterministic=deterministic)
     return self.final_norm(x).reshape(*item_ids.shape, self.dim)
 
-  def item_vectors(self) -> Array:
-    """Returns `[num_items, dim]`: row i is the output vector of item id i + 1."""
-    return self.item_embedding[1:]
+  def item_table(
+    self, features: Mapping[str, TokenTable] | None = None, *, deterministic: bool = True
+  ) -> Array:
+    """Makes every item's embedding, once for all users.
+
+    Args:
+      features: by modality, tables with `items + 1` rows; not needed for `item_input='id'`.
+      deterministic: False applies dropout, with the `dropout` key.
+
+    Returns:
+      `[items + 1, dim]`, row 0 for padding; the rows of items are also what scores compare with.
+    """
+    parts = [self.item_embedding] if 'id' in self.item_input else []
+    if 'content' in self.item_input:
+      parts.append(self.content(features, deterministic=deterministic))
+    return sum(parts)
+
+  def encode(
+    self,
+    features: Mapping[str, TokenTable],
+    item_ids: Array,
+    segment_ids: Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> tuple[Array, Array]:
+    """Does both, sharing one item table.
+
+    Returns:
+      `[batch, length, dim]` hidden states and `[items, dim]` item vectors, row i of item i + 1.
+    """
+    item_table = self.item_table(features, deterministic=deterministic)
+    hidden = self(item_ids, segment_ids, item_table, deterministic=deterministic)
+    return hidden, item_table[1:].astype(hidden.dtype)
 
 
 def create_model(config: ConfigDict, num_items: int) -> SASRec:

@@ -1,0 +1,218 @@
+"""Texts and pictures in the item embeddings: the layer, and runs on encoded features."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from ur4rec_jax.dataset import read_items
+from ur4rec_jax.features import TokenTable
+from ur4rec_jax.models.content import ContentEmbedding
+from ur4rec_jax.models.sasrec import SASRec
+
+ITEMS, DIM = 7, 6
+WIDTHS = {'text': 5, 'image': 4}
+
+
+def make_features(seed: int = 0, items: int = ITEMS) -> dict[str, TokenTable]:
+  """Tables in which item 2 has no picture, item 3 no text, item 4 neither, and row 0 is empty."""
+  rng = np.random.default_rng(seed)
+  features = {}
+  for name, width in WIDTHS.items():
+    mask = rng.random((items + 1, 3)) < 0.7
+    mask[1:, 0] = True
+    mask[[0, 4, 2 if name == 'image' else 3]] = False
+    tokens = rng.normal(size=(items + 1, 3, width)) * mask[..., None]
+    features[name] = TokenTable(jnp.asarray(tokens, jnp.float32), jnp.asarray(mask))
+  return features
+
+
+def make_model(**fields) -> SASRec:
+  defaults = {'dim': DIM, 'num_blocks': 1, 'ffn_dim': DIM, 'content_dim': 8, 'dropout': 0.0}
+  return SASRec(ITEMS, 10, **(defaults | {'item_input': 'id+content'} | fields))
+
+
+def init(model, features, seed: int = 0):
+  """Parameters of ordinary size, so that differences show."""
+  shapes = jax.eval_shape(
+    lambda key: model.init(key, features, jnp.ones((1, 1), jnp.int32), method='encode'),
+    jax.random.key(0),
+  )['params']
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def item_table(model, params, features, **kwargs):
+  return model.apply({'params': params}, features, method='item_table', **kwargs)
+
+
+def replaced(features, name, **changes):
+  return features | {name: features[name]._replace(**changes)}
+
+
+def test_content_equals_a_plain_computation():
+  features = make_features()
+  model = ContentEmbedding(DIM, 8, 0.0, jnp.float32)
+  params = model.init(jax.random.key(0), features, deterministic=True)['params']
+  params = jax.tree.map(lambda x: x + 0.1, params)
+  actual = model.apply({'params': params}, features, deterministic=True)
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  expected = np.zeros((ITEMS + 1, DIM))
+  for name, (tokens, mask) in features.items():
+    for row in range(ITEMS + 1):
+      present = np.asarray(tokens[row])[np.asarray(mask[row])]
+      if not len(present):
+        continue
+      h = present @ p[f'{name}_in']['kernel'] + p[f'{name}_in']['bias']
+      h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
+      h = h * p[f'{name}_norm']['scale'] + p[f'{name}_norm']['bias']
+      h = np.asarray(jax.nn.gelu(jnp.asarray(h)), np.float64)
+      logits = (h @ p[f'{name}_attention']['kernel'])[:, 0]
+      weights = np.exp(logits - logits.max())
+      pooled = weights @ h / weights.sum()
+      expected[row] += pooled @ p[f'{name}_out']['kernel'] + p[f'{name}_out']['bias']
+  np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_a_masked_token_changes_nothing_and_a_present_one_its_item_alone():
+  model, features = make_model(), make_features()
+  params = init(model, features)
+  before = item_table(model, params, features)
+  for name, (tokens, mask) in features.items():
+    garbage = jnp.where(mask[..., None], tokens, 1e6)
+    after = item_table(model, params, replaced(features, name, tokens=garbage))
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    changed = item_table(model, params, replaced(features, name, tokens=tokens.at[5, 0].add(1)))
+    assert np.flatnonzero(np.abs(changed - before).max(1) > 1e-4).tolist() == [5]
+
+
+def test_items_without_modalities_have_only_their_id():
+  model, features = make_model(), make_features()
+  params = init(model, features)
+  table = item_table(model, params, features)
+  np.testing.assert_array_equal(table[4], params['item_embedding'][4])
+  np.testing.assert_array_equal(table[0], params['item_embedding'][0])
+  for missing, name in ((2, 'text'), (3, 'image')):
+    alone = item_table(model, params, {name: features[name]})
+    np.testing.assert_allclose(table[missing], alone[missing], atol=1e-6)
+
+
+def test_permuting_items_permutes_the_table():
+  model, features = make_model(item_input='content'), make_features()
+  params = init(model, features)
+  order = np.r_[0, 1 + np.random.default_rng(1).permutation(ITEMS)]
+  permuted = jax.tree.map(lambda x: x[order], features)
+  expected = item_table(model, params, features)[order]
+  np.testing.assert_allclose(item_table(model, params, permuted), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('item_input', ['id', 'content', 'id+content'])
+def test_nothing_is_nan_where_every_modality_is_missing(item_input):
+  model, features = make_model(item_input=item_input), make_features()
+  params = init(model, features)
+  assert ('item_embedding' in params) == (item_input != 'content')
+  assert ('content' in params) == (item_input != 'id')
+  empty = {name: TokenTable(t * 0, m & False) for name, (t, m) in features.items()}
+
+  def loss(params):
+    hidden, vectors = model.apply(
+      {'params': params}, empty, jnp.ones((2, 5), jnp.int32), method='encode'
+    )
+    return (hidden[:, -1] @ vectors.T).sum()
+
+  value, gradients = jax.value_and_grad(loss)(params)
+  assert jnp.isfinite(value)
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
+
+
+def test_content_dropout_follows_its_key():
+  model, features = make_model(content_dropout=0.5), make_features()
+  params = init(model, features)
+  run = lambda key: item_table(
+    model, params, features, deterministic=False, rngs={'dropout': jax.random.key(key)}
+  )
+  np.testing.assert_array_equal(run(0), run(0))
+  assert np.abs(run(0) - run(1)).max() > 1e-2
+
+
+@pytest.fixture(scope='module')
+def encoded(data_dir, environment, tmp_path_factory):
+  """The synthetic data with built-in text embeddings and imported pictures of half the items."""
+  folder = tmp_path_factory.mktemp('encoded')
+  data = folder / 'data'
+  shutil.copytree(data_dir, data)
+  names = np.array([item['original_id'] for item in read_items(data)][::2])
+  tokens = np.random.default_rng(0).normal(size=(len(names), 4, 12)).astype(np.float16)
+  np.savez(folder / 'pictures.npz', ids=names, tokens=tokens)
+  for flags in (
+    ('--modality=text', '--encoder=hashing', '--of=item'),
+    ('--modality=image', f'--import={folder / "pictures.npz"}'),
+  ):
+    command = [sys.executable, '-m', 'data_prep.encode', f'--data_dir={data}', *flags]
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
+  return data
+
+
+BOTH = ("--config.modalities=('text','image')", '--config.model.item_input=id+content')
+
+
+def test_a_run_with_content_trains_resumes_and_names_its_features(run, encoded, tmp_path):
+  workdir, flags = tmp_path / 'run', (f'--config.data_dir={encoded}', *BOTH)
+  done = run(workdir, *flags, '--config.num_epochs=2')
+  assert done.returncode == 0, done.stderr
+  features = {
+    name: json.loads((encoded / f'features/item/{name}/info.json').read_text())
+    for name in ('text', 'image')
+  }
+  assert 'features text: 60 x 9 tokens x 256, hashing (built in)' in done.stdout
+  printed = features['image']['fingerprint'][:16]
+  assert f'60 x 4 tokens x 12, imported from pictures.npz, {printed}' in done.stdout
+  assert 'content/image_in/kernel' in done.stdout
+  results = json.loads((workdir / 'results.json').read_text())
+  found = results['dataset']['features']
+  assert [found[name]['is_builtin'] for name in ('text', 'image')] == [True, False]
+  assert {n: f['fingerprint'] for n, f in found.items()} == {
+    n: f['fingerprint'] for n, f in features.items()
+  }
+  evaluated = run(workdir, *flags, '--config.num_epochs=2', '--mode=evaluate')
+  assert json.loads(evaluated.stdout.splitlines()[-1])['test'] == results['test']
+  # A run of four epochs that two epochs began is one of four epochs.
+  assert run(workdir, *flags).returncode == 0
+  assert run(tmp_path / 'whole', *flags).returncode == 0
+  resumed, whole = (
+    json.loads((tmp_path / name / 'results.json').read_text()) for name in ('run', 'whole')
+  )
+  assert resumed == whole
+
+
+def test_features_that_do_not_fit_are_refused(run, encoded, data_dir, tmp_path):
+  def refusal(*flags):
+    done = run(tmp_path / 'run', *flags)
+    assert (done.returncode, done.stderr.count('Traceback')) == (2, 0), done.stderr
+    return done.stderr
+
+  here = f'--config.data_dir={encoded}'
+  assert 'has no audio features of items' in refusal(
+    here, '--config.modalities=audio', '--config.model.item_input=content'
+  )
+  assert 'content needs modalities' in refusal(here, '--config.model.item_input=content')
+  assert 'modalities are for content' in refusal(here, '--config.modalities=text')
+  other = tmp_path / 'other'
+  shutil.copytree(encoded, other)
+  info = json.loads((other / 'dataset.json').read_text())
+  info['ids_sha256']['items'] = '0' * 64
+  (other / 'dataset.json').write_text(json.dumps(info))
+  assert 'is of other items' in refusal(f'--config.data_dir={other}', *BOTH)
+  # Other features are another run.
+  assert run(tmp_path / 'run', here, *BOTH, '--config.num_epochs=1').returncode == 0
+  path = encoded.parent / 'again'
+  shutil.copytree(encoded, path)
+  info_path = path / 'features/item/text/info.json'
+  info_path.write_text(json.dumps(json.loads(info_path.read_text()) | {'fingerprint': 'f' * 64}))
+  assert 'use another --workdir' in refusal(f'--config.data_dir={path}', *BOTH)
