@@ -6,13 +6,14 @@ The page is one HTML file without scripts and without links out of it: plots, sp
 some items with picture and text. It goes to describe.html in the folder, or to --out.
 """
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 
 from data_prep import describe_page, pictures, staging
 from data_prep.describe_page import percent
@@ -234,21 +235,20 @@ def _part(number: int, total: int) -> str:
 
 
 @exit_on_reported_error
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Reads the flags, writes the page and prints the summary."""
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)  # TFDS tells of each file it opens
-  if len(argv) > 1:
-    raise InputError(f'unexpected argument {argv[1]!r}; flags are written --name=value')
-  if not flags.FLAGS.data_dir:
-    raise InputError('--data_dir is missing: the prepared folder to describe')
-  print(describe(flags.FLAGS.data_dir, flags.FLAGS.out))
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument('--data_dir', required=True, help='prepared folder to describe')
+  parser.add_argument(
+    '--out', help=f'HTML file to write or replace; left out, {PAGE} in the prepared folder'
+  )
+  logging.set_verbosity(logging.WARNING)  # TFDS tells of each file it opens
+  print(describe(**vars(parser.parse_args())))
 
 
 if __name__ == '__main__':
-  # Here, as other programs have a --data_dir too, and one process may import several.
-  flags.DEFINE_string('data_dir', None, 'Prepared folder to describe.')
-  flags.DEFINE_string(
-    'out', None, 'HTML file to write or replace; left out, describe.html in the prepared folder.'
-  )
-  app.run(main)
+  main()
