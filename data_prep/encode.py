@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import staging
+from data_prep import sources, staging
 from data_prep.embeddings import (
   feature_files,
   imported_tokens,
@@ -180,12 +180,11 @@ def summary(
     ('fingerprint', info['fingerprint'][:16]),
     *((('time', f'{seconds:.1f} s, {info["rows"] / seconds:,.1f} {of}s/s'),) if seconds else ()),
     *(('neighbours', line) for line in neighbours),
-    (
-      'next',
-      'python -m ur4rec_jax.main --config=configs/default.py'
-      f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}',
-    ),
   ]
+  if info['of'] == 'item':
+    command = sources.training_command(read_info(data_dir), data_dir)
+    flags = f'--config.modalities={info["modality"]} --config.model.item_input=id+content'
+    rows.append(('next', f'{command} {flags}'))
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 
 

@@ -25,7 +25,6 @@ from typing import Any
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from data_prep import sources
 from data_prep.llm_text import (
   answers,
   costs,
@@ -303,7 +302,7 @@ def generate(job: text_job.Job, store_folder: str, price: costs.Price | None) ->
     else:
       if failures.total():
         rows.append(('next', f'{again} with --retry_failed, or go on without these texts:'))
-      command = sources.training_command(read_info(job.data_dir), job.data_dir)
+      command = f'python -m data_prep.encode --data_dir={job.data_dir} --modality=text'
       rows.append(('next', command))
     show(rows)
     # With --nowait it is no fault that batches are under way.
