@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 install_into_venv '.[test]'
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest --numprocesses=auto --dist=worksteal "$@"
