@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -313,3 +314,333 @@ def test_chunked_sum_equals_the_whole(chunk_size):
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for actual, wanted in zip(gradients, expected_gradients, strict=True):
     np.testing.assert_allclose(actual, wanted, atol=1e-5)
+
+
+ITEMS, MODALITIES, ROWS, VECTORS = 9, 3, 8, 4
+
+
+def units_of(vectors):
+  vectors = np.asarray(vectors, np.float64)
+  return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def modality_inputs():
+  """Vectors of lengths far from 1, and items with 0, 1, 2 and 3 modalities."""
+  rng = np.random.default_rng(4)
+  vectors = rng.normal(size=(ITEMS, MODALITIES, DIM)) * rng.uniform(0.1, 10, (ITEMS, MODALITIES, 1))
+  present = np.array(
+    [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]
+    + [[0, 0, 1]],
+    bool,
+  )
+  return vectors, present
+
+
+def pair_inputs(vectors_a_row: int | None = None):
+  """Rows of `a` near their rows of `b`, some ids twice, two rows left out (one a twin), a tau."""
+  rng = np.random.default_rng(5)
+  b = rng.normal(size=(ROWS, DIM))
+  shape = (ROWS, DIM) if vectors_a_row is None else (ROWS, vectors_a_row, DIM)
+  a = (b if vectors_a_row is None else b[:, None]) + 2 * rng.normal(size=shape)
+  ids = np.array([7, 3, 7, 5, 3, 9, 3, 11])
+  weights = np.array([1, 1, 1, 1, 0, 1, 1, 0], float)
+  return a, 3 * b, ids, weights, np.log(0.4)
+
+
+def query_inputs(seed: int = 6):
+  rng = np.random.default_rng(seed)
+  weights = np.array([1, 0, 1, 1, 0, 1, 1, 1], float)
+  return rng.normal(size=(ROWS, VECTORS, DIM)) * rng.uniform(0.1, 10, (ROWS, VECTORS, 1)), weights
+
+
+def matching_inputs():
+  rng = np.random.default_rng(7)
+  labels = np.array([1, 0, 0, 1, 0, 1, 0, 0])
+  return 2 * rng.normal(size=ROWS), labels, np.array([1, 1, 0, 1, 1, 0, 1, 1], float)
+
+
+def vector_losses():
+  """Each loss of vectors as `f(x, weights)` with its x and weights (masks are weights too)."""
+  vectors, present = modality_inputs()
+  queries, query_weights = query_inputs()
+  scores, labels, score_weights = matching_inputs()
+  cases = {
+    'consistency': (losses.consistency, vectors, present),
+    'matching_bce': (
+      lambda x, weights: losses.matching_bce(x, labels, weights, 2.5),
+      scores,
+      score_weights,
+    ),
+  }
+  for name, vectors_a_row in {'info_nce': None, 'info_nce of sets': VECTORS}.items():
+    a, b, ids, weights, log_temperature = pair_inputs(vectors_a_row)
+    loss = lambda x, weights, ids=ids: losses.info_nce(x['a'], x['b'], ids, weights, x['log_t'])
+    cases[name] = (loss, {'a': a, 'b': b, 'log_t': log_temperature}, weights)
+  for kind in losses.DIVERSITIES:
+    loss = lambda x, weights, kind=kind: losses.diversity(x, weights, kind)
+    cases[f'diversity by {kind}'] = (loss, queries, query_weights)
+  return cases
+
+
+VECTOR_LOSSES = vector_losses()
+
+
+def every_vector_loss(test):
+  return pytest.mark.parametrize('name', VECTOR_LOSSES)(test)
+
+
+def spoiled(x, weights):
+  """`x` with NaN in place of what `weights` leaves out."""
+  shape = lambda leaf: weights.shape + (1,) * (np.ndim(leaf) - weights.ndim)
+  spoil = lambda leaf: np.where((weights > 0).reshape(shape(leaf)), leaf, np.nan)
+  return jax.tree.map(lambda leaf: spoil(leaf) if np.ndim(leaf) else leaf, x)
+
+
+@every_vector_loss
+def test_vector_losses_have_the_gradients_of_finite_differences(name):
+  loss, x, weights = VECTOR_LOSSES[name]
+  with jax.enable_x64(True):
+    x, weights = jax.tree.map(jnp.asarray, (x, weights))
+    check_grads(lambda x: loss(x, weights), (x,), 1, ['rev'], atol=1e-6, rtol=1e-6)
+
+
+@every_vector_loss
+def test_vector_losses_are_exactly_zero_where_nothing_counts(name):
+  loss, x, weights = VECTOR_LOSSES[name]
+  nothing = np.zeros_like(weights)
+  x = jax.tree.map(jnp.asarray, spoiled(x, nothing))
+  value, gradients = jax.value_and_grad(loss)(x, nothing)
+  assert value == 0
+  for gradient in jax.tree.leaves(gradients):
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@every_vector_loss
+def test_vector_losses_ignore_what_is_left_out(name):
+  loss, x, weights = VECTOR_LOSSES[name]
+  x, broken = jax.tree.map(jnp.asarray, (x, spoiled(x, weights)))
+  value, gradients = jax.value_and_grad(loss)(broken, weights)
+  expected, expected_gradients = jax.value_and_grad(loss)(x, weights)
+  assert value != 0
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-6), gradients, expected_gradients
+  )
+  for gradient in jax.tree.leaves(gradients):
+    if gradient.ndim:
+      np.testing.assert_array_equal(gradient[weights == 0], 0)
+
+
+@every_vector_loss
+def test_vector_losses_of_bfloat16_are_reduced_in_float32(name):
+  loss, x, weights = VECTOR_LOSSES[name]
+  x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), x)
+  value, gradients = jax.value_and_grad(loss)(x, weights)
+  expected = loss(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x), weights)
+  assert value.dtype == jnp.float32
+  np.testing.assert_allclose(value, expected, rtol=0.01 if 'nce' in name else 1e-6)
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(gradients))
+
+
+@every_vector_loss
+def test_vector_losses_do_not_depend_on_length(name):
+  if name == 'matching_bce':
+    pytest.skip('its logits are no vectors')
+  loss, x, weights = VECTOR_LOSSES[name]
+  scaled = lambda factor: jax.tree.map(lambda y: jnp.asarray(y * factor if y.ndim else y), x)
+  expected = loss(x, weights)
+  for factor in (1e-12, 1e12):
+    value, gradients = jax.value_and_grad(loss)(scaled(factor), weights)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@every_vector_loss
+def test_vector_losses_are_smooth_where_vectors_are_zero_or_equal(name):
+  loss, x, weights = VECTOR_LOSSES[name]
+  for constant in (0.0, 1.0):
+    flat = jax.tree.map(lambda leaf, value=constant: jnp.full(np.shape(leaf), value), x)
+    value, gradients = jax.value_and_grad(loss)(flat, weights)
+    assert all(np.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(gradients)))
+
+
+def test_consistency_equals_its_formula():
+  vectors, present = modality_inputs()
+  of_items = []
+  for item, there in zip(units_of(vectors), present, strict=True):
+    pairs = itertools.combinations(item[there], 2)
+    of_pairs = [1 - u @ v for u, v in pairs]
+    of_items += [np.mean(of_pairs)] if of_pairs else []
+  assert len(of_items) == 5
+  np.testing.assert_allclose(losses.consistency(vectors, present), np.mean(of_items), rtol=1e-5)
+
+
+def test_consistency_is_zero_for_alike_modalities_and_two_for_opposite_ones():
+  vectors, present = modality_inputs()
+  alike = vectors[:, :1] * np.array([1, 2, 0.5])[:, None]
+  np.testing.assert_allclose(losses.consistency(alike, present), 0, atol=1e-6)
+  opposite = vectors[:, :1] * np.array([1, -3])[:, None]
+  np.testing.assert_allclose(losses.consistency(opposite, np.ones((ITEMS, 2), bool)), 2, rtol=1e-6)
+
+
+def info_nce_by_hand(a, b, ids, weights, log_temperature):
+  """Row by row, each cross-entropy over its own list of rivals."""
+  a, b = units_of(a if a.ndim == 3 else a[:, None]), units_of(b)
+  logit = lambda i, j: max(vector @ b[j] for vector in a[i]) / np.exp(log_temperature)
+  total = 0.0
+  for i in range(ROWS):
+    rivals = [j for j in range(ROWS) if j == i or (weights[j] > 0 and ids[j] != ids[i])]
+    for of_rivals in ([logit(i, j) for j in rivals], [logit(j, i) for j in rivals]):
+      total += weights[i] * (np.log(np.exp(of_rivals).sum()) - logit(i, i)) / 2
+  return total / weights.sum()
+
+
+@pytest.mark.parametrize('vectors_a_row', [None, 1, VECTORS])
+def test_info_nce_equals_its_formula(vectors_a_row):
+  inputs = pair_inputs(vectors_a_row)
+  np.testing.assert_allclose(losses.info_nce(*inputs), info_nce_by_hand(*inputs), rtol=1e-5)
+
+
+def test_info_nce_weighs_its_rows():
+  a, b, ids, _, log_temperature = pair_inputs()
+  inputs = a, b, ids, np.array([0.1, 0.3, 0.0, 0.05, 0.1, 0.0, 0.2, 0.1]), log_temperature
+  np.testing.assert_allclose(losses.info_nce(*inputs), info_nce_by_hand(*inputs), rtol=1e-5)
+
+
+def test_info_nce_of_one_vector_a_row_is_that_of_the_vector():
+  a, *rest = pair_inputs()
+  np.testing.assert_allclose(
+    losses.info_nce(a[:, None], *rest), losses.info_nce(a, *rest), rtol=1e-6
+  )
+
+
+def test_info_nce_takes_both_directions():
+  a, b, *rest = pair_inputs()
+  np.testing.assert_allclose(losses.info_nce(a, b, *rest), losses.info_nce(b, a, *rest), rtol=1e-6)
+
+
+def test_info_nce_of_rows_all_alike_is_the_logarithm_of_their_number():
+  alike, ids, weights = jnp.ones((ROWS, DIM)), jnp.arange(ROWS), jnp.ones(ROWS)
+  value = losses.info_nce(alike, alike, ids, weights, 0.0)
+  np.testing.assert_allclose(value, np.log(ROWS), rtol=1e-5)
+  assert losses.info_nce(alike, alike, jnp.zeros(ROWS, int), weights, 0.0) == 0
+
+
+def test_info_nce_prefers_a_colder_temperature_where_rows_are_told_apart():
+  b = jnp.eye(DIM)
+  loss = lambda log_temperature: losses.info_nce(
+    b, b, jnp.arange(DIM), jnp.ones(DIM), log_temperature
+  )
+  assert jax.grad(loss)(0.0) > 0
+  np.testing.assert_allclose(loss(np.log(0.01)), 0, atol=1e-6)
+
+
+DIVERSITY_OF_UNITS = {
+  'cosine': lambda u: np.mean([x @ y for x, y in itertools.permutations(u, 2)]),
+  'logdet': lambda u: -np.log(np.linalg.eigvalsh(u @ u.T + 1e-3 * np.eye(len(u)))).sum() / len(u),
+  'distance': lambda u: -np.mean([np.linalg.norm(x - y) for x, y in itertools.combinations(u, 2)]),
+}
+
+
+@pytest.mark.parametrize('kind', losses.DIVERSITIES)
+def test_diversity_equals_its_formula(kind):
+  vectors, weights = query_inputs()
+  weights *= np.linspace(0.1, 0.3, ROWS)
+  of_rows = [DIVERSITY_OF_UNITS[kind](row) for row in units_of(vectors)]
+  expected = np.average(of_rows, weights=weights)
+  np.testing.assert_allclose(losses.diversity(vectors, weights, kind), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kind', losses.DIVERSITIES)
+def test_diversity_is_lower_the_further_vectors_are_apart(kind):
+  """From alike to orthogonal, and a step against the gradient leads there."""
+  start = np.ones((1, VECTORS, VECTORS))
+  values = [
+    losses.diversity(start + spread * np.eye(VECTORS), np.ones(1), kind)
+    for spread in (0, 0.01, 0.1, 1, 10, 1e9)
+  ]
+  assert (np.diff(values) < 0).all()
+  extremes = {
+    'cosine': (1, 0),
+    'logdet': (-(np.log(VECTORS + 1e-3) + (VECTORS - 1) * np.log(1e-3)) / VECTORS, -np.log(1.001)),
+    'distance': (0, -np.sqrt(2)),
+  }[kind]
+  np.testing.assert_allclose([values[0], values[-1]], extremes, rtol=1e-3, atol=1e-5)
+  loss = lambda vectors: losses.diversity(vectors, np.ones(1), kind)
+  near = jnp.asarray(start + 0.1 * np.eye(VECTORS))
+  assert loss(near - 0.1 * jax.grad(loss)(near)) < loss(near)
+
+
+@pytest.mark.parametrize('kind', losses.DIVERSITIES)
+def test_diversity_of_vectors_nearly_equal_is_near_its_formula(kind):
+  rng = np.random.default_rng(8)
+  vectors = rng.normal(size=(1, 1, 64)) + 1e-3 * rng.normal(size=(1, 16, 64))
+  vectors = vectors.astype(np.float32)
+  expected = DIVERSITY_OF_UNITS[kind](units_of(vectors)[0])
+  np.testing.assert_allclose(losses.diversity(vectors, np.ones(1), kind), expected, rtol=1e-3)
+
+
+def test_diversity_needs_two_vectors():
+  with pytest.raises(ValueError, match='at least two'):
+    losses.diversity(np.ones((ROWS, 1, DIM)), np.ones(ROWS), 'cosine')
+
+
+@pytest.mark.parametrize('positive_weight', [1.0, 2.5])
+def test_matching_bce_equals_its_formula(positive_weight):
+  scores, labels, weights = matching_inputs()
+  total = count = 0.0
+  for x, label, weight in zip(scores, labels, weights, strict=True):
+    weight *= positive_weight if label else 1
+    total -= weight * np.log(sigmoid(x) if label else 1 - sigmoid(x))
+    count += weight
+  actual = losses.matching_bce(scores, labels, weights, positive_weight)
+  np.testing.assert_allclose(actual, total / count, rtol=1e-5)
+
+
+def test_matching_bce_counts_a_positive_as_often_as_told():
+  scores, labels, weights = matching_inputs()
+  copies = np.where(labels == 1, 3, 1)
+  repeated = [np.repeat(x, copies) for x in (scores, labels, weights)]
+  expected = losses.matching_bce(*repeated, 1.0)
+  np.testing.assert_allclose(losses.matching_bce(scores, labels, weights, 3.0), expected, rtol=1e-5)
+
+
+def test_matching_bce_stays_finite_for_large_logits():
+  scores, labels = jnp.array([1e4, -1e4, 1e4, -1e4]), jnp.array([1, 1, 0, 0])
+  loss = lambda scores: losses.matching_bce(scores, labels, jnp.ones(4), 1.0)
+  value, gradient = jax.value_and_grad(loss)(scores)
+  np.testing.assert_allclose(value, 1e4 / 2, rtol=1e-5)
+  np.testing.assert_allclose(gradient, [0, -0.25, 0.25, 0], atol=1e-6)
+
+
+NAMED_LOSSES = {'softmax': 5.5, 'contrastive': 0.3, 'consistency': 1.7}
+
+
+def test_uncertainty_weighted_equals_its_formula():
+  log_variances = {'consistency': -0.4, 'softmax': 1.2, 'contrastive': 0.7}
+  expected = sum(
+    NAMED_LOSSES[name] / np.exp(log_variances[name]) + log_variances[name] for name in NAMED_LOSSES
+  )
+  actual = losses.uncertainty_weighted(NAMED_LOSSES, log_variances)
+  np.testing.assert_allclose(actual, expected, rtol=1e-6)
+  with jax.enable_x64(True):
+    inputs = jax.tree.map(jnp.asarray, (NAMED_LOSSES, log_variances))
+    check_grads(losses.uncertainty_weighted, inputs, 1, ['rev'], atol=1e-6, rtol=1e-6)
+
+
+def test_descent_on_log_variances_ends_at_the_logarithm_of_each_loss():
+  gradient = jax.jit(jax.grad(losses.uncertainty_weighted, 1))
+  log_variances = dict.fromkeys(NAMED_LOSSES, 0.0)
+  assert all(x != 0 for x in gradient(NAMED_LOSSES, log_variances).values())
+  for _ in range(200):
+    step = gradient(NAMED_LOSSES, log_variances)
+    log_variances = jax.tree.map(lambda s, g: s - 0.2 * g, log_variances, step)
+  for name, loss in NAMED_LOSSES.items():
+    np.testing.assert_allclose(log_variances[name], np.log(loss), atol=1e-5)
+
+
+def test_uncertainty_weighted_refuses_different_names():
+  with pytest.raises(ValueError, match='contrastive'):
+    losses.uncertainty_weighted(NAMED_LOSSES, {'softmax': 0.0, 'consistency': 0.0})
+  with pytest.raises(ValueError, match='diversity'):
+    losses.uncertainty_weighted(NAMED_LOSSES, dict.fromkeys([*NAMED_LOSSES, 'diversity'], 0.0))

@@ -1,16 +1,22 @@
-"""Training losses over flat arrays of tokens: each a weighted sum, float32, pure.
+"""Training losses: pure functions, reduced in float32.
 
-`hidden` `[tokens, dim]` are user states, `item_vectors` `[num_items, dim]` the catalogue (row i is
-item id i + 1), `targets` `[tokens]` rows of the catalogue, `weights` `[tokens]` 1 for a real token
-and 0 for padding. Every loss returns the sum over tokens; the caller divides by the global count,
-so that a result does not depend on how tokens are spread over devices.
+The losses of a user's next item are weighted sums over flat arrays of tokens. `hidden`
+`[tokens, dim]` are user states, `item_vectors` `[num_items, dim]` the catalogue (row i is item id
+i + 1), `targets` `[tokens]` rows of the catalogue, `weights` `[tokens]` 1 for a real token and 0
+for padding. Each returns the sum over tokens; the caller divides by the global count, so that a
+result does not depend on how tokens are spread over devices.
+
+The losses of vectors, from `consistency` on, are weighted means over the rows they are given, and 0
+where no row counts. What a mask or a weight of 0 leaves out may hold anything, NaN too. Vectors may
+have any length; those of length 0 have a cosine of 0 with all others.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 
 Array = jax.Array
 
@@ -184,3 +190,161 @@ def _softmax_backward(chunk_size, residuals, cotangent):
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _at_least_float32(x: Array) -> Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _unit(vectors: Array, kept: Array) -> Array:
+  """Scales `[..., dim]` to length 1; zeros where `kept`, over the leading axes, is False."""
+  kept = jnp.expand_dims(kept, range(kept.ndim, vectors.ndim))
+  vectors = _at_least_float32(jnp.where(kept, vectors, 0))
+  length = optax.safe_norm(vectors, 0, axis=-1, keepdims=True)
+  return vectors / jnp.where(length > 0, length, 1)
+
+
+def _mean(losses: Array, weights: Array) -> Array:
+  total = weights.sum()
+  return (losses * weights).sum() / jnp.where(total > 0, total, 1)
+
+
+def _sum_of_cosines(units: Array) -> Array:
+  """Sums the cosines of all pairs of `[..., vectors, dim]`, each pair once."""
+  # |sum of u|^2 holds every pair twice, and every vector with itself.
+  return (jnp.square(units.sum(-2)).sum(-1) - jnp.square(units).sum((-2, -1))) / 2
+
+
+def consistency(vectors: Array, present: Array) -> Array:
+  """Modality consistency: mean over an item's pairs of modalities of 1 - cosine.
+
+  Args:
+    vectors: `[items, modalities, dim]`.
+    present: `[items, modalities]`, False where the item lacks the modality.
+
+  Returns:
+    Scalar mean over the items with at least two modalities, in [0, 2].
+  """
+  count = present.sum(-1)
+  pairs = count * (count - 1) / 2
+  cosine = _sum_of_cosines(_unit(vectors, present)) / jnp.maximum(pairs, 1)
+  return _mean(1 - cosine, pairs > 0)
+
+
+def info_nce(a: Array, b: Array, ids: Array, weights: Array, log_temperature: Array) -> Array:
+  """Symmetric InfoNCE (van den Oord et al. 2018, eq. 4; CLIP: Radford et al. 2021, fig. 3).
+
+  Row i of `a` shall find row i of `b` among all rows of `b`, and the other way round; the logits
+  are cosine / temperature. With several vectors a row of `a`, the best of them counts (BLIP-2: Li
+  et al. 2023; UR4Rec: Zhang, Zhu & Dou, COLING 2025).
+
+  Args:
+    a: `[batch, dim]` or `[batch, vectors, dim]`.
+    b: `[batch, dim]`.
+    ids: `[batch]`; rows with the same id are not each other's negatives.
+    weights: `[batch]`, 0 for rows that are neither rows nor negatives.
+    log_temperature: scalar.
+
+  Returns:
+    Scalar mean over rows and both directions.
+  """
+  kept = weights > 0
+  a, b = _unit(a, kept), _unit(b, kept)
+  if a.ndim == 2:
+    a = a[:, None]
+  cosine = jnp.einsum('ikd,jd->ijk', a, b).max(-1)
+  negative = (ids[:, None] != ids) & kept[:, None] & kept
+  in_sum = negative | jnp.eye(len(ids), dtype=bool)
+  logits = jnp.where(in_sum, cosine * jnp.exp(-log_temperature), -jnp.inf)
+  log_sums = (jax.nn.logsumexp(logits, axis=1) + jax.nn.logsumexp(logits, axis=0)) / 2
+  return _mean(log_sums - jnp.diagonal(logits), weights)
+
+
+def _mean_cosine(units: Array) -> Array:
+  count = units.shape[-2]
+  return _sum_of_cosines(units) / (count * (count - 1) / 2)
+
+
+def _negative_logdet(units: Array) -> Array:
+  # Rounded products (TF32, bfloat16) could leave the matrix without a Cholesky factor.
+  gram = jnp.einsum('bkd,bld->bkl', units, units, precision='highest')
+  factor = jnp.linalg.cholesky(gram + 1e-3 * jnp.eye(units.shape[-2], dtype=units.dtype))
+  return -2 * jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)).mean(-1)
+
+
+def _negative_distance(units: Array) -> Array:
+  count = units.shape[-2]
+  # Through differences: 2 - 2 cosine has no correct digit left where two vectors are near.
+  distances = optax.safe_norm(units[:, :, None] - units[:, None], 0, axis=-1)
+  return -distances.sum((-2, -1)) / (count * (count - 1))
+
+
+_DIVERSITIES = {
+  'cosine': _mean_cosine,
+  'logdet': _negative_logdet,
+  'distance': _negative_distance,
+}
+DIVERSITIES = tuple(_DIVERSITIES)
+
+
+def diversity(vectors: Array, weights: Array, kind: str) -> Array:
+  """How alike the vectors of a row are; lower is more diverse.
+
+  With u the vectors at length 1, K of them, the kinds are
+    cosine: mean over pairs of u_i . u_j;
+    logdet: -log det(u u^T + .001 I) / K, as in determinantal point processes (Kulesza & Taskar
+      2012);
+    distance: minus the mean over pairs of |u_i - u_j|.
+
+  Args:
+    vectors: `[batch, vectors, dim]`, at least two vectors.
+    weights: `[batch]`.
+    kind: one of `DIVERSITIES`.
+
+  Returns:
+    Scalar mean over rows.
+
+  Raises:
+    ValueError: `vectors` holds less than two vectors a row.
+  """
+  if vectors.shape[-2] < 2:
+    raise ValueError(f'diversity needs at least two vectors a row, got shape {vectors.shape}')
+  return _mean(_DIVERSITIES[kind](_unit(vectors, weights > 0)), weights)
+
+
+def matching_bce(logits: Array, labels: Array, weights: Array, positive_weight: float) -> Array:
+  """Binary cross-entropy of matched and mismatched pairs: mean of -log s(x) and -log(1 - s(x)).
+
+  Args:
+    logits: `[batch]`.
+    labels: `[batch]`, 1 for a matched pair and 0 for a mismatched one.
+    weights: `[batch]`.
+    positive_weight: how many times a matched pair counts, in the sum and in its divisor.
+
+  Returns:
+    Scalar mean over pairs.
+  """
+  matched = labels > 0
+  logits = _at_least_float32(jnp.where(weights > 0, logits, 0))
+  losses = jax.nn.softplus(jnp.where(matched, -logits, logits))
+  return _mean(losses, weights * jnp.where(matched, positive_weight, 1))
+
+
+def uncertainty_weighted(losses: Mapping[str, Array], log_variances: Mapping[str, Array]) -> Array:
+  """Sum of losses with learnt weights (Kendall, Gal & Cipolla, CVPR 2018): exp(-s) L + s.
+
+  This is twice their eq. 7, with s = log sigma^2.
+
+  Args:
+    losses: name -> scalar.
+    log_variances: name -> scalar s, for the same names.
+
+  Returns:
+    Scalar.
+
+  Raises:
+    ValueError: the names differ.
+  """
+  if losses.keys() != log_variances.keys():
+    raise ValueError(f'losses {sorted(losses)}, but log variances {sorted(log_variances)}')
+  return sum(jnp.exp(-s) * losses[name] + s for name, s in log_variances.items())
