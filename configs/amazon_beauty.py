@@ -15,5 +15,5 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.data_dir = 'data/amazon_beauty'
   config.max_length = 50
   config.batch_size = 128
-  config.model.dropout = 0.5
+  config.sasrec.dropout = 0.5
   return config

@@ -5,11 +5,21 @@ python -m ur4rec_jax.main --config=configs/NAME.py --workdir=DIR --config.KNOB=V
 
 from ml_collections import ConfigDict
 
+VARIANTS = ('sasrec', 'text', 'multimodal', 'paper')
+
 
 def get_config(variant: str = 'sasrec') -> ConfigDict:
-  """Returns the default config of a model variant; `sasrec` is the only one so far."""
-  if variant != 'sasrec':
-    raise ValueError(f'unknown model variant {variant!r}; known: sasrec')
+  """Returns the default config of a model variant.
+
+  Args:
+    variant: `sasrec` reads sequences only; `text` and `multimodal` add the retriever over the
+      items' texts, and their pictures; `paper` has the retriever of the paper over texts.
+
+  Raises:
+    ValueError: there is no such variant.
+  """
+  if variant not in VARIANTS:
+    raise ValueError(f'unknown model variant {variant!r}; known: {", ".join(VARIANTS)}')
   config = ConfigDict()
 
   config.data_dir = ''  # Folder that data_prep.build_dataset wrote.
@@ -19,22 +29,49 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.max_length = 50  # Longest history in items; older ones are cut off.
   config.batch_size = 128  # Users a step on average, over all devices.
   config.crop = 'last'  # Part of a longer history to train on: last, or random each epoch.
+  config.dtype = 'float32'  # Computation type: float32, or bfloat16 where it is faster.
 
   config.num_epochs = 200  # At most so many passes over the users.
   config.validate_every_epochs = 1  # How often to rank the validation items.
   config.patience = 10  # Validations without a better NDCG@10 before training ends.
 
-  config.model = ConfigDict()
-  config.model.dim = 64  # Width of item embeddings and hidden states.
-  config.model.num_blocks = 2  # Transformer blocks.
-  config.model.num_heads = 1  # Attention heads; divides dim.
-  config.model.ffn_dim = 64  # Width of the hidden feed-forward layer.
-  config.model.dropout = 0.2  # Rate on embeddings and inside blocks.
-  config.model.norm = 'pre'  # Layer norm before (pre) or after (post) each branch.
-  config.model.item_input = 'id'  # What an item is to the model: id, content or id+content.
-  config.model.content_dim = 128  # Hidden width of the content's projection.
-  config.model.content_dropout = 0.2  # Rate in it.
-  config.model.dtype = 'float32'  # Computation type: float32, or bfloat16 where it is faster.
+  config.paths = ('sasrec',)  # What scores items: sasrec, retriever or both.
+
+  config.sasrec = ConfigDict()
+  config.sasrec.dim = 64  # Width of item embeddings and hidden states.
+  config.sasrec.num_blocks = 2  # Transformer blocks.
+  config.sasrec.num_heads = 1  # Attention heads; divides dim.
+  config.sasrec.ffn_dim = 64  # Width of the hidden feed-forward layer.
+  config.sasrec.dropout = 0.2  # Rate on embeddings and inside blocks.
+  config.sasrec.norm = 'pre'  # Layer norm before (pre) or after (post) each branch.
+  config.sasrec.item_input = 'id'  # What an item is to SASRec: id, content or id+content.
+
+  config.retriever = ConfigDict()
+  config.retriever.dim = 64  # Width of users' and items' vectors.
+  config.retriever.num_blocks = 2  # Transformer blocks over the history, for each modality.
+  config.retriever.num_heads = 1  # Attention heads; divides dim.
+  config.retriever.ffn_dim = 64  # Width of the hidden feed-forward layer.
+  config.retriever.dropout = 0.2  # Rate on history tokens and inside blocks.
+  config.retriever.cross_modal_blocks = 1  # Attention between the modalities of the history.
+  config.retriever.fusion = 'gated'  # How a user's modalities are joined: add, concat or gated.
+  config.retriever.item_id = True  # Whether items get an embedding of their id, too.
+  config.retriever.temperature = 0.1  # What the learned temperature of cosines starts from.
+
+  config.content = ConfigDict()
+  config.content.hidden_dim = 64  # Width in which an item's tokens are compared.
+  config.content.dropout = 0.2  # Rate on them.
+  config.content.cross_modal_blocks = 1  # Attention between the modalities of an item.
+  config.content.num_heads = 1  # Attention heads in it; divides hidden_dim.
+  config.content.pooled_vectors = 1  # Vectors that an item's tokens are pooled into, a modality.
+  config.content.fusion = 'gated'  # How an item's modalities are joined: add, concat or gated.
+
+  config.fusion = ConfigDict()
+  config.fusion.kind = 'weighted'  # weighted, learned, adaptive, rank or cascade.
+  config.fusion.weights = (0.5, 0.5)  # Of the paths; where learned and adaptive start.
+  config.fusion.calibration = 'log_probability'  # Of sums: log_probability or standardise.
+  config.fusion.hidden_dim = 16  # Width of the network of adaptive.
+  config.fusion.rank_constant = 60.0  # Of rank: the larger, the less top places differ.
+  config.fusion.cascade_size = 100  # Of cascade: how many of SASRec's best are ranked again.
 
   config.loss = ConfigDict()
   config.loss.name = 'softmax'  # softmax, sampled_softmax, bce, bpr or gbce.
@@ -42,6 +79,25 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.loss.negatives = 'uniform'  # How sampled_softmax draws them: uniform or popularity.
   config.loss.calibration = 0.75  # t of gbce: 0 as bce, 1 fully calibrated.
   config.loss.chunk_size = 800  # Tokens whose logits are in memory at once.
+  config.loss.weights = ConfigDict()  # Of the sum of losses; 0 leaves one out.
+  config.loss.weights.sasrec = 1.0  # The loss named above, of each path's scores,
+  config.loss.weights.retriever = 0.0
+  config.loss.weights.fused = 0.0  # and of their sum.
+  config.loss.weights.consistency = 0.0  # Modalities of an item are alike.
+  config.loss.weights.info_nce = 0.0  # And more alike than those of different items.
+  config.loss.weights.diversity = 0.0  # Pooled vectors differ.
+  config.loss.weighting = 'fixed'  # fixed, or uncertainty: learned, from these weights on.
+  config.loss.temperature = 0.1  # What the learned temperature of info_nce starts from.
+  config.loss.contrast_items = 256  # Items a step that info_nce and diversity look at.
+  config.loss.diversity = 'cosine'  # Measured as cosine, logdet or distance.
+
+  if variant != 'sasrec':
+    config.modalities = ('text', 'image') if variant == 'multimodal' else ('text',)
+    config.paths = ('sasrec', 'retriever')
+    config.loss.weights.retriever = 1.0
+  if variant == 'multimodal':
+    config.loss.weights.consistency = 0.1
+    config.loss.weights.info_nce = 0.1
 
   config.optimizer = ConfigDict()
   config.optimizer.name = 'adamw'  # adamw or sgd.

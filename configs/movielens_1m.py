@@ -18,9 +18,9 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.crop = 'random'
   config.num_epochs = 40
   config.validate_every_epochs = 2
-  config.model.dim = 128
-  config.model.ffn_dim = 128
-  config.model.num_heads = 2
+  config.sasrec.dim = 128
+  config.sasrec.ffn_dim = 128
+  config.sasrec.num_heads = 2
   config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule = 'cosine'
   return config

@@ -183,7 +183,7 @@ def summary(
   ]
   if info['of'] == 'item':
     command = sources.training_command(read_info(data_dir), data_dir)
-    flags = f'--config.modalities={info["modality"]} --config.model.item_input=id+content'
+    flags = f'--config.modalities={info["modality"]} --config.sasrec.item_input=id+content'
     rows.append(('next', f'{command} {flags}'))
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 

@@ -20,8 +20,8 @@ from ur4rec_jax.dataset import Dataset
 ROOT = pathlib.Path(__file__).parents[1]
 # A run of two seconds: every part of the program at its smallest.
 SMALL = (
-  '--config.model.dim=16',
-  '--config.model.ffn_dim=16',
+  '--config.sasrec.dim=16',
+  '--config.sasrec.ffn_dim=16',
   '--config.max_length=20',
   '--config.batch_size=32',
   '--config.num_epochs=4',

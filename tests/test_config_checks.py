@@ -29,7 +29,7 @@ WRONG = [
   ('steps_per_dispatch', -1),
   ('checkpoint.every_validations', 0),
   ('checkpoint.max_to_keep', 0),
-  ('model.dim', 0),
+  ('sasrec.dim', 0),
   ('model.num_blocks', 0),
   ('model.num_heads', 0),
   ('model.num_heads', 3),

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from ur4rec_jax.dataset import read_items
 from ur4rec_jax.features import TokenTable
-from ur4rec_jax.models.content import ContentEmbedding
+from ur4rec_jax.models.content import ContentTower
 from ur4rec_jax.models.sasrec import SASRec
 
 ITEMS, DIM = 7, 6
@@ -33,15 +33,23 @@ def make_features(seed: int = 0, items: int = ITEMS) -> dict[str, TokenTable]:
   return features
 
 
-def make_model(**fields) -> SASRec:
-  defaults = {'dim': DIM, 'num_blocks': 1, 'ffn_dim': DIM, 'content_dim': 8, 'dropout': 0.0}
-  return SASRec(ITEMS, 10, **(defaults | {'item_input': 'id+content'} | fields))
+def make_model(item_input: str = 'id+content', **content) -> SASRec:
+  defaults = {'dim': DIM, 'num_blocks': 1, 'ffn_dim': DIM, 'dropout': 0.0}
+  content = ContentTower(DIM, 8, **{'dropout': 0.0} | content)
+  return SASRec(ITEMS, 10, item_input=item_input, content=content, **defaults)
+
+
+def states(model, features):
+  """Hidden states of a history of five times item 1, and the items' side."""
+  ones = jnp.ones((2, 5), jnp.int32)
+  items = model.item_side(features)
+  return model.user_side(items, ones, ones), items
 
 
 def init(model, features, seed: int = 0):
   """Parameters of ordinary size, so that differences show."""
   shapes = jax.eval_shape(
-    lambda key: model.init(key, features, jnp.ones((1, 1), jnp.int32), method='encode'),
+    lambda key: model.init(key, features, method=states),
     jax.random.key(0),
   )['params']
   rng = np.random.default_rng(seed)
@@ -49,7 +57,7 @@ def init(model, features, seed: int = 0):
 
 
 def item_table(model, params, features, **kwargs):
-  return model.apply({'params': params}, features, method='item_table', **kwargs)
+  return model.apply({'params': params}, features, method='item_side', **kwargs).vectors
 
 
 def replaced(features, name, **changes):
@@ -58,10 +66,10 @@ def replaced(features, name, **changes):
 
 def test_content_equals_a_plain_computation():
   features = make_features()
-  model = ContentEmbedding(DIM, 8, 0.0, jnp.float32)
+  model = ContentTower(DIM, 8, 0.0)
   params = model.init(jax.random.key(0), features, deterministic=True)['params']
   params = jax.tree.map(lambda x: x + 0.1, params)
-  actual = model.apply({'params': params}, features, deterministic=True)
+  actual = model.apply({'params': params}, features, deterministic=True).vectors
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   expected = np.zeros((ITEMS + 1, DIM))
   for name, (tokens, mask) in features.items():
@@ -121,10 +129,8 @@ def test_nothing_is_nan_where_every_modality_is_missing(item_input):
   empty = {name: TokenTable(t * 0, m & False) for name, (t, m) in features.items()}
 
   def loss(params):
-    hidden, vectors = model.apply(
-      {'params': params}, empty, jnp.ones((2, 5), jnp.int32), method='encode'
-    )
-    return (hidden[:, -1] @ vectors.T).sum()
+    hidden, items = model.apply({'params': params}, empty, method=states)
+    return (hidden[:, -1] @ items.vectors.T).sum()
 
   value, gradients = jax.value_and_grad(loss)(params)
   assert jnp.isfinite(value)
@@ -132,7 +138,7 @@ def test_nothing_is_nan_where_every_modality_is_missing(item_input):
 
 
 def test_content_dropout_follows_its_key():
-  model, features = make_model(content_dropout=0.5), make_features()
+  model, features = make_model(dropout=0.5), make_features()
   params = init(model, features)
   run = lambda key: item_table(
     model, params, features, deterministic=False, rngs={'dropout': jax.random.key(key)}
@@ -159,7 +165,7 @@ def encoded(data_dir, environment, tmp_path_factory):
   return data
 
 
-BOTH = ("--config.modalities=('text','image')", '--config.model.item_input=id+content')
+BOTH = ("--config.modalities=('text','image')", '--config.sasrec.item_input=id+content')
 
 
 def test_a_run_with_content_trains_resumes_and_names_its_features(run, encoded, tmp_path):
@@ -199,9 +205,9 @@ def test_features_that_do_not_fit_are_refused(run, encoded, data_dir, tmp_path):
 
   here = f'--config.data_dir={encoded}'
   assert 'has no audio features of items' in refusal(
-    here, '--config.modalities=audio', '--config.model.item_input=content'
+    here, '--config.modalities=audio', '--config.sasrec.item_input=content'
   )
-  assert 'content needs modalities' in refusal(here, '--config.model.item_input=content')
+  assert 'content needs modalities' in refusal(here, '--config.sasrec.item_input=content')
   assert 'modalities are for content' in refusal(here, '--config.modalities=text')
   other = tmp_path / 'other'
   shutil.copytree(encoded, other)

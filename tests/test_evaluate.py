@@ -14,6 +14,7 @@ from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.input_pipeline import gather_batch
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.sasrec import SASRec
+from ur4rec_jax.models.ur4rec import UR4Rec
 
 NUM_ITEMS = 25
 MAX_LENGTH = 6
@@ -60,23 +61,23 @@ class Constant(nn.Module):
   max_length: int = MAX_LENGTH
   num_items: int = NUM_ITEMS
 
-  def __call__(self, item_ids, segment_ids, item_table):
+  def user_side(self, items, item_ids, segment_ids):
     return jnp.ones((*item_ids.shape, 1))
 
-  def item_table(self, features):
+  def item_side(self, features):
     return jnp.ones((self.num_items + 1, 1))
 
+  def scores(self, users, items, leave_out):
+    return leave_out(users @ items[1:].T)
 
-class Oracle(nn.Module):
+
+class Oracle(Constant):
   """Gives the item after the newest one the best score: the answer in `cycle_dataset`."""
 
-  max_length: int = MAX_LENGTH
-  num_items: int = NUM_ITEMS
-
-  def __call__(self, item_ids, segment_ids, item_table):
+  def user_side(self, items, item_ids, segment_ids):
     return jax.nn.one_hot(item_ids % self.num_items, self.num_items)
 
-  def item_table(self, features):
+  def item_side(self, features):
     return jnp.eye(self.num_items + 1)[:, 1:]
 
 
@@ -85,8 +86,8 @@ class Poisoned(Oracle):
 
   value: float = jnp.nan
 
-  def __call__(self, item_ids, segment_ids, item_table):
-    states = super().__call__(item_ids, segment_ids, item_table)
+  def user_side(self, items, item_ids, segment_ids):
+    states = super().user_side(items, item_ids, segment_ids)
     return jnp.where(item_ids[..., None] == 7, self.value, states)
 
 
@@ -110,7 +111,9 @@ def test_rank_among_all_items(target, seen, rank):
   users = jnp.array([0] * len(seen) + [1, 1], jnp.int32)  # The last two belong to nobody.
   items = jnp.array([*seen, 4, 6], jnp.int32)
   no_candidates = jnp.zeros((1, 0), jnp.int32)
-  ranks = evaluate.rank_targets(scores, jnp.array([target]), users, items, no_candidates)
+  targets = jnp.array([target])
+  scores = evaluate.leave_out_seen(scores, targets, users, items)
+  ranks = evaluate.rank_targets(scores, targets, no_candidates)
   np.testing.assert_array_equal(ranks, [rank])
 
 
@@ -127,9 +130,7 @@ def test_rank_among_all_items(target, seen, rank):
 )
 def test_rank_among_candidates_leaves_out_fill_and_the_target(target, candidates, rank):
   scores = jnp.array([[0.1, 0.9, 0.5, 0.5, 0.3, 0.5]])
-  # What was seen does not matter: candidates are free of it.
-  seen = jnp.array([0, 0]), jnp.array([2, 4])
-  ranks = evaluate.rank_targets(scores, jnp.array([target]), *seen, jnp.array([candidates]))
+  ranks = evaluate.rank_targets(scores, jnp.array([target]), jnp.array([candidates]))
   np.testing.assert_array_equal(ranks, [rank])
 
 
@@ -138,7 +139,8 @@ def test_each_users_own_seen_items_are_left_out():
   targets = jnp.array([4, 4, 3])
   seen_users, seen_items = jnp.array([0, 2, 2, 3]), jnp.array([1, 1, 2, 3])
   no_candidates = jnp.zeros((3, 0), jnp.int32)
-  ranks = evaluate.rank_targets(scores, targets, seen_users, seen_items, no_candidates)
+  scores = evaluate.leave_out_seen(scores, targets, seen_users, seen_items)
+  ranks = evaluate.rank_targets(scores, targets, no_candidates)
   np.testing.assert_array_equal(ranks, [3, 4, 1])
 
 
@@ -230,15 +232,18 @@ def test_shares_hold_every_user_once_with_the_newest_token(users_per_share):
 @functools.cache
 def sasrec():
   """A model whose scores differ widely, and its scores of the items after one history."""
-  model = SASRec(NUM_ITEMS, MAX_LENGTH, dim=8, num_blocks=1, num_heads=2, ffn_dim=8)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
+  model = UR4Rec(SASRec(NUM_ITEMS, MAX_LENGTH, dim=8, num_blocks=1, num_heads=2, ffn_dim=8))
+  ones = jnp.ones((1, 1), jnp.int32)
+  init = functools.partial(model.init, method='encode')
+  shapes = jax.eval_shape(init, jax.random.key(0), {}, ones, ones)['params']
   rng = np.random.default_rng(1)
   params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
 
   @jax.jit
   def scores(item_ids):
-    hidden = model.apply({'params': params}, item_ids[None])[0, -1]
-    return model.apply({'params': params}, method='item_table')[1:] @ hidden
+    segments = (item_ids > 0).astype(jnp.int32)[None]
+    encoded = model.apply({'params': params}, {}, item_ids[None], segments, method='encode')
+    return encoded.items['sasrec'] @ encoded.users['sasrec'][0, -1]
 
   def score_all(before) -> np.ndarray:
     """Scores by item id; the user alone in a left-padded row."""

@@ -329,8 +329,7 @@ def modality_inputs():
   rng = np.random.default_rng(4)
   vectors = rng.normal(size=(ITEMS, MODALITIES, DIM)) * rng.uniform(0.1, 10, (ITEMS, MODALITIES, 1))
   present = np.array(
-    [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]
-    + [[0, 0, 1]],
+    [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], *[[1] * 3] * 2],
     bool,
   )
   return vectors, present

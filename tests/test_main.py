@@ -93,9 +93,9 @@ def test_every_loss_trains(loss, run, tmp_path):
 def test_bfloat16_post_norm_random_crop_and_cosine_train(run, tmp_path):
   done = run(
     tmp_path / 'run',
-    '--config.model.dtype=bfloat16',
-    '--config.model.norm=post',
-    '--config.model.num_heads=2',
+    '--config.dtype=bfloat16',
+    '--config.sasrec.norm=post',
+    '--config.sasrec.num_heads=2',
     '--config.crop=random',
     '--config.optimizer.schedule=cosine',
     '--config.optimizer.weight_decay=0.01',
@@ -115,7 +115,7 @@ def test_divergence_stops_the_run_and_keeps_the_good_checkpoint(run, tmp_path):
 
 
 def test_unknown_field(run, tmp_path):
-  done = run(tmp_path / 'run', '--config.model.dims=32')
+  done = run(tmp_path / 'run', '--config.sasrec.dims=32')
   assert done.returncode != 0
   assert 'dims' in done.stderr
   assert not (tmp_path / 'run').exists()
@@ -133,9 +133,9 @@ def test_wrong_type(run, tmp_path):
   ('flag', 'words'),
   [
     ('--config.loss.name=hinge', ['config.loss.name', 'hinge', 'softmax']),
-    ('--config.model.num_heads=3', ['config.model.num_heads=3', 'config.model.dim=16']),
+    ('--config.sasrec.num_heads=3', ['config.sasrec.num_heads=3', 'config.sasrec.dim=16']),
     ('--config.batch_size=0', ['config.batch_size=0', 'at least 1']),
-    ('--config.model.dropout=1.0', ['config.model.dropout']),
+    ('--config.sasrec.dropout=1.0', ['config.sasrec.dropout']),
     ('--config.data_dir=/nowhere', ['/nowhere', 'no such folder', 'data_prep.build_dataset']),
     ('--mode=evaluate', ['no run here', '--mode=train']),
   ],
@@ -224,8 +224,8 @@ def test_a_workdir_of_another_dataset(run, finished, environment, data_dir, tmp_
 
 
 def test_a_changed_field_is_named(run, finished):
-  done = run(finished, '--config.model.dim=32')
-  assert_refused(done, 'config.model.dim', '32', '16', '--workdir')
+  done = run(finished, '--config.sasrec.dim=32')
+  assert_refused(done, 'config.sasrec.dim', '32', '16', '--workdir')
 
 
 def test_a_second_process_in_the_workdir_is_refused(start, run, tmp_path):

@@ -14,7 +14,7 @@ from tests.conftest import load_arrays
 EXACT = (
   '--config.optimizer.name=sgd',
   '--config.optimizer.learning_rate=0.1',
-  '--config.model.dropout=0.0',
+  '--config.sasrec.dropout=0.0',
   '--config.num_epochs=2',
 )
 

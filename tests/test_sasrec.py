@@ -7,13 +7,9 @@ import numpy as np
 import pytest
 
 from configs import default
-from ur4rec_jax.models.layers import Dropout
-from ur4rec_jax.models.sasrec import (
-  SASRec,
-  create_model,
-  masked_attention,
-  segment_positions,
-)
+from ur4rec_jax.models.layers import Dropout, masked_attention
+from ur4rec_jax.models.sasrec import SASRec, segment_positions
+from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 
 NUM_ITEMS = 30
 LENGTH = 12
@@ -25,8 +21,15 @@ def small_model(**fields) -> SASRec:
   return SASRec(NUM_ITEMS, LENGTH, **(sizes | fields))
 
 
+def states(model: SASRec, item_ids, segment_ids=None, **kwargs):
+  """Hidden states of rows of items, each one user unless there are segments."""
+  segment_ids = (item_ids > 0).astype(jnp.int32) if segment_ids is None else segment_ids
+  return model.user_side(model.item_side(), item_ids, segment_ids, **kwargs)
+
+
 def parameter_shapes(model: SASRec):
-  return jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
+  init = functools.partial(model.init, method=states)
+  return jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
 
 
 def large_params(model: SASRec):
@@ -38,7 +41,7 @@ def large_params(model: SASRec):
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(model: SASRec, params, *inputs):
-  return model.apply({'params': params}, *inputs)
+  return model.apply({'params': params}, *inputs, method=states)
 
 
 def encode(model: SASRec, params, *inputs) -> np.ndarray:
@@ -105,12 +108,11 @@ def test_a_state_depends_on_nothing_later_and_on_no_other_segment(norm):
   item_ids = jnp.arange(1, LENGTH + 1)[None]
   segment_ids = jnp.array([[1] * 4 + [2] * 5 + [3] + [0] * 2])
 
-  def states(embedding):
-    hidden = model.apply({'params': params | {'item_embedding': embedding}}, item_ids, segment_ids)
-    return hidden[0]
+  def hidden(embedding):
+    return apply(model, params | {'item_embedding': embedding}, item_ids, segment_ids)[0]
 
   # [state, dim, item, dim] -> [state, item]
-  read = np.abs(jax.jit(jax.jacrev(states))(params['item_embedding'])).sum((1, 3))[:, 1:]
+  read = np.abs(jax.jit(jax.jacrev(hidden))(params['item_embedding'])).sum((1, 3))[:, 1:]
   segments = np.asarray(segment_ids[0])
   may_read = (segments[:, None] == segments) & np.tril(np.ones((LENGTH, LENGTH), bool))
   np.testing.assert_array_equal(read[:, :LENGTH] > 0, may_read)
@@ -167,7 +169,7 @@ def test_order_matters():
 @functools.partial(jax.jit, static_argnums=0)
 def states_and_gradients(model: SASRec, params, item_ids):
   def objective(params):
-    hidden = model.apply({'params': params}, item_ids)
+    hidden = model.apply({'params': params}, item_ids, method=states)
     return (hidden.astype(jnp.float32) ** 3).sum(), hidden
 
   gradients, hidden = jax.grad(objective, has_aux=True)(params)
@@ -210,20 +212,19 @@ def test_number_of_parameters(items, length, dim, blocks, heads, ffn):
 
 def test_config_describes_the_model():
   config = default.get_config()
-  config.update({'max_length': 9, 'model': {'dim': 6, 'num_heads': 3, 'dtype': 'bfloat16'}})
+  config.update({'max_length': 9, 'dtype': 'bfloat16', 'sasrec': {'dim': 6, 'num_heads': 3}})
   expected = SASRec(
     NUM_ITEMS, 9, dim=6, num_heads=3, ffn_dim=64, dropout=0.2, norm='pre', dtype=jnp.bfloat16
   )
-  assert create_model(config, NUM_ITEMS) == expected
+  assert create_model(config, NUM_ITEMS) == UR4Rec(sasrec=expected, losses={'sasrec': 1.0})
 
 
-def test_item_vectors_are_the_input_embeddings_without_padding():
+def test_item_vectors_are_the_input_embeddings():
   model = small_model()
   params = large_params(model)
-  item_ids = jnp.arange(1, LENGTH + 1)[None]
-  hidden, vectors = model.apply({'params': params}, {}, item_ids, method='encode')
-  np.testing.assert_array_equal(vectors, params['item_embedding'][1:])
-  np.testing.assert_allclose(hidden, encode(model, params, item_ids), atol=1e-5)
+  items = model.apply({'params': params}, method='item_side')
+  np.testing.assert_array_equal(items.vectors, params['item_embedding'])
+  assert items.content is None
 
 
 def test_model_dropout_follows_its_key():
@@ -233,7 +234,8 @@ def test_model_dropout_follows_its_key():
 
   @jax.jit
   def run(key):
-    return model.apply({'params': params}, item_ids, deterministic=False, rngs={'dropout': key})
+    options = {'deterministic': False, 'rngs': {'dropout': key}, 'method': states}
+    return model.apply({'params': params}, item_ids, **options)
 
   first, again, other = (run(jax.random.key(k)) for k in (0, 0, 1))
   np.testing.assert_array_equal(first, again)

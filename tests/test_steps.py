@@ -13,6 +13,7 @@ from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
+from ur4rec_jax.models.ur4rec import Encoded, UR4Rec
 from ur4rec_jax.train_state import TrainState, create_train_state
 
 NUM_ITEMS = 20
@@ -21,7 +22,7 @@ CAPACITY = 3  # Optimizer steps a dispatch.
 LOSSES = ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce')
 
 
-# --- The losses that make_loss builds ---
+# --- The losses that make_retrieval_loss builds ---
 
 
 def loss_config(name: str, **fields):
@@ -61,7 +62,7 @@ def test_every_loss_is_a_finite_sum_over_the_tokens_with_weight(name, negatives,
   @jax.jit
   @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def run(hidden, item_vectors):
-    loss = steps.make_loss(config)
+    loss = steps.make_retrieval_loss(config)
     return loss(hidden, item_vectors, targets, weights, train_data(EVEN), jax.random.key(0))
 
   value, (hidden_gradient, item_gradient) = run(hidden, item_vectors)
@@ -81,7 +82,7 @@ def test_every_loss_is_a_finite_sum_over_the_tokens_with_weight(name, negatives,
 def item_gradients(config, data, target: int, num_keys: int) -> np.ndarray:
   """One token's gradients for each key, `[keys, num_items, dim]`: zero for items not read."""
   hidden, item_vectors, _, _ = loss_inputs(1)
-  loss = steps.make_loss(config)
+  loss = steps.make_retrieval_loss(config)
 
   def gradient(key):
     objective = lambda v: loss(hidden, v, jnp.array([target]), jnp.ones(1), data, key)
@@ -122,7 +123,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
   hidden, item_vectors, targets, weights = loss_inputs()
   data = train_data(np.arange(1, NUM_ITEMS + 1))
   config = loss_config('sampled_softmax', num_negatives=30_000, negatives=negatives)
-  sampled = jax.jit(steps.make_loss(config))(
+  sampled = jax.jit(steps.make_retrieval_loss(config))(
     hidden, item_vectors, targets, weights, data, jax.random.key(0)
   )
   exact = losses.plain_softmax(hidden, item_vectors, targets, weights)
@@ -131,7 +132,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
 
 @pytest.mark.parametrize('name', ['sampled_softmax', 'bce', 'bpr', 'gbce'])
 def test_negatives_follow_the_key(name):
-  loss = steps.make_loss(loss_config(name))
+  loss = steps.make_retrieval_loss(loss_config(name))
   run = lambda seed: loss(*loss_inputs(), train_data(EVEN), jax.random.key(seed))
   assert run(0) == run(0)
   assert run(0) != run(1)
@@ -140,7 +141,7 @@ def test_negatives_follow_the_key(name):
 @pytest.mark.parametrize('name', ['bce', 'sampled_softmax', 'softmax'])
 def test_chunk_size_changes_no_loss(name):
   whole, parts = (
-    steps.make_loss(loss_config(name, chunk_size=size))(
+    steps.make_retrieval_loss(loss_config(name, chunk_size=size))(
       *loss_inputs(), train_data(EVEN), jax.random.key(0)
     )
     for size in (1000, 2)
@@ -185,11 +186,9 @@ class Lookup(nn.Module):
     self.item_embedding = self.param('item_embedding', init, (NUM_ITEMS + 1, 8))
     self.drop = Dropout(self.dropout)
 
-  def __call__(self, item_ids, segment_ids=None, *, deterministic: bool = True):
-    return self.drop(self.item_embedding[item_ids], deterministic=deterministic)
-
-  def encode(self, features, item_ids, segment_ids=None, *, deterministic: bool = True):
-    return self(item_ids, deterministic=deterministic), self.item_embedding[1:]
+  def encode(self, features, item_ids, segment_ids, *, deterministic: bool = True):
+    users = self.drop(self.item_embedding[item_ids], deterministic=deterministic)
+    return Encoded({'sasrec': users}, {'sasrec': self.item_embedding[1:]}, None, None, {})
 
 
 class Trainer:
@@ -201,9 +200,8 @@ class Trainer:
     config.update(fields | optimizer)
     self.model = model
     self.tx = optimizers.create_optimizer(config, 100)
-    self.step = steps.make_train_step(
-      self.model, self.tx, steps.make_loss(loss_config(loss)), MAX_LENGTH
-    )
+    all_losses = steps.make_losses(loss_config(loss))
+    self.step = steps.make_train_step(self.model, self.tx, all_losses, {'sasrec': 1.0}, MAX_LENGTH)
     self.mapped = parallel.pmap(self.step, in_axes=(None, None, 0, None), donate_argnums=(0,))
     self.data = parallel.replicate(all_data())
     self.initial = jax.device_get(self.create(seed=0))
@@ -228,8 +226,8 @@ class Trainer:
 @functools.cache
 def sgd() -> Trainer:
   """Everything that a golden number needs: no dropout, no sampling, no moments."""
-  model = SASRec(NUM_ITEMS, MAX_LENGTH, dim=8, num_blocks=1, num_heads=2, ffn_dim=8, dropout=0.0)
-  return Trainer(model)
+  sasrec = SASRec(NUM_ITEMS, MAX_LENGTH, dim=8, num_blocks=1, num_heads=2, ffn_dim=8, dropout=0.0)
+  return Trainer(UR4Rec(sasrec))
 
 
 @functools.cache
@@ -266,10 +264,12 @@ def padded_reference(model, params, plan: Plan):
   @jax.jit
   @jax.value_and_grad
   def objective(params):
-    hidden = model.apply({'params': params}, inputs).reshape(-1, 8)
+    segments = (inputs > 0).astype(jnp.int32)
+    encoded = model.apply({'params': params}, {}, inputs, segments, method='encode')
+    hidden = encoded.users['sasrec'].reshape(-1, 8)
     weights = (targets > 0).astype(jnp.float32).reshape(-1)
     rows = jnp.maximum(targets - 1, 0).reshape(-1)
-    total = losses.plain_softmax(hidden, params['item_embedding'][1:], rows, weights)
+    total = losses.plain_softmax(hidden, encoded.items['sasrec'], rows, weights)
     return total / (targets > 0).sum()
 
   return objective(params)
@@ -278,7 +278,9 @@ def padded_reference(model, params, plan: Plan):
 def golden_params():
   """Parameters by formula, so that no random generator has a say in the golden numbers."""
   model = sgd().model
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
+  ones = jnp.ones((1, 1), jnp.int32)
+  init = functools.partial(model.init, method='encode')
+  shapes = jax.eval_shape(init, jax.random.key(0), {}, ones, ones)['params']
   leaves, structure = jax.tree.flatten(shapes)
   values = [
     (0.7 * np.cos(1.7 * np.arange(x.size) ** 1.5 + i)).reshape(x.shape).astype(np.float32)
@@ -300,7 +302,7 @@ def test_golden_step():
   plainly, passed. They move if the model, the batches, the loss or the update change meaning.
   """
   _, _, state, metrics = golden_step()
-  params = state.params
+  params = state.params['sasrec']
   actual = {
     'loss': metrics['loss'][0],
     'grad_norm': metrics['grad_norm'][0],
@@ -460,13 +462,13 @@ def test_randomness_comes_from_the_root_key_and_the_step():
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_steps_that_are_not_finite_are_told_from_those_before(value):
   """Only the second step reads the oldest position, and it spoils the parameters."""
-  params = sgd().initial.params
+  params = sgd().initial.params['sasrec']
   positions = params['position_embedding'].copy()
   positions[MAX_LENGTH - 1] = value
   plan = Plan(*map(np.copy, first_steps(CAPACITY)))
   plan.lengths[[0, 2]] = np.minimum(plan.lengths[[0, 2]], MAX_LENGTH - 1)
   assert (plan.lengths[1] == MAX_LENGTH).any()
-  state = sgd().init(params=params | {'position_embedding': positions})
+  state = sgd().init(params={'sasrec': params | {'position_embedding': positions}})
   _, metrics = sgd().dispatch(state, plan)
   np.testing.assert_array_equal(metrics['finite'], [True, False, False])
   np.testing.assert_array_equal(np.isfinite(metrics['loss']), [True, False, False])

@@ -6,17 +6,26 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.losses import DIVERSITIES
+from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS
 from ur4rec_jax.models.sasrec import ITEM_INPUTS
+from ur4rec_jax.models.ur4rec import PATHS
 
 _CHOICES = {
   'split': splits.NAMES,
   'crop': ('last', 'random'),
   'mapping': ('pmap', 'shard_map'),
-  'model.item_input': ITEM_INPUTS,
-  'model.norm': ('pre', 'post'),
-  'model.dtype': ('float32', 'bfloat16'),
+  'dtype': ('float32', 'bfloat16'),
+  'sasrec.item_input': ITEM_INPUTS,
+  'sasrec.norm': ('pre', 'post'),
+  'retriever.fusion': MODALITY_FUSIONS,
+  'content.fusion': MODALITY_FUSIONS,
+  'fusion.kind': PATH_FUSIONS,
+  'fusion.calibration': CALIBRATIONS,
   'loss.name': ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce'),
   'loss.negatives': ('uniform', 'popularity'),
+  'loss.weighting': ('fixed', 'uncertainty'),
+  'loss.diversity': DIVERSITIES,
   'optimizer.name': ('adamw', 'sgd'),
   'optimizer.schedule': ('constant', 'cosine'),
   'evaluation.candidates': ('all', 'uniform', 'popularity'),
@@ -33,11 +42,29 @@ _AT_LEAST = {
   'steps_per_dispatch': 1,
   'checkpoint.every_validations': 1,
   'checkpoint.max_to_keep': 1,
-  'model.dim': 1,
-  'model.num_blocks': 1,
-  'model.num_heads': 1,
-  'model.ffn_dim': 1,
-  'model.content_dim': 1,
+  'sasrec.dim': 1,
+  'sasrec.num_blocks': 1,
+  'sasrec.num_heads': 1,
+  'sasrec.ffn_dim': 1,
+  'retriever.dim': 1,
+  'retriever.num_blocks': 0,
+  'retriever.num_heads': 1,
+  'retriever.ffn_dim': 1,
+  'retriever.cross_modal_blocks': 0,
+  'content.hidden_dim': 1,
+  'content.cross_modal_blocks': 0,
+  'content.num_heads': 1,
+  'content.pooled_vectors': 1,
+  'fusion.hidden_dim': 1,
+  'fusion.rank_constant': 0,
+  'fusion.cascade_size': 1,
+  'loss.contrast_items': 2,
+  'loss.weights.sasrec': 0,
+  'loss.weights.retriever': 0,
+  'loss.weights.fused': 0,
+  'loss.weights.consistency': 0,
+  'loss.weights.info_nce': 0,
+  'loss.weights.diversity': 0,
   'loss.num_negatives': 1,
   'loss.chunk_size': 1,
   'evaluation.num_candidates': 1,
@@ -46,7 +73,19 @@ _AT_LEAST = {
   'optimizer.weight_decay': 0,
   'optimizer.clip_norm': 0,
 }
-_BELOW_ONE = ('model.dropout', 'model.content_dropout', 'optimizer.b1', 'optimizer.b2')
+_ABOVE_ZERO = ('optimizer.learning_rate', 'retriever.temperature', 'loss.temperature')
+_BELOW_ONE = (
+  'sasrec.dropout',
+  'retriever.dropout',
+  'content.dropout',
+  'optimizer.b1',
+  'optimizer.b2',
+)
+_DIVIDES = (
+  ('sasrec.num_heads', 'sasrec.dim'),
+  ('retriever.num_heads', 'retriever.dim'),
+  ('content.num_heads', 'content.hidden_dim'),
+)
 # These change neither what is computed nor what is stored, or only how far training goes.
 _CHANGEABLE = (
   'data_dir',
@@ -75,8 +114,8 @@ def flatten(config: dict, prefix: str = '') -> dict[str, Any]:
 def check_config(config: ConfigDict) -> None:
   """Raises InputError, naming the field and what it may be, if a field is missing or impossible."""
   fields = flatten(config.to_dict())
-  others = ('data_dir', 'modalities', 'loss.calibration', 'optimizer.learning_rate')
-  for name in (*_CHOICES, *_AT_LEAST, *_BELOW_ONE, *others):
+  others = ('data_dir', 'modalities', 'paths', 'fusion.weights', 'loss.calibration')
+  for name in (*_CHOICES, *_AT_LEAST, *_ABOVE_ZERO, *_BELOW_ONE, *others):
     if name not in fields:
       raise InputError(f'config.{name} is missing; configs/default.py has every field')
   for name, choices in _CHOICES.items():
@@ -85,24 +124,59 @@ def check_config(config: ConfigDict) -> None:
   for name, least in _AT_LEAST.items():
     if not fields[name] >= least:
       raise InputError(f'config.{name}={fields[name]}: must be at least {least}')
-  if not fields['optimizer.learning_rate'] > 0:
-    raise InputError('config.optimizer.learning_rate: must be above 0')
+  for name in _ABOVE_ZERO:
+    if not fields[name] > 0:
+      raise InputError(f'config.{name}={fields[name]}: must be above 0')
   for name in _BELOW_ONE:
     if not 0 <= fields[name] < 1:
       raise InputError(f'config.{name}={fields[name]}: must be in [0, 1)')
   if not 0 <= fields['loss.calibration'] <= 1:
     raise InputError(f'config.loss.calibration={fields["loss.calibration"]}: must be in [0, 1]')
-  if bool(fields['modalities']) != ('content' in fields['model.item_input']):
+  for name, width in _DIVIDES:
+    if fields[width] % fields[name]:
+      raise InputError(f'config.{name}={fields[name]}: must divide config.{width}={fields[width]}')
+  _check_paths(fields)
+  _check_losses(fields)
+
+
+def _check_paths(fields: dict[str, Any]) -> None:
+  paths = fields['paths']
+  if not paths or paths != [name for name in PATHS if name in paths]:
+    raise InputError(f'config.paths={paths}: must be some of {", ".join(PATHS)}, in this order')
+  weights = fields['fusion.weights']
+  if len(paths) > 1 and (len(weights) != len(paths) or min(weights) <= 0):
+    raise InputError(f'config.fusion.weights={weights}: must be one number above 0 for each path')
+  reads_content = 'retriever' in paths or 'content' in fields['sasrec.item_input']
+  if bool(fields['modalities']) != reads_content:
     raise InputError(
-      f'config.modalities={fields["modalities"]} with config.model.item_input='
-      f'{fields["model.item_input"]}: content needs modalities, and modalities are for content; '
-      'set both, e.g. --config.modalities=text --config.model.item_input=id+content'
+      f'config.modalities={fields["modalities"]} with config.paths={paths} and '
+      f'config.sasrec.item_input={fields["sasrec.item_input"]}: content needs modalities, and '
+      'modalities are for content; add --config.modalities=text, or take a variant that reads '
+      'texts, e.g. --config=configs/movielens_100k.py:text'
     )
-  if fields['model.dim'] % fields['model.num_heads']:
-    raise InputError(
-      f'config.model.num_heads={fields["model.num_heads"]}: must divide '
-      f'config.model.dim={fields["model.dim"]}'
-    )
+
+
+def _check_losses(fields: dict[str, Any]) -> None:
+  paths = fields['paths']
+  needs = {
+    **{f'loss.weights.{name}': (name in paths, f'the path {name}') for name in PATHS},
+    'loss.weights.fused': (
+      len(paths) > 1 and fields['fusion.kind'] in SUMS,
+      f'two paths and a fusion that is a sum: {", ".join(SUMS)}',
+    ),
+    'loss.weights.consistency': (len(fields['modalities']) > 1, 'two modalities'),
+    'loss.weights.info_nce': (len(fields['modalities']) > 1, 'two modalities'),
+    'loss.weights.diversity': (
+      bool(fields['modalities']) and fields['content.pooled_vectors'] > 1,
+      'modalities, and content.pooled_vectors above 1',
+    ),
+  }
+  for name, (is_met, need) in needs.items():
+    if fields[name] and not is_met:
+      raise InputError(f'config.{name}={fields[name]}: needs {need}; set it to 0')
+  for path in paths:
+    if not (fields[f'loss.weights.{path}'] or fields['loss.weights.fused']):
+      raise InputError(f'config.loss.weights.{path}=0: nothing would train the path {path}')
 
 
 def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str, ...] = ()) -> None:

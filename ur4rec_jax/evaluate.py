@@ -1,7 +1,8 @@
 """Full-catalogue ranking of held-out items under a named protocol, and the two baselines."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from ur4rec_jax.features import TokenTable
 from ur4rec_jax.input_pipeline import Plan, assign, gather_batch, pack, plan_rows
 
 Array = jax.Array
+PyTree = Any
 PARTS = ('valid', 'test')
 
 
@@ -114,16 +116,27 @@ def _draw_candidates(dataset: Dataset, users: np.ndarray, config: ConfigDict) ->
   return candidates
 
 
-def rank_targets(
-  scores: Array, targets: Array, seen_users: Array, seen_items: Array, candidates: Array
-) -> Array:
-  """Ranks each target: 1 + better ones + equal ones, the target itself not counted.
+def leave_out_seen(scores: Array, targets: Array, seen_users: Array, seen_items: Array) -> Array:
+  """Sets the scores of items that a user already has to -inf.
 
   Args:
     scores: `[users, num_items]`, column i is item id i + 1.
-    targets: `[users]` item ids.
+    targets: `[users]` item ids, which stay in even if listed.
     seen_users: `[seen]` row of `scores`; out of range is ignored.
-    seen_items: `[seen]` item id the user already has; the target stays in even if listed.
+    seen_items: `[seen]` item id the user already has.
+  """
+  rows = jnp.arange(scores.shape[0])
+  target_scores = scores[rows, targets - 1]
+  scores = scores.at[seen_users, seen_items - 1].set(-jnp.inf, mode='drop')
+  return scores.at[rows, targets - 1].set(target_scores)
+
+
+def rank_targets(scores: Array, targets: Array, candidates: Array) -> Array:
+  """Ranks each target: 1 + better ones + equal ones, the target itself not counted.
+
+  Args:
+    scores: `[users, num_items]`, column i is item id i + 1; -inf for what is left out.
+    targets: `[users]` item ids.
     candidates: `[users, candidates]` item ids to rank against, 0 for none; `[users, 0]` for all.
 
   Returns:
@@ -135,8 +148,7 @@ def rank_targets(
     rivals = jnp.take_along_axis(scores, candidates - 1, axis=1)
     rivals = jnp.where((candidates > 0) & (candidates != targets[:, None]), rivals, -jnp.inf)
   else:
-    rivals = scores.at[seen_users, seen_items - 1].set(-jnp.inf, mode='drop')
-    rivals = rivals.at[rows, targets - 1].set(-jnp.inf)
+    rivals = scores.at[rows, targets - 1].set(-jnp.inf)
   return 1 + (rivals >= target_scores).sum(-1, dtype=jnp.int32)
 
 
@@ -144,21 +156,20 @@ def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Cal
   """Builds the step that ranks the held-out items of one device's share.
 
   Args:
-    model: has `__call__(item_ids, segment_ids, item_table)`.
+    model: has `user_side` and `scores`, see `UR4Rec`.
     row_length: tokens a row.
     seen_capacity: upper bound on the sum of a share's `seen_lengths`.
 
   Returns:
-    `eval_step(params, item_table, item_ids, share)`: ranks `[users of all devices]`, in the order
-    of the shares, and whether all scores are finite.
+    `eval_step(params, items, item_ids, share)`, with `items` from the model's `item_side`: ranks
+    `[users of all devices]`, in the order of the shares, and whether everything is finite.
   """
 
-  def eval_step(params, item_table: Array, item_ids: Array, share: Share) -> tuple[Array, Array]:
+  def eval_step(params, items: PyTree, item_ids: Array, share: Share) -> tuple[Array, Array]:
     batch = gather_batch(item_ids, share.plan, row_length)
-    hidden = model.apply({'params': params}, batch.item_ids, batch.segment_ids, item_table)
-    item_vectors = item_table[1:].astype(hidden.dtype)
-    states = hidden.reshape(-1, hidden.shape[-1])[share.last]
-    scores = jnp.matmul(states, item_vectors.T, preferred_element_type=jnp.float32)
+    apply = functools.partial(model.apply, {'params': params})
+    users = apply(items, batch.item_ids, batch.segment_ids, method='user_side')
+    users = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[share.last], users)
     num_users = len(share.targets)
     entry = jnp.arange(seen_capacity)
     seen_users = jnp.repeat(
@@ -169,8 +180,17 @@ def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Cal
     seen_items = item_ids[jnp.minimum(entry + begins[seen_users], item_ids.size - 1)]
     seen_users = jnp.where(entry < ends[-1], seen_users, num_users)
     targets = jnp.maximum(share.targets, 1)
-    ranks = rank_targets(scores, targets, seen_users, seen_items, share.candidates)
-    finite = jax.lax.pmin(jnp.isfinite(scores).all().astype(jnp.int32), parallel.AXIS)
+    scores = apply(
+      users,
+      items,
+      lambda scores: leave_out_seen(scores, targets, seen_users, seen_items),
+      method='scores',
+    )
+    ranks = rank_targets(scores, targets, share.candidates)
+    # Not the scores alone: ranks of NaNs, as some fusions count them, look like numbers.
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((users, items))]
+    finite = jnp.array([*finite, (scores < jnp.inf).all()]).all()
+    finite = jax.lax.pmin(finite.astype(jnp.int32), parallel.AXIS)
     return jax.lax.all_gather(ranks, parallel.AXIS, tiled=True), finite
 
   return eval_step
@@ -236,8 +256,7 @@ def make_evaluator(
   """Prepares the evaluation of one part, everything it reads placed on the devices.
 
   Args:
-    model: has `max_length`, `item_table(features)` and
-      `__call__(item_ids, segment_ids, item_table)`.
+    model: has `max_length`, `item_side`, `user_side` and `scores`, see `UR4Rec`.
     dataset: all interactions.
     item_ids: `dataset.item_ids` on the devices.
     features: of the items, on the devices.
@@ -255,8 +274,8 @@ def make_evaluator(
   step = parallel.MAPPINGS[mapping](
     make_eval_step(model, model.max_length, seen_capacity), (None, None, None, 0), ()
   )
-  make_table = parallel.on_each_device(
-    lambda params, features: model.apply({'params': params}, features, method='item_table')
+  item_side = parallel.on_each_device(
+    lambda params, features: model.apply({'params': params}, features, method='item_side')
   )
   devices = parallel.device_count()
   placed = [
@@ -266,11 +285,11 @@ def make_evaluator(
 
   def evaluator(params, interrupted=lambda: False) -> dict[str, float] | None:
     outputs = []
-    item_table = make_table(params, features)  # Once for all users.
+    items = item_side(params, features)  # Once for all users.
     for share in placed:
       if interrupted():
         return None
-      outputs.append(step(params, item_table, item_ids, share))
+      outputs.append(step(params, items, item_ids, share))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
       raise DivergenceError(f'a score is not finite in the evaluation on {part}')

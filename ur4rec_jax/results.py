@@ -16,7 +16,7 @@ from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset, load_dataset
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.features import TokenTable, add_features, item_tables
-from ur4rec_jax.models.sasrec import create_model
+from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.train_state import create_train_state
 from ur4rec_jax.workdir import check_workdir
 
@@ -93,7 +93,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   model = create_model(config, dataset.num_items)
   tx = optimizers.create_optimizer(config.optimizer, 1)
-  features = item_tables(dataset, jnp.dtype(config.model.dtype))
+  features = item_tables(dataset, jnp.dtype(config.dtype))
   shapes = jax.eval_shape(lambda: create_train_state(model, tx, config.seed, features))
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   try:

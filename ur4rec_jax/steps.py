@@ -1,6 +1,7 @@
 """The pure training and evaluation steps of one device's share; no I/O, no Python state."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,7 +12,8 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax import losses
 from ur4rec_jax.features import TokenTable
-from ur4rec_jax.input_pipeline import Plan, gather_batch
+from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch
+from ur4rec_jax.models.ur4rec import Encoded
 from ur4rec_jax.parallel import AXIS
 from ur4rec_jax.train_state import TrainState
 
@@ -32,7 +34,67 @@ class TrainData(NamedTuple):
   features: dict[str, TokenTable]
 
 
-def make_loss(config: ConfigDict) -> Callable[..., Array]:
+def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
+  """Builds all losses that have a weight.
+
+  Args:
+    config: `weights` by loss; `contrast_items`, items that `info_nce` and `diversity` look at;
+      `diversity`, its kind; and what `make_retrieval_loss` reads.
+
+  Returns:
+    `losses(encoded, batch, data, tokens, key)`, with `tokens` the number to divide sums over
+    tokens by: the scalars by name.
+  """
+  retrieval = make_retrieval_loss(config)
+  names = [name for name, weight in config.weights.items() if weight]
+
+  def all_losses(encoded: Encoded, batch: Batch, data: TrainData, tokens: Array, key: Array):
+    targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
+    weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
+    # Targets at even distances stand for the batch: items as often as they are consumed.
+    some = jnp.linspace(0, targets.size - 1, min(config.contrast_items, targets.size), dtype=int)
+
+    def of_path(path: str) -> Array:
+      users = encoded.users[path]
+      users = users.reshape(-1, users.shape[-1])
+      return retrieval(users, encoded.items[path], targets, weights, data, key) / tokens
+
+    def info_nce() -> Array:
+      ids = batch.targets.reshape(-1)[some]
+      vectors, present = encoded.content.modalities[ids], encoded.content.present[ids]
+      pairs = list(itertools.combinations(range(present.shape[1]), 2))
+      values = [
+        losses.info_nce(
+          vectors[:, a],
+          vectors[:, b],
+          ids,
+          weights[some] * present[:, a] * present[:, b],
+          encoded.log_temperature,
+        )
+        for a, b in pairs
+      ]
+      return sum(values) / len(pairs)
+
+    def diversity() -> Array:
+      ids = batch.targets.reshape(-1)[some]
+      pooled, present = encoded.content.pooled[ids], encoded.content.present[ids]
+      present = present * weights[some][:, None]
+      flat = pooled.reshape(-1, *pooled.shape[2:])
+      return losses.diversity(flat, present.reshape(-1), config.diversity)
+
+    auxiliary = {
+      'consistency': lambda: losses.consistency(
+        encoded.content.modalities[1:], encoded.content.present[1:]
+      ),
+      'info_nce': info_nce,
+      'diversity': diversity,
+    }
+    return {name: auxiliary[name]() if name in auxiliary else of_path(name) for name in names}
+
+  return all_losses
+
+
+def make_retrieval_loss(config: ConfigDict) -> Callable[..., Array]:
   """Builds the retrieval loss named by `config.name`.
 
   Args:
@@ -99,21 +161,26 @@ def make_loss(config: ConfigDict) -> Callable[..., Array]:
 
 
 def make_train_step(
-  model: nn.Module, tx: optax.GradientTransformation, loss: Callable[..., Array], row_length: int
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  all_losses: Callable[..., dict[str, Array]],
+  loss_weights: Mapping[str, float],
+  row_length: int,
 ) -> Callable[[TrainState, TrainData, Plan, Array], tuple[TrainState, dict[str, Array]]]:
   """Builds the step that is mapped over devices: several optimizer steps in one dispatch.
 
   Args:
-    model: has `encode(features, item_ids, segment_ids)`.
+    model: has `encode(features, item_ids, segment_ids)`, see `UR4Rec`.
     tx: optimizer.
-    loss: from `make_loss`.
+    all_losses: from `make_losses`.
+    loss_weights: of their sum; not used by a model that learns them.
     row_length: tokens a row.
 
   Returns:
     `train_step(state, data, plan, num_steps)` with `plan` `[steps, rows, slots]`, this device's
     rows of each step, of which the first `num_steps` are taken. It gives the new state and per
-    step, `[steps]`: `loss`, the mean over all devices' tokens; `grad_norm`; `finite`, whether both
-    are.
+    step, `[steps]`: `loss`, the weighted sum, and `loss/NAME` each loss if there are several, all
+    means over all devices' tokens; `grad_norm`; `finite`, whether loss and gradient are.
   """
 
   def one_step(data: TrainData, state: TrainState, plan: Plan):
@@ -128,7 +195,7 @@ def make_train_step(
     tokens = jnp.where(tokens > 0, tokens, 1.0)
 
     def objective(params):
-      hidden, item_vectors = model.apply(
+      encoded = model.apply(
         {'params': params},
         data.features,
         batch.item_ids,
@@ -137,17 +204,19 @@ def make_train_step(
         rngs={'dropout': dropout_key},
         method='encode',
       )
-      targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
-      hidden = hidden.reshape(-1, hidden.shape[-1])
-      return loss(hidden, item_vectors, targets, weights, data, negatives_key) / tokens
+      values = all_losses(encoded, batch, data, tokens, negatives_key)
+      if encoded.log_variances:
+        return losses.uncertainty_weighted(values, encoded.log_variances), values
+      return sum(loss_weights[name] * value for name, value in values.items()), values
 
-    value, gradients = jax.value_and_grad(objective)(state.params)
-    value, gradients = jax.lax.pmean((value, gradients), AXIS)
+    (value, parts), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    value, parts, gradients = jax.lax.pmean((value, parts, gradients), AXIS)
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(gradients)
     metrics = {
       'loss': value,
+      **({f'loss/{name}': x for name, x in parts.items()} if len(parts) > 1 else {}),
       'grad_norm': grad_norm,
       'finite': jnp.isfinite(value) & jnp.isfinite(grad_norm),
     }

@@ -21,12 +21,12 @@ from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
 from ur4rec_jax.features import add_features, item_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
-from ur4rec_jax.models.sasrec import create_model
+from ur4rec_jax.models.ur4rec import create_model, losses_in_use
 from ur4rec_jax.train_state import TrainState, create_train_state
 from ur4rec_jax.workdir import claim_workdir
 
 PyTree = Any
-STAGE = 'train_sasrec'
+STAGE = 'train'
 SELECTION_METRIC = 'ndcg@10'
 
 
@@ -160,11 +160,13 @@ class _TrainLoop:
     model = create_model(config, dataset.num_items)
     tx = optimizers.create_optimizer(config.optimizer, self.total_steps)
     train_step = parallel.MAPPINGS[config.mapping](
-      steps.make_train_step(model, tx, steps.make_loss(config.loss), config.max_length),
+      steps.make_train_step(
+        model, tx, steps.make_losses(config.loss), losses_in_use(config), config.max_length
+      ),
       in_axes=(None, None, 0, None),
       donate_argnums=(0,),
     )
-    self.features = item_tables(dataset, jnp.dtype(config.model.dtype))
+    self.features = item_tables(dataset, jnp.dtype(config.dtype))
     self._restore_or_create(model, tx)
     item_counts = np.bincount(train_part.item_ids, minlength=dataset.num_items + 1)[1:]
     data = parallel.replicate(

@@ -39,7 +39,7 @@ def create_train_state(
   """Initialises parameters and optimizer, on the default device, from one seed.
 
   Args:
-    model: has `encode(features, item_ids)`.
+    model: has `encode(features, item_ids, segment_ids)`.
     tx: optimizer.
     seed: of parameters and of everything random in training.
     features: by modality; only the width of their tokens matters.
@@ -49,8 +49,8 @@ def create_train_state(
   @jax.jit
   def create() -> TrainState:
     init_key, root_key = jax.random.split(jax.random.key(seed))
-    item_ids = jnp.ones((1, 1), jnp.int32)
-    params = model.init(init_key, one_item, item_ids, method='encode')['params']
+    ones = jnp.ones((1, 1), jnp.int32)
+    params = model.init(init_key, one_item, ones, ones, method='encode')['params']
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, tx.init(params), jax.random.key_data(root_key))
 

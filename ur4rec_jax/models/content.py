@@ -1,52 +1,102 @@
-"""Frozen token embeddings of items -> one content vector an item."""
+"""Frozen token embeddings of items -> content vectors."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ur4rec_jax.features import TokenTable
+from ur4rec_jax.models.cross_modal import AttentionPool, CrossModalBlock
+from ur4rec_jax.models.fusion import ModalityFusion
 from ur4rec_jax.models.layers import Dropout
 
 Array = jax.Array
 
 
-class ContentEmbedding(nn.Module):
-  """Projects each modality's tokens, pools them by attention, and adds the modalities up.
-
-  An item without a modality gets nothing from it, and an item without any the zero vector.
+class Content(NamedTuple):
+  """What is known of items from their texts, pictures, ...; modalities in the order of their names.
 
   Attributes:
-    dim: width of the result.
+    vectors: `[items + 1, dim]`, the modalities joined; zeros for an item without any.
+    modalities: `[items + 1, modalities, dim]`, each alone; zeros where it is missing.
+    present: `[items + 1, modalities]` bool.
+    pooled: `[items + 1, modalities, pooled vectors, hidden_dim]`, before the last dense layer.
+  """
+
+  vectors: Array
+  modalities: Array
+  present: Array
+  pooled: Array
+
+
+class ItemSide(NamedTuple):
+  """A path's side of all items, made once for all users.
+
+  Attributes:
+    vectors: `[items + 1, dim]`, row 0 for padding; what scores compare users with.
+    content: what the vectors were made from; None if only from ids.
+  """
+
+  vectors: Array
+  content: Content | None
+
+
+class ContentTower(nn.Module):
+  """Projects each modality's tokens, lets modalities attend to each other, pools and joins them.
+
+  Attributes:
+    dim: width of the vectors.
     hidden_dim: width in which tokens are compared.
     dropout: rate on hidden tokens.
+    cross_modal_blocks: layers of attention between modalities; nothing where there is only one.
+    num_heads: attention heads in them; divides `hidden_dim`.
+    pooled_vectors: vectors that a modality's tokens are pooled into.
+    fusion: `add`, `concat` or `gated`, see `ModalityFusion`.
     dtype: computation type; parameters and reductions stay float32.
   """
 
   dim: int
-  hidden_dim: int
-  dropout: float
-  dtype: jnp.dtype
+  hidden_dim: int = 128
+  dropout: float = 0.2
+  cross_modal_blocks: int = 0
+  num_heads: int = 1
+  pooled_vectors: int = 1
+  fusion: str = 'add'
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, features: Mapping[str, TokenTable], *, deterministic: bool) -> Array:
-    """Returns `[items + 1, dim]` from tables with `items + 1` rows each."""
+  def __call__(self, features: Mapping[str, TokenTable], *, deterministic: bool) -> Content:
+    """Returns the content of all items from tables with `items + 1` rows each."""
     dense = lambda width, name, **kwargs: nn.Dense(width, dtype=self.dtype, name=name, **kwargs)
-    small = nn.initializers.normal(0.02)  # As the item embeddings that this joins.
-    total = 0.0
-    for name, (tokens, mask) in sorted(features.items()):
-      rows, num_tokens, width = tokens.shape
+    dropout = Dropout(self.dropout, deterministic=deterministic)
+    names = sorted(features)
+    tokens, masks = {}, {name: features[name].mask for name in names}
+    for name in names:
+      rows, num_tokens, width = features[name].tokens.shape
       # Flat, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, width].
-      flat = tokens.astype(self.dtype).reshape(-1, width)
+      flat = features[name].tokens.astype(self.dtype).reshape(-1, width)
       h = nn.LayerNorm(dtype=self.dtype, name=f'{name}_norm')(
         dense(self.hidden_dim, f'{name}_in')(flat)
       )
-      h = Dropout(self.dropout)(nn.gelu(h), deterministic=deterministic)
-      logits = dense(1, f'{name}_attention')(h).reshape(rows, num_tokens).astype(jnp.float32)
-      # Finite, so that an item without tokens gives an average, which is then left out.
-      weights = nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min))
-      pooled = jnp.einsum('rt,rth->rh', weights.astype(self.dtype), h.reshape(rows, num_tokens, -1))
-      out = dense(self.dim, f'{name}_out', kernel_init=small)(pooled)
-      total += jnp.where(mask.any(1)[:, None], out, 0)
-    return total
+      tokens[name] = dropout(nn.gelu(h)).reshape(rows, num_tokens, -1)
+    if len(names) > 1:
+      for i in range(self.cross_modal_blocks):
+        block = CrossModalBlock(self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{i}')
+        tokens = block(tokens, masks, deterministic=deterministic)
+    pool = lambda name: AttentionPool(self.pooled_vectors, self.dtype, name=f'{name}_attention')
+    pooled = {name: pool(name)(tokens[name], masks[name]) for name in names}
+    # As small as the item embeddings that these may join.
+    small = nn.initializers.normal(0.02)
+    vectors = jnp.stack(
+      [
+        dense(self.dim, f'{name}_out', kernel_init=small)(pooled[name].reshape(rows, -1))
+        for name in names
+      ],
+      axis=1,
+    )
+    present = jnp.stack([masks[name].any(1) for name in names], axis=1)
+    vectors = jnp.where(present[..., None], vectors, 0)
+    joined = ModalityFusion(self.fusion, self.dtype, name='fusion')(vectors, present)
+    return Content(joined, vectors, present, jnp.stack([pooled[n] for n in names], axis=1))

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from ur4rec_jax.features import TokenTable
-from ur4rec_jax.models.content import ContentEmbedding
-from ur4rec_jax.models.layers import Dropout
+from ur4rec_jax.models.content import ContentTower, ItemSide
+from ur4rec_jax.models.layers import Dropout, masked_attention
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'content', 'id+content')
@@ -38,28 +37,19 @@ def segment_positions(segment_ids: Array) -> Array:
   return segment_end - index
 
 
-def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
+def causal_mask(segment_ids: Array) -> Array:
+  """True where a token may see another: at or before it, in the same segment.
 
-  Dividing after the value product instead of before halves the forward time on CPU: normalised
-  weights are never written out.
+  Padding may see padding, so that no row is empty; nothing reads it.
 
   Args:
-    query: `[batch, length, heads, width]`; `key` and `value` alike.
-    mask: `[batch, length, length]`, True where query i may see key j.
+    segment_ids: `[batch, length]`.
 
   Returns:
-    `[batch, length, heads, width]` in the type of `value`.
+    `[batch, length, length]` bool.
   """
-  scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
-  # Finite, so that a row with nothing to see gives an average instead of NaN.
-  scores = jnp.where(mask[:, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-  total = weights.sum(-1)
-  mixed = jnp.einsum(
-    'bhqk,bkhd->bqhd', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-  )
-  return (mixed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
+  causal = jnp.tril(jnp.ones((segment_ids.shape[1],) * 2, bool))
+  return (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
 
 
 class Block(nn.Module):
@@ -125,8 +115,7 @@ class SASRec(nn.Module):
     dropout: rate on embeddings and inside the blocks.
     norm: `pre` or `post` normalisation.
     item_input: `id`, `content` or `id+content`.
-    content_dim: hidden width of the content's projection.
-    content_dropout: rate in it.
+    content: makes vectors of width `dim` from features; None for `item_input='id'`.
     dtype: computation type; parameters and reductions stay float32.
   """
 
@@ -139,16 +128,13 @@ class SASRec(nn.Module):
   dropout: float = 0.1
   norm: str = 'pre'
   item_input: str = 'id'
-  content_dim: int = 128
-  content_dropout: float = 0.2
+  content: ContentTower | None = None
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     init = nn.initializers.normal(0.02)
     if 'id' in self.item_input:
       self.item_embedding = self.param('item_embedding', init, (self.num_items + 1, self.dim))
-    if 'content' in self.item_input:
-      self.content = ContentEmbedding(self.dim, self.content_dim, self.content_dropout, self.dtype)
     self.position_embedding = self.param('position_embedding', init, (self.max_length, self.dim))
     self.embedding_dropout = Dropout(self.dropout)
     self.blocks = [
@@ -157,79 +143,43 @@ class SASRec(nn.Module):
     ]
     self.final_norm = nn.LayerNorm(dtype=self.dtype)
 
-  def __call__(
-    self,
-    item_ids: Array,
-    segment_ids: Array | None = None,
-    item_table: Array | None = None,
-    *,
-    deterministic: bool = True,
-  ) -> Array:
-    """Encodes every prefix of every sequence.
-
-    Args:
-      item_ids: `[batch, length]` int32, oldest first, 0 where there is no item; `length` is at
-        most `max_length`.
-      segment_ids: `[batch, length]` int32, see the module's docstring; by default each row is one
-        user, padded on either side.
-      item_table: `[items + 1, dim]`, from `item_table`; may be left out where that needs no
-        features.
-      deterministic: False applies dropout, with the `dropout` key.
-
-    Returns:
-      `[batch, length, dim]` hidden states; finite but meaningless where `segment_ids` is 0.
-    """
-    if segment_ids is None:
-      segment_ids = (item_ids > 0).astype(jnp.int32)
-    if item_table is None:
-      item_table = self.item_table()
-    positions = segment_positions(segment_ids)
-    # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
-    x = item_table[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
-    x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
-    causal = jnp.tril(jnp.ones((item_ids.shape[1],) * 2, bool))
-    # Padding attends to padding, so that no row of the softmax is empty; nothing reads it.
-    mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
-    for block in self.blocks:
-      x = block(x, mask, deterministic=deterministic)
-    return self.final_norm(x).reshape(*item_ids.shape, self.dim)
-
-  def item_table(
+  def item_side(
     self, features: Mapping[str, TokenTable] | None = None, *, deterministic: bool = True
-  ) -> Array:
+  ) -> ItemSide:
     """Makes every item's embedding, once for all users.
 
     Args:
       features: by modality, tables with `items + 1` rows; not needed for `item_input='id'`.
       deterministic: False applies dropout, with the `dropout` key.
-
-    Returns:
-      `[items + 1, dim]`, row 0 for padding; the rows of items are also what scores compare with.
     """
-    parts = [self.item_embedding] if 'id' in self.item_input else []
+    vectors, content = 0.0, None
+    if 'id' in self.item_input:
+      vectors += self.item_embedding
     if 'content' in self.item_input:
-      parts.append(self.content(features, deterministic=deterministic))
-    return sum(parts)
+      content = self.content(features, deterministic=deterministic)
+      vectors += content.vectors
+    return ItemSide(vectors.astype(self.dtype), content)
 
-  def encode(
-    self,
-    features: Mapping[str, TokenTable],
-    item_ids: Array,
-    segment_ids: Array | None = None,
-    *,
-    deterministic: bool = True,
-  ) -> tuple[Array, Array]:
-    """Does both, sharing one item table.
+  def user_side(
+    self, items: ItemSide, item_ids: Array, segment_ids: Array, *, deterministic: bool = True
+  ) -> Array:
+    """Encodes every prefix of every sequence.
+
+    Args:
+      items: from `item_side`.
+      item_ids: `[batch, length]` int32, oldest first, 0 where there is no item; `length` is at
+        most `max_length`.
+      segment_ids: `[batch, length]` int32, see the module's docstring.
+      deterministic: False applies dropout, with the `dropout` key.
 
     Returns:
-      `[batch, length, dim]` hidden states and `[items, dim]` item vectors, row i of item i + 1.
+      `[batch, length, dim]` hidden states; finite but meaningless where `segment_ids` is 0.
     """
-    item_table = self.item_table(features, deterministic=deterministic)
-    hidden = self(item_ids, segment_ids, item_table, deterministic=deterministic)
-    return hidden, item_table[1:].astype(hidden.dtype)
-
-
-def create_model(config: ConfigDict, num_items: int) -> SASRec:
-  """Builds the model that `config.model` and `config.max_length` describe."""
-  fields = {**config.model, 'dtype': jnp.dtype(config.model.dtype)}
-  return SASRec(num_items=num_items, max_length=config.max_length, **fields)
+    positions = segment_positions(segment_ids)
+    # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
+    x = items.vectors[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
+    x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
+    mask = causal_mask(segment_ids)
+    for block in self.blocks:
+      x = block(x, mask, deterministic=deterministic)
+    return self.final_norm(x).reshape(*item_ids.shape, self.dim)

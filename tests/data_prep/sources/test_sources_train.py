@@ -129,8 +129,8 @@ def test_raw_files_to_test_metrics(source, request, ratings, tmp_path):
   config = default.get_config()
   config.data_dir = str(data_dir)
   config.num_epochs, config.max_length, config.batch_size = 1, 20, 32
-  config.model.dim = config.model.ffn_dim = 16
-  config.model.num_blocks = 1
+  config.sasrec.dim = config.sasrec.ffn_dim = 16
+  config.sasrec.num_blocks = 1
   train.train_and_evaluate(config, str(tmp_path / 'run'))
   results = json.loads((tmp_path / 'run/results.json').read_text())
   counts = metadata['counts']

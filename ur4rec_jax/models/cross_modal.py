@@ -1,0 +1,107 @@
+"""Attention between token sets of several modalities, and pooling of a set into vectors."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ur4rec_jax.models.layers import Dropout, masked_attention
+
+Array = jax.Array
+
+
+class CrossModalBlock(nn.Module):
+  """Lets every modality's tokens attend to the tokens of all others, then a feed-forward network.
+
+  Text attends to pictures and pictures to text (Lu et al., ViLBERT, NeurIPS 2019, with any number
+  of modalities). Both branches are normalised at their input and added to the tokens, so a token
+  with nothing to see keeps what it was.
+
+  Attributes:
+    num_heads: attention heads; divides the tokens' width.
+    dropout: rate on both branches' outputs.
+    dtype: computation type; parameters and reductions stay float32.
+  """
+
+  num_heads: int
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Mapping[str, Array],
+    visible: Mapping[str, Array],
+    *,
+    deterministic: bool,
+  ) -> dict[str, Array]:
+    """Returns tokens of the same shapes.
+
+    Args:
+      tokens: by modality, `[rows, tokens, dim]`; the number of tokens may differ.
+      visible: by modality, which of its tokens the others may see: `[rows, tokens]`, the same for
+        every query, or `[rows, queries, tokens]`.
+      deterministic: False applies dropout, with the `dropout` key.
+    """
+    dropout = Dropout(self.dropout, deterministic=deterministic)
+
+    def dense(x: Array, width: int, name: str) -> Array:
+      # Flat, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, dim].
+      flat = nn.Dense(width, dtype=self.dtype, name=name)(x.reshape(-1, x.shape[-1]))
+      return flat.reshape(*x.shape[:-1], width)
+
+    norm = lambda x, name: nn.LayerNorm(dtype=self.dtype, name=name)(x)
+    heads = lambda x: x.reshape(*x.shape[:2], self.num_heads, -1)
+    queries, keys, values = {}, {}, {}
+    for name, x in tokens.items():
+      projected = dense(
+        norm(x, f'{name}_attention_norm'), 3 * x.shape[-1], f'{name}_query_key_value'
+      )
+      queries[name], keys[name], values[name] = map(heads, jnp.split(projected, 3, axis=-1))
+    result = {}
+    for name, x in tokens.items():
+      others = [other for other in tokens if other != name]
+      if others:
+        join = lambda parts, others=others: jnp.concatenate([parts[o] for o in others], axis=1)
+        mask = jnp.concatenate(
+          [
+            jnp.broadcast_to(
+              visible[o] if visible[o].ndim == 3 else visible[o][:, None],
+              (x.shape[0], x.shape[1], keys[o].shape[1]),
+            )
+            for o in others
+          ],
+          axis=2,
+        )
+        mixed = masked_attention(queries[name], join(keys), join(values), mask).reshape(x.shape)
+        mixed = dropout(dense(mixed, x.shape[-1], f'{name}_attention_out'))
+        x = x + jnp.where(mask.any(-1, keepdims=True), mixed, 0)
+      h = dense(norm(x, f'{name}_ffn_norm'), 2 * x.shape[-1], f'{name}_ffn_in')
+      result[name] = x + dropout(dense(nn.gelu(h), x.shape[-1], f'{name}_ffn_out'))
+    return result
+
+
+class AttentionPool(nn.Module):
+  """Pools a token set into K vectors, each an average under its own softmax over the tokens.
+
+  Attributes:
+    num_vectors: K.
+    dtype: computation type; the softmax is float32.
+  """
+
+  num_vectors: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, tokens: Array, mask: Array) -> Array:
+    """Returns `[rows, num_vectors, dim]` from `[rows, tokens, dim]` and `[rows, tokens]`.
+
+    A row without tokens gives the average of its masked ones: finite, and for the caller to drop.
+    """
+    rows, num_tokens, dim = tokens.shape
+    logits = nn.Dense(self.num_vectors, dtype=self.dtype, name='logits')(tokens.reshape(-1, dim))
+    logits = logits.reshape(rows, num_tokens, -1).astype(jnp.float32)
+    logits = jnp.where(mask[..., None], logits, jnp.finfo(jnp.float32).min)
+    weights = nn.softmax(logits, axis=1).astype(self.dtype)
+    return jnp.einsum('rtk,rtd->rkd', weights, tokens)

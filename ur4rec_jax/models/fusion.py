@@ -1,0 +1,207 @@
+"""Joining modalities into one vector, and the scores of two paths into one ranking.
+
+Paths are joined without ever forming their score matrices where that can be had: a path's score is
+an inner product of a user's and an item's vector, so a weighted sum of scores is the inner product
+of the vectors side by side, the user's scaled by the weights.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+MODALITY_FUSIONS = ('add', 'concat', 'gated')
+# Weighted sums of scores, and two that need the ranking of each path.
+SUMS = ('weighted', 'learned', 'adaptive')
+PATH_FUSIONS = (*SUMS, 'rank', 'cascade')
+CALIBRATIONS = ('standardise', 'log_probability')
+
+
+class ModalityFusion(nn.Module):
+  """Joins the vectors of the modalities that are present into one.
+
+  Attributes:
+    kind: `add` sums them; `concat` is a dense layer over them side by side, zeros where absent;
+      `gated` averages them under gates that are computed from all of them and sum to 1 over those
+      present (Arevalo et al., Gated Multimodal Units, 2017, with a softmax for any number).
+    dtype: computation type; gates are float32.
+  """
+
+  kind: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, vectors: Array, present: Array) -> Array:
+    """Returns `[rows, dim]`, zeros where nothing is present.
+
+    Args:
+      vectors: `[rows, modalities, dim]`.
+      present: `[rows, modalities]` bool.
+    """
+    rows, modalities, dim = vectors.shape
+    vectors = jnp.where(present[..., None], vectors, 0)
+    if self.kind == 'add':
+      return vectors.sum(1)
+    side_by_side = vectors.reshape(rows, modalities * dim)
+    if self.kind == 'concat':
+      joined = nn.Dense(dim, dtype=self.dtype, name='joined')(side_by_side)
+      return jnp.where(present.any(1, keepdims=True), joined, 0)
+    logits = nn.Dense(modalities, dtype=self.dtype, name='gate')(side_by_side)
+    return jnp.einsum('rm,rmd->rd', gates(logits, present).astype(vectors.dtype), vectors)
+
+
+def gates(logits: Array, present: Array) -> Array:
+  """Softmax over the modalities that are present.
+
+  Args:
+    logits: `[rows, modalities]`.
+    present: `[rows, modalities]` bool.
+
+  Returns:
+    `[rows, modalities]` float32, zeros where absent; each row sums to 1, or 0 if nothing is there.
+  """
+  lowest = jnp.finfo(jnp.float32).min
+  weights = nn.softmax(jnp.where(present, logits.astype(jnp.float32), lowest))
+  return jnp.where(present, weights, 0)
+
+
+def standard_deviation(users: Array, items: Array) -> Array:
+  """Standard deviation of each user's scores over the catalogue, without the scores.
+
+  The variance of u.v over items v is u' C u with C the covariance of the item vectors. (The mean
+  is the same for all items of a user and changes no ranking.)
+
+  Args:
+    users: `[..., dim]`.
+    items: `[items, dim]`.
+
+  Returns:
+    `[..., 1]` float32.
+  """
+  centred = (items - items.mean(0, dtype=jnp.float32)).astype(jnp.float32)
+  covariance = centred.T @ centred / items.shape[0]
+  users = users.astype(jnp.float32)
+  variance = jnp.einsum('...d,de,...e->...', users, covariance, users)
+  return jnp.sqrt(jnp.maximum(variance, 1e-12))[..., None]
+
+
+class PathFusion(nn.Module):
+  """Joins the scores of several paths.
+
+  Attributes:
+    kind: a weighted sum of scores, `weighted` by constants, `learned` by trained global weights,
+      `adaptive` by a small network on the user's states; or `rank` (`reciprocal_rank`), or
+      `cascade`, which ranks the first path's best anew by the second.
+    paths: the paths' names.
+    weights: one constant a path; where `learned` and `adaptive` start.
+    calibration: of sums. `standardise` divides scores by the user's standard deviation over the
+      catalogue; `log_probability` takes them as they are, which is right where each path was
+      trained by cross-entropy: the sum is then a product of experts (Hinton 2002).
+    hidden_dim: width of the network of `adaptive`.
+    rank_constant: of `rank`.
+    cascade_size: of `cascade`: how many of the first path's best.
+  """
+
+  kind: str
+  paths: tuple[str, ...]
+  weights: tuple[float, ...]
+  calibration: str = 'standardise'
+  hidden_dim: int = 16
+  rank_constant: float = 60.0
+  cascade_size: int = 100
+
+  @nn.compact
+  def __call__(self, users: Mapping[str, Array], items: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Puts the paths' vectors side by side, so that their product is the sum of scores.
+
+    Args:
+      users: by path, `[..., width]`.
+      items: by path, `[items, width]`.
+
+    Returns:
+      `[..., sum of widths]`, and `[items, sum of widths]`.
+    """
+    log_weights = jnp.log(jnp.asarray(self.weights, jnp.float32))
+    if self.kind == 'learned':
+      log_weights = self.param('log_weights', lambda _: log_weights)
+    elif self.kind == 'adaptive':
+      # The states are only read: what they are is for the paths' own losses to say.
+      states = jnp.concatenate([jax.lax.stop_gradient(users[path]) for path in self.paths], -1)
+      h = nn.relu(nn.Dense(self.hidden_dim, name='hidden')(nn.LayerNorm(name='norm')(states)))
+      change = nn.Dense(len(self.paths), kernel_init=nn.initializers.zeros, name='log_weights')(h)
+      log_weights = log_weights + change
+    scaled = []
+    for i, path in enumerate(self.paths):
+      weight = jnp.exp(log_weights[..., i, None])
+      if self.calibration == 'standardise':
+        weight = weight / standard_deviation(users[path], items[path])
+      scaled.append((users[path] * weight).astype(users[path].dtype))
+    return jnp.concatenate(scaled, -1), jnp.concatenate([items[path] for path in self.paths], -1)
+
+  def scores(
+    self,
+    users: Mapping[str, Array],
+    items: Mapping[str, Array],
+    leave_out: Callable[[Array], Array],
+  ) -> Array:
+    """Scores the catalogue.
+
+    Args:
+      users: by path, `[users, width]`.
+      items: by path, `[items, width]`.
+      leave_out: sets what is not to be recommended to -inf in scores `[users, items]`; ranks are
+        counted without it.
+
+    Returns:
+      `[users, items]` float32.
+    """
+    product = lambda u, v: jnp.matmul(u, v.T, preferred_element_type=jnp.float32)
+    if self.kind in SUMS:
+      return leave_out(product(*self(users, items)))
+    by_path = [leave_out(product(users[path], items[path])) for path in self.paths]
+    if self.kind == 'rank':
+      return leave_out(reciprocal_rank(by_path, self.weights, self.rank_constant))
+    return leave_out(cascade(*by_path, self.cascade_size))
+
+
+def places(scores: Array) -> Array:
+  """Counts for each item how many of the row score lower: 0 is last, equal scores share a place.
+
+  Args:
+    scores: `[users, items]`.
+  """
+  below = jax.vmap(lambda row: jnp.searchsorted(jnp.sort(row), row, side='left'))
+  return below(scores).astype(jnp.float32)
+
+
+def reciprocal_rank(by_path: Sequence[Array], weights: Sequence[float], constant: float) -> Array:
+  """Reciprocal rank fusion (Cormack et al., SIGIR 2009): sum over paths of w / (constant + rank).
+
+  Args:
+    by_path: `[users, items]` scores of each path; items with equal scores share the worst rank.
+    weights: one a path.
+    constant: 60 in the paper; the larger, the less the places at the top differ.
+
+  Returns:
+    `[users, items]` float32.
+  """
+  ranks = [scores.shape[-1] - places(scores) for scores in by_path]
+  return sum(w / (constant + rank) for w, rank in zip(weights, ranks, strict=True))
+
+
+def cascade(first: Array, second: Array, size: int) -> Array:
+  """Puts the first path's best `size` items in the second path's order, the others behind them.
+
+  Args:
+    first: `[users, items]` scores that choose; equal ones at the border are all chosen.
+    second: `[users, items]` scores that order the chosen.
+    size: how many are chosen.
+
+  Returns:
+    `[users, items]` float32.
+  """
+  size = min(size, first.shape[-1])
+  border = jax.lax.top_k(first, size)[0][:, -1:]
+  return jnp.where(first >= border, first.shape[-1] + places(second), places(first))

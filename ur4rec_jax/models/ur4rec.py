@@ -1,0 +1,189 @@
+"""UR4Rec: a sequence path and a content path that score the whole catalogue together."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from ml_collections import ConfigDict
+
+from ur4rec_jax.features import TokenTable
+from ur4rec_jax.models.content import Content, ContentTower, ItemSide
+from ur4rec_jax.models.fusion import SUMS, PathFusion
+from ur4rec_jax.models.retriever import Retriever
+from ur4rec_jax.models.sasrec import SASRec
+
+Array = jax.Array
+PATHS = ('sasrec', 'retriever')
+FUSED = 'fused'
+
+
+class Encoded(NamedTuple):
+  """What losses read: for each path, and for their fusion, two sides whose products are scores.
+
+  Attributes:
+    users: by path, `[batch, length, width]`.
+    items: by path, `[items, width]`, row i of item i + 1.
+    content: of the items, from the retriever if there is one; None without features.
+    log_temperature: `[]`, of the contrast between modalities.
+    log_variances: by loss, `[]`, of uncertainty weighting.
+  """
+
+  users: dict[str, Array]
+  items: dict[str, Array]
+  content: Content | None
+  log_temperature: Array | None
+  log_variances: dict[str, Array]
+
+
+class UR4Rec(nn.Module):
+  """One or both paths, and how they are joined.
+
+  Attributes:
+    sasrec: the sequence path, or None.
+    retriever: the content path, or None.
+    fusion: joins their scores; None if there is one path.
+    losses: weight of each loss it is trained with; some losses have parameters.
+    uncertainty_weighting: whether the weights are learned, from these on.
+    temperature: what the learned temperature of `info_nce` starts from.
+  """
+
+  sasrec: SASRec | None = None
+  retriever: Retriever | None = None
+  fusion: PathFusion | None = None
+  losses: Mapping[str, float] = FrozenDict()
+  uncertainty_weighting: bool = False
+  temperature: float = 0.1
+
+  def setup(self):
+    constant = lambda name, value: self.param(name, nn.initializers.constant(value), ())
+    self.log_temperature = (
+      constant('log_temperature', math.log(self.temperature)) if 'info_nce' in self.losses else None
+    )
+    weighted = self.losses if self.uncertainty_weighting else {}
+    self.log_variances = {
+      name: constant(f'log_variance_{name}', -math.log(weight)) for name, weight in weighted.items()
+    }
+
+  @property
+  def max_length(self) -> int:
+    """Longest history that it reads."""
+    return (self.sasrec or self.retriever).max_length
+
+  def _paths(self) -> dict[str, nn.Module]:
+    return {name: path for name in PATHS if (path := getattr(self, name)) is not None}
+
+  def item_side(
+    self, features: Mapping[str, TokenTable], *, deterministic: bool = True
+  ) -> dict[str, ItemSide]:
+    """Makes the items' side of each path, once for all users; features as `ContentTower` reads."""
+    return {
+      name: path.item_side(features, deterministic=deterministic)
+      for name, path in self._paths().items()
+    }
+
+  def user_side(
+    self,
+    items: Mapping[str, ItemSide],
+    item_ids: Array,
+    segment_ids: Array,
+    *,
+    deterministic: bool = True,
+  ) -> dict[str, Array]:
+    """Encodes every prefix of every history in each path.
+
+    Args:
+      items: from `item_side`.
+      item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
+      segment_ids: `[batch, length]` int32, see `sasrec`.
+      deterministic: False applies dropout, with the `dropout` key.
+
+    Returns:
+      By path `[batch, length, width]`.
+    """
+    return {
+      name: path.user_side(items[name], item_ids, segment_ids, deterministic=deterministic)
+      for name, path in self._paths().items()
+    }
+
+  def encode(
+    self,
+    features: Mapping[str, TokenTable],
+    item_ids: Array,
+    segment_ids: Array,
+    *,
+    deterministic: bool = True,
+  ) -> Encoded:
+    """Does both for training; the fusion, if it is a sum, is one more path."""
+    sides = self.item_side(features, deterministic=deterministic)
+    users = self.user_side(sides, item_ids, segment_ids, deterministic=deterministic)
+    items = _vectors(sides)
+    if self.fusion is not None and self.fusion.kind in SUMS:
+      users[FUSED], items[FUSED] = self.fusion(users, items)
+    contents = [side.content for side in sides.values() if side.content is not None]
+    return Encoded(
+      users,
+      items,
+      contents[-1] if contents else None,
+      self.log_temperature,
+      self.log_variances,
+    )
+
+  def scores(
+    self,
+    users: Mapping[str, Array],
+    items: Mapping[str, ItemSide],
+    leave_out: Callable[[Array], Array] = lambda scores: scores,
+  ) -> Array:
+    """Scores the whole catalogue.
+
+    Args:
+      users: by path, `[users, width]`: positions of `user_side`.
+      items: from `item_side`.
+      leave_out: see `PathFusion.scores`.
+
+    Returns:
+      `[users, items]` float32, column i of item i + 1.
+    """
+    vectors = _vectors(items)
+    if self.fusion is not None:
+      return self.fusion.scores(users, vectors, leave_out)
+    ((name, states),) = users.items()
+    return leave_out(jnp.matmul(states, vectors[name].T, preferred_element_type=jnp.float32))
+
+
+def _vectors(items: Mapping[str, ItemSide]) -> dict[str, Array]:
+  return {name: side.vectors[1:] for name, side in items.items()}
+
+
+def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
+  """Builds the model that the config's `paths`, `sasrec`, `retriever` and others describe."""
+  dtype = jnp.dtype(config.dtype)
+  common = {'num_items': num_items, 'max_length': config.max_length, 'dtype': dtype}
+  content = lambda dim: ContentTower(dim, dtype=dtype, **config.content)
+  paths = {}
+  if 'sasrec' in config.paths:
+    makes_content = 'content' in config.sasrec.item_input
+    tower = content(config.sasrec.dim) if makes_content else None
+    paths['sasrec'] = SASRec(content=tower, **common, **config.sasrec)
+  if 'retriever' in config.paths:
+    paths['retriever'] = Retriever(
+      content=content(config.retriever.dim), **common, **config.retriever
+    )
+  if len(paths) > 1:
+    fields = {**config.fusion, 'weights': tuple(config.fusion.weights)}
+    paths['fusion'] = PathFusion(paths=tuple(paths), **fields)
+  return UR4Rec(
+    losses=losses_in_use(config),
+    uncertainty_weighting=config.loss.weighting == 'uncertainty',
+    temperature=config.loss.temperature,
+    **paths,
+  )
+
+
+def losses_in_use(config: ConfigDict) -> FrozenDict[str, float]:
+  """Weights of the losses, without those of zero."""
+  return FrozenDict({name: weight for name, weight in config.loss.weights.items() if weight})
