@@ -340,7 +340,7 @@ def modality_inputs():
 
 
 def pair_inputs(vectors_a_row: int | None = None):
-  """Rows of `a` near their rows of `b`, some ids twice, two rows left out (one a twin), a tau."""
+  """Rows of `a` near their rows of `b`, some ids twice, two rows left out (one a twin)."""
   rng = np.random.default_rng(5)
   b = rng.normal(size=(ROWS, DIM))
   shape = (ROWS, DIM) if vectors_a_row is None else (ROWS, vectors_a_row, DIM)
@@ -350,8 +350,8 @@ def pair_inputs(vectors_a_row: int | None = None):
   return a, 3 * b, ids, weights, np.log(0.4)
 
 
-def query_inputs(seed: int = 6):
-  rng = np.random.default_rng(seed)
+def query_inputs():
+  rng = np.random.default_rng(6)
   weights = np.array([1, 0, 1, 1, 0, 1, 1, 1], float)
   return rng.normal(size=(ROWS, VECTORS, DIM)) * rng.uniform(0.1, 10, (ROWS, VECTORS, 1)), weights
 
