@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from ur4rec_jax import losses
@@ -318,6 +319,11 @@ def test_chunked_sum_equals_the_whole(chunk_size):
 
 ITEMS, MODALITIES, ROWS, VECTORS = 9, 3, 8, 4
 
+consistency = jax.jit(losses.consistency)
+info_nce = jax.jit(losses.info_nce)
+diversity = jax.jit(losses.diversity, static_argnums=2)
+matching_bce = jax.jit(losses.matching_bce)
+
 
 def units_of(vectors):
   vectors = np.asarray(vectors, np.float64)
@@ -328,15 +334,13 @@ def modality_inputs():
   """Vectors of lengths far from 1, and items with 0, 1, 2 and 3 modalities."""
   rng = np.random.default_rng(4)
   vectors = rng.normal(size=(ITEMS, MODALITIES, DIM)) * rng.uniform(0.1, 10, (ITEMS, MODALITIES, 1))
-  present = np.array(
-    [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], *[[1] * 3] * 2],
-    bool,
-  )
+  there = ['', 'a', 'b', 'ab', 'ac', 'bc', 'abc', 'abc', 'c']
+  present = np.array([[name in names for name in 'abc'] for names in there])
   return vectors, present
 
 
 def pair_inputs(vectors_a_row: int | None = None):
-  """Rows of `a` near their rows of `b`, some ids twice, two rows left out (one a twin), a tau."""
+  """Rows of `a` near their rows of `b`, some ids twice, two rows left out (one a twin)."""
   rng = np.random.default_rng(5)
   b = rng.normal(size=(ROWS, DIM))
   shape = (ROWS, DIM) if vectors_a_row is None else (ROWS, vectors_a_row, DIM)
@@ -346,8 +350,8 @@ def pair_inputs(vectors_a_row: int | None = None):
   return a, 3 * b, ids, weights, np.log(0.4)
 
 
-def query_inputs(seed: int = 6):
-  rng = np.random.default_rng(seed)
+def query_inputs():
+  rng = np.random.default_rng(6)
   weights = np.array([1, 0, 1, 1, 0, 1, 1, 1], float)
   return rng.normal(size=(ROWS, VECTORS, DIM)) * rng.uniform(0.1, 10, (ROWS, VECTORS, 1)), weights
 
@@ -359,56 +363,60 @@ def matching_inputs():
 
 
 def vector_losses():
-  """Each loss of vectors as `f(x, weights)` with its x and weights (masks are weights too)."""
-  vectors, present = modality_inputs()
-  queries, query_weights = query_inputs()
+  """Name -> loss as `f(x, weights)`, x, weights; a mask stands for weights where there are none."""
   scores, labels, score_weights = matching_inputs()
   cases = {
-    'consistency': (losses.consistency, vectors, present),
-    'matching_bce': (
-      lambda x, weights: losses.matching_bce(x, labels, weights, 2.5),
-      scores,
-      score_weights,
-    ),
+    'consistency': (losses.consistency, *modality_inputs()),
+    'matching': (lambda x, w: losses.matching_bce(x, labels, w, 2.5), scores, score_weights),
   }
-  for name, vectors_a_row in {'info_nce': None, 'info_nce of sets': VECTORS}.items():
-    a, b, ids, weights, log_temperature = pair_inputs(vectors_a_row)
-    loss = lambda x, weights, ids=ids: losses.info_nce(x['a'], x['b'], ids, weights, x['log_t'])
-    cases[name] = (loss, {'a': a, 'b': b, 'log_t': log_temperature}, weights)
   for kind in losses.DIVERSITIES:
-    loss = lambda x, weights, kind=kind: losses.diversity(x, weights, kind)
-    cases[f'diversity by {kind}'] = (loss, queries, query_weights)
+    loss = functools.partial(losses.diversity, kind=kind)
+    cases[kind] = (loss, *query_inputs())
+  a, b, ids, weights, log_temperature = pair_inputs(VECTORS)
+  cases['info_nce'] = (
+    lambda x, w: losses.info_nce(x['a'], x['b'], ids, w, x['log_temperature']),
+    {'a': a, 'b': b, 'log_temperature': log_temperature},
+    weights,
+  )
   return cases
 
 
 VECTOR_LOSSES = vector_losses()
+VALUES_AND_GRADIENTS = {
+  name: jax.jit(jax.value_and_grad(loss)) for name, (loss, _, _) in VECTOR_LOSSES.items()
+}
+every_vector_loss = pytest.mark.parametrize('name', VECTOR_LOSSES)
 
 
-def every_vector_loss(test):
-  return pytest.mark.parametrize('name', VECTOR_LOSSES)(test)
+def of_vectors(change, x):
+  """Applies `change` to the arrays of `x`, not to its temperature."""
+  return jax.tree.map(lambda leaf: change(leaf) if np.ndim(leaf) else leaf, x)
 
 
 def spoiled(x, weights):
   """`x` with NaN in place of what `weights` leaves out."""
-  shape = lambda leaf: weights.shape + (1,) * (np.ndim(leaf) - weights.ndim)
-  spoil = lambda leaf: np.where((weights > 0).reshape(shape(leaf)), leaf, np.nan)
-  return jax.tree.map(lambda leaf: spoil(leaf) if np.ndim(leaf) else leaf, x)
+  left_out = lambda leaf: np.expand_dims(weights == 0, tuple(range(weights.ndim, leaf.ndim)))
+  return of_vectors(lambda leaf: np.where(left_out(leaf), np.nan, leaf), x)
 
 
 @every_vector_loss
 def test_vector_losses_have_the_gradients_of_finite_differences(name):
+  """All of them, and of the compiled gradient: fused, sums that cancel elsewhere may not."""
   loss, x, weights = VECTOR_LOSSES[name]
   with jax.enable_x64(True):
-    x, weights = jax.tree.map(jnp.asarray, (x, weights))
-    check_grads(lambda x: loss(x, weights), (x,), 1, ['rev'], atol=1e-6, rtol=1e-6)
+    flat, unravel = ravel_pytree(x)
+    values = jax.jit(jax.vmap(lambda y: loss(unravel(y), weights)))
+    steps = 1e-5 * np.eye(flat.size)
+    expected = (values(flat + steps) - values(flat - steps)) / 2e-5
+    _, gradients = VALUES_AND_GRADIENTS[name](x, weights)
+    np.testing.assert_allclose(ravel_pytree(gradients)[0], expected, atol=1e-7)
 
 
 @every_vector_loss
 def test_vector_losses_are_exactly_zero_where_nothing_counts(name):
-  loss, x, weights = VECTOR_LOSSES[name]
+  _, x, weights = VECTOR_LOSSES[name]
   nothing = np.zeros_like(weights)
-  x = jax.tree.map(jnp.asarray, spoiled(x, nothing))
-  value, gradients = jax.value_and_grad(loss)(x, nothing)
+  value, gradients = VALUES_AND_GRADIENTS[name](spoiled(x, nothing), nothing)
   assert value == 0
   for gradient in jax.tree.leaves(gradients):
     np.testing.assert_array_equal(gradient, 0)
@@ -416,51 +424,48 @@ def test_vector_losses_are_exactly_zero_where_nothing_counts(name):
 
 @every_vector_loss
 def test_vector_losses_ignore_what_is_left_out(name):
-  loss, x, weights = VECTOR_LOSSES[name]
-  x, broken = jax.tree.map(jnp.asarray, (x, spoiled(x, weights)))
-  value, gradients = jax.value_and_grad(loss)(broken, weights)
-  expected, expected_gradients = jax.value_and_grad(loss)(x, weights)
+  _, x, weights = VECTOR_LOSSES[name]
+  value, gradients = VALUES_AND_GRADIENTS[name](spoiled(x, weights), weights)
+  expected, expected_gradients = VALUES_AND_GRADIENTS[name](x, weights)
   assert value != 0
   np.testing.assert_allclose(value, expected, rtol=1e-6)
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, atol=1e-6), gradients, expected_gradients
-  )
-  for gradient in jax.tree.leaves(gradients):
-    if gradient.ndim:
-      np.testing.assert_array_equal(gradient[weights == 0], 0)
+  same = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  jax.tree.map(same, gradients, expected_gradients)
+  of_vectors(lambda leaf: np.testing.assert_array_equal(leaf[weights == 0], 0), gradients)
 
 
 @every_vector_loss
 def test_vector_losses_of_bfloat16_are_reduced_in_float32(name):
-  loss, x, weights = VECTOR_LOSSES[name]
-  x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), x)
-  value, gradients = jax.value_and_grad(loss)(x, weights)
-  expected = loss(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x), weights)
+  _, x, weights = VECTOR_LOSSES[name]
+  x = of_vectors(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), x)
+  value, gradients = VALUES_AND_GRADIENTS[name](x, weights)
+  wide = of_vectors(lambda leaf: leaf.astype(jnp.float32), x)
+  expected, _ = VALUES_AND_GRADIENTS[name](wide, weights)
   assert value.dtype == jnp.float32
-  np.testing.assert_allclose(value, expected, rtol=0.01 if 'nce' in name else 1e-6)
-  assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(gradients))
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  of_vectors(lambda leaf: np.testing.assert_equal(leaf.dtype, jnp.bfloat16), gradients)
+
+
+@pytest.mark.parametrize('name', sorted(VECTOR_LOSSES.keys() - {'matching'}))
+@pytest.mark.parametrize('factor', [1e-12, 1e12])
+def test_vector_losses_do_not_depend_on_length(name, factor):
+  _, x, weights = VECTOR_LOSSES[name]
+  scaled = of_vectors(lambda leaf: leaf * factor, x)
+  value, gradients = VALUES_AND_GRADIENTS[name](scaled, weights)
+  expected, expected_gradients = VALUES_AND_GRADIENTS[name](x, weights)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  gradients = of_vectors(lambda leaf: leaf * factor, gradients)
+  same = functools.partial(np.testing.assert_allclose, atol=1e-5)
+  jax.tree.map(same, gradients, expected_gradients)
 
 
 @every_vector_loss
-def test_vector_losses_do_not_depend_on_length(name):
-  if name == 'matching_bce':
-    pytest.skip('its logits are no vectors')
-  loss, x, weights = VECTOR_LOSSES[name]
-  scaled = lambda factor: jax.tree.map(lambda y: jnp.asarray(y * factor if y.ndim else y), x)
-  expected = loss(x, weights)
-  for factor in (1e-12, 1e12):
-    value, gradients = jax.value_and_grad(loss)(scaled(factor), weights)
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-
-
-@every_vector_loss
-def test_vector_losses_are_smooth_where_vectors_are_zero_or_equal(name):
-  loss, x, weights = VECTOR_LOSSES[name]
-  for constant in (0.0, 1.0):
-    flat = jax.tree.map(lambda leaf, value=constant: jnp.full(np.shape(leaf), value), x)
-    value, gradients = jax.value_and_grad(loss)(flat, weights)
-    assert all(np.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(gradients)))
+@pytest.mark.parametrize('constant', [0.0, 1.0])
+def test_vector_losses_are_finite_where_vectors_are_zero_or_equal(name, constant):
+  _, x, weights = VECTOR_LOSSES[name]
+  flat = of_vectors(lambda leaf: np.full(leaf.shape, constant), x)
+  value, gradients = VALUES_AND_GRADIENTS[name](flat, weights)
+  assert all(np.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(gradients)))
 
 
 def test_consistency_equals_its_formula():
@@ -471,15 +476,15 @@ def test_consistency_equals_its_formula():
     of_pairs = [1 - u @ v for u, v in pairs]
     of_items += [np.mean(of_pairs)] if of_pairs else []
   assert len(of_items) == 5
-  np.testing.assert_allclose(losses.consistency(vectors, present), np.mean(of_items), rtol=1e-5)
+  np.testing.assert_allclose(consistency(vectors, present), np.mean(of_items), rtol=1e-5)
 
 
 def test_consistency_is_zero_for_alike_modalities_and_two_for_opposite_ones():
   vectors, present = modality_inputs()
   alike = vectors[:, :1] * np.array([1, 2, 0.5])[:, None]
-  np.testing.assert_allclose(losses.consistency(alike, present), 0, atol=1e-6)
+  np.testing.assert_allclose(consistency(alike, present), 0, atol=1e-6)
   opposite = vectors[:, :1] * np.array([1, -3])[:, None]
-  np.testing.assert_allclose(losses.consistency(opposite, np.ones((ITEMS, 2), bool)), 2, rtol=1e-6)
+  np.testing.assert_allclose(consistency(opposite, np.ones((ITEMS, 2), bool)), 2, rtol=1e-6)
 
 
 def info_nce_by_hand(a, b, ids, weights, log_temperature):
@@ -497,39 +502,35 @@ def info_nce_by_hand(a, b, ids, weights, log_temperature):
 @pytest.mark.parametrize('vectors_a_row', [None, 1, VECTORS])
 def test_info_nce_equals_its_formula(vectors_a_row):
   inputs = pair_inputs(vectors_a_row)
-  np.testing.assert_allclose(losses.info_nce(*inputs), info_nce_by_hand(*inputs), rtol=1e-5)
+  np.testing.assert_allclose(info_nce(*inputs), info_nce_by_hand(*inputs), rtol=1e-5)
 
 
 def test_info_nce_weighs_its_rows():
   a, b, ids, _, log_temperature = pair_inputs()
   inputs = a, b, ids, np.array([0.1, 0.3, 0.0, 0.05, 0.1, 0.0, 0.2, 0.1]), log_temperature
-  np.testing.assert_allclose(losses.info_nce(*inputs), info_nce_by_hand(*inputs), rtol=1e-5)
+  np.testing.assert_allclose(info_nce(*inputs), info_nce_by_hand(*inputs), rtol=1e-5)
 
 
 def test_info_nce_of_one_vector_a_row_is_that_of_the_vector():
   a, *rest = pair_inputs()
-  np.testing.assert_allclose(
-    losses.info_nce(a[:, None], *rest), losses.info_nce(a, *rest), rtol=1e-6
-  )
+  np.testing.assert_allclose(info_nce(a[:, None], *rest), info_nce(a, *rest), rtol=1e-6)
 
 
 def test_info_nce_takes_both_directions():
   a, b, *rest = pair_inputs()
-  np.testing.assert_allclose(losses.info_nce(a, b, *rest), losses.info_nce(b, a, *rest), rtol=1e-6)
+  np.testing.assert_allclose(info_nce(a, b, *rest), info_nce(b, a, *rest), rtol=1e-6)
 
 
 def test_info_nce_of_rows_all_alike_is_the_logarithm_of_their_number():
   alike, ids, weights = jnp.ones((ROWS, DIM)), jnp.arange(ROWS), jnp.ones(ROWS)
-  value = losses.info_nce(alike, alike, ids, weights, 0.0)
+  value = info_nce(alike, alike, ids, weights, 0.0)
   np.testing.assert_allclose(value, np.log(ROWS), rtol=1e-5)
-  assert losses.info_nce(alike, alike, jnp.zeros(ROWS, int), weights, 0.0) == 0
+  assert info_nce(alike, alike, jnp.zeros(ROWS, int), weights, 0.0) == 0
 
 
 def test_info_nce_prefers_a_colder_temperature_where_rows_are_told_apart():
   b = jnp.eye(DIM)
-  loss = lambda log_temperature: losses.info_nce(
-    b, b, jnp.arange(DIM), jnp.ones(DIM), log_temperature
-  )
+  loss = lambda log_temperature: info_nce(b, b, jnp.arange(DIM), jnp.ones(DIM), log_temperature)
   assert jax.grad(loss)(0.0) > 0
   np.testing.assert_allclose(loss(np.log(0.01)), 0, atol=1e-6)
 
@@ -547,7 +548,7 @@ def test_diversity_equals_its_formula(kind):
   weights *= np.linspace(0.1, 0.3, ROWS)
   of_rows = [DIVERSITY_OF_UNITS[kind](row) for row in units_of(vectors)]
   expected = np.average(of_rows, weights=weights)
-  np.testing.assert_allclose(losses.diversity(vectors, weights, kind), expected, rtol=1e-4)
+  np.testing.assert_allclose(diversity(vectors, weights, kind), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize('kind', losses.DIVERSITIES)
@@ -555,7 +556,7 @@ def test_diversity_is_lower_the_further_vectors_are_apart(kind):
   """From alike to orthogonal, and a step against the gradient leads there."""
   start = np.ones((1, VECTORS, VECTORS))
   values = [
-    losses.diversity(start + spread * np.eye(VECTORS), np.ones(1), kind)
+    diversity(start + spread * np.eye(VECTORS), np.ones(1), kind)
     for spread in (0, 0.01, 0.1, 1, 10, 1e9)
   ]
   assert (np.diff(values) < 0).all()
@@ -565,7 +566,7 @@ def test_diversity_is_lower_the_further_vectors_are_apart(kind):
     'distance': (0, -np.sqrt(2)),
   }[kind]
   np.testing.assert_allclose([values[0], values[-1]], extremes, rtol=1e-3, atol=1e-5)
-  loss = lambda vectors: losses.diversity(vectors, np.ones(1), kind)
+  loss = lambda vectors: diversity(vectors, np.ones(1), kind)
   near = jnp.asarray(start + 0.1 * np.eye(VECTORS))
   assert loss(near - 0.1 * jax.grad(loss)(near)) < loss(near)
 
@@ -576,12 +577,12 @@ def test_diversity_of_vectors_nearly_equal_is_near_its_formula(kind):
   vectors = rng.normal(size=(1, 1, 64)) + 1e-3 * rng.normal(size=(1, 16, 64))
   vectors = vectors.astype(np.float32)
   expected = DIVERSITY_OF_UNITS[kind](units_of(vectors)[0])
-  np.testing.assert_allclose(losses.diversity(vectors, np.ones(1), kind), expected, rtol=1e-3)
+  np.testing.assert_allclose(diversity(vectors, np.ones(1), kind), expected, rtol=1e-3)
 
 
 def test_diversity_needs_two_vectors():
   with pytest.raises(ValueError, match='at least two'):
-    losses.diversity(np.ones((ROWS, 1, DIM)), np.ones(ROWS), 'cosine')
+    diversity(np.ones((ROWS, 1, DIM)), np.ones(ROWS), 'cosine')
 
 
 @pytest.mark.parametrize('positive_weight', [1.0, 2.5])
@@ -592,7 +593,7 @@ def test_matching_bce_equals_its_formula(positive_weight):
     weight *= positive_weight if label else 1
     total -= weight * np.log(sigmoid(x) if label else 1 - sigmoid(x))
     count += weight
-  actual = losses.matching_bce(scores, labels, weights, positive_weight)
+  actual = matching_bce(scores, labels, weights, positive_weight)
   np.testing.assert_allclose(actual, total / count, rtol=1e-5)
 
 
@@ -600,13 +601,13 @@ def test_matching_bce_counts_a_positive_as_often_as_told():
   scores, labels, weights = matching_inputs()
   copies = np.where(labels == 1, 3, 1)
   repeated = [np.repeat(x, copies) for x in (scores, labels, weights)]
-  expected = losses.matching_bce(*repeated, 1.0)
-  np.testing.assert_allclose(losses.matching_bce(scores, labels, weights, 3.0), expected, rtol=1e-5)
+  expected = matching_bce(*repeated, 1.0)
+  np.testing.assert_allclose(matching_bce(scores, labels, weights, 3.0), expected, rtol=1e-5)
 
 
 def test_matching_bce_stays_finite_for_large_logits():
   scores, labels = jnp.array([1e4, -1e4, 1e4, -1e4]), jnp.array([1, 1, 0, 0])
-  loss = lambda scores: losses.matching_bce(scores, labels, jnp.ones(4), 1.0)
+  loss = lambda scores: matching_bce(scores, labels, jnp.ones(4), 1.0)
   value, gradient = jax.value_and_grad(loss)(scores)
   np.testing.assert_allclose(value, 1e4 / 2, rtol=1e-5)
   np.testing.assert_allclose(gradient, [0, -0.25, 0.25, 0], atol=1e-6)
