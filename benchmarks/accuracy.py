@@ -1,100 +1,374 @@
-"""Trains a config with several seeds, keeps the results files, writes the README's table.
+"""Trains a config with several seeds, keeps its results, writes README's table and docs/results.md.
 
   python -m benchmarks.accuracy --name=ml-100k --config=configs/movielens_100k.py \
-    --data_dir=data/movielens_100k --workdir=runs/ml-100k --seeds=0,1,2
-  python -m benchmarks.accuracy            # only writes the table again
+    --data_dir=data/movielens_100k --workdir=runs/ml-100k --seeds=0,1,2 --headline
+  python -m benchmarks.accuracy --name=ml-100k-dropout --config=configs/movielens_100k.py \
+    --data_dir=data/movielens_100k --workdir=runs/ml-100k-dropout --seeds=0,1,2 \
+    --baseline=ml-100k --config.model.dropout=0.4
+  python -m benchmarks.accuracy            # only writes the tables again
 
-A seed that has finished is not run again. What is kept, in benchmarks/results/NAME.json, are the
-runs' own results.json files.
+A seed that has finished is not run again. What is kept, in benchmarks/results, are the runs' own
+results.json files as NAME.json, and the ranks of their test items as NAME.npz.
 """
 
 import argparse
+import io
 import json
 import pathlib
+import re
 import shlex
 import statistics
 import subprocess
 import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ur4rec_jax.checkpoint import write_file
+from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.metrics import POPULARITY_GROUPS, gains
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
+README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'results.md'
 BEGIN, END = '<!-- results: begin -->', '<!-- results: end -->'
+DASH = '–'
+FLIPS = 10_000  # Of signs, in the permutation test.
+Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds, and `ranks` of NAME.npz.
+INTRODUCTION = f"""
+# Results
+
+Written by `python -m benchmarks.accuracy` from the files in `benchmarks/results/`; a change here
+would be lost.
+
+Training sees neither the validation nor the test item; the best validation NDCG@10 chooses the
+parameters, and the test items are ranked once. Values are means over the seeds, ± their standard
+deviation. {DASH} stands where a run has not recorded what is needed, or no user is in a group.
+
+- **gain**: of the mean NDCG@10 over that of the variant under *against*.
+- **p**: of that gain, by a two-sided permutation test paired by user. Each user's NDCG@10 is
+  averaged over the seeds; p is the share of {FLIPS:,} random flips of the signs of the users'
+  differences that give a mean difference as large. It tells whether other users would show the
+  gain too; whether other seeds would, the standard deviations tell.
+- **head, torso, tail, cold**: NDCG@10 of the users whose test item is one of the most popular items
+  that together make up a third of the training interactions, of the next third, of the rest, and
+  of the items that training never sees.
+- **features**: the encoder of each modality, and whether it is the built-in one, its texts are of a
+  mock, or its items were shuffled.
+- **command**: it also needs `--workdir`, `--config.data_dir` and `--config.seed`.
+"""
 
 
-def run_seeds(name: str, config: str, data_dir: str, workdir: str, seeds: list[str]) -> None:
-  """Trains once a seed and stores all results.json files under `name`."""
-  runs = []
+def run_seeds(
+  name: str,
+  config: str,
+  overrides: Sequence[str],
+  data_dir: str,
+  workdir: str,
+  seeds: Sequence[int],
+  baseline: str | None = None,
+  is_headline: bool = False,
+) -> None:
+  """Trains once a seed and stores all results under `name`.
+
+  Args:
+    name: of the stored files and of the variant in the tables.
+    config: argument of `--config`.
+    overrides: `--config.FIELD=VALUE` arguments.
+    data_dir: prepared data.
+    workdir: holds the run of seed n in `seedN`.
+    seeds: to train with.
+    baseline: name of the stored results that these are compared with.
+    is_headline: whether README shows them.
+
+  Raises:
+    InputError: a folder holds the run of another command, or the baseline is missing or measured
+      on other data or in another way.
+  """
+  shown = shlex.join(['python', '-m', 'ur4rec_jax.main', f'--config={config}', *overrides])
+  if baseline and not (RESULTS / f'{baseline}.json').exists():
+    raise InputError(f'--baseline={baseline}: no such results in {RESULTS}; run it first')
+  runs, ranks = [], []
   for seed in seeds:
-    run = pathlib.Path(workdir) / f'seed{seed}'
-    command = [sys.executable, '-m', 'ur4rec_jax.main', f'--config={config}', f'--workdir={run}']
-    command += [f'--config.data_dir={data_dir}', f'--config.seed={seed}']
-    if not (run / 'results.json').exists():
-      subprocess.run(command, check=True, cwd=ROOT)
-    results = json.loads((run / 'results.json').read_text())
-    runs.append({**results, 'timing': json.loads((run / 'timing.json').read_text())})
-  shown = f'python -m ur4rec_jax.main --config={shlex.quote(config)}'
+    folder = pathlib.Path(workdir) / f'seed{seed}'
+    _train(folder, shown, [f'--config.data_dir={data_dir}', f'--config.seed={seed}'])
+    results, timing = (
+      json.loads((folder / f).read_text()) for f in ('results.json', 'timing.json')
+    )
+    runs.append({**results, 'timing': timing})
+    with np.load(folder / 'test_ranks.npz') as archive:
+      ranks.append(archive['ranks'])
+  new = {'command': shown, 'baseline': baseline, 'headline': is_headline, 'runs': runs}
+  _check({**load_results(RESULTS), name: new})
+  archive = io.BytesIO()
+  np.savez_compressed(archive, ranks=ranks)
   RESULTS.mkdir(exist_ok=True)
-  text = json.dumps({'command': shown, 'runs': runs}, indent=1)
-  (RESULTS / f'{name}.json').write_text(text + '\n')
+  write_file(RESULTS / f'{name}.npz', archive.getvalue())
+  write_file(RESULTS / f'{name}.json', json.dumps(new, indent=1) + '\n')
 
 
-def table() -> str:
-  """Returns a Markdown table of every file in `benchmarks/results`."""
+def _train(folder: pathlib.Path, shown: str, flags: Sequence[str]) -> None:
+  """Runs the command in `folder` unless it has finished there.
+
+  The program itself refuses to go on with what another command began, but not what it finished.
+  """
+  note = folder / 'command.txt'
+  if note.exists() and note.read_text() != shown:
+    raise InputError(f'{folder} holds a run of {note.read_text()!r}; use another --workdir')
+  if all((folder / file).exists() for file in ('results.json', 'test_ranks.npz')):
+    return
+  command = [sys.executable, *shlex.split(shown)[1:], f'--workdir={folder}', *flags]
+  if code := subprocess.run(command, check=False).returncode:
+    sys.exit(code)  # It has said why.
+  note.write_text(shown)
+
+
+def load_results(folder: pathlib.Path) -> Stored:
+  """Reads all stored results, those that are compared with nothing first.
+
+  Returns:
+    By name the contents of NAME.json and, where there is a NAME.npz, `ranks`, `[seeds, users]`.
+
+  Raises:
+    InputError: a file cannot be read, or a baseline is missing or does not fit.
+  """
+  stored = {}
+  for path in sorted(folder.glob('*.json')):
+    try:
+      stored[path.stem] = entry = json.loads(path.read_text())
+      if path.with_suffix('.npz').exists():
+        with np.load(path.with_suffix('.npz')) as archive:
+          entry['ranks'] = archive['ranks']
+        if len(entry['ranks']) != len(entry['runs']):
+          raise ValueError(f'{path.stem}.npz is of other runs')
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+      raise InputError(f'{path}: cannot be read ({error!r}); delete it and run again') from error
+  _check(stored)
+  return dict(sorted(stored.items(), key=lambda item: bool(item[1].get('baseline'))))
+
+
+def _check(stored: Stored) -> None:
+  """Raises InputError unless what is compared was measured in the same way on the same data."""
+  for name, entry in stored.items():
+    baseline = entry.get('baseline')
+    if baseline and baseline not in stored:
+      raise InputError(f'{name} is compared with {baseline}, of which there are no results')
+    others = entry['runs'] + (stored[baseline]['runs'] if baseline else [])
+    if any(_measured_on(run) != _measured_on(entry['runs'][0]) for run in others):
+      raise InputError(
+        f'{name}: its runs{f" and those of {baseline}" if baseline else ""} differ in data, split '
+        'or protocol; only runs in which these are the same can be compared'
+      )
+
+
+def _measured_on(run: dict[str, Any]) -> tuple[str, ...]:
+  return run['dataset']['name'], run['dataset']['split_hash'], *run['protocol'].values()
+
+
+def paired_p_value(differences: np.ndarray) -> float:
+  """Tests whether paired differences have mean 0: two-sided, by random flips of their signs.
+
+  Args:
+    differences: `[users]`.
+
+  Returns:
+    About the share of all sign patterns under which the mean is as far from 0 as it is.
+  """
+  differences = differences[differences != 0]  # Whose sign makes no difference.
+  rng = np.random.default_rng(0)
+  total = differences.sum()
+  least = abs(total) * (1 - 1e-9)  # Sums in another order are equal up to rounding.
+  as_far = 0
+  for _ in range(FLIPS // 100):
+    kept = rng.integers(0, 2, (100, len(differences)), np.int8)
+    as_far += int((np.abs(2 * (kept @ differences) - total) >= least).sum())
+  return (as_far + 1) / (FLIPS + 1)
+
+
+def headline_table(stored: Stored) -> str:
+  """Returns README's table: a row for each headline."""
+  rows = []
+  for name, entry in sorted(stored.items()):
+    if entry.get('headline'):
+      first = entry['runs'][0]
+      rows.append(
+        {
+          'data': name,
+          'users x items': f'{first["dataset"]["users"]:,} x {first["dataset"]["items"]:,}',
+          'command': f'`{entry["command"]}`',
+          'seeds': _of_each(entry, lambda run: run['seed']),
+          'NDCG@10': _mean(entry, 'ndcg@10'),
+          'Hit@10': _mean(entry, 'hit@10'),
+          'MRR': _mean(entry, 'mrr'),
+          'popularity NDCG@10': f'{first["baselines"]["popularity"]["ndcg@10"]:.4f}',
+          'best epoch': _of_each(entry, lambda run: run['stages'][-1]['best_epoch']),
+          'time a seed': _time(entry),
+        }
+      )
+  return _table(rows)
+
+
+def results_page(stored: Stored) -> str:
+  """Returns docs/results.md: two tables for each dataset, split and protocol."""
+  groups: dict[tuple[str, ...], Stored] = {}
+  for name, entry in stored.items():
+    groups.setdefault(_measured_on(entry['runs'][0]), {})[name] = entry
+  sections = [_section(groups[key], stored) for key in sorted(groups)]
+  return '\n\n'.join([INTRODUCTION.strip(), *sections]) + '\n'
+
+
+def _section(group: Stored, stored: Stored) -> str:
+  """The tables of one dataset, split and protocol."""
+  first_runs = [entry['runs'][0] for entry in group.values()]
+  dataset, protocol, baselines = (first_runs[0][k] for k in ('dataset', 'protocol', 'baselines'))
   lines = [
-    '| data | users x items | command | seeds | NDCG@10 | Hit@10 | MRR | popularity NDCG@10 '
-    '| best epoch | time a seed |',
-    '| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |',
+    f'## {dataset["name"]}',
+    '',
+    f'{dataset["users"]:,} users, {dataset["items"]:,} items, {dataset["interactions"]:,} '
+    f'interactions, split hash `{dataset["split_hash"]}`.',
+    'Protocol: ' + ', '.join(f'{name}: {value}' for name, value in protocol.items()) + '.',
+    f'Recommending by popularity reads NDCG@10 {baselines["popularity"]["ndcg@10"]:.4f}, in random '
+    f'order {baselines["random"]["ndcg@10"]:.4f}.',
   ]
-  for path in sorted(RESULTS.glob('*.json')):
-    stored = json.loads(path.read_text())
-    runs = stored['runs']
+  if grouped := [run['by_popularity']['test'] for run in first_runs if 'by_popularity' in run]:
+    users = (f'{name} {values["users"]:,}' for name, values in grouped[0].items())
+    lines.append(f'Test users: {", ".join(users)}.')
+  accuracy, runs = [], []
+  for name, entry in group.items():
+    first = entry['runs'][0]
+    accuracy.append(
+      {
+        'variant': name,
+        'seeds': _of_each(entry, lambda run: run['seed']),
+        'NDCG@10': _mean(entry, 'ndcg@10'),
+        'Hit@10': _mean(entry, 'hit@10'),
+        'MRR': _mean(entry, 'mrr'),
+        **_comparison(entry, stored),
+        **{name: _mean_of_group(entry, name) for name in POPULARITY_GROUPS},
+      }
+    )
+    runs.append(
+      {
+        'variant': name,
+        'parameters': f'{first["parameters"]:,}' if 'parameters' in first else DASH,
+        'best epoch': _of_each(entry, lambda run: run['stages'][-1]['best_epoch']),
+        'time a seed': _time(entry),
+        'features': '<br>'.join(_features(first['dataset'].get('features', {}))) or 'none',
+        'command': f'`{entry["command"]}`',
+      }
+    )
+  return '\n'.join([*lines, '', _table(accuracy), '', _table(runs)])
 
-    def mean(metric, runs=runs):
-      values = [run['test'][metric] for run in runs]
-      spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 else ''
-      return f'{statistics.mean(values):.4f}{spread}'
 
-    first = runs[0]
-    epochs = ', '.join(str(run['stages'][-1]['best_epoch']) for run in runs)
-    minutes = statistics.mean(run['timing']['seconds'] for run in runs) / 60
-    cells = [
-      path.stem,
-      f'{first["dataset"]["users"]:,} x {first["dataset"]["items"]:,}',
-      f'`{stored["command"]}`',
-      ', '.join(str(run['seed']) for run in runs),
-      mean('ndcg@10'),
-      mean('hit@10'),
-      mean('mrr'),
-      f'{first["baselines"]["popularity"]["ndcg@10"]:.4f}',
-      epochs,
-      f'{minutes:.0f} min, {first["timing"]["device"]}',
-    ]
-    lines.append(f'| {" | ".join(cells)} |')
-  return '\n'.join(lines)
+def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:
+  """What `entry` gains over its baseline, and the p value."""
+  if not entry.get('baseline'):
+    return dict.fromkeys(('against', 'gain', 'p'), '')
+  baseline = stored[entry['baseline']]
+  ours, theirs = (
+    statistics.mean(run['test']['ndcg@10'] for run in e['runs']) for e in (entry, baseline)
+  )
+  p = DASH
+  if 'ranks' in entry and 'ranks' in baseline:
+    by_user = [gains(e['ranks'], 10).mean(axis=0) for e in (entry, baseline)]
+    value = paired_p_value(by_user[0] - by_user[1])
+    p = '< 0.001' if value < 0.001 else f'{value:.3f}'
+  return {'against': entry['baseline'], 'gain': f'{100 * (ours / theirs - 1):+.1f} %', 'p': p}
 
 
-def write_table() -> None:
-  """Puts the table between its marks in the README."""
-  readme = ROOT / 'README.md'
-  before, rest = readme.read_text().split(BEGIN)
+def _mean(entry: dict[str, Any], metric: str) -> str:
+  values = [run['test'][metric] for run in entry['runs']]
+  spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 else ''
+  return f'{statistics.mean(values):.4f}{spread}'
+
+
+def _mean_of_group(entry: dict[str, Any], group: str) -> str:
+  try:
+    values = [run['by_popularity']['test'][group]['ndcg@10'] for run in entry['runs']]
+  except KeyError:  # Runs from before there were groups, or a group without users.
+    return DASH
+  return f'{statistics.mean(values):.4f}'
+
+
+def _of_each(entry: dict[str, Any], read: Callable[[dict], Any]) -> str:
+  return ', '.join(str(read(run)) for run in entry['runs'])
+
+
+def _time(entry: dict[str, Any]) -> str:
+  minutes = statistics.mean(run['timing']['seconds'] for run in entry['runs']) / 60
+  return f'{minutes:.0f} min, {entry["runs"][0]["timing"]["device"]}'
+
+
+def _features(found: dict[str, Any], name: str = '') -> Iterator[str]:
+  """Names every encoder in the features of a results.json, with whatever is marked `is_...`."""
+  if 'encoder' in found:
+    marks = [key.removeprefix('is_') for key, value in found.items() if value is True]
+    yield f'{name.strip()}: {found["encoder"]}' + (f' ({", ".join(marks)})' if marks else '')
+  else:
+    for key, value in found.items():
+      yield from _features(value, f'{name} {key}')
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+  """A Markdown table of rows with the same columns."""
+  if not rows:
+    return ''
+  cells = [[*rows[0]], ['---'] * len(rows[0])]
+  cells += [[value.replace('|', '\\|') for value in row.values()] for row in rows]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
+
+
+def write_tables() -> None:
+  """Puts the headlines between their marks in the README, and everything into docs/results.md."""
+  stored = load_results(RESULTS)
+  before, rest = README.read_text().split(BEGIN)
   _, after = rest.split(END)
-  readme.write_text(f'{before}{BEGIN}\n{table()}\n{END}{after}')
+  write_file(README, f'{before}{BEGIN}\n{headline_table(stored)}\n{END}{after}')
+  write_file(PAGE, results_page(stored))
 
 
+def _seeds(text: str) -> list[int]:
+  return sorted({int(seed) for seed in text.split(',')})
+
+
+@exit_on_reported_error
 def main() -> None:
-  """Runs what the flags name and writes the table."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--name', help='row of the table; without it nothing is trained')
-  parser.add_argument('--config', help='config file')
+  """Runs what the flags name and writes the tables."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--name', help='of the variant; without it nothing is trained')
+  parser.add_argument('--config', help='config file, or FILE:VARIANT')
   parser.add_argument('--data_dir', help='prepared data')
   parser.add_argument('--workdir', help='holds one run a seed')
-  parser.add_argument('--seeds', type=lambda text: text.split(','), default=['0', '1', '2'])
-  flags = parser.parse_args()
-  if flags.name:
-    if not (flags.config and flags.data_dir and flags.workdir):
-      parser.error('--name needs --config, --data_dir and --workdir')
-    run_seeds(flags.name, flags.config, flags.data_dir, flags.workdir, flags.seeds)
-  write_table()
+  parser.add_argument('--seeds', type=_seeds, default='0,1,2', help='numbers with commas between')
+  parser.add_argument('--baseline', help='name of the results to compare with')
+  parser.add_argument('--headline', action='store_true', help='show it in the README too')
+  flags, overrides = parser.parse_known_args()
+  for text in overrides:
+    if not re.match(r'--config\.(?!seed=|data_dir=)[\w.]+=', text):
+      parser.error(
+        f'{text}: only --config.FIELD=VALUE is passed on; --seeds and --data_dir set two'
+      )
+  wanted = (flags.name, flags.config, flags.data_dir, flags.workdir)
+  if any(wanted) or overrides:
+    if not all(wanted):
+      parser.error('--name, --config, --data_dir and --workdir are needed together')
+    if not re.fullmatch(r'[\w.-]+', flags.name):
+      parser.error(f'--name={flags.name}: only letters, digits and . _ - as it names files')
+    run_seeds(
+      flags.name,
+      flags.config,
+      overrides,
+      flags.data_dir,
+      flags.workdir,
+      flags.seeds,
+      flags.baseline,
+      flags.headline,
+    )
+  write_tables()
 
 
 if __name__ == '__main__':

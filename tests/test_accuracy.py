@@ -1,22 +1,273 @@
-"""The README's numbers are those of the results files."""
+"""The published numbers are those of the results files; small stored files give known tables."""
 
+import itertools
 import json
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
 
 from benchmarks import accuracy
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMALL
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.metrics import metrics_by_group, ranking_metrics
+
+GROUPS = np.array([0, 0, 2, 3])  # Head, tail and cold users; none of the torso.
+BASE = [[1, 11, 3, 7], [1, 11, 1, 20]]
+BETTER = [[1, 3, 3, 1], [1, 1, 1, 1]]
+PROTOCOL = {'split': 'leave_one_out', 'candidates': 'all items', 'ties': 'against the model'}
 
 
-def test_the_table_in_the_readme_is_generated():
-  readme = (ROOT / 'README.md').read_text()
+def store(folder, name, ranks, *, is_old=False, dataset=None, protocol=PROTOCOL, **fields) -> None:
+  """Writes NAME.json and NAME.npz, or only what there was before groups and ranks were kept."""
+  runs = []
+  for seed, ranks_of_seed in enumerate(np.array(ranks)):
+    metrics = ranking_metrics(ranks_of_seed)
+    run = {
+      'dataset': {
+        'name': 'Toys',
+        'users': 4,
+        'items': 1234,
+        'interactions': 56789,
+        'split_hash': 'abc',
+      }
+      | (dataset or {}),
+      'protocol': protocol,
+      'test': metrics,
+      'baselines': {'popularity': {'ndcg@10': 0.0432}, 'random': {'ndcg@10': 0.0031}},
+      'stages': [{'best_epoch': 10 + seed}],
+      'seed': seed,
+      'timing': {'seconds': 120.0, 'device': '1 x cpu'},
+    }
+    if not is_old:
+      run |= {'parameters': 98765}
+      run |= {'by_popularity': {'test': metrics_by_group(ranks_of_seed, GROUPS)}}
+    runs.append(run)
+  entry = {'command': f'python -m ur4rec_jax.main --config={name}.py', 'runs': runs} | fields
+  (folder / f'{name}.json').write_text(json.dumps(entry))
+  if not is_old:
+    np.savez(folder / f'{name}.npz', ranks=np.array(ranks, np.int32))
+
+
+def rows(text, *columns) -> dict[str, dict[str, str]]:
+  """The rows, by their first cell, of the only table with these columns."""
+  tables = [table.splitlines() for table in text.split('\n\n') if table.startswith('|')]
+  cells = [[[c.strip() for c in line.split('|')[1:-1]] for line in table] for table in tables]
+  (table,) = [table for table in cells if set(columns) <= set(table[0])]
+  assert len({len(row) for row in table}) == 1
+  return {row[0]: dict(zip(table[0], row, strict=True)) for row in table[2:]}
+
+
+def test_what_is_published_is_generated():
+  stored = accuracy.load_results(accuracy.RESULTS)
+  readme = accuracy.README.read_text()
   shown = readme.split(accuracy.BEGIN)[1].split(accuracy.END)[0].strip()
-  assert shown == accuracy.table()
-  for path in accuracy.RESULTS.glob('*.json'):
-    assert path.stem in shown
+  assert shown == accuracy.headline_table(stored)
+  page = accuracy.PAGE.read_text()
+  assert page == accuracy.results_page(stored)
+  assert all(f'| {name} |' in page for name in stored)
+  for entry in stored.values():
+    seeds = [run['seed'] for run in entry['runs']]
+    assert len(seeds) == len(set(seeds))
 
 
-def test_results_files_are_of_one_dataset_and_protocol():
-  for path in accuracy.RESULTS.glob('*.json'):
-    runs = json.loads(path.read_text())['runs']
-    assert len({run['dataset']['split_hash'] for run in runs}) == 1
-    assert len({json.dumps(run['protocol']) for run in runs}) == 1
-    assert len({run['seed'] for run in runs}) == len(runs)
+def test_a_variant_beside_its_baseline(tmp_path):
+  store(tmp_path, 'base', BASE)
+  store(tmp_path, 'a-better', BETTER, baseline='base')
+  page = accuracy.results_page(accuracy.load_results(tmp_path))
+  found = rows(page, 'NDCG@10', 'p')
+  assert [*found] == ['base', 'a-better']  # What is compared with nothing comes first.
+  # By seed: (1 + 1/2 + 1/3) / 4 and 2 / 4, then (1 + 1/2 + 1/2 + 1) / 4 and 4 / 4.
+  ndcg = [(1.5 + 1 / 3) / 4, 0.5], [0.75, 1.0]
+  for name, (first, second) in zip(found, ndcg, strict=True):
+    spread = abs(first - second) / math.sqrt(2)
+    assert found[name]['NDCG@10'] == f'{(first + second) / 2:.4f} ± {spread:.4f}'
+    assert found[name]['seeds'] == '0, 1'
+  assert found['base']['Hit@10'] == '0.6250 ± 0.1768'
+  assert [found['base'][column] for column in ('against', 'gain', 'p')] == ['', '', '']
+  assert found['a-better']['against'] == 'base'
+  assert found['a-better']['gain'] == f'+{100 * (sum(ndcg[1]) / sum(ndcg[0]) - 1):.1f} %'
+  # Two users differ, so that 2 of the 4 sign patterns are as far from 0.
+  assert float(found['a-better']['p']) == pytest.approx(0.5, abs=0.02)
+  groups = [found['base'][group] for group in ('head', 'torso', 'tail', 'cold')]
+  assert groups == ['0.5000', '–', '0.7500', '0.1667']
+  assert 'Test users: head 2, tail 1, cold 1.' in page
+
+
+def test_what_a_table_says_of_its_runs(tmp_path):
+  origin = {'encoder': 'minilm', 'is_builtin': False, 'is_mock': True, 'fingerprint': 'f'}
+  features = {'item': {'text': origin, 'image': origin | {'is_mock': False}}}
+  store(tmp_path, 'plain', BASE)
+  store(tmp_path, 'content', BASE, dataset={'features': features}, command='python a|b')
+  page = accuracy.results_page(accuracy.load_results(tmp_path))
+  assert '## Toys\n' in page
+  assert '4 users, 1,234 items, 56,789 interactions, split hash `abc`.' in page
+  assert 'split: leave_one_out, candidates: all items, ties: against the model.' in page
+  assert 'popularity reads NDCG@10 0.0432, in random order 0.0031.' in page
+  page = page.replace('a\\|b', 'a or b')  # What would end a cell is escaped.
+  found = rows(page, 'parameters', 'command')
+  assert found['plain'] == {
+    'variant': 'plain',
+    'parameters': '98,765',
+    'best epoch': '10, 11',
+    'time a seed': '2 min, 1 x cpu',
+    'features': 'none',
+    'command': '`python -m ur4rec_jax.main --config=plain.py`',
+  }
+  assert found['content']['features'] == 'item text: minilm (mock)<br>item image: minilm'
+  assert found['content']['command'] == '`python a or b`'
+
+
+def test_each_dataset_split_and_protocol_has_tables_of_its_own(tmp_path):
+  store(tmp_path, 'one', BASE)
+  store(tmp_path, 'same', BASE)
+  store(tmp_path, 'other-split', BASE, dataset={'split_hash': 'def'})
+  store(tmp_path, 'sampled', BASE, protocol=PROTOCOL | {'candidates': 'target + 100'})
+  sections = accuracy.results_page(accuracy.load_results(tmp_path)).split('\n## ')[1:]
+  names = [set(rows(section, 'NDCG@10')) for section in sections]
+  assert sorted(names, key=min) == [{'one', 'same'}, {'other-split'}, {'sampled'}]
+  (sampled,) = [section for section in sections if '| sampled |' in section]
+  assert 'candidates: target + 100' in sampled
+
+
+def test_runs_from_before_there_were_groups_and_ranks(tmp_path):
+  store(tmp_path, 'base', BASE, is_old=True)
+  store(tmp_path, 'better', BETTER, baseline='base')
+  page = accuracy.results_page(accuracy.load_results(tmp_path))
+  found = rows(page, 'NDCG@10')
+  assert [found['base'][group] for group in ('head', 'torso', 'tail', 'cold')] == ['–'] * 4
+  assert found['better']['gain'].startswith('+')
+  assert found['better']['p'] == '–'
+  assert rows(page, 'parameters')['base']['parameters'] == '–'
+  assert 'Test users: head 2' in page
+
+
+def test_readme_shows_the_headlines(tmp_path):
+  store(tmp_path, 'toys', BASE, headline=True)
+  store(tmp_path, 'other', BASE, headline=False)
+  found = rows(accuracy.headline_table(accuracy.load_results(tmp_path)), 'popularity NDCG@10')
+  assert [*found] == ['toys']
+  assert found['toys']['users x items'] == '4 x 1,234'
+  assert found['toys']['popularity NDCG@10'] == '0.0432'
+
+
+@pytest.mark.parametrize('shift', [0.0, 0.2, 0.5])
+def test_p_value_is_that_of_all_sign_patterns(shift):
+  differences = np.random.default_rng(0).normal(shift, 1, 12)
+  differences[[3, 7]] = 0
+  sums = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=12)]
+  exact = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-9)
+  error = math.sqrt(exact * (1 - exact) / accuracy.FLIPS)
+  assert accuracy.paired_p_value(differences) == pytest.approx(exact, abs=4 * error)
+  assert accuracy.paired_p_value(-differences) == accuracy.paired_p_value(differences)
+
+
+def test_p_value_of_no_and_of_every_difference():
+  assert accuracy.paired_p_value(np.zeros(50)) == 1
+  assert accuracy.paired_p_value(np.full(50, 0.01)) == 1 / (accuracy.FLIPS + 1)
+
+
+def test_results_that_cannot_be_compared_are_refused(tmp_path):
+  store(tmp_path, 'better', BETTER, baseline='base')
+  with pytest.raises(InputError, match='better is compared with base, of which there are no'):
+    accuracy.load_results(tmp_path)
+  store(tmp_path, 'base', BASE, dataset={'split_hash': 'def'})
+  with pytest.raises(InputError, match='better: its runs and those of base differ'):
+    accuracy.load_results(tmp_path)
+
+
+def test_damaged_results_are_named(tmp_path):
+  store(tmp_path, 'base', BASE)
+  np.savez(tmp_path / 'base.npz', ranks=np.array(BASE[:1]))
+  with pytest.raises(InputError, match=r'base\.json: .*base\.npz is of other runs'):
+    accuracy.load_results(tmp_path)
+  (tmp_path / 'base.npz').write_bytes(b'PK\x03\x04')
+  with pytest.raises(InputError, match=r'base\.json: cannot be read'):
+    accuracy.load_results(tmp_path)
+  (tmp_path / 'base.json').write_text('{')
+  with pytest.raises(InputError, match=r'base\.json: cannot be read'):
+    accuracy.load_results(tmp_path)
+
+
+@pytest.fixture
+def tool(environment, data_dir, tmp_path):
+  """Runs the tool where it writes into a folder of its own: `tool(*flags)`."""
+  (tmp_path / 'benchmarks').mkdir()
+  (tmp_path / 'docs').mkdir()
+  for file in ('benchmarks/__init__.py', 'benchmarks/accuracy.py', 'README.md'):
+    shutil.copy(ROOT / file, tmp_path / file)
+
+  def tool(*flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-m', 'benchmarks.accuracy', *flags]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+  return tool
+
+
+def test_training_a_variant_against_a_finished_baseline(tool, finished, data_dir, tmp_path):
+  shutil.copytree(finished, tmp_path / 'runs/base/seed0')
+  common = (f'--config={ROOT}/configs/synthetic.py', f'--data_dir={data_dir}', '--seeds=0', *SMALL)
+
+  def train(name, *flags):
+    return tool(f'--name={name}', f'--workdir=runs/{name}', *common, *flags)
+
+  done = train('base', '--headline')
+  assert done.returncode == 0, done.stderr
+  assert 'epoch' not in done.stderr  # It had finished.
+  variant = ('--baseline=base', '--config.model.dropout=0.5', '--config.num_epochs=1')
+  done = train('variant', *variant)
+  assert done.returncode == 0, done.stderr
+
+  stored = accuracy.load_results(tmp_path / 'benchmarks/results')
+  assert (stored['base']['baseline'], stored['variant']['baseline']) == (None, 'base')
+  assert stored['variant']['command'].endswith('--config.model.dropout=0.5 --config.num_epochs=1')
+  for name, entry in stored.items():
+    workdir = tmp_path / 'runs' / name / 'seed0'
+    timing = json.loads((workdir / 'timing.json').read_text())
+    results = json.loads((workdir / 'results.json').read_text())
+    assert entry['runs'] == [results | {'timing': timing}]
+    assert entry['ranks'].shape == (1, 120)
+    assert ranking_metrics(entry['ranks'][0]) == results['test']
+  page = (tmp_path / 'docs/results.md').read_text()
+  assert page == accuracy.results_page(stored)
+  assert 0 < float(rows(page, 'p')['variant']['p'].removeprefix('< ')) <= 1
+  readme = (tmp_path / 'README.md').read_text()
+  assert '| base | 120 x 60 |' in readme
+  assert '| variant |' not in readme
+
+  config = json.loads((tmp_path / 'runs/variant/seed0/config.json').read_text())['config']
+  assert (config['model']['dropout'], config['seed']) == (0.5, 0)
+  done = train('variant', '--baseline=base', '--config.model.dropout=0.1')
+  assert done.returncode == 2
+  assert 'runs/variant/seed0 holds a run of' in done.stderr
+  assert 'Traceback' not in done.stderr
+  done = train('broken', '--config.model.dropout=2.0')
+  assert done.returncode == 2
+  assert 'config.model.dropout' in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert accuracy.results_page(accuracy.load_results(tmp_path / 'benchmarks/results')) == page
+
+
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['--config=configs/synthetic.py'], 'needed together'),
+    (['--config.model.dim=32'], 'needed together'),
+    (['--name=a', '--config.seed=1'], '--config.seed=1: only'),
+    (['--name=a', '--epochs=1'], '--epochs=1: only'),
+    (['--seeds=0,x'], '--seeds'),
+    (['--name=a/b', '--config=c', '--data_dir=d', '--workdir=w'], '--name=a/b: only'),
+    (['--name=a', '--config=c', '--data_dir=d', '--workdir=w', '--baseline=b'], 'no such results'),
+  ],
+)
+def test_wrong_flags(flags, words, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['accuracy', *flags])
+  readme = accuracy.README.read_bytes()
+  with pytest.raises(SystemExit) as stopped:
+    accuracy.main()
+  assert stopped.value.code
+  assert words in capsys.readouterr().err
+  assert accuracy.README.read_bytes() == readme

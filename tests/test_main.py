@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_arrays
+from ur4rec_jax.metrics import ranking_metrics
 
 METRICS = ['hit@5', 'hit@10', 'hit@20', 'ndcg@5', 'ndcg@10', 'ndcg@20', 'mrr', 'mean_rank']
 
@@ -36,8 +37,24 @@ def test_results_say_what_was_measured_and_how(finished, data_dir):
   for scores in (results['valid'], results['test'], *results['baselines'].values()):
     assert set(METRICS) <= scores.keys()
     assert scores['users'] == 120
+  for part in ('valid', 'test'):
+    groups = results['by_popularity'][part]
+    assert [*groups][:3] == ['head', 'torso', 'tail']
+    assert sum(group['users'] for group in groups.values()) == 120
+    hits = sum(group['hit@10'] * group['users'] for group in groups.values())
+    assert hits == pytest.approx(results[part]['hit@10'] * 120)
   assert results['stages'][0]['test'] == results['test']
   assert results['seed'] == 0
+
+
+def test_ranks_and_parameters_are_those_of_the_results(finished):
+  results = json.loads((finished / 'results.json').read_text())
+  with np.load(finished / 'test_ranks.npz') as archive:
+    np.testing.assert_array_equal(archive['users'], np.arange(120))
+    assert archive['ranks'].dtype == np.int32
+    assert ranking_metrics(archive['ranks']) == results['test']
+  best = {k: x for k, x in load_arrays(finished).items() if k.startswith("['best_params']")}
+  assert results['parameters'] == sum(x.size for x in best.values()) > 0
 
 
 def test_metrics_have_one_json_object_a_line(finished):
@@ -61,6 +78,9 @@ def test_the_report_of_a_run(run, tmp_path):
   assert 'total' in done.stdout
   for word in ('random', 'popularity', 'sasrec', *METRICS):
     assert word in done.stdout
+  line = done.stdout.splitlines()[-1]
+  for word in ('test ndcg@10 by popularity of the item: head 0.', 'torso 0.', 'tail 0.'):
+    assert word in line
   assert 'epoch 4' in done.stderr  # Plain lines, as there is no terminal.
   assert 'sequences/s' in done.stderr
   assert '\r' not in done.stderr

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.metrics import metrics_by_group, popularity_groups, ranking_metrics
 
 
 def test_hand_worked_ranks():
@@ -49,3 +49,34 @@ def test_order_does_not_matter():
 def test_no_ranks_or_a_rank_below_one_is_an_error(ranks):
   with pytest.raises(ValueError, match='at least 1'):
     ranking_metrics(np.array(ranks, int))
+
+
+HEAD, TORSO, TAIL, COLD = range(4)
+
+
+@pytest.mark.parametrize(
+  ('counts', 'groups'),
+  [
+    # 30 interactions, so 10 a group: 12 is the head though it is more than a third.
+    ([3, 12, 5, 4, 1, 5, 0], [TAIL, HEAD, TORSO, TAIL, TAIL, TORSO, COLD]),
+    # Borders between items: 6, 4 + 2, 2 + 2 + 2.
+    ([2, 4, 6, 2, 2, 2], [TORSO, TORSO, HEAD, TAIL, TAIL, TAIL]),
+    # Equally popular: by item id.
+    ([1, 1, 1, 1, 1, 1], [HEAD, HEAD, TORSO, TORSO, TAIL, TAIL]),
+    ([0, 1, 1, 0, 1, 1], [COLD, HEAD, HEAD, COLD, TORSO, TAIL]),
+    # One item has more than two thirds: nobody is torso.
+    ([1, 8, 1, 0], [TAIL, HEAD, TAIL, COLD]),
+    ([7], [HEAD]),
+  ],
+)
+def test_groups_have_a_third_of_the_interactions_each(counts, groups):
+  np.testing.assert_array_equal(popularity_groups(np.array(counts)), groups)
+
+
+def test_metrics_of_a_group_are_those_of_its_users():
+  ranks = np.array([1, 7, 30, 2, 9])
+  by_group = metrics_by_group(ranks, np.array([HEAD, COLD, HEAD, HEAD, COLD]))
+  assert by_group == {
+    'head': ranking_metrics(np.array([1, 30, 2])),
+    'cold': ranking_metrics(np.array([7, 9])),
+  }

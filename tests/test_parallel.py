@@ -80,6 +80,8 @@ def test_two_processes_agree_with_one(mapping, start, one_device, tmp_path):
   assert_close(workdir, one_device)
   results = [json.loads((w / 'results.json').read_text()) for w in (workdir, one_device)]
   assert results[0] == results[1]
+  ranks = [(w / 'test_ranks.npz').read_bytes() for w in (workdir, one_device)]
+  assert ranks[0] == ranks[1]
 
 
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_back(run, one_device, tmp_path):

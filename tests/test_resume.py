@@ -31,7 +31,7 @@ def assert_same_end(workdir, reference):
   assert ours.keys() == theirs.keys()
   for name in theirs:
     np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-  for file in ('metrics.jsonl', 'results.json'):
+  for file in ('metrics.jsonl', 'results.json', 'test_ranks.npz'):
     assert (workdir / file).read_bytes() == (reference / file).read_bytes(), file
 
 
@@ -98,7 +98,7 @@ def test_evaluate_mode_repeats_the_results_to_the_last_digit(run, finished):
   done = run(finished, '--mode=evaluate')
   assert done.returncode == 0, done.stderr
   again = json.loads(done.stdout)
-  for key in ('protocol', 'valid', 'test', 'baselines'):
+  for key in ('protocol', 'valid', 'test', 'by_popularity', 'baselines'):
     assert again[key] == results[key]
 
 

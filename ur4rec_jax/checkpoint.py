@@ -22,12 +22,12 @@ PyTree = Any
 _MANIFEST = 'manifest.json'
 
 
-def write_file(path: pathlib.Path, text: str) -> None:
+def write_file(path: pathlib.Path, content: str | bytes) -> None:
   """Replaces a file whole or not at all."""
   temporary = path.with_name(f'{path.name}.tmp-{os.getpid()}')
   try:
-    with open(temporary, 'w') as f:
-      f.write(text)
+    with open(temporary, 'wb') as f:
+      f.write(content.encode() if isinstance(content, str) else content)
       f.flush()
       os.fsync(f.fileno())
     os.replace(temporary, path)

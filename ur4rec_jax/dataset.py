@@ -78,6 +78,12 @@ class Dataset:
     ends = np.repeat(self.offsets[:-1] + self.split.train_lengths, self.lengths)
     return np.arange(len(self.item_ids)) < ends
 
+  def held_out(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the users to evaluate on `valid` or `test`, and each one's held-out item id."""
+    positions = self.split.held_out[part]
+    users = np.flatnonzero(positions >= 0)
+    return users, self.item_ids[self.offsets[users] + positions[users]]
+
   def identity(self) -> dict[str, Any]:
     """What tells the data of one run from those of another."""
     found = {'name': self.info['name'], 'split_hash': self.split_hash}

@@ -87,13 +87,12 @@ def make_queries(dataset: Dataset, part: str, config: ConfigDict) -> Queries:
     config: `candidates`: `all`, or `uniform` or `popularity` to draw `num_candidates` others
       that the user never has, with `seed`.
   """
-  held_out = dataset.split.held_out[part]
-  users = np.flatnonzero(held_out >= 0)
-  starts, lengths = dataset.offsets[users], held_out[users]
+  users, targets = dataset.held_out(part)
+  starts, lengths = dataset.offsets[users], dataset.split.held_out[part][users]
   candidates = np.zeros((len(users), 0), np.int32)
   if config.candidates != 'all':
     candidates = _draw_candidates(dataset, users, config)
-  return Queries(users, dataset.item_ids[starts + lengths], starts, lengths, candidates)
+  return Queries(users, targets, starts, lengths, candidates)
 
 
 def _draw_candidates(dataset: Dataset, users: np.ndarray, config: ConfigDict) -> np.ndarray:
@@ -252,7 +251,7 @@ def make_evaluator(
   part: str,
   config: ConfigDict,
   mapping: str,
-) -> Callable[..., dict[str, float] | None]:
+) -> Callable[..., np.ndarray | None]:
   """Prepares the evaluation of one part, everything it reads placed on the devices.
 
   Args:
@@ -265,8 +264,9 @@ def make_evaluator(
     mapping: `pmap` or `shard_map`.
 
   Returns:
-    `evaluator(params, interrupted=lambda: False)`: metrics, or None once `interrupted()` is True.
-    It raises DivergenceError if a score is not finite.
+    `evaluator(params, interrupted=lambda: False)`: the ranks of the held-out items as `[users]`
+    int32, in the order of `Dataset.held_out`, or None once `interrupted()` is True. It raises
+    DivergenceError if a score is not finite.
   """
   queries = make_queries(dataset, part, config)
   shares, members = make_shares(queries, model.max_length, config.batch_size)
@@ -283,7 +283,7 @@ def make_evaluator(
     for i in range(0, len(members), devices)
   ]
 
-  def evaluator(params, interrupted=lambda: False) -> dict[str, float] | None:
+  def evaluator(params, interrupted=lambda: False) -> np.ndarray | None:
     outputs = []
     items = item_side(params, features)  # Once for all users.
     for share in placed:
@@ -296,9 +296,9 @@ def make_evaluator(
     ranks = np.concatenate([ranks for ranks, _ in outputs])
     # In the users' order, so that sums do not depend on the number of devices.
     flat = members.reshape(-1)
-    ordered = np.zeros(len(queries.users), np.int64)
+    ordered = np.zeros(len(queries.users), np.int32)
     ordered[flat[flat >= 0]] = ranks[flat >= 0]
-    return metrics.ranking_metrics(ordered)
+    return ordered
 
   return evaluator
 

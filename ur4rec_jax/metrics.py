@@ -3,13 +3,19 @@
 import numpy as np
 
 CUTOFFS = (5, 10, 20)
+POPULARITY_GROUPS = ('head', 'torso', 'tail', 'cold')
+
+
+def gains(ranks: np.ndarray, k: int) -> np.ndarray:
+  """Each user's ndcg@k: 1 / log2(rank + 1) if rank <= k, else 0; the ideal gain is 1."""
+  return np.where(ranks <= k, 1 / np.log2(ranks + 1.0), 0)
 
 
 def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
   """Averages hit@k, ndcg@k, mrr and mean rank over users.
 
-  With one relevant item, hit@k is 1 if rank <= k, ndcg@k is 1 / log2(rank + 1) if rank <= k, the
-  ideal gain being 1, and mrr is 1 / rank over the full list.
+  With one relevant item, hit@k is 1 if rank <= k, ndcg@k is as `gains` has it, and mrr is 1 / rank
+  over the full list.
 
   Args:
     ranks: `[users]` integers, 1 is the top.
@@ -24,7 +30,43 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
   if ranks.size == 0 or ranks.min() < 1:
     raise ValueError('ranks must be non-empty and at least 1')
   metrics = {f'hit@{k}': float((ranks <= k).mean()) for k in CUTOFFS}
-  gains = 1 / np.log2(ranks + 1.0)
-  metrics |= {f'ndcg@{k}': float(np.where(ranks <= k, gains, 0).mean()) for k in CUTOFFS}
+  metrics |= {f'ndcg@{k}': float(gains(ranks, k).mean()) for k in CUTOFFS}
   metrics |= {'mrr': float((1 / ranks).mean()), 'mean_rank': float(ranks.mean())}
   return metrics | {'users': int(ranks.size)}
+
+
+def popularity_groups(counts: np.ndarray) -> np.ndarray:
+  """Groups items by popularity.
+
+  The most popular items that together have a third of all interactions are the head, the next third
+  is the torso, the last the tail; items without interactions are cold. An item that lies across a
+  border belongs to the more popular group; of equally popular items the first is the more popular.
+
+  Args:
+    counts: `[items]` training interactions of each, not all 0.
+
+  Returns:
+    `[items]` index into `POPULARITY_GROUPS`.
+  """
+  order = np.argsort(-counts, kind='stable')
+  more_popular = np.cumsum(counts[order]) - counts[order]
+  groups = np.empty(len(counts), np.int64)
+  groups[order] = 3 * more_popular // counts.sum()  # 3 where all the others have everything.
+  return groups
+
+
+def metrics_by_group(ranks: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
+  """Computes the metrics of each popularity group of users apart.
+
+  Args:
+    ranks: `[users]`, see `ranking_metrics`.
+    groups: `[users]` index into `POPULARITY_GROUPS`.
+
+  Returns:
+    `ranking_metrics` by group; groups without users are left out.
+  """
+  return {
+    name: ranking_metrics(ranks[groups == i])
+    for i, name in enumerate(POPULARITY_GROUPS)
+    if (groups == i).any()
+  }

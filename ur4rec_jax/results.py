@@ -1,5 +1,6 @@
 """The numbers of a finished run: `results.json`, the table, and `--mode=evaluate`."""
 
+import io
 import json
 import pathlib
 import subprocess
@@ -8,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import evaluate, optimizers, parallel
+from ur4rec_jax import evaluate, metrics, optimizers, parallel
 from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset, load_dataset
@@ -32,7 +34,10 @@ def write_results(
   stage: dict[str, Any],
   seconds: float,
 ) -> dict:
-  """Evaluates `params`, writes `results.json` and `timing.json`, and prints the table.
+  """Evaluates `params`, writes `results.json` and the files beside it, and prints the table.
+
+  Beside it are `timing.json`, and `test_ranks.npz` with `users`, their index in the dataset, and
+  `ranks`, int32, for tests of one run against another that pair the users.
 
   Args:
     config: the run's config.
@@ -46,7 +51,8 @@ def write_results(
   Returns:
     The contents of `results.json`.
   """
-  scores = _evaluate_params(config, dataset, features, params)
+  ranks = _rank(config, dataset, features, params)
+  scores = _scores(config, dataset, ranks)
   results = {
     'dataset': {
       'name': dataset.info['name'],
@@ -56,6 +62,7 @@ def write_results(
     },
     **scores,
     'stages': [{**stage, 'valid': scores['valid'], 'test': scores['test']}],
+    'parameters': sum(x.size for x in jax.tree.leaves(params)),
     'seed': config.seed,
     'git': _git_version(),
   }
@@ -66,6 +73,9 @@ def write_results(
     'jax': jax.__version__,
   }
   if parallel.is_main_process():
+    archive = io.BytesIO()
+    np.savez(archive, users=dataset.held_out('test')[0], ranks=ranks['test'])
+    write_file(pathlib.Path(workdir) / 'test_ranks.npz', archive.getvalue())
     for name, content in (('timing.json', timing), ('results.json', results)):
       write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
     print(results_table(results), flush=True)
@@ -80,7 +90,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     workdir: a folder that `train_and_evaluate` wrote.
 
   Returns:
-    `protocol`, `valid`, `test` and `baselines`, as in `results.json`.
+    `protocol`, `valid`, `test`, `by_popularity` and `baselines`, as in `results.json`.
 
   Raises:
     InputError: the folder holds no run or another one.
@@ -102,36 +112,50 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     checkpointer.close()
   if restored is None or not restored[1]['best_valid']:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
-  results = _evaluate_params(config, dataset, features, restored[0]['best_params'])
+  ranks = _rank(config, dataset, features, restored[0]['best_params'])
+  results = _scores(config, dataset, ranks)
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
     print(json.dumps(results))
   return results
 
 
-def _evaluate_params(
+def _rank(
   config: ConfigDict, dataset: Dataset, features: dict[str, TokenTable], params: PyTree
-) -> dict[str, dict]:
-  """Returns the protocol, the metrics of `params` on both parts, and the baselines on test."""
+) -> dict[str, np.ndarray]:
+  """Returns the ranks of the held-out items of both parts, in the users' order."""
   model = create_model(config, dataset.num_items)
   with jax.transfer_guard(config.transfer_guard):
     item_ids = parallel.replicate(dataset.item_ids)
     features = parallel.replicate(features)
-    scores = {
+    return {
       part: evaluate.make_evaluator(
         model, dataset, item_ids, features, part, config.evaluation, config.mapping
       )(params)
       for part in evaluate.PARTS
     }
+
+
+def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
+  """Returns the protocol, the metrics of both parts, whole and by popularity, and the baselines."""
+  counts = np.bincount(dataset.train_part().item_ids, minlength=dataset.num_items + 1)
+  groups = metrics.popularity_groups(counts)
   return {
     'protocol': evaluate.protocol(dataset, config.evaluation),
-    **scores,
+    **{part: metrics.ranking_metrics(ranks[part]) for part in evaluate.PARTS},
+    'by_popularity': {
+      part: metrics.metrics_by_group(ranks[part], groups[dataset.held_out(part)[1]])
+      for part in evaluate.PARTS
+    },
     'baselines': evaluate.baseline_metrics(dataset, 'test', config.evaluation),
   }
 
 
 def results_table(results: dict) -> str:
-  """Formats test metrics beside both baselines, one row each, under the protocol's name."""
+  """Formats test metrics beside both baselines, one row each, under the protocol's name.
+
+  A last line has the test NDCG@10 by popularity of the held-out item.
+  """
   rows = {
     **{name: results['baselines'][name] for name in ('random', 'popularity')},
     'sasrec': results['test'],
@@ -148,6 +172,11 @@ def results_table(results: dict) -> str:
     digits = [1 if name == 'mean_rank' else 4 for name in names]
     cells = ''.join(f'{values[n]:>10.{d}f}' for n, d in zip(names, digits, strict=True))
     lines.append(f'{row:<{width}}{cells}')
+  groups = [
+    f'{name} {values["ndcg@10"]:.4f} ({values["users"]:,} users)'
+    for name, values in results['by_popularity']['test'].items()
+  ]
+  lines.append(f'test ndcg@10 by popularity of the item: {", ".join(groups)}')
   return '\n'.join(lines)
 
 

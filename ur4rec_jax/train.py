@@ -21,6 +21,7 @@ from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
 from ur4rec_jax.features import add_features, item_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
+from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model, losses_in_use
 from ur4rec_jax.train_state import TrainState, create_train_state
 from ur4rec_jax.workdir import claim_workdir
@@ -239,9 +240,10 @@ class _TrainLoop:
     """Ranks the validation items, keeps the parameters if they are the best, and saves."""
     progress = self.progress
     self.dispatcher.flush()
-    values = self.validator(self.state.params, interrupted=self.stop_requested)
-    if values is None:
+    ranks = self.validator(self.state.params, interrupted=self.stop_requested)
+    if ranks is None:
       self._save_and_stop(self.stop_requested())
+    values = ranking_metrics(ranks)
     self.writer.write(progress.step, STAGE, {f'valid/{k}': v for k, v in values.items()})
     epoch = progress.step // self.batches.steps_per_epoch
     score = values[SELECTION_METRIC]
