@@ -53,10 +53,12 @@ class Features:
   def origin(self) -> dict[str, Any]:
     """Who made them of what: goes with every result."""
     encoder = self.info['encoder']
+    of_users = {'hold_back': self.info['hold_back']} if self.info['of'] == 'user' else {}
     return {
       'encoder': encoder['name'],
       'is_builtin': encoder['is_builtin'],
       'is_mock': self.info.get('is_mock', False),
+      **of_users,
       'fingerprint': self.info['fingerprint'],
     }
 
@@ -151,6 +153,8 @@ def load_features(
       f'{folder}: was made for the split {info["split_name"]} {info["split_hash"]}, not for'
       f' {split_hash}, and may tell of what that holds out; {again}'
     )
+  if of == 'user' and 'hold_back' not in info:
+    raise InputError(f'{folder}: does not say what was held back from the texts; {again}')
   shards: dict[str, list[np.ndarray]] = {}
   for kind, dtype, *shape in array_kinds(info):
     shards[kind] = []
