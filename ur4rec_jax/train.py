@@ -48,7 +48,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
   """
   check_config(config)
   dataset = add_features(
-    load_dataset(config.data_dir, config.split), config.data_dir, config.modalities
+    load_dataset(config.data_dir, config.split),
+    config.data_dir,
+    config.modalities,
+    config.user_modalities,
   )
   _check_dataset(config, dataset)
   claim_workdir(workdir, config, dataset)
@@ -391,14 +394,15 @@ def _describe_run(
     f'tokens, {filled:.0%} filled, {batches.users / batches.steps_per_epoch:.0f} users each',
     f'devices  {parallel.describe_devices()}, jax {jax.__version__}',
   ]
-  for name, features in dataset.features.items():
-    rows, tokens, width = features.shape
-    origin = features.origin
-    marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
-    lines.append(
-      f'features {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
-      f'{origin["fingerprint"][:16]}'
-    )
+  for of, features in dataset.all_features.items():
+    for name, found in features.items():
+      rows, tokens, width = found.shape
+      origin = found.origin
+      marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
+      lines.append(
+        f'features {of} {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
+        f'{origin["fingerprint"][:16]}'
+      )
   if progress.step:
     lines.append(f'resuming from step {progress.step}')
   return '\n'.join(lines)
