@@ -18,7 +18,7 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset, load_dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import add_features, item_tables
+from ur4rec_jax.features import add_features, item_tables, preference_starts, user_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.models.sasrec import create_model
@@ -171,7 +171,13 @@ class _TrainLoop:
     self._restore_or_create(model, tx)
     item_counts = np.bincount(train_part.item_ids, minlength=dataset.num_items + 1)[1:]
     data = parallel.replicate(
-      steps.TrainData(train_part.item_ids, item_counts.astype(np.float32), self.features)
+      steps.TrainData(
+        train_part.item_ids,
+        item_counts.astype(np.float32),
+        self.features,
+        user_tables(dataset, jnp.dtype(config.model.dtype)),
+        preference_starts(train_part),
+      )
     )
     self.validator = evaluate.make_evaluator(
       model,
