@@ -266,7 +266,7 @@ def _flags() -> argparse.ArgumentParser:
   add(
     '--hold_back',
     type=float,
-    help='with them: the share of its interactions, the latest of each user, that was not used',
+    help='as --split: the share of its interactions, the latest of each user, that was not used',
   )
   add('--width', type=int, help='project to so many dimensions, by PCA fitted to the items')
   add('--whiten', action='store_true', help='give all directions the same variance')

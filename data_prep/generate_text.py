@@ -77,8 +77,8 @@ _SPLIT = flags.DEFINE_string(
 _HOLD_BACK = flags.DEFINE_float(
   'hold_back',
   0.2,
-  "Share of each user's training interactions, the latest, that texts about users do not see: what"
-  ' a model learns to use them on. With --import: that they were not made from.',
+  "Share of each user's training interactions, the latest, that user texts do not see: the targets"
+  ' that a model learns to use them for. With --import: what the texts were not made from.',
 )
 _MAX_HISTORY = flags.DEFINE_integer('max_history', 30, 'Items of a user in a prompt, the latest.')
 _REGENERATE = flags.DEFINE_bool(

@@ -94,7 +94,9 @@ def test_features_of_users_need_their_split(data, tmp_path):
       load_features(data, 'user', 'age', other)
   path = data / 'features/user/age/info.json'
   path.write_text(path.read_text().replace('"hold_back"', '"other"'))
-  with pytest.raises(InputError, match=r'what was held back.*encode .* --of=user --modality=age'):
+  with pytest.raises(
+    InputError, match=r'what share .* was held back.*encode .* --of=user --modality=age'
+  ):
     load_features(data, 'user', 'age', splits['time']['hash'])
 
 

@@ -155,7 +155,9 @@ def load_features(
       f' {split_hash}, and may tell of what that holds out; {again}'
     )
   if of == 'user' and 'hold_back' not in info:
-    raise InputError(f'{folder}: does not say what was held back from the texts; {again}')
+    raise InputError(
+      f'{folder}: does not say what share of the training part was held back; {again}'
+    )
   shards: dict[str, list[np.ndarray]] = {}
   for kind, dtype, *shape in array_kinds(info):
     shards[kind] = []

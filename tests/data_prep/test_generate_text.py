@@ -172,8 +172,9 @@ def test_texts_about_users_say_what_they_were_not_written_from(data_dir, tmp_pat
   assert unsaid.returncode == 2
   assert '--hold_back is missing' in unsaid.stderr
   assert hold_back() == 0
-  assert run(*flags, f'--import={file}', '--hold_back=0.3').returncode == 0
-  assert hold_back() == 0.3
+  # What users say of themselves was made from none of their interactions.
+  assert run(*flags, f'--import={file}', '--hold_back=1').returncode == 0
+  assert hold_back() == 1
 
 
 def test_a_batch_is_collected_after_a_kill(data_dir, tmp_path):
