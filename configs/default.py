@@ -25,6 +25,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.data_dir = ''  # Folder that data_prep.build_dataset wrote.
   config.split = 'leave_one_out'  # What is held out: leave_one_out, or time for all at one time.
   config.modalities = ()  # Embeddings of the items to use: data_prep.encode's text, image, ...
+  config.user_modalities = ()  # Embeddings of the users' preference texts to use: text, ...
   config.seed = 0  # Of parameters, batches, dropout and negatives.
   config.max_length = 50  # Longest history in items; older ones are cut off.
   config.batch_size = 128  # Users a step on average, over all devices.

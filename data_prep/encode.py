@@ -88,7 +88,13 @@ def _source(
           f'--split={flags.split}: must name the split whose training part the features of users'
           f' were made from, one of {", ".join(dataset["splits"])}'
         )
+      if flags.hold_back is None or not 0 <= flags.hold_back <= 1:
+        raise InputError(
+          f"--hold_back={flags.hold_back}: must say which share, 0 to 1, of each user's training"
+          ' interactions, the latest, the features were not made from'
+        )
       about |= {'split_name': flags.split, 'split_hash': record['hash']}
+      about['hold_back'] = flags.hold_back
     source, unknown = imported_tokens.source(data_dir, of, flags.file, flags.ids, scratch)
     return source._replace(info=source.info | about | {'unknown_ids': unknown})
   common = {'device': flags.device, 'precision': flags.precision, 'batch_size': flags.batch_size}
@@ -257,6 +263,11 @@ def _flags() -> argparse.ArgumentParser:
   add('--import', dest='file', help='.npz, .npy or .safetensors file with features made elsewhere')
   add('--ids', help='file with an original id a line, for an --import without ids')
   add('--split', help='with --import and --of=user: the split whose training part was used')
+  add(
+    '--hold_back',
+    type=float,
+    help='as --split: the share of its interactions, the latest of each user, that was not used',
+  )
   add('--width', type=int, help='project to so many dimensions, by PCA fitted to the items')
   add('--whiten', action='store_true', help='give all directions the same variance')
   add('--normalise', action='store_true', help='give every token the length 1')
@@ -293,8 +304,10 @@ def _check(flags: argparse.Namespace) -> None:
     )
   if flags.file is not None and flags.encoder is not None:
     raise InputError('--encoder and --import exclude each other; leave one out')
-  if flags.file is None and (flags.ids or flags.split):
-    raise InputError('--ids and --split are about --import; pass it too, or leave them out')
+  if flags.file is None and (flags.ids or flags.split or flags.hold_back is not None):
+    raise InputError(
+      '--ids, --split and --hold_back are about --import; pass it too, or leave them out'
+    )
   if flags.file is None and flags.modality == IMAGE and flags.of in ('user', 'both'):
     raise InputError('--of: users have no pictures; the model looks at those of their items')
   if flags.file is not None and flags.of == 'both':

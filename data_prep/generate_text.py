@@ -74,6 +74,12 @@ _LANGUAGE = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string(
   'split', splits.LEAVE_ONE_OUT, 'User texts see only the training part of this split.'
 )
+_HOLD_BACK = flags.DEFINE_float(
+  'hold_back',
+  0.2,
+  "Share of each user's training interactions, the latest, that user texts do not see: the targets"
+  ' that a model learns to use them for. With --import: what the texts were not made from.',
+)
 _MAX_HISTORY = flags.DEFINE_integer('max_history', 30, 'Items of a user in a prompt, the latest.')
 _REGENERATE = flags.DEFINE_bool(
   'regenerate', False, 'Write about items too that have a description in the dataset.'
@@ -133,19 +139,25 @@ def write(job: text_job.Job, store: answers.Store, has_descriptions: bool) -> li
       'is_mock': settings.backend == _MOCK,
       **({'server': f'{server.hostname}:{server.port}'} if settings.base_url else {}),
     }
-    rows += write_into(job.data_dir, kind, found, origin, job.split_name)
+    rows += write_into(job.data_dir, kind, found, origin, job.split_name, job.hold_back)
   return rows
 
 
 def write_into(
-  data_dir: str, kind: str, found: Mapping[str, str], origin: dict[str, Any], split_name: str
+  data_dir: str,
+  kind: str,
+  found: Mapping[str, str],
+  origin: dict[str, Any],
+  split_name: str,
+  hold_back: float,
 ) -> list[tuple[str, str]]:
   """Writes texts of one kind; returns rows of the summary."""
   if kind == 'user':
     split = read_info(data_dir)['splits'].get(split_name)
     if split is None:
       raise InputError(f'data_dir {data_dir}: has no split {split_name!r}')
-    origin = {**origin, 'split_name': split_name, 'split_hash': split['hash']}
+    about_split = {'split_name': split_name, 'split_hash': split['hash']}
+    origin = {**origin, **about_split, 'hold_back': hold_back}
   origin = {**origin, 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
   counts = texts.write_texts(data_dir, kind, found, origin)
   names = {
@@ -389,6 +401,13 @@ def _check_flags() -> None:
     if flag.value is not None and not flag.value > 0:
       hint = '; --dry_run tells the cost without paying' if flag is _MAX_COST else ''
       raise InputError(f'--{flag.name} must be above 0, not {flag.value:g}{hint}')
+  if not (0 <= _HOLD_BACK.value < 1 or (_IMPORT.value and _HOLD_BACK.value == 1)):
+    raise InputError(f'--hold_back={_HOLD_BACK.value:g}: must be at least 0 and below 1')
+  if _IMPORT.value and _KIND.value == 'users' and not _HOLD_BACK.present:
+    raise InputError(
+      "--hold_back is missing: the share of each user's training interactions, the latest, that the"
+      ' texts were not made from; 0 if they were made from all'
+    )
   if _KIND.value == 'both' and (_IMPORT.value or _EXPORT.value):
     raise InputError('--import and --export take one kind: --kind=items or --kind=users')
 
@@ -413,7 +432,7 @@ def main(argv: list[str]) -> None:
       'language': _LANGUAGE.value,
       'is_mock': False,
     }
-    show(write_into(data_dir, kinds[0], found, origin, _SPLIT.value))
+    show(write_into(data_dir, kinds[0], found, origin, _SPLIT.value, _HOLD_BACK.value))
   elif _EXPORT.value:
     count = texts.write_json(data_dir, kinds[0], _EXPORT.value)
     show([('texts', f'{count:,} about {_KIND.value}, written to {_EXPORT.value}')])
@@ -425,6 +444,7 @@ def main(argv: list[str]) -> None:
       settings,
       _LANGUAGE.value,
       _SPLIT.value,
+      _HOLD_BACK.value,
       _MAX_HISTORY.value,
       _REGENERATE.value,
       _RETRY_FAILED.value,

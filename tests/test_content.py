@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from ur4rec_jax.dataset import read_items
+from ur4rec_jax.dataset import read_interactions, read_items
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.models.content import ContentTower
 from ur4rec_jax.models.sasrec import SASRec
@@ -149,16 +149,24 @@ def test_content_dropout_follows_its_key():
 
 @pytest.fixture(scope='module')
 def encoded(data_dir, environment, tmp_path_factory):
-  """The synthetic data with built-in text embeddings and imported pictures of half the items."""
+  """The synthetic data with built-in text embeddings, pictures of half the items, and users' taste.
+
+  All but the texts are imported.
+  """
   folder = tmp_path_factory.mktemp('encoded')
   data = folder / 'data'
   shutil.copytree(data_dir, data)
   names = np.array([item['original_id'] for item in read_items(data)][::2])
   tokens = np.random.default_rng(0).normal(size=(len(names), 4, 12)).astype(np.float16)
   np.savez(folder / 'pictures.npz', ids=names, tokens=tokens)
+  tastes = np.random.default_rng(1).normal(size=(119, 2, 3)).astype(np.float16)
+  users = read_interactions(data).user_ids[1:]
+  np.savez(folder / 'tastes.npz', ids=users, tokens=tastes)
+  of_users = ('--of=user', '--split=leave_one_out', '--hold_back=0.25')
   for flags in (
     ('--modality=text', '--encoder=hashing', '--of=item'),
     ('--modality=image', f'--import={folder / "pictures.npz"}'),
+    ('--modality=taste', f'--import={folder / "tastes.npz"}', *of_users),
   ):
     command = [sys.executable, '-m', 'data_prep.encode', f'--data_dir={data}', *flags]
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
@@ -166,25 +174,32 @@ def encoded(data_dir, environment, tmp_path_factory):
 
 
 BOTH = ("--config.modalities=('text','image')", '--config.sasrec.item_input=id+content')
+TASTE = '--config.user_modalities=taste'
 
 
 def test_a_run_with_content_trains_resumes_and_names_its_features(run, encoded, tmp_path):
-  workdir, flags = tmp_path / 'run', (f'--config.data_dir={encoded}', *BOTH)
+  workdir, flags = tmp_path / 'run', (f'--config.data_dir={encoded}', *BOTH, TASTE)
   done = run(workdir, *flags, '--config.num_epochs=2')
   assert done.returncode == 0, done.stderr
-  features = {
-    name: json.loads((encoded / f'features/item/{name}/info.json').read_text())
-    for name in ('text', 'image')
+  fingerprints = {
+    of: {
+      name: json.loads((encoded / f'features/{of}/{name}/info.json').read_text())['fingerprint']
+      for name in names
+    }
+    for of, names in (('item', ('text', 'image')), ('user', ('taste',)))
   }
-  assert 'features text: 60 x 9 tokens x 256, hashing (built in)' in done.stdout
-  printed = features['image']['fingerprint'][:16]
+  assert 'features item text: 60 x 9 tokens x 256, hashing (built in)' in done.stdout
+  printed = fingerprints['item']['image'][:16]
   assert f'60 x 4 tokens x 12, imported from pictures.npz, {printed}' in done.stdout
+  assert 'features user taste: 120 x 2 tokens x 3, imported from tastes.npz' in done.stdout
   assert 'content/image_in/kernel' in done.stdout
   results = json.loads((workdir / 'results.json').read_text())
   found = results['dataset']['features']
-  assert [found[name]['is_builtin'] for name in ('text', 'image')] == [True, False]
-  assert {n: f['fingerprint'] for n, f in found.items()} == {
-    n: f['fingerprint'] for n, f in features.items()
+  assert [found['item'][name]['is_builtin'] for name in ('text', 'image')] == [True, False]
+  assert found['user']['taste']['hold_back'] == 0.25
+  assert fingerprints == {
+    of: {name: origin['fingerprint'] for name, origin in origins.items()}
+    for of, origins in found.items()
   }
   evaluated = run(workdir, *flags, '--config.num_epochs=2', '--mode=evaluate')
   assert json.loads(evaluated.stdout.splitlines()[-1])['test'] == results['test']
@@ -207,6 +222,8 @@ def test_features_that_do_not_fit_are_refused(run, encoded, data_dir, tmp_path):
   assert 'has no audio features of items' in refusal(
     here, '--config.modalities=audio', '--config.sasrec.item_input=content'
   )
+  assert 'has no text features of users' in refusal(here, '--config.user_modalities=text')
+  assert 'was made for the split leave_one_out' in refusal(here, TASTE, '--config.split=time')
   assert 'content needs modalities' in refusal(here, '--config.sasrec.item_input=content')
   assert 'modalities are for content' in refusal(here, '--config.modalities=text')
   other = tmp_path / 'other'
@@ -216,9 +233,10 @@ def test_features_that_do_not_fit_are_refused(run, encoded, data_dir, tmp_path):
   (other / 'dataset.json').write_text(json.dumps(info))
   assert 'is of other items' in refusal(f'--config.data_dir={other}', *BOTH)
   # Other features are another run.
-  assert run(tmp_path / 'run', here, *BOTH, '--config.num_epochs=1').returncode == 0
-  path = encoded.parent / 'again'
-  shutil.copytree(encoded, path)
-  info_path = path / 'features/item/text/info.json'
-  info_path.write_text(json.dumps(json.loads(info_path.read_text()) | {'fingerprint': 'f' * 64}))
-  assert 'use another --workdir' in refusal(f'--config.data_dir={path}', *BOTH)
+  assert run(tmp_path / 'run', here, *BOTH, TASTE, '--config.num_epochs=1').returncode == 0
+  for changed in ('item/text', 'user/taste'):
+    path = tmp_path / changed
+    shutil.copytree(encoded, path)
+    info_path = path / 'features' / changed / 'info.json'
+    info_path.write_text(json.dumps(json.loads(info_path.read_text()) | {'fingerprint': 'f' * 64}))
+    assert 'use another --workdir' in refusal(f'--config.data_dir={path}', *BOTH, TASTE)

@@ -223,7 +223,8 @@ def test_shares_hold_every_user_once_with_the_newest_token(users_per_share):
   np.testing.assert_array_equal(np.sort(members[members >= 0]), np.arange(len(queries.users)))
   for i, share_members in enumerate(members):
     share = jax.tree.map(lambda x, i=i: x[i], shares)
-    tokens = np.asarray(gather_batch(dataset.item_ids, share.plan, MAX_LENGTH).item_ids).ravel()
+    batch = jax.tree.map(np.asarray, gather_batch(dataset.item_ids, share.plan, MAX_LENGTH))
+    tokens, segments = batch.item_ids.ravel(), batch.segment_ids.ravel()
     for entry, query in enumerate(share_members):
       if query < 0:
         assert share.targets[entry] == share.seen_lengths[entry] == 0
@@ -232,6 +233,7 @@ def test_shares_hold_every_user_once_with_the_newest_token(users_per_share):
       length = min(len(seen), MAX_LENGTH)
       last = share.last[entry]
       np.testing.assert_array_equal(tokens[last + 1 - length : last + 1], seen[-length:])
+      assert batch.users[last // MAX_LENGTH, segments[last] - 1] == queries.users[query]
       assert share.targets[entry] == queries.targets[query]
       assert (share.seen_starts[entry], share.seen_lengths[entry]) == (
         dataset.offsets[queries.users[query]],

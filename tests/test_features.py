@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data_prep import encode
-from ur4rec_jax.dataset import read_items
+from ur4rec_jax.dataset import load_dataset, read_interactions, read_items
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import load_features
+from ur4rec_jax.features import add_features, load_features, user_tables
 
 
 @pytest.fixture(scope='module')
@@ -79,12 +79,25 @@ def test_features_of_other_items_are_refused(data):
 def test_features_of_users_need_their_split(data, tmp_path):
   np.savez(tmp_path / 'u.npz', ids=['u001', 'u099'], embeddings=np.ones((2, 4), np.float32))
   flags = ('--modality=age', '--of=user', f'--import={tmp_path / "u.npz"}', '--split=time')
+  flags += ('--hold_back=0.3',)
   encode.main([f'--data_dir={data}', *flags])
   splits = json.loads((data / 'dataset.json').read_text())['splits']
   assert load_features(data, 'user', 'age', splits['time']['hash']).shape == (120, 1, 4)
+  dataset = add_features(load_dataset(data, 'time'), data, ['audio'], ['age'])
+  tokens, mask = user_tables(dataset)['age']
+  assert (tokens.shape, mask.shape) == ((120, 1, 4), (120, 1))
+  users = [read_interactions(data).user_ids.index(name) for name in ('u001', 'u099')]
+  assert np.flatnonzero(mask).tolist() == users
+  np.testing.assert_array_equal(tokens[users], 1)
   for other in (splits['leave_one_out']['hash'], None):
     with pytest.raises(InputError, match='was made for the split time'):
       load_features(data, 'user', 'age', other)
+  path = data / 'features/user/age/info.json'
+  path.write_text(path.read_text().replace('"hold_back"', '"other"'))
+  with pytest.raises(
+    InputError, match=r'what share .* was held back.*encode .* --of=user --modality=age'
+  ):
+    load_features(data, 'user', 'age', splits['time']['hash'])
 
 
 def shard(data, kind='tokens'):

@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from tests.conftest import make_dataset
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.features import Features, preference_starts
 from ur4rec_jax.input_pipeline import (
   ROW_MULTIPLE,
   Plan,
@@ -14,6 +17,7 @@ from ur4rec_jax.input_pipeline import (
   gather_batch,
   pack,
   plan_rows,
+  preference_visible,
 )
 
 MAX_LENGTH = 8
@@ -126,16 +130,21 @@ def test_assign_gives_equal_slots_to_users_in_their_order():
 
 
 def test_plan_rows_looks_up_slots_and_adds_empty_rows():
-  users = np.array([[2, 0], [1, -1], [3, -1]])
-  plan = plan_rows(users, np.array([0, 4, 6, 9]), np.array([4, 2, 3, 1]), 4)
+  assigned = np.array([[2, 0], [1, -1], [3, -1]])
+  users, starts, lengths = np.array([[5, 6, 8, 9], [0, 4, 6, 9], [4, 2, 3, 1]])
+  plan = plan_rows(assigned, users, starts, lengths, 4)
   np.testing.assert_array_equal(plan.starts, [[6, 0], [4, 0], [9, 0], [0, 0]])
   np.testing.assert_array_equal(plan.lengths, [[3, 4], [2, 0], [1, 0], [0, 0]])
-  assert plan.starts.dtype == plan.lengths.dtype == np.int32
+  np.testing.assert_array_equal(plan.users, [[8, 5], [6, 0], [9, 0], [0, 0]])
+  assert {x.dtype for x in plan} == {np.dtype(np.int32)}
 
 
 def test_gather_on_a_hand_worked_plan():
   item_ids = np.array([11, 12, 13, 14, 21, 22, 31, 32, 33], np.int32)
-  plan = Plan(np.array([[0, 6], [4, 0], [0, 0]]), np.array([[3, 2], [1, 0], [0, 0]]))
+  starts, lengths, users = np.array(
+    [[[0, 6], [4, 0], [0, 0]], [[3, 2], [1, 0], [0, 0]], [[1, 4], [2, 0], [0, 0]]]
+  )
+  plan = Plan(starts, lengths, users)
   batch = gather(item_ids, plan, 6)
   np.testing.assert_array_equal(
     batch.item_ids, [[11, 12, 13, 31, 32, 0], [21, 0, 0, 0, 0, 0], [0] * 6]
@@ -144,6 +153,8 @@ def test_gather_on_a_hand_worked_plan():
     batch.targets, [[12, 13, 14, 32, 33, 0], [22, 0, 0, 0, 0, 0], [0] * 6]
   )
   np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 2, 2, 0], [1] + [0] * 5, [0] * 6])
+  np.testing.assert_array_equal(batch.target_index, [[1, 2, 3, 7, 8, 0], [5] + [0] * 5, [0] * 6])
+  np.testing.assert_array_equal(batch.users, users)
 
 
 @pytest.mark.parametrize('crop', ['last', 'random'])
@@ -152,17 +163,54 @@ def test_gather_equals_a_plain_loop(crop):
   train = make_dataset(histories).train_part()
   plan = make_batches(histories, crop=crop).epoch(0)
   plan = Plan(*(x.reshape(-1, x.shape[-1]) for x in plan))
-  expected = np.zeros((3, len(plan.starts), MAX_LENGTH), np.int32)
-  for row, (starts, lengths) in enumerate(zip(*plan, strict=True)):
+  expected = np.zeros((4, len(plan.starts), MAX_LENGTH), np.int32)
+  for row, (starts, lengths, users) in enumerate(zip(*plan, strict=True)):
     column = 0
-    for slot, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+    for slot, (start, length, user) in enumerate(zip(starts, lengths, users, strict=True)):
+      assert not length or train.offsets[user] <= start < train.offsets[user + 1]
       for token in range(start, start + length):
-        values = train.item_ids[token], train.item_ids[token + 1], slot + 1
+        values = train.item_ids[token], train.item_ids[token + 1], slot + 1, token + 1
         expected[:, row, column] = values
         column += 1
-  for actual, wanted in zip(gather(train.item_ids, plan), expected, strict=True):
+  for actual, wanted in zip(gather(train.item_ids, plan), [*expected, plan.users], strict=True):
     np.testing.assert_array_equal(actual, wanted)
     assert actual.dtype == np.int32
+
+
+@pytest.mark.parametrize('crop', ['last', 'random'])
+@pytest.mark.parametrize('hold_back', [0.0, 0.2, 0.5, 0.99])
+def test_a_text_is_visible_where_the_target_comes_after_all_it_was_written_from(crop, hold_back):
+  histories = mixed_histories()
+  text = Features(None, {'hold_back': hold_back}, {})
+  other = Features(None, {'hold_back': 0.999}, {})  # The text that knows most decides.
+  dataset = dataclasses.replace(
+    make_dataset(histories), user_features={'other': other, 'text': text}
+  )
+  starts = preference_starts(dataset.train_part())
+  # No item occurs twice, so that an item id says whose it is and when.
+  known = set()
+  for history in histories:
+    trained = history[:-2] if len(history) > 2 else history
+    known |= set(trained[: len(trained) - math.ceil(hold_back * len(trained))])
+  batches = make_batches(histories, crop=crop)
+  slots, shown, hidden = 0, 0, 0
+  for epoch in range(3):
+    for plan in zip(*batches.epoch(epoch), strict=True):
+      batch = gather(dataset.train_part().item_ids, Plan(*plan))
+      slots = max(slots, batch.segment_ids.max())
+      visible = np.asarray(jax.jit(preference_visible)(batch, starts))
+      for target, is_visible in zip(batch.targets.ravel(), visible.ravel(), strict=True):
+        assert is_visible == (target > 0 and target not in known)
+      shown += visible.sum()
+      hidden += (~visible & (batch.targets > 0)).sum()
+  assert slots > 2
+  assert (shown > 0) == (hold_back > 0)
+  assert (hidden > 0) == (hold_back < 0.9)
+
+
+def test_without_features_of_users_nothing_is_visible():
+  train = make_dataset(mixed_histories()).train_part()
+  np.testing.assert_array_equal(preference_starts(train), train.offsets[1:])
 
 
 def test_shapes_and_counts():
@@ -192,8 +240,8 @@ def test_an_epoch_is_a_pure_function_of_seed_and_number():
   first = batches.epoch(4)
   batches.epoch(5)
   for again in (batches.epoch(4), make_batches(histories, crop='random').epoch(4)):
-    np.testing.assert_array_equal(first.starts, again.starts)
-    np.testing.assert_array_equal(first.lengths, again.lengths)
+    for one, other in zip(first, again, strict=True):
+      np.testing.assert_array_equal(one, other)
 
 
 def test_epochs_and_seeds_differ():
@@ -244,8 +292,8 @@ def test_held_out_items_never_reach_a_batch(crop):
   batches = make_batches(histories, crop=crop)
   used = set()
   for epoch in range(5):
-    for starts, lengths in zip(*batches.epoch(epoch), strict=True):
-      batch = gather(train.item_ids, Plan(starts, lengths))
+    for plan in zip(*batches.epoch(epoch), strict=True):
+      batch = gather(train.item_ids, Plan(*plan))
       used |= set(batch.item_ids.ravel().tolist()) | set(batch.targets.ravel().tolist())
   assert not held_out & used
   if crop == 'random':
@@ -258,8 +306,8 @@ def test_inputs_and_targets_are_neighbours_of_one_user():
   train = make_dataset(histories).train_part()
   follows = {a: b for h in histories for a, b in itertools.pairwise(h)}
   plan = make_batches(histories).epoch(0)
-  for starts, lengths in zip(*plan, strict=True):
-    batch = gather(train.item_ids, Plan(starts, lengths))
+  for arrays in zip(*plan, strict=True):
+    batch = gather(train.item_ids, Plan(*arrays))
     filled = batch.segment_ids > 0
     assert [follows[i] for i in batch.item_ids[filled].tolist()] == batch.targets[filled].tolist()
     assert not batch.item_ids[~filled].any()

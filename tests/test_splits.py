@@ -60,6 +60,19 @@ def test_leave_one_out_spares_users_with_fewer_than_three():
   assert split.held_out['test'].tolist() == [4, -1, -1, 2]
 
 
+def test_texts_are_written_from_all_but_the_share_that_is_held_back():
+  lengths = np.array([0, 1, 2, 5, 6, 10, 11])
+  for hold_back, expected in (
+    (0.0, lengths),
+    (0.2, [0, 0, 1, 4, 4, 8, 8]),
+    (1e-9, [0, 0, 1, 4, 5, 9, 10]),
+    (0.99, [0] * 7),
+  ):
+    found = splits.written_from(lengths, hold_back)
+    assert found.tolist() == list(expected)
+    assert found.dtype == np.int64
+
+
 def test_hash_tells_rules_items_order_and_borders_apart():
   offsets, item_ids, timestamps = random_interactions(0)
 

@@ -10,6 +10,7 @@ from configs import default
 from tests.conftest import make_dataset
 from ur4rec_jax import losses, optimizers, parallel, steps
 from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.features import preference_starts
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
@@ -42,7 +43,8 @@ def loss_inputs(tokens: int = 11, dim: int = 4):
 
 def train_data(counts) -> steps.TrainData:
   item_ids = np.repeat(np.arange(1, len(counts) + 1), counts).astype(np.int32)
-  return steps.TrainData(jnp.asarray(item_ids), jnp.asarray(counts, jnp.float32), {})
+  counts = jnp.asarray(counts, jnp.float32)
+  return steps.TrainData(jnp.asarray(item_ids), counts, {}, {}, jnp.zeros(0, jnp.int32))
 
 
 EVEN = np.full(NUM_ITEMS, 3)
@@ -172,8 +174,9 @@ def training_part() -> Dataset:
 
 def all_data() -> steps.TrainData:
   train = training_part()
-  counts = np.bincount(train.item_ids, minlength=NUM_ITEMS + 1)[1:]
-  return steps.TrainData(jnp.asarray(train.item_ids), jnp.asarray(counts, jnp.float32), {})
+  counts = np.bincount(train.item_ids, minlength=NUM_ITEMS + 1)[1:].astype(np.float32)
+  starts = preference_starts(train)
+  return steps.TrainData(*map(jnp.asarray, (train.item_ids, counts)), {}, {}, jnp.asarray(starts))
 
 
 class Lookup(nn.Module):
@@ -370,7 +373,7 @@ def test_a_batch_of_fewer_tokens_than_shares_counts_in_full():
 def test_shares_draw_their_own_dropout():
   """The same rows have another loss on another device."""
   plan = cut(first_steps(1), 2)
-  left = Plan(plan.starts, plan.lengths * np.array([1, 0], np.int32).reshape(2, 1, 1, 1))
+  left = plan._replace(lengths=plan.lengths * np.array([1, 0], np.int32).reshape(2, 1, 1, 1))
   right = Plan(*(x[::-1] for x in left))
   one, other = (over_shares(0.5)(x)[1]['loss'][0] for x in (left, right))
   assert not np.isclose(one, other, rtol=1e-5)

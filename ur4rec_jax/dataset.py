@@ -48,6 +48,7 @@ class Dataset:
     item_ids: `[interactions]` int32, 1-based, user after user, each in time order.
     offsets: `[users + 1]` int64, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
     features: embeddings of the items by modality, see `features.add_features`.
+    user_features: the same of the users.
   """
 
   info: dict[str, Any]
@@ -56,6 +57,7 @@ class Dataset:
   item_ids: np.ndarray
   offsets: np.ndarray
   features: dict[str, Any] = dataclasses.field(default_factory=dict)
+  user_features: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def num_items(self) -> int:
@@ -84,12 +86,20 @@ class Dataset:
     users = np.flatnonzero(positions >= 0)
     return users, self.item_ids[self.offsets[users] + positions[users]]
 
+  @property
+  def all_features(self) -> dict[str, dict[str, Any]]:
+    """Features of `item` and `user`, by modality."""
+    return {'item': self.features, 'user': self.user_features}
+
   def identity(self) -> dict[str, Any]:
     """What tells the data of one run from those of another."""
+    fingerprints = {
+      of: {name: f.info['fingerprint'] for name, f in features.items()}
+      for of, features in self.all_features.items()
+      if features
+    }
     found = {'name': self.info['name'], 'split_hash': self.split_hash}
-    if self.features:
-      found['features'] = {name: f.info['fingerprint'] for name, f in self.features.items()}
-    return found
+    return found | ({'features': fingerprints} if fingerprints else {})
 
   def train_part(self) -> 'Dataset':
     """Returns the dataset without its held-out interactions, so that training cannot see them."""

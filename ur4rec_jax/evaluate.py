@@ -217,9 +217,8 @@ def make_shares(
   rows_per_share = min(len(users), max(1, round(len(users) * users_per_share / len(lengths))))
   num_shares = -(-len(users) // rows_per_share)
   num_shares += -num_shares % parallel.device_count()
-  plan = plan_rows(
-    users, queries.starts + queries.lengths - lengths, lengths, num_shares * rows_per_share
-  )
+  starts = queries.starts + queries.lengths - lengths
+  plan = plan_rows(users, queries.users, starts, lengths, num_shares * rows_per_share)
   by_share = lambda x: x.reshape(num_shares, rows_per_share, -1)
   users = by_share(np.pad(users, ((0, len(plan.lengths) - len(users)), (0, 0)), constant_values=-1))
   first_token = np.arange(rows_per_share)[:, None] * max_length

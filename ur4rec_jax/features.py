@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ur4rec_jax import splits
 from ur4rec_jax.dataset import Dataset, read_info
 from ur4rec_jax.errors import InputError
 
@@ -18,7 +19,7 @@ INFO = 'info.json'
 
 
 class TokenTable(NamedTuple):
-  """Tokens by item id or user number; placed on devices, they are `jax.Array`s.
+  """Tokens by item id or user index; placed on devices, they are `jax.Array`s.
 
   Attributes:
     tokens: `[rows, tokens, width]`, zeros where masked.
@@ -53,10 +54,12 @@ class Features:
   def origin(self) -> dict[str, Any]:
     """Who made them of what: goes with every result."""
     encoder = self.info['encoder']
+    of_users = {'hold_back': self.info['hold_back']} if self.info['of'] == 'user' else {}
     return {
       'encoder': encoder['name'],
       'is_builtin': encoder['is_builtin'],
       'is_mock': self.info.get('is_mock', False),
+      **of_users,
       'fingerprint': self.info['fingerprint'],
     }
 
@@ -151,6 +154,10 @@ def load_features(
       f'{folder}: was made for the split {info["split_name"]} {info["split_hash"]}, not for'
       f' {split_hash}, and may tell of what that holds out; {again}'
     )
+  if of == 'user' and 'hold_back' not in info:
+    raise InputError(
+      f'{folder}: does not say what share of the training part was held back; {again}'
+    )
   shards: dict[str, list[np.ndarray]] = {}
   for kind, dtype, *shape in array_kinds(info):
     shards[kind] = []
@@ -169,16 +176,44 @@ def load_features(
 
 
 def add_features(
-  dataset: Dataset, data_dir: str | pathlib.Path, modalities: Sequence[str]
+  dataset: Dataset,
+  data_dir: str | pathlib.Path,
+  modalities: Sequence[str],
+  user_modalities: Sequence[str],
 ) -> Dataset:
-  """Returns the dataset with its items' features; raises what `load_features` raises."""
-  found = {name: load_features(data_dir, 'item', name) for name in modalities}
-  return dataclasses.replace(dataset, features=found)
+  """Returns the dataset with features of its items and users; raises what `load_features` does."""
+  load = lambda of, names: {n: load_features(data_dir, of, n, dataset.split_hash) for n in names}
+  return dataclasses.replace(
+    dataset, features=load('item', modalities), user_features=load('user', user_modalities)
+  )
 
 
 def item_tables(dataset: Dataset, dtype: Any = np.float32) -> dict[str, TokenTable]:
-  """Reads the dataset's features whole, by modality, in the type that is computed in."""
+  """Reads the items' features whole, by modality, in the type that is computed in."""
   return {name: features.table(dtype) for name, features in dataset.features.items()}
+
+
+def user_tables(dataset: Dataset, dtype: Any = np.float32) -> dict[str, TokenTable]:
+  """As `item_tables`, of the users; without row 0, as they are counted from 0: row u is user u."""
+  return {
+    name: TokenTable(*(x[1:] for x in features.table(dtype)))
+    for name, features in dataset.user_features.items()
+  }
+
+
+def preference_starts(train_part: Dataset) -> np.ndarray:
+  """Says from where on training may show what the users' features were made from.
+
+  Args:
+    train_part: from `Dataset.train_part`.
+
+  Returns:
+    `[users]` int32, index into its `item_ids` of the user's first target that no feature of the
+    user knows; the end of the user's interactions where there is none.
+  """
+  shares = [features.info['hold_back'] for features in train_part.user_features.values()]
+  written = splits.written_from(train_part.lengths, min(shares, default=0.0))
+  return (train_part.offsets[:-1] + written).astype(np.int32)
 
 
 def read_features_info(folder: pathlib.Path, way_out: str) -> dict[str, Any]:

@@ -24,24 +24,30 @@ class Plan(NamedTuple):
   Attributes:
     starts: index into the flat `item_ids` of the slot's first token.
     lengths: tokens in the slot, 0 if it is empty; slots stand side by side from the left.
+    users: index of the slot's user in the dataset, 0 if it is empty.
   """
 
   starts: np.ndarray | Array
   lengths: np.ndarray | Array
+  users: np.ndarray | Array
 
 
 class Batch(NamedTuple):
-  """Packed rows of tokens, `[rows, length]` int32 each.
+  """Packed rows of tokens, `[rows, length]` int32 each, unless said.
 
   Attributes:
     item_ids: inputs, 0 is padding.
     targets: the item that followed, 0 where there is no token.
     segment_ids: slot number from 1, 0 is padding.
+    target_index: index into the flat `item_ids` of the target, 0 where there is no token.
+    users: `[rows, slots]` index of the slot's user in the dataset, 0 if it is empty.
   """
 
   item_ids: Array
   targets: Array
   segment_ids: Array
+  target_index: Array
+  users: Array
 
 
 def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
@@ -93,11 +99,14 @@ def assign(slots: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndar
   return users
 
 
-def plan_rows(users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, multiple: int) -> Plan:
+def plan_rows(
+  assigned: np.ndarray, users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, multiple: int
+) -> Plan:
   """Looks up where each slot's tokens are, and adds empty rows.
 
   Args:
-    users: `[rows, slots]` from `assign`.
+    assigned: `[rows, slots]` from `assign`, indices into the next three.
+    users: `[users]` index of the user in the dataset.
     starts: `[users]` index of the user's first token.
     lengths: `[users]` tokens.
     multiple: the number of rows is rounded up to this.
@@ -105,9 +114,9 @@ def plan_rows(users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, multip
   Returns:
     `[rows rounded up, slots]`.
   """
-  lookup = lambda x: np.where(users >= 0, x[users], 0).astype(np.int32)
-  missing = ((0, -len(users) % multiple), (0, 0))
-  return Plan(np.pad(lookup(starts), missing), np.pad(lookup(lengths), missing))
+  lookup = lambda x: np.where(assigned >= 0, x[assigned], 0).astype(np.int32)
+  missing = ((0, -len(assigned) % multiple), (0, 0))
+  return Plan(*(np.pad(lookup(x), missing) for x in (starts, lengths, users)))
 
 
 class TrainBatches:
@@ -140,6 +149,7 @@ class TrainBatches:
     members = np.flatnonzero(available > 0)
     if not members.size:
       raise InputError('no user has two training interactions; lower --min_rating or --k_core')
+    self._members = members
     self._starts = dataset.offsets[members]
     self._spare = np.maximum(available[members] - max_length, 0)
     self._lengths = np.minimum(available[members], max_length)
@@ -155,12 +165,12 @@ class TrainBatches:
   def epoch(self, epoch: int) -> Plan:
     """Returns the batches of an epoch, `[steps_per_epoch, rows, slots]`."""
     rng = np.random.default_rng((self._seed, epoch))
-    users = assign(self._slots, self._lengths, rng.permutation(self.users))
-    users = users[rng.permutation(len(users))]
+    assigned = assign(self._slots, self._lengths, rng.permutation(self.users))
+    assigned = assigned[rng.permutation(len(assigned))]
     skip = self._spare
     if self._random_crop:
       skip = rng.integers(0, self._spare + 1)
-    plan = plan_rows(users, self._starts + skip, self._lengths, self.rows)
+    plan = plan_rows(assigned, self._members, self._starts + skip, self._lengths, self.rows)
     return Plan(*(x.reshape(self.steps_per_epoch, self.rows, -1) for x in plan))
 
 
@@ -184,9 +194,28 @@ def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
   shift = plan.starts - (ends - plan.lengths)
   index = jnp.where(filled, position + jnp.take_along_axis(shift, slot, axis=1), 0)
   zero_unless_filled = lambda x: jnp.where(filled, x, 0)
+  # Clamped at the very last interaction, which a training prefix never predicts.
+  target_index = jnp.minimum(index + 1, item_ids.size - 1)
   return Batch(
     zero_unless_filled(item_ids[index]),
-    # Clamped at the very last interaction, which a training prefix never predicts.
-    zero_unless_filled(item_ids[jnp.minimum(index + 1, item_ids.size - 1)]),
+    zero_unless_filled(item_ids[target_index]),
     zero_unless_filled(slot + 1),
+    zero_unless_filled(target_index),
+    plan.users,
   )
+
+
+def preference_visible(batch: Batch, preference_starts: Array) -> Array:
+  """Says which tokens of a training batch may see their user's preference text.
+
+  Args:
+    batch: from `gather_batch`.
+    preference_starts: `[users]` int32, from `features.preference_starts`.
+
+  Returns:
+    `[rows, length]` bool: whether there is a token and its target comes after all that the text
+    was written from.
+  """
+  slot = jnp.maximum(batch.segment_ids - 1, 0)
+  starts = jnp.take_along_axis(preference_starts[batch.users], slot, axis=1)
+  return (batch.segment_ids > 0) & (batch.target_index >= starts)

@@ -58,7 +58,10 @@ def write_results(
       'name': dataset.info['name'],
       **dataset.info['counts'],
       'split_hash': dataset.split_hash,
-      'features': {name: found.origin for name, found in dataset.features.items()},
+      'features': {
+        of: {name: found.origin for name, found in features.items()}
+        for of, features in dataset.all_features.items()
+      },
     },
     **scores,
     'stages': [{**stage, 'valid': scores['valid'], 'test': scores['test']}],
@@ -97,7 +100,10 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   """
   check_config(config)
   dataset = add_features(
-    load_dataset(config.data_dir, config.split), config.data_dir, config.modalities
+    load_dataset(config.data_dir, config.split),
+    config.data_dir,
+    config.modalities,
+    config.user_modalities,
   )
   if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')

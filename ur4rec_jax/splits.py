@@ -64,6 +64,22 @@ def by_time(offsets: np.ndarray, timestamps: np.ndarray, valid_from: int, test_f
   )
 
 
+def written_from(train_lengths: np.ndarray, hold_back: float) -> np.ndarray:
+  """Counts the interactions that each user's text is written from, the first ones.
+
+  Training shows the text for the others alone, the latest: a model that saw it beside what it was
+  written from would learn to copy, which is of no use at validation and test.
+
+  Args:
+    train_lengths: `[users]` training interactions.
+    hold_back: share of them, in [0, 1], that the text is not written from, rounded up.
+
+  Returns:
+    `[users]` int64.
+  """
+  return train_lengths - np.ceil(hold_back * train_lengths).astype(np.int64)
+
+
 def make_split(
   name: str, record: Mapping[str, Any], offsets: np.ndarray, timestamps: np.ndarray
 ) -> Split:

@@ -27,11 +27,15 @@ class TrainData(NamedTuple):
     item_ids: `[training interactions]` int32, 1-based, user after user.
     item_counts: `[num_items]` float32, training interactions an item.
     features: by modality, tables with `num_items + 1` rows.
+    preferences: by modality, tables with `num_users` rows, row u of user u.
+    preference_starts: `[num_users]` int32, from `features.preference_starts`.
   """
 
   item_ids: Array
   item_counts: Array
   features: dict[str, TokenTable]
+  preferences: dict[str, TokenTable]
+  preference_starts: Array
 
 
 def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:

@@ -18,7 +18,7 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset, load_dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import add_features, item_tables
+from ur4rec_jax.features import add_features, item_tables, preference_starts, user_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
@@ -49,7 +49,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
   """
   check_config(config)
   dataset = add_features(
-    load_dataset(config.data_dir, config.split), config.data_dir, config.modalities
+    load_dataset(config.data_dir, config.split),
+    config.data_dir,
+    config.modalities,
+    config.user_modalities,
   )
   _check_dataset(config, dataset)
   claim_workdir(workdir, config, dataset)
@@ -171,7 +174,13 @@ class _TrainLoop:
     self._restore_or_create(model, tx)
     item_counts = np.bincount(train_part.item_ids, minlength=dataset.num_items + 1)[1:]
     data = parallel.replicate(
-      steps.TrainData(train_part.item_ids, item_counts.astype(np.float32), self.features)
+      steps.TrainData(
+        train_part.item_ids,
+        item_counts.astype(np.float32),
+        self.features,
+        user_tables(dataset, jnp.dtype(config.model.dtype)),
+        preference_starts(train_part),
+      )
     )
     self.validator = evaluate.make_evaluator(
       model,
@@ -395,14 +404,15 @@ def _describe_run(
     f'tokens, {filled:.0%} filled, {batches.users / batches.steps_per_epoch:.0f} users each',
     f'devices  {parallel.describe_devices()}, jax {jax.__version__}',
   ]
-  for name, features in dataset.features.items():
-    rows, tokens, width = features.shape
-    origin = features.origin
-    marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
-    lines.append(
-      f'features {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
-      f'{origin["fingerprint"][:16]}'
-    )
+  for of, features in dataset.all_features.items():
+    for name, found in features.items():
+      rows, tokens, width = found.shape
+      origin = found.origin
+      marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
+      lines.append(
+        f'features {of} {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
+        f'{origin["fingerprint"][:16]}'
+      )
   if progress.step:
     lines.append(f'resuming from step {progress.step}')
   return '\n'.join(lines)

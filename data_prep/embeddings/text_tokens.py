@@ -58,7 +58,7 @@ def source(data_dir: str | Path, of: str, encoder: Encoder, max_tokens: int) -> 
     'is_mock': bool(origin.get('is_mock')),
   }
   if of == 'user':
-    about |= {name: origin[name] for name in ('split_name', 'split_hash')}
+    about |= {name: origin[name] for name in ('split_name', 'split_hash', 'hold_back')}
   first = 'title and genres' if of == 'item' else 'the first sentence'
   return Source(
     name=encoder.info['name'],
@@ -80,12 +80,18 @@ def _origin(data_dir: str | Path, of: str, info: dict[str, Any]) -> dict[str, An
     return {}
   origin = texts_origin(data_dir, of)
   if of == 'user':
+    again = (
+      f'write them again: python -m data_prep.generate_text --data_dir={data_dir} --kind=users'
+    )
     name = origin['split_name']
     if info['splits'].get(name, {}).get('hash') != origin['split_hash']:
       raise InputError(
         f'data_dir {data_dir}: the user texts were written for the split {name}'
-        f' {origin["split_hash"]}, which this dataset has not; write them again: python -m'
-        f' data_prep.generate_text --data_dir={data_dir} --kind=users'
+        f' {origin["split_hash"]}, which this dataset has not; {again}'
+      )
+    if 'hold_back' not in origin:
+      raise InputError(
+        f'data_dir {data_dir}: the user texts do not say what was held back from them; {again}'
       )
   return origin
 

@@ -4,6 +4,7 @@ The words are in templates/: instructions, a line `---`, and the data between it
 comes from the dataset is cleaned and cannot close the fence; original ids are never in a prompt.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -150,15 +151,17 @@ def user_prompts(
   *,
   language: str = 'en',
   split_name: str = splits.LEAVE_ONE_OUT,
+  hold_back: float = 0.2,
   max_history: int = 30,
   skipped: Counter | None = None,
 ) -> Iterator[Prompt]:
-  """Asks what each user prefers, from the training part of a split and nothing else.
+  """Asks what each user prefers, from the earlier training interactions and nothing else.
 
   Args:
     data_dir: a prepared folder.
     language: of the answer, one of `LANGUAGES`.
     split_name: which split's held-out interactions stay unseen.
+    hold_back: share of each user's training interactions, the latest, that stay unseen too.
     max_history: how many of a user's last different items are shown.
     skipped: counts, by reason, the users without a prompt.
 
@@ -175,19 +178,24 @@ def user_prompts(
   items = [(_field(i['title'], MAX_TITLE), _genres(i)) for i in iterate_items(data_dir)]
   if not any(title or genres for title, genres in items):
     raise _nothing_known(data_dir, 'title or genres')
-  train = dataset.train_part()
+  train_lengths = dataset.split.train_lengths
+  lengths = splits.written_from(train_lengths, hold_back)
+  # As if nothing else were there to train on.
+  dataset = dataclasses.replace(dataset, split=dataset.split._replace(train_lengths=lengths))
+  seen = dataset.train_part()
   ratings = interactions.ratings[dataset.is_train]
   # A scale of one value, where every interaction counts 1, says nothing.
   scale = {'worst': '', 'best': ''}
   if dataset.info['has_ratings'] and len(ratings) and ratings.min() < ratings.max():
     scale = {'worst': f'{ratings.min():g}', 'best': f'{ratings.max():g}'}
   for user, name in enumerate(interactions.user_ids):
-    start, end = train.offsets[user], train.offsets[user + 1]
+    start, end = seen.offsets[user], seen.offsets[user + 1]
     if start == end:
-      skipped['has no training part'] += 1
+      is_held_back = train_lengths[user] > 0
+      skipped['all is held back' if is_held_back else 'has no training part'] += 1
       continue
     latest: dict[int, float] = {}  # Each item once, where the user had it last.
-    for item_id, rating in zip(train.item_ids[start:end], ratings[start:end], strict=True):
+    for item_id, rating in zip(seen.item_ids[start:end], ratings[start:end], strict=True):
       latest.pop(item_id, None)
       latest[item_id] = float(rating)
     history = []

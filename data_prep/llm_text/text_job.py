@@ -20,7 +20,7 @@ class Job:
     data_dir: prepared folder.
     kinds: `item`, `user`.
     settings: backend, model and parameters; of the mock writer too.
-    language, split_name, max_history, regenerate: of the prompts.
+    language, split_name, hold_back, max_history, regenerate: of the prompts.
     retry_failed: whether failures that were final are tried again.
   """
 
@@ -29,6 +29,7 @@ class Job:
   settings: llm_calls.Settings
   language: str = 'en'
   split_name: str = splits.LEAVE_ONE_OUT
+  hold_back: float = 0.2
   max_history: int = 30
   regenerate: bool = False
   retry_failed: bool = False
@@ -46,6 +47,7 @@ class Job:
         self.data_dir,
         language=self.language,
         split_name=self.split_name,
+        hold_back=self.hold_back,
         max_history=self.max_history,
         skipped=skipped,
       )

@@ -37,7 +37,8 @@ def write_texts(
     kind: `item` or `user`.
     texts: by original id; asked for one at a time, so it need not be in memory.
     origin: what JSON can hold: provider (`import` for texts made elsewhere), model, prompt
-      version, parameters, time, language, is_mock; for users split_name and split_hash too.
+      version, parameters, time, language, is_mock; for users split_name, split_hash and hold_back
+      too.
 
   Returns:
     How many have a text, by source, `without_text` and `unknown_ids`.

@@ -202,21 +202,28 @@ def test_texts_about_users_belong_to_a_split(build, capsys):
   info = prepared.read_info(data_dir)
   split_hash = info['splits']['leave_one_out']['hash']
   origin = {'split_name': 'leave_one_out', 'split_hash': split_hash, 'is_mock': True}
-  write_about(data_dir, 'user', {'u1': 'Likes things. Hates stuff.'}, **origin)
+  write_about(data_dir, 'user', {'u1': 'Likes things. Hates stuff.'}, **origin, hold_back=0.25)
   run(data_dir, '--modality=text', '--encoder=hashing')
   info, _, mask = read(data_dir, of='user', split_hash=split_hash)
   assert mask.sum(1).tolist() == [0, 0, 3]
   assert info['is_mock']
-  assert (info['split_name'], info['split_hash']) == ('leave_one_out', split_hash)
+  found = [info[name] for name in ('split_name', 'split_hash', 'hold_back')]
+  assert found == ['leave_one_out', split_hash, 0.25]
   assert read(data_dir)[2].sum(1).tolist() == [0, 2, 2, 2, 2]  # Of items too.
   assert 'mock writer' in capsys.readouterr().out
   with pytest.raises(ValueError, match='was made for the split leave_one_out'):
     load_features(data_dir, 'user', 'text', 'another')
   path = data_dir / 'user_texts/1.0.0/metadata.json'
-  path.write_text(path.read_text().replace(split_hash, '0123456789abcdef'))
-  with pytest.raises(SystemExit):
-    run(data_dir, '--modality=text', '--encoder=hashing', '--of=user', '--overwrite')
-  assert 'which this dataset has not' in capsys.readouterr().err
+  content = path.read_text()
+  for wrong, right, message in (
+    (split_hash, '0123456789abcdef', 'which this dataset has not; write them again'),
+    ('"hold_back"', '"other"', 'do not say what was held back from them; write them again'),
+  ):
+    path.write_text(content.replace(wrong, right))
+    assert path.read_text() != content
+    with pytest.raises(SystemExit):
+      run(data_dir, '--modality=text', '--encoder=hashing', '--of=user', '--overwrite')
+    assert message in capsys.readouterr().err
 
 
 def test_texts_that_say_nothing_are_masked_and_named(build, capsys):
@@ -500,6 +507,8 @@ def with_value(value, row=1) -> dict:
     (offered(), ['--whiten', '--width=4'], 'vary in 3 directions only'),
     (offered(), ['--encoder=hashing'], '--encoder and --import exclude each other'),
     (offered(), ['--of=user'], '--split=None: must name the split'),
+    (offered(), ['--of=user', '--split=leave_one_out'], '--hold_back=None: must say'),
+    (offered(), ['--of=user', '--split=leave_one_out', '--hold_back=2'], '--hold_back=2.0: must'),
   ],
 )
 def test_wrong_features_are_refused(build, tmp_path, fails, arrays, flags, message):
@@ -551,7 +560,7 @@ def test_pca_and_whitening_of_items_hold_for_users_too(build, tmp_path):
   # Users whose features are those of two items come to lie where these items do.
   np.savez(tmp_path / 'u.npz', ids=np.array(['u0', 'u1']), tokens=values[50:52])
   user_flags = ('--modality=audio', '--of=user', '--split=leave_one_out', '--dtype=float32')
-  user_flags += (f'--import={tmp_path / "u.npz"}',)
+  user_flags += ('--hold_back=0', f'--import={tmp_path / "u.npz"}')
   with pytest.raises(SystemExit):
     run(data_dir, *user_flags, '--width=3', '--whiten')
   info = json.loads((data_dir / 'features/item/audio/info.json').read_text())
@@ -790,7 +799,7 @@ def test_a_name_that_cannot_be_had_says_how_to_get_it(build):
     (['--modality=../x'], 'must be a name of small letters'),
     (['--modality=audio'], 'pass --import=FILE'),
     (['--modality=image', '--of=user'], 'users have no pictures'),
-    (['--modality=text', '--ids=f'], '--ids and --split are about --import'),
+    (['--modality=text', '--ids=f'], '--ids, --split and --hold_back are about --import'),
     (['--modality=text', '--batch_size=0'], '--batch_size must be 1 or more'),
     (['--modality=image', '--layer=first'], '--layer=first'),
     (['--modality=text', '--encoder=hashing', '--width=300'], 'must be at most 256'),

@@ -121,7 +121,9 @@ def test_from_the_dry_run_to_texts_in_any_script(data_dir, tmp_path):
     assert '\\u0007' not in said
     about_users = [body for body in server.bodies if b'person' in body]
     assert about_users
-    assert not any(b'[huge]' in body or b'[refuse]' in body for body in about_users)
+    # Nor is the last of the five items to train on, as a fifth is held back.
+    held_out = (b'A  bell', b'A bell', b'[refuse]', b'[huge]')
+    assert not any(title in body for body in about_users for title in held_out)
   texts = {t['original_id']: t['text'] for t in dataset.iterate_texts(data_dir, 'item')}
   assert texts['i0'] == 'A heist, and what it costs.'
   assert texts['i1'].startswith('A text about input')
@@ -129,6 +131,7 @@ def test_from_the_dry_run_to_texts_in_any_script(data_dir, tmp_path):
   origin = dataset.texts_origin(data_dir, 'user')
   assert origin['provider'] == 'openai'
   assert origin['split_hash'] == dataset.load_dataset(data_dir).split_hash
+  assert origin['hold_back'] == 0.2
   assert origin['is_mock'] is False
 
 
@@ -153,6 +156,25 @@ def test_mock_says_that_it_is_mock_and_texts_go_out_and_in(data_dir, tmp_path):
   assert '1 ids that the dataset lacks' in row(into, 'item texts')
   texts = {t['original_id']: t['text'] for t in dataset.iterate_texts(data_dir, 'item')}
   assert texts['i1'] == 'From elsewhere.'
+
+
+def test_texts_about_users_say_what_they_were_not_written_from(data_dir, tmp_path):
+  flags = (f'--data_dir={data_dir}', f'--store={tmp_path / "answers"}', '--kind=users')
+  hold_back = lambda: dataset.texts_origin(data_dir, 'user')['hold_back']
+  for share, asked in (('0', '1 now'), ('0.4', '1 now'), ('0', '0 now, 6 before')):
+    assert asked in run(*flags, '--backend=mock', f'--hold_back={share}').stdout
+    assert hold_back() == float(share)
+  none_left = run(*flags, '--backend=mock', '--hold_back=0.9')
+  assert '- all is held back 6' in none_left.stdout
+  file = tmp_path / 'texts.json'
+  assert run(*flags, f'--export={file}').returncode == 0
+  unsaid = run(*flags, f'--import={file}')
+  assert unsaid.returncode == 2
+  assert '--hold_back is missing' in unsaid.stderr
+  assert hold_back() == 0
+  # What users say of themselves was made from none of their interactions.
+  assert run(*flags, f'--import={file}', '--hold_back=1').returncode == 0
+  assert hold_back() == 1
 
 
 def test_a_batch_is_collected_after_a_kill(data_dir, tmp_path):
@@ -280,6 +302,7 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, Program]:
       'no backend': ((data,), {}),
       'bad parameters': ((data, ai, url, '--parameters=[1]'), key),
       'bad import': ((data, '--kind=items', f'--import={folder}/list.json'), {}),
+      'all held back': ((data, ai, url, '--hold_back=1'), key),
       'import of both': ((data, f'--import={folder}/list.json'), {}),
     }
     results = {
@@ -306,6 +329,7 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, Program]:
     ('no backend', '--backend must be one of mock, openai, anthropic'),
     ('bad parameters', '--parameters=[1]: must be a JSON object'),
     ('bad import', 'must hold one object'),
+    ('all held back', '--hold_back=1: must be at least 0 and below 1'),
     ('import of both', '--kind=items or --kind=users'),
   ],
 )

@@ -52,7 +52,7 @@ def test_user_prompts_see_the_training_part_and_nothing_else(split_name, make_sh
   found = {
     prompt.id: prompt
     for prompt in prompts.user_prompts(
-      data_dir, split_name=split_name, max_history=10, skipped=skipped
+      data_dir, split_name=split_name, hold_back=0.0, max_history=10, skipped=skipped
     )
   }
   for user, titles in allowed.items():
@@ -67,10 +67,54 @@ def test_user_prompts_see_the_training_part_and_nothing_else(split_name, make_sh
   assert held_out <= {title for prompt in found.values() for title in canaries(prompt)}
 
 
+@pytest.mark.parametrize('split_name', ['leave_one_out', 'time'])
+@pytest.mark.parametrize(
+  ('hold_back', 'counts'),  # Held back of 1, 2, ... training interactions.
+  [
+    (0.2, [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3]),
+    (0.01, [1] * 11),
+    (0.5, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]),
+  ],
+)
+def test_what_is_held_back_is_in_no_prompt(split_name, hold_back, counts, make_shop):
+  titles = {name: f'Film {name}' for name in 'abcdefghijk'} | {'z': 'Canary 000'}
+  rows = []
+  for trained, held_back in enumerate(counts, 1):
+    names = 'abcdefghijk'[: trained - held_back] + 'z' * (held_back + 2)
+    # Canaries have a rating of their own, as the scale must not tell either.
+    rows += [
+      (f'u{trained}', item, FIRST_DAY + DAY * day, 9 if item == 'z' else 1 + day % 5)
+      for day, item in enumerate(names, -trained)
+    ]
+  borders = (pd.Timestamp(FIRST_DAY + DAY * day, unit='s') for day in (0, 1))
+  data_dir = make_shop(rows, items_of(titles), ','.join(f'{border:%Y-%m-%d}' for border in borders))
+  skipped = Counter()
+  found = {
+    prompt.id: prompt
+    for prompt in prompts.user_prompts(
+      data_dir, split_name=split_name, hold_back=hold_back, skipped=skipped
+    )
+  }
+  assert not [prompt.text for prompt in found.values() if 'Canary' in prompt.text]
+  assert not [prompt.text for prompt in found.values() if '9 (best)' in prompt.text]
+  for trained, held_back in enumerate(counts, 1):
+    shown = [f'Film {name}' for name in 'abcdefghijk'[: trained - held_back]]
+    assert (f'u{trained}' in found) == bool(shown)
+    if shown:
+      assert [entry['title'] for entry in found[f'u{trained}'].facts['history']] == shown
+  without = sum(trained == held_back for trained, held_back in enumerate(counts, 1))
+  assert skipped == {'all is held back': without}
+  # The trap is set: without holding back, all prompts have the canary.
+  for prompt in prompts.user_prompts(data_dir, split_name=split_name, hold_back=0.0):
+    assert 'Canary' in prompt.text
+    assert '9 (best)' in prompt.text
+
+
 def test_a_repeated_item_is_shown_once_where_it_was_last(make_shop):
   rows = [('a', item, time, 1 + time) for time, item in enumerate('xyxzyz')]
   rows += [('b', item, time, 9) for time, item in enumerate('xy')]
-  (prompt, _) = prompts.user_prompts(make_shop(rows, items_of(TITLES, genres='G')))
+  data_dir = make_shop(rows, items_of(TITLES, genres='G'))
+  (prompt, _) = prompts.user_prompts(data_dir, hold_back=0.0)
   # The last two, y and z, are held out, as are their ratings of 5 and 6.
   assert prompt.text.split('\n')[1:-1] == [
     'title | genres | rating, where there is one',
@@ -86,12 +130,13 @@ def test_ratings_are_left_out_where_they_say_nothing(make_shop):
   # Only a held-out rating differs, and so the scale must not tell.
   rows = [('a', item, i, 7 if i < 4 else 3) for i, item in enumerate('xyzxy')]
   rows += [('b', 'x', 0, 7)]
-  for prompt in prompts.user_prompts(make_shop(rows, items_of(TITLES))):
+  for prompt in prompts.user_prompts(make_shop(rows, items_of(TITLES)), hold_back=0.0):
     assert 'worst' not in prompt.text
     assert not re.search(r'\b[73]\b', prompt.text)
     assert 'best' not in prompt.facts
   unrated = [row[:3] for row in rows]
-  for prompt in prompts.user_prompts(make_shop(unrated, items_of(TITLES), name='unrated')):
+  data_dir = make_shop(unrated, items_of(TITLES), name='unrated')
+  for prompt in prompts.user_prompts(data_dir, hold_back=0.0):
     assert 'worst' not in prompt.text
     assert 'Xylophone | -\n' in prompt.text
 
@@ -114,7 +159,7 @@ def test_no_personal_field_and_no_id_is_in_a_prompt(language, make_shop):
   items = items_of({f'article-{i:04d}': f'Thing {chr(65 + i)}' for i in range(6)})
   data_dir = make_shop(rows, items)
   found = [
-    *prompts.user_prompts(data_dir, language=language),
+    *prompts.user_prompts(data_dir, language=language, hold_back=0.0),
     *prompts.item_prompts(data_dir, language=language),
   ]
   assert {prompt.id for prompt in found} == set(rows.user) | set(rows.item)
@@ -136,7 +181,10 @@ def test_a_hostile_title_stays_inside_the_fence(make_shop):
     {'id': item, 'title': HOSTILE, 'genres': HOSTILE, 'description': HOSTILE} for item in 'xyz'
   ]
   data_dir = make_shop(rows, items)
-  found = [*prompts.user_prompts(data_dir), *prompts.item_prompts(data_dir, regenerate=True)]
+  found = [
+    *prompts.user_prompts(data_dir, hold_back=0.0),
+    *prompts.item_prompts(data_dir, regenerate=True),
+  ]
   assert len(found) == 5
   for prompt in found:
     benign = prompts.read_template(prompt.kind, 'en')
@@ -168,7 +216,7 @@ def test_long_data_is_cut_and_the_latest_stays(make_shop):
   found = list(prompts.item_prompts(data_dir, regenerate=True))
   assert max(len(prompt.text) for prompt in found) < longest + 300
   assert all(len(prompt.facts['title']) <= prompts.MAX_TITLE for prompt in found)
-  user = next(prompts.user_prompts(data_dir, max_history=90))
+  user = next(prompts.user_prompts(data_dir, hold_back=0.0, max_history=90))
   shown = re.findall(r'^(\d{3}) ', user.text, re.MULTILINE)
   assert 20 < len(shown) < 90
   assert shown == [f'{i:03d}' for i in range(100 - len(shown), 100)]
@@ -196,9 +244,9 @@ def test_items_are_asked_about_unless_they_tell_of_themselves(make_shop):
   assert 'description: Six rooms.' in again['c'].text
   # Of a user's history, what is not known is left out; who knows nothing else has no prompt.
   skipped.clear()
-  assert 'Cube' not in ''.join(p.text for p in prompts.user_prompts(data_dir))
+  assert 'Cube' not in ''.join(p.text for p in prompts.user_prompts(data_dir, hold_back=0.0))
   lone = make_shop([('u', 'a', 0), ('v', 'b', 0)], items, name='lone')
-  assert [p.id for p in prompts.user_prompts(lone, skipped=skipped)] == ['u']
+  assert [p.id for p in prompts.user_prompts(lone, hold_back=0.0, skipped=skipped)] == ['u']
   assert skipped == {'nothing is known of the items': 1}
 
 
