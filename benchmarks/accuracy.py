@@ -4,7 +4,7 @@
     --data_dir=data/movielens_100k --workdir=runs/ml-100k --seeds=0,1,2 --headline
   python -m benchmarks.accuracy --name=ml-100k-dropout --config=configs/movielens_100k.py \
     --data_dir=data/movielens_100k --workdir=runs/ml-100k-dropout --seeds=0,1,2 \
-    --baseline=ml-100k --config.model.dropout=0.4
+    --baseline=ml-100k --config.sasrec.dropout=0.4
   python -m benchmarks.accuracy            # only writes the tables again
 
 A seed that has finished is not run again. What is kept, in benchmarks/results, are the runs' own

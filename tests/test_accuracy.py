@@ -217,13 +217,13 @@ def test_training_a_variant_against_a_finished_baseline(tool, finished, data_dir
   done = train('base', '--headline')
   assert done.returncode == 0, done.stderr
   assert 'epoch' not in done.stderr  # It had finished.
-  variant = ('--baseline=base', '--config.model.dropout=0.5', '--config.num_epochs=1')
+  variant = ('--baseline=base', '--config.sasrec.dropout=0.5', '--config.num_epochs=1')
   done = train('variant', *variant)
   assert done.returncode == 0, done.stderr
 
   stored = accuracy.load_results(tmp_path / 'benchmarks/results')
   assert (stored['base']['baseline'], stored['variant']['baseline']) == (None, 'base')
-  assert stored['variant']['command'].endswith('--config.model.dropout=0.5 --config.num_epochs=1')
+  assert stored['variant']['command'].endswith('--config.sasrec.dropout=0.5 --config.num_epochs=1')
   for name, entry in stored.items():
     workdir = tmp_path / 'runs' / name / 'seed0'
     timing = json.loads((workdir / 'timing.json').read_text())
@@ -240,13 +240,13 @@ def test_training_a_variant_against_a_finished_baseline(tool, finished, data_dir
 
   config = json.loads((tmp_path / 'runs/variant/seed0/config.json').read_text())['config']
   assert (config['model']['dropout'], config['seed']) == (0.5, 0)
-  done = train('variant', '--baseline=base', '--config.model.dropout=0.1')
+  done = train('variant', '--baseline=base', '--config.sasrec.dropout=0.1')
   assert done.returncode == 2
   assert 'runs/variant/seed0 holds a run of' in done.stderr
   assert 'Traceback' not in done.stderr
-  done = train('broken', '--config.model.dropout=2.0')
+  done = train('broken', '--config.sasrec.dropout=2.0')
   assert done.returncode == 2
-  assert 'config.model.dropout' in done.stderr
+  assert 'config.sasrec.dropout' in done.stderr
   assert 'Traceback' not in done.stderr
   assert accuracy.results_page(accuracy.load_results(tmp_path / 'benchmarks/results')) == page
 
@@ -255,7 +255,7 @@ def test_training_a_variant_against_a_finished_baseline(tool, finished, data_dir
   ('flags', 'words'),
   [
     (['--config=configs/synthetic.py'], 'needed together'),
-    (['--config.model.dim=32'], 'needed together'),
+    (['--config.sasrec.dim=32'], 'needed together'),
     (['--name=a', '--config.seed=1'], '--config.seed=1: only'),
     (['--name=a', '--epochs=1'], '--epochs=1: only'),
     (['--seeds=0,x'], '--seeds'),

@@ -178,7 +178,7 @@ class _TrainLoop:
         train_part.item_ids,
         item_counts.astype(np.float32),
         self.features,
-        user_tables(dataset, jnp.dtype(config.model.dtype)),
+        user_tables(dataset, jnp.dtype(config.dtype)),
         preference_starts(train_part),
       )
     )
