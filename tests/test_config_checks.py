@@ -14,8 +14,8 @@ WRONG = [
   ('crop', 'first'),
   ('mapping', 'vmap'),
   ('transfer_guard', 'no'),
-  ('model.norm', 'none'),
-  ('model.dtype', 'float16'),
+  ('sasrec.norm', 'none'),
+  ('dtype', 'float16'),
   ('loss.name', 'hinge'),
   ('loss.negatives', 'hard'),
   ('optimizer.name', 'adam'),
@@ -30,16 +30,16 @@ WRONG = [
   ('checkpoint.every_validations', 0),
   ('checkpoint.max_to_keep', 0),
   ('sasrec.dim', 0),
-  ('model.num_blocks', 0),
-  ('model.num_heads', 0),
-  ('model.num_heads', 3),
-  ('model.ffn_dim', 0),
-  ('model.dropout', 1.0),
-  ('model.dropout', -0.1),
-  ('model.dropout', float('nan')),
-  ('model.item_input', 'text'),
-  ('model.content_dim', 0),
-  ('model.content_dropout', 1.0),
+  ('sasrec.num_blocks', 0),
+  ('sasrec.num_heads', 0),
+  ('sasrec.num_heads', 3),
+  ('sasrec.ffn_dim', 0),
+  ('sasrec.dropout', 1.0),
+  ('sasrec.dropout', -0.1),
+  ('sasrec.dropout', float('nan')),
+  ('sasrec.item_input', 'text'),
+  ('sasrec.content_dim', 0),
+  ('sasrec.content_dropout', 1.0),
   ('loss.num_negatives', 0),
   ('loss.chunk_size', 0),
   ('loss.calibration', 1.5),
@@ -100,7 +100,7 @@ def test_a_wrong_field_is_named(name, value):
     check_config(config_with(**{name: value}))
 
 
-@pytest.mark.parametrize('name', ['loss.name', 'evaluation.candidates', 'crop', 'model.norm'])
+@pytest.mark.parametrize('name', ['loss.name', 'evaluation.candidates', 'crop', 'sasrec.norm'])
 def test_a_wrong_choice_lists_the_right_ones(name):
   right = flatten(default.get_config().to_dict())[name]
   with pytest.raises(InputError, match=rf"'wrong': must be one of .*{right}"):
@@ -120,13 +120,13 @@ def test_a_missing_field_is_named(name):
 @pytest.mark.parametrize(
   ('name', 'value'),
   [
-    ('model.dropout', 0.0),
+    ('sasrec.dropout', 0.0),
     ('optimizer.clip_norm', 0.0),
     ('optimizer.warmup_steps', 0),
     ('optimizer.weight_decay', 0.0),
     ('loss.calibration', 0.0),
     ('loss.calibration', 1.0),
-    ('model.num_heads', 64),
+    ('sasrec.num_heads', 64),
     ('max_length', 1),
   ],
 )

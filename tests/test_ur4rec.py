@@ -1,0 +1,221 @@
+"""Both paths together: causality, packing, caching, missing content, and runs of every variant."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from tests.test_content import make_features
+from ur4rec_jax import losses, steps
+from ur4rec_jax.features import TokenTable
+from ur4rec_jax.input_pipeline import Batch
+from ur4rec_jax.models.retriever import normalised
+from ur4rec_jax.models.ur4rec import create_model
+
+ITEMS, LENGTH = 7, 6
+SMALL = {
+  'max_length': LENGTH,
+  'sasrec': {'dim': 6, 'num_blocks': 1, 'ffn_dim': 6},
+  'retriever': {'dim': 4, 'num_blocks': 1, 'ffn_dim': 4},
+  'content': {'hidden_dim': 8},
+}
+
+
+def make(variant: str = 'multimodal', **fields):
+  """A small model of the variant, its parameters of ordinary size, and features that fit."""
+  config = default.get_config(variant)
+  config.update(SMALL)
+  config.update(fields)
+  features = {name: table for name, table in make_features().items() if name in config.modalities}
+  model = create_model(config, ITEMS)
+  ones = jnp.ones((1, 1), jnp.int32)
+  init = functools.partial(model.init, method='encode')
+  shapes = jax.eval_shape(init, jax.random.key(0), features, ones, ones)['params']
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.4, size=x.shape), x.dtype), shapes)
+  return config, model, params, features
+
+
+def encode(model, params, features, item_ids, segment_ids=None):
+  item_ids = jnp.asarray(item_ids, jnp.int32)
+  segment_ids = (item_ids > 0) if segment_ids is None else jnp.asarray(segment_ids)
+  return model.apply(
+    {'params': params}, features, item_ids, segment_ids.astype(jnp.int32), method='encode'
+  )
+
+
+@pytest.mark.parametrize('variant', ['text', 'multimodal'])
+def test_no_path_reads_later_items_or_other_segments(variant):
+  _, model, params, features = make(variant)
+  items = np.array([[1, 2, 7, 5, 6, 1]])  # All of them have a text.
+  segments = np.array([[1, 1, 1, 2, 2, 2]])
+  before = encode(model, params, features, items, segments).users
+  for place in range(LENGTH):
+    changed = items.copy()
+    changed[0, place] = {1: 2, 2: 5, 5: 6, 6: 7, 7: 1}[items[0, place]]
+    after = encode(model, params, features, changed, segments).users
+    reads = (segments[0] == segments[0, place]) & (np.arange(LENGTH) >= place)
+    for path in before:
+      moved = np.abs(after[path] - before[path])[0].max(-1) > 1e-4
+      assert not moved[~reads].any(), (path, place)
+      assert moved[place], (path, place)
+
+
+def test_packed_users_are_encoded_as_if_alone_and_padding_changes_nothing():
+  _, model, params, features = make()
+  packed = encode(model, params, features, [[1, 2, 3, 5, 6, 0]], [[1, 1, 1, 2, 2, 0]]).users
+  alone = encode(model, params, features, [[0, 0, 0, 1, 2, 3], [5, 6, 0, 0, 0, 0]]).users
+  for path in packed:
+    np.testing.assert_allclose(packed[path][0, :3], alone[path][0, 3:], atol=1e-5)
+    np.testing.assert_allclose(packed[path][0, 3:5], alone[path][1, :2], atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['weighted', 'learned', 'adaptive', 'rank', 'cascade'])
+def test_cached_items_score_as_uncached_and_permuting_items_permutes_scores(kind):
+  _, model, params, features = make(fusion={'kind': kind, 'cascade_size': 3})
+  history = jnp.array([[1, 2, 3, 5, 6, 7]])
+  segments = jnp.ones_like(history)
+  apply = functools.partial(model.apply, {'params': params})
+
+  def scores(params, features, history):
+    apply = functools.partial(model.apply, {'params': params})
+    items = apply(features, method='item_side')
+    users = apply(items, history, segments, method='user_side')
+    return apply({k: x[:, -1] for k, x in users.items()}, items, method='scores')
+
+  cached = apply(features, method='item_side')
+  users = jax.jit(lambda items: apply(items, history, segments, method='user_side'))(cached)
+  last = {path: x[:, -1] for path, x in users.items()}
+  expected = scores(params, features, history)
+  assert expected.shape == (1, ITEMS)
+  np.testing.assert_allclose(apply(last, cached, method='scores'), expected, atol=1e-5)
+
+  order = np.r_[0, 1 + np.random.default_rng(1).permutation(ITEMS)]
+  position = np.argsort(order)
+  renamed = jax.tree.map(lambda x: x[order], features)
+  moved = jax.tree_util.tree_map_with_path(
+    lambda path, x: x[order] if 'item_embedding' in jax.tree_util.keystr(path) else x, params
+  )
+  permuted = scores(moved, renamed, jnp.asarray(position)[history])
+  np.testing.assert_allclose(permuted, expected[:, order[1:] - 1], atol=1e-4)
+
+
+def test_the_retriever_scores_by_cosine_over_temperature():
+  config, model, params, features = make('text')
+  encoded = encode(model, params, features, [[1, 2, 3, 5, 6, 7]])
+  np.testing.assert_allclose(jnp.linalg.norm(encoded.items['retriever'], axis=1), 1, atol=1e-5)
+  temperature = np.exp(params['retriever']['log_temperature'])
+  lengths = jnp.linalg.norm(encoded.users['retriever'], axis=-1)
+  np.testing.assert_allclose(lengths, 1 / temperature, rtol=1e-5)
+  fresh = create_model(config, ITEMS)
+  ones = jnp.ones((1, 1), jnp.int32)
+  init = fresh.init(jax.random.key(0), features, ones, ones, method='encode')['params']
+  assert np.exp(init['retriever']['log_temperature']) == pytest.approx(config.retriever.temperature)
+
+
+def test_zeros_have_a_direction_of_zeros_and_a_finite_gradient():
+  value, gradient = jax.value_and_grad(lambda x: normalised(x).sum())(jnp.zeros(3))
+  assert value == 0
+  assert np.isfinite(gradient).all()
+
+
+def a_batch(item_ids) -> Batch:
+  item_ids = jnp.asarray(item_ids, jnp.int32)
+  targets = jnp.pad(item_ids[:, 1:], ((0, 0), (0, 1)))
+  inputs = jnp.where(targets > 0, item_ids, 0)
+  segments = (targets > 0).astype(jnp.int32)
+  nothing = jnp.zeros_like(inputs)
+  return Batch(inputs, targets, segments, nothing, nothing[:, :1])
+
+
+ALL_LOSSES = {
+  'sasrec': 1.0,
+  'retriever': 1.0,
+  'fused': 0.5,
+  'consistency': 0.1,
+  'info_nce': 0.1,
+  'diversity': 0.01,
+}
+
+
+def all_losses(config, model, features, batch):
+  compute = steps.make_losses(config.loss)
+  tokens = (batch.targets > 0).sum().astype(jnp.float32)
+
+  def values(params):
+    encoded = model.apply(
+      {'params': params}, features, batch.item_ids, batch.segment_ids, method='encode'
+    )
+    data = steps.TrainData(
+      jnp.arange(1, ITEMS + 1), jnp.ones(ITEMS), features, {}, jnp.zeros(0, jnp.int32)
+    )
+    return compute(encoded, batch, data, tokens, jax.random.key(0)), encoded
+
+  return values
+
+
+@pytest.mark.parametrize('missing', ['nothing', 'one user', 'everything'])
+@pytest.mark.parametrize('fusion', ['add', 'concat', 'gated'])
+def test_every_loss_and_gradient_is_finite_whatever_is_missing(missing, fusion):
+  config, model, params, features = make(
+    content={'pooled_vectors': 2, 'fusion': fusion},
+    retriever={'fusion': fusion},
+    loss={'weights': ALL_LOSSES},
+  )
+  batch = a_batch([[1, 2, 3, 5, 6, 7], [4, 4, 4, 4, 4, 0], [0, 0, 0, 0, 0, 0]])
+  if missing == 'one user':  # Item 4 has no modality.
+    batch = a_batch([[4, 4, 4, 0, 0, 0]])
+  if missing == 'everything':
+    features = {n: TokenTable(t * 0, m & False) for n, (t, m) in features.items()}
+  values = all_losses(config, model, features, batch)
+  found, _ = jax.jit(values)(params)
+  assert set(found) == set(ALL_LOSSES)
+  total = lambda params: sum(values(params)[0].values())
+  gradients = jax.jit(jax.grad(total))(params)
+  assert all(np.isfinite(x) for x in found.values()), found
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+  if missing == 'everything':
+    assert found['consistency'] == found['info_nce'] == found['diversity'] == 0
+
+
+def test_losses_are_what_they_are_called():
+  config, model, params, features = make(
+    content={'pooled_vectors': 2}, loss={'weights': ALL_LOSSES, 'contrast_items': 100}
+  )
+  batch = a_batch([[1, 2, 3, 5, 6, 7]])
+  found, encoded = all_losses(config, model, features, batch)(params)
+  targets, weights = batch.targets[0] - 1, (batch.targets[0] > 0).astype(jnp.float32)
+  for path in ('sasrec', 'retriever', 'fused'):
+    expected = losses.plain_softmax(
+      encoded.users[path][0], encoded.items[path], jnp.maximum(targets, 0), weights
+    )
+    np.testing.assert_allclose(found[path], expected / 5, rtol=1e-4)
+  content, ids = encoded.content, batch.targets[0]
+  np.testing.assert_allclose(
+    found['consistency'], losses.consistency(content.modalities[1:], content.present[1:]), rtol=1e-5
+  )
+  both = content.present[ids].all(1) * weights
+  expected = losses.info_nce(
+    content.modalities[ids, 0], content.modalities[ids, 1], ids, both, encoded.log_temperature
+  )
+  np.testing.assert_allclose(found['info_nce'], expected, rtol=1e-5)
+
+
+def test_uncertainty_weighting_starts_at_the_weights_and_is_trained():
+  config, model, _, features = make(loss={'weighting': 'uncertainty'})
+  ones = jnp.ones((1, 1), jnp.int32)
+  params = model.init(jax.random.key(0), features, ones, ones, method='encode')['params']
+  values = all_losses(config, model, features, a_batch([[1, 2, 3, 5, 6, 7]]))
+
+  def total(params):
+    found, encoded = values(params)
+    return losses.uncertainty_weighted(found, encoded.log_variances)
+
+  gradients = jax.grad(total)(params)
+  for name, weight in config.loss.weights.items():
+    if weight:
+      assert np.exp(-params[f'log_variance_{name}']) == pytest.approx(weight)
+      assert gradients[f'log_variance_{name}'] != 0
