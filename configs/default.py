@@ -5,7 +5,7 @@ python -m ur4rec_jax.main --config=configs/NAME.py --workdir=DIR --config.KNOB=V
 
 from ml_collections import ConfigDict
 
-VARIANTS = ('sasrec', 'text', 'multimodal', 'paper')
+VARIANTS = ('sasrec', 'text', 'multimodal')
 
 
 def get_config(variant: str = 'sasrec') -> ConfigDict:
@@ -13,7 +13,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
 
   Args:
     variant: `sasrec` reads sequences only; `text` and `multimodal` add the retriever over the
-      items' texts, and their pictures; `paper` has the retriever of the paper over texts.
+      items' texts, and over their texts and pictures.
 
   Raises:
     ValueError: there is no such variant.
@@ -25,7 +25,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.data_dir = ''  # Folder that data_prep.build_dataset wrote.
   config.split = 'leave_one_out'  # What is held out: leave_one_out, or time for all at one time.
   config.modalities = ()  # Embeddings of the items to use: data_prep.encode's text, image, ...
-  config.user_modalities = ()  # Embeddings of the users' preference texts to use: text, ...
+  config.user_modalities = ()  # Of users' preference texts: checked and carried; no model reads them yet.
   config.seed = 0  # Of parameters, batches, dropout and negatives.
   config.max_length = 50  # Longest history in items; older ones are cut off.
   config.batch_size = 128  # Users a step on average, over all devices.
@@ -80,10 +80,10 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.loss.negatives = 'uniform'  # How sampled_softmax draws them: uniform or popularity.
   config.loss.calibration = 0.75  # t of gbce: 0 as bce, 1 fully calibrated.
   config.loss.chunk_size = 800  # Tokens whose logits are in memory at once.
-  config.loss.weights = ConfigDict()  # Of the sum of losses; 0 leaves one out.
-  config.loss.weights.sasrec = 1.0  # The loss named above, of each path's scores,
-  config.loss.weights.retriever = 0.0
-  config.loss.weights.fused = 0.0  # and of their sum.
+  config.loss.weights = ConfigDict()
+  config.loss.weights.sasrec = 1.0  # Of the loss named above, on SASRec's scores; 0 leaves it out.
+  config.loss.weights.retriever = 0.0  # Of the same on the retriever's scores,
+  config.loss.weights.fused = 0.0  # and on the weighted sum of both.
   config.loss.weights.consistency = 0.0  # Modalities of an item are alike.
   config.loss.weights.info_nce = 0.0  # And more alike than those of different items.
   config.loss.weights.diversity = 0.0  # Pooled vectors differ.
