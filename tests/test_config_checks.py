@@ -1,4 +1,6 @@
+import functools
 import importlib
+import operator
 import pathlib
 import pkgutil
 import re
@@ -38,8 +40,19 @@ WRONG = [
   ('sasrec.dropout', -0.1),
   ('sasrec.dropout', float('nan')),
   ('sasrec.item_input', 'text'),
-  ('sasrec.content_dim', 0),
-  ('sasrec.content_dropout', 1.0),
+  ('content.hidden_dim', 0),
+  ('content.dropout', 1.0),
+  ('content.num_heads', 3),
+  ('content.fusion', 'mean'),
+  ('retriever.num_heads', 3),
+  ('retriever.temperature', 0.0),
+  ('fusion.kind', 'sum'),
+  ('fusion.calibration', 'none'),
+  ('loss.weighting', 'learned'),
+  ('loss.diversity', 'l2'),
+  ('loss.weights.info_nce', -0.1),
+  ('paths', ('retriever', 'sasrec')),
+  ('paths', ()),
   ('loss.num_negatives', 0),
   ('loss.chunk_size', 0),
   ('loss.calibration', 1.5),
@@ -82,9 +95,38 @@ def changed(name: str, value) -> dict:
   return config_with(**{name: value}).to_dict()
 
 
+@pytest.mark.parametrize('variant', default.VARIANTS)
 @pytest.mark.parametrize('name', [m.name for m in pkgutil.iter_modules(configs.__path__)])
-def test_every_config_passes(name):
-  check_config(importlib.import_module(f'configs.{name}').get_config())
+def test_every_config_passes(name, variant):
+  check_config(importlib.import_module(f'configs.{name}').get_config(variant))
+
+
+@pytest.mark.parametrize(
+  ('variant', 'fields', 'told'),
+  [
+    ('sasrec', {'loss.weights.retriever': 1.0}, 'needs the path retriever'),
+    ('sasrec', {'loss.weights.fused': 1.0}, 'needs two paths'),
+    ('sasrec', {'loss.weights.sasrec': 0.0}, 'nothing would train the path sasrec'),
+    ('text', {'loss.weights.fused': 1.0, 'fusion.kind': 'rank'}, 'a fusion that is a sum'),
+    ('text', {'loss.weights.info_nce': 0.1}, 'needs two modalities'),
+    ('text', {'loss.weights.diversity': 0.1}, 'pooled_vectors above 1'),
+    ('text', {'loss.weights.retriever': 0.0}, 'nothing would train the path retriever'),
+    ('text', {'modalities': ()}, 'content needs modalities'),
+    ('text', {'fusion.weights': (1.0,)}, 'one number above 0 for each path'),
+    ('text', {'fusion.weights': (1.0, 0.0)}, 'one number above 0 for each path'),
+  ],
+)
+def test_what_has_no_inputs_is_refused(variant, fields, told):
+  config = default.get_config(variant)
+  with config.ignore_type():
+    config.update_from_flattened_dict(fields)
+  with pytest.raises(InputError, match=told):
+    check_config(config)
+
+
+def test_an_unknown_variant_is_refused():
+  with pytest.raises(ValueError, match='known: sasrec, text, multimodal'):
+    default.get_config('audio')
 
 
 def test_every_knob_has_a_comment():
@@ -111,7 +153,7 @@ def test_a_wrong_choice_lists_the_right_ones(name):
 def test_a_missing_field_is_named(name):
   config = default.get_config()
   *path, field = name.split('.')
-  parent = config[path[0]] if path else config
+  parent = functools.reduce(operator.getitem, path, config)
   del parent[field]
   with pytest.raises(InputError, match=rf'config\.{name} is missing'):
     check_config(config)
@@ -149,7 +191,8 @@ def test_a_run_goes_on_with_fields_that_change_no_result(name):
 )
 def test_a_run_does_not_go_on_with_another_value_of_any_other_field(name):
   before = flatten(default.get_config().to_dict())[name]
-  value = {'float': 0.123, 'int': 77, 'str': 'other', 'list': ['other']}[type(before).__name__]
+  others = {'float': 0.123, 'int': 77, 'bool': not before, 'str': 'other', 'list': ['other']}
+  value = others[type(before).__name__]
   expected = rf'config\.{name} is {re.escape(repr(value))}.*runs/x.*{re.escape(repr(before))}'
   with pytest.raises(InputError, match=expected):
     check_unchanged(default.get_config().to_dict(), changed(name, value), 'runs/x')

@@ -81,7 +81,7 @@ def test_content_equals_a_plain_computation():
       h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
       h = h * p[f'{name}_norm']['scale'] + p[f'{name}_norm']['bias']
       h = np.asarray(jax.nn.gelu(jnp.asarray(h)), np.float64)
-      logits = (h @ p[f'{name}_attention']['kernel'])[:, 0]
+      logits = (h @ p[f'{name}_attention']['logits']['kernel'])[:, 0]
       weights = np.exp(logits - logits.max())
       pooled = weights @ h / weights.sum()
       expected[row] += pooled @ p[f'{name}_out']['kernel'] + p[f'{name}_out']['bias']
@@ -173,7 +173,16 @@ def encoded(data_dir, environment, tmp_path_factory):
   return data
 
 
-BOTH = ("--config.modalities=('text','image')", '--config.sasrec.item_input=id+content')
+# Both paths, content in each, and all losses between modalities.
+BOTH = (
+  "--config.modalities=('text','image')",
+  "--config.paths=('sasrec','retriever')",
+  '--config.sasrec.item_input=id+content',
+  '--config.retriever.num_blocks=1',
+  '--config.loss.weights.retriever=1.0',
+  '--config.loss.weights.consistency=0.1',
+  '--config.loss.weights.info_nce=0.1',
+)
 TASTE = '--config.user_modalities=taste'
 
 
@@ -192,7 +201,10 @@ def test_a_run_with_content_trains_resumes_and_names_its_features(run, encoded, 
   printed = fingerprints['item']['image'][:16]
   assert f'60 x 4 tokens x 12, imported from pictures.npz, {printed}' in done.stdout
   assert 'features user taste: 120 x 2 tokens x 3, imported from tastes.npz' in done.stdout
-  assert 'content/image_in/kernel' in done.stdout
+  assert 'sasrec/content/image_in/kernel' in done.stdout
+  assert 'retriever/content/image_in/kernel' in done.stdout
+  logged = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert {'loss/sasrec', 'loss/retriever', 'loss/info_nce'} <= set().union(*logged)
   results = json.loads((workdir / 'results.json').read_text())
   found = results['dataset']['features']
   assert [found['item'][name]['is_builtin'] for name in ('text', 'image')] == [True, False]
