@@ -239,7 +239,7 @@ def test_training_a_variant_against_a_finished_baseline(tool, finished, data_dir
   assert '| variant |' not in readme
 
   config = json.loads((tmp_path / 'runs/variant/seed0/config.json').read_text())['config']
-  assert (config['model']['dropout'], config['seed']) == (0.5, 0)
+  assert (config['sasrec']['dropout'], config['seed']) == (0.5, 0)
   done = train('variant', '--baseline=base', '--config.sasrec.dropout=0.1')
   assert done.returncode == 2
   assert 'runs/variant/seed0 holds a run of' in done.stderr
