@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data_prep import encode
-from ur4rec_jax.dataset import load_dataset, read_interactions, read_items
+from ur4rec_jax.dataset import read_interactions, read_items
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import add_features, load_features, user_tables
+from ur4rec_jax.features import load_features, load_with_features, user_tables
 
 
 @pytest.fixture(scope='module')
@@ -83,7 +83,7 @@ def test_features_of_users_need_their_split(data, tmp_path):
   encode.main([f'--data_dir={data}', *flags])
   splits = json.loads((data / 'dataset.json').read_text())['splits']
   assert load_features(data, 'user', 'age', splits['time']['hash']).shape == (120, 1, 4)
-  dataset = add_features(load_dataset(data, 'time'), data, ['audio'], ['age'])
+  dataset = load_with_features(data, 'time', ['audio'], ['age'])
   tokens, mask = user_tables(dataset)['age']
   assert (tokens.shape, mask.shape) == ((120, 1, 4), (120, 1))
   users = [read_interactions(data).user_ids.index(name) for name in ('u001', 'u099')]

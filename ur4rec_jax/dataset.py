@@ -47,7 +47,7 @@ class Dataset:
     split: where it cuts each history.
     item_ids: `[interactions]` int32, 1-based, user after user, each in time order.
     offsets: `[users + 1]` int64, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
-    features: embeddings of the items by modality, see `features.add_features`.
+    features: embeddings of the items by modality, see `features.load_with_features`.
     user_features: the same of the users.
   """
 
@@ -80,6 +80,10 @@ class Dataset:
     ends = np.repeat(self.offsets[:-1] + self.split.train_lengths, self.lengths)
     return np.arange(len(self.item_ids)) < ends
 
+  def item_counts(self) -> np.ndarray:
+    """Counts the interactions of each item, `[num_items + 1]` by item id."""
+    return np.bincount(self.item_ids, minlength=self.num_items + 1)
+
   def held_out(self, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the users to evaluate on `valid` or `test`, and each one's held-out item id."""
     positions = self.split.held_out[part]
@@ -107,7 +111,7 @@ class Dataset:
     return dataclasses.replace(self, item_ids=self.item_ids[self.is_train], offsets=offsets)
 
 
-def load_dataset(data_dir: str, split_name: str = splits.LEAVE_ONE_OUT) -> Dataset:
+def load_dataset(data_dir: str | pathlib.Path, split_name: str = splits.LEAVE_ONE_OUT) -> Dataset:
   """Reads the interactions of a prepared folder and cuts them.
 
   Raises:
@@ -144,14 +148,23 @@ def read_info(data_dir: str | pathlib.Path) -> dict[str, Any]:
     raise InputError(
       f'data_dir {data_dir}: not a prepared dataset (no {METADATA}); {_rebuild(data_dir)}'
     )
+  return read_versioned(path, FORMAT_VERSION, _rebuild(data_dir))
+
+
+def read_versioned(path: pathlib.Path, format_version: int, way_out: str) -> dict[str, Any]:
+  """Reads a JSON object that names the version of its format.
+
+  Raises:
+    InputError: it is missing, damaged or of another version; ends with the way out given.
+  """
   try:
     info = json.loads(path.read_text(encoding='utf-8'))
     version = info['format_version']
   except (OSError, ValueError, LookupError, TypeError) as error:
-    raise InputError(f'{path}: cannot be read ({error!r}); {_rebuild(data_dir)}') from error
-  if version != FORMAT_VERSION:
+    raise InputError(f'{path}: cannot be read ({error!r}); {way_out}') from error
+  if version != format_version:
     raise InputError(
-      f'{path}: is of format {version}, this version reads {FORMAT_VERSION}; {_rebuild(data_dir)}'
+      f'{path}: is of format {version}, this version reads {format_version}; {way_out}'
     )
   return info
 

@@ -100,8 +100,7 @@ def _draw_candidates(dataset: Dataset, users: np.ndarray, config: ConfigDict) ->
   rng = np.random.default_rng(config.seed)
   weights = np.ones(dataset.num_items)
   if config.candidates == 'popularity':
-    train = dataset.train_part().item_ids
-    weights = np.bincount(train, minlength=dataset.num_items + 1)[1:].astype(float)
+    weights = dataset.train_part().item_counts()[1:].astype(float)
   candidates = np.zeros((len(users), config.num_candidates), np.int32)
   with np.errstate(divide='ignore'):
     log_weights = np.log(weights)
@@ -309,8 +308,7 @@ def baseline_metrics(dataset: Dataset, part: str, config: ConfigDict) -> dict[st
     `{'popularity': metrics, 'random': metrics}`.
   """
   queries = make_queries(dataset, part, config)
-  train = dataset.train_part().item_ids
-  popularity = np.bincount(train, minlength=dataset.num_items + 1)
+  popularity = dataset.train_part().item_counts()
   popularity[0] = -1  # Below every item.
   sorted_popularity = np.sort(popularity[1:])
   rng = np.random.default_rng(config.seed)

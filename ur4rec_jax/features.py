@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ur4rec_jax import splits
-from ur4rec_jax.dataset import Dataset, read_info
+from ur4rec_jax.dataset import Dataset, load_dataset, read_info, read_versioned
 from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 1
@@ -80,7 +79,7 @@ class Features:
     for shard in np.unique(shards):
       chosen = shards == shard
       found = {kind: arrays[shard][places[chosen]] for kind, arrays in self.shards.items()}
-      tokens[chosen], mask[chosen] = _decoded(found), found['mask']
+      tokens[chosen], mask[chosen] = decoded(found), found['mask']
     return tokens, mask
 
   def table(self, dtype: Any = np.float32) -> TokenTable:
@@ -104,10 +103,10 @@ class Features:
       start, end = end, end + record['rows']
       # Read, not mapped: one shard at a time is in memory beside the table.
       found = {kind: self._read(kind, shard) for kind in self.shards}
-      decoded = _decoded(found)
-      if not np.isfinite(decoded).all():
+      values = decoded(found)
+      if not np.isfinite(values).all():
         raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
-      tokens[start:end], mask[start:end] = decoded, found['mask']
+      tokens[start:end], mask[start:end] = values, found['mask']
     return TokenTable(tokens, mask)
 
   def _read(self, kind: str, shard: int) -> np.ndarray:
@@ -118,7 +117,8 @@ class Features:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def _decoded(arrays: dict[str, np.ndarray]) -> np.ndarray:
+def decoded(arrays: dict[str, np.ndarray]) -> np.ndarray:
+  """Gives the tokens that the arrays of some rows stand for."""
   if 'scale' not in arrays:
     return arrays['tokens']
   return arrays['tokens'] * arrays['scale'].astype(np.float32)[..., None]
@@ -175,13 +175,18 @@ def load_features(
   return Features(folder, info, shards)
 
 
-def add_features(
-  dataset: Dataset,
+def load_with_features(
   data_dir: str | pathlib.Path,
+  split_name: str,
   modalities: Sequence[str],
   user_modalities: Sequence[str],
 ) -> Dataset:
-  """Returns the dataset with features of its items and users; raises what `load_features` does."""
+  """Loads a prepared folder with features of its items and users.
+
+  Raises:
+    InputError: as `load_dataset` and `load_features` do.
+  """
+  dataset = load_dataset(data_dir, split_name)
   load = lambda of, names: {n: load_features(data_dir, of, n, dataset.split_hash) for n in names}
   return dataclasses.replace(
     dataset, features=load('item', modalities), user_features=load('user', user_modalities)
@@ -218,17 +223,7 @@ def preference_starts(train_part: Dataset) -> np.ndarray:
 
 def read_features_info(folder: pathlib.Path, way_out: str) -> dict[str, Any]:
   """Reads info.json; InputError, with the way out given, if it is missing or damaged."""
-  path = folder / INFO
-  try:
-    info = json.loads(path.read_text(encoding='utf-8'))
-    version = info['format_version']
-  except (OSError, ValueError, LookupError, TypeError) as error:
-    raise InputError(f'{path}: cannot be read ({error!r}); {way_out}') from error
-  if version != FORMAT_VERSION:
-    raise InputError(
-      f'{path}: is of format {version}, this version reads {FORMAT_VERSION}; {way_out}'
-    )
-  return info
+  return read_versioned(folder / INFO, FORMAT_VERSION, way_out)
 
 
 def array_kinds(info: dict[str, Any]) -> Iterator[tuple]:

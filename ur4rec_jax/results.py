@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from ur4rec_jax import evaluate, metrics, optimizers, parallel
 from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
-from ur4rec_jax.dataset import Dataset, load_dataset
+from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import TokenTable, add_features, item_tables
+from ur4rec_jax.features import TokenTable, item_tables, load_with_features
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.train_state import create_train_state
 from ur4rec_jax.workdir import check_workdir
@@ -99,11 +99,8 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     InputError: the folder holds no run or another one.
   """
   check_config(config)
-  dataset = add_features(
-    load_dataset(config.data_dir, config.split),
-    config.data_dir,
-    config.modalities,
-    config.user_modalities,
+  dataset = load_with_features(
+    config.data_dir, config.split, config.modalities, config.user_modalities
   )
   if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
@@ -144,8 +141,7 @@ def _rank(
 
 def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
   """Returns the protocol, the metrics of both parts, whole and by popularity, and the baselines."""
-  counts = np.bincount(dataset.train_part().item_ids, minlength=dataset.num_items + 1)
-  groups = metrics.popularity_groups(counts)
+  groups = metrics.popularity_groups(dataset.train_part().item_counts())
   return {
     'protocol': evaluate.protocol(dataset, config.evaluation),
     **{part: metrics.ranking_metrics(ranks[part]) for part in evaluate.PARTS},

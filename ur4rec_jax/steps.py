@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax import losses
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch
-from ur4rec_jax.models.ur4rec import Encoded
+from ur4rec_jax.models.ur4rec import Encoded, losses_in_use
 from ur4rec_jax.parallel import AXIS
 from ur4rec_jax.train_state import TrainState
 
@@ -50,13 +50,14 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
     tokens by: the scalars by name.
   """
   retrieval = make_retrieval_loss(config)
-  names = [name for name, weight in config.weights.items() if weight]
+  names = losses_in_use(config)
 
   def all_losses(encoded: Encoded, batch: Batch, data: TrainData, tokens: Array, key: Array):
     targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
     weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
     # Targets at even distances stand for the batch: items as often as they are consumed.
     some = jnp.linspace(0, targets.size - 1, min(config.contrast_items, targets.size), dtype=int)
+    some_ids, some_weights = batch.targets.reshape(-1)[some], weights[some]
 
     def of_path(path: str) -> Array:
       users = encoded.users[path]
@@ -64,15 +65,15 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       return retrieval(users, encoded.items[path], targets, weights, data, key) / tokens
 
     def info_nce() -> Array:
-      ids = batch.targets.reshape(-1)[some]
-      vectors, present = encoded.content.modalities[ids], encoded.content.present[ids]
+      vectors = encoded.content.modalities[some_ids]
+      present = encoded.content.present[some_ids]
       pairs = list(itertools.combinations(range(present.shape[1]), 2))
       values = [
         losses.info_nce(
           vectors[:, a],
           vectors[:, b],
-          ids,
-          weights[some] * present[:, a] * present[:, b],
+          some_ids,
+          some_weights * present[:, a] * present[:, b],
           encoded.log_temperature,
         )
         for a, b in pairs
@@ -80,9 +81,8 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       return sum(values) / len(pairs)
 
     def diversity() -> Array:
-      ids = batch.targets.reshape(-1)[some]
-      pooled, present = encoded.content.pooled[ids], encoded.content.present[ids]
-      present = present * weights[some][:, None]
+      pooled = encoded.content.pooled[some_ids]
+      present = encoded.content.present[some_ids] * some_weights[:, None]
       flat = pooled.reshape(-1, *pooled.shape[2:])
       return losses.diversity(flat, present.reshape(-1), config.diversity)
 

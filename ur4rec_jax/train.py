@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from ur4rec_jax import evaluate, optimizers, parallel, results, steps
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
-from ur4rec_jax.dataset import Dataset, load_dataset
+from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import add_features, item_tables, preference_starts, user_tables
+from ur4rec_jax.features import item_tables, load_with_features, preference_starts, user_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
@@ -48,11 +48,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     InterruptedBySignal: SIGTERM or SIGINT came; the run is saved.
   """
   check_config(config)
-  dataset = add_features(
-    load_dataset(config.data_dir, config.split),
-    config.data_dir,
-    config.modalities,
-    config.user_modalities,
+  dataset = load_with_features(
+    config.data_dir, config.split, config.modalities, config.user_modalities
   )
   _check_dataset(config, dataset)
   claim_workdir(workdir, config, dataset)
@@ -165,18 +162,17 @@ class _TrainLoop:
     tx = optimizers.create_optimizer(config.optimizer, self.total_steps)
     train_step = parallel.MAPPINGS[config.mapping](
       steps.make_train_step(
-        model, tx, steps.make_losses(config.loss), losses_in_use(config), config.max_length
+        model, tx, steps.make_losses(config.loss), losses_in_use(config.loss), config.max_length
       ),
       in_axes=(None, None, 0, None),
       donate_argnums=(0,),
     )
     self.features = item_tables(dataset, jnp.dtype(config.dtype))
     self._restore_or_create(model, tx)
-    item_counts = np.bincount(train_part.item_ids, minlength=dataset.num_items + 1)[1:]
     data = parallel.replicate(
       steps.TrainData(
         train_part.item_ids,
-        item_counts.astype(np.float32),
+        train_part.item_counts()[1:].astype(np.float32),
         self.features,
         user_tables(dataset, jnp.dtype(config.dtype)),
         preference_starts(train_part),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data_prep import staging
 from data_prep.embeddings.projection import Moments, Projection
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import FORMAT_VERSION, INFO, file_name, read_features_info
+from ur4rec_jax.features import FORMAT_VERSION, INFO, decoded, file_name, read_features_info
 
 DTYPES = ('float16', 'float32', 'int8')
 MASKED = 'masked.jsonl'
@@ -357,7 +357,7 @@ def _store(
     scale = np.minimum(largest / 127, _LARGEST_FLOAT16).astype(np.float16)
     steps = tokens / np.where(scale > 0, scale, 1).astype(np.float32)[..., None]
     arrays |= {'tokens': np.clip(np.rint(steps), -127, 127).astype(np.int8), 'scale': scale}
-    stored = arrays['tokens'] * scale.astype(np.float32)[..., None]
+    stored = decoded(arrays)
     is_lost = (largest / 127 > _LARGEST_FLOAT16) | (mask & ~stored.any(-1))
   else:
     with np.errstate(over='ignore'):

@@ -157,13 +157,17 @@ class PathFusion(nn.Module):
     Returns:
       `[users, items]` float32.
     """
-    product = lambda u, v: jnp.matmul(u, v.T, preferred_element_type=jnp.float32)
     if self.kind in SUMS:
-      return leave_out(product(*self(users, items)))
-    by_path = [leave_out(product(users[path], items[path])) for path in self.paths]
+      return leave_out(inner_products(*self(users, items)))
+    by_path = [leave_out(inner_products(users[path], items[path])) for path in self.paths]
     if self.kind == 'rank':
       return leave_out(reciprocal_rank(by_path, self.weights, self.rank_constant))
     return leave_out(cascade(*by_path, self.cascade_size))
+
+
+def inner_products(users: Array, items: Array) -> Array:
+  """Scores `[users, items]` float32 from `[users, width]` and `[items, width]`."""
+  return jnp.matmul(users, items.T, preferred_element_type=jnp.float32)
 
 
 def places(scores: Array) -> Array:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.models.content import Content, ContentTower, ItemSide
-from ur4rec_jax.models.fusion import SUMS, PathFusion
+from ur4rec_jax.models.fusion import SUMS, PathFusion, inner_products
 from ur4rec_jax.models.retriever import Retriever
 from ur4rec_jax.models.sasrec import SASRec
 
@@ -152,7 +152,7 @@ class UR4Rec(nn.Module):
     if self.fusion is not None:
       return self.fusion.scores(users, vectors, leave_out)
     ((name, states),) = users.items()
-    return leave_out(jnp.matmul(states, vectors[name].T, preferred_element_type=jnp.float32))
+    return leave_out(inner_products(states, vectors[name]))
 
 
 def _vectors(items: Mapping[str, ItemSide]) -> dict[str, Array]:
@@ -177,7 +177,7 @@ def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
     fields = {**config.fusion, 'weights': tuple(config.fusion.weights)}
     paths['fusion'] = PathFusion(paths=tuple(paths), **fields)
   return UR4Rec(
-    losses=losses_in_use(config),
+    losses=losses_in_use(config.loss),
     uncertainty_weighting=config.loss.weighting == 'uncertainty',
     temperature=config.loss.temperature,
     **paths,
@@ -185,5 +185,5 @@ def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
 
 
 def losses_in_use(config: ConfigDict) -> FrozenDict[str, float]:
-  """Weights of the losses, without those of zero."""
-  return FrozenDict({name: weight for name, weight in config.loss.weights.items() if weight})
+  """Weights of the losses that `config.weights` does not leave out by a zero."""
+  return FrozenDict({name: weight for name, weight in config.weights.items() if weight})
