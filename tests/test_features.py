@@ -11,7 +11,7 @@ import pytest
 from data_prep import encode
 from ur4rec_jax.dataset import read_interactions, read_items
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import load_features, load_with_features, user_tables
+from ur4rec_jax.features import load_features, load_with_features, read_tables
 
 
 @pytest.fixture(scope='module')
@@ -84,7 +84,7 @@ def test_features_of_users_need_their_split(data, tmp_path):
   splits = json.loads((data / 'dataset.json').read_text())['splits']
   assert load_features(data, 'user', 'age', splits['time']['hash']).shape == (120, 1, 4)
   dataset = load_with_features(data, 'time', ['audio'], ['age'])
-  tokens, mask = user_tables(dataset)['age']
+  tokens, mask = read_tables(dataset).users['age']
   assert (tokens.shape, mask.shape) == ((120, 1, 4), (120, 1))
   users = [read_interactions(data).user_ids.index(name) for name in ('u001', 'u099')]
   assert np.flatnonzero(mask).tolist() == users

@@ -10,7 +10,7 @@ from configs import default
 from tests.conftest import make_dataset
 from ur4rec_jax import losses, optimizers, parallel, steps
 from ur4rec_jax.dataset import Dataset
-from ur4rec_jax.features import preference_starts
+from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
@@ -44,7 +44,7 @@ def loss_inputs(tokens: int = 11, dim: int = 4):
 def train_data(counts) -> steps.TrainData:
   item_ids = np.repeat(np.arange(1, len(counts) + 1), counts).astype(np.int32)
   counts = jnp.asarray(counts, jnp.float32)
-  return steps.TrainData(jnp.asarray(item_ids), counts, {}, {}, jnp.zeros(0, jnp.int32))
+  return steps.TrainData(jnp.asarray(item_ids), counts, Tables({}, {}), jnp.zeros(0, jnp.int32))
 
 
 EVEN = np.full(NUM_ITEMS, 3)
@@ -176,7 +176,9 @@ def all_data() -> steps.TrainData:
   train = training_part()
   counts = np.bincount(train.item_ids, minlength=NUM_ITEMS + 1)[1:].astype(np.float32)
   starts = preference_starts(train)
-  return steps.TrainData(*map(jnp.asarray, (train.item_ids, counts)), {}, {}, jnp.asarray(starts))
+  return steps.TrainData(
+    *map(jnp.asarray, (train.item_ids, counts)), Tables({}, {}), jnp.asarray(starts)
+  )
 
 
 class Lookup(nn.Module):
@@ -210,7 +212,7 @@ class Trainer:
     self.initial = jax.device_get(self.create(seed=0))
 
   def create(self, seed: int) -> TrainState:
-    return create_train_state(self.model, self.tx, seed, {})
+    return create_train_state(self.model, self.tx, seed, Tables({}, {}))
 
   def init(self, **changes) -> TrainState:
     """The state of seed 0 on the devices, with some fields changed."""

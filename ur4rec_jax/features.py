@@ -29,6 +29,31 @@ class TokenTable(NamedTuple):
   mask: Any
 
 
+class Tables(NamedTuple):
+  """What a model reads of items and users besides interactions, by modality.
+
+  Attributes:
+    items: tables with `items + 1` rows, row 0 masked.
+    users: tables with `users` rows, row u of user u.
+  """
+
+  items: dict[str, TokenTable]
+  users: dict[str, TokenTable]
+
+
+class Preferences(NamedTuple):
+  """What users' own texts tell of them, as the positions of a batch of histories may read it.
+
+  Attributes:
+    tables: by modality, tokens `[batch, segments, tokens, width]` and masks `[batch, segments,
+      tokens]`; at index s is the user of segment s + 1.
+    visible: `[batch, length]` bool: whether a position may see those of its user.
+  """
+
+  tables: dict[str, TokenTable]
+  visible: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Features:
   """The tokens of one modality; row i is of item i + 1, or of user i.
@@ -193,17 +218,15 @@ def load_with_features(
   )
 
 
-def item_tables(dataset: Dataset, dtype: Any = np.float32) -> dict[str, TokenTable]:
-  """Reads the items' features whole, by modality, in the type that is computed in."""
-  return {name: features.table(dtype) for name, features in dataset.features.items()}
-
-
-def user_tables(dataset: Dataset, dtype: Any = np.float32) -> dict[str, TokenTable]:
-  """As `item_tables`, of the users; without row 0, as they are counted from 0: row u is user u."""
-  return {
+def read_tables(dataset: Dataset, dtype: Any = np.float32) -> Tables:
+  """Reads all features whole, in the type that is computed in."""
+  items = {name: features.table(dtype) for name, features in dataset.features.items()}
+  users = {
+    # Without row 0: users are counted from 0.
     name: TokenTable(*(x[1:] for x in features.table(dtype)))
     for name, features in dataset.user_features.items()
   }
+  return Tables(items, users)
 
 
 def preference_starts(train_part: Dataset) -> np.ndarray:

@@ -17,7 +17,7 @@ from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import TokenTable, item_tables, load_with_features
+from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.train_state import create_train_state
 from ur4rec_jax.workdir import check_workdir
@@ -29,7 +29,7 @@ def write_results(
   config: ConfigDict,
   workdir: str,
   dataset: Dataset,
-  features: dict[str, TokenTable],
+  tables: Tables,
   params: PyTree,
   stage: dict[str, Any],
   seconds: float,
@@ -43,7 +43,7 @@ def write_results(
     config: the run's config.
     workdir: where to write.
     dataset: all interactions.
-    features: of the items, by modality.
+    tables: tokens of items and users.
     params: the best parameters.
     stage: what to say of the stage that made them.
     seconds: training time.
@@ -51,7 +51,7 @@ def write_results(
   Returns:
     The contents of `results.json`.
   """
-  ranks = _rank(config, dataset, features, params)
+  ranks = _rank(config, dataset, tables, params)
   scores = _scores(config, dataset, ranks)
   results = {
     'dataset': {
@@ -106,8 +106,8 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   model = create_model(config, dataset.num_items)
   tx = optimizers.create_optimizer(config.optimizer, 1)
-  features = item_tables(dataset, jnp.dtype(config.dtype))
-  shapes = jax.eval_shape(lambda: create_train_state(model, tx, config.seed, features))
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  shapes = jax.eval_shape(lambda: create_train_state(model, tx, config.seed, tables))
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   try:
     restored = checkpointer.restore({'state': shapes, 'best_params': shapes.params})
@@ -115,7 +115,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     checkpointer.close()
   if restored is None or not restored[1]['best_valid']:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
-  ranks = _rank(config, dataset, features, restored[0]['best_params'])
+  ranks = _rank(config, dataset, tables, restored[0]['best_params'])
   results = _scores(config, dataset, ranks)
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
@@ -124,16 +124,16 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
 
 
 def _rank(
-  config: ConfigDict, dataset: Dataset, features: dict[str, TokenTable], params: PyTree
+  config: ConfigDict, dataset: Dataset, tables: Tables, params: PyTree
 ) -> dict[str, np.ndarray]:
   """Returns the ranks of the held-out items of both parts, in the users' order."""
   model = create_model(config, dataset.num_items)
   with jax.transfer_guard(config.transfer_guard):
     item_ids = parallel.replicate(dataset.item_ids)
-    features = parallel.replicate(features)
+    tables = parallel.replicate(tables)
     return {
       part: evaluate.make_evaluator(
-        model, dataset, item_ids, features, part, config.evaluation, config.mapping
+        model, dataset, item_ids, tables, part, config.evaluation, config.mapping
       )(params)
       for part in evaluate.PARTS
     }

@@ -11,8 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from ur4rec_jax import losses
-from ur4rec_jax.features import TokenTable
-from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch
+from ur4rec_jax.features import Tables
+from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.models.ur4rec import Encoded, losses_in_use
 from ur4rec_jax.parallel import AXIS
 from ur4rec_jax.train_state import TrainState
@@ -26,15 +26,13 @@ class TrainData(NamedTuple):
   Attributes:
     item_ids: `[training interactions]` int32, 1-based, user after user.
     item_counts: `[num_items]` float32, training interactions an item.
-    features: by modality, tables with `num_items + 1` rows.
-    preferences: by modality, tables with `num_users` rows, row u of user u.
+    tables: tokens of items and users.
     preference_starts: `[num_users]` int32, from `features.preference_starts`.
   """
 
   item_ids: Array
   item_counts: Array
-  features: dict[str, TokenTable]
-  preferences: dict[str, TokenTable]
+  tables: Tables
   preference_starts: Array
 
 
@@ -42,8 +40,8 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
   """Builds all losses that have a weight.
 
   Args:
-    config: `weights` by loss; `contrast_items`, items that `info_nce` and `diversity` look at;
-      `diversity`, its kind; and what `make_retrieval_loss` reads.
+    config: `weights` by loss; `contrast_items`, targets that `info_nce`, `contrast`, `matching` and
+      `diversity` look at; `diversity`, its kind; and what `make_retrieval_loss` reads.
 
   Returns:
     `losses(encoded, batch, data, tokens, key)`, with `tokens` the number to divide sums over
@@ -86,7 +84,26 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       flat = pooled.reshape(-1, *pooled.shape[2:])
       return losses.diversity(flat, present.reshape(-1), config.diversity)
 
+    def contrast() -> Array:
+      retrieved = encoded.retrieved.reshape(-1, *encoded.retrieved.shape[2:])[some]
+      wanted = encoded.items['retriever'][targets[some]]
+      return losses.info_nce(retrieved, wanted, some_ids, some_weights, encoded.log_temperature)
+
+    def matching() -> Array:
+      users = encoded.users['retriever'].reshape(targets.size, -1)[some]
+      matched = encoded.items['retriever'][targets[some]]
+      # A neighbour's target: an item about as popular as the user's own.
+      mismatched, is_other = jnp.roll(matched, 1, axis=0), jnp.roll(some_ids, 1) != some_ids
+      logits = [(users * items).sum(-1, dtype=jnp.float32) for items in (matched, mismatched)]
+      return losses.matching_bce(
+        jnp.concatenate(logits) + encoded.matching_bias,
+        jnp.repeat(jnp.array([1, 0]), len(some)),
+        jnp.concatenate([some_weights, some_weights * is_other * jnp.roll(some_weights, 1)]),
+      )
+
     auxiliary = {
+      'contrast': contrast,
+      'matching': matching,
       'consistency': lambda: losses.consistency(
         encoded.content.modalities[1:], encoded.content.present[1:]
       ),
@@ -174,7 +191,7 @@ def make_train_step(
   """Builds the step that is mapped over devices: several optimizer steps in one dispatch.
 
   Args:
-    model: has `encode(features, item_ids, segment_ids)`, see `UR4Rec`.
+    model: has `encode`, see `UR4Rec`.
     tx: optimizer.
     all_losses: from `make_losses`.
     loss_weights: of their sum; not used by a model that learns them.
@@ -201,9 +218,10 @@ def make_train_step(
     def objective(params):
       encoded = model.apply(
         {'params': params},
-        data.features,
+        data.tables.items,
         batch.item_ids,
         batch.segment_ids,
+        gather_preferences(data.tables.users, batch, data.preference_starts),
         deterministic=False,
         rngs={'dropout': dropout_key},
         method='encode',

@@ -18,7 +18,7 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import item_tables, load_with_features, preference_starts, user_tables
+from ur4rec_jax.features import load_with_features, preference_starts, read_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
@@ -68,7 +68,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     'best_epoch': progress.best_epoch,
   }
   return results.write_results(
-    config, workdir, dataset, loop.features, loop.best_params, stage, progress.seconds
+    config, workdir, dataset, loop.tables, loop.best_params, stage, progress.seconds
   )
 
 
@@ -167,14 +167,13 @@ class _TrainLoop:
       in_axes=(None, None, 0, None),
       donate_argnums=(0,),
     )
-    self.features = item_tables(dataset, jnp.dtype(config.dtype))
+    self.tables = read_tables(dataset, jnp.dtype(config.dtype))
     self._restore_or_create(model, tx)
     data = parallel.replicate(
       steps.TrainData(
         train_part.item_ids,
         train_part.item_counts()[1:].astype(np.float32),
-        self.features,
-        user_tables(dataset, jnp.dtype(config.dtype)),
+        self.tables,
         preference_starts(train_part),
       )
     )
@@ -182,7 +181,7 @@ class _TrainLoop:
       model,
       dataset,
       parallel.replicate(dataset.item_ids),
-      data.features,
+      data.tables,
       'valid',
       config.evaluation,
       config.mapping,
@@ -204,7 +203,7 @@ class _TrainLoop:
     self.started = time.monotonic() - self.progress.seconds
 
   def _restore_or_create(self, model: nn.Module, tx) -> None:
-    state = create_train_state(model, tx, self.config.seed, self.features)
+    state = create_train_state(model, tx, self.config.seed, self.tables)
     restored = self.checkpointer.restore({'state': state, 'best_params': state.params})
     if restored is None:
       self.state: TrainState = parallel.replicate(state)

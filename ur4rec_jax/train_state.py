@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.features import Tables
+from ur4rec_jax.input_pipeline import Batch, gather_preferences
 
 PyTree = Any
 
@@ -34,23 +35,24 @@ def create_train_state(
   model: nn.Module,
   tx: optax.GradientTransformation,
   seed: int,
-  features: dict[str, TokenTable],
+  tables: Tables,
 ) -> TrainState:
   """Initialises parameters and optimizer, on the default device, from one seed.
 
   Args:
-    model: has `encode(features, item_ids, segment_ids)`.
+    model: has `encode`, see `UR4Rec`.
     tx: optimizer.
     seed: of parameters and of everything random in training.
-    features: by modality; only the width of their tokens matters.
+    tables: tokens of items and users; only the width of the tokens matters.
   """
-  one_item = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), features)
+  one_row = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), tables)
 
   @jax.jit
   def create() -> TrainState:
     init_key, root_key = jax.random.split(jax.random.key(seed))
-    ones = jnp.ones((1, 1), jnp.int32)
-    params = model.init(init_key, one_item, ones, ones, method='encode')['params']
+    ones, zeros = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    preferences = gather_preferences(one_row.users, Batch(ones, ones, ones, ones, zeros))
+    params = model.init(init_key, one_row.items, ones, ones, preferences, method='encode')['params']
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, tx.init(params), jax.random.key_data(root_key))
 
