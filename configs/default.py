@@ -26,6 +26,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.split = 'leave_one_out'  # What is held out: leave_one_out, or time for all at one time.
   config.modalities = ()  # Embeddings of the items to use: data_prep.encode's text, image, ...
   config.user_modalities = ()  # Embeddings of the users' texts to use, by the retriever.
+  config.shuffled_features = False  # A control: every item gets the embeddings of another one.
   config.seed = 0  # Of parameters, batches, dropout and negatives.
   config.max_length = 50  # Longest history in items; older ones are cut off.
   config.batch_size = 128  # Users a step on average, over all devices.

@@ -77,9 +77,10 @@ def test_content_equals_a_plain_computation():
       present = np.asarray(tokens[row])[np.asarray(mask[row])]
       if not len(present):
         continue
-      h = present @ p[f'{name}_in']['kernel'] + p[f'{name}_in']['bias']
+      project = p[f'{name}_projection']
+      h = present @ project['dense']['kernel'] + project['dense']['bias']
       h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
-      h = h * p[f'{name}_norm']['scale'] + p[f'{name}_norm']['bias']
+      h = h * project['norm']['scale'] + project['norm']['bias']
       h = np.asarray(jax.nn.gelu(jnp.asarray(h)), np.float64)
       logits = (h @ p[f'{name}_attention']['logits']['kernel'])[:, 0]
       weights = np.exp(logits - logits.max())
@@ -235,7 +236,9 @@ def test_features_that_do_not_fit_are_refused(run, encoded, data_dir, tmp_path):
     here, '--config.modalities=audio', '--config.sasrec.item_input=content'
   )
   assert 'has no text features of users' in refusal(here, *BOTH, '--config.user_modalities=text')
-  assert 'was made for the split leave_one_out' in refusal(here, *BOTH, TASTE, '--config.split=time')
+  assert 'was made for the split leave_one_out' in refusal(
+    here, *BOTH, TASTE, '--config.split=time'
+  )
   assert 'only the retriever reads them' in refusal(here, TASTE)
   assert 'content needs modalities' in refusal(here, '--config.sasrec.item_input=content')
   assert 'modalities are for content' in refusal(here, '--config.modalities=text')

@@ -120,7 +120,7 @@ def check_config(config: ConfigDict) -> None:
   """Raises InputError, naming the field and what it may be, if a field is missing or impossible."""
   fields = flatten(config.to_dict())
   others = ('data_dir', 'modalities', 'user_modalities', 'paths')
-  others += ('retriever.item_id', 'fusion.weights', 'loss.calibration')
+  others += ('shuffled_features', 'retriever.item_id', 'fusion.weights', 'loss.calibration')
   for name in (*_CHOICES, *_AT_LEAST, *_ABOVE_ZERO, *_BELOW_ONE, *others):
     if name not in fields:
       raise InputError(f'config.{name} is missing; configs/default.py has every field')

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ur4rec_jax import splits
 from ur4rec_jax.dataset import Dataset, load_dataset, read_info, read_versioned
@@ -63,11 +64,14 @@ class Features:
     info: contents of `info.json`: encoder, sizes, fingerprint, counts.
     shards: by kind of file (`tokens`, `mask` and, of int8, `scale`) the memory-mapped arrays,
       `[rows of the shard, tokens, width]` and `[rows of the shard, tokens]`.
+    is_shuffled: whether `table` gives each row the tokens of another, as a control: a gain that
+      stays is not due to what the tokens say.
   """
 
   folder: pathlib.Path
   info: dict[str, Any]
   shards: dict[str, list[np.ndarray]]
+  is_shuffled: bool = False
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -83,6 +87,7 @@ class Features:
       'encoder': encoder['name'],
       'is_builtin': encoder['is_builtin'],
       'is_mock': self.info.get('is_mock', False),
+      'is_shuffled': self.is_shuffled,
       **of_users,
       'fingerprint': self.info['fingerprint'],
     }
@@ -132,6 +137,10 @@ class Features:
       if not np.isfinite(values).all():
         raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
       tokens[start:end], mask[start:end] = values, found['mask']
+    if self.is_shuffled:
+      # The same order for every modality, so that they still fit each other.
+      order = np.r_[0, 1 + np.random.default_rng(0).permutation(rows)]
+      tokens, mask = tokens[order], mask[order]
     return TokenTable(tokens, mask)
 
   def _read(self, kind: str, shard: int) -> np.ndarray:
@@ -200,22 +209,25 @@ def load_features(
   return Features(folder, info, shards)
 
 
-def load_with_features(
-  data_dir: str | pathlib.Path,
-  split_name: str,
-  modalities: Sequence[str],
-  user_modalities: Sequence[str],
-) -> Dataset:
+def load_with_features(config: ConfigDict) -> Dataset:
   """Loads a prepared folder with features of its items and users.
+
+  Args:
+    config: `data_dir`, `split`, `modalities`, `user_modalities`, `shuffled_features`.
 
   Raises:
     InputError: as `load_dataset` and `load_features` do.
   """
-  dataset = load_dataset(data_dir, split_name)
-  load = lambda of, names: {n: load_features(data_dir, of, n, dataset.split_hash) for n in names}
-  return dataclasses.replace(
-    dataset, features=load('item', modalities), user_features=load('user', user_modalities)
-  )
+  dataset = load_dataset(config.data_dir, config.split)
+
+  def load(of: str, names: Sequence[str]) -> dict[str, Features]:
+    return {n: load_features(config.data_dir, of, n, dataset.split_hash) for n in names}
+
+  items = load('item', config.modalities)
+  if config.shuffled_features:
+    items = {name: dataclasses.replace(found, is_shuffled=True) for name, found in items.items()}
+  users = load('user', config.user_modalities)
+  return dataclasses.replace(dataset, features=items, user_features=users)
 
 
 def read_tables(dataset: Dataset, dtype: Any = np.float32) -> Tables:

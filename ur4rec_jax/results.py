@@ -99,9 +99,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     InputError: the folder holds no run or another one.
   """
   check_config(config)
-  dataset = load_with_features(
-    config.data_dir, config.split, config.modalities, config.user_modalities
-  )
+  dataset = load_with_features(config)
   if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   model = create_model(config, dataset.num_items)

@@ -48,9 +48,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     InterruptedBySignal: SIGTERM or SIGINT came; the run is saved.
   """
   check_config(config)
-  dataset = load_with_features(
-    config.data_dir, config.split, config.modalities, config.user_modalities
-  )
+  dataset = load_with_features(config)
   _check_dataset(config, dataset)
   claim_workdir(workdir, config, dataset)
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
@@ -404,6 +402,7 @@ def _describe_run(
       rows, tokens, width = found.shape
       origin = found.origin
       marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
+      marks += ' (shuffled)' * origin['is_shuffled']
       lines.append(
         f'features {of} {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
         f'{origin["fingerprint"][:16]}'

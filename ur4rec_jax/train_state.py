@@ -6,7 +6,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ur4rec_jax.features import Tables
@@ -45,10 +44,10 @@ def create_train_state(
     seed: of parameters and of everything random in training.
     tables: tokens of items and users; only the width of the tokens matters.
   """
-  one_row = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), tables)
 
   @jax.jit
   def create() -> TrainState:
+    one_row = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), tables)
     init_key, root_key = jax.random.split(jax.random.key(seed))
     ones, zeros = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
     preferences = gather_preferences(one_row.users, Batch(ones, ones, ones, ones, zeros))

@@ -36,11 +36,11 @@ class Encoded(NamedTuple):
 
   users: dict[str, Array]
   items: dict[str, Array]
-  content: Content | None
-  retrieved: Array | None
-  log_temperature: Array | None
-  matching_bias: Array | None
-  log_variances: dict[str, Array]
+  content: Content | None = None
+  retrieved: Array | None = None
+  log_temperature: Array | None = None
+  matching_bias: Array | None = None
+  log_variances: Mapping[str, Array] = FrozenDict()
 
 
 class UR4Rec(nn.Module):
