@@ -93,7 +93,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     workdir: a folder that `train_and_evaluate` wrote.
 
   Returns:
-    `protocol`, `valid`, `test`, `by_popularity` and `baselines`, as in `results.json`.
+    `model`, `protocol`, `valid`, `test`, `by_popularity` and `baselines`, as in `results.json`.
 
   Raises:
     InputError: the folder holds no run or another one.
@@ -138,9 +138,10 @@ def _rank(
 
 
 def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
-  """Returns the protocol, the metrics of both parts, whole and by popularity, and the baselines."""
+  """Returns the paths, the protocol, the metrics of both parts, whole and by popularity, and the baselines."""
   groups = metrics.popularity_groups(dataset.train_part().item_counts())
   return {
+    'model': ' + '.join(config.paths),
     'protocol': evaluate.protocol(dataset, config.evaluation),
     **{part: metrics.ranking_metrics(ranks[part]) for part in evaluate.PARTS},
     'by_popularity': {
@@ -158,8 +159,8 @@ def results_table(results: dict) -> str:
   """
   rows = {
     **{name: results['baselines'][name] for name in ('random', 'popularity')},
-    'sasrec': results['test'],
-    'sasrec (valid)': results['valid'],
+    results['model']: results['test'],
+    f'{results["model"]} (valid)': results['valid'],
   }
   names = [name for name in results['test'] if name != 'users']
   width = max(map(len, rows))
