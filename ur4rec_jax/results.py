@@ -138,7 +138,7 @@ def _rank(
 
 
 def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
-  """Returns the paths, the protocol, the metrics of both parts, whole and by popularity, and the baselines."""
+  """Returns paths, protocol, the metrics of both parts, whole and by popularity, and baselines."""
   groups = metrics.popularity_groups(dataset.train_part().item_counts())
   return {
     'model': ' + '.join(config.paths),
