@@ -23,9 +23,9 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument {argv[1]!r}')
   logging.set_verbosity(logging.WARNING)  # Libraries tell much at INFO.
-  parallel.start_processes()
   modes = {'train': train.train_and_evaluate, 'evaluate': results.evaluate_workdir}
-  modes[_MODE.value](_CONFIG.value, _WORKDIR.value)
+  with parallel.joined_processes():
+    modes[_MODE.value](_CONFIG.value, _WORKDIR.value)
 
 
 if __name__ == '__main__':
