@@ -19,8 +19,9 @@ port=$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.g
 
 pids=()
 stop_all() { # They save; 30 seconds later they are killed.
+  ((${#pids[@]})) || return 0
   kill -s TERM "${pids[@]}" 2>/dev/null
-  (sleep 30 && kill -s KILL "${pids[@]}" 2>/dev/null) &
+  (sleep 30 && kill -s KILL "${pids[@]}") >/dev/null 2>&1 &
   killer=$!
   wait "${pids[@]}" 2>/dev/null
   kill "$killer" 2>/dev/null
