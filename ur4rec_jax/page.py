@@ -55,6 +55,7 @@ def plot(
   x_ticks: Ticks,
   y_label: str,
   y_ticks: Ticks | None = None,
+  least_y_step: float = 1,
   bars: Sequence[Bar] = (),
   low: float = 0,
   curves: Sequence[Curve] = (),
@@ -70,7 +71,8 @@ def plot(
     x_label: what the x axis counts.
     x_ticks: its ticks.
     y_label: what the y axis counts.
-    y_ticks: its ticks; None: round numbers.
+    y_ticks: its ticks; None: round numbers at least `least_y_step` apart.
+    least_y_step: see there.
     bars: a histogram.
     low: where the y axis begins.
     curves: or curves.
@@ -85,7 +87,7 @@ def plot(
   start, end = min(xs), max(max(xs), min(xs) + 1e-9)
   top = low + max(top - low, 1e-9) * 1.04
   if y_ticks is None:
-    y_ticks = round_ticks(low, top, 4)
+    y_ticks = round_ticks(low, top, 4, least_y_step)
   box = {
     'left': 12 + CHARACTER * max(len(text) for _, text in y_ticks),
     'right': WIDTH - 12,
