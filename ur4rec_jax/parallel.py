@@ -46,7 +46,11 @@ def joined_processes() -> Iterator[None]:
     return
   if jax.config.jax_platforms == 'cpu':
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  found = () if address == 'auto' else (address, *map(_number, ('NUM_PROCESSES', 'PROCESS_ID')))
+  if address == 'auto':
+    del os.environ['JAX_COORDINATOR_ADDRESS']  # Which jax would take for an address.
+    found = ()
+  else:
+    found = (address, *(int(os.environ[f'JAX_{name}']) for name in ('NUM_PROCESSES', 'PROCESS_ID')))
   jax.distributed.initialize(*found, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
   try:
     yield
@@ -59,10 +63,6 @@ def joined_processes() -> Iterator[None]:
     # At exit jax would wait for processes that may be gone, and then abort.
     atexit.register(_leave, error.exit_code if isinstance(error, ReportedError) else 1)
     raise error
-
-
-def _number(name: str) -> int:
-  return int(os.environ[f'JAX_{name}'])
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
