@@ -221,13 +221,14 @@ def pair(environment, data_dir, tmp_path):
 
 
 def test_a_pair_ends_together_and_goes_on(pair, tmp_path):
-  together = pair(tmp_path / 'undisturbed')
+  few = '--config.num_epochs=2'
+  together = pair(tmp_path / 'undisturbed', few)
   _, stderr = together.communicate(timeout=300)
   assert together.returncode == 0, stderr
 
   workdir = tmp_path / 'run'
-  for number, moment in ((1, 1), (0, 6)):
-    script = pair(workdir)
+  for number, moment in ((1, 1), (0, 4)):
+    script = pair(workdir, few)
     wait_for(script, lambda moment=moment: len(lines(workdir)) >= moment)
     children = pathlib.Path(f'/proc/{script.pid}/task/{script.pid}/children').read_text().split()
     os.kill(int(children[number]), signal.SIGKILL)
@@ -238,7 +239,7 @@ def test_a_pair_ends_together_and_goes_on(pair, tmp_path):
     assert not any(pathlib.Path(f'/proc/{child}').exists() for child in children)
     assert not (workdir / 'results.json').exists()
 
-  script = pair(workdir)
+  script = pair(workdir, few)
   stdout, stderr = script.communicate(timeout=300)
   assert script.returncode == 0, stderr
   assert 'resuming from step' in stdout
