@@ -104,12 +104,16 @@ def test_a_member_that_diverges_does_not_stop_the_others(run, grid, tmp_path):
   assert member['name'] == 'seed0'
 
 
-def test_a_finished_member_with_more_epochs_goes_on(run, finished, tmp_path):
-  shutil.copytree(finished, tmp_path / 'sweep/seed0')
-  done = run(tmp_path / 'sweep', '--seeds=0', '--config.num_epochs=5')
-  assert done.returncode == 0, done.stderr
-  assert 'finished before' not in done.stdout
-  assert 'epoch 5' in done.stderr
+def test_a_finished_member_with_more_epochs_goes_on(start, finished, tmp_path):
+  member = tmp_path / 'sweep/seed0'
+  shutil.copytree(finished, member)
+  flags = ('--seeds=0', '--config.num_epochs=1000', '--config.patience=1000')
+  process = start(tmp_path / 'sweep', *flags)
+  assert any('epoch 5' in line for line in process.stderr)
+  process.kill()
+  process.communicate()
+  # Or it would be taken for finished with all its epochs.
+  assert not (member / 'results.json').exists()
 
 
 @pytest.mark.parametrize(

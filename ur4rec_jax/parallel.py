@@ -55,10 +55,10 @@ def joined_processes() -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if any(_LOST.search(str(e)) for e in _causes(error)):
+    if signs := [str(e) for e in _causes(error) if _LOST.search(str(e))]:
       error = LostProcessError(
         'another process of this run has died; start the same command again in all of them to go '
-        'on from the last checkpoint'
+        f'on from the last checkpoint ({signs[-1].splitlines()[0]})'
       )
     # At exit jax would wait for processes that may be gone, and then abort.
     atexit.register(_leave, error.exit_code if isinstance(error, ReportedError) else 1)
@@ -66,8 +66,10 @@ def joined_processes() -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  """An error and what led to it, as far as it comes from elsewhere."""
   while error:
-    yield error
+    if not isinstance(error, ReportedError):
+      yield error
     error = error.__cause__ or error.__context__
 
 
