@@ -54,23 +54,31 @@ def test_the_parameters_moved(one_device, run, tmp_path):
     assert_close(workdir, one_device)
 
 
-@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
-def test_two_processes_agree_with_one(mapping, start, one_device, tmp_path):
+def by_address(number: int) -> dict[str, str]:
+  return {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(number)}
+
+
+def by_slurm(number: int) -> dict[str, str]:
+  return {
+    'JAX_COORDINATOR_ADDRESS': 'auto',
+    'SLURM_JOB_ID': '1',
+    'SLURM_STEP_NODELIST': '127.0.0.1',
+    'SLURM_STEP_NUM_NODES': '1',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(number),
+    'SLURM_LOCALID': str(number),
+  }
+
+
+@pytest.mark.parametrize(('mapping', 'found'), [('pmap', by_slurm), ('shard_map', by_address)])
+def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
+    port = s.getsockname()[1]
+  common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_COORDINATOR_PORT': str(port)}
   workdir = tmp_path / 'run'
   processes = [
-    start(
-      workdir,
-      *EXACT,
-      f'--config.mapping={mapping}',
-      env={
-        'JAX_COORDINATOR_ADDRESS': address,
-        'JAX_NUM_PROCESSES': '2',
-        'JAX_PROCESS_ID': str(number),
-      },
-    )
+    start(workdir, *EXACT, f'--config.mapping={mapping}', env=common | found(number))
     for number in range(2)
   ]
   outputs = [process.communicate(timeout=300) for process in processes]

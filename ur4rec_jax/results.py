@@ -19,6 +19,7 @@ from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.report import write_report
 from ur4rec_jax.train_state import create_train_state
 from ur4rec_jax.workdir import check_workdir
 
@@ -36,8 +37,8 @@ def write_results(
 ) -> dict:
   """Evaluates `params`, writes `results.json` and the files beside it, and prints the table.
 
-  Beside it are `timing.json`, and `test_ranks.npz` with `users`, their index in the dataset, and
-  `ranks`, int32, for tests of one run against another that pair the users.
+  Beside it are `timing.json`, `report.html`, and `test_ranks.npz` with `users`, their index in the
+  dataset, and `ranks`, int32, for tests of one run against another that pair the users.
 
   Args:
     config: the run's config.
@@ -81,6 +82,7 @@ def write_results(
     write_file(pathlib.Path(workdir) / 'test_ranks.npz', archive.getvalue())
     for name, content in (('timing.json', timing), ('results.json', results)):
       write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
+    write_report(workdir)
     print(results_table(results), flush=True)
   return results
 
