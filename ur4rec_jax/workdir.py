@@ -4,6 +4,7 @@ import fcntl
 import json
 import pathlib
 
+import jax
 from ml_collections import ConfigDict
 
 from ur4rec_jax import parallel
@@ -12,6 +13,7 @@ from ur4rec_jax.config_checks import check_unchanged
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
 
+_NO_CACHE = 'none'
 _locks = []  # Open files; the locks end with the process, however it ends.
 
 
@@ -70,3 +72,18 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
   _locks.append(lock)
   content = {'dataset': dataset.identity(), 'config': config.to_dict()}
   write_file(folder / 'config.json', json.dumps(content, indent=2) + '\n')
+
+
+def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:
+  """Lets every start but the first find its programs compiled, in `config.compilation_cache`.
+
+  A folder that the environment names, `JAX_COMPILATION_CACHE_DIR`, goes before the default.
+  """
+  folder = config.compilation_cache or jax.config.jax_compilation_cache_dir
+  if folder == _NO_CACHE:
+    jax.config.update('jax_enable_compilation_cache', False)
+    return
+  if not folder:
+    folder = str(pathlib.Path(workdir).absolute() / 'compiled')
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_compilation_cache_dir', folder)
