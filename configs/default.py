@@ -21,7 +21,7 @@ def stage(config: ConfigDict, **fields) -> ConfigDict:
   stage.learning_rate_scale = 1.0  # Of optimizer.learning_rate.
   stage.warmup_steps = optimizer('warmup_steps')  # Linear from zero.
   stage.schedule = optimizer('schedule')  # constant, or cosine over the stage.
-  stage.turns = ()  # Of moving, what takes turns, as ('sasrec', 'retriever'); the rest always moves.
+  stage.turns = ()  # Of moving, what takes turns, as ('sasrec', 'retriever'); others move always.
   stage.turn_steps = 50  # Optimizer steps a turn,
   stage.alternate = 'steps'  # or, if adaptive, without a new low of the loss's moving average.
   stage.start_next_with = 'best'  # Parameters that go on: best by validation, or last.
@@ -132,9 +132,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.learning_rate_scales.fusion = 1.0  # of the fusion of both paths,
   config.optimizer.learning_rate_scales.loss = 1.0  # and of losses' weights and temperatures.
   config.optimizer.warmup_steps = 100  # Linear from zero, at the start of each stage.
-  config.optimizer.schedule = (
-    'constant'  # After warmup: constant, or cosine to zero, in each stage.
-  )
+  config.optimizer.schedule = 'constant'  # After warmup: constant, or cosine to zero in each stage.
   config.optimizer.weight_decay = 0.0  # Decoupled; not on norms, biases and embeddings.
   config.optimizer.clip_norm = 1.0  # Largest gradient norm of a group; 0 for no clipping.
   config.optimizer.b1 = 0.9  # Decay of AdamW's first moment.

@@ -135,10 +135,8 @@ def check_config(config: ConfigDict) -> None:
   of_stages = lambda rules: {
     f'stage.{n}.{f}': rule for n in config.stage for f, rule in rules.items()
   }
-  choices_of, at_least = (
-    _CHOICES | of_stages(_STAGE_CHOICES),
-    _AT_LEAST | of_stages(_STAGE_AT_LEAST),
-  )
+  choices_of = _CHOICES | of_stages(_STAGE_CHOICES)
+  at_least = _AT_LEAST | of_stages(_STAGE_AT_LEAST)
   above_zero = (*_ABOVE_ZERO, *of_stages({'learning_rate_scale': 0}))
   others = ('data_dir', 'modalities', 'user_modalities', 'paths')
   others += ('retriever.item_id', 'fusion.weights', 'loss.calibration')

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+Array = jax.Array
 PyTree = Any
 # What a parameter's path begins with says its group; the first that fits.
 GROUPS = {
@@ -48,21 +49,14 @@ def decay_mask(params) -> dict:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def learning_rate_schedule(
-  learning_rate: float, schedule: str, warmup_steps: int, total_steps: int
-) -> optax.Schedule:
+def learning_rate_at(
+  step: Array, learning_rate: Array, warmup_steps: Array, total_steps: Array, is_cosine: Array
+) -> Array:
   """Linear warmup over `warmup_steps`, then constant, or cosine down to zero at `total_steps`."""
-  decay = {
-    'constant': lambda progress: 1.0,
-    'cosine': lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
-  }[schedule]
-
-  def rate(step):
-    warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return learning_rate * warmup * decay(jnp.clip(progress, 0.0, 1.0))
-
-  return rate
+  warmup = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1))
+  progress = (step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1)
+  cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+  return learning_rate * warmup * jnp.where(is_cosine, cosine, 1.0)
 
 
 def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransformationExtraArgs:

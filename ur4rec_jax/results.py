@@ -25,6 +25,7 @@ from ur4rec_jax.train_state import (
   TrainProgress,
   create_train_state,
   parameter_shapes,
+  params_of_stage,
   saved_tree,
 )
 from ur4rec_jax.workdir import check_workdir, keep_compiled_programs
@@ -39,7 +40,7 @@ def write_results(
   features: dict[str, TokenTable],
   stages: list[Stage],
   progress: TrainProgress,
-  best_params: list[PyTree],
+  best_params: PyTree,
 ) -> dict:
   """Evaluates the best parameters, writes `results.json` and files beside it, prints the table.
 
@@ -56,7 +57,7 @@ def write_results(
     features: of the items, by modality.
     stages: of the run.
     progress: how they went.
-    best_params: of each stage.
+    best_params: of all stages, `[stages, ...]` each.
 
   Returns:
     The contents of `results.json`.
@@ -65,7 +66,7 @@ def write_results(
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
   for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
     parts = evaluate.PARTS if i == best else ('test',)
-    ranks = _rank(stage.config, dataset, features, best_params[i], parts)
+    ranks = _rank(stage.config, dataset, features, params_of_stage(best_params, i), parts)
     if i == best:
       best_ranks, scores = ranks, _scores(config, dataset, ranks)
     records.append(
@@ -93,7 +94,7 @@ def write_results(
     **scores,
     'best_stage': best,
     'stages': records,
-    'parameters': sum(x.size for x in jax.tree.leaves(best_params[best])),
+    'parameters': sum(x[best].size for x in jax.tree.leaves(best_params)),
     'seed': config.seed,
     'git': _git_version(),
   }
@@ -163,7 +164,7 @@ def restore_best(
   best = TrainProgress.from_json(restored[1]).best_stage if restored else None
   if best is None:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
-  return stages[best], restored[0]['best_params'][best]
+  return stages[best], params_of_stage(restored[0]['best_params'], best)
 
 
 def _rank(

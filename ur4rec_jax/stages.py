@@ -3,10 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError
@@ -29,12 +30,14 @@ class Stage:
   Attributes:
     name: of the stage.
     config: the run's, with only the stage's losses, and the paths that these train.
+    losses: names of those with a weight.
     moving: labels of the parameters that are trained.
     turns: labels that move in each turn; one turn if nothing alternates.
   """
 
   name: str
   config: ConfigDict
+  losses: tuple[str, ...]
   moving: frozenset[str]
   turns: tuple[frozenset[str], ...]
   alternate: str
@@ -55,6 +58,47 @@ class Stage:
   def __str__(self) -> str:
     """Names the stage and what moves, e.g. `joint_finetune: sasrec | content_tower+user_tower`."""
     return f'{self.name}: {" | ".join("+".join(sorted(turn)) for turn in self.turns)}'
+
+
+class StageNumbers(NamedTuple):
+  """How stages differ in numbers only; those that differ in nothing else share a compiled step.
+
+  Attributes:
+    learning_rate: `[]` float32, after warmup.
+    warmup_steps: `[]` int32.
+    total_steps: `[]` int32.
+    is_cosine: `[]` bool, or the rate is constant.
+    turns: by label `[turns]` bool, whether it moves; rows that no turn needs are at the end.
+    num_turns: `[]` int32.
+    turn_steps: `[]` int32.
+    is_adaptive: `[]` bool, or a turn has `turn_steps`.
+  """
+
+  learning_rate: Array
+  warmup_steps: Array
+  total_steps: Array
+  is_cosine: Array
+  turns: dict[str, Array]
+  num_turns: Array
+  turn_steps: Array
+  is_adaptive: Array
+
+
+def stage_numbers(
+  stage: Stage, labels: PyTree, steps_per_epoch: int, max_turns: int
+) -> StageNumbers:
+  """Returns the numbers of a stage; `max_turns` is that of the run's stages."""
+  turns = [*stage.turns, *stage.turns[:1] * (max_turns - len(stage.turns))]
+  return StageNumbers(
+    np.float32(stage.config.optimizer.learning_rate * stage.learning_rate_scale),
+    np.int32(stage.warmup_steps),
+    np.int32(stage.total_steps(steps_per_epoch)),
+    np.bool_(stage.schedule == 'cosine'),
+    {label: np.array([label in turn for turn in turns]) for label in set(jax.tree.leaves(labels))},
+    np.int32(len(stage.turns)),
+    np.int32(stage.turn_steps),
+    np.bool_(stage.alternate == 'adaptive'),
+  )
 
 
 def stage_config(config: ConfigDict, name: str) -> ConfigDict:
@@ -124,9 +168,11 @@ def make_stages(
   stages = []
   for name in config.stages:
     labelled = tuple(frozenset(labels[x] for x in turn) for turn in turns[name])
-    plain = [field.name for field in dataclasses.fields(Stage)[4:]]
+    plain = [field.name for field in dataclasses.fields(Stage)[5:]]
     fields = {field: config.stage[name][field] for field in plain}
-    stages.append(Stage(name, configs[name], frozenset.union(*labelled), labelled, **fields))
+    losses = tuple(losses_in_use(configs[name].loss))
+    moving = frozenset.union(*labelled)
+    stages.append(Stage(name, configs[name], losses, moving, labelled, **fields))
   return stages, jax.tree.unflatten(jax.tree.structure(shapes), [labels[name] for name in names])
 
 
@@ -190,24 +236,21 @@ def _names(tree: PyTree) -> list[str]:
   return [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
 
 
-def after_step(state: StageState, loss: Array, stage: Stage) -> StageState:
+def after_step(state: StageState, loss: Array, numbers: StageNumbers) -> StageState:
   """Counts a step and decides, on the device, whose turn the next one is.
 
-  The turn changes after `turn_steps`; if `alternate` is `adaptive`, once the moving average of the
-  loss, over about as many steps, has not reached a new low for so long.
+  The turn changes after `turn_steps`; if that is adaptive, once the moving average of the loss,
+  over about as many steps, has not reached a new low for so long.
   """
-  state = state._replace(step=state.step + 1)
-  if len(stage.turns) == 1:
-    return state
-  change = (loss - state.average) / stage.turn_steps
+  change = (loss - state.average) / numbers.turn_steps
   average = jnp.where(jnp.isfinite(state.average), state.average + change, loss)
-  lowest = jnp.minimum(state.lowest, average)
-  falls = (average < state.lowest) & (stage.alternate == 'adaptive')
+  falls = (average < state.lowest) & numbers.is_adaptive
   waited = jnp.where(falls, 0, state.waited + 1)
-  is_over = waited >= stage.turn_steps
-  return state._replace(
-    turn=(state.turn + is_over) % len(stage.turns),
+  is_over = waited >= numbers.turn_steps
+  return StageState(
+    step=state.step + 1,
+    turn=(state.turn + is_over) % numbers.num_turns,
     average=average,
-    lowest=jnp.where(is_over, jnp.inf, lowest),
+    lowest=jnp.where(is_over, jnp.inf, jnp.minimum(state.lowest, average)),
     waited=jnp.where(is_over, 0, waited),
   )

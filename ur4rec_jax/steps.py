@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ from ur4rec_jax import losses, stages
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch
 from ur4rec_jax.models.ur4rec import Encoded, losses_in_use
-from ur4rec_jax.optimizers import learning_rate_schedule
+from ur4rec_jax.optimizers import learning_rate_at
 from ur4rec_jax.parallel import AXIS
 from ur4rec_jax.train_state import TrainState
 
@@ -171,42 +170,33 @@ def make_train_step(
   model: nn.Module,
   tx: optax.GradientTransformationExtraArgs,
   labels: PyTree,
-  stage: stages.Stage,
-  steps_per_epoch: int,
-) -> Callable[[TrainState, TrainData, Plan, Array], tuple[TrainState, dict[str, Array]]]:
-  """Builds a stage's step that is mapped over devices: several optimizer steps in one dispatch.
+  config: ConfigDict,
+  moving: frozenset[str],
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+  """Builds the step that is mapped over devices: several optimizer steps in one dispatch.
 
-  What is frozen in the stage takes no gradient, and what its losses do not read is not computed.
+  What does not move takes no gradient, and what the losses do not read is not computed.
 
   Args:
     model: of the stage; has `encode(features, item_ids, segment_ids)`, see `UR4Rec`.
     tx: optimizer, from `create_optimizer`.
     labels: of the parameters, see `make_stages`.
-    stage: what moves, by which losses and how fast.
-    steps_per_epoch: optimizer steps.
+    config: of the stage.
+    moving: labels that are trained in it.
 
   Returns:
-    `train_step(state, data, plan, num_steps)` with `plan` `[steps, rows, slots]`, this device's
-    rows of each step, of which the first `num_steps` are taken. It gives the new state and per
-    step, `[steps]`: `loss`, the weighted sum, and `loss/NAME` each loss if there are several, all
-    means over all devices' tokens; `grad_norm`; `turn`, if groups take turns; `finite`, whether
-    loss and gradient are.
+    `train_step(state, data, plan, num_steps, numbers)` with `plan` `[steps, rows, slots]`, this
+    device's rows of each step, of which the first `num_steps` are taken, and the `numbers` of the
+    stage. It gives the new state and per step, `[steps]`: `loss`, the weighted sum, and `loss/NAME`
+    each loss if there are several, all means over all devices' tokens; `grad_norm`; `turn`, whose
+    it was; `finite`, whether loss and gradient are.
   """
-  config = stage.config
   all_losses, loss_weights = make_losses(config.loss), losses_in_use(config.loss)
-  moves = jax.tree.map(lambda label: label in stage.moving, labels)
-  learning_rate = learning_rate_schedule(
-    config.optimizer.learning_rate * stage.learning_rate_scale,
-    stage.schedule,
-    stage.warmup_steps,
-    stage.total_steps(steps_per_epoch),
-  )
-  turns = {
-    label: np.array([label in turn for turn in stage.turns])
-    for label in set(jax.tree.leaves(labels))
-  }
+  moves = jax.tree.map(lambda label: label in moving, labels)
 
-  def one_step(data: TrainData, state: TrainState, plan: Plan):
+  def one_step(
+    data: TrainData, numbers: stages.StageNumbers, state: TrainState, plan: Plan
+  ) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.root_key), state.step)
     key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
     dropout_key, negatives_key = jax.random.split(key)
@@ -240,8 +230,8 @@ def make_train_step(
       gradients,
       state.opt_state,
       state.params,
-      learning_rate=learning_rate(state.stage.step),
-      active={label: jnp.asarray(of_turn)[state.stage.turn] for label, of_turn in turns.items()},
+      learning_rate=learning_rate_at(state.stage.step, *numbers[:4]),
+      active={label: by_turn[state.stage.turn] for label, by_turn in numbers.turns.items()},
     )
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(gradients)
@@ -249,24 +239,27 @@ def make_train_step(
       'loss': value,
       **({f'loss/{name}': x for name, x in parts.items()} if len(parts) > 1 else {}),
       'grad_norm': grad_norm,
-      **({'turn': state.stage.turn} if len(stage.turns) > 1 else {}),
+      'turn': state.stage.turn,
       'finite': jnp.isfinite(value) & jnp.isfinite(grad_norm),
     }
     state = state.replace(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
-      stage=stages.after_step(state.stage, value, stage),
+      stage=stages.after_step(state.stage, value, numbers),
     )
     return state, metrics
 
-  def train_step(state: TrainState, data: TrainData, plan: Plan, num_steps: Array):
+  def train_step(
+    state: TrainState, data: TrainData, plan: Plan, num_steps: Array, numbers: stages.StageNumbers
+  ) -> tuple[TrainState, dict[str, Array]]:
     def body(i, carry):
       state, metrics = carry
-      state, new = one_step(data, state, jax.tree.map(lambda x: x[i], plan))
+      state, new = one_step(data, numbers, state, jax.tree.map(lambda x: x[i], plan))
       return state, jax.tree.map(lambda all_steps, x: all_steps.at[i].set(x), metrics, new)
 
-    shapes = jax.eval_shape(one_step, data, state, jax.tree.map(lambda x: x[0], plan))[1]
+    first = jax.tree.map(lambda x: x[0], plan)
+    shapes = jax.eval_shape(one_step, data, numbers, state, first)[1]
     metrics = jax.tree.map(lambda x: jnp.zeros(plan.starts.shape[:1] + x.shape, x.dtype), shapes)
     return jax.lax.fori_loop(0, num_steps, body, (state, metrics))
 

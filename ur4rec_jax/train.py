@@ -1,7 +1,8 @@
-"""Walks the stages of a run, keeps their best parameters, and survives being stopped at any moment."""
+"""Walks a run's stages, keeps the best parameters, and survives being stopped at any moment."""
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.stages import Stage, make_stages
+from ur4rec_jax.stages import Stage, StageNumbers, make_stages, stage_numbers
 from ur4rec_jax.train_state import (
   NEVER,
   SELECTION_METRIC,
@@ -40,6 +41,7 @@ from ur4rec_jax.train_state import (
   TrainState,
   create_train_state,
   parameter_shapes,
+  params_of_stage,
   saved_tree,
   start_of_stage,
 )
@@ -192,7 +194,7 @@ class _TrainLoop:
       )
     )
     self.item_ids = parallel.replicate(dataset.item_ids)
-    self.validators = {}
+    self.validators, self.train_steps = {}, {}
     self.writer = self.bar = Silent()
     if parallel.is_main_process():
       description = _describe_run(
@@ -209,7 +211,9 @@ class _TrainLoop:
     restored = self.checkpointer.restore(saved_tree(state, len(self.stages)))
     if restored is None:
       self.state: TrainState = parallel.replicate(state)
-      self.best_params = [_copy(self.state.params)] * len(self.stages)
+      self.best_params = jax.tree.map(
+        lambda x: jnp.stack([x] * len(self.stages)), self.state.params
+      )
       self.progress, self.saved = TrainProgress(), None
     else:
       arrays, progress = restored
@@ -234,20 +238,25 @@ class _TrainLoop:
         self.config.evaluation,
         self.config.mapping,
       )
-    train_step = parallel.MAPPINGS[self.config.mapping](
-      steps.make_train_step(model, self.tx, self.labels, stage, self.batches.steps_per_epoch),
-      in_axes=(None, None, 0, None),
-      donate_argnums=(0,),
-    )
+    program = paths, stage.losses, stage.moving
+    if program not in self.train_steps:
+      self.train_steps[program] = parallel.MAPPINGS[self.config.mapping](
+        steps.make_train_step(model, self.tx, self.labels, stage.config, stage.moving),
+        in_axes=(None, None, 0, None, None),
+        donate_argnums=(0,),
+      )
+    max_turns = max(len(stage.turns) for stage in self.stages)
+    numbers = stage_numbers(stage, self.labels, self.batches.steps_per_epoch, max_turns)
     self.bar.close()
     if parallel.is_main_process():
       self.bar = Progress(str(stage), self.total_steps, self._steps_in_stage())
     self.dispatcher = _Dispatcher(
-      stage.name,
+      stage,
       self.config.steps_per_dispatch,
       self.batches,
-      train_step,
+      self.train_steps[program],
       self.data,
+      parallel.replicate(numbers),
       self.writer,
       self.bar,
       self.progress.stage.start,
@@ -301,7 +310,7 @@ class _TrainLoop:
     progress = self.progress
     params = self.state.params
     if self.stage.start_next_with == 'best':
-      params = _copy(self.best_params[len(progress.stages) - 1])
+      params = params_of_stage(self.best_params, len(progress.stages) - 1)
     at_start = parallel.replicate(start_of_stage())
     self.state = self.state.replace(params=params, stage=at_start)
     progress.stages.append(StageProgress(progress.step, best_step=progress.step))
@@ -323,7 +332,7 @@ class _TrainLoop:
     score = values[SELECTION_METRIC]
     if not best.valid or score > best.valid[SELECTION_METRIC]:
       best.best_step, best.best_epoch, best.valid = progress.step, epoch, values
-      self.best_params[len(progress.stages) - 1] = _copy(self.state.params)
+      self.best_params = _put(self.best_params, self.state.params, len(progress.stages) - 1)
     progress.validated_step = progress.step
     trained = f'loss {self.dispatcher.loss:.4f}, {self.dispatcher.speed:.0f} sequences/s, '
     self.bar.line(
@@ -343,7 +352,7 @@ class _TrainLoop:
       return
     self.progress.metrics_size = self.writer.position()
     self.progress.seconds = time.monotonic() - self.started
-    tree = saved_tree(self.state, len(self.stages), self.best_params)
+    tree = {'state': self.state, 'best_params': self.best_params}
     with jax.transfer_guard('allow'):
       self.checkpointer.save(self.progress.step, tree, dataclasses.asdict(self.progress))
     self.saved = self._position()
@@ -372,18 +381,19 @@ class _Dispatcher:
 
   def __init__(
     self,
-    stage: str,
+    stage: Stage,
     max_steps: int,
     batches: TrainBatches,
     train_step: Callable,
     data: steps.TrainData,
+    numbers: StageNumbers,
     writer: MetricWriter,
     bar: Progress,
     first_step: int,
   ):
     self.loss = self.speed = float('nan')
     self._stage, self._max_steps, self._batches = stage, max_steps, batches
-    self._train_step, self._data = train_step, data
+    self._train_step, self._data, self._numbers = train_step, data, numbers
     self._writer, self._bar, self._first_step = writer, bar, first_step
     self._epoch, self._plan = -1, None
     self._pending = None
@@ -403,6 +413,7 @@ class _Dispatcher:
       self._data,
       parallel.shard(parallel.split(plan, axis=1)),
       parallel.replicate(np.int32(count)),
+      self._numbers,
     )
     if self._pending is None:  # The first call compiled, others followed a validation.
       self._last_read = time.monotonic()
@@ -422,6 +433,8 @@ class _Dispatcher:
     self._pending = None
     metrics = {name: values[:count] for name, values in jax.device_get(metrics).items()}
     finite = metrics.pop('finite')
+    if len(self._stage.turns) == 1:
+      metrics.pop('turn')
     if not finite.all():
       raise DivergenceError(
         'the loss or its gradient is not finite at step '
@@ -433,16 +446,16 @@ class _Dispatcher:
     users = count * self._batches.users / self._batches.steps_per_epoch
     self.loss, self.speed = values['loss'], users / (now - self._last_read)
     self._last_read = now
-    self._writer.write(step, self._stage, values)
-    self._writer.write_timing(step, self._stage, {'sequences_per_second': self.speed})
+    self._writer.write(step, self._stage.name, values)
+    self._writer.write_timing(step, self._stage.name, {'sequences_per_second': self.speed})
     self._bar.update(
       step - self._first_step, loss=f'{self.loss:.4f}', speed=f'{self.speed:.0f} sequences/s'
     )
 
 
-def _copy(tree: PyTree) -> PyTree:
-  """Copies arrays, so that donating the original leaves the copy alone."""
-  return jax.tree.map(jnp.copy, tree)
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _put(best_params: PyTree, params: PyTree, stage: int) -> PyTree:
+  return jax.tree.map(lambda best, x: best.at[stage].set(x), best_params, params)
 
 
 def parameter_table(params: PyTree, labels: PyTree) -> str:

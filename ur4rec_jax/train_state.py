@@ -1,6 +1,7 @@
 """What a training step reads and returns, and what a run saves."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -151,8 +152,13 @@ class TrainProgress:
     return cls(**content | {'stages': [StageProgress(**stage) for stage in content['stages']]})
 
 
-def saved_tree(
-  state: TrainState, num_stages: int, best_params: list[PyTree] | None = None
-) -> dict[str, PyTree]:
-  """Returns the arrays of a checkpoint, or a tree of the same structure without `best_params`."""
-  return {'state': state, 'best_params': best_params or [state.params] * num_stages}
+def saved_tree(state: TrainState, num_stages: int) -> dict[str, PyTree]:
+  """Returns the shapes of a checkpoint's arrays: the state, and each stage's best parameters."""
+  stacked = lambda x: jax.ShapeDtypeStruct((num_stages, *x.shape), x.dtype)
+  return {'state': state, 'best_params': jax.tree.map(stacked, state.params)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def params_of_stage(best_params: PyTree, stage: int) -> PyTree:
+  """Returns one stage's parameters of those of all, `[stages, ...]` each."""
+  return jax.tree.map(lambda x: x[stage], best_params)
