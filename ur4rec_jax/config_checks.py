@@ -234,7 +234,7 @@ def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str,
   last = f'stage.{now["stages"][-1]}'
   if now['stages'].count(now['stages'][-1]) == 1:  # It is the only stage that cannot have ended.
     fixed.discard(f'{last}.patience')
-    if now[f'{last}.schedule'] != 'cosine':  # Which is stretched over the steps.
+    if now.get(f'{last}.schedule') != 'cosine':  # Which is stretched over the steps.
       fixed -= {f'{last}.num_epochs', f'{last}.num_steps'}
   in_use = tuple(f'stage.{name}.' for name in now['stages'])
   fixed = {name for name in fixed if not name.startswith('stage.') or name.startswith(in_use)}
