@@ -5,7 +5,7 @@ python -m ur4rec_jax.main --config=configs/NAME.py --workdir=DIR --config.KNOB=V
 
 from ml_collections import ConfigDict
 
-VARIANTS = ('sasrec', 'text', 'multimodal')
+VARIANTS = ('sasrec', 'text', 'multimodal', 'paper')
 
 
 def stage(config: ConfigDict, **fields) -> ConfigDict:
@@ -35,7 +35,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
 
   Args:
     variant: `sasrec` reads sequences only; `text` and `multimodal` add the retriever over the
-      items' texts, and over their texts and pictures.
+      items' texts, and over their texts and pictures; `paper` adds the paper's, over texts.
 
   Raises:
     ValueError: there is no such variant.
@@ -47,7 +47,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.data_dir = ''  # Folder that data_prep.build_dataset wrote.
   config.split = 'leave_one_out'  # What is held out: leave_one_out, or time for all at one time.
   config.modalities = ()  # Embeddings of the items to use: data_prep.encode's text, image, ...
-  config.user_modalities = ()  # Of users: checked and carried along; no model reads them yet.
+  config.user_modalities = ()  # Embeddings of the users' texts to use, by the retriever.
+  config.shuffled_features = False  # A control: every item gets the embeddings of another one.
   config.seed = 0  # Of parameters, batches, dropout and negatives.
   config.max_length = 50  # Longest history in items; older ones are cut off.
   config.batch_size = 128  # Users a step on average, over all devices.
@@ -71,12 +72,14 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
 
   config.retriever = ConfigDict()
   config.retriever.dim = 64  # Width of users' and items' vectors.
-  config.retriever.num_blocks = 2  # Transformer blocks over the history, for each modality.
+  config.retriever.query = 'user'  # How users' tokens are read: user, or the paper's proxies.
+  config.retriever.num_blocks = 2  # Transformer blocks; with user, for each modality.
   config.retriever.num_heads = 1  # Attention heads; divides dim.
   config.retriever.ffn_dim = 64  # Width of the hidden feed-forward layer.
   config.retriever.dropout = 0.2  # Rate on history tokens and inside blocks.
   config.retriever.cross_modal_blocks = 1  # Attention between the modalities of the history.
   config.retriever.fusion = 'gated'  # How a user's modalities are joined: add, concat or gated.
+  config.retriever.num_proxies = 4  # Learned queries, of proxies.
   config.retriever.item_id = True  # Whether items get an embedding of their id, too.
   config.retriever.temperature = 0.1  # What the learned temperature of cosines starts from.
 
@@ -109,15 +112,22 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.loss.weights.consistency = 0.0  # Modalities of an item are alike.
   config.loss.weights.info_nce = 0.0  # And more alike than those of different items.
   config.loss.weights.diversity = 0.0  # Pooled vectors differ.
+  config.loss.weights.contrast = 0.0  # One of a user's proxies finds the target in the batch.
+  config.loss.weights.matching = 0.0  # Users match their targets, and not each other's.
   config.loss.weighting = 'fixed'  # fixed, or uncertainty: learned, from these weights on.
-  config.loss.temperature = 0.1  # What the learned temperature of info_nce starts from.
-  config.loss.contrast_items = 256  # Items a step that info_nce and diversity look at.
+  config.loss.temperature = 0.1  # What the learned one of info_nce and contrast starts from.
+  config.loss.contrast_items = 256  # Targets a step that losses other than retrieval look at.
   config.loss.diversity = 'cosine'  # Measured as cosine, logdet or distance.
 
   if variant != 'sasrec':
     config.modalities = ('text', 'image') if variant == 'multimodal' else ('text',)
     config.paths = ('sasrec', 'retriever')
     config.loss.weights.retriever = 1.0
+  if variant == 'paper':
+    config.retriever.query = 'proxies'
+    config.retriever.num_blocks = 1
+    config.loss.weights.contrast = 1.0
+    config.loss.weights.matching = 1.0
   if variant == 'multimodal':
     config.loss.weights.consistency = 0.1
     config.loss.weights.info_nce = 0.1
@@ -145,7 +155,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.stage.pretrain_retriever = stage(
     config,
     moving=('retriever', 'loss'),
-    losses=('retriever', 'consistency', 'info_nce', 'diversity'),
+    losses=('retriever', 'consistency', 'info_nce', 'diversity', 'contrast', 'matching'),
   )
   config.stage.joint_finetune = stage(
     config, turns=('sasrec', 'retriever'), learning_rate_scale=0.3

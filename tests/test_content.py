@@ -77,9 +77,10 @@ def test_content_equals_a_plain_computation():
       present = np.asarray(tokens[row])[np.asarray(mask[row])]
       if not len(present):
         continue
-      h = present @ p[f'{name}_in']['kernel'] + p[f'{name}_in']['bias']
+      project = p[f'{name}_projection']
+      h = present @ project['dense']['kernel'] + project['dense']['bias']
       h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
-      h = h * p[f'{name}_norm']['scale'] + p[f'{name}_norm']['bias']
+      h = h * project['norm']['scale'] + project['norm']['bias']
       h = np.asarray(jax.nn.gelu(jnp.asarray(h)), np.float64)
       logits = (h @ p[f'{name}_attention']['logits']['kernel'])[:, 0]
       weights = np.exp(logits - logits.max())
@@ -201,8 +202,8 @@ def test_a_run_with_content_trains_resumes_and_names_its_features(run, encoded, 
   printed = fingerprints['item']['image'][:16]
   assert f'60 x 4 tokens x 12, imported from pictures.npz, {printed}' in done.stdout
   assert 'features user taste: 120 x 2 tokens x 3, imported from tastes.npz' in done.stdout
-  assert 'sasrec/content/image_in/kernel' in done.stdout
-  assert 'retriever/content/image_in/kernel' in done.stdout
+  assert 'sasrec/content/image_projection/dense/kernel' in done.stdout
+  assert 'retriever/content/image_projection/dense/kernel' in done.stdout
   logged = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert {'loss/sasrec', 'loss/retriever', 'loss/info_nce'} <= set().union(*logged)
   results = json.loads((workdir / 'results.json').read_text())
@@ -234,8 +235,11 @@ def test_features_that_do_not_fit_are_refused(run, encoded, data_dir, tmp_path):
   assert 'has no audio features of items' in refusal(
     here, '--config.modalities=audio', '--config.sasrec.item_input=content'
   )
-  assert 'has no text features of users' in refusal(here, '--config.user_modalities=text')
-  assert 'was made for the split leave_one_out' in refusal(here, TASTE, '--config.split=time')
+  assert 'has no text features of users' in refusal(here, *BOTH, '--config.user_modalities=text')
+  assert 'was made for the split leave_one_out' in refusal(
+    here, *BOTH, TASTE, '--config.split=time'
+  )
+  assert 'only the retriever reads them' in refusal(here, TASTE)
   assert 'content needs modalities' in refusal(here, '--config.sasrec.item_input=content')
   assert 'modalities are for content' in refusal(here, '--config.modalities=text')
   other = tmp_path / 'other'

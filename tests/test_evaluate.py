@@ -12,6 +12,7 @@ from tests import conftest
 from ur4rec_jax import evaluate, parallel, splits
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
+from ur4rec_jax.features import Tables
 from ur4rec_jax.input_pipeline import gather_batch
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.sasrec import SASRec
@@ -51,7 +52,7 @@ def history(dataset: Dataset, user: int) -> np.ndarray:
 
 def run(model, dataset, part, config, params=None, mapping='pmap', **options):
   evaluator = evaluate.make_evaluator(
-    model, dataset, parallel.replicate(dataset.item_ids), {}, part, config, mapping
+    model, dataset, parallel.replicate(dataset.item_ids), Tables({}, {}), part, config, mapping
   )
   return evaluator(parallel.replicate(params or {}), **options)
 
@@ -62,7 +63,7 @@ class Constant(nn.Module):
   max_length: int = MAX_LENGTH
   num_items: int = NUM_ITEMS
 
-  def user_side(self, items, item_ids, segment_ids):
+  def user_side(self, items, item_ids, segment_ids, preferences):
     return jnp.ones((*item_ids.shape, 1))
 
   def item_side(self, features):
@@ -75,7 +76,7 @@ class Constant(nn.Module):
 class Oracle(Constant):
   """Gives the item after the newest one the best score: the answer in `cycle_dataset`."""
 
-  def user_side(self, items, item_ids, segment_ids):
+  def user_side(self, items, item_ids, segment_ids, preferences):
     return jax.nn.one_hot(item_ids % self.num_items, self.num_items)
 
   def item_side(self, features):
@@ -87,8 +88,8 @@ class Poisoned(Oracle):
 
   value: float = jnp.nan
 
-  def user_side(self, items, item_ids, segment_ids):
-    states = super().user_side(items, item_ids, segment_ids)
+  def user_side(self, items, item_ids, segment_ids, preferences):
+    states = super().user_side(items, item_ids, segment_ids, preferences)
     return jnp.where(item_ids[..., None] == 7, self.value, states)
 
 

@@ -7,11 +7,12 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from data_prep import encode
 from ur4rec_jax.dataset import read_interactions, read_items
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import load_features, load_with_features, user_tables
+from ur4rec_jax.features import load_features, load_with_features, read_tables
 
 
 @pytest.fixture(scope='module')
@@ -83,8 +84,9 @@ def test_features_of_users_need_their_split(data, tmp_path):
   encode.main([f'--data_dir={data}', *flags])
   splits = json.loads((data / 'dataset.json').read_text())['splits']
   assert load_features(data, 'user', 'age', splits['time']['hash']).shape == (120, 1, 4)
-  dataset = load_with_features(data, 'time', ['audio'], ['age'])
-  tokens, mask = user_tables(dataset)['age']
+  fields = {'data_dir': str(data), 'split': 'time', 'modalities': (), 'user_modalities': ('age',)}
+  dataset = load_with_features(ConfigDict({**fields, 'shuffled_features': True}))
+  tokens, mask = read_tables(dataset).users['age']
   assert (tokens.shape, mask.shape) == ((120, 1, 4), (120, 1))
   users = [read_interactions(data).user_ids.index(name) for name in ('u001', 'u099')]
   assert np.flatnonzero(mask).tolist() == users
@@ -98,6 +100,25 @@ def test_features_of_users_need_their_split(data, tmp_path):
     InputError, match=r'what share .* was held back.*encode .* --of=user --modality=age'
   ):
     load_features(data, 'user', 'age', splits['time']['hash'])
+
+
+def test_shuffled_items_have_each_others_tokens_in_every_modality_alike(data):
+  fields = {'data_dir': str(data), 'split': 'leave_one_out', 'user_modalities': ()}
+  fields['modalities'] = ('audio', 'small')
+  datasets = [
+    load_with_features(ConfigDict({**fields, 'shuffled_features': value}))
+    for value in (False, True)
+  ]
+  before, after = (read_tables(dataset).items for dataset in datasets)
+  row_of = {row.tobytes(): i for i, row in enumerate(before['audio'].tokens) if row.any()}
+  moved = {i: row_of[row.tobytes()] for i, row in enumerate(after['audio'].tokens) if row.any()}
+  assert sorted(moved.values()) == sorted(row_of.values())
+  assert sum(i == j for i, j in moved.items()) < 5
+  for i, j in moved.items():
+    np.testing.assert_array_equal(after['small'].tokens[i], before['small'].tokens[j])
+    assert after['small'].mask[i].all()
+  assert not after['audio'].mask[0].any()
+  assert [d.features['audio'].origin['is_shuffled'] for d in datasets] == [False, True]
 
 
 def shard(data, kind='tokens'):

@@ -15,9 +15,9 @@ from ur4rec_jax.input_pipeline import (
   TrainBatches,
   assign,
   gather_batch,
+  gather_preferences,
   pack,
   plan_rows,
-  preference_visible,
 )
 
 MAX_LENGTH = 8
@@ -198,7 +198,7 @@ def test_a_text_is_visible_where_the_target_comes_after_all_it_was_written_from(
     for plan in zip(*batches.epoch(epoch), strict=True):
       batch = gather(dataset.train_part().item_ids, Plan(*plan))
       slots = max(slots, batch.segment_ids.max())
-      visible = np.asarray(jax.jit(preference_visible)(batch, starts))
+      visible = np.asarray(jax.jit(gather_preferences)({}, batch, starts).visible)
       for target, is_visible in zip(batch.targets.ravel(), visible.ravel(), strict=True):
         assert is_visible == (target > 0 and target not in known)
       shown += visible.sum()

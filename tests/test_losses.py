@@ -367,7 +367,7 @@ def vector_losses():
   scores, labels, score_weights = matching_inputs()
   cases = {
     'consistency': (losses.consistency, *modality_inputs()),
-    'matching': (lambda x, w: losses.matching_bce(x, labels, w, 2.5), scores, score_weights),
+    'matching': (lambda x, w: losses.matching_bce(x, labels, w), scores, score_weights),
   }
   for kind in losses.DIVERSITIES:
     loss = functools.partial(losses.diversity, kind=kind)
@@ -585,29 +585,18 @@ def test_diversity_needs_two_vectors():
     diversity(np.ones((ROWS, 1, DIM)), np.ones(ROWS), 'cosine')
 
 
-@pytest.mark.parametrize('positive_weight', [1.0, 2.5])
-def test_matching_bce_equals_its_formula(positive_weight):
+def test_matching_bce_equals_its_formula():
   scores, labels, weights = matching_inputs()
   total = count = 0.0
   for x, label, weight in zip(scores, labels, weights, strict=True):
-    weight *= positive_weight if label else 1
     total -= weight * np.log(sigmoid(x) if label else 1 - sigmoid(x))
     count += weight
-  actual = matching_bce(scores, labels, weights, positive_weight)
-  np.testing.assert_allclose(actual, total / count, rtol=1e-5)
-
-
-def test_matching_bce_counts_a_positive_as_often_as_told():
-  scores, labels, weights = matching_inputs()
-  copies = np.where(labels == 1, 3, 1)
-  repeated = [np.repeat(x, copies) for x in (scores, labels, weights)]
-  expected = matching_bce(*repeated, 1.0)
-  np.testing.assert_allclose(matching_bce(scores, labels, weights, 3.0), expected, rtol=1e-5)
+  np.testing.assert_allclose(matching_bce(scores, labels, weights), total / count, rtol=1e-5)
 
 
 def test_matching_bce_stays_finite_for_large_logits():
   scores, labels = jnp.array([1e4, -1e4, 1e4, -1e4]), jnp.array([1, 1, 0, 0])
-  loss = lambda scores: matching_bce(scores, labels, jnp.ones(4), 1.0)
+  loss = lambda scores: matching_bce(scores, labels, jnp.ones(4))
   value, gradient = jax.value_and_grad(loss)(scores)
   np.testing.assert_allclose(value, 1e4 / 2, rtol=1e-5)
   np.testing.assert_allclose(gradient, [0, -0.25, 0.25, 0], atol=1e-6)

@@ -10,7 +10,7 @@ from configs import default
 from tests.conftest import make_dataset
 from ur4rec_jax import losses, optimizers, parallel, stages, steps
 from ur4rec_jax.dataset import Dataset
-from ur4rec_jax.features import preference_starts
+from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
@@ -44,7 +44,7 @@ def loss_inputs(tokens: int = 11, dim: int = 4):
 def train_data(counts) -> steps.TrainData:
   item_ids = np.repeat(np.arange(1, len(counts) + 1), counts).astype(np.int32)
   counts = jnp.asarray(counts, jnp.float32)
-  return steps.TrainData(jnp.asarray(item_ids), counts, {}, {}, jnp.zeros(0, jnp.int32))
+  return steps.TrainData(jnp.asarray(item_ids), counts, Tables({}, {}), jnp.zeros(0, jnp.int32))
 
 
 EVEN = np.full(NUM_ITEMS, 3)
@@ -176,7 +176,9 @@ def all_data() -> steps.TrainData:
   train = training_part()
   counts = np.bincount(train.item_ids, minlength=NUM_ITEMS + 1)[1:].astype(np.float32)
   starts = preference_starts(train)
-  return steps.TrainData(*map(jnp.asarray, (train.item_ids, counts)), {}, {}, jnp.asarray(starts))
+  return steps.TrainData(
+    *map(jnp.asarray, (train.item_ids, counts)), Tables({}, {}), jnp.asarray(starts)
+  )
 
 
 class Lookup(nn.Module):
@@ -189,9 +191,9 @@ class Lookup(nn.Module):
     self.item_embedding = self.param('item_embedding', init, (NUM_ITEMS + 1, 8))
     self.drop = Dropout(self.dropout)
 
-  def encode(self, features, item_ids, segment_ids, *, deterministic: bool = True):
+  def encode(self, features, item_ids, segment_ids, preferences, *, deterministic: bool = True):
     users = self.drop(self.item_embedding[item_ids], deterministic=deterministic)
-    return Encoded({'sasrec': users}, {'sasrec': self.item_embedding[1:]}, None, None, {})
+    return Encoded({'sasrec': users}, {'sasrec': self.item_embedding[1:]})
 
 
 class Trainer:
@@ -204,7 +206,7 @@ class Trainer:
     config.optimizer.update(fields | optimizer)
     self.model = model
     ((stage,), _) = stages.make_stages(config, lambda _: {'sasrec': {'anything': 0}})
-    labels = jax.tree.map(lambda _: 'sasrec', parameter_shapes(model, {}))
+    labels = jax.tree.map(lambda _: 'sasrec', parameter_shapes(model, Tables({}, {})))
     numbers = stages.stage_numbers(stage, labels, steps_per_epoch=100, max_turns=1)
     self.numbers = jax.tree.map(jnp.asarray, numbers)
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
@@ -214,7 +216,7 @@ class Trainer:
     self.initial = jax.device_get(self.create(seed=0))
 
   def create(self, seed: int) -> TrainState:
-    return create_train_state(self.model, self.tx, seed, {})
+    return create_train_state(self.model, self.tx, seed, Tables({}, {}))
 
   def init(self, **changes) -> TrainState:
     """The state of seed 0 on the devices, with some fields changed."""

@@ -10,7 +10,7 @@ import pytest
 from configs import default
 from tests.test_content import make_features
 from ur4rec_jax import losses, steps
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.features import Preferences, Tables, TokenTable
 from ur4rec_jax.input_pipeline import Batch
 from ur4rec_jax.models.retriever import normalised
 from ur4rec_jax.models.ur4rec import create_model
@@ -47,7 +47,7 @@ def encode(model, params, features, item_ids, segment_ids=None):
   )
 
 
-@pytest.mark.parametrize('variant', ['text', 'multimodal'])
+@pytest.mark.parametrize('variant', ['text', 'multimodal', 'paper'])
 def test_no_path_reads_later_items_or_other_segments(variant):
   _, model, params, features = make(variant)
   items = np.array([[1, 2, 7, 5, 6, 1]])  # All of them have a text.
@@ -131,6 +131,91 @@ def a_batch(item_ids) -> Batch:
   return Batch(inputs, targets, segments, nothing, nothing[:, :1])
 
 
+def preferences_of(segment_ids, visible=None, seed: int = 0) -> Preferences:
+  """Three tokens a user, the last one masked, for two users a row."""
+  segment_ids = jnp.asarray(segment_ids)
+  tokens = np.random.default_rng(seed).normal(size=(len(segment_ids), 2, 3, 5))
+  mask = jnp.broadcast_to(jnp.array([True, True, False]), tokens.shape[:3])
+  visible = segment_ids > 0 if visible is None else visible
+  return Preferences({'taste': TokenTable(jnp.asarray(tokens, jnp.float32), mask)}, visible)
+
+
+def with_preferences(variant: str):
+  """A model that reads preferences, and its users' vectors as a function of them."""
+  config, _, _, features = make(variant)
+  model = create_model(config, ITEMS)
+  items = jnp.array([[1, 2, 7, 5, 6, 1]])
+  segments = jnp.array([[1, 1, 1, 2, 2, 2]])
+  encode = functools.partial(model.apply, method='encode')
+  arguments = features, items, segments
+  init = functools.partial(model.init, method='encode')
+  shapes = jax.eval_shape(init, jax.random.key(0), *arguments, preferences_of(segments))['params']
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.4, size=x.shape), x.dtype), shapes)
+
+  def users(preferences, items=items):
+    encoded = encode({'params': params}, features, items, segments, preferences)
+    return encoded.users['retriever'][0], encoded.retrieved
+
+  return users, segments
+
+
+@pytest.mark.parametrize('variant', ['text', 'multimodal', 'paper'])
+def test_a_position_reads_its_own_users_tokens_where_it_may(variant):
+  users, segments = with_preferences(variant)
+  visible = jnp.array([[False, False, True, False, True, True]])
+  given = preferences_of(segments, visible)
+  before, _ = users(given)
+  tokens, mask = given.tables['taste']
+  for segment, token in ((1, 0), (1, 1), (2, 0), (1, 2)):
+    changed = TokenTable(tokens.at[0, segment - 1, token].add(1.0), mask)
+    after, _ = users(Preferences({'taste': changed}, visible))
+    moved = np.abs(after - before).max(-1) > 1e-4
+    wanted = (segments[0] == segment) & visible[0] & (token < 2)  # The third token is masked.
+    np.testing.assert_array_equal(moved, wanted, err_msg=f'{segment} {token}')
+
+
+@pytest.mark.parametrize('variant', ['text', 'multimodal', 'paper'])
+def test_a_user_without_history_is_told_by_the_preference_alone(variant):
+  users, segments = with_preferences(variant)
+  nothing = jnp.zeros((1, LENGTH), jnp.int32)
+  first, other = (users(preferences_of(segments, seed=i), nothing)[0] for i in (0, 1))
+  assert np.isfinite(first).all()
+  assert np.abs(first - other).max() > 1e-3
+  unknown, _ = users(preferences_of(segments, segments < 0), nothing)
+  assert np.isfinite(unknown).all()
+
+
+def test_proxies_find_different_things_and_are_causal():
+  users, segments = with_preferences('paper')
+  given = preferences_of(segments)
+  before, retrieved = users(given)
+  assert retrieved.shape == (1, LENGTH, 4, 4)
+  gaps = jnp.abs(retrieved[..., :, None, :] - retrieved[..., None, :, :]).max(-1)
+  assert gaps[..., ~np.eye(4, dtype=bool)].min() > 1e-3
+  after, _ = users(given, jnp.array([[1, 2, 7, 5, 2, 1]]))
+  moved = np.abs(after - before).max(-1) > 1e-4
+  np.testing.assert_array_equal(moved, [False, False, False, False, True, True])
+
+
+def test_contrast_and_matching_are_what_they_are_called():
+  config, model, params, features = make('paper', loss={'contrast_items': 100})
+  batch = a_batch([[1, 2, 3, 5, 6, 7]])
+  found, encoded = all_losses(config, model, features, batch)(params)
+  ids, weights = batch.targets[0], (batch.targets[0] > 0).astype(jnp.float32)
+  wanted = encoded.items['retriever'][jnp.maximum(ids - 1, 0)]
+  expected = losses.info_nce(encoded.retrieved[0], wanted, ids, weights, encoded.log_temperature)
+  np.testing.assert_allclose(found['contrast'], expected, rtol=1e-5)
+  users = encoded.users['retriever'][0]
+  values = []
+  for i in range(5):
+    logits = [users[i] @ wanted[i], users[i] @ wanted[i - 1]]
+    values.append(np.log1p(np.exp(-logits[0] - encoded.matching_bias)))
+    if i > 0:  # The neighbour of the first is padding.
+      values.append(np.log1p(np.exp(logits[1] + encoded.matching_bias)))
+  np.testing.assert_allclose(found['matching'], np.mean(values), rtol=1e-4)
+
+
 ALL_LOSSES = {
   'sasrec': 1.0,
   'retriever': 1.0,
@@ -150,7 +235,7 @@ def all_losses(config, model, features, batch):
       {'params': params}, features, batch.item_ids, batch.segment_ids, method='encode'
     )
     data = steps.TrainData(
-      jnp.arange(1, ITEMS + 1), jnp.ones(ITEMS), features, {}, jnp.zeros(0, jnp.int32)
+      jnp.arange(1, ITEMS + 1), jnp.ones(ITEMS), Tables(features, {}), jnp.zeros(0, jnp.int32)
     )
     return compute(encoded, batch, data, tokens, jax.random.key(0)), encoded
 

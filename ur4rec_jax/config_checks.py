@@ -8,6 +8,7 @@ from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.losses import DIVERSITIES
 from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS
+from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ITEM_INPUTS
 from ur4rec_jax.models.ur4rec import PATHS
 from ur4rec_jax.optimizers import GROUPS, SCHEDULES
@@ -20,6 +21,7 @@ _CHOICES = {
   'dtype': ('float32', 'bfloat16'),
   'sasrec.item_input': ITEM_INPUTS,
   'sasrec.norm': ('pre', 'post'),
+  'retriever.query': QUERIES,
   'retriever.fusion': MODALITY_FUSIONS,
   'content.fusion': MODALITY_FUSIONS,
   'fusion.kind': PATH_FUSIONS,
@@ -53,6 +55,7 @@ _AT_LEAST = {
   'retriever.num_heads': 1,
   'retriever.ffn_dim': 1,
   'retriever.cross_modal_blocks': 0,
+  'retriever.num_proxies': 1,
   'content.hidden_dim': 1,
   'content.cross_modal_blocks': 0,
   'content.num_heads': 1,
@@ -67,6 +70,8 @@ _AT_LEAST = {
   'loss.weights.consistency': 0,
   'loss.weights.info_nce': 0,
   'loss.weights.diversity': 0,
+  'loss.weights.contrast': 0,
+  'loss.weights.matching': 0,
   'loss.num_negatives': 1,
   'loss.chunk_size': 1,
   'evaluation.num_candidates': 1,
@@ -139,7 +144,7 @@ def check_config(config: ConfigDict) -> None:
   at_least = _AT_LEAST | of_stages(_STAGE_AT_LEAST)
   above_zero = (*_ABOVE_ZERO, *of_stages({'learning_rate_scale': 0}))
   others = ('data_dir', 'modalities', 'user_modalities', 'paths')
-  others += ('retriever.item_id', 'fusion.weights', 'loss.calibration')
+  others += ('shuffled_features', 'retriever.item_id', 'fusion.weights', 'loss.calibration')
   others += ('stages', *of_stages({'moving': (), 'losses': (), 'turns': ()}), 'compilation_cache')
   for name in (*choices_of, *at_least, *above_zero, *_BELOW_ONE, *others):
     if name not in fields:
@@ -181,16 +186,29 @@ def _check_paths(fields: dict[str, Any]) -> None:
       'modalities are for content; add --config.modalities=text, or take a variant that reads '
       'texts, e.g. --config=configs/movielens_100k.py:text'
     )
+  if fields['user_modalities'] and 'retriever' not in paths:
+    raise InputError(
+      f'config.user_modalities={fields["user_modalities"]} with config.paths={paths}: only the '
+      'retriever reads them; leave them out, or take a variant with a retriever'
+    )
+  if 'retriever' in paths and fields['retriever.query'] == 'proxies' and 'sasrec' not in paths:
+    raise InputError(
+      "config.retriever.query='proxies': its queries start from the states of the path sasrec; "
+      "set config.paths=('sasrec', 'retriever')"
+    )
 
 
 def _check_losses(fields: dict[str, Any]) -> None:
   paths = fields['paths']
+  has_proxies = 'retriever' in paths and fields['retriever.query'] == 'proxies'
   needs = {
     **{f'loss.weights.{name}': (name in paths, f'the path {name}') for name in PATHS},
     'loss.weights.fused': (
       len(paths) > 1 and fields['fusion.kind'] in SUMS,
       f'two paths and a fusion that is a sum: {", ".join(SUMS)}',
     ),
+    'loss.weights.contrast': (has_proxies, "the path retriever with retriever.query='proxies'"),
+    'loss.weights.matching': ('retriever' in paths, 'the path retriever'),
     'loss.weights.consistency': (len(fields['modalities']) > 1, 'two modalities'),
     'loss.weights.info_nce': (len(fields['modalities']) > 1, 'two modalities'),
     'loss.weights.diversity': (

@@ -13,8 +13,15 @@ from ml_collections import ConfigDict
 from ur4rec_jax import metrics, parallel, splits
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
-from ur4rec_jax.features import TokenTable
-from ur4rec_jax.input_pipeline import Plan, assign, gather_batch, pack, plan_rows
+from ur4rec_jax.features import Tables, TokenTable
+from ur4rec_jax.input_pipeline import (
+  Plan,
+  assign,
+  gather_batch,
+  gather_preferences,
+  pack,
+  plan_rows,
+)
 
 Array = jax.Array
 PyTree = Any
@@ -159,14 +166,18 @@ def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Cal
     seen_capacity: upper bound on the sum of a share's `seen_lengths`.
 
   Returns:
-    `eval_step(params, items, item_ids, share)`, with `items` from the model's `item_side`: ranks
-    `[users of all devices]`, in the order of the shares, and whether everything is finite.
+    `eval_step(params, items, preferences, item_ids, share)`, with `items` from the model's
+    `item_side` and the users' tables as `preferences`: ranks `[users of all devices]`, in the order
+    of the shares, and whether everything is finite.
   """
 
-  def eval_step(params, items: PyTree, item_ids: Array, share: Share) -> tuple[Array, Array]:
+  def eval_step(
+    params, items: PyTree, preferences: dict[str, TokenTable], item_ids: Array, share: Share
+  ) -> tuple[Array, Array]:
     batch = gather_batch(item_ids, share.plan, row_length)
     apply = functools.partial(model.apply, {'params': params})
-    users = apply(items, batch.item_ids, batch.segment_ids, method='user_side')
+    preferences = gather_preferences(preferences, batch)
+    users = apply(items, batch.item_ids, batch.segment_ids, preferences, method='user_side')
     users = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[share.last], users)
     num_users = len(share.targets)
     entry = jnp.arange(seen_capacity)
@@ -245,7 +256,7 @@ def make_evaluator(
   model: nn.Module,
   dataset: Dataset,
   item_ids: Array,
-  features: dict[str, TokenTable],
+  tables: Tables,
   part: str,
   config: ConfigDict,
   mapping: str,
@@ -256,7 +267,7 @@ def make_evaluator(
     model: has `max_length`, `item_side`, `user_side` and `scores`, see `UR4Rec`.
     dataset: all interactions.
     item_ids: `dataset.item_ids` on the devices.
-    features: of the items, on the devices.
+    tables: tokens of items and users, on the devices.
     part: `valid` or `test`.
     config: `batch_size`, users a device and dispatch; and the fields that `protocol` reads.
     mapping: `pmap` or `shard_map`.
@@ -270,7 +281,7 @@ def make_evaluator(
   shares, members = make_shares(queries, model.max_length, config.batch_size)
   seen_capacity = int(shares.seen_lengths.sum(-1).max())
   step = parallel.MAPPINGS[mapping](
-    make_eval_step(model, model.max_length, seen_capacity), (None, None, None, 0), ()
+    make_eval_step(model, model.max_length, seen_capacity), (None, None, None, None, 0), ()
   )
   item_side = parallel.on_each_device(
     lambda params, features: model.apply({'params': params}, features, method='item_side')
@@ -283,11 +294,11 @@ def make_evaluator(
 
   def evaluator(params, interrupted=lambda: False) -> np.ndarray | None:
     outputs = []
-    items = item_side(params, features)  # Once for all users.
+    items = item_side(params, tables.items)  # Once for all users.
     for share in placed:
       if interrupted():
         return None
-      outputs.append(step(params, items, item_ids, share))
+      outputs.append(step(params, items, tables.users, item_ids, share))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
       raise DivergenceError(f'a score is not finite in the evaluation on {part}')

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ur4rec_jax import splits
 from ur4rec_jax.dataset import Dataset, load_dataset, read_info, read_versioned
@@ -29,6 +30,31 @@ class TokenTable(NamedTuple):
   mask: Any
 
 
+class Tables(NamedTuple):
+  """What a model reads of items and users besides interactions, by modality.
+
+  Attributes:
+    items: tables with `items + 1` rows, row 0 masked.
+    users: tables with `users` rows, row u of user u.
+  """
+
+  items: dict[str, TokenTable]
+  users: dict[str, TokenTable]
+
+
+class Preferences(NamedTuple):
+  """What users' own texts tell of them, as the positions of a batch of histories may read it.
+
+  Attributes:
+    tables: by modality, tokens `[batch, segments, tokens, width]` and masks `[batch, segments,
+      tokens]`; at index s is the user of segment s + 1.
+    visible: `[batch, length]` bool: whether a position may see those of its user.
+  """
+
+  tables: dict[str, TokenTable]
+  visible: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Features:
   """The tokens of one modality; row i is of item i + 1, or of user i.
@@ -38,11 +64,14 @@ class Features:
     info: contents of `info.json`: encoder, sizes, fingerprint, counts.
     shards: by kind of file (`tokens`, `mask` and, of int8, `scale`) the memory-mapped arrays,
       `[rows of the shard, tokens, width]` and `[rows of the shard, tokens]`.
+    is_shuffled: whether `table` gives each row the tokens of another, as a control: a gain that
+      stays is not due to what the tokens say.
   """
 
   folder: pathlib.Path
   info: dict[str, Any]
   shards: dict[str, list[np.ndarray]]
+  is_shuffled: bool = False
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -58,6 +87,7 @@ class Features:
       'encoder': encoder['name'],
       'is_builtin': encoder['is_builtin'],
       'is_mock': self.info.get('is_mock', False),
+      'is_shuffled': self.is_shuffled,
       **of_users,
       'fingerprint': self.info['fingerprint'],
     }
@@ -107,6 +137,10 @@ class Features:
       if not np.isfinite(values).all():
         raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
       tokens[start:end], mask[start:end] = values, found['mask']
+    if self.is_shuffled:
+      # The same order for every modality, so that they still fit each other.
+      order = np.r_[0, 1 + np.random.default_rng(0).permutation(rows)]
+      tokens, mask = tokens[order], mask[order]
     return TokenTable(tokens, mask)
 
   def _read(self, kind: str, shard: int) -> np.ndarray:
@@ -175,35 +209,36 @@ def load_features(
   return Features(folder, info, shards)
 
 
-def load_with_features(
-  data_dir: str | pathlib.Path,
-  split_name: str,
-  modalities: Sequence[str],
-  user_modalities: Sequence[str],
-) -> Dataset:
+def load_with_features(config: ConfigDict) -> Dataset:
   """Loads a prepared folder with features of its items and users.
+
+  Args:
+    config: `data_dir`, `split`, `modalities`, `user_modalities`, `shuffled_features`.
 
   Raises:
     InputError: as `load_dataset` and `load_features` do.
   """
-  dataset = load_dataset(data_dir, split_name)
-  load = lambda of, names: {n: load_features(data_dir, of, n, dataset.split_hash) for n in names}
-  return dataclasses.replace(
-    dataset, features=load('item', modalities), user_features=load('user', user_modalities)
-  )
+  dataset = load_dataset(config.data_dir, config.split)
+
+  def load(of: str, names: Sequence[str]) -> dict[str, Features]:
+    return {n: load_features(config.data_dir, of, n, dataset.split_hash) for n in names}
+
+  items = load('item', config.modalities)
+  if config.shuffled_features:
+    items = {name: dataclasses.replace(found, is_shuffled=True) for name, found in items.items()}
+  users = load('user', config.user_modalities)
+  return dataclasses.replace(dataset, features=items, user_features=users)
 
 
-def item_tables(dataset: Dataset, dtype: Any = np.float32) -> dict[str, TokenTable]:
-  """Reads the items' features whole, by modality, in the type that is computed in."""
-  return {name: features.table(dtype) for name, features in dataset.features.items()}
-
-
-def user_tables(dataset: Dataset, dtype: Any = np.float32) -> dict[str, TokenTable]:
-  """As `item_tables`, of the users; without row 0, as they are counted from 0: row u is user u."""
-  return {
+def read_tables(dataset: Dataset, dtype: Any = np.float32) -> Tables:
+  """Reads all features whole, in the type that is computed in."""
+  items = {name: features.table(dtype) for name, features in dataset.features.items()}
+  users = {
+    # Without row 0: users are counted from 0.
     name: TokenTable(*(x[1:] for x in features.table(dtype)))
     for name, features in dataset.user_features.items()
   }
+  return Tables(items, users)
 
 
 def preference_starts(train_part: Dataset) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.features import Preferences, TokenTable
 
 Array = jax.Array
 # Rows a batch are rounded up to this, so that 1, 2, 4 and 8 devices get the same batches.
@@ -205,17 +206,20 @@ def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
   )
 
 
-def preference_visible(batch: Batch, preference_starts: Array) -> Array:
-  """Says which tokens of a training batch may see their user's preference text.
+def gather_preferences(
+  tables: dict[str, TokenTable], batch: Batch, preference_starts: Array | None = None
+) -> Preferences:
+  """Fetches the preferences of a batch's users; runs on the device.
 
   Args:
+    tables: by modality, with `users` rows.
     batch: from `gather_batch`.
-    preference_starts: `[users]` int32, from `features.preference_starts`.
-
-  Returns:
-    `[rows, length]` bool: whether there is a token and its target comes after all that the text
-    was written from.
+    preference_starts: `[users]` int32, from `features.preference_starts`: only a token whose target
+      comes after all that the text was written from may see it; None where no token's does not.
   """
-  slot = jnp.maximum(batch.segment_ids - 1, 0)
-  starts = jnp.take_along_axis(preference_starts[batch.users], slot, axis=1)
-  return (batch.segment_ids > 0) & (batch.target_index >= starts)
+  visible = batch.segment_ids > 0
+  if preference_starts is not None:
+    slot = jnp.maximum(batch.segment_ids - 1, 0)
+    starts = jnp.take_along_axis(preference_starts[batch.users], slot, axis=1)
+    visible &= batch.target_index >= starts
+  return Preferences(jax.tree.map(lambda x: x[batch.users], tables), visible)

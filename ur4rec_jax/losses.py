@@ -312,22 +312,19 @@ def diversity(vectors: Array, weights: Array, kind: str) -> Array:
   return _mean(_DIVERSITIES[kind](_unit(vectors, weights > 0)), weights)
 
 
-def matching_bce(logits: Array, labels: Array, weights: Array, positive_weight: float) -> Array:
+def matching_bce(logits: Array, labels: Array, weights: Array) -> Array:
   """Binary cross-entropy of matched and mismatched pairs: mean of -log s(x) and -log(1 - s(x)).
 
   Args:
     logits: `[batch]`.
     labels: `[batch]`, 1 for a matched pair and 0 for a mismatched one.
     weights: `[batch]`.
-    positive_weight: how many times a matched pair counts, in the sum and in its divisor.
 
   Returns:
     Scalar mean over pairs.
   """
-  matched = labels > 0
   logits = _at_least_float32(jnp.where(weights > 0, logits, 0))
-  losses = jax.nn.softplus(jnp.where(matched, -logits, logits))
-  return _mean(losses, weights * jnp.where(matched, positive_weight, 1))
+  return _mean(jax.nn.softplus(jnp.where(labels > 0, -logits, logits)), weights)
 
 
 def uncertainty_weighted(losses: Mapping[str, Array], log_variances: Mapping[str, Array]) -> Array:

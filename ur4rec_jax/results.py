@@ -18,7 +18,7 @@ from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import TokenTable, item_tables, load_with_features
+from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.stages import Stage, make_stages
 from ur4rec_jax.train_state import (
@@ -37,7 +37,7 @@ def write_results(
   config: ConfigDict,
   workdir: str,
   dataset: Dataset,
-  features: dict[str, TokenTable],
+  tables: Tables,
   stages: list[Stage],
   progress: TrainProgress,
   best_params: PyTree,
@@ -54,7 +54,7 @@ def write_results(
     config: the run's config.
     workdir: where to write.
     dataset: all interactions.
-    features: of the items, by modality.
+    tables: tokens of items and users.
     stages: of the run.
     progress: how they went.
     best_params: of all stages, `[stages, ...]` each.
@@ -66,7 +66,7 @@ def write_results(
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
   for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
     parts = evaluate.PARTS if i == best else ('test',)
-    ranks = _rank(stage.config, dataset, features, params_of_stage(best_params, i), parts)
+    ranks = _rank(stage.config, dataset, tables, params_of_stage(best_params, i), parts)
     if i == best:
       best_ranks, scores = ranks, _scores(config, dataset, ranks)
     records.append(
@@ -128,15 +128,13 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     InputError: the folder holds no run or another one.
   """
   check_config(config)
-  dataset = load_with_features(
-    config.data_dir, config.split, config.modalities, config.user_modalities
-  )
+  dataset = load_with_features(config)
   if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   keep_compiled_programs(workdir, config)
-  features = item_tables(dataset, jnp.dtype(config.dtype))
-  stage, params = restore_best(config, workdir, dataset, features)
-  ranks = _rank(stage.config, dataset, features, params, evaluate.PARTS)
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  stage, params = restore_best(config, workdir, dataset, tables)
+  ranks = _rank(stage.config, dataset, tables, params, evaluate.PARTS)
   results = _scores(config, dataset, ranks)
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
@@ -145,7 +143,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
 
 
 def restore_best(
-  config: ConfigDict, workdir: str, dataset: Dataset, features: dict[str, TokenTable]
+  config: ConfigDict, workdir: str, dataset: Dataset, tables: Tables
 ) -> tuple[Stage, PyTree]:
   """Reads the best parameters of a run, and the stage whose paths rank with them.
 
@@ -153,9 +151,9 @@ def restore_best(
     InputError: the run has not been validated yet.
   """
   create = lambda config: create_model(config, dataset.num_items)
-  stages, labels = make_stages(config, lambda of: parameter_shapes(create(of), features))
+  stages, labels = make_stages(config, lambda of: parameter_shapes(create(of), tables))
   tx = optimizers.create_optimizer(config.optimizer, labels)
-  shapes = jax.eval_shape(lambda: create_train_state(create(config), tx, config.seed, features))
+  shapes = jax.eval_shape(lambda: create_train_state(create(config), tx, config.seed, tables))
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   try:
     restored = checkpointer.restore(saved_tree(shapes, len(stages)))
@@ -170,7 +168,7 @@ def restore_best(
 def _rank(
   config: ConfigDict,
   dataset: Dataset,
-  features: dict[str, TokenTable],
+  tables: Tables,
   params: PyTree,
   parts: Sequence[str],
 ) -> dict[str, np.ndarray]:
@@ -178,10 +176,10 @@ def _rank(
   model = create_model(config, dataset.num_items)
   with jax.transfer_guard(config.transfer_guard):
     item_ids = parallel.replicate(dataset.item_ids)
-    features = parallel.replicate(features)
+    tables = parallel.replicate(tables)
     return {
       part: evaluate.make_evaluator(
-        model, dataset, item_ids, features, part, config.evaluation, config.mapping
+        model, dataset, item_ids, tables, part, config.evaluation, config.mapping
       )(params)
       for part in parts
     }

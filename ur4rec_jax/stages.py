@@ -18,6 +18,7 @@ from ur4rec_jax.train_state import StageState
 Array = jax.Array
 PyTree = Any
 ALL = 'all'
+OF_RETRIEVER = ('contrast', 'matching')  # Losses that read its vectors, not only content.
 ALTERNATIONS = ('steps', 'adaptive')
 STARTS = ('best', 'last')
 _TOWERS = {'retriever': ('user_tower', 'content_tower')}
@@ -29,7 +30,7 @@ class Stage:
 
   Attributes:
     name: of the stage.
-    config: the run's, with only the stage's losses, and the paths that these train.
+    config: the run's, with only the stage's losses, and the paths that these read.
     losses: names of those with a weight.
     moving: labels of the parameters that are trained.
     turns: labels that move in each turn; one turn if nothing alternates.
@@ -102,7 +103,7 @@ def stage_numbers(
 
 
 def stage_config(config: ConfigDict, name: str) -> ConfigDict:
-  """Returns the config with only the losses of one stage, and the paths that these train.
+  """Returns the config with only the losses of one stage, and the paths that these read.
 
   Raises:
     InputError: a loss is unknown or has no inputs in this stage, or none trains a path.
@@ -115,18 +116,22 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
         f'{field}: {loss!r} is no loss; known: {", ".join((ALL, *config.loss.weights))}'
       )
   losses = [loss for loss in losses_in_use(config.loss) if loss in chosen or ALL in chosen]
-  paths = tuple(path for path in config.paths if path in losses or FUSED in losses)
+  # Proxies read the states of SASRec, so it stands by, frozen or not.
+  reads_all = FUSED in losses or ('retriever' in losses and config.retriever.query == 'proxies')
+  paths = tuple(path for path in config.paths if path in losses or reads_all)
   if not paths:
     raise InputError(
       f'{field}: trains no path of config.paths={tuple(config.paths)}; give one of these losses '
       'a weight in config.loss.weights, or leave the stage out of config.stages'
     )
-  of_content = [loss for loss in losses if loss not in (*PATHS, FUSED)]
-  if of_content and 'retriever' not in paths and 'content' not in config.sasrec.item_input:
-    raise InputError(
-      f'{field}: {of_content[0]} needs the content of items, and no path that the stage trains '
-      'reads it; take the loss out'
-    )
+  has_content = 'content' in config.sasrec.item_input
+  for loss in losses:
+    is_auxiliary = loss not in (*PATHS, FUSED)
+    if is_auxiliary and 'retriever' not in paths and (loss in OF_RETRIEVER or not has_content):
+      raise InputError(
+        f'{field}: {loss} needs vectors that no path of this stage makes; take it out, or add a '
+        'loss of the retriever'
+      )
   config = config.copy_and_resolve_references()
   with config.ignore_type():
     config.paths = paths

@@ -11,8 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from ur4rec_jax import losses, stages
-from ur4rec_jax.features import TokenTable
-from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch
+from ur4rec_jax.features import Tables
+from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.models.ur4rec import Encoded, losses_in_use
 from ur4rec_jax.optimizers import learning_rate_at
 from ur4rec_jax.parallel import AXIS
@@ -28,15 +28,13 @@ class TrainData(NamedTuple):
   Attributes:
     item_ids: `[training interactions]` int32, 1-based, user after user.
     item_counts: `[num_items]` float32, training interactions an item.
-    features: by modality, tables with `num_items + 1` rows.
-    preferences: by modality, tables with `num_users` rows, row u of user u.
+    tables: tokens of items and users.
     preference_starts: `[num_users]` int32, from `features.preference_starts`.
   """
 
   item_ids: Array
   item_counts: Array
-  features: dict[str, TokenTable]
-  preferences: dict[str, TokenTable]
+  tables: Tables
   preference_starts: Array
 
 
@@ -44,8 +42,8 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
   """Builds all losses that have a weight.
 
   Args:
-    config: `weights` by loss; `contrast_items`, items that `info_nce` and `diversity` look at;
-      `diversity`, its kind; and what `make_retrieval_loss` reads.
+    config: `weights` by loss; `contrast_items`, targets that `info_nce`, `contrast`, `matching` and
+      `diversity` look at; `diversity`, its kind; and what `make_retrieval_loss` reads.
 
   Returns:
     `losses(encoded, batch, data, tokens, key)`, with `tokens` the number to divide sums over
@@ -88,7 +86,26 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       flat = pooled.reshape(-1, *pooled.shape[2:])
       return losses.diversity(flat, present.reshape(-1), config.diversity)
 
+    def contrast() -> Array:
+      retrieved = encoded.retrieved.reshape(-1, *encoded.retrieved.shape[2:])[some]
+      wanted = encoded.items['retriever'][targets[some]]
+      return losses.info_nce(retrieved, wanted, some_ids, some_weights, encoded.log_temperature)
+
+    def matching() -> Array:
+      users = encoded.users['retriever'].reshape(targets.size, -1)[some]
+      matched = encoded.items['retriever'][targets[some]]
+      # A neighbour's target: an item about as popular as the user's own.
+      mismatched, is_other = jnp.roll(matched, 1, axis=0), jnp.roll(some_ids, 1) != some_ids
+      logits = [(users * items).sum(-1, dtype=jnp.float32) for items in (matched, mismatched)]
+      return losses.matching_bce(
+        jnp.concatenate(logits) + encoded.matching_bias,
+        jnp.repeat(jnp.array([1, 0]), len(some)),
+        jnp.concatenate([some_weights, some_weights * is_other * jnp.roll(some_weights, 1)]),
+      )
+
     auxiliary = {
+      'contrast': contrast,
+      'matching': matching,
       'consistency': lambda: losses.consistency(
         encoded.content.modalities[1:], encoded.content.present[1:]
       ),
@@ -178,7 +195,7 @@ def make_train_step(
   What does not move takes no gradient, and what the losses do not read is not computed.
 
   Args:
-    model: of the stage; has `encode(features, item_ids, segment_ids)`, see `UR4Rec`.
+    model: of the stage; has `encode`, see `UR4Rec`.
     tx: optimizer, from `create_optimizer`.
     labels: of the parameters, see `make_stages`.
     config: of the stage.
@@ -211,9 +228,10 @@ def make_train_step(
       params = jax.tree.map(lambda x, m: x if m else jax.lax.stop_gradient(x), params, moves)
       encoded = model.apply(
         {'params': params},
-        data.features,
+        data.tables.items,
         batch.item_ids,
         batch.segment_ids,
+        gather_preferences(data.tables.users, batch, data.preference_starts),
         deterministic=False,
         rngs={'dropout': dropout_key},
         method='encode',

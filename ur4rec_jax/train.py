@@ -21,13 +21,7 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import (
-  TokenTable,
-  item_tables,
-  load_with_features,
-  preference_starts,
-  user_tables,
-)
+from ur4rec_jax.features import Tables, load_with_features, preference_starts, read_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
@@ -67,13 +61,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     InterruptedBySignal: SIGTERM or SIGINT came; the run is saved.
   """
   check_config(config)
-  dataset = load_with_features(
-    config.data_dir, config.split, config.modalities, config.user_modalities
-  )
+  dataset = load_with_features(config)
   _check_dataset(config, dataset)
-  features = item_tables(dataset, jnp.dtype(config.dtype))
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
   stages, labels = make_stages(
-    config, lambda of: parameter_shapes(create_model(of, dataset.num_items), features)
+    config, lambda of: parameter_shapes(create_model(of, dataset.num_items), tables)
   )
   claim_workdir(workdir, config, dataset)
   keep_compiled_programs(workdir, config)
@@ -84,13 +76,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       jax.transfer_guard(config.transfer_guard),
     ):
       loop = _TrainLoop(
-        config, workdir, dataset, features, stages, labels, checkpointer, stop_requested
+        config, workdir, dataset, tables, stages, labels, checkpointer, stop_requested
       )
       loop.run()
   finally:
     checkpointer.close()
   return results.write_results(
-    config, workdir, dataset, features, stages, loop.progress, loop.best_params
+    config, workdir, dataset, tables, stages, loop.progress, loop.best_params
   )
 
 
@@ -160,7 +152,7 @@ class _TrainLoop:
     config: ConfigDict,
     workdir: str,
     dataset: Dataset,
-    features: dict[str, TokenTable],
+    tables: Tables,
     stages: list[Stage],
     labels: PyTree,
     checkpointer: Checkpointer,
@@ -183,13 +175,12 @@ class _TrainLoop:
         f'{parallel.device_count()} devices cannot share equally; make it larger'
       )
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
-    self._restore_or_create(features)
+    self._restore_or_create(tables)
     self.data = parallel.replicate(
       steps.TrainData(
         train_part.item_ids,
         train_part.item_counts()[1:].astype(np.float32),
-        features,
-        user_tables(dataset, jnp.dtype(config.dtype)),
+        tables,
         preference_starts(train_part),
       )
     )
@@ -205,9 +196,9 @@ class _TrainLoop:
     self.started = time.monotonic() - self.progress.seconds
     self._enter_stage()
 
-  def _restore_or_create(self, features: dict[str, TokenTable]) -> None:
+  def _restore_or_create(self, tables: Tables) -> None:
     model = create_model(self.config, self.dataset.num_items)
-    state = create_train_state(model, self.tx, self.config.seed, features)
+    state = create_train_state(model, self.tx, self.config.seed, tables)
     restored = self.checkpointer.restore(saved_tree(state, len(self.stages)))
     if restored is None:
       self.state: TrainState = parallel.replicate(state)
@@ -233,7 +224,7 @@ class _TrainLoop:
         model,
         self.dataset,
         self.item_ids,
-        self.data.features,
+        self.data.tables,
         'valid',
         self.config.evaluation,
         self.config.mapping,
@@ -497,6 +488,7 @@ def _describe_run(
       rows, tokens, width = found.shape
       origin = found.origin
       marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
+      marks += ' (shuffled)' * origin['is_shuffled']
       lines.append(
         f'features {of} {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
         f'{origin["fingerprint"][:16]}'

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.features import Tables
+from ur4rec_jax.input_pipeline import Batch, gather_preferences
 
 PyTree = Any
 SELECTION_METRIC = 'ndcg@10'
@@ -60,38 +61,37 @@ class TrainState(flax.struct.PyTreeNode):
   stage: StageState
 
 
-def parameter_shapes(model: nn.Module, features: dict[str, TokenTable]) -> PyTree:
+def parameter_shapes(model: nn.Module, tables: Tables) -> PyTree:
   """Returns the tree of the model's parameters, shapes only; arguments as `create_train_state`."""
-  return jax.eval_shape(lambda: _initial_parameters(model, features, jax.random.key(0)))
+  return jax.eval_shape(lambda: _initial_parameters(model, tables, jax.random.key(0)))
 
 
-def _initial_parameters(
-  model: nn.Module, features: dict[str, TokenTable], key: jax.Array
-) -> PyTree:
-  one_item = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), features)
-  ones = jnp.ones((1, 1), jnp.int32)
-  return model.init(key, one_item, ones, ones, method='encode')['params']
+def _initial_parameters(model: nn.Module, tables: Tables, key: jax.Array) -> PyTree:
+  one_row = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), tables)
+  ones, zeros = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+  preferences = gather_preferences(one_row.users, Batch(ones, ones, ones, ones, zeros))
+  return model.init(key, one_row.items, ones, ones, preferences, method='encode')['params']
 
 
 def create_train_state(
   model: nn.Module,
   tx: optax.GradientTransformation,
   seed: int,
-  features: dict[str, TokenTable],
+  tables: Tables,
 ) -> TrainState:
   """Initialises parameters and optimizer, on the default device, from one seed.
 
   Args:
-    model: has `encode(features, item_ids, segment_ids)`.
+    model: has `encode`, see `UR4Rec`.
     tx: optimizer.
     seed: of parameters and of everything random in training.
-    features: by modality; only the width of their tokens matters.
+    tables: tokens of items and users; only the width of the tokens matters.
   """
 
   @jax.jit
   def create() -> TrainState:
     init_key, root_key = jax.random.split(jax.random.key(seed))
-    params = _initial_parameters(model, features, init_key)
+    params = _initial_parameters(model, tables, init_key)
     step = jnp.zeros((), jnp.int32)
     root_key = jax.random.key_data(root_key)
     stage = jax.tree.map(jnp.asarray, start_of_stage())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.models.cross_modal import AttentionPool, CrossModalBlock
 from ur4rec_jax.models.fusion import ModalityFusion
-from ur4rec_jax.models.layers import Dropout
+from ur4rec_jax.models.layers import TokenProjection
 
 Array = jax.Array
 
@@ -69,18 +69,15 @@ class ContentTower(nn.Module):
   @nn.compact
   def __call__(self, features: Mapping[str, TokenTable], *, deterministic: bool) -> Content:
     """Returns the content of all items from tables with `items + 1` rows each."""
-    dense = lambda width, name, **kwargs: nn.Dense(width, dtype=self.dtype, name=name, **kwargs)
-    dropout = Dropout(self.dropout, deterministic=deterministic)
     names = sorted(features)
-    tokens, masks = {}, {name: features[name].mask for name in names}
-    for name in names:
-      rows, num_tokens, width = features[name].tokens.shape
-      # Flat, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, width].
-      flat = features[name].tokens.astype(self.dtype).reshape(-1, width)
-      h = nn.LayerNorm(dtype=self.dtype, name=f'{name}_norm')(
-        dense(self.hidden_dim, f'{name}_in')(flat)
-      )
-      tokens[name] = dropout(nn.gelu(h)).reshape(rows, num_tokens, -1)
+    masks = {name: features[name].mask for name in names}
+    rows = len(masks[names[0]])
+    project = lambda name: TokenProjection(
+      self.hidden_dim, self.dropout, self.dtype, name=f'{name}_projection'
+    )
+    tokens = {
+      name: project(name)(features[name].tokens, deterministic=deterministic) for name in names
+    }
     if len(names) > 1:
       for i in range(self.cross_modal_blocks):
         block = CrossModalBlock(self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{i}')
@@ -91,7 +88,9 @@ class ContentTower(nn.Module):
     small = nn.initializers.normal(0.02)
     vectors = jnp.stack(
       [
-        dense(self.dim, f'{name}_out', kernel_init=small)(pooled[name].reshape(rows, -1))
+        nn.Dense(self.dim, dtype=self.dtype, kernel_init=small, name=f'{name}_out')(
+          pooled[name].reshape(rows, -1)
+        )
         for name in names
       ],
       axis=1,

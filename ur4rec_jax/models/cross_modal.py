@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from ur4rec_jax.models.layers import Dropout, masked_attention
 
@@ -33,15 +34,17 @@ class CrossModalBlock(nn.Module):
     self,
     tokens: Mapping[str, Array],
     visible: Mapping[str, Array],
+    memory: Mapping[str, Array] = FrozenDict(),
     *,
     deterministic: bool,
   ) -> dict[str, Array]:
-    """Returns tokens of the same shapes.
+    """Returns `tokens` anew, in the same shapes.
 
     Args:
       tokens: by modality, `[rows, tokens, dim]`; the number of tokens may differ.
-      visible: by modality, which of its tokens the others may see: `[rows, tokens]`, the same for
-        every query, or `[rows, queries, tokens]`.
+      visible: by modality, those of `memory` too, which of its tokens the others may see: `[rows,
+        tokens]`, the same for every query, or `[rows, queries, tokens]`.
+      memory: as `tokens`; seen by them, and stay as they are.
       deterministic: False applies dropout, with the `dropout` key.
     """
     dropout = Dropout(self.dropout, deterministic=deterministic)
@@ -54,14 +57,16 @@ class CrossModalBlock(nn.Module):
     norm = lambda x, name: nn.LayerNorm(dtype=self.dtype, name=name)(x)
     heads = lambda x: x.reshape(*x.shape[:2], self.num_heads, -1)
     queries, keys, values = {}, {}, {}
-    for name, x in tokens.items():
+    for name, x in {**tokens, **memory}.items():
+      parts = ('query', 'key', 'value') if name in tokens else ('key', 'value')
       projected = dense(
-        norm(x, f'{name}_attention_norm'), 3 * x.shape[-1], f'{name}_query_key_value'
+        norm(x, f'{name}_attention_norm'), len(parts) * x.shape[-1], f'{name}_{"_".join(parts)}'
       )
-      queries[name], keys[name], values[name] = map(heads, jnp.split(projected, 3, axis=-1))
+      *query, keys[name], values[name] = map(heads, jnp.split(projected, len(parts), axis=-1))
+      queries[name] = query
     result = {}
     for name, x in tokens.items():
-      others = [other for other in tokens if other != name]
+      others = [other for other in keys if other != name]
       if others:
         join = lambda parts, others=others: jnp.concatenate([parts[o] for o in others], axis=1)
         mask = jnp.concatenate(
@@ -74,7 +79,7 @@ class CrossModalBlock(nn.Module):
           ],
           axis=2,
         )
-        mixed = masked_attention(queries[name], join(keys), join(values), mask).reshape(x.shape)
+        mixed = masked_attention(*queries[name], join(keys), join(values), mask).reshape(x.shape)
         mixed = dropout(dense(mixed, x.shape[-1], f'{name}_attention_out'))
         x = x + jnp.where(mask.any(-1, keepdims=True), mixed, 0)
       h = dense(norm(x, f'{name}_ffn_norm'), 2 * x.shape[-1], f'{name}_ffn_in')

@@ -32,6 +32,31 @@ def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
   return (mixed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
 
 
+class TokenProjection(nn.Module):
+  """Projects frozen tokens into the space of the model: dense, layer norm, GELU, dropout.
+
+  Attributes:
+    dim: width of the space.
+    dropout: rate.
+    dtype: computation type; parameters and reductions stay float32.
+  """
+
+  dim: int
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, tokens: Array, *, deterministic: bool) -> Array:
+    """Returns `[..., dim]` from `[..., width]`."""
+    # Flat, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, width].
+    flat = tokens.astype(self.dtype).reshape(-1, tokens.shape[-1])
+    h = nn.LayerNorm(dtype=self.dtype, name='norm')(
+      nn.Dense(self.dim, dtype=self.dtype, name='dense')(flat)
+    )
+    h = Dropout(self.dropout, deterministic=deterministic)(nn.gelu(h))
+    return h.reshape(*tokens.shape[:-1], self.dim)
+
+
 class Dropout(nn.Module):
   """Dropout (Srivastava et al. 2014) on 16 random bits a value, half of what `nn.Dropout` draws.
 

@@ -7,14 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ur4rec_jax.features import TokenTable
-from ur4rec_jax.models.content import Content, ContentTower, ItemSide
-from ur4rec_jax.models.cross_modal import CrossModalBlock
-from ur4rec_jax.models.fusion import ModalityFusion
-from ur4rec_jax.models.layers import Dropout
-from ur4rec_jax.models.sasrec import Block, causal_mask, segment_positions
+from ur4rec_jax.features import Preferences, TokenTable
+from ur4rec_jax.models.content import ContentTower, ItemSide
+from ur4rec_jax.models.user_tower import ProxyTower, UserTower
 
 Array = jax.Array
+QUERIES = ('user', 'proxies')
 
 
 def normalised(x: Array) -> Array:
@@ -23,78 +21,25 @@ def normalised(x: Array) -> Array:
   return (x * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))).astype(x.dtype)
 
 
-class UserTower(nn.Module):
-  """Encodes every prefix of a history from the content of its items.
-
-  Per modality a causal transformer, then layers in which the modalities attend to each other, then
-  one vector a position. A padded or modality-less item is seen by nobody but itself.
-
-  Attributes: see `Retriever`.
-  """
-
-  max_length: int
-  dim: int
-  num_blocks: int
-  num_heads: int
-  ffn_dim: int
-  dropout: float
-  cross_modal_blocks: int
-  fusion: str
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(
-    self, content: Content, item_ids: Array, segment_ids: Array, *, deterministic: bool
-  ) -> Array:
-    """Returns `[batch, length, dim]` from `item_ids` and `segment_ids`, `[batch, length]` each."""
-    batch, length = item_ids.shape
-    flat_ids = item_ids.reshape(-1)
-    position_embedding = self.param(
-      'position_embedding', nn.initializers.normal(0.02), (self.max_length, self.dim)
-    )
-    positions = position_embedding[segment_positions(segment_ids).reshape(-1)]
-    causal = causal_mask(segment_ids)
-    present = content.present[item_ids]
-    states, visible = {}, {}
-    for i in range(present.shape[-1]):
-      visible[i] = causal & present[:, None, :, i]
-      x = (content.modalities[flat_ids, i] + positions).astype(self.dtype)
-      x = Dropout(self.dropout)(x, deterministic=deterministic)
-      for block in range(self.num_blocks):
-        sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, 'pre', self.dtype
-        x = Block(*sizes, name=f'modality_{i}_block_{block}')(
-          x, visible[i] | jnp.eye(length, dtype=bool), deterministic=deterministic
-        )
-      states[i] = x.reshape(batch, length, self.dim)
-    if len(states) > 1:
-      for block in range(self.cross_modal_blocks):
-        states = CrossModalBlock(
-          self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{block}'
-        )(states, visible, deterministic=deterministic)
-    norm = lambda i: nn.LayerNorm(dtype=self.dtype, name=f'modality_{i}_norm')
-    states = jnp.stack([norm(i)(x).reshape(-1, self.dim) for i, x in states.items()], axis=1)
-    has_seen = jnp.stack([mask.any(-1).reshape(-1) for mask in visible.values()], axis=1)
-    joined = ModalityFusion(self.fusion, self.dtype, name='fusion')(states, has_seen)
-    return joined.reshape(batch, length, self.dim)
-
-
 class Retriever(nn.Module):
   """Scores items by the cosine of a user's and an item's vector over a learned temperature.
 
   An item is its content plus an embedding of its id; a user is what the content of the history
-  tells.
+  and the user's own texts tell.
 
   Attributes:
     num_items: catalogue size.
     max_length: longest history.
     content: makes item vectors, of width `dim`.
     dim: width of both sides' vectors.
-    num_blocks: transformer blocks a modality.
+    query: how the user's tokens are read: `user`, see `UserTower`, or `proxies`, see `ProxyTower`.
+    num_blocks: transformer blocks, a modality with `user`.
     num_heads: attention heads; divides `dim`.
     ffn_dim: width of the hidden feed-forward layer.
     dropout: rate on history tokens and inside the blocks.
     cross_modal_blocks: layers in which the modalities of the history attend to each other.
     fusion: how a user's modalities are joined: `add`, `concat` or `gated`.
+    num_proxies: learned queries, of `proxies`.
     item_id: whether items get an embedding of their id.
     temperature: what the learned temperature starts from.
     dtype: computation type; parameters and reductions stay float32.
@@ -104,12 +49,14 @@ class Retriever(nn.Module):
   max_length: int
   content: ContentTower
   dim: int = 64
+  query: str = 'user'
   num_blocks: int = 2
   num_heads: int = 1
   ffn_dim: int = 64
   dropout: float = 0.2
   cross_modal_blocks: int = 1
   fusion: str = 'gated'
+  num_proxies: int = 4
   item_id: bool = True
   temperature: float = 0.1
   dtype: jnp.dtype = jnp.float32
@@ -121,17 +68,12 @@ class Retriever(nn.Module):
     self.log_temperature = self.param(
       'log_temperature', nn.initializers.constant(math.log(self.temperature)), ()
     )
-    self.user_tower = UserTower(
-      self.max_length,
-      self.dim,
-      self.num_blocks,
-      self.num_heads,
-      self.ffn_dim,
-      self.dropout,
-      self.cross_modal_blocks,
-      self.fusion,
-      self.dtype,
-    )
+    names = ('max_length', 'dim', 'num_blocks', 'num_heads', 'ffn_dim', 'dropout', 'dtype')
+    if self.query == 'user':
+      tower, names = UserTower, (*names, 'cross_modal_blocks', 'fusion')
+    else:
+      tower, names = ProxyTower, (*names, 'num_proxies')
+    self.user_tower = tower(**{name: getattr(self, name) for name in names})
 
   def item_side(
     self, features: Mapping[str, TokenTable], *, deterministic: bool = True
@@ -153,19 +95,26 @@ class Retriever(nn.Module):
     items: ItemSide,
     item_ids: Array,
     segment_ids: Array,
+    preferences: Preferences | None = None,
+    backbone: Array | None = None,
     *,
     deterministic: bool = True,
-  ) -> Array:
+  ) -> tuple[Array, Array | None]:
     """Encodes every prefix of every history.
 
     Args:
       items: from `item_side`.
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
+      preferences: what users' own texts tell; None if there are none.
+      backbone: `[batch, length, width]`, states of the sequence path, which `proxies` read.
       deterministic: False applies dropout, with the `dropout` key.
 
     Returns:
-      `[batch, length, dim]`; the inner product with an item's vector is its score, in nats.
+      `[batch, length, dim]`, whose inner product with an item's vector is its score, in nats; and
+      what each proxy retrieved, `[batch, length, proxies, dim]`, or None with the query `user`.
     """
-    users = self.user_tower(items.content, item_ids, segment_ids, deterministic=deterministic)
-    return normalised(users) * jnp.exp(-self.log_temperature).astype(users.dtype)
+    users, retrieved = self.user_tower(
+      items.content, item_ids, segment_ids, preferences, backbone, deterministic=deterministic
+    )
+    return normalised(users) * jnp.exp(-self.log_temperature).astype(users.dtype), retrieved

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.features import Preferences, TokenTable
 from ur4rec_jax.models.content import Content, ContentTower, ItemSide
 from ur4rec_jax.models.fusion import SUMS, PathFusion, inner_products
 from ur4rec_jax.models.retriever import Retriever
@@ -28,15 +28,19 @@ class Encoded(NamedTuple):
     users: by path, `[batch, length, width]`.
     items: by path, `[items, width]`, row i of item i + 1.
     content: of the items, from the retriever if there is one; None without features.
-    log_temperature: `[]`, of the contrast between modalities.
+    retrieved: `[batch, length, proxies, dim]`, of the retriever's proxies; None without them.
+    log_temperature: `[]`, of the contrasts `info_nce` and `contrast`.
+    matching_bias: `[]`, of the logit of `matching`.
     log_variances: by loss, `[]`, of uncertainty weighting.
   """
 
   users: dict[str, Array]
   items: dict[str, Array]
-  content: Content | None
-  log_temperature: Array | None
-  log_variances: dict[str, Array]
+  content: Content | None = None
+  retrieved: Array | None = None
+  log_temperature: Array | None = None
+  matching_bias: Array | None = None
+  log_variances: Mapping[str, Array] = FrozenDict()
 
 
 class UR4Rec(nn.Module):
@@ -48,7 +52,7 @@ class UR4Rec(nn.Module):
     fusion: joins their scores; None if there is one path.
     losses: weight of each loss it is trained with; some losses have parameters.
     uncertainty_weighting: whether the weights are learned, from these on.
-    temperature: what the learned temperature of `info_nce` starts from.
+    temperature: what the learned temperature of `info_nce` and `contrast` starts from.
   """
 
   sasrec: SASRec | None = None
@@ -60,9 +64,11 @@ class UR4Rec(nn.Module):
 
   def setup(self):
     constant = lambda name, value: self.param(name, nn.initializers.constant(value), ())
-    self.log_temperature = (
-      constant('log_temperature', math.log(self.temperature)) if 'info_nce' in self.losses else None
-    )
+    self.log_temperature = self.matching_bias = None
+    if 'info_nce' in self.losses or 'contrast' in self.losses:
+      self.log_temperature = constant('log_temperature', math.log(self.temperature))
+    if 'matching' in self.losses:
+      self.matching_bias = constant('matching_bias', 0.0)
     weighted = self.losses if self.uncertainty_weighting else {}
     self.log_variances = {
       name: constant(f'log_variance_{name}', -math.log(weight)) for name, weight in weighted.items()
@@ -90,6 +96,7 @@ class UR4Rec(nn.Module):
     items: Mapping[str, ItemSide],
     item_ids: Array,
     segment_ids: Array,
+    preferences: Preferences | None = None,
     *,
     deterministic: bool = True,
   ) -> dict[str, Array]:
@@ -99,27 +106,46 @@ class UR4Rec(nn.Module):
       items: from `item_side`.
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
+      preferences: what users' own texts tell, for the retriever; None if there are none.
       deterministic: False applies dropout, with the `dropout` key.
 
     Returns:
       By path `[batch, length, width]`.
     """
-    return {
-      name: path.user_side(items[name], item_ids, segment_ids, deterministic=deterministic)
-      for name, path in self._paths().items()
-    }
+    return self._user_side(items, item_ids, segment_ids, preferences, deterministic)[0]
+
+  def _user_side(
+    self, items, item_ids, segment_ids, preferences, deterministic
+  ) -> tuple[dict[str, Array], Array | None]:
+    """Returns `user_side`, and what the retriever's proxies found."""
+    users, retrieved = {}, None
+    if self.sasrec is not None:
+      users['sasrec'] = self.sasrec.user_side(
+        items['sasrec'], item_ids, segment_ids, deterministic=deterministic
+      )
+    if self.retriever is not None:
+      users['retriever'], retrieved = self.retriever.user_side(
+        items['retriever'],
+        item_ids,
+        segment_ids,
+        preferences,
+        users.get('sasrec'),
+        deterministic=deterministic,
+      )
+    return users, retrieved
 
   def encode(
     self,
     features: Mapping[str, TokenTable],
     item_ids: Array,
     segment_ids: Array,
+    preferences: Preferences | None = None,
     *,
     deterministic: bool = True,
   ) -> Encoded:
     """Does both for training; the fusion, if it is a sum, is one more path."""
     sides = self.item_side(features, deterministic=deterministic)
-    users = self.user_side(sides, item_ids, segment_ids, deterministic=deterministic)
+    users, retrieved = self._user_side(sides, item_ids, segment_ids, preferences, deterministic)
     items = _vectors(sides)
     if self.fusion is not None and self.fusion.kind in SUMS:
       users[FUSED], items[FUSED] = self.fusion(users, items)
@@ -128,7 +154,9 @@ class UR4Rec(nn.Module):
       users,
       items,
       contents[-1] if contents else None,
+      retrieved,
       self.log_temperature,
+      self.matching_bias,
       self.log_variances,
     )
 

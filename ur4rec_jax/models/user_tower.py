@@ -1,0 +1,219 @@
+"""What a user likes, from the content of the history and from the user's own texts."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ur4rec_jax.features import Preferences
+from ur4rec_jax.models.content import Content
+from ur4rec_jax.models.cross_modal import CrossModalBlock
+from ur4rec_jax.models.fusion import ModalityFusion
+from ur4rec_jax.models.layers import Dropout, TokenProjection, masked_attention
+from ur4rec_jax.models.sasrec import Block, causal_mask, segment_positions
+
+Array = jax.Array
+
+
+class HistoryTokens(nn.Module):
+  """The history as one token an item and modality: its content, and its place.
+
+  Attributes: see `Retriever`.
+  """
+
+  max_length: int
+  dim: int
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, content: Content, item_ids: Array, segment_ids: Array, *, deterministic: bool
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Returns by modality `[batch, length, dim]`, and who may see them, `[batch, length, length]`.
+
+    A padded item, and one without the modality, is seen by nobody.
+    """
+    flat_ids = item_ids.reshape(-1)
+    position_embedding = self.param(
+      'position_embedding', nn.initializers.normal(0.02), (self.max_length, self.dim)
+    )
+    positions = position_embedding[segment_positions(segment_ids).reshape(-1)]
+    causal = causal_mask(segment_ids)
+    present = content.present[item_ids]
+    tokens, visible = {}, {}
+    for i in range(present.shape[-1]):
+      x = (content.modalities[flat_ids, i] + positions).astype(self.dtype)
+      x = Dropout(self.dropout)(x, deterministic=deterministic)
+      tokens[f'modality_{i}'] = x.reshape(*item_ids.shape, self.dim)
+      visible[f'modality_{i}'] = causal & present[:, None, :, i]
+    return tokens, visible
+
+
+class PreferenceTokens(nn.Module):
+  """The users' own texts in the space of the history's tokens.
+
+  Attributes: see `Retriever`.
+  """
+
+  dim: int
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, preferences: Preferences | None, segment_ids: Array, *, deterministic: bool
+  ) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Returns by modality all users' tokens of a row, and which of them each position may see.
+
+    That is `[batch, segments * tokens, dim]` and `[batch, length, segments * tokens]`.
+    """
+    tokens, visible = {}, {}
+    for name, (values, mask) in (preferences.tables if preferences else {}).items():
+      project = TokenProjection(self.dim, self.dropout, self.dtype, name=name)
+      batch, segments = mask.shape[:2]
+      x = project(values, deterministic=deterministic)
+      tokens[f'preference_{name}'] = x.reshape(batch, -1, self.dim)
+      is_own = segment_ids[..., None] == jnp.arange(1, segments + 1)
+      seen = (is_own & preferences.visible[..., None])[..., None] & mask[:, None]
+      visible[f'preference_{name}'] = seen.reshape(batch, segment_ids.shape[1], -1)
+    return tokens, visible
+
+
+class UserTower(nn.Module):
+  """Encodes every prefix of a history from the content of its items and the user's own texts.
+
+  Per modality a causal transformer, then layers in which the modalities attend to each other and
+  to the texts, then one vector a modality and position, joined. The texts' tokens are only seen:
+  one that looked at the history would tell its end to its beginning.
+
+  Attributes: see `Retriever`.
+  """
+
+  max_length: int
+  dim: int
+  num_blocks: int
+  num_heads: int
+  ffn_dim: int
+  dropout: float
+  dtype: jnp.dtype
+  cross_modal_blocks: int
+  fusion: str
+
+  @nn.compact
+  def __call__(
+    self,
+    content: Content,
+    item_ids: Array,
+    segment_ids: Array,
+    preferences: Preferences | None,
+    backbone: Array | None = None,
+    *,
+    deterministic: bool,
+  ) -> tuple[Array, None]:
+    """Returns `[batch, length, dim]`, and None; arguments as `Retriever.user_side`."""
+    del backbone  # Only `ProxyTower` reads it.
+    history = HistoryTokens(self.max_length, self.dim, self.dropout, self.dtype, name='history')
+    states, visible = history(content, item_ids, segment_ids, deterministic=deterministic)
+    for name, x in states.items():
+      flat = x.reshape(-1, self.dim)
+      mask = visible[name] | jnp.eye(x.shape[1], dtype=bool)
+      for i in range(self.num_blocks):
+        sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, 'pre', self.dtype
+        flat = Block(*sizes, name=f'{name}_block_{i}')(flat, mask, deterministic=deterministic)
+      states[name] = flat.reshape(x.shape)
+    texts = PreferenceTokens(self.dim, self.dropout, self.dtype, name='preferences')
+    memory, memory_visible = texts(preferences, segment_ids, deterministic=deterministic)
+    visible |= memory_visible
+    if len(visible) > 1:
+      for i in range(self.cross_modal_blocks):
+        block = CrossModalBlock(self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{i}')
+        states = block(states, visible, memory, deterministic=deterministic)
+    small = nn.initializers.normal(0.02)
+    for name, tokens in memory.items():
+      query = self.param(f'{name}_query', small, (self.dim,)).astype(self.dtype)
+      query = jnp.broadcast_to(query, (*item_ids.shape, 1, self.dim))
+      tokens = tokens[:, :, None]
+      states[name] = masked_attention(query, tokens, tokens, visible[name])
+    norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=f'{name}_norm')
+    side_by_side = jnp.stack(
+      [norm(name)(x).reshape(-1, self.dim) for name, x in states.items()], axis=1
+    )
+    has_seen = jnp.stack([visible[name].any(-1).reshape(-1) for name in states], axis=1)
+    joined = ModalityFusion(self.fusion, self.dtype, name='fusion')(side_by_side, has_seen)
+    return joined.reshape(*item_ids.shape, self.dim), None
+
+
+class ProxyTower(nn.Module):
+  """Learned proxies and the sequence path's state ask the user's tokens: UR4Rec's retriever.
+
+  K proxy tokens and one made of the state attend to each other, then to the content of the history
+  and the user's own texts, then pass a feed-forward network (Zhang, Zhu & Dou, COLING 2025, after
+  BLIP-2's Q-Former, Li et al. 2023). There the query is a candidate among a few to be ranked again;
+  here it is the user's state, so that one vector scores the whole catalogue.
+
+  Attributes: see `Retriever`.
+  """
+
+  max_length: int
+  dim: int
+  num_blocks: int
+  num_heads: int
+  ffn_dim: int
+  dropout: float
+  dtype: jnp.dtype
+  num_proxies: int
+
+  @nn.compact
+  def __call__(
+    self,
+    content: Content,
+    item_ids: Array,
+    segment_ids: Array,
+    preferences: Preferences | None,
+    backbone: Array,
+    *,
+    deterministic: bool,
+  ) -> tuple[Array, Array]:
+    """Returns `[batch, length, dim]`, and what each proxy found, `[batch, length, proxies, dim]`.
+
+    Arguments as `Retriever.user_side`.
+    """
+    batch, length = item_ids.shape
+    dropout = Dropout(self.dropout, deterministic=deterministic)
+    dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
+    norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
+    heads = lambda x, rows: x.reshape(rows, -1, self.num_heads, self.dim // self.num_heads)
+    sizes = self.dim, self.dropout, self.dtype
+    history = HistoryTokens(self.max_length, *sizes, name='history')
+    memory, visible = history(content, item_ids, segment_ids, deterministic=deterministic)
+    texts = PreferenceTokens(*sizes, name='preferences')(
+      preferences, segment_ids, deterministic=deterministic
+    )
+    memory = jnp.concatenate([*memory.values(), *texts[0].values()], axis=1)
+    memory = norm('memory_norm')(memory.reshape(-1, self.dim))
+    visible = jnp.concatenate([*visible.values(), *texts[1].values()], axis=2)
+    num_queries = self.num_proxies + 1
+    has_seen = jnp.repeat(visible.any(-1).reshape(-1), num_queries)[:, None]
+    # Every query of a position sees what the position may see.
+    visible = jnp.repeat(visible, num_queries, axis=1)
+    together = jnp.ones((batch * length, num_queries, num_queries), bool)
+
+    proxies = self.param('proxies', nn.initializers.normal(0.02), (self.num_proxies, self.dim))
+    state = dense(self.dim, 'backbone')(backbone.reshape(-1, backbone.shape[-1]))
+    x = jnp.broadcast_to(proxies.astype(self.dtype), (batch * length, *proxies.shape))
+    x = jnp.concatenate([x, state[:, None]], axis=1).reshape(-1, self.dim)
+    for i in range(self.num_blocks):
+      own = dense(3 * self.dim, f'self_query_key_value_{i}')(norm(f'self_norm_{i}')(x))
+      own = (heads(part, batch * length) for part in jnp.split(own, 3, axis=-1))
+      own = masked_attention(*own, together).reshape(x.shape)
+      x = x + dropout(dense(self.dim, f'self_out_{i}')(own))
+      query = dense(self.dim, f'cross_query_{i}')(norm(f'cross_norm_{i}')(x))
+      keys = jnp.split(dense(2 * self.dim, f'cross_key_value_{i}')(memory), 2, axis=-1)
+      found = masked_attention(heads(query, batch), *(heads(k, batch) for k in keys), visible)
+      found = dropout(dense(self.dim, f'cross_out_{i}')(found.reshape(x.shape)))
+      x = x + jnp.where(has_seen, found, 0)
+      h = dense(self.ffn_dim, f'ffn_in_{i}')(norm(f'ffn_norm_{i}')(x))
+      x = x + dropout(dense(self.dim, f'ffn_out_{i}')(nn.gelu(h)))
+    retrieved = norm('final_norm')(x).reshape(batch, length, num_queries, self.dim)[:, :, :-1]
+    joined = dense(self.dim, 'joined')(retrieved.reshape(batch * length, -1))
+    return joined.reshape(batch, length, self.dim), retrieved
