@@ -77,13 +77,12 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
 def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:
   """Lets every start but the first find its programs compiled, in `config.compilation_cache`.
 
-  A folder that the environment names, `JAX_COMPILATION_CACHE_DIR`, goes before the default.
+  By default that is a folder in `workdir`, unless `JAX_COMPILATION_CACHE_DIR` names another.
   """
-  folder = config.compilation_cache or jax.config.jax_compilation_cache_dir
+  folder = config.compilation_cache
   if folder == _NO_CACHE:
     jax.config.update('jax_enable_compilation_cache', False)
-    return
-  if not folder:
-    folder = str(pathlib.Path(workdir).absolute() / 'compiled')
+  elif folder or not jax.config.jax_compilation_cache_dir:
+    folder = folder or str(pathlib.Path(workdir).absolute() / 'compiled')
+    jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  jax.config.update('jax_compilation_cache_dir', folder)
