@@ -94,7 +94,7 @@ def write_results(
     **scores,
     'best_stage': best,
     'stages': records,
-    'parameters': sum(x[best].size for x in jax.tree.leaves(best_params)),
+    'parameters': sum(x.size for x in jax.tree.leaves(best_params)) // len(stages),
     'seed': config.seed,
     'git': _git_version(),
   }

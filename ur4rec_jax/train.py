@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 import sys
@@ -36,6 +35,8 @@ from ur4rec_jax.train_state import (
   create_train_state,
   parameter_shapes,
   params_of_stage,
+  put_params,
+  repeat_params,
   saved_tree,
   start_of_stage,
 )
@@ -202,9 +203,7 @@ class _TrainLoop:
     restored = self.checkpointer.restore(saved_tree(state, len(self.stages)))
     if restored is None:
       self.state: TrainState = parallel.replicate(state)
-      self.best_params = jax.tree.map(
-        lambda x: jnp.stack([x] * len(self.stages)), self.state.params
-      )
+      self.best_params = repeat_params(self.state.params, len(self.stages))
       self.progress, self.saved = TrainProgress(), None
     else:
       arrays, progress = restored
@@ -252,6 +251,9 @@ class _TrainLoop:
       self.bar,
       self.progress.stage.start,
     )
+
+  def _stage_index(self) -> jax.Array:
+    return parallel.replicate(np.int32(len(self.progress.stages) - 1))
 
   def _steps_in_stage(self) -> int:
     return self.progress.step - self.progress.stage.start
@@ -301,7 +303,7 @@ class _TrainLoop:
     progress = self.progress
     params = self.state.params
     if self.stage.start_next_with == 'best':
-      params = params_of_stage(self.best_params, len(progress.stages) - 1)
+      params = params_of_stage(self.best_params, self._stage_index())
     at_start = parallel.replicate(start_of_stage())
     self.state = self.state.replace(params=params, stage=at_start)
     progress.stages.append(StageProgress(progress.step, best_step=progress.step))
@@ -323,7 +325,7 @@ class _TrainLoop:
     score = values[SELECTION_METRIC]
     if not best.valid or score > best.valid[SELECTION_METRIC]:
       best.best_step, best.best_epoch, best.valid = progress.step, epoch, values
-      self.best_params = _put(self.best_params, self.state.params, len(progress.stages) - 1)
+      self.best_params = put_params(self.best_params, self.state.params, self._stage_index())
     progress.validated_step = progress.step
     trained = f'loss {self.dispatcher.loss:.4f}, {self.dispatcher.speed:.0f} sequences/s, '
     self.bar.line(
@@ -442,11 +444,6 @@ class _Dispatcher:
     self._bar.update(
       step - self._first_step, loss=f'{self.loss:.4f}', speed=f'{self.speed:.0f} sequences/s'
     )
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _put(best_params: PyTree, params: PyTree, stage: int) -> PyTree:
-  return jax.tree.map(lambda best, x: best.at[stage].set(x), best_params, params)
 
 
 def parameter_table(params: PyTree, labels: PyTree) -> str:

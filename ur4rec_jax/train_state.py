@@ -159,6 +159,18 @@ def saved_tree(state: TrainState, num_stages: int) -> dict[str, PyTree]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def params_of_stage(best_params: PyTree, stage: int) -> PyTree:
+def repeat_params(params: PyTree, num_stages: int) -> PyTree:
+  """Returns `[stages, ...]` of the same parameters."""
+  return jax.tree.map(lambda x: jnp.stack([x] * num_stages), params)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_params(best_params: PyTree, params: PyTree, stage: jax.Array) -> PyTree:
+  """Replaces one stage's parameters among those of all, `[stages, ...]` each."""
+  return jax.tree.map(lambda best, x: best.at[stage].set(x), best_params, params)
+
+
+@jax.jit
+def params_of_stage(best_params: PyTree, stage: jax.Array) -> PyTree:
   """Returns one stage's parameters of those of all, `[stages, ...]` each."""
-  return jax.tree.map(lambda x: x[stage], best_params)
+  return jax.tree.map(lambda best: best[stage], best_params)
