@@ -58,16 +58,16 @@ def data_dir(tmp_path_factory, environment) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def start(environment, data_dir):
-  """Starts the program: `start(workdir, *flags, env={}, prefix=())` gives a process."""
+  """Starts the program: `start(workdir, *flags, variant, env, prefix)` gives a process."""
 
-  def start(workdir, *flags, env=None, prefix=()) -> subprocess.Popen:
+  def start(workdir, *flags, variant='sasrec', env=None, prefix=()) -> subprocess.Popen:
     command = [
       *prefix,
       sys.executable,
       '-m',
       'ur4rec_jax.main',
       '--config',
-      ROOT / 'configs/synthetic.py',
+      f'{ROOT}/configs/synthetic.py:{variant}',
     ]
     command += [f'--config.data_dir={data_dir}', *SMALL, f'--workdir={workdir}', *flags]
     return subprocess.Popen(
@@ -115,10 +115,11 @@ def make_dataset(histories, num_items: int | None = None) -> Dataset:
   return Dataset(info, splits.LEAVE_ONE_OUT, split, item_ids, offsets)
 
 
-def load_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads every array of a run's latest checkpoint as NumPy, without the project's own code."""
+def load_arrays(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
+  """Reads every array of a checkpoint, the latest, as NumPy, without the project's own code."""
   checkpoints = workdir / 'checkpoints'
-  step = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+  if step is None:
+    step = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
   with ocp.PyTreeCheckpointer() as reader:
     tree = reader.metadata(checkpoints / str(step) / 'state').item_metadata.tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

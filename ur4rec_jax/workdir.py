@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import sys
 
+import jax
 from ml_collections import ConfigDict
 
 from ur4rec_jax import parallel
@@ -14,6 +15,7 @@ from ur4rec_jax.config_checks import check_unchanged
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
 
+_NO_CACHE = 'none'
 _locks = []  # Open files; the locks end with the process, however it ends.
 
 
@@ -85,3 +87,17 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
   command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
   content = {'dataset': dataset.identity(), 'command': command, 'config': config.to_dict()}
   write_file(folder / 'config.json', json.dumps(content, indent=2) + '\n')
+
+
+def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:
+  """Lets every start but the first find its programs compiled, in `config.compilation_cache`.
+
+  By default that is a folder in `workdir`, unless `JAX_COMPILATION_CACHE_DIR` names another.
+  """
+  folder = config.compilation_cache
+  if folder == _NO_CACHE:
+    jax.config.update('jax_enable_compilation_cache', False)
+  elif folder or not jax.config.jax_compilation_cache_dir:
+    folder = folder or str(pathlib.Path(workdir).absolute() / 'compiled')
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
