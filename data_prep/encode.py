@@ -188,9 +188,12 @@ def summary(
     *(('neighbours', line) for line in neighbours),
   ]
   if info['of'] == 'item':
-    command = sources.training_command(read_info(data_dir), data_dir)
-    flags = f'--config.modalities={info["modality"]} --config.sasrec.item_input=id+content'
-    rows.append(('next', f'{command} {flags}'))
+    here = {path.name for path in (Path(data_dir) / 'features' / 'item').iterdir()}
+    variant = 'multimodal' if {TEXT, IMAGE} <= here else 'text'
+    command = sources.training_command(read_info(data_dir), data_dir, variant)
+    if TEXT not in here or info['modality'] not in (TEXT, IMAGE):
+      command += f' --config.modalities={info["modality"]}'
+    rows.append(('next', command))
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 
 

@@ -163,12 +163,12 @@ SOURCES = {
 }
 
 
-def training_command(metadata: Mapping[str, Any], data_dir: str | Path) -> str:
+def training_command(metadata: Mapping[str, Any], data_dir: str | Path, variant: str = '') -> str:
   """The command that trains on a prepared folder, with the config of its source if there is one."""
   config = metadata['source'].removeprefix('multimodal_')
   if not (Path(__file__).parents[2] / 'configs' / f'{config}.py').exists():
     config = 'default'
   return (
-    f'python -m ur4rec_jax.main --config=configs/{config}.py'
+    f'python -m ur4rec_jax.main --config=configs/{config}.py{":" * bool(variant)}{variant}'
     f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}'
   )
