@@ -22,8 +22,8 @@ import subprocess
 import sys
 import time
 
-from tests.conftest import ROOT, SMALL
-from tests.test_resume import assert_same_end, before_the_manifest, in_a_save, lines
+from tests.conftest import ROOT, SMALL, lines
+from tests.test_resume import assert_same_end, before_the_manifest, in_a_save
 from tests.test_stages import DEFAULT, TINY
 
 

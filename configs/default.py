@@ -101,6 +101,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
 
   config.loss = ConfigDict()
   config.loss.name = 'softmax'  # softmax, sampled_softmax, bce, bpr or gbce.
+  config.loss.retriever_name = 'softmax'  # The same, on the retriever's scores.
   config.loss.num_negatives = 1  # Sampled items a token, or a step for sampled_softmax.
   config.loss.negatives = 'uniform'  # How sampled_softmax draws them: uniform or popularity.
   config.loss.calibration = 0.75  # t of gbce: 0 as bce, 1 fully calibrated.

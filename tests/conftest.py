@@ -1,5 +1,6 @@
 """Small real data and real runs that several test files share."""
 
+import json
 import os
 
 # The same numbers on every machine; and the tests are mostly compiling.
@@ -8,6 +9,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -124,3 +126,18 @@ def load_arrays(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.
     arrays = reader.restore(checkpoints / str(step) / 'state', restore_args=as_numpy)
   leaves = jax.tree_util.tree_leaves_with_path(arrays)
   return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def wait_for(process, condition, timeout=120):
+  """Waits until `condition()`, failing if the process ends or time runs out before."""
+  deadline = time.monotonic() + timeout
+  while not condition():
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.001)
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+  path = workdir / 'metrics.jsonl'
+  text = path.read_text() if path.exists() else ''
+  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]

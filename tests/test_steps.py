@@ -64,7 +64,7 @@ def test_every_loss_is_a_finite_sum_over_the_tokens_with_weight(name, negatives,
   @jax.jit
   @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def run(hidden, item_vectors):
-    loss = steps.make_retrieval_loss(config)
+    loss = steps.make_retrieval_loss(config.name, config)
     return loss(hidden, item_vectors, targets, weights, train_data(EVEN), jax.random.key(0))
 
   value, (hidden_gradient, item_gradient) = run(hidden, item_vectors)
@@ -84,7 +84,7 @@ def test_every_loss_is_a_finite_sum_over_the_tokens_with_weight(name, negatives,
 def item_gradients(config, data, target: int, num_keys: int) -> np.ndarray:
   """One token's gradients for each key, `[keys, num_items, dim]`: zero for items not read."""
   hidden, item_vectors, _, _ = loss_inputs(1)
-  loss = steps.make_retrieval_loss(config)
+  loss = steps.make_retrieval_loss(config.name, config)
 
   def gradient(key):
     objective = lambda v: loss(hidden, v, jnp.array([target]), jnp.ones(1), data, key)
@@ -125,7 +125,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
   hidden, item_vectors, targets, weights = loss_inputs()
   data = train_data(np.arange(1, NUM_ITEMS + 1))
   config = loss_config('sampled_softmax', num_negatives=30_000, negatives=negatives)
-  sampled = jax.jit(steps.make_retrieval_loss(config))(
+  sampled = jax.jit(steps.make_retrieval_loss(config.name, config))(
     hidden, item_vectors, targets, weights, data, jax.random.key(0)
   )
   exact = losses.plain_softmax(hidden, item_vectors, targets, weights)
@@ -134,7 +134,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
 
 @pytest.mark.parametrize('name', ['sampled_softmax', 'bce', 'bpr', 'gbce'])
 def test_negatives_follow_the_key(name):
-  loss = steps.make_retrieval_loss(loss_config(name))
+  loss = steps.make_retrieval_loss(name, loss_config(name))
   run = lambda seed: loss(*loss_inputs(), train_data(EVEN), jax.random.key(seed))
   assert run(0) == run(0)
   assert run(0) != run(1)
@@ -143,7 +143,7 @@ def test_negatives_follow_the_key(name):
 @pytest.mark.parametrize('name', ['bce', 'sampled_softmax', 'softmax'])
 def test_chunk_size_changes_no_loss(name):
   whole, parts = (
-    steps.make_retrieval_loss(loss_config(name, chunk_size=size))(
+    steps.make_retrieval_loss(name, loss_config(name, chunk_size=size))(
       *loss_inputs(), train_data(EVEN), jax.random.key(0)
     )
     for size in (1000, 2)

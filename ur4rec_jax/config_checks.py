@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.losses import DIVERSITIES
+from ur4rec_jax.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS
 from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ITEM_INPUTS
@@ -26,7 +26,8 @@ _CHOICES = {
   'content.fusion': MODALITY_FUSIONS,
   'fusion.kind': PATH_FUSIONS,
   'fusion.calibration': CALIBRATIONS,
-  'loss.name': ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce'),
+  'loss.name': RETRIEVAL_LOSSES,
+  'loss.retriever_name': RETRIEVAL_LOSSES,
   'loss.negatives': ('uniform', 'popularity'),
   'loss.weighting': ('fixed', 'uncertainty'),
   'loss.diversity': DIVERSITIES,

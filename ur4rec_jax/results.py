@@ -20,6 +20,7 @@ from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.report import write_report
 from ur4rec_jax.stages import Stage, make_stages
 from ur4rec_jax.train_state import (
   TrainProgress,
@@ -47,8 +48,8 @@ def write_results(
   Those of each stage are ranked with the paths that the stage trains; the run's are those of the
   stage with the best validation.
 
-  Beside it are `timing.json`, and `test_ranks.npz` with `users`, their index in the dataset, and
-  `ranks`, int32, for tests of one run against another that pair the users.
+  Beside it are `timing.json`, `report.html`, and `test_ranks.npz` with `users`, their index in the
+  dataset, and `ranks`, int32, for tests of one run against another that pair the users.
 
   Args:
     config: the run's config.
@@ -68,7 +69,7 @@ def write_results(
     parts = evaluate.PARTS if i == best else ('test',)
     ranks = _rank(stage.config, dataset, tables, params_of_stage(best_params, i), parts)
     if i == best:
-      best_ranks, scores = ranks, _scores(config, dataset, ranks)
+      best_ranks, scores = ranks, _scores(stage.config, dataset, ranks)
     records.append(
       {
         'name': stage.name,
@@ -110,6 +111,7 @@ def write_results(
     write_file(pathlib.Path(workdir) / 'test_ranks.npz', archive.getvalue())
     for name, content in (('timing.json', timing), ('results.json', results)):
       write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
+    write_report(workdir)
     print(results_table(results), flush=True)
   return results
 
@@ -122,7 +124,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     workdir: a folder that `train_and_evaluate` wrote.
 
   Returns:
-    `protocol`, `valid`, `test`, `by_popularity` and `baselines`, as in `results.json`.
+    `model`, `protocol`, `valid`, `test`, `by_popularity` and `baselines`, as in `results.json`.
 
   Raises:
     InputError: the folder holds no run or another one.
@@ -135,7 +137,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   tables = read_tables(dataset, jnp.dtype(config.dtype))
   stage, params = restore_best(config, workdir, dataset, tables)
   ranks = _rank(stage.config, dataset, tables, params, evaluate.PARTS)
-  results = _scores(config, dataset, ranks)
+  results = _scores(stage.config, dataset, ranks)
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
     print(json.dumps(results))
@@ -186,9 +188,10 @@ def _rank(
 
 
 def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
-  """Returns the protocol, the metrics of both parts, whole and by popularity, and the baselines."""
+  """Returns paths, protocol, the metrics of both parts, whole and by popularity, and baselines."""
   groups = metrics.popularity_groups(dataset.train_part().item_counts())
   return {
+    'model': ' + '.join(config.paths),
     'protocol': evaluate.protocol(dataset, config.evaluation),
     **{part: metrics.ranking_metrics(ranks[part]) for part in evaluate.PARTS},
     'by_popularity': {
@@ -208,8 +211,8 @@ def results_table(results: dict) -> str:
   rows = {
     **{name: results['baselines'][name] for name in ('random', 'popularity')},
     **{f'{i} {stage["name"]}': stage['test'] for i, stage in enumerate(stages, 1)},
-    'best': results['test'],
-    'best (valid)': results['valid'],
+    results['model']: results['test'],
+    f'{results["model"]} (valid)': results['valid'],
   }
   names = [name for name in results['test'] if name != 'users']
   width = max(map(len, rows))

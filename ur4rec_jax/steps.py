@@ -42,14 +42,16 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
   """Builds all losses that have a weight.
 
   Args:
-    config: `weights` by loss; `contrast_items`, targets that `info_nce`, `contrast`, `matching` and
+    config: `weights` by loss; `name` of the loss on scores, `retriever_name` of that on the
+      retriever's; `contrast_items`, targets that `info_nce`, `contrast`, `matching` and
       `diversity` look at; `diversity`, its kind; and what `make_retrieval_loss` reads.
 
   Returns:
     `losses(encoded, batch, data, tokens, key)`, with `tokens` the number to divide sums over
     tokens by: the scalars by name.
   """
-  retrieval = make_retrieval_loss(config)
+  named = {'sasrec': config.name, 'retriever': config.retriever_name, 'fused': config.name}
+  retrieval = {path: make_retrieval_loss(name, config) for path, name in named.items()}
   names = losses_in_use(config)
 
   def all_losses(encoded: Encoded, batch: Batch, data: TrainData, tokens: Array, key: Array):
@@ -62,7 +64,7 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
     def of_path(path: str) -> Array:
       users = encoded.users[path]
       users = users.reshape(-1, users.shape[-1])
-      return retrieval(users, encoded.items[path], targets, weights, data, key) / tokens
+      return retrieval[path](users, encoded.items[path], targets, weights, data, key) / tokens
 
     def info_nce() -> Array:
       vectors = encoded.content.modalities[some_ids]
@@ -117,11 +119,12 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
   return all_losses
 
 
-def make_retrieval_loss(config: ConfigDict) -> Callable[..., Array]:
-  """Builds the retrieval loss named by `config.name`.
+def make_retrieval_loss(name: str, config: ConfigDict) -> Callable[..., Array]:
+  """Builds a retrieval loss.
 
   Args:
-    config: `name`, `num_negatives`, `negatives`, `calibration`, `chunk_size`.
+    name: `softmax`, `sampled_softmax`, `bce`, `bpr` or `gbce`.
+    config: `num_negatives`, `negatives`, `calibration`, `chunk_size`.
 
   Returns:
     `loss(hidden, item_vectors, targets, weights, data, key)`, see `losses.py` for the shapes; the
@@ -137,7 +140,7 @@ def make_retrieval_loss(config: ConfigDict) -> Callable[..., Array]:
       'bpr': losses.bpr,
       'bce': losses.bce,
       'gbce': lambda *logits: losses.gbce(*logits, num_items, config.calibration),
-    }[config.name]
+    }[name]
 
     def loss(hidden, targets, negatives, weights):
       positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
@@ -180,7 +183,7 @@ def make_retrieval_loss(config: ConfigDict) -> Callable[..., Array]:
     'gbce': sample_for_each_token,
     'sampled_softmax': sample_for_all_tokens,
     'softmax': whole_catalogue,
-  }[config.name]
+  }[name]
 
 
 def make_train_step(

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import pathlib
+import shlex
+import sys
 
 import jax
 from ml_collections import ConfigDict
@@ -47,8 +49,18 @@ def check_workdir(
   return True
 
 
+def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
+  """Whether the run in `workdir`, if there is one, was last started with just this config."""
+  path = pathlib.Path(workdir) / 'config.json'
+  as_json = json.loads(json.dumps(config.to_dict()))
+  return path.exists() and json.loads(path.read_text())['config'] == as_json
+
+
 def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
   """Checks the folder, locks it against other processes, and notes the config in `config.json`.
+
+  Results of the same run with another config, such as fewer epochs, are removed: what is there is
+  of the config that is there.
 
   Raises:
     InputError: the folder holds another run, or a process is training in it.
@@ -70,7 +82,10 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
       f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'
     ) from error
   _locks.append(lock)
-  content = {'dataset': dataset.identity(), 'config': config.to_dict()}
+  if not is_started_with(folder, config):
+    (folder / 'results.json').unlink(missing_ok=True)
+  command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
+  content = {'dataset': dataset.identity(), 'command': command, 'config': config.to_dict()}
   write_file(folder / 'config.json', json.dumps(content, indent=2) + '\n')
 
 
