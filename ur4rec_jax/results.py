@@ -208,6 +208,7 @@ def results_table(results: dict) -> str:
   A last line has the test NDCG@10 by popularity of the held-out item.
   """
   stages = results.get('stages', [])
+  stages = stages if len(stages) > 1 else []
   rows = {
     **{name: results['baselines'][name] for name in ('random', 'popularity')},
     **{f'{i} {stage["name"]}': stage['test'] for i, stage in enumerate(stages, 1)},
