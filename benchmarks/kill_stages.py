@@ -22,8 +22,8 @@ import subprocess
 import sys
 import time
 
-from tests.conftest import ROOT, SMALL
-from tests.test_resume import assert_same_end, before_the_manifest, in_a_save, lines
+from tests.conftest import ROOT, SMALL, lines
+from tests.test_resume import assert_same_end, before_the_manifest, in_a_save
 from tests.test_stages import DEFAULT, TINY
 
 
@@ -72,15 +72,17 @@ def main(argv: list[str] | None = None) -> int:
   print(f'undisturbed: {undisturbed:.1f} s', flush=True)
 
   rng = random.Random(args.seed)
-  landed, exits, same, total = collections.Counter(), collections.Counter(), 0, 0
-  for number in range(0, args.kills, args.kills_per_run):
-    run = workdir / f'run-{number:03}'
-    kills = range(number, min(number + args.kills_per_run, args.kills))
+  landed, exits, same, total, kills = collections.Counter(), collections.Counter(), 0, 0, 0
+  while kills < args.kills:
+    run, first = workdir / f'run-{total:03}', kills
     began = time.monotonic()
-    for kill in kills:
-      where, code = _kill(run, data, kill, rng, undisturbed)
+    while kills < min(first + args.kills_per_run, args.kills):
+      where, code = _kill(run, data, kills, rng, undisturbed)
+      if where is None:  # It came to its end before.
+        break
       landed[where] += 1
       exits[code] += 1
+      kills += 1
     _finish(run, data)
     total += 1
     try:
@@ -91,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     except AssertionError as error:
       outcome = f'DIFFERENT: {error}'
     seconds = time.monotonic() - began
-    print(f'kills {kills.start + 1}-{kills.stop}: {outcome}, {seconds:.0f} s', flush=True)
-  print(f'\n{same} of {total} runs with {args.kills} kills end the same; kills landed in')
+    print(f'run {total}, {kills - first} kills: {outcome}, {seconds:.0f} s', flush=True)
+  print(f'\n{same} of {total} runs with {kills} kills end the same; kills landed in')
   for where, count in sorted(landed.items()):
     print(f'  {where:<40}{count:>4}')
   print(f'exit codes: {dict(exits)}')
@@ -127,9 +129,11 @@ def _finish(run: pathlib.Path, data: pathlib.Path) -> None:
 
 def _kill(
   run: pathlib.Path, data: pathlib.Path, number: int, rng: random.Random, undisturbed: float
-) -> tuple[str, int]:
-  """Starts the run and kills it; returns where it was and its exit code."""
-  name, moment = rng.choice(sorted(MOMENTS.items()))
+) -> tuple[str | None, int]:
+  """Starts the run and kills it; returns where it was, None if it was faster, and its exit code."""
+  to_come = [name for name, moment in sorted(MOMENTS.items()) if not moment(run)]
+  name = rng.choice(to_come)
+  moment = MOMENTS[name]
   instant, delay = rng.uniform(0, undisturbed), rng.choice([0, rng.uniform(0, 0.5)])
   began, process = time.monotonic(), _start(run, data)
   if number % 4 < 2:
@@ -144,7 +148,7 @@ def _kill(
   found = lines(run)
   where = f'{found[-1]["stage"] if found else "before any step"}, {name}'
   if process.poll() is not None:
-    return 'after the end', process.returncode
+    return None, process.returncode
   process.send_signal([signal.SIGKILL, signal.SIGTERM][number % 2])
   return where, process.wait()
 

@@ -20,6 +20,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.schedule = 'cosine'
   if variant != 'sasrec':
     config.batch_size = 64
+    config.validate_every_epochs = 2
     config.stage.pretrain_sasrec.num_epochs = 12
     config.stage.pretrain_retriever.num_epochs = 6
     config.stage.joint_finetune.num_epochs = 2

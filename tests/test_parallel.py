@@ -8,8 +8,7 @@ import socket
 import numpy as np
 import pytest
 
-from tests.conftest import load_arrays
-from tests.test_resume import lines, wait_for
+from tests.conftest import lines, load_arrays, wait_for
 from ur4rec_jax.checkpoint import find_damage
 
 # SGD, because Adam hides a gradient of the wrong scale; no dropout, because its masks depend on
@@ -98,21 +97,10 @@ def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_pat
 def test_a_notice_to_one_process_saves_and_ends_both(start, tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
+    address = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{s.getsockname()[1]}'}
   workdir = tmp_path / 'run'
-  processes = [
-    start(
-      workdir,
-      '--config.num_epochs=1000',
-      '--config.patience=1000',
-      env={
-        'JAX_COORDINATOR_ADDRESS': address,
-        'JAX_NUM_PROCESSES': '2',
-        'JAX_PROCESS_ID': str(number),
-      },
-    )
-    for number in range(2)
-  ]
+  endless = ('--config.num_epochs=1000', '--config.patience=1000')
+  processes = [start(workdir, *endless, env=address | by_address(number)) for number in range(2)]
   wait_for(processes[0], lambda: lines(workdir))
   processes[1].send_signal(signal.SIGTERM)
   outputs = [process.communicate(timeout=60) for process in processes]

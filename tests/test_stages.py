@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from configs import default
-from tests.conftest import ROOT, load_arrays
-from tests.test_resume import assert_same_end, before_the_manifest, in_a_save, lines, wait_for
+from tests.conftest import ROOT, lines, load_arrays, wait_for
+from tests.test_resume import assert_same_end, before_the_manifest, in_a_save
 from ur4rec_jax import stages
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.errors import InputError

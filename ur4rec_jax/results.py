@@ -69,7 +69,7 @@ def write_results(
     parts = evaluate.PARTS if i == best else ('test',)
     ranks = _rank(stage.config, dataset, tables, params_of_stage(best_params, i), parts)
     if i == best:
-      best_ranks, scores = ranks, _scores(config, dataset, ranks)
+      best_ranks, scores = ranks, _scores(stage.config, dataset, ranks)
     records.append(
       {
         'name': stage.name,
@@ -137,7 +137,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   tables = read_tables(dataset, jnp.dtype(config.dtype))
   stage, params = restore_best(config, workdir, dataset, tables)
   ranks = _rank(stage.config, dataset, tables, params, evaluate.PARTS)
-  results = _scores(config, dataset, ranks)
+  results = _scores(stage.config, dataset, ranks)
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
     print(json.dumps(results))
