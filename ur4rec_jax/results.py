@@ -102,9 +102,30 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   dataset = load_with_features(config)
   if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  params = restore_best(config, workdir, dataset, tables)
+  ranks = _rank(config, dataset, tables, params)
+  results = _scores(config, dataset, ranks)
+  if parallel.is_main_process():
+    print(results_table(results), file=sys.stderr)
+    print(json.dumps(results))
+  return results
+
+
+def restore_best(config: ConfigDict, workdir: str, dataset: Dataset, tables: Tables) -> PyTree:
+  """Reads a run's best parameters, replicated over the devices.
+
+  Args:
+    config: the run's config.
+    workdir: a folder that `train_and_evaluate` wrote.
+    dataset: the run's.
+    tables: tokens of its items and users.
+
+  Raises:
+    InputError: nothing has been validated yet.
+  """
   model = create_model(config, dataset.num_items)
   tx = optimizers.create_optimizer(config.optimizer, 1)
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
   shapes = jax.eval_shape(lambda: create_train_state(model, tx, config.seed, tables))
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   try:
@@ -113,12 +134,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     checkpointer.close()
   if restored is None or not restored[1]['best_valid']:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
-  ranks = _rank(config, dataset, tables, restored[0]['best_params'])
-  results = _scores(config, dataset, ranks)
-  if parallel.is_main_process():
-    print(results_table(results), file=sys.stderr)
-    print(json.dumps(results))
-  return results
+  return restored[0]['best_params']
 
 
 def _rank(
