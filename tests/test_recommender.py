@@ -2,6 +2,8 @@
 
 import functools
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pandas as pd
 import pytest
 
 from configs import default
-from data_prep import encode, generate_text
+from data_prep import encode
 from data_prep.embeddings import text_tokens
 from ur4rec_jax import evaluate, parallel, serving
 from ur4rec_jax.dataset import read_items
@@ -47,11 +49,13 @@ VARIANTS = {
 
 
 @pytest.fixture(scope='module')
-def data(encoded, tmp_path_factory):
+def data(encoded, environment, tmp_path_factory):
   """The encoded data, with made-up texts about the users that the same encoder encoded."""
   folder = tmp_path_factory.mktemp('with_user_texts') / 'data'
   shutil.copytree(encoded, folder)
-  generate_text.main([f'--data_dir={folder}', '--kind=users', '--backend=mock'])
+  command = [sys.executable, '-m', 'data_prep.generate_text', f'--data_dir={folder}']
+  command += ['--kind=users', '--backend=mock']
+  subprocess.run(command, env=environment, check=True, capture_output=True)
   flags = ('--modality=text', '--encoder=hashing', '--of=user')
   encode.main([f'--data_dir={folder}', *flags])
   return folder
