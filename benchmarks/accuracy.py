@@ -28,14 +28,23 @@ import numpy as np
 
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
-from ur4rec_jax.metrics import POPULARITY_GROUPS, gains
+from ur4rec_jax.metrics import POPULARITY_GROUPS
+from ur4rec_jax.sweep import (
+  FLIPS,
+  mean_and_spread,
+  measured_on,
+  p_text,
+  ranks_p_value,
+  read_run,
+  relative_gain,
+  spread,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
 README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'results.md'
 BEGIN, END = '<!-- results: begin -->', '<!-- results: end -->'
 DASH = '–'
-FLIPS = 10_000  # Of signs, in the permutation test.
 Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds, and `ranks` of NAME.npz.
 INTRODUCTION = f"""
 # Results
@@ -90,16 +99,13 @@ def run_seeds(
   shown = shlex.join(['python', '-m', 'ur4rec_jax.main', f'--config={config}', *overrides])
   if baseline and not (RESULTS / f'{baseline}.json').exists():
     raise InputError(f'--baseline={baseline}: no such results in {RESULTS}; run it first')
+  folders = [pathlib.Path(workdir) / f'seed{seed}' for seed in seeds]
+  _train(folders, shown, [f'--workdir={workdir}', f'--config.data_dir={data_dir}'], seeds)
   runs, ranks = [], []
-  for seed in seeds:
-    folder = pathlib.Path(workdir) / f'seed{seed}'
-    _train(folder, shown, [f'--config.data_dir={data_dir}', f'--config.seed={seed}'])
-    results, timing = (
-      json.loads((folder / f).read_text()) for f in ('results.json', 'timing.json')
-    )
-    runs.append({**results, 'timing': timing})
-    with np.load(folder / 'test_ranks.npz') as archive:
-      ranks.append(archive['ranks'])
+  for folder in folders:
+    results, ranks_of_seed = read_run(folder)
+    runs.append({**results, 'timing': json.loads((folder / 'timing.json').read_text())})
+    ranks.append(ranks_of_seed)
   new = {'command': shown, 'baseline': baseline, 'headline': is_headline, 'runs': runs}
   _check({**load_results(RESULTS), name: new})
   archive = io.BytesIO()
@@ -109,20 +115,24 @@ def run_seeds(
   write_file(RESULTS / f'{name}.json', json.dumps(new, indent=1) + '\n')
 
 
-def _train(folder: pathlib.Path, shown: str, flags: Sequence[str]) -> None:
-  """Runs the command in `folder` unless it has finished there.
+def _train(
+  folders: Sequence[pathlib.Path], shown: str, flags: Sequence[str], seeds: Sequence[int]
+) -> None:
+  """Runs the command with all seeds, unless it has finished.
 
-  The program itself refuses to go on with what another command began, but not what it finished.
+  The program itself refuses to go on with what another command began, but goes on where that one
+  had, say, fewer epochs.
   """
-  note = folder / 'command.txt'
-  if note.exists() and note.read_text() != shown:
-    raise InputError(f'{folder} holds a run of {note.read_text()!r}; use another --workdir')
-  if all((folder / file).exists() for file in ('results.json', 'test_ranks.npz')):
-    return
-  command = [sys.executable, *shlex.split(shown)[1:], f'--workdir={folder}', *flags]
+  notes = [folder / 'command.txt' for folder in folders]
+  for note in notes:
+    if note.exists() and note.read_text() != shown:
+      raise InputError(f'{note.parent} holds a run of {note.read_text()!r}; use another --workdir')
+  command = [sys.executable, *shlex.split(shown)[1:], *flags]
+  command.append(f'--seeds={",".join(map(str, seeds))}')
   if code := subprocess.run(command, check=False).returncode:
     sys.exit(code)  # It has said why.
-  note.write_text(shown)
+  for note in notes:
+    note.write_text(shown)
 
 
 def load_results(folder: pathlib.Path) -> Stored:
@@ -156,35 +166,11 @@ def _check(stored: Stored) -> None:
     if baseline and baseline not in stored:
       raise InputError(f'{name} is compared with {baseline}, of which there are no results')
     others = entry['runs'] + (stored[baseline]['runs'] if baseline else [])
-    if any(_measured_on(run) != _measured_on(entry['runs'][0]) for run in others):
+    if any(measured_on(run) != measured_on(entry['runs'][0]) for run in others):
       raise InputError(
         f'{name}: its runs{f" and those of {baseline}" if baseline else ""} differ in data, split '
         'or protocol; only runs in which these are the same can be compared'
       )
-
-
-def _measured_on(run: dict[str, Any]) -> tuple[str, ...]:
-  return run['dataset']['name'], run['dataset']['split_hash'], *run['protocol'].values()
-
-
-def paired_p_value(differences: np.ndarray) -> float:
-  """Tests whether paired differences have mean 0: two-sided, by random flips of their signs.
-
-  Args:
-    differences: `[users]`.
-
-  Returns:
-    About the share of all sign patterns under which the mean is as far from 0 as it is.
-  """
-  differences = differences[differences != 0]  # Whose sign makes no difference.
-  rng = np.random.default_rng(0)
-  total = differences.sum()
-  least = abs(total) * (1 - 1e-9)  # Sums in another order are equal up to rounding.
-  as_far = 0
-  for _ in range(FLIPS // 100):
-    kept = rng.integers(0, 2, (100, len(differences)), np.int8)
-    as_far += int((np.abs(2 * (kept @ differences) - total) >= least).sum())
-  return (as_far + 1) / (FLIPS + 1)
 
 
 def headline_table(stored: Stored) -> str:
@@ -214,7 +200,7 @@ def results_page(stored: Stored) -> str:
   """Returns docs/results.md: two tables for each dataset, split and protocol."""
   groups: dict[tuple[str, ...], Stored] = {}
   for name, entry in stored.items():
-    groups.setdefault(_measured_on(entry['runs'][0]), {})[name] = entry
+    groups.setdefault(measured_on(entry['runs'][0]), {})[name] = entry
   sections = [_section(groups[key], stored) for key in sorted(groups)]
   return '\n\n'.join([INTRODUCTION.strip(), *sections]) + '\n'
 
@@ -267,21 +253,20 @@ def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:
   if not entry.get('baseline'):
     return dict.fromkeys(('against', 'gain', 'p'), '')
   baseline = stored[entry['baseline']]
-  ours, theirs = (
-    statistics.mean(run['test']['ndcg@10'] for run in e['runs']) for e in (entry, baseline)
-  )
+  gain = relative_gain(*([run['test']['ndcg@10'] for run in e['runs']] for e in (entry, baseline)))
   p = DASH
   if 'ranks' in entry and 'ranks' in baseline:
-    by_user = [gains(e['ranks'], 10).mean(axis=0) for e in (entry, baseline)]
-    value = paired_p_value(by_user[0] - by_user[1])
-    p = '< 0.001' if value < 0.001 else f'{value:.3f}'
-  return {'against': entry['baseline'], 'gain': f'{100 * (ours / theirs - 1):+.1f} %', 'p': p}
+    p = p_text(ranks_p_value(entry['ranks'], baseline['ranks']))
+  return {
+    'against': entry['baseline'],
+    'gain': DASH if gain is None else f'{100 * gain:+.1f} %',
+    'p': p,
+  }
 
 
 def _mean(entry: dict[str, Any], metric: str) -> str:
   values = [run['test'][metric] for run in entry['runs']]
-  spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 else ''
-  return f'{statistics.mean(values):.4f}{spread}'
+  return mean_and_spread(statistics.mean(values), spread(values))
 
 
 def _mean_of_group(entry: dict[str, Any], group: str) -> str:

@@ -52,7 +52,7 @@ def make_recommender(variant: str) -> exported.Recommender:
   init = functools.partial(model.init, jax.random.key(0), method='encode')
   params = jax.jit(init)(features, ones, ones)['params']
   arrays = jax.jit(functools.partial(serving.item_arrays, model))(params, features)
-  return _recommender(model, serving.user_params(params), arrays, config.max_length, False)
+  return _recommender(model, serving.user_params(model, params), arrays, config.max_length, False)
 
 
 def make_million(vectors: np.ndarray, approximate: bool) -> exported.Recommender:
@@ -64,7 +64,7 @@ def make_million(vectors: np.ndarray, approximate: bool) -> exported.Recommender
   params = jax.jit(init)(jax.random.key(0), {}, ones, ones)['params']
   model = create_model(config, len(vectors) - 1)
   arrays = {'sasrec': {'vectors': vectors}}
-  return _recommender(model, serving.user_params(params), arrays, 200, approximate)
+  return _recommender(model, serving.user_params(model, params), arrays, 200, approximate)
 
 
 def _recommender(model, params, arrays, max_length, approximate) -> exported.Recommender:
@@ -105,7 +105,12 @@ def waits(
     recommender.top([history])
     times.append(1000 * (time.perf_counter() - start))
   low, median, high = np.percentile(times, [0, 50, 99])
-  return {'min': round(low, 3), 'p50': round(median, 3), 'p99': round(high, 3), 'calls': calls}
+  return {
+    'min': round(float(low), 3),
+    'p50': round(float(median), 3),
+    'p99': round(float(high), 3),
+    'calls': calls,
+  }
 
 
 def random_histories(length: int, count: int = 20) -> list[list[str]]:

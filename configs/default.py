@@ -8,6 +8,28 @@ from ml_collections import ConfigDict
 VARIANTS = ('sasrec', 'text', 'multimodal', 'paper')
 
 
+def stage(config: ConfigDict, **fields) -> ConfigDict:
+  """Returns a stage's knobs: those of the whole run and the usual ones, but for `fields`."""
+  whole_run, optimizer = config.get_oneway_ref, config.optimizer.get_oneway_ref
+  stage = ConfigDict()
+  stage.moving = ('all',)  # Groups that are trained, retriever, all; or regexes of parameter paths.
+  stage.losses = ('all',)  # Those of loss.weights that count, where they have a weight.
+  stage.num_epochs = whole_run('num_epochs')  # At most so many.
+  stage.num_steps = 0  # At most so many optimizer steps instead; 0 for num_epochs.
+  stage.validate_every_epochs = whole_run('validate_every_epochs')  # How often.
+  stage.patience = whole_run('patience')  # Validations without a better NDCG@10 before it ends.
+  stage.learning_rate_scale = 1.0  # Of optimizer.learning_rate.
+  stage.warmup_steps = optimizer('warmup_steps')  # Linear from zero.
+  stage.schedule = optimizer('schedule')  # constant, or cosine over the stage.
+  stage.turns = ()  # Of moving, what takes turns, as ('sasrec', 'retriever'); others move always.
+  stage.turn_steps = 50  # Optimizer steps a turn,
+  stage.alternate = 'steps'  # or, if adaptive, without a new low of the loss's moving average.
+  stage.start_next_with = 'best'  # Parameters that go on: best by validation, or last.
+  with stage.unlocked():
+    stage.update(fields)
+  return stage
+
+
 def get_config(variant: str = 'sasrec') -> ConfigDict:
   """Returns the default config of a model variant.
 
@@ -33,9 +55,9 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.crop = 'last'  # Part of a longer history to train on: last, or random each epoch.
   config.dtype = 'float32'  # Computation type: float32, or bfloat16 where it is faster.
 
-  config.num_epochs = 200  # At most so many passes over the users.
+  config.num_epochs = 200  # At most so many passes over the users, in each stage.
   config.validate_every_epochs = 1  # How often to rank the validation items.
-  config.patience = 10  # Validations without a better NDCG@10 before training ends.
+  config.patience = 10  # Validations without a better NDCG@10 before a stage ends.
 
   config.paths = ('sasrec',)  # What scores items: sasrec, retriever or both.
 
@@ -79,6 +101,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
 
   config.loss = ConfigDict()
   config.loss.name = 'softmax'  # softmax, sampled_softmax, bce, bpr or gbce.
+  config.loss.retriever_name = 'softmax'  # The same, on the retriever's scores.
   config.loss.num_negatives = 1  # Sampled items a token, or a step for sampled_softmax.
   config.loss.negatives = 'uniform'  # How sampled_softmax draws them: uniform or popularity.
   config.loss.calibration = 0.75  # t of gbce: 0 as bce, 1 fully calibrated.
@@ -113,12 +136,34 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer = ConfigDict()
   config.optimizer.name = 'adamw'  # adamw or sgd.
   config.optimizer.learning_rate = 1e-3  # After warmup.
-  config.optimizer.warmup_steps = 100  # Linear from zero.
-  config.optimizer.schedule = 'constant'  # After warmup: constant, or cosine to zero.
+  config.optimizer.learning_rate_scales = ConfigDict()
+  config.optimizer.learning_rate_scales.sasrec = 1.0  # Times learning_rate: of the group sasrec,
+  config.optimizer.learning_rate_scales.user_tower = 1.0  # of the retriever's side of users,
+  config.optimizer.learning_rate_scales.content_tower = 1.0  # of its side of items,
+  config.optimizer.learning_rate_scales.fusion = 1.0  # of the fusion of both paths,
+  config.optimizer.learning_rate_scales.loss = 1.0  # and of losses' weights and temperatures.
+  config.optimizer.warmup_steps = 100  # Linear from zero, at the start of each stage.
+  config.optimizer.schedule = 'constant'  # After warmup: constant, or cosine to zero in each stage.
   config.optimizer.weight_decay = 0.0  # Decoupled; not on norms, biases and embeddings.
-  config.optimizer.clip_norm = 1.0  # Largest global gradient norm; 0 for no clipping.
+  config.optimizer.clip_norm = 1.0  # Largest gradient norm of a group; 0 for no clipping.
   config.optimizer.b1 = 0.9  # Decay of AdamW's first moment.
   config.optimizer.b2 = 0.999  # Decay of AdamW's second moment.
+
+  config.stages = ('train',)  # Names of stages below, in order; one may come several times.
+  config.stage = ConfigDict()
+  config.stage.train = stage(config)
+  config.stage.pretrain_sasrec = stage(config, moving=('sasrec',), losses=('sasrec',))
+  config.stage.pretrain_retriever = stage(
+    config,
+    moving=('retriever', 'loss'),
+    losses=('retriever', 'consistency', 'info_nce', 'diversity', 'contrast', 'matching'),
+  )
+  config.stage.joint_finetune = stage(
+    config, turns=('sasrec', 'retriever'), learning_rate_scale=0.3
+  )
+  config.stage.end_to_end = stage(config, learning_rate_scale=0.1)
+  if variant != 'sasrec':
+    config.stages = ('pretrain_sasrec', 'pretrain_retriever', 'joint_finetune', 'end_to_end')
 
   config.evaluation = ConfigDict()
   config.evaluation.candidates = 'all'  # Rank all items, or target + uniform|popularity draws.
@@ -129,6 +174,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every_validations = 1  # How often to save.
   config.checkpoint.max_to_keep = 2  # Latest ones.
+  config.checkpoint.grace_seconds = 25.0  # After SIGTERM: time to save before the run ends itself.
+  config.compilation_cache = ''  # Folder of compiled programs; '' for one in the workdir, or none.
 
   config.steps_per_dispatch = 8  # Optimizer steps the devices take without the host.
   config.mapping = 'pmap'  # How a step is spread over devices: pmap, or its twin shard_map.

@@ -18,4 +18,10 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.num_epochs = 25
   config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule = 'cosine'
+  if variant != 'sasrec':
+    config.batch_size = 64
+    config.stage.pretrain_sasrec.num_epochs = 12
+    config.stage.pretrain_retriever.num_epochs = 6
+    config.stage.joint_finetune.num_epochs = 2
+    config.stage.end_to_end.num_epochs = 2
   return config

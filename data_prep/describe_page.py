@@ -9,20 +9,16 @@ import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image, ImageOps
 
-from ur4rec_jax import splits
+from ur4rec_jax import page, splits
 from ur4rec_jax.dataset import Interactions
+from ur4rec_jax.page import CHARACTER, WIDTH, Bar, Curve, Ticks, plot, round_ticks
 
 _TEMPLATE = Path(__file__).with_name('describe.html')
-# Of the plots, in units of the picture.
-_WIDTH, _HEIGHT = 480, 280
-_CHARACTER = 9  # width, at the size that phones show
-_ROW = 20  # height of a line of text
 _MAX_LENGTH_BARS = 40
 _RATING_BARS = 20
 _MAX_TIME_BARS = 150
@@ -45,18 +41,6 @@ SPLIT_COUNTS = {
   'unused_users': 'unused users',
   'items_without_training': 'items never in training',
 }
-
-Ticks = list[tuple[float, str]]
-
-
-class Bar(NamedTuple):
-  """A bar from `left` to `right`, in units of its axis; `text` shows under the pointer."""
-
-  left: float
-  right: float
-  height: int
-  text: str
-  is_rest: bool = False
 
 
 def percent(share: float) -> str:
@@ -102,14 +86,8 @@ def render(
   if figures['ratings']:
     plots.append(rating_plot(histories.ratings, words['ratings']))
   groups = sample_cards(items, item_counts, pictures)
-  template = jinja2.Template(
-    _TEMPLATE.read_text(encoding='utf-8'),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  return template.render(
+  return page.render(
+    _TEMPLATE,
     name=info['name'],
     folder=folder,
     dates=words['dates'],
@@ -158,7 +136,7 @@ def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
   width = -(-(high - low + 1) // _MAX_LENGTH_BARS)
   numbers = np.bincount((lengths - low) // width)
   shown = -(-(high - low + 1) // width)
-  bars, ticks = [], _ticks(low, high, 5)
+  bars, ticks = [], round_ticks(low, high, 5)
   for i, number in enumerate(numbers[:shown].tolist()):
     first, last = low + i * width, low + (i + 1) * width - 1
     span = f'{first:,}' if width == 1 else f'{first:,} to {last:,}'
@@ -172,7 +150,7 @@ def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
     ticks = [tick for tick in ticks if tick[0] < low + 0.85 * (end - low)]
     ticks.append((end + 2 * width, f'≥ {name}'))
   median = float(np.median(lengths))
-  return _plot(
+  return plot(
     'Length of the histories',
     caption,
     bars=bars,
@@ -189,10 +167,10 @@ def popularity_plot(counts: np.ndarray, caption: str) -> dict[str, Any]:
   ranks = np.unique(np.geomspace(1, len(ordered), _CURVE_POINTS).round().astype(int))
   points = np.log10(np.stack([ranks, ordered[ranks - 1]], axis=1))
   tops = [(share, np.log10(share * len(ordered))) for share in (0.01, 0.1)]
-  return _plot(
+  return plot(
     'Popularity of the items',
     caption,
-    line=points.tolist(),
+    curves=[Curve('', [points.tolist()])],
     x_label='rank of the item (logarithmic)',
     x_ticks=_log_ticks(points[-1, 0]),
     y_label='interactions (logarithmic)',
@@ -220,10 +198,10 @@ def time_plot(times: np.ndarray, split: dict[str, Any] | None, caption: str) -> 
   marks, bands = [], []
   if split:
     borders = (split['valid_from'], split['test_from'], seconds[-1])
-    bands = [(*borders[:2], 'valid'), (*borders[1:], 'test')]
+    bands = [(*borders[:2], 'valid', ''), (*borders[1:], 'test', '')]
     marks = [(split['valid_from'], f'validation from {date(split["valid_from"])}')]
     marks += [(split['test_from'], f'test from {date(split["test_from"])}')]
-  return _plot(
+  return plot(
     'Interactions over time',
     caption + ('; shaded: validation and test of the split by time' if split else ''),
     bars=bars,
@@ -246,95 +224,14 @@ def rating_plot(ratings: np.ndarray, caption: str) -> dict[str, Any]:
     numbers, borders = np.histogram(ratings, _RATING_BARS)
     edges = [*itertools.pairwise(borders.tolist())]
     names = [f'{left:,g} to {right:,g}' for left, right in edges]
-    ticks = _ticks(borders[0], borders[-1], 5, least_step=0)
+    ticks = round_ticks(borders[0], borders[-1], 5, least_step=0)
   bars = [
     Bar(left, right, number, f'{name}: {number:,} interactions')
     for (left, right), number, name in zip(edges, numbers.tolist(), names, strict=True)
   ]
-  return _plot(
+  return plot(
     'Ratings', caption, bars=bars, x_label='rating', x_ticks=ticks, y_label='interactions'
   )
-
-
-def _plot(
-  title: str,
-  caption: str,
-  *,
-  x_label: str,
-  x_ticks: Ticks,
-  y_label: str,
-  y_ticks: Ticks | None = None,
-  bars: Sequence[Bar] = (),
-  line: Sequence[tuple[float, float]] = (),
-  marks: Sequence[tuple[float, str]] = (),
-  bands: Sequence[tuple[float, float, str]] = (),
-) -> dict[str, Any]:
-  """Units of the axes -> units of the picture, for the macro `plot` of the page.
-
-  Args:
-    title: of the plot.
-    caption: a sentence below it.
-    x_label: what the x axis counts.
-    x_ticks: its ticks.
-    y_label: what the y axis counts, which begins at 0.
-    y_ticks: its ticks; None: round numbers.
-    bars: a histogram.
-    line: or a curve.
-    marks: vertical lines with a text above, from left to right.
-    bands: stretches of the x axis, each with the name of its colour.
-  """
-  xs = [x for bar in bars for x in (bar.left, bar.right)] + [x for x, _ in line]
-  top = max([bar.height for bar in bars] + [y for _, y in line])
-  start, end, top = min(xs), max(max(xs), min(xs) + 1e-9), max(top, 1e-9) * 1.04
-  if y_ticks is None:
-    y_ticks = _ticks(0, top, 4)
-  box = {
-    'left': 12 + _CHARACTER * max(len(text) for _, text in y_ticks),
-    'right': _WIDTH - 12,
-    'top': 10 + _ROW * (1 + len(marks)),
-    'bottom': _HEIGHT - 10 - 2 * _ROW,
-  }
-  across, up = box['right'] - box['left'], box['bottom'] - box['top']
-  x = lambda value: round(box['left'] + across * (value - start) / (end - start), 1)
-  y = lambda value: round(box['bottom'] - up * value / top, 1)
-
-  def anchor(at: float, text: str) -> str:
-    half = _CHARACTER * len(text) / 2
-    return 'end' if at + half > _WIDTH else 'start' if at < half else 'middle'
-
-  drawn = []
-  for bar in bars:
-    left, right = x(bar.left), x(bar.right)
-    gap = min(1.5, 0.2 * (right - left))
-    height = max(box['bottom'] - y(bar.height), 1) if bar.height else 0
-    drawn.append((left, box['bottom'] - height, right - left - gap, height, bar))
-  return {
-    'title': title,
-    'caption': caption.replace(' %', '\xa0%'),
-    'width': _WIDTH,
-    'height': _HEIGHT,
-    'box': box,
-    'x_label': x_label,
-    'y_label': y_label,
-    'x_ticks': [(x(at), text, anchor(x(at), text)) for at, text in x_ticks],
-    'y_ticks': [(y(at), text) for at, text in y_ticks],
-    'bars': drawn,
-    'line': ' '.join(f'{x(a)},{y(b)}' for a, b in line),
-    'marks': [
-      (x(at), text, 'end' if x(at) > _WIDTH / 2 else 'start', 10 + _ROW * (i + 2) - 6)
-      for i, (at, text) in enumerate(reversed(marks))
-    ],
-    'bands': [(x(left), x(right) - x(left), kind) for left, right, kind in bands],
-  }
-
-
-def _ticks(low: float, high: float, at_most: int, least_step: float = 1) -> Ticks:
-  """Round numbers from `low` to `high`."""
-  step = max((high - low) / at_most, least_step)
-  power = 10.0 ** np.floor(np.log10(step))
-  step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
-  values = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
-  return [(value, f'{value:,.0f}' if step >= 1 else f'{value:g}') for value in values.tolist()]
 
 
 def _log_ticks(high: float) -> Ticks:
@@ -350,7 +247,7 @@ def _time_ticks(first: int, last: int) -> Ticks:
     low, high = dates.astype(np.int64) + (1970 if unit == 'Y' else 0)
     numbers = np.arange(low + 1, high + 1)
     numbers = numbers[numbers % step == 0] - (1970 if unit == 'Y' else 0)
-    if len(numbers) * _CHARACTER * (len(str(dates[0])) + 2) <= _WIDTH - 60:
+    if len(numbers) * CHARACTER * (len(str(dates[0])) + 2) <= WIDTH - 60:
       break
   if not len(numbers):  # all within one day
     return [((first + last) / 2, date(first))]

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv and installs this project into it.
 
 install_into_venv() { # install_into_venv REQUIREMENT, e.g. '.[test]'

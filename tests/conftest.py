@@ -1,5 +1,6 @@
 """Small real data and real runs that several test files share."""
 
+import json
 import os
 
 # The same numbers on every machine; and the tests are mostly compiling.
@@ -9,6 +10,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -83,16 +85,16 @@ def encoded(data_dir, environment, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def start(environment, data_dir):
-  """Starts the program: `start(workdir, *flags, env={}, prefix=())` gives a process."""
+  """Starts the program: `start(workdir, *flags, variant, env, prefix)` gives a process."""
 
-  def start(workdir, *flags, env=None, prefix=()) -> subprocess.Popen:
+  def start(workdir, *flags, variant='sasrec', env=None, prefix=()) -> subprocess.Popen:
     command = [
       *prefix,
       sys.executable,
       '-m',
       'ur4rec_jax.main',
       '--config',
-      ROOT / 'configs/synthetic.py',
+      f'{ROOT}/configs/synthetic.py:{variant}',
     ]
     command += [f'--config.data_dir={data_dir}', *SMALL, f'--workdir={workdir}', *flags]
     return subprocess.Popen(
@@ -140,13 +142,29 @@ def make_dataset(histories, num_items: int | None = None) -> Dataset:
   return Dataset(info, splits.LEAVE_ONE_OUT, split, item_ids, offsets)
 
 
-def load_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads every array of a run's latest checkpoint as NumPy, without the project's own code."""
+def load_arrays(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
+  """Reads every array of a checkpoint, the latest, as NumPy, without the project's own code."""
   checkpoints = workdir / 'checkpoints'
-  step = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+  if step is None:
+    step = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
   with ocp.PyTreeCheckpointer() as reader:
     tree = reader.metadata(checkpoints / str(step) / 'state').item_metadata.tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     arrays = reader.restore(checkpoints / str(step) / 'state', restore_args=as_numpy)
   leaves = jax.tree_util.tree_leaves_with_path(arrays)
   return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def wait_for(process, condition, timeout=120):
+  """Waits until `condition()`, failing if the process ends or time runs out before."""
+  deadline = time.monotonic() + timeout
+  while not condition():
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.001)
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+  path = workdir / 'metrics.jsonl'
+  text = path.read_text() if path.exists() else ''
+  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]

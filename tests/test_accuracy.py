@@ -1,6 +1,5 @@
 """The published numbers are those of the results files; small stored files give known tables."""
 
-import itertools
 import json
 import math
 import shutil
@@ -152,22 +151,6 @@ def test_readme_shows_the_headlines(tmp_path):
   assert [*found] == ['toys']
   assert found['toys']['users x items'] == '4 x 1,234'
   assert found['toys']['popularity NDCG@10'] == '0.0432'
-
-
-@pytest.mark.parametrize('shift', [0.0, 0.2, 0.5])
-def test_p_value_is_that_of_all_sign_patterns(shift):
-  differences = np.random.default_rng(0).normal(shift, 1, 12)
-  differences[[3, 7]] = 0
-  sums = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=12)]
-  exact = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-9)
-  error = math.sqrt(exact * (1 - exact) / accuracy.FLIPS)
-  assert accuracy.paired_p_value(differences) == pytest.approx(exact, abs=4 * error)
-  assert accuracy.paired_p_value(-differences) == accuracy.paired_p_value(differences)
-
-
-def test_p_value_of_no_and_of_every_difference():
-  assert accuracy.paired_p_value(np.zeros(50)) == 1
-  assert accuracy.paired_p_value(np.full(50, 0.01)) == 1 / (accuracy.FLIPS + 1)
 
 
 def test_results_that_cannot_be_compared_are_refused(tmp_path):

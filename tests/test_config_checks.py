@@ -28,6 +28,16 @@ WRONG = [
   ('num_epochs', 0),
   ('patience', 0),
   ('validate_every_epochs', 0),
+  ('stage.train.num_steps', -1),
+  ('stage.train.turn_steps', 0),
+  ('stage.train.alternate', 'random'),
+  ('stage.train.schedule', 'linear'),
+  ('stage.train.start_next_with', 'first'),
+  ('stage.train.learning_rate_scale', 0.0),
+  ('stages', ()),
+  ('stages', ('train', 'fine_tune')),
+  ('checkpoint.grace_seconds', 0.0),
+  ('optimizer.learning_rate_scales.fusion', 0.0),
   ('steps_per_dispatch', -1),
   ('checkpoint.every_validations', 0),
   ('checkpoint.max_to_keep', 0),
@@ -73,6 +83,12 @@ WRONG = [
 ]
 OTHER = {
   'data_dir': '/elsewhere',
+  'compilation_cache': '/elsewhere',
+  'checkpoint.grace_seconds': 1.0,
+  'stage.train.num_epochs': 7,
+  'stage.train.num_steps': 7,
+  'stage.train.patience': 7,
+  'stage.end_to_end.moving': ('sasrec',),  # Not among the run's stages.
   'num_epochs': 7,
   'patience': 3,
   'steps_per_dispatch': 2,
@@ -131,8 +147,10 @@ def test_an_unknown_variant_is_refused():
 
 def test_every_knob_has_a_comment():
   lines = pathlib.Path(default.__file__).read_text().splitlines()
-  knobs = [x for x in lines if x.startswith('  config.') and not x.endswith('ConfigDict()')]
-  assert len(knobs) == len(flatten(default.get_config().to_dict()))
+  knobs = [x for x in lines if re.match(r'  (config|stage)\.(?!.*ConfigDict\(\)$|stage\.)', x)]
+  config = default.get_config().to_dict()
+  of_a_stage = config.pop('stage')['train']
+  assert len(knobs) == len(flatten(config | {'of a stage': of_a_stage}))
   assert [x for x in knobs if '  # ' not in x] == []
 
 
@@ -187,13 +205,19 @@ def test_a_run_goes_on_with_fields_that_change_no_result(name):
 
 
 @pytest.mark.parametrize(
-  'name', sorted(flatten(default.get_config().to_dict()).keys() - OTHER.keys())
+  'name',
+  sorted(
+    name
+    for name in flatten(default.get_config().to_dict()).keys() - OTHER.keys()
+    if not name.startswith('stage.') or name.startswith('stage.train.')
+  ),
 )
 def test_a_run_does_not_go_on_with_another_value_of_any_other_field(name):
   before = flatten(default.get_config().to_dict())[name]
   others = {'float': 0.123, 'int': 77, 'bool': not before, 'str': 'other', 'list': ['other']}
   value = others[type(before).__name__]
-  expected = rf'config\.{name} is {re.escape(repr(value))}.*runs/x.*{re.escape(repr(before))}'
+  field = rf'config\.(stage\.train\.)?{name}'  # The first field, where stages take it over.
+  expected = rf'{field} is {re.escape(repr(value))}.*runs/x.*{re.escape(repr(before))}'
   with pytest.raises(InputError, match=expected):
     check_unchanged(default.get_config().to_dict(), changed(name, value), 'runs/x')
 
@@ -202,7 +226,7 @@ def test_the_number_of_epochs_is_fixed_under_a_cosine_schedule():
   started = config_with(**{'optimizer.schedule': 'cosine'})
   current = config_with(**{'optimizer.schedule': 'cosine', 'num_epochs': 7})
   check_unchanged(started.to_dict(), started.to_dict(), 'runs/x')
-  with pytest.raises(InputError, match=r'config\.num_epochs is 7'):
+  with pytest.raises(InputError, match=r'config\.stage\.train\.num_epochs is 7'):
     check_unchanged(started.to_dict(), current.to_dict(), 'runs/x')
 
 

@@ -28,16 +28,7 @@ for line in sys.stdin:
   print(json.dumps([[a.items, [x.tolist() for x in a.scores], [x.tolist() for x in a.shares]]
                     for a in answers]))
 """
-EXPORTED = (
-  'sasrec',
-  'multimodal',
-  'paper',
-  'standardise',
-  'learned',
-  'adaptive',
-  'rank',
-  'cascade',
-)
+EXPORTED = ('sasrec', 'paper', 'standardise', 'learned', 'adaptive', 'rank', 'cascade')
 
 
 def histories_of(recommender):
@@ -84,7 +75,7 @@ def test_every_fusion_gives_the_same_with_jax_and_numpy_alone(data, folders, env
 
 @pytest.mark.parametrize('name', ['program.bin', 'arrays.npz', 'items.json', 'manifest.json'])
 def test_a_changed_byte_is_refused_with_the_file_named(folders, tmp_path, name):
-  folder = shutil.copytree(folders / 'multimodal', tmp_path / 'model')
+  folder = shutil.copytree(folders / 'adaptive', tmp_path / 'model')
   content = bytearray((folder / name).read_bytes())
   content[len(content) // 2] ^= 1
   (folder / name).write_bytes(content)

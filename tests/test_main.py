@@ -76,7 +76,7 @@ def test_the_report_of_a_run(run, tmp_path):
   assert done.returncode == 0, done.stderr
   assert 'item_embedding' in done.stdout  # The parameter table.
   assert 'total' in done.stdout
-  for word in ('random', 'popularity', 'sasrec', *METRICS):
+  for word in ('random', 'popularity', 'sasrec', 'sasrec (valid)', *METRICS):
     assert word in done.stdout
   line = done.stdout.splitlines()[-1]
   for word in ('test ndcg@10 by popularity of the item: head 0.', 'torso 0.', 'tail 0.'):
@@ -301,4 +301,4 @@ def test_more_epochs_are_refused_where_the_schedule_ends_with_them(run, tmp_path
   workdir = tmp_path / 'run'
   cosine = '--config.optimizer.schedule=cosine'
   assert run(workdir, cosine, '--config.num_epochs=1').returncode == 0
-  assert_refused(run(workdir, cosine, '--config.num_epochs=2'), 'config.num_epochs', workdir)
+  assert_refused(run(workdir, cosine, '--config.num_epochs=2'), 'num_epochs is 2', workdir)

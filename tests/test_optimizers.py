@@ -17,13 +17,23 @@ def make_config(**fields):
   return config
 
 
+def rate_at(config, step: int, total_steps: int):
+  is_cosine = config.schedule == 'cosine'
+  return optimizers.learning_rate_at(
+    step, config.learning_rate, config.warmup_steps, total_steps, is_cosine
+  )
+
+
 def take_steps(config, params, gradients, total_steps: int = 10):
   """Parameters after one step for each of `gradients`."""
-  tx = optimizers.create_optimizer(config, total_steps)
+  tx = optimizers.create_optimizer(config, jax.tree.map(lambda _: 'sasrec', params))
   opt_state = tx.init(params)
   trajectory = []
-  for gradient in gradients:
-    updates, opt_state = tx.update(gradient, opt_state, params)
+  for step, gradient in enumerate(gradients):
+    rate = rate_at(config, step, total_steps)
+    updates, opt_state = tx.update(
+      gradient, opt_state, params, learning_rate=rate, active={'sasrec': True}
+    )
     params = optax.apply_updates(params, updates)
     trajectory.append(params)
   return trajectory
@@ -43,8 +53,8 @@ def take_steps(config, params, gradients, total_steps: int = 10):
 )
 def test_schedule_at_chosen_steps(schedule, warmup, expected):
   config = make_config(learning_rate=2.0, schedule=schedule, warmup_steps=warmup)
-  rate = jax.jit(optimizers.learning_rate_schedule(config, 20))
-  assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+  rates = {step: float(rate_at(config, step, 20)) for step in expected}
+  assert rates == pytest.approx(expected, abs=1e-6)
 
 
 def test_decay_leaves_out_biases_scales_and_embeddings():
@@ -126,3 +136,85 @@ def test_clipping_comes_before_the_moments_of_adamw():
   unclipped = take_steps(make_config(clip_norm=0.0), params, gradients)[-1]
   np.testing.assert_allclose(clipped['kernel'], expected['kernel'], rtol=1e-6)
   assert abs(clipped['kernel'] - unclipped['kernel']) > 0.1
+
+
+def two_groups(**fields):
+  """An optimizer of two groups, their parameters, its state after a step of both, and gradients."""
+  params = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([[1.0]]), 'c': jnp.array([2.0])}
+  labels = {'a': 'sasrec', 'b': 'fusion', 'c': 'sasrec'}
+  tx = optimizers.create_optimizer(make_config(**fields), labels)
+  gradients = {'a': jnp.array([3.0, 0.0]), 'b': jnp.array([[12.0]]), 'c': jnp.array([4.0])}
+
+  @jax.jit
+  def step(params, opt_state, active):
+    updates, opt_state = tx.update(
+      gradients, opt_state, params, learning_rate=jnp.float32(0.1), active=active
+    )
+    return optax.apply_updates(params, updates), opt_state
+
+  both = {'sasrec': True, 'fusion': True}
+  return step, *step(params, tx.init(params), both)
+
+
+@pytest.mark.parametrize('frozen', ['sasrec', 'fusion'])
+def test_a_group_that_is_not_active_keeps_parameters_moments_and_counts(frozen):
+  step, params, opt_state = two_groups(weight_decay=0.1, clip_norm=1.0)
+  active = {'sasrec': frozen != 'sasrec', 'fusion': frozen != 'fusion'}
+  after, state_after = step(params, opt_state, active)
+  for name, label in {'a': 'sasrec', 'b': 'fusion', 'c': 'sasrec'}.items():
+    assert np.array_equal(after[name], params[name]) == (label == frozen), name
+  for label in ('sasrec', 'fusion'):
+    before, now = (jax.tree.leaves(s.inner_states[label]) for s in (opt_state, state_after))
+    same = [np.array_equal(x, y) for x, y in zip(before, now, strict=True)]
+    assert all(same) if label == frozen else not any(same)
+  assert jax.tree.structure(state_after) == jax.tree.structure(opt_state)
+
+
+def test_a_group_goes_on_from_its_moments_as_if_it_had_never_been_frozen():
+  step, params, opt_state = two_groups()
+  only = {'sasrec': False, 'fusion': True}
+  both = {'sasrec': True, 'fusion': True}
+  waited = step(*step(params, opt_state, only), both)[0]
+  at_once = step(params, opt_state, both)[0]
+  np.testing.assert_array_equal(waited['a'], at_once['a'])
+  np.testing.assert_array_equal(waited['c'], at_once['c'])
+
+
+def test_each_group_is_clipped_by_its_own_norm_and_has_its_own_rate():
+  """The gradient's norm is 5 in one group and 12 in the other."""
+  params = {'a': jnp.zeros(2), 'b': jnp.zeros(1)}
+  config = make_config(name='sgd', clip_norm=6.0)
+  config.learning_rate_scales.fusion = 0.5
+  tx = optimizers.create_optimizer(config, {'a': 'sasrec', 'b': 'fusion-1'})
+  gradients = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([12.0])}
+  updates, _ = tx.update(
+    gradients,
+    tx.init(params),
+    params,
+    learning_rate=0.1,
+    active={'sasrec': True, 'fusion-1': True},
+  )
+  np.testing.assert_allclose(updates['a'], [-0.3, -0.4], rtol=1e-6)
+  np.testing.assert_allclose(updates['b'], [-0.1 * 0.5 * 6], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('name', 'group'),
+  [
+    ('sasrec/content/text_in/kernel', 'sasrec'),
+    ('retriever/user_tower/position_embedding', 'user_tower'),
+    ('retriever/log_temperature', 'user_tower'),
+    ('retriever/content/text_in/kernel', 'content_tower'),
+    ('retriever/item_embedding', 'content_tower'),
+    ('fusion/log_weights', 'fusion'),
+    ('log_temperature', 'loss'),
+    ('log_variance_sasrec', 'loss'),
+  ],
+)
+def test_groups_by_path(name, group):
+  assert optimizers.group_of(name) == group
+
+
+def test_a_parameter_without_a_group_is_an_error():
+  with pytest.raises(ValueError, match='tower/kernel belongs to no group'):
+    optimizers.group_of('tower/kernel')

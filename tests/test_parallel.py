@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import signal
 import socket
 
 import numpy as np
 import pytest
 
 from tests.conftest import load_arrays
+from tests.test_resume import lines, wait_for
+from ur4rec_jax.checkpoint import find_damage
 
 # SGD, because Adam hides a gradient of the wrong scale; no dropout, because its masks depend on
 # the device; a small rate, because rounding grows with training.
@@ -54,23 +57,31 @@ def test_the_parameters_moved(one_device, run, tmp_path):
     assert_close(workdir, one_device)
 
 
-@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
-def test_two_processes_agree_with_one(mapping, start, one_device, tmp_path):
+def by_address(number: int) -> dict[str, str]:
+  return {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(number)}
+
+
+def by_slurm(number: int) -> dict[str, str]:
+  return {
+    'JAX_COORDINATOR_ADDRESS': 'auto',
+    'SLURM_JOB_ID': '1',
+    'SLURM_STEP_NODELIST': '127.0.0.1',
+    'SLURM_STEP_NUM_NODES': '1',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(number),
+    'SLURM_LOCALID': str(number),
+  }
+
+
+@pytest.mark.parametrize(('mapping', 'found'), [('pmap', by_slurm), ('shard_map', by_address)])
+def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
+    port = s.getsockname()[1]
+  common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_COORDINATOR_PORT': str(port)}
   workdir = tmp_path / 'run'
   processes = [
-    start(
-      workdir,
-      *EXACT,
-      f'--config.mapping={mapping}',
-      env={
-        'JAX_COORDINATOR_ADDRESS': address,
-        'JAX_NUM_PROCESSES': '2',
-        'JAX_PROCESS_ID': str(number),
-      },
-    )
+    start(workdir, *EXACT, f'--config.mapping={mapping}', env=common | found(number))
     for number in range(2)
   ]
   outputs = [process.communicate(timeout=300) for process in processes]
@@ -82,6 +93,32 @@ def test_two_processes_agree_with_one(mapping, start, one_device, tmp_path):
   assert results[0] == results[1]
   ranks = [(w / 'test_ranks.npz').read_bytes() for w in (workdir, one_device)]
   assert ranks[0] == ranks[1]
+
+
+def test_a_notice_to_one_process_saves_and_ends_both(start, tmp_path):
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  workdir = tmp_path / 'run'
+  processes = [
+    start(
+      workdir,
+      '--config.num_epochs=1000',
+      '--config.patience=1000',
+      env={
+        'JAX_COORDINATOR_ADDRESS': address,
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': str(number),
+      },
+    )
+    for number in range(2)
+  ]
+  wait_for(processes[0], lambda: lines(workdir))
+  processes[1].send_signal(signal.SIGTERM)
+  outputs = [process.communicate(timeout=60) for process in processes]
+  assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, outputs
+  assert 'SIGTERM: saved step' in outputs[0][1]
+  assert [p for p in (workdir / 'checkpoints').iterdir() if find_damage(p) is None]
 
 
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_back(run, one_device, tmp_path):

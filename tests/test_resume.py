@@ -1,29 +1,12 @@
 """A run that is killed and started again ends exactly as one that was left alone."""
 
 import json
-import pathlib
 import signal
-import time
 
 import numpy as np
 import pytest
 
-from tests.conftest import load_arrays
-
-
-def wait_for(process, condition, timeout=120):
-  """Waits until `condition()`, failing if the process ends or time runs out before."""
-  deadline = time.monotonic() + timeout
-  while not condition():
-    assert process.poll() is None, process.stderr.read()
-    assert time.monotonic() < deadline
-    time.sleep(0.001)
-
-
-def lines(workdir: pathlib.Path) -> list[dict]:
-  path = workdir / 'metrics.jsonl'
-  text = path.read_text() if path.exists() else ''
-  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]
+from tests.conftest import lines, load_arrays, wait_for
 
 
 def assert_same_end(workdir, reference):

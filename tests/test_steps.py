@@ -8,14 +8,14 @@ import pytest
 
 from configs import default
 from tests.conftest import make_dataset
-from ur4rec_jax import losses, optimizers, parallel, steps
+from ur4rec_jax import losses, optimizers, parallel, stages, steps
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import Encoded, UR4Rec
-from ur4rec_jax.train_state import TrainState, create_train_state
+from ur4rec_jax.train_state import TrainState, create_train_state, parameter_shapes
 
 NUM_ITEMS = 20
 MAX_LENGTH = 6
@@ -64,7 +64,7 @@ def test_every_loss_is_a_finite_sum_over_the_tokens_with_weight(name, negatives,
   @jax.jit
   @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def run(hidden, item_vectors):
-    loss = steps.make_retrieval_loss(config)
+    loss = steps.make_retrieval_loss(config.name, config)
     return loss(hidden, item_vectors, targets, weights, train_data(EVEN), jax.random.key(0))
 
   value, (hidden_gradient, item_gradient) = run(hidden, item_vectors)
@@ -84,7 +84,7 @@ def test_every_loss_is_a_finite_sum_over_the_tokens_with_weight(name, negatives,
 def item_gradients(config, data, target: int, num_keys: int) -> np.ndarray:
   """One token's gradients for each key, `[keys, num_items, dim]`: zero for items not read."""
   hidden, item_vectors, _, _ = loss_inputs(1)
-  loss = steps.make_retrieval_loss(config)
+  loss = steps.make_retrieval_loss(config.name, config)
 
   def gradient(key):
     objective = lambda v: loss(hidden, v, jnp.array([target]), jnp.ones(1), data, key)
@@ -125,7 +125,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
   hidden, item_vectors, targets, weights = loss_inputs()
   data = train_data(np.arange(1, NUM_ITEMS + 1))
   config = loss_config('sampled_softmax', num_negatives=30_000, negatives=negatives)
-  sampled = jax.jit(steps.make_retrieval_loss(config))(
+  sampled = jax.jit(steps.make_retrieval_loss(config.name, config))(
     hidden, item_vectors, targets, weights, data, jax.random.key(0)
   )
   exact = losses.plain_softmax(hidden, item_vectors, targets, weights)
@@ -134,7 +134,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
 
 @pytest.mark.parametrize('name', ['sampled_softmax', 'bce', 'bpr', 'gbce'])
 def test_negatives_follow_the_key(name):
-  loss = steps.make_retrieval_loss(loss_config(name))
+  loss = steps.make_retrieval_loss(name, loss_config(name))
   run = lambda seed: loss(*loss_inputs(), train_data(EVEN), jax.random.key(seed))
   assert run(0) == run(0)
   assert run(0) != run(1)
@@ -143,7 +143,7 @@ def test_negatives_follow_the_key(name):
 @pytest.mark.parametrize('name', ['bce', 'sampled_softmax', 'softmax'])
 def test_chunk_size_changes_no_loss(name):
   whole, parts = (
-    steps.make_retrieval_loss(loss_config(name, chunk_size=size))(
+    steps.make_retrieval_loss(name, loss_config(name, chunk_size=size))(
       *loss_inputs(), train_data(EVEN), jax.random.key(0)
     )
     for size in (1000, 2)
@@ -201,13 +201,17 @@ class Trainer:
 
   def __init__(self, model: nn.Module, loss: str = 'softmax', **optimizer):
     fields = {'name': 'sgd', 'learning_rate': 0.5, 'warmup_steps': 0, 'clip_norm': 0.0}
-    config = default.get_config().optimizer
-    config.update(fields | optimizer)
+    config = default.get_config()
+    config.update({'max_length': MAX_LENGTH, 'loss': loss_config(loss)})
+    config.optimizer.update(fields | optimizer)
     self.model = model
-    self.tx = optimizers.create_optimizer(config, 100)
-    all_losses = steps.make_losses(loss_config(loss))
-    self.step = steps.make_train_step(self.model, self.tx, all_losses, {'sasrec': 1.0}, MAX_LENGTH)
-    self.mapped = parallel.pmap(self.step, in_axes=(None, None, 0, None), donate_argnums=(0,))
+    ((stage,), _) = stages.make_stages(config, lambda _: {'sasrec': {'anything': 0}})
+    labels = jax.tree.map(lambda _: 'sasrec', parameter_shapes(model, Tables({}, {})))
+    numbers = stages.stage_numbers(stage, labels, steps_per_epoch=100, max_turns=1)
+    self.numbers = jax.tree.map(jnp.asarray, numbers)
+    self.tx = optimizers.create_optimizer(config.optimizer, labels)
+    self.step = steps.make_train_step(self.model, self.tx, labels, stage.config, stage.moving)
+    self.mapped = parallel.pmap(self.step, in_axes=(None, None, 0, None, None), donate_argnums=(0,))
     self.data = parallel.replicate(all_data())
     self.initial = jax.device_get(self.create(seed=0))
 
@@ -224,7 +228,8 @@ class Trainer:
     padding = ((0, capacity - len(plan.starts)), (0, 0), (0, 0))
     plan = Plan(*(np.pad(x, padding) for x in plan))
     plan = parallel.shard(parallel.split(plan, axis=1))
-    state, metrics = self.mapped(state, self.data, plan, parallel.replicate(np.int32(count)))
+    count, numbers = parallel.replicate((np.int32(count), self.numbers))
+    state, metrics = self.mapped(state, self.data, plan, count, numbers)
     return state, jax.device_get(metrics)
 
 
@@ -345,9 +350,9 @@ def over_shares(dropout: float = 0.0):
   """The step mapped over any number of equal shares, without devices, from its first state."""
   trainer = Trainer(Lookup(dropout))
   mapped = jax.vmap(
-    trainer.step, in_axes=(None, None, 0, None), out_axes=None, axis_name=parallel.AXIS
+    trainer.step, in_axes=(None, None, 0, None, None), out_axes=None, axis_name=parallel.AXIS
   )
-  return jax.jit(lambda plan: mapped(trainer.initial, all_data(), plan, 1))
+  return jax.jit(lambda plan: mapped(trainer.initial, all_data(), plan, 1, trainer.numbers))
 
 
 def cut(plan: Plan, shares: int) -> Plan:

@@ -266,6 +266,16 @@ def test_every_loss_and_gradient_is_finite_whatever_is_missing(missing, fusion):
     assert found['consistency'] == found['info_nce'] == found['diversity'] == 0
 
 
+def test_the_retriever_may_have_a_loss_of_its_own():
+  sampled = {'retriever_name': 'sampled_softmax', 'num_negatives': 3}
+  config, model, params, features = make(loss={'weights': {'fused': 1.0}, **sampled})
+  batch = a_batch([[1, 2, 3, 5, 6, 7]])
+  found, _ = all_losses(config, model, features, batch)(params)
+  config.loss.retriever_name = 'softmax'
+  exact, _ = all_losses(config, model, features, batch)(params)
+  assert {name for name in found if found[name] != exact[name]} == {'retriever'}
+
+
 def test_losses_are_what_they_are_called():
   config, model, params, features = make(
     content={'pooled_vectors': 2}, loss={'weights': ALL_LOSSES, 'contrast_items': 100}

@@ -6,11 +6,13 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax import splits
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.losses import DIVERSITIES
+from ur4rec_jax.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS
 from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ITEM_INPUTS
 from ur4rec_jax.models.ur4rec import PATHS
+from ur4rec_jax.optimizers import GROUPS, SCHEDULES
+from ur4rec_jax.stages import ALTERNATIONS, STARTS, stage_config
 
 _CHOICES = {
   'split': splits.NAMES,
@@ -24,12 +26,13 @@ _CHOICES = {
   'content.fusion': MODALITY_FUSIONS,
   'fusion.kind': PATH_FUSIONS,
   'fusion.calibration': CALIBRATIONS,
-  'loss.name': ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce'),
+  'loss.name': RETRIEVAL_LOSSES,
+  'loss.retriever_name': RETRIEVAL_LOSSES,
   'loss.negatives': ('uniform', 'popularity'),
   'loss.weighting': ('fixed', 'uncertainty'),
   'loss.diversity': DIVERSITIES,
   'optimizer.name': ('adamw', 'sgd'),
-  'optimizer.schedule': ('constant', 'cosine'),
+  'optimizer.schedule': SCHEDULES,
   'evaluation.candidates': ('all', 'uniform', 'popularity'),
   'transfer_guard': ('disallow', 'log', 'allow'),
 }
@@ -78,7 +81,23 @@ _AT_LEAST = {
   'optimizer.weight_decay': 0,
   'optimizer.clip_norm': 0,
 }
-_ABOVE_ZERO = ('optimizer.learning_rate', 'retriever.temperature', 'loss.temperature')
+_ABOVE_ZERO = (
+  'optimizer.learning_rate',
+  *(f'optimizer.learning_rate_scales.{group}' for group in GROUPS),
+  'retriever.temperature',
+  'loss.temperature',
+  'checkpoint.grace_seconds',
+)
+# The same for each record of config.stage.
+_STAGE_CHOICES = {'schedule': SCHEDULES, 'alternate': ALTERNATIONS, 'start_next_with': STARTS}
+_STAGE_AT_LEAST = {
+  'num_epochs': 1,
+  'num_steps': 0,
+  'validate_every_epochs': 1,
+  'patience': 1,
+  'warmup_steps': 0,
+  'turn_steps': 1,
+}
 _BELOW_ONE = (
   'sasrec.dropout',
   'retriever.dropout',
@@ -94,13 +113,13 @@ _DIVIDES = (
 # These change neither what is computed nor what is stored, or only how far training goes.
 _CHANGEABLE = (
   'data_dir',
-  'num_epochs',
-  'patience',
+  'compilation_cache',
   'steps_per_dispatch',
   'mapping',
   'transfer_guard',
   'checkpoint.every_validations',
   'checkpoint.max_to_keep',
+  'checkpoint.grace_seconds',
   'evaluation.batch_size',
 )
 
@@ -119,18 +138,25 @@ def flatten(config: dict, prefix: str = '') -> dict[str, Any]:
 def check_config(config: ConfigDict) -> None:
   """Raises InputError, naming the field and what it may be, if a field is missing or impossible."""
   fields = flatten(config.to_dict())
+  of_stages = lambda rules: {
+    f'stage.{n}.{f}': rule for n in config.stage for f, rule in rules.items()
+  }
+  choices_of = _CHOICES | of_stages(_STAGE_CHOICES)
+  at_least = _AT_LEAST | of_stages(_STAGE_AT_LEAST)
+  above_zero = (*_ABOVE_ZERO, *of_stages({'learning_rate_scale': 0}))
   others = ('data_dir', 'modalities', 'user_modalities', 'paths')
   others += ('shuffled_features', 'retriever.item_id', 'fusion.weights', 'loss.calibration')
-  for name in (*_CHOICES, *_AT_LEAST, *_ABOVE_ZERO, *_BELOW_ONE, *others):
+  others += ('stages', *of_stages({'moving': (), 'losses': (), 'turns': ()}), 'compilation_cache')
+  for name in (*choices_of, *at_least, *above_zero, *_BELOW_ONE, *others):
     if name not in fields:
       raise InputError(f'config.{name} is missing; configs/default.py has every field')
-  for name, choices in _CHOICES.items():
+  for name, choices in choices_of.items():
     if fields[name] not in choices:
       raise InputError(f'config.{name}={fields[name]!r}: must be one of {", ".join(choices)}')
-  for name, least in _AT_LEAST.items():
+  for name, least in at_least.items():
     if not fields[name] >= least:
       raise InputError(f'config.{name}={fields[name]}: must be at least {least}')
-  for name in _ABOVE_ZERO:
+  for name in above_zero:
     if not fields[name] > 0:
       raise InputError(f'config.{name}={fields[name]}: must be above 0')
   for name in _BELOW_ONE:
@@ -143,6 +169,7 @@ def check_config(config: ConfigDict) -> None:
       raise InputError(f'config.{name}={fields[name]}: must divide config.{width}={fields[width]}')
   _check_paths(fields)
   _check_losses(fields)
+  _check_stages(config)
 
 
 def _check_paths(fields: dict[str, Any]) -> None:
@@ -198,6 +225,18 @@ def _check_losses(fields: dict[str, Any]) -> None:
       raise InputError(f'config.loss.weights.{path}=0: nothing would train the path {path}')
 
 
+def _check_stages(config: ConfigDict) -> None:
+  for name in config.stages:
+    if name not in config.stage:
+      raise InputError(
+        f'config.stages={tuple(config.stages)}: {name!r} is no stage; known: '
+        f'{", ".join(config.stage)}. A config file can add one as config.stage.{name}'
+      )
+    stage_config(config, name)
+  if not config.stages:
+    raise InputError(f'config.stages=(): needs at least one of {", ".join(config.stage)}')
+
+
 def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str, ...] = ()) -> None:
   """Raises InputError, naming the field, if a started run cannot go on with this config.
 
@@ -210,8 +249,14 @@ def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str,
   before, now = flatten(started), flatten(current)
   fixed = set(before) | set(now)
   fixed -= set(_CHANGEABLE)
-  if now.get('optimizer.schedule') == 'cosine':
-    fixed.add('num_epochs')  # The schedule is stretched over them.
+  fixed -= {'num_epochs', 'patience'}  # What counts is what the stages take over from them.
+  last = f'stage.{now["stages"][-1]}'
+  if now['stages'].count(now['stages'][-1]) == 1:  # It is the only stage that cannot have ended.
+    fixed.discard(f'{last}.patience')
+    if now.get(f'{last}.schedule') != 'cosine':  # Which is stretched over the steps.
+      fixed -= {f'{last}.num_epochs', f'{last}.num_steps'}
+  in_use = tuple(f'stage.{name}.' for name in now['stages'])
+  fixed = {name for name in fixed if not name.startswith('stage.') or name.startswith(in_use)}
   for name in sorted(fixed):
     if before.get(name) != now.get(name) and not name.startswith(free):
       raise InputError(

@@ -33,6 +33,12 @@ class StorageError(ReportedError, OSError):
   exit_code = 4
 
 
+class LostProcessError(ReportedError):
+  """Another process of the run has died; the same command goes on from the last checkpoint."""
+
+  exit_code = 5
+
+
 class InterruptedBySignal(ReportedError):
   """The run was told to stop, and has saved itself: the same command goes on from there."""
 

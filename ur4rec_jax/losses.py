@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 Array = jax.Array
+RETRIEVAL_LOSSES = ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce')
 
 
 def bpr(positive: Array, negative: Array, weights: Array) -> Array:

@@ -1,14 +1,43 @@
-"""AdamW with warmup, cosine decay and clipping, or plain SGD to compare devices with."""
+"""AdamW for each group of parameters, of which only the active ones change; or SGD to compare with.
+
+A group that is not active keeps its parameters, moments and counts, bit for bit. (Not by a learning
+rate of 0 or by zero gradients: both let the moments decay. Nor by `optax.conditionally_mask`, which
+counts the calls while it is off.)
+"""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+Array = jax.Array
+PyTree = Any
+# What a parameter's path begins with says its group; the first that fits.
+GROUPS = {
+  'sasrec': re.compile(r'sasrec/'),
+  'user_tower': re.compile(r'retriever/(user_tower/|log_temperature$)'),
+  'content_tower': re.compile(r'retriever/'),
+  'fusion': re.compile(r'fusion/'),
+  'loss': re.compile(r'log_temperature$|log_variance_|matching_bias$'),
+}
+SCHEDULES = ('constant', 'cosine')
 # Weight decay is for matrices that mix features, not for scales, offsets and lookup tables.
 _NO_DECAY = re.compile(r'(bias|scale|embedding)$')
+
+
+def group_of(name: str) -> str:
+  """Returns the group of a parameter by its path, `a/b/c`.
+
+  Raises:
+    ValueError: it has none; `GROUPS` has to name it.
+  """
+  for group, pattern in GROUPS.items():
+    if pattern.match(name):
+      return group
+  raise ValueError(f'parameter {name} belongs to no group of {", ".join(GROUPS)}')
 
 
 def decay_mask(params) -> dict:
@@ -20,33 +49,58 @@ def decay_mask(params) -> dict:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
+def learning_rate_at(
+  step: Array, learning_rate: Array, warmup_steps: Array, total_steps: Array, is_cosine: Array
+) -> Array:
   """Linear warmup over `warmup_steps`, then constant, or cosine down to zero at `total_steps`."""
-  decay = {
-    'constant': lambda progress: 1.0,
-    'cosine': lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
-  }[config.schedule]
-
-  def schedule(step):
-    warmup = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    return config.learning_rate * warmup * decay(jnp.clip(progress, 0.0, 1.0))
-
-  return schedule
+  warmup = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1))
+  progress = (step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1)
+  cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+  return learning_rate * warmup * jnp.where(is_cosine, cosine, 1.0)
 
 
-def create_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-  """Builds the optimizer named by `config.name`, clipping by global norm first."""
-  schedule = learning_rate_schedule(config, total_steps)
-  if config.name == 'adamw':
-    update = optax.adamw(
-      schedule,
-      b1=config.b1,
-      b2=config.b2,
-      weight_decay=config.weight_decay,
-      mask=decay_mask,
+def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransformationExtraArgs:
+  """Builds the optimizer named by `config.name`, one for all stages.
+
+  Args:
+    config: `config.optimizer`.
+    labels: of the parameters, a tree from `stages.make_stages`; those with the same label are
+      clipped together, by their global norm, and move together.
+
+  Returns:
+    An optimizer whose `update` takes two more arguments: `learning_rate`, and `active`, by label
+    whether it moves.
+  """
+
+  def of_label(label: str) -> optax.GradientTransformationExtraArgs:
+    scale = config.learning_rate_scales[label.partition('-')[0]]
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name == 'adamw':
+      parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2))
+      parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+    return _while_active(optax.chain(*parts, _scale_by_learning_rate(scale)), label)
+
+  return optax.multi_transform(
+    {label: of_label(label) for label in sorted(set(jax.tree.leaves(labels)))}, labels
+  )
+
+
+def _scale_by_learning_rate(scale: float) -> optax.GradientTransformationExtraArgs:
+  def update(updates, state, params=None, *, learning_rate, **extra_args):
+    rate = -scale * learning_rate
+    return jax.tree.map(lambda g: jnp.asarray(rate, g.dtype) * g, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _while_active(
+  inner: optax.GradientTransformationExtraArgs, label: str
+) -> optax.GradientTransformationExtraArgs:
+  def update(updates, state, params=None, *, active, **extra_args):
+    return jax.lax.cond(
+      active[label],
+      lambda: inner.update(updates, state, params, **extra_args),
+      lambda: (jax.tree.map(jnp.zeros_like, updates), state),
     )
-  else:
-    update = optax.sgd(schedule)
-  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  return optax.chain(clip, update)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)

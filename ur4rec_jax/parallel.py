@@ -1,12 +1,16 @@
-"""The only file that knows devices: placement, the mapped step and its twin, several hosts.
+"""The only file that knows devices: placement, the mapped step and its twin, several processes.
 
 A step is a pure function of one device's share that names its axis `AXIS`. All arrays given to a
 mapped step and coming out of it live on this process's own devices.
 """
 
+import atexit
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,27 +18,68 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ur4rec_jax.errors import LostProcessError, ReportedError
+
 AXIS = 'batch'
 PyTree = Any
+# Where a process does not notice in its next collective that another has died, as on GPUs and TPUs,
+# jax ends it this long after the other's last heartbeat; its own default is 100.
+_HEARTBEAT_SECONDS = 30
+_LEAVE_SECONDS = 5
+# What the errors of a collective, of the coordinator and of a barrier say when a process is gone.
+_LOST = re.compile('Gloo|NCCL|coordination|heartbeat|barrier', re.IGNORECASE)
 
 
-def start_processes() -> None:
+@contextlib.contextmanager
+def joined_processes() -> Iterator[None]:
   """Joins the other processes of a run, if `JAX_COORDINATOR_ADDRESS` says there are any.
 
   `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are read from the
   environment; on SLURM and Cloud TPU `JAX_COORDINATOR_ADDRESS=auto` lets jax find all three.
+
+  Raises:
+    LostProcessError: another process has died, which none can go on without.
   """
   address = os.environ.get('JAX_COORDINATOR_ADDRESS')
   if not address:
+    yield
     return
   if jax.config.jax_platforms == 'cpu':
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   if address == 'auto':
-    jax.distributed.initialize()
+    del os.environ['JAX_COORDINATOR_ADDRESS']  # Which jax would take for an address.
+    found = ()
   else:
-    jax.distributed.initialize(
-      address, int(os.environ['JAX_NUM_PROCESSES']), int(os.environ['JAX_PROCESS_ID'])
-    )
+    found = (address, *(int(os.environ[f'JAX_{name}']) for name in ('NUM_PROCESSES', 'PROCESS_ID')))
+  jax.distributed.initialize(*found, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+  try:
+    yield
+  except Exception as error:
+    if signs := [str(e) for e in _causes(error) if _LOST.search(str(e))]:
+      error = LostProcessError(
+        'another process of this run has died; start the same command again in all of them to go '
+        f'on from the last checkpoint ({signs[-1].splitlines()[0]})'
+      )
+    # At exit jax would wait for processes that may be gone, and then abort.
+    atexit.register(_leave, error.exit_code if isinstance(error, ReportedError) else 1)
+    raise error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+  """An error and what led to it, as far as it comes from elsewhere."""
+  while error:
+    if not isinstance(error, ReportedError):
+      yield error
+    error = error.__cause__ or error.__context__
+
+
+def _leave(exit_code: int) -> None:
+  """Ends this process when all have come here, or soon: the first takes the coordinator along."""
+  with contextlib.suppress(Exception):
+    client = jax._src.distributed.global_state.client
+    client.wait_at_barrier('leave', timeout_in_ms=1000 * _LEAVE_SECONDS)
+  sys.stdout.flush()
+  os._exit(exit_code)
 
 
 def device_count() -> int:

@@ -25,7 +25,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.exported import Answer, Ids
 from ur4rec_jax.features import TokenTable, load_features, load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import PATHS, create_model
-from ur4rec_jax.workdir import check_workdir
+from ur4rec_jax.workdir import check_workdir, keep_compiled_programs
 
 TEXT = 'text'
 _PREFERENCE = '\0preference'  # The id of a sentence that is read as an item; no item has it.
@@ -62,7 +62,9 @@ def load(
   dataset = load_with_features(config)
   check_workdir(str(workdir), config, dataset)
   tables = read_tables(dataset, jnp.dtype(config.dtype))
-  params = jax.device_get(results.restore_best(config, str(workdir), dataset, tables))
+  keep_compiled_programs(str(workdir), config)
+  stage, params = results.restore_best(config, str(workdir), dataset, tables)
+  config, params = stage.config, jax.device_get(params)
   model = create_model(config, dataset.num_items)
   items = {'ids': [], 'titles': []}
   for item in iterate_items(config.data_dir):
@@ -101,14 +103,14 @@ class TrainedRecommender(exported.Recommender):
   ):
     """Takes what `load` reads; `item_arrays` are those of `serving.item_arrays`."""
     self.config, self.model, self.params, self.dataset = config, model, params, dataset
-    self._user_tables, self._item_arrays, self._approximate = user_tables, item_arrays, approximate
+    self._user_tables = user_tables if model.retriever is not None else {}
+    self._approximate = approximate
     self.program = jax.jit(serving.make_program(model))
     self._scorer = jax.jit(serving.make_scorer(model))
     self._place(items, item_arrays, about)
 
   def _place(self, items, item_arrays, about) -> None:
-    self._item_arrays = item_arrays
-    self.items = items
+    self._item_arrays, self.items = item_arrays, items
     self.settings = {
       'paths': serving.paths(self.model),
       'share_names': serving.share_names(self.model, list(self.config.modalities)),
@@ -118,11 +120,17 @@ class TrainedRecommender(exported.Recommender):
       'about': about,
     }
     self.arrays = {
-      'params': serving.user_params(self.params),
+      'params': serving.user_params(self.model, self.params),
       'items': item_arrays,
       **serving.catalogue_arrays(self.model, item_arrays, self._approximate),
     }
     super().__init__(self.program, self.arrays, items, self.settings)
+
+  @property
+  def _modalities(self) -> list[str]:
+    """Those of the items that the model reads."""
+    towers = [getattr(self.model, path).content for path in self.paths]
+    return list(self.config.modalities) if any(towers) else []
 
   @functools.cached_property
   def users(self) -> dict[str, int]:
@@ -262,7 +270,7 @@ class TrainedRecommender(exported.Recommender):
 
   def _with_sentence(self, preference, histories, k, preferences, options) -> Answer:
     """Reads a preference as an item with that text, the oldest of each history."""
-    if TEXT not in self.config.modalities:
+    if TEXT not in self._modalities:
       raise InputError(
         'preference: this model reads no texts, so that words tell it nothing; train a variant that'
         ' does, e.g. --config=configs/default.py:text, or give a history'
@@ -292,7 +300,7 @@ class TrainedRecommender(exported.Recommender):
     Raises:
       InputError: the model knows items by id only, or the features are of other kinds.
     """
-    modalities = list(self.config.modalities)
+    modalities = self._modalities
     if not modalities:
       raise InputError(
         'add_items: this model knows items by their id only, and has nothing to say of new ones;'

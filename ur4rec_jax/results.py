@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,16 @@ from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.train_state import create_train_state
-from ur4rec_jax.workdir import check_workdir
+from ur4rec_jax.report import write_report
+from ur4rec_jax.stages import Stage, make_stages
+from ur4rec_jax.train_state import (
+  TrainProgress,
+  create_train_state,
+  parameter_shapes,
+  params_of_stage,
+  saved_tree,
+)
+from ur4rec_jax.workdir import check_workdir, keep_compiled_programs
 
 PyTree = Any
 
@@ -30,29 +39,49 @@ def write_results(
   workdir: str,
   dataset: Dataset,
   tables: Tables,
-  params: PyTree,
-  stage: dict[str, Any],
-  seconds: float,
+  stages: list[Stage],
+  progress: TrainProgress,
+  best_params: PyTree,
 ) -> dict:
-  """Evaluates `params`, writes `results.json` and the files beside it, and prints the table.
+  """Evaluates the best parameters, writes `results.json` and files beside it, prints the table.
 
-  Beside it are `timing.json`, and `test_ranks.npz` with `users`, their index in the dataset, and
-  `ranks`, int32, for tests of one run against another that pair the users.
+  Those of each stage are ranked with the paths that the stage trains; the run's are those of the
+  stage with the best validation.
+
+  Beside it are `timing.json`, `report.html`, and `test_ranks.npz` with `users`, their index in the
+  dataset, and `ranks`, int32, for tests of one run against another that pair the users.
 
   Args:
     config: the run's config.
     workdir: where to write.
     dataset: all interactions.
     tables: tokens of items and users.
-    params: the best parameters.
-    stage: what to say of the stage that made them.
-    seconds: training time.
+    stages: of the run.
+    progress: how they went.
+    best_params: of all stages, `[stages, ...]` each.
 
   Returns:
     The contents of `results.json`.
   """
-  ranks = _rank(config, dataset, tables, params)
-  scores = _scores(config, dataset, ranks)
+  best, records = progress.best_stage, []
+  ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
+  for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
+    parts = evaluate.PARTS if i == best else ('test',)
+    ranks = _rank(stage.config, dataset, tables, params_of_stage(best_params, i), parts)
+    if i == best:
+      best_ranks, scores = ranks, _scores(config, dataset, ranks)
+    records.append(
+      {
+        'name': stage.name,
+        'moving': sorted(stage.moving),
+        'paths': [*stage.config.paths],
+        'steps': end - went.start,
+        'best_step': went.best_step,
+        'best_epoch': went.best_epoch,
+        'valid': went.valid,
+        'test': metrics.ranking_metrics(ranks['test']),
+      }
+    )
   results = {
     'dataset': {
       'name': dataset.info['name'],
@@ -64,23 +93,25 @@ def write_results(
       },
     },
     **scores,
-    'stages': [{**stage, 'valid': scores['valid'], 'test': scores['test']}],
-    'parameters': sum(x.size for x in jax.tree.leaves(params)),
+    'best_stage': best,
+    'stages': records,
+    'parameters': sum(x.size for x in jax.tree.leaves(best_params)) // len(stages),
     'seed': config.seed,
     'git': _git_version(),
   }
   # Apart from the results, which are the same whenever and wherever the run is repeated.
   timing = {
     'device': parallel.describe_devices(),
-    'seconds': round(seconds, 1),
+    'seconds': round(progress.seconds, 1),
     'jax': jax.__version__,
   }
   if parallel.is_main_process():
     archive = io.BytesIO()
-    np.savez(archive, users=dataset.held_out('test')[0], ranks=ranks['test'])
+    np.savez(archive, users=dataset.held_out('test')[0], ranks=best_ranks['test'])
     write_file(pathlib.Path(workdir) / 'test_ranks.npz', archive.getvalue())
     for name, content in (('timing.json', timing), ('results.json', results)):
       write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
+    write_report(workdir)
     print(results_table(results), flush=True)
   return results
 
@@ -93,7 +124,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     workdir: a folder that `train_and_evaluate` wrote.
 
   Returns:
-    `protocol`, `valid`, `test`, `by_popularity` and `baselines`, as in `results.json`.
+    `model`, `protocol`, `valid`, `test`, `by_popularity` and `baselines`, as in `results.json`.
 
   Raises:
     InputError: the folder holds no run or another one.
@@ -102,9 +133,10 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   dataset = load_with_features(config)
   if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
+  keep_compiled_programs(workdir, config)
   tables = read_tables(dataset, jnp.dtype(config.dtype))
-  params = restore_best(config, workdir, dataset, tables)
-  ranks = _rank(config, dataset, tables, params)
+  stage, params = restore_best(config, workdir, dataset, tables)
+  ranks = _rank(stage.config, dataset, tables, params, evaluate.PARTS)
   results = _scores(config, dataset, ranks)
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
@@ -112,35 +144,37 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   return results
 
 
-def restore_best(config: ConfigDict, workdir: str, dataset: Dataset, tables: Tables) -> PyTree:
-  """Reads a run's best parameters, replicated over the devices.
-
-  Args:
-    config: the run's config.
-    workdir: a folder that `train_and_evaluate` wrote.
-    dataset: the run's.
-    tables: tokens of its items and users.
+def restore_best(
+  config: ConfigDict, workdir: str, dataset: Dataset, tables: Tables
+) -> tuple[Stage, PyTree]:
+  """Reads the best parameters of a run, and the stage whose paths rank with them.
 
   Raises:
-    InputError: nothing has been validated yet.
+    InputError: the run has not been validated yet.
   """
-  model = create_model(config, dataset.num_items)
-  tx = optimizers.create_optimizer(config.optimizer, 1)
-  shapes = jax.eval_shape(lambda: create_train_state(model, tx, config.seed, tables))
+  create = lambda config: create_model(config, dataset.num_items)
+  stages, labels = make_stages(config, lambda of: parameter_shapes(create(of), tables))
+  tx = optimizers.create_optimizer(config.optimizer, labels)
+  shapes = jax.eval_shape(lambda: create_train_state(create(config), tx, config.seed, tables))
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   try:
-    restored = checkpointer.restore({'state': shapes, 'best_params': shapes.params})
+    restored = checkpointer.restore(saved_tree(shapes, len(stages)))
   finally:
     checkpointer.close()
-  if restored is None or not restored[1]['best_valid']:
+  best = TrainProgress.from_json(restored[1]).best_stage if restored else None
+  if best is None:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
-  return restored[0]['best_params']
+  return stages[best], params_of_stage(restored[0]['best_params'], best)
 
 
 def _rank(
-  config: ConfigDict, dataset: Dataset, tables: Tables, params: PyTree
+  config: ConfigDict,
+  dataset: Dataset,
+  tables: Tables,
+  params: PyTree,
+  parts: Sequence[str],
 ) -> dict[str, np.ndarray]:
-  """Returns the ranks of the held-out items of both parts, in the users' order."""
+  """Returns the ranks of the held-out items by part, in the users' order."""
   model = create_model(config, dataset.num_items)
   with jax.transfer_guard(config.transfer_guard):
     item_ids = parallel.replicate(dataset.item_ids)
@@ -149,14 +183,15 @@ def _rank(
       part: evaluate.make_evaluator(
         model, dataset, item_ids, tables, part, config.evaluation, config.mapping
       )(params)
-      for part in evaluate.PARTS
+      for part in parts
     }
 
 
 def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
-  """Returns the protocol, the metrics of both parts, whole and by popularity, and the baselines."""
+  """Returns paths, protocol, the metrics of both parts, whole and by popularity, and baselines."""
   groups = metrics.popularity_groups(dataset.train_part().item_counts())
   return {
+    'model': ' + '.join(config.paths),
     'protocol': evaluate.protocol(dataset, config.evaluation),
     **{part: metrics.ranking_metrics(ranks[part]) for part in evaluate.PARTS},
     'by_popularity': {
@@ -172,10 +207,13 @@ def results_table(results: dict) -> str:
 
   A last line has the test NDCG@10 by popularity of the held-out item.
   """
+  stages = results.get('stages', [])
+  stages = stages if len(stages) > 1 else []
   rows = {
     **{name: results['baselines'][name] for name in ('random', 'popularity')},
-    'sasrec': results['test'],
-    'sasrec (valid)': results['valid'],
+    **{f'{i} {stage["name"]}': stage['test'] for i, stage in enumerate(stages, 1)},
+    results['model']: results['test'],
+    f'{results["model"]} (valid)': results['valid'],
   }
   names = [name for name in results['test'] if name != 'users']
   width = max(map(len, rows))

@@ -129,12 +129,13 @@ def catalogue_arrays(
   return arrays
 
 
-def user_params(params: PyTree) -> PyTree:
+def user_params(model: UR4Rec, params: PyTree) -> PyTree:
   """Leaves out the parameters that only make item vectors."""
   of_items = ('content', 'item_embedding')
   return {
     name: {key: x for key, x in tree.items() if key not in of_items} if name in PATHS else tree
     for name, tree in params.items()
+    if name not in PATHS or getattr(model, name) is not None
   }
 
 

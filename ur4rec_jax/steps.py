@@ -1,8 +1,8 @@
 """The pure training and evaluation steps of one device's share; no I/O, no Python state."""
 
 import itertools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ur4rec_jax import losses
+from ur4rec_jax import losses, stages
 from ur4rec_jax.features import Tables
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.models.ur4rec import Encoded, losses_in_use
+from ur4rec_jax.optimizers import learning_rate_at
 from ur4rec_jax.parallel import AXIS
 from ur4rec_jax.train_state import TrainState
 
 Array = jax.Array
+PyTree = Any
 
 
 class TrainData(NamedTuple):
@@ -40,14 +42,16 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
   """Builds all losses that have a weight.
 
   Args:
-    config: `weights` by loss; `contrast_items`, targets that `info_nce`, `contrast`, `matching` and
+    config: `weights` by loss; `name` of the loss on scores, `retriever_name` of that on the
+      retriever's; `contrast_items`, targets that `info_nce`, `contrast`, `matching` and
       `diversity` look at; `diversity`, its kind; and what `make_retrieval_loss` reads.
 
   Returns:
     `losses(encoded, batch, data, tokens, key)`, with `tokens` the number to divide sums over
     tokens by: the scalars by name.
   """
-  retrieval = make_retrieval_loss(config)
+  named = {'sasrec': config.name, 'retriever': config.retriever_name, 'fused': config.name}
+  retrieval = {path: make_retrieval_loss(name, config) for path, name in named.items()}
   names = losses_in_use(config)
 
   def all_losses(encoded: Encoded, batch: Batch, data: TrainData, tokens: Array, key: Array):
@@ -60,7 +64,7 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
     def of_path(path: str) -> Array:
       users = encoded.users[path]
       users = users.reshape(-1, users.shape[-1])
-      return retrieval(users, encoded.items[path], targets, weights, data, key) / tokens
+      return retrieval[path](users, encoded.items[path], targets, weights, data, key) / tokens
 
     def info_nce() -> Array:
       vectors = encoded.content.modalities[some_ids]
@@ -115,11 +119,12 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
   return all_losses
 
 
-def make_retrieval_loss(config: ConfigDict) -> Callable[..., Array]:
-  """Builds the retrieval loss named by `config.name`.
+def make_retrieval_loss(name: str, config: ConfigDict) -> Callable[..., Array]:
+  """Builds a retrieval loss.
 
   Args:
-    config: `name`, `num_negatives`, `negatives`, `calibration`, `chunk_size`.
+    name: `softmax`, `sampled_softmax`, `bce`, `bpr` or `gbce`.
+    config: `num_negatives`, `negatives`, `calibration`, `chunk_size`.
 
   Returns:
     `loss(hidden, item_vectors, targets, weights, data, key)`, see `losses.py` for the shapes; the
@@ -135,7 +140,7 @@ def make_retrieval_loss(config: ConfigDict) -> Callable[..., Array]:
       'bpr': losses.bpr,
       'bce': losses.bce,
       'gbce': lambda *logits: losses.gbce(*logits, num_items, config.calibration),
-    }[config.name]
+    }[name]
 
     def loss(hidden, targets, negatives, weights):
       positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
@@ -178,37 +183,44 @@ def make_retrieval_loss(config: ConfigDict) -> Callable[..., Array]:
     'gbce': sample_for_each_token,
     'sampled_softmax': sample_for_all_tokens,
     'softmax': whole_catalogue,
-  }[config.name]
+  }[name]
 
 
 def make_train_step(
   model: nn.Module,
-  tx: optax.GradientTransformation,
-  all_losses: Callable[..., dict[str, Array]],
-  loss_weights: Mapping[str, float],
-  row_length: int,
-) -> Callable[[TrainState, TrainData, Plan, Array], tuple[TrainState, dict[str, Array]]]:
+  tx: optax.GradientTransformationExtraArgs,
+  labels: PyTree,
+  config: ConfigDict,
+  moving: frozenset[str],
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
   """Builds the step that is mapped over devices: several optimizer steps in one dispatch.
 
+  What does not move takes no gradient, and what the losses do not read is not computed.
+
   Args:
-    model: has `encode`, see `UR4Rec`.
-    tx: optimizer.
-    all_losses: from `make_losses`.
-    loss_weights: of their sum; not used by a model that learns them.
-    row_length: tokens a row.
+    model: of the stage; has `encode`, see `UR4Rec`.
+    tx: optimizer, from `create_optimizer`.
+    labels: of the parameters, see `make_stages`.
+    config: of the stage.
+    moving: labels that are trained in it.
 
   Returns:
-    `train_step(state, data, plan, num_steps)` with `plan` `[steps, rows, slots]`, this device's
-    rows of each step, of which the first `num_steps` are taken. It gives the new state and per
-    step, `[steps]`: `loss`, the weighted sum, and `loss/NAME` each loss if there are several, all
-    means over all devices' tokens; `grad_norm`; `finite`, whether loss and gradient are.
+    `train_step(state, data, plan, num_steps, numbers)` with `plan` `[steps, rows, slots]`, this
+    device's rows of each step, of which the first `num_steps` are taken, and the `numbers` of the
+    stage. It gives the new state and per step, `[steps]`: `loss`, the weighted sum, and `loss/NAME`
+    each loss if there are several, all means over all devices' tokens; `grad_norm`; `turn`, whose
+    it was; `finite`, whether loss and gradient are.
   """
+  all_losses, loss_weights = make_losses(config.loss), losses_in_use(config.loss)
+  moves = jax.tree.map(lambda label: label in moving, labels)
 
-  def one_step(data: TrainData, state: TrainState, plan: Plan):
+  def one_step(
+    data: TrainData, numbers: stages.StageNumbers, state: TrainState, plan: Plan
+  ) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.root_key), state.step)
     key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
     dropout_key, negatives_key = jax.random.split(key)
-    batch = gather_batch(data.item_ids, plan, row_length)
+    batch = gather_batch(data.item_ids, plan, config.max_length)
     weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
     # Dividing by the global count here makes the mean of the devices' gradients the gradient of
     # the mean over all tokens, however unevenly tokens are spread.
@@ -216,6 +228,7 @@ def make_train_step(
     tokens = jnp.where(tokens > 0, tokens, 1.0)
 
     def objective(params):
+      params = jax.tree.map(lambda x, m: x if m else jax.lax.stop_gradient(x), params, moves)
       encoded = model.apply(
         {'params': params},
         data.tables.items,
@@ -232,25 +245,42 @@ def make_train_step(
       return sum(loss_weights[name] * value for name, value in values.items()), values
 
     (value, parts), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
-    value, parts, gradients = jax.lax.pmean((value, parts, gradients), AXIS)
-    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    value, parts = jax.lax.pmean((value, parts), AXIS)
+    gradients = jax.tree.map(lambda g, m: jax.lax.pmean(g, AXIS) if m else g, gradients, moves)
+    updates, opt_state = tx.update(
+      gradients,
+      state.opt_state,
+      state.params,
+      learning_rate=learning_rate_at(state.stage.step, *numbers[:4]),
+      active={label: by_turn[state.stage.turn] for label, by_turn in numbers.turns.items()},
+    )
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(gradients)
     metrics = {
       'loss': value,
       **({f'loss/{name}': x for name, x in parts.items()} if len(parts) > 1 else {}),
       'grad_norm': grad_norm,
+      'turn': state.stage.turn,
       'finite': jnp.isfinite(value) & jnp.isfinite(grad_norm),
     }
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    state = state.replace(
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      stage=stages.after_step(state.stage, value, numbers),
+    )
+    return state, metrics
 
-  def train_step(state: TrainState, data: TrainData, plan: Plan, num_steps: Array):
+  def train_step(
+    state: TrainState, data: TrainData, plan: Plan, num_steps: Array, numbers: stages.StageNumbers
+  ) -> tuple[TrainState, dict[str, Array]]:
     def body(i, carry):
       state, metrics = carry
-      state, new = one_step(data, state, jax.tree.map(lambda x: x[i], plan))
+      state, new = one_step(data, numbers, state, jax.tree.map(lambda x: x[i], plan))
       return state, jax.tree.map(lambda all_steps, x: all_steps.at[i].set(x), metrics, new)
 
-    shapes = jax.eval_shape(one_step, data, state, jax.tree.map(lambda x: x[0], plan))[1]
+    first = jax.tree.map(lambda x: x[0], plan)
+    shapes = jax.eval_shape(one_step, data, numbers, state, first)[1]
     metrics = jax.tree.map(lambda x: jnp.zeros(plan.starts.shape[:1] + x.shape, x.dtype), shapes)
     return jax.lax.fori_loop(0, num_steps, body, (state, metrics))
 

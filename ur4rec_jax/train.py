@@ -1,13 +1,15 @@
-"""Trains a model, keeps its best parameters, and survives being stopped at any moment."""
+"""Walks a run's stages, keeps the best parameters, and survives being stopped at any moment."""
 
 import contextlib
 import dataclasses
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +20,29 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import load_with_features, preference_starts, read_tables
+from ur4rec_jax.features import Tables, load_with_features, preference_starts, read_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
-from ur4rec_jax.models.ur4rec import create_model, losses_in_use
-from ur4rec_jax.train_state import TrainState, create_train_state
-from ur4rec_jax.workdir import claim_workdir
+from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.stages import Stage, StageNumbers, make_stages, stage_numbers
+from ur4rec_jax.train_state import (
+  NEVER,
+  SELECTION_METRIC,
+  StageProgress,
+  TrainProgress,
+  TrainState,
+  create_train_state,
+  parameter_shapes,
+  params_of_stage,
+  put_params,
+  repeat_params,
+  saved_tree,
+  start_of_stage,
+)
+from ur4rec_jax.workdir import claim_workdir, keep_compiled_programs
 
 PyTree = Any
-STAGE = 'train'
-SELECTION_METRIC = 'ndcg@10'
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
@@ -50,23 +64,26 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
   check_config(config)
   dataset = load_with_features(config)
   _check_dataset(config, dataset)
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  stages, labels = make_stages(
+    config, lambda of: parameter_shapes(create_model(of, dataset.num_items), tables)
+  )
   claim_workdir(workdir, config, dataset)
+  keep_compiled_programs(workdir, config)
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   try:
-    with _stop_requests() as stop_requested, jax.transfer_guard(config.transfer_guard):
-      loop = _TrainLoop(config, workdir, dataset, checkpointer, stop_requested)
+    with (
+      _stop_requests(config.checkpoint.grace_seconds) as stop_requested,
+      jax.transfer_guard(config.transfer_guard),
+    ):
+      loop = _TrainLoop(
+        config, workdir, dataset, tables, stages, labels, checkpointer, stop_requested
+      )
       loop.run()
   finally:
     checkpointer.close()
-  progress = loop.progress
-  stage = {
-    'name': STAGE,
-    'steps': progress.step,
-    'best_step': progress.best_step,
-    'best_epoch': progress.best_epoch,
-  }
   return results.write_results(
-    config, workdir, dataset, loop.tables, loop.best_params, stage, progress.seconds
+    config, workdir, dataset, tables, stages, loop.progress, loop.best_params
   )
 
 
@@ -85,42 +102,43 @@ def _check_dataset(config: ConfigDict, dataset: Dataset) -> None:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
-  """Turns SIGTERM and SIGINT into a number to ask for, 0 while there was none."""
+def _stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
+  """Turns SIGTERM and SIGINT into a number to ask for, 0 while there was none.
+
+  After SIGTERM the process ends itself when `grace_seconds` are over, saved or not: Python hears of
+  a signal only after the call that it is in, and compiling may take longer than a scheduler waits.
+  """
   received = []
   old = {
     number: signal.signal(number, lambda number, frame: received.append(number))
     for number in (signal.SIGTERM, signal.SIGINT)
   }
+  noticed, notify = os.pipe()  # A signal's number arrives here even within such a call.
+  os.set_blocking(notify, False)
+  signal.set_wakeup_fd(notify)
+  is_over = threading.Event()
+
+  def end_in_time():
+    while number := os.read(noticed, 1):
+      if number[0] == signal.SIGTERM and not is_over.wait(grace_seconds):
+        print(
+          f'SIGTERM: no save within config.checkpoint.grace_seconds={grace_seconds}; start the '
+          'same command again to go on from the last checkpoint',
+          file=sys.stderr,
+          flush=True,
+        )
+        os._exit(128 + signal.SIGTERM)
+
+  threading.Thread(target=end_in_time, daemon=True).start()
   try:
     # Every process of a run must come to the same answer, or one would wait for the others.
     yield lambda: int(parallel.any_process(bool(received))) and (received or [signal.SIGTERM])[0]
   finally:
+    is_over.set()
+    signal.set_wakeup_fd(-1)
+    os.close(notify)
     for number, handler in old.items():
       signal.signal(number, handler)
-
-
-@dataclasses.dataclass
-class TrainProgress:
-  """Host state of a run, saved with every checkpoint.
-
-  Attributes:
-    step: optimizer steps taken.
-    validated_step: step of the last validation.
-    best_step: step of the best validation.
-    best_epoch: its epoch.
-    best_valid: its metrics.
-    metrics_size: bytes of `metrics.jsonl` written so far.
-    seconds: time spent training and validating, over all starts.
-  """
-
-  step: int = 0
-  validated_step: int = 0
-  best_step: int = 0
-  best_epoch: int = 0
-  best_valid: dict[str, float] | None = None
-  metrics_size: int = 0
-  seconds: float = 0.0
 
 
 class _TrainLoop:
@@ -135,11 +153,15 @@ class _TrainLoop:
     config: ConfigDict,
     workdir: str,
     dataset: Dataset,
+    tables: Tables,
+    stages: list[Stage],
+    labels: PyTree,
     checkpointer: Checkpointer,
     stop_requested: Callable[[], int],
   ):
-    self.config, self.workdir, self.checkpointer = config, workdir, checkpointer
-    self.stop_requested = stop_requested
+    self.config, self.workdir, self.dataset = config, workdir, dataset
+    self.stages, self.labels = stages, labels
+    self.checkpointer, self.stop_requested = checkpointer, stop_requested
     train_part = dataset.train_part()
     self.batches = TrainBatches(
       train_part,
@@ -153,117 +175,169 @@ class _TrainLoop:
         f'config.batch_size={config.batch_size} gives {self.batches.rows} rows, which '
         f'{parallel.device_count()} devices cannot share equally; make it larger'
       )
-    self.total_steps = config.num_epochs * self.batches.steps_per_epoch
-    self.validate_every = config.validate_every_epochs * self.batches.steps_per_epoch
-
-    model = create_model(config, dataset.num_items)
-    tx = optimizers.create_optimizer(config.optimizer, self.total_steps)
-    train_step = parallel.MAPPINGS[config.mapping](
-      steps.make_train_step(
-        model, tx, steps.make_losses(config.loss), losses_in_use(config.loss), config.max_length
-      ),
-      in_axes=(None, None, 0, None),
-      donate_argnums=(0,),
-    )
-    self.tables = read_tables(dataset, jnp.dtype(config.dtype))
-    self._restore_or_create(model, tx)
-    data = parallel.replicate(
+    self.tx = optimizers.create_optimizer(config.optimizer, labels)
+    self._restore_or_create(tables)
+    self.data = parallel.replicate(
       steps.TrainData(
         train_part.item_ids,
         train_part.item_counts()[1:].astype(np.float32),
-        self.tables,
+        tables,
         preference_starts(train_part),
       )
     )
-    self.validator = evaluate.make_evaluator(
-      model,
-      dataset,
-      parallel.replicate(dataset.item_ids),
-      data.tables,
-      'valid',
-      config.evaluation,
-      config.mapping,
-    )
+    self.item_ids = parallel.replicate(dataset.item_ids)
+    self.validators, self.train_steps = {}, {}
     self.writer = self.bar = Silent()
     if parallel.is_main_process():
-      description = _describe_run(config, dataset, self.batches, self.state.params, self.progress)
+      description = _describe_run(
+        config, dataset, self.batches, stages, labels, self.state.params, self.progress
+      )
       print(description, flush=True)
       self.writer = MetricWriter(workdir, self.progress.step, self.progress.metrics_size)
-      self.bar = Progress(STAGE, self.total_steps, self.progress.step)
-    self.dispatcher = _Dispatcher(
-      config.steps_per_dispatch,
-      self.batches,
-      train_step,
-      data,
-      self.writer,
-      self.bar,
-    )
     self.started = time.monotonic() - self.progress.seconds
+    self._enter_stage()
 
-  def _restore_or_create(self, model: nn.Module, tx) -> None:
-    state = create_train_state(model, tx, self.config.seed, self.tables)
-    restored = self.checkpointer.restore({'state': state, 'best_params': state.params})
+  def _restore_or_create(self, tables: Tables) -> None:
+    model = create_model(self.config, self.dataset.num_items)
+    state = create_train_state(model, self.tx, self.config.seed, tables)
+    restored = self.checkpointer.restore(saved_tree(state, len(self.stages)))
     if restored is None:
       self.state: TrainState = parallel.replicate(state)
-      self.best_params = _copy(self.state.params)
+      self.best_params = repeat_params(self.state.params, len(self.stages))
       self.progress, self.saved = TrainProgress(), None
     else:
       arrays, progress = restored
       self.state, self.best_params = arrays['state'], arrays['best_params']
-      self.progress = TrainProgress(**progress)
+      self.progress = TrainProgress.from_json(progress)
       self.saved = self._position()
+
+  def _enter_stage(self) -> None:
+    """Prepares what the current stage trains and validates with."""
+    stage = self.stage = self.stages[len(self.progress.stages) - 1]
+    self.total_steps = stage.total_steps(self.batches.steps_per_epoch)
+    self.validate_every = stage.validate_every_epochs * self.batches.steps_per_epoch
+    model = create_model(stage.config, self.dataset.num_items)
+    paths = stage.config.paths
+    if paths not in self.validators:
+      self.validators[paths] = evaluate.make_evaluator(
+        model,
+        self.dataset,
+        self.item_ids,
+        self.data.tables,
+        'valid',
+        self.config.evaluation,
+        self.config.mapping,
+      )
+    program = paths, stage.losses, stage.moving
+    if program not in self.train_steps:
+      self.train_steps[program] = parallel.MAPPINGS[self.config.mapping](
+        steps.make_train_step(model, self.tx, self.labels, stage.config, stage.moving),
+        in_axes=(None, None, 0, None, None),
+        donate_argnums=(0,),
+      )
+    max_turns = max(len(stage.turns) for stage in self.stages)
+    numbers = stage_numbers(stage, self.labels, self.batches.steps_per_epoch, max_turns)
+    self.bar.close()
+    if parallel.is_main_process():
+      self.bar = Progress(str(stage), self.total_steps, self._steps_in_stage())
+    self.dispatcher = _Dispatcher(
+      stage,
+      self.config.steps_per_dispatch,
+      self.batches,
+      self.train_steps[program],
+      self.data,
+      parallel.replicate(numbers),
+      self.writer,
+      self.bar,
+      self.progress.stage.start,
+    )
+
+  def _stage_index(self) -> jax.Array:
+    return parallel.replicate(np.int32(len(self.progress.stages) - 1))
+
+  def _steps_in_stage(self) -> int:
+    return self.progress.step - self.progress.stage.start
 
   def run(self) -> None:
     """Trains to the end; `best_params` and `progress` then hold the outcome."""
     progress = self.progress
     try:
       while True:
-        is_border = progress.step and progress.step % self.validate_every == 0
-        if is_border and progress.validated_step < progress.step:
+        if self._is_border() and progress.validated_step < progress.step:
           self._validate()
         if self._is_over():
-          break
+          if len(progress.stages) == len(self.stages):
+            break
+          self._start_next_stage()
+          continue
         if signal_number := self.stop_requested():
           self._save_and_stop(signal_number)
-        self.state, progress.step = self.dispatcher.run(self.state, progress.step)
+        self.state, progress.step = self.dispatcher.run(self.state, progress.step, self._border())
       self.dispatcher.flush()
       self._save()
     finally:
       self.bar.close()
       self.writer.close()
 
+  def _border(self) -> int:
+    """Returns the step of the stage's next validation."""
+    every = self.validate_every
+    return self.progress.stage.start + min(
+      (self._steps_in_stage() // every + 1) * every, self.total_steps
+    )
+
+  def _is_border(self) -> bool:
+    # Later stages are validated at their start, too: what they begin with may stay their best.
+    done = self._steps_in_stage()
+    return done % self.validate_every == 0 or done >= self.total_steps
+
   def _is_over(self) -> bool:
     progress = self.progress
-    waited = progress.step - progress.best_step
-    out_of_patience = waited >= self.config.patience * self.validate_every
-    return progress.step >= self.total_steps or bool(progress.best_valid and out_of_patience)
+    waited = progress.step - progress.stage.best_step
+    out_of_patience = waited >= self.stage.patience * self.validate_every
+    is_validated = progress.validated_step == progress.step
+    return is_validated and (self._steps_in_stage() >= self.total_steps or out_of_patience)
+
+  def _start_next_stage(self) -> None:
+    """Goes on from the best parameters; needs no save, as the last one leads here again."""
+    progress = self.progress
+    params = self.state.params
+    if self.stage.start_next_with == 'best':
+      params = params_of_stage(self.best_params, self._stage_index())
+    at_start = parallel.replicate(start_of_stage())
+    self.state = self.state.replace(params=params, stage=at_start)
+    progress.stages.append(StageProgress(progress.step, best_step=progress.step))
+    progress.validated_step = NEVER
+    self._enter_stage()
 
   def _validate(self) -> None:
     """Ranks the validation items, keeps the parameters if they are the best, and saves."""
-    progress = self.progress
+    progress, best = self.progress, self.progress.stage
     self.dispatcher.flush()
-    ranks = self.validator(self.state.params, interrupted=self.stop_requested)
+    validator = self.validators[self.stage.config.paths]
+    ranks = validator(self.state.params, interrupted=self.stop_requested)
     if ranks is None:
       self._save_and_stop(self.stop_requested())
     values = ranking_metrics(ranks)
-    self.writer.write(progress.step, STAGE, {f'valid/{k}': v for k, v in values.items()})
-    epoch = progress.step // self.batches.steps_per_epoch
+    self.writer.write(progress.step, self.stage.name, {f'valid/{k}': v for k, v in values.items()})
+    done = self._steps_in_stage()
+    epoch = done // self.batches.steps_per_epoch
     score = values[SELECTION_METRIC]
-    if not progress.best_valid or score > progress.best_valid[SELECTION_METRIC]:
-      progress.best_step, progress.best_epoch = progress.step, epoch
-      progress.best_valid = values
-      self.best_params = _copy(self.state.params)
+    if not best.valid or score > best.valid[SELECTION_METRIC]:
+      best.best_step, best.best_epoch, best.valid = progress.step, epoch, values
+      self.best_params = put_params(self.best_params, self.state.params, self._stage_index())
     progress.validated_step = progress.step
+    trained = f'loss {self.dispatcher.loss:.4f}, {self.dispatcher.speed:.0f} sequences/s, '
     self.bar.line(
-      f'epoch {epoch}: loss {self.dispatcher.loss:.4f}, {self.dispatcher.speed:.0f} sequences/s, '
-      f'valid {SELECTION_METRIC} {score:.4f}, '
-      f'best {progress.best_valid[SELECTION_METRIC]:.4f} at epoch {progress.best_epoch}'
+      f'epoch {epoch}: {trained if done else ""}valid {SELECTION_METRIC} {score:.4f}, '
+      f'best {best.valid[SELECTION_METRIC]:.4f} at epoch {best.best_epoch}'
     )
-    if progress.step // self.validate_every % self.config.checkpoint.every_validations == 0:
+    count = done // self.validate_every
+    if done and (self._is_over() or count % self.config.checkpoint.every_validations == 0):
       self._save()
 
-  def _position(self) -> tuple[int, int]:
-    return self.progress.step, self.progress.validated_step
+  def _position(self) -> tuple[int, int, int]:
+    return self.progress.step, len(self.progress.stages), self.progress.validated_step
 
   def _save(self) -> None:
     """Saves, unless the last save was of the same position."""
@@ -278,7 +352,9 @@ class _TrainLoop:
 
   def _save_and_stop(self, signal_number: int) -> None:
     self.dispatcher.flush()
-    self._save()
+    # A save of the same step would first delete the last one, to spare a validation at most.
+    if self.saved is None or self.saved[0] < self.progress.step:
+      self._save()
     raise InterruptedBySignal(
       f'{signal.Signals(signal_number).name}: saved step {self.progress.step} in {self.workdir}; '
       'start the same command again to go on',
@@ -298,27 +374,30 @@ class _Dispatcher:
 
   def __init__(
     self,
+    stage: Stage,
     max_steps: int,
     batches: TrainBatches,
     train_step: Callable,
     data: steps.TrainData,
+    numbers: StageNumbers,
     writer: MetricWriter,
     bar: Progress,
+    first_step: int,
   ):
     self.loss = self.speed = float('nan')
-    self._max_steps, self._batches = max_steps, batches
-    self._train_step, self._data = train_step, data
-    self._writer, self._bar = writer, bar
+    self._stage, self._max_steps, self._batches = stage, max_steps, batches
+    self._train_step, self._data, self._numbers = train_step, data, numbers
+    self._writer, self._bar, self._first_step = writer, bar, first_step
     self._epoch, self._plan = -1, None
     self._pending = None
     self._last_read = 0.0
 
-  def run(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-    """Trains up to the next border: `max_steps` on, or the end of the epoch."""
+  def run(self, state: TrainState, step: int, border: int) -> tuple[TrainState, int]:
+    """Trains `max_steps`, or less: to the end of the epoch or to step `border`."""
     epoch, offset = divmod(step, self._batches.steps_per_epoch)
     if epoch != self._epoch:
       self._epoch, self._plan = epoch, self._batches.epoch(epoch)
-    count = min(self._max_steps, self._batches.steps_per_epoch - offset)
+    count = min(self._max_steps, self._batches.steps_per_epoch - offset, border - step)
     # Padded, so that a shorter last dispatch needs no second program; the step ignores the rest.
     padding = ((0, self._max_steps - count), (0, 0), (0, 0))
     plan = Plan(*(np.pad(x[offset : offset + count], padding) for x in self._plan))
@@ -327,6 +406,7 @@ class _Dispatcher:
       self._data,
       parallel.shard(parallel.split(plan, axis=1)),
       parallel.replicate(np.int32(count)),
+      self._numbers,
     )
     if self._pending is None:  # The first call compiled, others followed a validation.
       self._last_read = time.monotonic()
@@ -346,6 +426,8 @@ class _Dispatcher:
     self._pending = None
     metrics = {name: values[:count] for name, values in jax.device_get(metrics).items()}
     finite = metrics.pop('finite')
+    if len(self._stage.turns) == 1:
+      metrics.pop('turn')
     if not finite.all():
       raise DivergenceError(
         'the loss or its gradient is not finite at step '
@@ -357,39 +439,40 @@ class _Dispatcher:
     users = count * self._batches.users / self._batches.steps_per_epoch
     self.loss, self.speed = values['loss'], users / (now - self._last_read)
     self._last_read = now
-    self._writer.write(step, STAGE, values)
-    self._writer.write_timing(step, STAGE, {'sequences_per_second': self.speed})
-    self._bar.update(step, loss=f'{self.loss:.4f}', speed=f'{self.speed:.0f} sequences/s')
+    self._writer.write(step, self._stage.name, values)
+    self._writer.write_timing(step, self._stage.name, {'sequences_per_second': self.speed})
+    self._bar.update(
+      step - self._first_step, loss=f'{self.loss:.4f}', speed=f'{self.speed:.0f} sequences/s'
+    )
 
 
-def _copy(tree: PyTree) -> PyTree:
-  """Copies arrays, so that donating the original leaves the copy alone."""
-  return jax.tree.map(jnp.copy, tree)
-
-
-def parameter_table(params: PyTree) -> str:
-  """Lists every parameter with its shape and size, and the sum."""
+def parameter_table(params: PyTree, labels: PyTree) -> str:
+  """Lists every parameter with its shape, size and label, and the sum."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   rows = [
-    (jax.tree_util.keystr(path, simple=True, separator='/'), str(x.shape), x.size)
-    for path, x in leaves
+    (jax.tree_util.keystr(path, simple=True, separator='/'), str(x.shape), x.size, label)
+    for (path, x), label in zip(leaves, jax.tree.leaves(labels), strict=True)
   ]
-  rows.append(('total', '', sum(size for _, _, size in rows)))
-  width = max(len(name) for name, _, _ in rows)
-  return '\n'.join(f'{name:<{width}}  {shape:>14} {size:>12,}' for name, shape, size in rows)
+  rows.append(('total', '', sum(row[2] for row in rows), ''))
+  width = max(len(row[0]) for row in rows)
+  return '\n'.join(
+    f'{name:<{width}}  {shape:>14} {size:>12,}  {label}' for name, shape, size, label in rows
+  )
 
 
 def _describe_run(
   config: ConfigDict,
   dataset: Dataset,
   batches: TrainBatches,
+  stages: list[Stage],
+  labels: PyTree,
   params: PyTree,
   progress: TrainProgress,
 ) -> str:
   counts = dataset.info['counts']
   filled = batches.tokens / (batches.steps_per_epoch * batches.rows * config.max_length)
   lines = [
-    parameter_table(params),
+    parameter_table(params, labels),
     '',
     f'data     {dataset.info["name"]}: {counts["users"]:,} users, {counts["items"]:,} items, '
     f'{counts["interactions"]:,} interactions, split {dataset.split_name} {dataset.split_hash}',
@@ -407,6 +490,9 @@ def _describe_run(
         f'features {of} {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
         f'{origin["fingerprint"][:16]}'
       )
+  if len(stages) > 1:
+    lines.append(f'stages   {", ".join(map(str, stages))}')
   if progress.step:
-    lines.append(f'resuming from step {progress.step}')
+    name = stages[len(progress.stages) - 1].name
+    lines.append(f'resuming from step {progress.step}, in stage {name}')
   return '\n'.join(lines)

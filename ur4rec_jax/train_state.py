@@ -1,17 +1,46 @@
-"""What a training step reads and returns."""
+"""What a training step reads and returns, and what a run saves."""
 
-from typing import Any
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ur4rec_jax.features import Tables
 from ur4rec_jax.input_pipeline import Batch, gather_preferences
 
 PyTree = Any
+SELECTION_METRIC = 'ndcg@10'
+NEVER = -1
+
+
+class StageState(NamedTuple):
+  """Where a stage is, `[]` each; all but `step` only change where groups take turns.
+
+  Attributes:
+    step: int32, steps of this stage.
+    turn: int32, whose turn it is.
+    average: float32, moving average of the loss.
+    lowest: float32, the lowest it has been in this turn.
+    waited: int32, steps since this turn began or, if that is what counts, since the lowest.
+  """
+
+  step: jax.Array
+  turn: jax.Array
+  average: jax.Array
+  lowest: jax.Array
+  waited: jax.Array
+
+
+def start_of_stage() -> StageState:
+  """Returns where every stage starts."""
+  zero, infinity = np.int32(0), np.float32(np.inf)
+  return StageState(zero, zero, infinity, infinity, zero)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -22,12 +51,26 @@ class TrainState(flax.struct.PyTreeNode):
     params: the model's parameters.
     opt_state: the optimizer's state.
     root_key: `[2]` uint32, never changes; step n uses `fold_in(root_key, n)`.
+    stage: where the stage is.
   """
 
   step: jax.Array
   params: PyTree
   opt_state: optax.OptState
   root_key: jax.Array
+  stage: StageState
+
+
+def parameter_shapes(model: nn.Module, tables: Tables) -> PyTree:
+  """Returns the tree of the model's parameters, shapes only; arguments as `create_train_state`."""
+  return jax.eval_shape(lambda: _initial_parameters(model, tables, jax.random.key(0)))
+
+
+def _initial_parameters(model: nn.Module, tables: Tables, key: jax.Array) -> PyTree:
+  one_row = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), tables)
+  ones, zeros = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+  preferences = gather_preferences(one_row.users, Batch(ones, ones, ones, ones, zeros))
+  return model.init(key, one_row.items, ones, ones, preferences, method='encode')['params']
 
 
 def create_train_state(
@@ -47,12 +90,87 @@ def create_train_state(
 
   @jax.jit
   def create() -> TrainState:
-    one_row = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), tables)
     init_key, root_key = jax.random.split(jax.random.key(seed))
-    ones, zeros = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-    preferences = gather_preferences(one_row.users, Batch(ones, ones, ones, ones, zeros))
-    params = model.init(init_key, one_row.items, ones, ones, preferences, method='encode')['params']
+    params = _initial_parameters(model, tables, init_key)
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, tx.init(params), jax.random.key_data(root_key))
+    root_key = jax.random.key_data(root_key)
+    stage = jax.tree.map(jnp.asarray, start_of_stage())
+    return TrainState(step, params, tx.init(params), root_key, stage)
 
   return create()
+
+
+@dataclasses.dataclass
+class StageProgress:
+  """How a stage went.
+
+  Attributes:
+    start: step of the run at which it began.
+    best_step: step of the run at the stage's best validation.
+    best_epoch: epochs of the stage by then.
+    valid: metrics of that validation; None before the first.
+  """
+
+  start: int
+  best_step: int = 0
+  best_epoch: int = 0
+  valid: dict[str, float] | None = None
+
+
+@dataclasses.dataclass
+class TrainProgress:
+  """Host state of a run, saved with every checkpoint.
+
+  Attributes:
+    step: optimizer steps taken.
+    stages: those that have begun; the last one is going on.
+    validated_step: step of the last validation in this stage, `NEVER` before one; the very first
+      parameters need none.
+    metrics_size: bytes of `metrics.jsonl` written so far.
+    seconds: time spent training and validating, over all starts.
+  """
+
+  step: int = 0
+  stages: list[StageProgress] = dataclasses.field(default_factory=lambda: [StageProgress(0)])
+  validated_step: int = 0
+  metrics_size: int = 0
+  seconds: float = 0.0
+
+  @property
+  def stage(self) -> StageProgress:
+    return self.stages[-1]
+
+  @property
+  def best_stage(self) -> int | None:
+    """The first stage with the best validation of the run; None before the first validation."""
+    scores = {i: s.valid[SELECTION_METRIC] for i, s in enumerate(self.stages) if s.valid}
+    return max(scores, key=scores.get, default=None)
+
+  @classmethod
+  def from_json(cls, content: dict) -> 'TrainProgress':
+    """Undoes `dataclasses.asdict`."""
+    return cls(**content | {'stages': [StageProgress(**stage) for stage in content['stages']]})
+
+
+def saved_tree(state: TrainState, num_stages: int) -> dict[str, PyTree]:
+  """Returns the shapes of a checkpoint's arrays: the state, and each stage's best parameters."""
+  stacked = lambda x: jax.ShapeDtypeStruct((num_stages, *x.shape), x.dtype)
+  return {'state': state, 'best_params': jax.tree.map(stacked, state.params)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def repeat_params(params: PyTree, num_stages: int) -> PyTree:
+  """Returns `[stages, ...]` of the same parameters."""
+  return jax.tree.map(lambda x: jnp.stack([x] * num_stages), params)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_params(best_params: PyTree, params: PyTree, stage: jax.Array) -> PyTree:
+  """Replaces one stage's parameters among those of all, `[stages, ...]` each."""
+  return jax.tree.map(lambda best, x: best.at[stage].set(x), best_params, params)
+
+
+@jax.jit
+def params_of_stage(best_params: PyTree, stage: jax.Array) -> PyTree:
+  """Returns one stage's parameters of those of all, `[stages, ...]` each."""
+  return jax.tree.map(lambda best: best[stage], best_params)

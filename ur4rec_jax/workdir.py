@@ -3,7 +3,10 @@
 import fcntl
 import json
 import pathlib
+import shlex
+import sys
 
+import jax
 from ml_collections import ConfigDict
 
 from ur4rec_jax import parallel
@@ -12,6 +15,7 @@ from ur4rec_jax.config_checks import check_unchanged
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
 
+_NO_CACHE = 'none'
 _locks = []  # Open files; the locks end with the process, however it ends.
 
 
@@ -45,8 +49,18 @@ def check_workdir(
   return True
 
 
+def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
+  """Whether the run in `workdir`, if there is one, was last started with just this config."""
+  path = pathlib.Path(workdir) / 'config.json'
+  as_json = json.loads(json.dumps(config.to_dict()))
+  return path.exists() and json.loads(path.read_text())['config'] == as_json
+
+
 def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
   """Checks the folder, locks it against other processes, and notes the config in `config.json`.
+
+  Results of the same run with another config, such as fewer epochs, are removed: what is there is
+  of the config that is there.
 
   Raises:
     InputError: the folder holds another run, or a process is training in it.
@@ -68,5 +82,22 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
       f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'
     ) from error
   _locks.append(lock)
-  content = {'dataset': dataset.identity(), 'config': config.to_dict()}
+  if not is_started_with(folder, config):
+    (folder / 'results.json').unlink(missing_ok=True)
+  command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
+  content = {'dataset': dataset.identity(), 'command': command, 'config': config.to_dict()}
   write_file(folder / 'config.json', json.dumps(content, indent=2) + '\n')
+
+
+def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:
+  """Lets every start but the first find its programs compiled, in `config.compilation_cache`.
+
+  By default that is a folder in `workdir`, unless `JAX_COMPILATION_CACHE_DIR` names another.
+  """
+  folder = config.compilation_cache
+  if folder == _NO_CACHE:
+    jax.config.update('jax_enable_compilation_cache', False)
+  elif folder or not jax.config.jax_compilation_cache_dir:
+    folder = folder or str(pathlib.Path(workdir).absolute() / 'compiled')
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

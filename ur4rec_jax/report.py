@@ -1,0 +1,220 @@
+"""The page of a finished run, `WORKDIR/report.html`: what it learned, when, and from what.
+
+Made of the files that the run wrote, and of nothing else.
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ur4rec_jax.checkpoint import write_file
+from ur4rec_jax.config_checks import flatten
+from ur4rec_jax.page import Bar, Curve, plot, render, round_ticks
+
+PAGE = 'report.html'
+_TEMPLATE = Path(__file__).with_name('report.html')
+_METRICS = ('ndcg@10', 'hit@10', 'ndcg@20', 'hit@20', 'mrr', 'mean_rank')
+_CURVE_POINTS = 250
+_TITLES = {
+  'loss': ('Training loss', 'the sum that is minimised, weighted; its losses differ by stage'),
+  'valid/ndcg@10': ('Validation NDCG@10', 'ringed: the best of each stage'),
+  'valid/hit@10': ('Validation Hit@10', 'of all validation users'),
+  'grad_norm': ('Gradient norm', 'over all parameters, before clipping'),
+  'loss/': ('Losses', 'each before its weight'),
+  'weight/': ('Loss weights', 'what the losses are multiplied by'),
+  'gate/': ('Fusion gates', 'share that each path or modality has in the fused whole, on average'),
+}
+
+Point = tuple[float, float]
+
+
+class Span(NamedTuple):
+  """The steps of a stage."""
+
+  name: str
+  start: int
+  end: int
+
+
+def write_report(workdir: str | Path) -> None:
+  """Writes the page of a run, from the other files in its folder.
+
+  Args:
+    workdir: folder with `results.json`, `timing.json`, `config.json` and `metrics.jsonl`.
+
+  Raises:
+    StorageError: it cannot be written.
+  """
+  folder = Path(workdir)
+  results, timing, started = (
+    json.loads((folder / f'{name}.json').read_text()) for name in ('results', 'timing', 'config')
+  )
+  with open(folder / 'metrics.jsonl') as f:
+    lines = [json.loads(line) for line in f]
+  write_file(folder / PAGE, report_page(folder.resolve().name, results, timing, started, lines))
+
+
+def report_page(
+  name: str,
+  results: dict[str, Any],
+  timing: dict[str, Any],
+  started: dict[str, Any],
+  lines: Sequence[dict[str, Any]],
+) -> str:
+  """Makes the page.
+
+  Args:
+    name: of the run.
+    results: content of `results.json`.
+    timing: content of `timing.json`.
+    started: content of `config.json`.
+    lines: of `metrics.jsonl`.
+  """
+  ends = itertools.accumulate(stage['steps'] for stage in results['stages'])
+  spans = [
+    Span(stage['name'], end - stage['steps'], end)
+    for stage, end in zip(results['stages'], ends, strict=True)
+  ]
+  test, popularity = results['test'], results['baselines']['popularity']
+  return render(
+    _TEMPLATE,
+    name=name,
+    data=results['dataset']['name'],
+    headlines=[
+      ('test NDCG@10', f'{test["ndcg@10"]:.4f}'),
+      ('test Hit@10', f'{test["hit@10"]:.4f}'),
+      ('NDCG@10 of popularity', f'{popularity["ndcg@10"]:.4f}'),
+      ('test users', f'{test["users"]:,}'),
+      ('parameters', f'{results["parameters"]:,}'),
+      ('minutes of training', f'{timing["seconds"] / 60:,.1f}'),
+    ],
+    protocol=', '.join(f'{what}: {value}' for what, value in results['protocol'].items()),
+    metrics=_METRICS,
+    rows=_table_rows(results),
+    stages=[(number, span) for number, span in enumerate(spans, 1)],
+    plots=[*_curve_plots(lines, results, spans), popularity_plot(results['by_popularity']['test'])],
+    details=[
+      *_features(results['dataset'].get('features', {})),
+      ('command', started.get('command', 'not recorded')),
+      ('source', results['git'] or 'not in a git checkout'),
+      ('device', f'{timing["device"]}, jax {timing["jax"]}'),
+      ('split hash', results['dataset']['split_hash']),
+    ],
+    config=[
+      (field, json.dumps(value)) for field, value in sorted(flatten(started['config']).items())
+    ],
+  )
+
+
+def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, dict[str, str], bool]]:
+  """Rows of the test table: name, validation NDCG@10, values, whether it is the run's result."""
+  best = results.get('best_stage', len(results['stages']) - 1)
+  number = lambda metric, value: f'{value:.1f}' if metric == 'mean_rank' else f'{value:.4f}'
+  cells = lambda values: {metric: number(metric, values[metric]) for metric in _METRICS}
+  rows = [(name, '', cells(results['baselines'][name]), False) for name in ('random', 'popularity')]
+  for i, stage in enumerate(results['stages']):
+    valid = f'{stage["valid"]["ndcg@10"]:.4f}'
+    rows.append((f'{i + 1} {stage["name"]}', valid, cells(stage['test']), i == best))
+  return rows
+
+
+def _curve_plots(
+  lines: Sequence[dict[str, Any]], results: dict[str, Any], spans: Sequence[Span]
+) -> list[dict[str, Any]]:
+  """A plot for each value that was measured over time, those with a common prefix in one."""
+  found: dict[str, list[tuple[str, Point]]] = {}
+  for line in lines:
+    for name, value in line.items():
+      if name not in ('step', 'stage'):
+        found.setdefault(name, []).append((line['stage'], (line['step'], value)))
+  plots = []
+  for key, (title, caption) in _TITLES.items():
+    names = [name for name in found if name == key or (key.endswith('/') and name.startswith(key))]
+    if not names:
+      continue
+    dots = []
+    if key == 'valid/ndcg@10':
+      dots = [
+        (stage['best_step'], stage['valid']['ndcg@10'], f'best of {stage["name"]}')
+        for stage in results['stages']
+      ]
+    curves = [Curve(name.removeprefix(key), _lines(found[name])) for name in names]
+    plots.append(curve_plot(title, caption, curves, spans, dots))
+  return plots
+
+
+def _lines(measured: Sequence[tuple[str, Point]]) -> list[list[Point]]:
+  """One line a stage, as what is measured may not be the same in the next, of means of a few."""
+  width = -(-len(measured) // _CURVE_POINTS)
+  lines = []
+  for _, group in itertools.groupby(measured, key=lambda item: item[0]):
+    points = np.array([point for _, point in group], np.float64)
+    cuts = range(width, len(points), width)
+    lines.append([tuple(part.mean(axis=0).tolist()) for part in np.split(points, cuts)])
+  return lines
+
+
+def curve_plot(
+  title: str,
+  caption: str,
+  curves: Sequence[Curve],
+  spans: Sequence[Span],
+  dots: Sequence[tuple[float, float, str]] = (),
+) -> dict[str, Any]:
+  """Values over the steps, above the stages in which they were measured."""
+  values = [y for curve in curves for line in curve.lines for _, y in line]
+  values += [y for _, y, _ in dots]
+  low = min(values) - 0.04 * (max(values) - min(values) or abs(max(values)))
+  if min(values) >= 0 and low <= 0.5 * max(values):
+    low = 0  # Near enough to show.
+  bands = [
+    (span.start, span.end, 'odd' if i % 2 else 'even', str(i + 1) if len(spans) > 1 else '')
+    for i, span in enumerate(spans)
+    if span.end > span.start
+  ]
+  return plot(
+    title,
+    caption,
+    curves=curves,
+    low=low,
+    x_label='step',
+    x_ticks=round_ticks(0, spans[-1].end, 4),
+    y_label='',
+    least_y_step=1e-6,
+    dots=dots,
+    bands=bands,
+  )
+
+
+def popularity_plot(groups: dict[str, dict[str, float]]) -> dict[str, Any]:
+  """NDCG@10 of the test users by the popularity of the item that they are tested with."""
+  scores = [(name, values['ndcg@10'], values['users']) for name, values in groups.items()]
+  bars = [
+    Bar(i - 0.35, i + 0.35, score, f'{name}: {score:.4f}, {users:,} users')
+    for i, (name, score, users) in enumerate(scores)
+  ]
+  return plot(
+    'By popularity of the test item',
+    'test NDCG@10 of '
+    + ', '.join(f'{users:,} users ({name}) {score:.4f}' for name, score, users in scores),
+    bars=bars,
+    x_label='',
+    x_ticks=[(i, name) for i, (name, _, _) in enumerate(scores)],
+    y_label='NDCG@10',
+    least_y_step=1e-3,
+  )
+
+
+def _features(features: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+  """What the embeddings are and where they come from."""
+  rows = []
+  for of, by_name in features.items():
+    for name, origin in by_name.items():
+      marks = [key.removeprefix('is_') for key, value in origin.items() if value is True]
+      text = ', '.join([origin['encoder'], *marks, f'fingerprint {origin["fingerprint"][:16]}'])
+      rows.append((f'{of} {name}', text))
+  return rows or [('features', 'none: ids only')]

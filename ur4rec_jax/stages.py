@@ -1,0 +1,261 @@
+"""Stages of training as data: which parameters move, under which losses, for how long."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.models.ur4rec import FUSED, PATHS, losses_in_use
+from ur4rec_jax.optimizers import GROUPS, group_of
+from ur4rec_jax.train_state import StageState
+
+Array = jax.Array
+PyTree = Any
+ALL = 'all'
+OF_RETRIEVER = ('contrast', 'matching')  # Losses that read its vectors, not only content.
+ALTERNATIONS = ('steps', 'adaptive')
+STARTS = ('best', 'last')
+_TOWERS = {'retriever': ('user_tower', 'content_tower')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage; fields that are not explained are those of `config.stage.NAME`.
+
+  Attributes:
+    name: of the stage.
+    config: the run's, with only the stage's losses, and the paths that these read.
+    losses: names of those with a weight.
+    moving: labels of the parameters that are trained.
+    turns: labels that move in each turn; one turn if nothing alternates.
+  """
+
+  name: str
+  config: ConfigDict
+  losses: tuple[str, ...]
+  moving: frozenset[str]
+  turns: tuple[frozenset[str], ...]
+  alternate: str
+  turn_steps: int
+  num_epochs: int
+  num_steps: int
+  validate_every_epochs: int
+  patience: int
+  learning_rate_scale: float
+  warmup_steps: int
+  schedule: str
+  start_next_with: str
+
+  def total_steps(self, steps_per_epoch: int) -> int:
+    """Returns the most steps that the stage may take."""
+    return self.num_steps or self.num_epochs * steps_per_epoch
+
+  def __str__(self) -> str:
+    """Names the stage and what moves, e.g. `joint_finetune: sasrec | content_tower+user_tower`."""
+    return f'{self.name}: {" | ".join("+".join(sorted(turn)) for turn in self.turns)}'
+
+
+class StageNumbers(NamedTuple):
+  """How stages differ in numbers only; those that differ in nothing else share a compiled step.
+
+  Attributes:
+    learning_rate: `[]` float32, after warmup.
+    warmup_steps: `[]` int32.
+    total_steps: `[]` int32.
+    is_cosine: `[]` bool, or the rate is constant.
+    turns: by label `[turns]` bool, whether it moves; rows that no turn needs are at the end.
+    num_turns: `[]` int32.
+    turn_steps: `[]` int32.
+    is_adaptive: `[]` bool, or a turn has `turn_steps`.
+  """
+
+  learning_rate: Array
+  warmup_steps: Array
+  total_steps: Array
+  is_cosine: Array
+  turns: dict[str, Array]
+  num_turns: Array
+  turn_steps: Array
+  is_adaptive: Array
+
+
+def stage_numbers(
+  stage: Stage, labels: PyTree, steps_per_epoch: int, max_turns: int
+) -> StageNumbers:
+  """Returns the numbers of a stage; `max_turns` is that of the run's stages."""
+  turns = [*stage.turns, *stage.turns[:1] * (max_turns - len(stage.turns))]
+  return StageNumbers(
+    np.float32(stage.config.optimizer.learning_rate * stage.learning_rate_scale),
+    np.int32(stage.warmup_steps),
+    np.int32(stage.total_steps(steps_per_epoch)),
+    np.bool_(stage.schedule == 'cosine'),
+    {label: np.array([label in turn for turn in turns]) for label in set(jax.tree.leaves(labels))},
+    np.int32(len(stage.turns)),
+    np.int32(stage.turn_steps),
+    np.bool_(stage.alternate == 'adaptive'),
+  )
+
+
+def stage_config(config: ConfigDict, name: str) -> ConfigDict:
+  """Returns the config with only the losses of one stage, and the paths that these read.
+
+  Raises:
+    InputError: a loss is unknown or has no inputs in this stage, or none trains a path.
+  """
+  chosen = config.stage[name].losses
+  field = f'config.stage.{name}.losses={tuple(chosen)}'
+  for loss in chosen:
+    if loss != ALL and loss not in config.loss.weights:
+      raise InputError(
+        f'{field}: {loss!r} is no loss; known: {", ".join((ALL, *config.loss.weights))}'
+      )
+  losses = [loss for loss in losses_in_use(config.loss) if loss in chosen or ALL in chosen]
+  # Proxies read the states of SASRec, so it stands by, frozen or not.
+  reads_all = FUSED in losses or ('retriever' in losses and config.retriever.query == 'proxies')
+  paths = tuple(path for path in config.paths if path in losses or reads_all)
+  if not paths:
+    raise InputError(
+      f'{field}: trains no path of config.paths={tuple(config.paths)}; give one of these losses '
+      'a weight in config.loss.weights, or leave the stage out of config.stages'
+    )
+  has_content = 'content' in config.sasrec.item_input
+  for loss in losses:
+    is_auxiliary = loss not in (*PATHS, FUSED)
+    if is_auxiliary and 'retriever' not in paths and (loss in OF_RETRIEVER or not has_content):
+      raise InputError(
+        f'{field}: {loss} needs vectors that no path of this stage makes; take it out, or add a '
+        'loss of the retriever'
+      )
+  config = config.copy_and_resolve_references()
+  with config.ignore_type():
+    config.paths = paths
+  for loss in config.loss.weights:
+    if loss not in losses:
+      config.loss.weights[loss] = 0.0
+  return config
+
+
+def make_stages(
+  config: ConfigDict, parameters: Callable[[ConfigDict], PyTree]
+) -> tuple[list[Stage], PyTree]:
+  """Reads a config's stages, and parts the parameters so that each stage moves whole parts.
+
+  Args:
+    config: see `configs/default.py`.
+    parameters: gives the shapes of the parameters of a config's model.
+
+  Returns:
+    The stages in order; and a tree with the label of each parameter: its group, with a number where
+    stages move only part of the group.
+
+  Raises:
+    InputError: a stage is impossible; the message names the field and says why.
+  """
+  shapes = parameters(config)
+  names = _names(shapes)
+  configs = {name: stage_config(config, name) for name in config.stages}
+  turns = {
+    name: _turns(config, name, names, set(_names(parameters(config_of_stage))))
+    for name, config_of_stage in configs.items()
+  }
+  labels, kinds = {}, {}
+  for name in names:
+    moves_in = tuple(name in turn for stage_turns in turns.values() for turn in stage_turns)
+    known = kinds.setdefault(group_of(name), {})
+    number = known.setdefault(moves_in, len(known))
+    labels[name] = group_of(name) + f'-{number}' * bool(number)
+  stages = []
+  for name in config.stages:
+    labelled = tuple(frozenset(labels[x] for x in turn) for turn in turns[name])
+    plain = [field.name for field in dataclasses.fields(Stage)[5:]]
+    fields = {field: config.stage[name][field] for field in plain}
+    losses = tuple(losses_in_use(configs[name].loss))
+    moving = frozenset.union(*labelled)
+    stages.append(Stage(name, configs[name], losses, moving, labelled, **fields))
+  return stages, jax.tree.unflatten(jax.tree.structure(shapes), [labels[name] for name in names])
+
+
+def _turns(
+  config: ConfigDict, stage: str, names: list[str], reached: set[str]
+) -> tuple[set[str], ...]:
+  """Returns the parameters that move in each turn of a stage whose losses reach some of all."""
+  fields = config.stage[stage]
+  field = f'config.stage.{stage}.moving={tuple(fields.moving)}'
+  moving = set()
+  for entry in fields.moving:
+    found = _matching(entry, names, field)
+    if found and not found & reached:
+      raise InputError(f'{field}: no loss of the stage reaches {entry}; add one or take it out')
+    moving |= found & reached
+  if not moving:
+    raise InputError(f'{field}: nothing moves; name groups of {", ".join(GROUPS)}')
+  for path in config.paths:
+    is_used = path in fields.losses or ALL in fields.losses
+    if is_used and config.loss.weights[path] and not any(x.startswith(path + '/') for x in moving):
+      raise InputError(
+        f'{field}: no parameter of {path} moves, so its loss trains nothing; take it out of '
+        f'config.stage.{stage}.losses'
+      )
+  if not fields.turns:
+    return (moving,)
+  field = f'config.stage.{stage}.turns={tuple(fields.turns)}'
+  turns = [_matching(entry, names, field) & moving for entry in fields.turns]
+  if len(turns) < 2 or not all(turns):
+    raise InputError(f'{field}: needs two entries or more, each with something that moves')
+  turning = set.union(*turns)
+  if len(turning) < sum(map(len, turns)):
+    raise InputError(f'{field}: a parameter is in two turns')
+  return tuple(turn | (moving - turning) for turn in turns)
+
+
+def _matching(entry: str, names: list[str], field: str) -> set[str]:
+  """Returns the parameters that a group's name, or a regex over parameter paths, stands for."""
+  if entry == ALL:
+    return set(names)
+  groups = _TOWERS.get(entry, (entry,))
+  if set(groups) <= GROUPS.keys():
+    return {name for name in names if group_of(name) in groups}  # A model may have none of them.
+  try:
+    found = {name for name in names if re.fullmatch(entry, name)}
+  except re.error as error:
+    raise InputError(f'{field}: {entry!r} is no regular expression: {error}') from error
+  if not found:
+    known = ', '.join((ALL, *_TOWERS, *GROUPS))
+    raise InputError(
+      f'{field}: {entry!r} is none of the groups {known}, and as a regular expression it matches '
+      f'no parameter, e.g. {names[0]}'
+    )
+  if len(found) == len(names):
+    raise InputError(f'{field}: {entry!r} matches every parameter; say {ALL!r} if that is meant')
+  return found
+
+
+def _names(tree: PyTree) -> list[str]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
+
+
+def after_step(state: StageState, loss: Array, numbers: StageNumbers) -> StageState:
+  """Counts a step and decides, on the device, whose turn the next one is.
+
+  The turn changes after `turn_steps`; if that is adaptive, once the moving average of the loss,
+  over about as many steps, has not reached a new low for so long.
+  """
+  change = (loss - state.average) / numbers.turn_steps
+  average = jnp.where(jnp.isfinite(state.average), state.average + change, loss)
+  falls = (average < state.lowest) & numbers.is_adaptive
+  waited = jnp.where(falls, 0, state.waited + 1)
+  is_over = waited >= numbers.turn_steps
+  return StageState(
+    step=state.step + 1,
+    turn=(state.turn + is_over) % numbers.num_turns,
+    average=average,
+    lowest=jnp.where(is_over, jnp.inf, jnp.minimum(state.lowest, average)),
+    waited=jnp.where(is_over, 0, waited),
+  )

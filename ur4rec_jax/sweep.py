@@ -1,0 +1,285 @@
+"""Several runs, one after the other, to one table: seeds, and variants of a config.
+
+A member is a variant, which overrides some fields, with one seed. Its run is in
+`WORKDIR/VARIANT/seedN`, or `WORKDIR/seedN` if it overrides nothing else, and is resumed like any
+other; a finished one is not run again.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+import runpy
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ur4rec_jax import parallel, train
+from ur4rec_jax.checkpoint import write_file
+from ur4rec_jax.config_checks import check_config, flatten
+from ur4rec_jax.errors import DivergenceError, InputError
+from ur4rec_jax.metrics import gains
+from ur4rec_jax.workdir import is_started_with
+
+METRIC = 'ndcg@10'
+FLIPS = 10_000  # Of signs, in the permutation test.
+_NAME_LENGTH = 100
+_TABLE_METRICS = (METRIC, 'hit@10', 'mrr')
+
+
+class Member(NamedTuple):
+  """One run: its variant's name, the fields that it overrides beside the seed, and its config."""
+
+  variant: str
+  overrides: dict[str, Any]
+  config: ConfigDict
+
+  @property
+  def name(self) -> str:
+    return '/'.join(filter(None, (self.variant, f'seed{self.config.seed}')))
+
+
+def run_sweep(
+  config: ConfigDict, workdir: str, seeds: Sequence[int] = (), grid: str | None = None
+) -> dict:
+  """Runs all members, writes `WORKDIR/sweep.json` after each, and prints the table.
+
+  Args:
+    config: what the members have in common.
+    workdir: holds a folder for each of them.
+    seeds: each variant runs with each; without any, with the config's.
+    grid: `FILE.py:FUNCTION`, see `load_grid`; None: the config is the only variant.
+
+  Returns:
+    The contents of `sweep.json`, see `summarise`.
+
+  Raises:
+    InputError: a member's config is impossible, before anything is run; or see `train`.
+    DivergenceError: of some members, after all the others have finished.
+  """
+  members = make_members(config, seeds, load_grid(grid) if grid else [{}])
+  finished, diverged, summary = [], [], {}
+  for number, member in enumerate(members, 1):
+    folder = pathlib.Path(workdir) / member.name
+    # All processes must do the same, even if one does not see a shared file yet.
+    must_run = parallel.any_process(not is_finished(folder, member.config))
+    if parallel.is_main_process():
+      state = '' if must_run else ', finished before'
+      print(f'member {number} of {len(members)}: {member.name}{state}', flush=True)
+    if must_run:
+      try:
+        train.train_and_evaluate(member.config, str(folder))
+      except DivergenceError as error:
+        diverged.append(f'{member.name}: {error}')
+        continue
+    if parallel.is_main_process():
+      finished.append((member, *read_run(folder)))
+      summary = summarise(finished)
+      write_file(pathlib.Path(workdir) / 'sweep.json', json.dumps(summary, indent=2) + '\n')
+  if summary:
+    print(f'\n{summary_table(summary)}', flush=True)
+  if diverged:
+    raise DivergenceError('\n'.join(diverged))
+  return summary
+
+
+def load_grid(place: str) -> list[dict[str, Any]]:
+  """Calls the function that lists the variants of a sweep.
+
+  Args:
+    place: `FILE.py:FUNCTION`, or `FILE.py` for its `get_hyper`.
+
+  Returns:
+    For each variant the value of each field that it overrides, by dotted name.
+
+  Raises:
+    InputError: there is no such file or function, or it returns something else.
+  """
+  path, _, name = place.partition(':')
+  name = name or 'get_hyper'
+  try:
+    found = runpy.run_path(path)
+  except (OSError, SyntaxError) as error:
+    raise InputError(f'--sweep={place}: {path} cannot be read: {error}') from error
+  if not callable(found.get(name)):
+    raise InputError(f'--sweep={place}: {path} has no function {name}')
+  grid = found[name]()
+  if not isinstance(grid, list | tuple) or not grid or not all(isinstance(x, dict) for x in grid):
+    raise InputError(
+      f"--sweep={place}: {name} must return a list of dicts such as {{'sasrec.dropout': 0.5}}"
+    )
+  return [*grid]
+
+
+def make_members(
+  config: ConfigDict, seeds: Sequence[int], grid: Iterable[dict[str, Any]]
+) -> list[Member]:
+  """Combines every variant with every seed, and checks them all.
+
+  Raises:
+    InputError: an override or a config is impossible, or two members are the same.
+  """
+  members = []
+  for overrides in grid:
+    if seeds and 'seed' in overrides:
+      raise InputError('seeds are given by --seeds and by the sweep; leave one out')
+    fields = {field: value for field, value in overrides.items() if field != 'seed'}
+    variant = _variant_name(fields)
+    if unknown := fields.keys() - flatten(config.to_dict()).keys():
+      raise InputError(f'the sweep overrides {", ".join(sorted(unknown))}: no such field')
+    for seed in seeds or [overrides.get('seed', config.seed)]:
+      changed = config.copy_and_resolve_references()
+      try:
+        changed.update_from_flattened_dict({**fields, 'seed': seed})
+        check_config(changed)
+      except (TypeError, ValueError) as error:
+        raise InputError(f'member {variant or "seed"} of the sweep: {error}') from error
+      members.append(Member(variant, fields, changed))
+  names = [member.name for member in members]
+  if repeated := {name for name in names if names.count(name) > 1}:
+    raise InputError(f'the sweep has {", ".join(sorted(repeated))} more than once')
+  return members
+
+
+def _variant_name(fields: dict[str, Any]) -> str:
+  """Names a folder; a name that is cut or changed ends with a hash of what it stands for."""
+  full = ','.join(f'{field}={value}' for field, value in fields.items())
+  name = re.sub(r'[^\w.,=+-]+', '-', full)[:_NAME_LENGTH]
+  return name if name == full else f'{name}-{hashlib.sha256(full.encode()).hexdigest()[:8]}'
+
+
+def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
+  """Whether a run with this config has written its results in `folder`."""
+  return (folder / 'results.json').exists() and is_started_with(folder, config)
+
+
+def read_run(folder: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
+  """Reads what a run wrote: `results.json`, and the ranks of the test users' items."""
+  with np.load(folder / 'test_ranks.npz') as archive:
+    return json.loads((folder / 'results.json').read_text()), archive['ranks']
+
+
+def measured_on(run: dict[str, Any]) -> tuple[str, ...]:
+  """The data, split and protocol of a `results.json`; only equal ones can be compared."""
+  return run['dataset']['name'], run['dataset']['split_hash'], *run['protocol'].values()
+
+
+def summarise(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> dict[str, Any]:
+  """Computes the numbers of the table.
+
+  Args:
+    runs: members with the contents of their `results.json` and their ranks.
+
+  Returns:
+    `members`, each with its numbers, and `variants`, each with `mean` and `sd` over its seeds and,
+    against the first variant, the relative `gain` of the mean NDCG@10 and its `p`; None for the
+    first one and those measured on other data or in another way.
+  """
+  by_variant: dict[str, list[tuple[Member, dict[str, Any], np.ndarray]]] = {}
+  for run in runs:
+    by_variant.setdefault(run[0].variant, []).append(run)
+  base = next(iter(by_variant.values()))
+  variants = []
+  for name, group in by_variant.items():
+    tests = [results['test'] for _, results, _ in group]
+    gain = p = None
+    is_alike = len({measured_on(results) for _, results, _ in [*base, *group]}) == 1
+    if group is not base and is_alike:
+      scores = ([results['test'][METRIC] for _, results, _ in g] for g in (group, base))
+      gain = relative_gain(*scores)
+      p = ranks_p_value(*(np.array([ranks for _, _, ranks in g]) for g in (group, base)))
+    variants.append(
+      {
+        'name': name,
+        'overrides': group[0][0].overrides,
+        'seeds': [member.config.seed for member, _, _ in group],
+        'mean': {metric: statistics.mean(test[metric] for test in tests) for metric in tests[0]},
+        'sd': {metric: spread([test[metric] for test in tests]) for metric in tests[0]},
+        'gain': gain,
+        'p': p,
+      }
+    )
+  members = [
+    {
+      'name': member.name,
+      **{key: results[key] for key in ('dataset', 'protocol', 'valid', 'test', 'stages')},
+    }
+    for member, results, _ in runs
+  ]
+  return {'variants': variants, 'members': members}
+
+
+def spread(values: Sequence[float]) -> float | None:
+  """Standard deviation over seeds; None for a single one."""
+  return statistics.stdev(values) if len(values) > 1 else None
+
+
+def relative_gain(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+  """Gain of the mean of `ours` over that of `theirs`; None over 0."""
+  return statistics.mean(ours) / statistics.mean(theirs) - 1 if any(theirs) else None
+
+
+def ranks_p_value(ours: np.ndarray, theirs: np.ndarray) -> float:
+  """Tests whether the users' NDCG@10, averaged over the seeds, differ: see `paired_p_value`.
+
+  Args:
+    ours: `[seeds, users]` ranks of the test users' items.
+    theirs: the same of what they are compared with; seeds may be more or fewer.
+  """
+  return paired_p_value(gains(ours, 10).mean(axis=0) - gains(theirs, 10).mean(axis=0))
+
+
+def paired_p_value(differences: np.ndarray) -> float:
+  """Tests whether paired differences have mean 0: two-sided, by random flips of their signs.
+
+  Args:
+    differences: `[users]`.
+
+  Returns:
+    About the share of all sign patterns under which the mean is as far from 0 as it is.
+  """
+  differences = differences[differences != 0]  # Whose sign makes no difference.
+  rng = np.random.default_rng(0)
+  total = differences.sum()
+  least = abs(total) * (1 - 1e-9)  # Sums in another order are equal up to rounding.
+  as_far = 0
+  for _ in range(FLIPS // 100):
+    kept = rng.integers(0, 2, (100, len(differences)), np.int8)
+    as_far += int((np.abs(2 * (kept @ differences) - total) >= least).sum())
+  return (as_far + 1) / (FLIPS + 1)
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+  """Formats `summarise`'s numbers, a row for each variant."""
+  rows = [['variant', 'seeds', *_TABLE_METRICS, 'gain', 'p', f'{METRIC} of each seed']]
+  scores = {member['name']: member['test'][METRIC] for member in summary['members']}
+  for variant in summary['variants']:
+    prefix = variant['name'] + '/' if variant['name'] else ''
+    rows.append(
+      [
+        variant['name'] or 'config',
+        ','.join(map(str, variant['seeds'])),
+        *(mean_and_spread(variant['mean'][m], variant['sd'][m]) for m in _TABLE_METRICS),
+        '' if variant['gain'] is None else f'{100 * variant["gain"]:+.1f} %',
+        '' if variant['p'] is None else p_text(variant['p']),
+        ' '.join(f'{scores[f"{prefix}seed{seed}"]:.4f}' for seed in variant['seeds']),
+      ]
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
+  if len(rows) > 2:
+    lines.append(f'gain and paired p value: of {METRIC} over that of {rows[1][0]}')
+  return '\n'.join(['test', *lines])
+
+
+def mean_and_spread(mean: float, sd: float | None) -> str:
+  """Formats a mean ± standard deviation."""
+  return f'{mean:.4f}' + ('' if sd is None else f' ± {sd:.4f}')
+
+
+def p_text(p: float) -> str:
+  """Formats a p value."""
+  return '< 0.001' if p < 0.001 else f'{p:.3f}'
