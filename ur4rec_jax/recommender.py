@@ -130,7 +130,7 @@ class TrainedRecommender(exported.Recommender):
   def _modalities(self) -> list[str]:
     """Those of the items that the model reads."""
     towers = [getattr(self.model, path).content for path in self.paths]
-    return list(self.config.modalities) if any(towers) else []
+    return list(self.config.modalities) if any(t is not None for t in towers) else []
 
   @functools.cached_property
   def users(self) -> dict[str, int]:
