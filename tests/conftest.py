@@ -84,6 +84,21 @@ def encoded(data_dir, environment, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def shop(encoded, environment, tmp_path_factory):
+  """`encoded`, with made-up texts about the users that the same encoder encoded."""
+  folder = tmp_path_factory.mktemp('texts') / 'data'
+  shutil.copytree(encoded, folder)
+  for command in (
+    ('generate_text', '--kind=users', '--backend=mock'),
+    ('encode', '--modality=text', '--encoder=hashing', '--of=user'),
+  ):
+    command = [sys.executable, '-m', f'data_prep.{command[0]}', *command[1:]]
+    command.append(f'--data_dir={folder}')
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
+  return folder
+
+
+@pytest.fixture(scope='session')
 def start(environment, data_dir):
   """Starts the program: `start(workdir, *flags, variant, env, prefix)` gives a process."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_recommender import data, make  # noqa: F401
+from tests.test_recommender import make
 from ur4rec_jax import exported
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.export import export
@@ -39,17 +39,17 @@ def histories_of(recommender):
 
 
 @pytest.fixture(scope='module')
-def folders(data, tmp_path_factory):  # noqa: F811
+def folders(shop, tmp_path_factory):
   """Exported folders of several variants."""
   folder = tmp_path_factory.mktemp('exported')
   for name in EXPORTED:
-    export(make(data, name)[0], folder / name)
+    export(make(shop, name)[0], folder / name)
   return folder
 
 
-def test_every_fusion_gives_the_same_with_jax_and_numpy_alone(data, folders, environment):  # noqa: F811
+def test_every_fusion_gives_the_same_with_jax_and_numpy_alone(shop, folders, environment):
   requests = [
-    json.dumps([str(folders / name), histories_of(make(data, name)[0])]) for name in EXPORTED
+    json.dumps([str(folders / name), histories_of(make(shop, name)[0])]) for name in EXPORTED
   ]
   done = subprocess.run(
     [sys.executable, '-c', ALONE],
@@ -62,7 +62,7 @@ def test_every_fusion_gives_the_same_with_jax_and_numpy_alone(data, folders, env
   )
   assert done.returncode == 0, done.stderr
   for name, line in zip(EXPORTED, done.stdout.splitlines(), strict=True):
-    recommender, _ = make(data, name)
+    recommender, _ = make(shop, name)
     for (histories, k), (items, scores, shares) in zip(
       histories_of(recommender), json.loads(line), strict=True
     ):
@@ -103,9 +103,9 @@ def test_what_this_process_cannot_run_is_refused(folders, tmp_path, field, value
     exported.load(folder)
 
 
-def test_bfloat16_and_new_items_are_kept_and_nothing_is_overwritten(data, tmp_path):  # noqa: F811
-  recommender, _ = make(data, 'bfloat16')
-  tables = make(data, 'text')[1].items
+def test_bfloat16_and_new_items_are_kept_and_nothing_is_overwritten(shop, tmp_path):
+  recommender, _ = make(shop, 'bfloat16')
+  tables = make(shop, 'text')[1].items
   np.savez(tmp_path / 'new.npz', ids=['new'], text=tables['text'].tokens[3:4])
   larger, _ = recommender.add_items(tmp_path / 'new.npz')
   manifest = export(larger, tmp_path / 'model')

@@ -1,9 +1,6 @@
 """Every variant and fusion in use: as the trainer ranks, shares that sum, new users and items."""
 
 import functools
-import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,7 +9,6 @@ import pandas as pd
 import pytest
 
 from configs import default
-from data_prep import encode
 from data_prep.embeddings import text_tokens
 from ur4rec_jax import evaluate, parallel, serving
 from ur4rec_jax.dataset import read_items
@@ -46,19 +42,6 @@ VARIANTS = {
   'rank': ('text', {'fusion': {'kind': 'rank', 'weights': (0.3, 0.9)}}),
   'cascade': ('text', {'fusion': {'kind': 'cascade', 'cascade_size': 7}}),
 }
-
-
-@pytest.fixture(scope='module')
-def data(encoded, environment, tmp_path_factory):
-  """The encoded data, with made-up texts about the users that the same encoder encoded."""
-  folder = tmp_path_factory.mktemp('with_user_texts') / 'data'
-  shutil.copytree(encoded, folder)
-  command = [sys.executable, '-m', 'data_prep.generate_text', f'--data_dir={folder}']
-  command += ['--kind=users', '--backend=mock']
-  subprocess.run(command, env=environment, check=True, capture_output=True)
-  flags = ('--modality=text', '--encoder=hashing', '--of=user')
-  encode.main([f'--data_dir={folder}', *flags])
-  return folder
 
 
 @functools.cache
@@ -100,8 +83,8 @@ def all_places(recommender, part: str = 'test'):
 
 
 @pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'bfloat16'])
-def test_ranks_are_those_of_the_evaluation_and_shares_add_up(data, name):
-  recommender, tables = make(data, name)
+def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
+  recommender, tables = make(shop, name)
   queries, (ids, scores, shares) = all_places(recommender)
   places = (ids == queries.targets[:, None]).argmax(1) + 1
   evaluator = evaluate.make_evaluator(
@@ -138,16 +121,16 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(data, name):
       assert np.abs(shares[there][:, parts]).max(0).min() > 1e-3
 
 
-def test_shares_are_named_by_what_items_are_made_of(data):
-  assert make(data, 'sasrec')[0].share_names == ['sasrec']
+def test_shares_are_named_by_what_items_are_made_of(shop):
+  assert make(shop, 'sasrec')[0].share_names == ['sasrec']
   names = ['sasrec', 'retriever', 'retriever_image', 'retriever_text', 'retriever_id']
-  assert make(data, 'multimodal')[0].share_names == names
-  assert make(data, 'rank')[0].share_names == ['sasrec', 'retriever']
-  assert 'sasrec_text' in make(data, 'content in both')[0].share_names
+  assert make(shop, 'multimodal')[0].share_names == names
+  assert make(shop, 'rank')[0].share_names == ['sasrec', 'retriever']
+  assert 'sasrec_text' in make(shop, 'content in both')[0].share_names
 
 
-def test_one_user_alone_is_recommended_as_among_many_of_all_lengths(data):
-  recommender, _ = make(data, 'multimodal')
+def test_one_user_alone_is_recommended_as_among_many_of_all_lengths(shop):
+  recommender, _ = make(shop, 'multimodal')
   ids = recommender.item_ids
   histories = [[ids[(7 * n + i) % 60] for i in range(n)] for n in (1, 3, 20, 31, 33, 50)] * 4
   together = recommender.answer(histories, 5)
@@ -158,8 +141,8 @@ def test_one_user_alone_is_recommended_as_among_many_of_all_lengths(data):
     assert not set(alone.items[0]) & set(history)
 
 
-def test_filters_and_weights_of_paths(data):
-  recommender, _ = make(data, 'multimodal')
+def test_filters_and_weights_of_paths(shop):
+  recommender, _ = make(shop, 'multimodal')
   ids = recommender.item_ids
   history = ids[:3]
   plain = recommender.answer([history], 10).items[0]
@@ -176,8 +159,8 @@ def test_filters_and_weights_of_paths(data):
   assert both.items == [plain, retriever.items[0]]
 
 
-def test_frames_go_in_and_out(data):
-  recommender, _ = make(data, 'text')
+def test_frames_go_in_and_out(shop):
+  recommender, _ = make(shop, 'text')
   ids = recommender.item_ids
   one = recommender.recommend(ids[:2], k=3)
   assert list(one) == ['rank', 'item', 'title', 'score', *recommender.share_names]
@@ -209,8 +192,8 @@ def test_frames_go_in_and_out(data):
     recommender.recommend(log[['user']].assign(goods=1))
 
 
-def test_an_influence_is_the_fall_of_the_score_above_the_mean(data):
-  recommender, _ = make(data, 'text')
+def test_an_influence_is_the_fall_of_the_score_above_the_mean(shop):
+  recommender, _ = make(shop, 'text')
   ids = recommender.item_ids
   history, items = ids[:4], ids[10:12]
   found = recommender.influences(history, items)
@@ -225,8 +208,8 @@ def test_an_influence_is_the_fall_of_the_score_above_the_mean(data):
   np.testing.assert_allclose(found[1], expected, atol=1e-4)
 
 
-def test_a_sentence_is_read_as_an_item_with_that_text(data):
-  recommender, _ = make(data, 'text')
+def test_a_sentence_is_read_as_an_item_with_that_text(shop):
+  recommender, _ = make(shop, 'text')
   title = recommender.titles[8]
   first, other = (
     recommender.answer([[]], 5, preference=text) for text in (title, 'Quite another thing.')
@@ -241,26 +224,26 @@ def test_a_sentence_is_read_as_an_item_with_that_text(data):
   assert not np.allclose(with_history.scores[0], without.scores[0])
 
 
-def test_a_sentence_means_nothing_to_ids_and_needs_its_encoder(data):
+def test_a_sentence_means_nothing_to_ids_and_needs_its_encoder(shop):
   with pytest.raises(InputError, match='this model reads no texts'):
-    make(data, 'sasrec')[0].answer([[]], 5, preference='Dark stories.')
+    make(shop, 'sasrec')[0].answer([[]], 5, preference='Dark stories.')
   for bad, message in (('', 'no letters'), ('...', 'no letters'), (3, 'must be a text')):
     with pytest.raises(InputError, match=message):
-      make(data, 'text')[0].answer([[]], 5, preference=bad)
+      make(shop, 'text')[0].answer([[]], 5, preference=bad)
 
 
-def test_encoding_a_text_gives_what_was_stored(data):
-  features = make(data, 'learned')[0].dataset.user_features['text']
-  whole, *_ = [*text_tokens.texts(data, 'user', features.shape[1] - 1)][3]
+def test_encoding_a_text_gives_what_was_stored(shop):
+  features = make(shop, 'learned')[0].dataset.user_features['text']
+  whole, *_ = [*text_tokens.texts(shop, 'user', features.shape[1] - 1)][3]
   tokens, mask = text_tokens.encode_like(features.folder, features.info, whole)
   stored, stored_mask = features.rows(np.array([3]))
   np.testing.assert_array_equal(mask, stored_mask[0])
   np.testing.assert_allclose(tokens, stored[0], atol=1e-3)
 
 
-def test_a_written_preference_takes_the_place_of_what_was_written_about_a_user(data):
-  recommender, _ = make(data, 'learned')
-  written = [*text_tokens.texts(data, 'user', 8)]
+def test_a_written_preference_takes_the_place_of_what_was_written_about_a_user(shop):
+  recommender, _ = make(shop, 'learned')
+  written = [*text_tokens.texts(shop, 'user', 8)]
   history = recommender.item_ids[:4]
   own = recommender.answer([history], 5, users=[3]).scores[0]
   same = recommender.answer([history], 5, preference=written[3][0]).scores[0]
@@ -272,18 +255,18 @@ def test_a_written_preference_takes_the_place_of_what_was_written_about_a_user(d
 
 
 @pytest.fixture
-def new_items(data, tmp_path):
+def new_items(shop, tmp_path):
   """A file with items 3 and 4 of the catalogue under new ids, and one that is there already."""
-  tables = make(data, 'multimodal')[1].items
-  ids = ['new-3', 'new-4', read_items(data)[0]['original_id']]
+  tables = make(shop, 'multimodal')[1].items
+  ids = ['new-3', 'new-4', read_items(shop)[0]['original_id']]
   rows = np.array([3, 4, 1])
   arrays = {name: tables[name].tokens[rows] for name in ('text', 'image')}
   np.savez(tmp_path / 'new.npz', ids=ids, titles=['Three', 'Four', 'One'], **arrays)
   return tmp_path / 'new.npz'
 
 
-def test_new_items_are_placed_by_their_content(data, new_items):
-  recommender, _ = make(data, 'multimodal')
+def test_new_items_are_placed_by_their_content(shop, new_items):
+  recommender, _ = make(shop, 'multimodal')
   larger, known = recommender.add_items(new_items)
   assert known == [recommender.item_ids[0]]
   assert larger.item_ids == [*recommender.item_ids, 'new-3', 'new-4']
@@ -307,10 +290,10 @@ def test_new_items_are_placed_by_their_content(data, new_items):
   assert larger.answer([['new-3']], 3).items[0]
 
 
-def test_new_items_that_cannot_be_placed_are_refused(data, new_items, tmp_path):
+def test_new_items_that_cannot_be_placed_are_refused(shop, new_items, tmp_path):
   with pytest.raises(InputError, match='knows items by their id only'):
-    make(data, 'sasrec')[0].add_items(new_items)
-  recommender, _ = make(data, 'multimodal')
+    make(shop, 'sasrec')[0].add_items(new_items)
+  recommender, _ = make(shop, 'multimodal')
   with pytest.raises(InputError, match='neither a prepared folder nor'):
     recommender.add_items(tmp_path / 'none.npz')
   content = dict(np.load(new_items))
@@ -326,12 +309,15 @@ def test_new_items_that_cannot_be_placed_are_refused(data, new_items, tmp_path):
     np.savez(tmp_path / 'bad.npz', **content | changed)
     with pytest.raises(InputError, match=message):
       recommender.add_items(tmp_path / 'bad.npz')
-  same, known = recommender.add_items(data)
+  same, known = recommender.add_items(shop)
   assert (same, len(known)) == (recommender, 60)
 
 
-def test_the_approximate_search_is_exact_where_it_looks_at_everything(data):
-  exact, approximate = make(data, 'multimodal')[0], make(data, 'multimodal', True)[0]
+def test_the_approximate_search_is_exact_where_it_looks_at_everything(shop):
+  exact, approximate = (
+    make(shop, 'multimodal')[0],
+    make(shop, 'multimodal', True)[0],
+  )
   history = exact.item_ids[:5]
   first, second = (r.answer([history], 10) for r in (exact, approximate))
   assert first.items == second.items
@@ -364,8 +350,8 @@ def test_the_approximate_search_is_exact_where_it_looks_at_everything(data):
     ({'emphasis': [float('nan'), 1]}, 'emphasis='),
   ],
 )
-def test_bad_input_is_named(data, arguments, message):
-  recommender, _ = make(data, 'text')
+def test_bad_input_is_named(shop, arguments, message):
+  recommender, _ = make(shop, 'text')
   if 'history' not in arguments and 'user' not in arguments and arguments:
     arguments = {'history': recommender.item_ids[:2], **arguments}
   if message is None:
@@ -375,8 +361,8 @@ def test_bad_input_is_named(data, arguments, message):
     recommender.recommend(**arguments)
 
 
-def test_a_history_of_ten_thousand_items_is_read_from_its_end(data):
-  recommender, _ = make(data, 'text')
+def test_a_history_of_ten_thousand_items_is_read_from_its_end(shop):
+  recommender, _ = make(shop, 'text')
   ids = recommender.item_ids[:50]
   long = recommender.answer([ids * 200], 5)
   short = recommender.answer([ids[-20:]], 5, without=ids)

@@ -267,6 +267,12 @@ class Recommender:
         result[part] = values
     return results
 
+  def warm_up(self, k: int = 10, users: int = 1) -> None:
+    """Compiles what is needed to answer so many users at once, whatever their histories' length."""
+    for length in range(LENGTH_STEP, self.max_length + LENGTH_STEP, LENGTH_STEP):
+      history = np.ones(min(length, self.max_length), np.int32)
+      self.rank([history] * users, k, [history[:0]] * users)
+
   def _rank_batch(self, histories, k, left_out, allowed, emphasis, preferences):
     count = len(histories)
     places = min(_power_of_two(k), len(self._ids_at), self._most_places or len(self._ids_at))
@@ -288,7 +294,8 @@ class Recommender:
       if len(items):
         row[-min(len(items), length) :] = items[-length:]
     most = max(map(len, left_out), default=0)
-    barred = np.zeros((batch, max(LENGTH_STEP, _power_of_two(most))), np.int32)
+    # As many as a history has places, at least: else there would be more shapes to compile.
+    barred = np.zeros((batch, _power_of_two(max(most, length))), np.int32)
     for row, items in zip(barred, left_out, strict=False):
       row[: len(items)] = items
     if emphasis is not None and not (emphasis == 1).all():

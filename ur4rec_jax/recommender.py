@@ -66,16 +66,16 @@ def load(
   stage, params = results.restore_best(config, str(workdir), dataset, tables)
   config, params = stage.config, jax.device_get(params)
   model = create_model(config, dataset.num_items)
-  items = {'ids': [], 'titles': []}
-  for item in iterate_items(config.data_dir):
-    items['ids'].append(item['original_id'])
-    items['titles'].append(item['title'])
-  arrays = jax.jit(functools.partial(serving.item_arrays, model))(params, tables.items)
   if approximate and not serving.is_sum(model):
     raise InputError(
       f'approximate: the fusion {model.fusion.kind} ranks each path, and only sums of scores can be'
       ' searched approximately; leave it out'
     )
+  items = {'ids': [], 'titles': []}
+  for item in iterate_items(config.data_dir):
+    items['ids'].append(item['original_id'])
+    items['titles'].append(item['title'])
+  arrays = jax.jit(functools.partial(serving.item_arrays, model))(params, tables.items)
   about = {'dataset': dataset.identity(), 'config': config.to_dict()}
   finished = pathlib.Path(workdir) / 'results.json'
   if finished.is_file():
