@@ -7,6 +7,7 @@ import os
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ur4rec_jax import splits
-from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.dataset import Dataset, read_interactions, read_items
 
 ROOT = pathlib.Path(__file__).parents[1]
 # A run of two seconds: every part of the program at its smallest.
@@ -53,6 +54,47 @@ def data_dir(tmp_path_factory, environment) -> pathlib.Path:
   command = [sys.executable, '-m', 'data_prep.build_dataset', '--source=synthetic']
   command += [f'--data_dir={folder}', '--num_users=120', '--num_items=60']
   subprocess.run(command, env=environment, check=True, capture_output=True)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def encoded(data_dir, environment, tmp_path_factory):
+  """The synthetic data with built-in text embeddings, pictures of half the items, and users' taste.
+
+  All but the texts are imported.
+  """
+  folder = tmp_path_factory.mktemp('encoded')
+  data = folder / 'data'
+  shutil.copytree(data_dir, data)
+  names = np.array([item['original_id'] for item in read_items(data)][::2])
+  tokens = np.random.default_rng(0).normal(size=(len(names), 4, 12)).astype(np.float16)
+  np.savez(folder / 'pictures.npz', ids=names, tokens=tokens)
+  tastes = np.random.default_rng(1).normal(size=(119, 2, 3)).astype(np.float16)
+  users = read_interactions(data).user_ids[1:]
+  np.savez(folder / 'tastes.npz', ids=users, tokens=tastes)
+  of_users = ('--of=user', '--split=leave_one_out', '--hold_back=0.25')
+  for flags in (
+    ('--modality=text', '--encoder=hashing', '--of=item'),
+    ('--modality=image', f'--import={folder / "pictures.npz"}'),
+    ('--modality=taste', f'--import={folder / "tastes.npz"}', *of_users),
+  ):
+    command = [sys.executable, '-m', 'data_prep.encode', f'--data_dir={data}', *flags]
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
+  return data
+
+
+@pytest.fixture(scope='session')
+def shop(encoded, environment, tmp_path_factory):
+  """`encoded`, with made-up texts about the users that the same encoder encoded."""
+  folder = tmp_path_factory.mktemp('texts') / 'data'
+  shutil.copytree(encoded, folder)
+  for command in (
+    ('generate_text', '--kind=users', '--backend=mock'),
+    ('encode', '--modality=text', '--encoder=hashing', '--of=user'),
+  ):
+    command = [sys.executable, '-m', f'data_prep.{command[0]}', *command[1:]]
+    command.append(f'--data_dir={folder}')
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
   return folder
 
 

@@ -2,16 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
-from ur4rec_jax.dataset import read_interactions, read_items
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.models.content import ContentTower
 from ur4rec_jax.models.sasrec import SASRec
@@ -146,32 +142,6 @@ def test_content_dropout_follows_its_key():
   )
   np.testing.assert_array_equal(run(0), run(0))
   assert np.abs(run(0) - run(1)).max() > 1e-2
-
-
-@pytest.fixture(scope='module')
-def encoded(data_dir, environment, tmp_path_factory):
-  """The synthetic data with built-in text embeddings, pictures of half the items, and users' taste.
-
-  All but the texts are imported.
-  """
-  folder = tmp_path_factory.mktemp('encoded')
-  data = folder / 'data'
-  shutil.copytree(data_dir, data)
-  names = np.array([item['original_id'] for item in read_items(data)][::2])
-  tokens = np.random.default_rng(0).normal(size=(len(names), 4, 12)).astype(np.float16)
-  np.savez(folder / 'pictures.npz', ids=names, tokens=tokens)
-  tastes = np.random.default_rng(1).normal(size=(119, 2, 3)).astype(np.float16)
-  users = read_interactions(data).user_ids[1:]
-  np.savez(folder / 'tastes.npz', ids=users, tokens=tastes)
-  of_users = ('--of=user', '--split=leave_one_out', '--hold_back=0.25')
-  for flags in (
-    ('--modality=text', '--encoder=hashing', '--of=item'),
-    ('--modality=image', f'--import={folder / "pictures.npz"}'),
-    ('--modality=taste', f'--import={folder / "tastes.npz"}', *of_users),
-  ):
-    command = [sys.executable, '-m', 'data_prep.encode', f'--data_dir={data}', *flags]
-    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
-  return data
 
 
 # Both paths, content in each, and all losses between modalities.

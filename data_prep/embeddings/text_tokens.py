@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.embeddings import models
+from data_prep.embeddings import models, projection
 from data_prep.embeddings.feature_files import Row, Source
 from data_prep.llm_text import sentences
 from data_prep.llm_text.prompts import clean, known_text
@@ -73,6 +73,56 @@ def source(data_dir: str | Path, of: str, encoder: Encoder, max_tokens: int) -> 
     rows=lambda: _rows(data_dir, of, bool(origin), max_tokens),
     encode=functools.partial(_encode, encoder, 1 + max_tokens),
   )
+
+
+def texts(data_dir: str | Path, of: str, max_tokens: int) -> Iterator[list[str]]:
+  """Gives the texts that the tokens of each item or user are made from, in order, [] for none."""
+  has_texts = bool(_origin(data_dir, of, read_info(data_dir)))
+  return (row.content or [] for row in _rows(data_dir, of, has_texts, max_tokens))
+
+
+def split(text: str) -> list[str]:
+  """The sentences of a new text, as those of stored texts are made."""
+  return sentences.split(known_text(text))
+
+
+def encode_like(folder: Path, info: dict[str, Any], text: str) -> tuple[np.ndarray, np.ndarray]:
+  """Encodes a new text as those of stored features were.
+
+  Args:
+    folder: of the features.
+    info: their info.json.
+    text: any number of sentences.
+
+  Returns:
+    `[tokens, width]` float32 and `[tokens]` bool.
+
+  Raises:
+    InputError: the text is empty, or the encoder is not to be had or another one by now.
+  """
+  row = _row('', split(text), info['tokens'] - 1)
+  if row.content is None:
+    raise InputError(f'the text {text!r:.80}: has no letters and digits; write a sentence')
+  made_by = info['encoder']
+  if 'sha256' not in made_by and made_by['name'] != HASHING:
+    raise InputError(
+      f'{folder}: was {made_by["name"]}, so that new texts cannot be encoded alike; encode the'
+      ' texts with data_prep.encode and train on these features'
+    )
+  if made_by['name'] == HASHING:
+    encoder = hashing()
+  else:
+    encoder = sentence_transformer(made_by['name'], 'cpu', 'float32')
+  if encoder.info.get('sha256') != made_by.get('sha256'):
+    raise InputError(
+      f'{folder}: was made with other files of {made_by["name"]} than those that are here'
+    )
+  tokens, mask, _ = _encode(encoder, info['tokens'], [row], lambda count: None)
+  if info['is_normalised']:
+    tokens /= np.maximum(np.linalg.norm(tokens, axis=2, keepdims=True), 1e-9)
+  if info['projection']:
+    tokens = projection.load(folder, info['projection']).apply(tokens)
+  return tokens[0] * mask[0][:, None], mask[0]
 
 
 def _origin(data_dir: str | Path, of: str, info: dict[str, Any]) -> dict[str, Any]:

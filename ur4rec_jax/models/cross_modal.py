@@ -37,6 +37,7 @@ class CrossModalBlock(nn.Module):
     memory: Mapping[str, Array] = FrozenDict(),
     *,
     deterministic: bool,
+    last_only: bool = False,
   ) -> dict[str, Array]:
     """Returns `tokens` anew, in the same shapes.
 
@@ -46,8 +47,10 @@ class CrossModalBlock(nn.Module):
         tokens]`, the same for every query, or `[rows, queries, tokens]`.
       memory: as `tokens`; seen by them, and stay as they are.
       deterministic: False applies dropout, with the `dropout` key.
+      last_only: whether only each row's last token is wanted: `[rows, 1, dim]`.
     """
     dropout = Dropout(self.dropout, deterministic=deterministic)
+    wanted = slice(-1, None) if last_only else slice(None)
 
     def dense(x: Array, width: int, name: str) -> Array:
       # Flat, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, dim].
@@ -63,16 +66,17 @@ class CrossModalBlock(nn.Module):
         norm(x, f'{name}_attention_norm'), len(parts) * x.shape[-1], f'{name}_{"_".join(parts)}'
       )
       *query, keys[name], values[name] = map(heads, jnp.split(projected, len(parts), axis=-1))
-      queries[name] = query
+      queries[name] = [q[:, wanted] for q in query]
     result = {}
     for name, x in tokens.items():
+      x = x[:, wanted]
       others = [other for other in keys if other != name]
       if others:
         join = lambda parts, others=others: jnp.concatenate([parts[o] for o in others], axis=1)
         mask = jnp.concatenate(
           [
             jnp.broadcast_to(
-              visible[o] if visible[o].ndim == 3 else visible[o][:, None],
+              visible[o][:, wanted] if visible[o].ndim == 3 else visible[o][:, None],
               (x.shape[0], x.shape[1], keys[o].shape[1]),
             )
             for o in others

@@ -52,6 +52,33 @@ class ModalityFusion(nn.Module):
     return jnp.einsum('rm,rmd->rd', gates(logits, present).astype(vectors.dtype), vectors)
 
 
+def modality_parts(kind: str, params: Mapping, vectors: Array, present: Array) -> Array:
+  """Cuts what `ModalityFusion` gives into what each modality adds to it.
+
+  The bias of `concat`, which belongs to no modality, is shared out among those present.
+
+  Args:
+    kind: as `ModalityFusion`'s, whose `params` these are.
+    params: its parameters; empty for `add`.
+    vectors: `[rows, modalities, dim]`.
+    present: `[rows, modalities]` bool.
+
+  Returns:
+    `[rows, modalities, dim]`; the sum over modalities is what it gives.
+  """
+  rows, modalities, dim = vectors.shape
+  vectors = jnp.where(present[..., None], vectors, 0)
+  if kind == 'add':
+    return vectors
+  if kind == 'concat':
+    kernel = params['joined']['kernel'].reshape(modalities, dim, dim)
+    share = present / jnp.maximum(present.sum(1, keepdims=True), 1)
+    bias = share[..., None] * params['joined']['bias']
+    return jnp.einsum('rmd,mde->rme', vectors, kernel) + bias
+  logits = vectors.reshape(rows, modalities * dim) @ params['gate']['kernel']
+  return vectors * gates(logits + params['gate']['bias'], present)[..., None]
+
+
 def gates(logits: Array, present: Array) -> Array:
   """Softmax over the modalities that are present.
 
@@ -67,7 +94,13 @@ def gates(logits: Array, present: Array) -> Array:
   return jnp.where(present, weights, 0)
 
 
-def standard_deviation(users: Array, items: Array) -> Array:
+def covariance(items: Array) -> Array:
+  """Covariance `[dim, dim]` float32 of item vectors `[items, dim]`."""
+  centred = (items - items.mean(0, dtype=jnp.float32)).astype(jnp.float32)
+  return centred.T @ centred / items.shape[0]
+
+
+def standard_deviation(users: Array, covariance: Array) -> Array:
   """Standard deviation of each user's scores over the catalogue, without the scores.
 
   The variance of u.v over items v is u' C u with C the covariance of the item vectors. (The mean
@@ -75,13 +108,11 @@ def standard_deviation(users: Array, items: Array) -> Array:
 
   Args:
     users: `[..., dim]`.
-    items: `[items, dim]`.
+    covariance: `[dim, dim]` of the items.
 
   Returns:
     `[..., 1]` float32.
   """
-  centred = (items - items.mean(0, dtype=jnp.float32)).astype(jnp.float32)
-  covariance = centred.T @ centred / items.shape[0]
   users = users.astype(jnp.float32)
   variance = jnp.einsum('...d,de,...e->...', users, covariance, users)
   return jnp.sqrt(jnp.maximum(variance, 1e-12))[..., None]
@@ -113,15 +144,17 @@ class PathFusion(nn.Module):
   cascade_size: int = 100
 
   @nn.compact
-  def __call__(self, users: Mapping[str, Array], items: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Puts the paths' vectors side by side, so that their product is the sum of scores.
+  def path_weights(
+    self, users: Mapping[str, Array], covariances: Mapping[str, Array]
+  ) -> dict[str, Array]:
+    """Says what each path's scores are multiplied by before they are summed.
 
     Args:
       users: by path, `[..., width]`.
-      items: by path, `[items, width]`.
+      covariances: by path, `[width, width]` of the items' vectors; for `standardise`.
 
     Returns:
-      `[..., sum of widths]`, and `[items, sum of widths]`.
+      By path `[..., 1]` or `[1]` float32.
     """
     log_weights = jnp.log(jnp.asarray(self.weights, jnp.float32))
     if self.kind == 'learned':
@@ -132,12 +165,27 @@ class PathFusion(nn.Module):
       h = nn.relu(nn.Dense(self.hidden_dim, name='hidden')(nn.LayerNorm(name='norm')(states)))
       change = nn.Dense(len(self.paths), kernel_init=nn.initializers.zeros, name='log_weights')(h)
       log_weights = log_weights + change
-    scaled = []
-    for i, path in enumerate(self.paths):
-      weight = jnp.exp(log_weights[..., i, None])
-      if self.calibration == 'standardise':
-        weight = weight / standard_deviation(users[path], items[path])
-      scaled.append((users[path] * weight).astype(users[path].dtype))
+    weights = {path: jnp.exp(log_weights[..., i, None]) for i, path in enumerate(self.paths)}
+    if self.calibration == 'standardise':
+      for path in self.paths:
+        weights[path] = weights[path] / standard_deviation(users[path], covariances[path])
+    return weights
+
+  def __call__(self, users: Mapping[str, Array], items: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Puts the paths' vectors side by side, so that their product is the sum of scores.
+
+    Args:
+      users: by path, `[..., width]`.
+      items: by path, `[items, width]`.
+
+    Returns:
+      `[..., sum of widths]`, and `[items, sum of widths]`.
+    """
+    covariances = {}
+    if self.calibration == 'standardise':
+      covariances = {path: covariance(items[path]) for path in self.paths}
+    weights = self.path_weights(users, covariances)
+    scaled = [(users[path] * weights[path]).astype(users[path].dtype) for path in self.paths]
     return jnp.concatenate(scaled, -1), jnp.concatenate([items[path] for path in self.paths], -1)
 
   def scores(

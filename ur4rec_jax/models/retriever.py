@@ -99,6 +99,7 @@ class Retriever(nn.Module):
     backbone: Array | None = None,
     *,
     deterministic: bool = True,
+    last_only: bool = False,
   ) -> tuple[Array, Array | None]:
     """Encodes every prefix of every history.
 
@@ -107,14 +108,23 @@ class Retriever(nn.Module):
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: what users' own texts tell; None if there are none.
-      backbone: `[batch, length, width]`, states of the sequence path, which `proxies` read.
+      backbone: `[batch, length, width]`, states of the sequence path, which `proxies` read; with
+        `last_only` `[batch, 1, width]`.
       deterministic: False applies dropout, with the `dropout` key.
+      last_only: whether only the last position is wanted, and work for others is spared; lengths
+        of what is returned are 1 then.
 
     Returns:
       `[batch, length, dim]`, whose inner product with an item's vector is its score, in nats; and
       what each proxy retrieved, `[batch, length, proxies, dim]`, or None with the query `user`.
     """
     users, retrieved = self.user_tower(
-      items.content, item_ids, segment_ids, preferences, backbone, deterministic=deterministic
+      items.content,
+      item_ids,
+      segment_ids,
+      preferences,
+      backbone,
+      deterministic=deterministic,
+      last_only=last_only,
     )
     return normalised(users) * jnp.exp(-self.log_temperature).astype(users.dtype), retrieved

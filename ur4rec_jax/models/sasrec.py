@@ -72,8 +72,13 @@ class Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array, *, deterministic: bool) -> Array:
-    """Maps tokens `x` `[batch * length, dim]` under `mask` `[batch, length, length]`."""
+  def __call__(
+    self, x: Array, mask: Array, *, deterministic: bool, last_only: bool = False
+  ) -> Array:
+    """Maps tokens `x` `[batch * length, dim]` under `mask` `[batch, length, length]`.
+
+    With `last_only` gives those of each row's last position alone, `[batch, dim]`.
+    """
     dropout = Dropout(self.dropout, deterministic=deterministic)
     layer_norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
@@ -84,8 +89,11 @@ class Block(nn.Module):
       query, key, value = jnp.moveaxis(
         dense(3 * self.dim, 'query_key_value')(h).reshape(heads), 2, 0
       )
-      mixed = masked_attention(query, key, value, mask)
-      return dense(self.dim, 'attention_out')(mixed.reshape(h.shape))
+      if last_only:
+        mixed = masked_attention(query[:, -1:], key, value, mask[:, -1:])
+      else:
+        mixed = masked_attention(query, key, value, mask)
+      return dense(self.dim, 'attention_out')(mixed.reshape(-1, self.dim))
 
     def feed_forward(h: Array) -> Array:
       h = dropout(nn.relu(dense(self.ffn_dim, 'ffn_in')(h)))
@@ -93,10 +101,10 @@ class Block(nn.Module):
 
     for name, branch in (('attention', attention), ('ffn', feed_forward)):
       norm = layer_norm(f'{name}_norm')
-      if self.norm == 'pre':
-        x = x + dropout(branch(norm(x)))
-      else:
-        x = norm(x + dropout(branch(x)))
+      change = dropout(branch(norm(x) if self.norm == 'pre' else x))
+      if last_only and name == 'attention':
+        x = x.reshape(*mask.shape[:2], self.dim)[:, -1]
+      x = x + change if self.norm == 'pre' else norm(x + change)
     return x
 
 
@@ -161,7 +169,13 @@ class SASRec(nn.Module):
     return ItemSide(vectors.astype(self.dtype), content)
 
   def user_side(
-    self, items: ItemSide, item_ids: Array, segment_ids: Array, *, deterministic: bool = True
+    self,
+    items: ItemSide,
+    item_ids: Array,
+    segment_ids: Array,
+    *,
+    deterministic: bool = True,
+    last_only: bool = False,
   ) -> Array:
     """Encodes every prefix of every sequence.
 
@@ -171,15 +185,18 @@ class SASRec(nn.Module):
         most `max_length`.
       segment_ids: `[batch, length]` int32, see the module's docstring.
       deterministic: False applies dropout, with the `dropout` key.
+      last_only: whether only the last position is wanted, and the rest of the last block is spared.
 
     Returns:
-      `[batch, length, dim]` hidden states; finite but meaningless where `segment_ids` is 0.
+      `[batch, length, dim]` hidden states; finite but meaningless where `segment_ids` is 0. With
+      `last_only` `[batch, 1, dim]`.
     """
     positions = segment_positions(segment_ids)
     # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
     x = items.vectors[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
     x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
     mask = causal_mask(segment_ids)
-    for block in self.blocks:
-      x = block(x, mask, deterministic=deterministic)
-    return self.final_norm(x).reshape(*item_ids.shape, self.dim)
+    for i, block in enumerate(self.blocks, 1):
+      is_cut = last_only and i == len(self.blocks)
+      x = block(x, mask, deterministic=deterministic, last_only=is_cut)
+    return self.final_norm(x).reshape(item_ids.shape[0], -1, self.dim)

@@ -99,6 +99,7 @@ class UR4Rec(nn.Module):
     preferences: Preferences | None = None,
     *,
     deterministic: bool = True,
+    last_only: bool = False,
   ) -> dict[str, Array]:
     """Encodes every prefix of every history in each path.
 
@@ -108,20 +109,25 @@ class UR4Rec(nn.Module):
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: what users' own texts tell, for the retriever; None if there are none.
       deterministic: False applies dropout, with the `dropout` key.
+      last_only: whether only the last position is wanted, and work for others is spared.
 
     Returns:
-      By path `[batch, length, width]`.
+      By path `[batch, length, width]`, with `last_only` `[batch, 1, width]`.
     """
-    return self._user_side(items, item_ids, segment_ids, preferences, deterministic)[0]
+    return self._user_side(items, item_ids, segment_ids, preferences, deterministic, last_only)[0]
 
   def _user_side(
-    self, items, item_ids, segment_ids, preferences, deterministic
+    self, items, item_ids, segment_ids, preferences, deterministic, last_only=False
   ) -> tuple[dict[str, Array], Array | None]:
     """Returns `user_side`, and what the retriever's proxies found."""
     users, retrieved = {}, None
     if self.sasrec is not None:
       users['sasrec'] = self.sasrec.user_side(
-        items['sasrec'], item_ids, segment_ids, deterministic=deterministic
+        items['sasrec'],
+        item_ids,
+        segment_ids,
+        deterministic=deterministic,
+        last_only=last_only,
       )
     if self.retriever is not None:
       users['retriever'], retrieved = self.retriever.user_side(
@@ -131,6 +137,7 @@ class UR4Rec(nn.Module):
         preferences,
         users.get('sasrec'),
         deterministic=deterministic,
+        last_only=last_only,
       )
     return users, retrieved
 

@@ -109,29 +109,36 @@ class UserTower(nn.Module):
     backbone: Array | None = None,
     *,
     deterministic: bool,
+    last_only: bool = False,
   ) -> tuple[Array, None]:
     """Returns `[batch, length, dim]`, and None; arguments as `Retriever.user_side`."""
     del backbone  # Only `ProxyTower` reads it.
     history = HistoryTokens(self.max_length, self.dim, self.dropout, self.dtype, name='history')
     states, visible = history(content, item_ids, segment_ids, deterministic=deterministic)
+    texts = PreferenceTokens(self.dim, self.dropout, self.dtype, name='preferences')
+    memory, memory_visible = texts(preferences, segment_ids, deterministic=deterministic)
+    num_crossings = self.cross_modal_blocks if len(visible | memory_visible) > 1 else 0
     for name, x in states.items():
       flat = x.reshape(-1, self.dim)
       mask = visible[name] | jnp.eye(x.shape[1], dtype=bool)
       for i in range(self.num_blocks):
         sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, 'pre', self.dtype
-        flat = Block(*sizes, name=f'{name}_block_{i}')(flat, mask, deterministic=deterministic)
-      states[name] = flat.reshape(x.shape)
-    texts = PreferenceTokens(self.dim, self.dropout, self.dtype, name='preferences')
-    memory, memory_visible = texts(preferences, segment_ids, deterministic=deterministic)
+        is_cut = last_only and not num_crossings and i == self.num_blocks - 1
+        block = Block(*sizes, name=f'{name}_block_{i}')
+        flat = block(flat, mask, deterministic=deterministic, last_only=is_cut)
+      states[name] = flat.reshape(x.shape[0], -1, self.dim)
     visible |= memory_visible
-    if len(visible) > 1:
-      for i in range(self.cross_modal_blocks):
-        block = CrossModalBlock(self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{i}')
-        states = block(states, visible, memory, deterministic=deterministic)
+    for i in range(num_crossings):
+      block = CrossModalBlock(self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{i}')
+      is_cut = last_only and i == num_crossings - 1
+      states = block(states, visible, memory, deterministic=deterministic, last_only=is_cut)
+    if last_only:
+      states, visible = jax.tree.map(lambda x: x[:, -1:], (states, visible))
+    positions = next(iter(states.values())).shape[:2]
     small = nn.initializers.normal(0.02)
     for name, tokens in memory.items():
       query = self.param(f'{name}_query', small, (self.dim,)).astype(self.dtype)
-      query = jnp.broadcast_to(query, (*item_ids.shape, 1, self.dim))
+      query = jnp.broadcast_to(query, (*positions, 1, self.dim))
       tokens = tokens[:, :, None]
       states[name] = masked_attention(query, tokens, tokens, visible[name])
     norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=f'{name}_norm')
@@ -140,7 +147,7 @@ class UserTower(nn.Module):
     )
     has_seen = jnp.stack([visible[name].any(-1).reshape(-1) for name in states], axis=1)
     joined = ModalityFusion(self.fusion, self.dtype, name='fusion')(side_by_side, has_seen)
-    return joined.reshape(*item_ids.shape, self.dim), None
+    return joined.reshape(*positions, self.dim), None
 
 
 class ProxyTower(nn.Module):
@@ -173,12 +180,13 @@ class ProxyTower(nn.Module):
     backbone: Array,
     *,
     deterministic: bool,
+    last_only: bool = False,
   ) -> tuple[Array, Array]:
     """Returns `[batch, length, dim]`, and what each proxy found, `[batch, length, proxies, dim]`.
 
     Arguments as `Retriever.user_side`.
     """
-    batch, length = item_ids.shape
+    batch, length = backbone.shape[:2]
     dropout = Dropout(self.dropout, deterministic=deterministic)
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
     norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
@@ -192,6 +200,8 @@ class ProxyTower(nn.Module):
     memory = jnp.concatenate([*memory.values(), *texts[0].values()], axis=1)
     memory = norm('memory_norm')(memory.reshape(-1, self.dim))
     visible = jnp.concatenate([*visible.values(), *texts[1].values()], axis=2)
+    if last_only:
+      visible = visible[:, -1:]
     num_queries = self.num_proxies + 1
     has_seen = jnp.repeat(visible.any(-1).reshape(-1), num_queries)[:, None]
     # Every query of a position sees what the position may see.

@@ -1,0 +1,118 @@
+"""The exported folder: the same top-k in a process that has jax and NumPy alone, or a refusal."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_recommender import make
+from ur4rec_jax import exported
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.export import export
+
+# A process in which nothing of what training needs can be imported.
+ALONE = """
+import json, sys
+for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'pyarrow', 'pandas', 'tqdm',
+             'tensorflow_datasets', 'torch', 'ur4rec_jax.models', 'data_prep'):
+  sys.modules[name] = None
+from ur4rec_jax import exported
+for line in sys.stdin:
+  folder, histories = json.loads(line)
+  recommender = exported.load(folder)
+  answers = [recommender.top(part, k=k) for part, k in histories]
+  print(json.dumps([[a.items, [x.tolist() for x in a.scores], [x.tolist() for x in a.shares]]
+                    for a in answers]))
+"""
+EXPORTED = ('sasrec', 'paper', 'standardise', 'learned', 'adaptive', 'rank', 'cascade')
+
+
+def histories_of(recommender):
+  ids = recommender.item_ids
+  lengths = (1, 3, 20, 33)
+  many = [[ids[(7 * n + i) % 60] for i in range(n)] for n in lengths]
+  return [(many, 10), (many[1:2], 60)]
+
+
+@pytest.fixture(scope='module')
+def folders(shop, tmp_path_factory):
+  """Exported folders of several variants."""
+  folder = tmp_path_factory.mktemp('exported')
+  for name in EXPORTED:
+    export(make(shop, name)[0], folder / name)
+  return folder
+
+
+def test_every_fusion_gives_the_same_with_jax_and_numpy_alone(shop, folders, environment):
+  requests = [
+    json.dumps([str(folders / name), histories_of(make(shop, name)[0])]) for name in EXPORTED
+  ]
+  done = subprocess.run(
+    [sys.executable, '-c', ALONE],
+    env=environment,
+    cwd=ROOT,
+    input='\n'.join(requests),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  for name, line in zip(EXPORTED, done.stdout.splitlines(), strict=True):
+    recommender, _ = make(shop, name)
+    for (histories, k), (items, scores, shares) in zip(
+      histories_of(recommender), json.loads(line), strict=True
+    ):
+      answer = recommender.answer(histories, k)
+      assert items == answer.items, name
+      for i in range(len(histories)):
+        np.testing.assert_allclose(scores[i], answer.scores[i], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(shares[i], answer.shares[i], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('name', ['program.bin', 'arrays.npz', 'items.json', 'manifest.json'])
+def test_a_changed_byte_is_refused_with_the_file_named(folders, tmp_path, name):
+  folder = shutil.copytree(folders / 'adaptive', tmp_path / 'model')
+  content = bytearray((folder / name).read_bytes())
+  content[len(content) // 2] ^= 1
+  (folder / name).write_bytes(content)
+  with pytest.raises(InputError, match=f'model/{name}: (has changed|cannot be read)'):
+    exported.load(folder)
+  (folder / name).unlink()
+  with pytest.raises(InputError, match=name):
+    exported.load(folder)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('format_version', 99, 'is of format 99, this version reads 1'),
+    ('jax', '99.0.0', r'was exported with jax 99\.0\.0, .* install jax 99\.0\.0 or newer'),
+    ('platforms', ['cuda'], 'was exported for cuda, not for cpu'),
+  ],
+)
+def test_what_this_process_cannot_run_is_refused(folders, tmp_path, field, value, message):
+  folder = shutil.copytree(folders / 'sasrec', tmp_path / 'model')
+  manifest = json.loads((folder / 'manifest.json').read_text())
+  del manifest['sha256']
+  (folder / 'manifest.json').write_text(exported.manifest_text(manifest | {field: value}))
+  with pytest.raises(InputError, match=message):
+    exported.load(folder)
+
+
+def test_bfloat16_and_new_items_are_kept_and_nothing_is_overwritten(shop, tmp_path):
+  recommender, _ = make(shop, 'bfloat16')
+  tables = make(shop, 'text')[1].items
+  np.savez(tmp_path / 'new.npz', ids=['new'], text=tables['text'].tokens[3:4])
+  larger, _ = recommender.add_items(tmp_path / 'new.npz')
+  manifest = export(larger, tmp_path / 'model')
+  assert set(manifest['dtypes'].values()) == {'bfloat16'}
+  loaded = exported.load(tmp_path / 'model')
+  assert loaded.item_ids[-1] == 'new'
+  histories = [['new', *recommender.item_ids[:4]]]
+  assert loaded.top(histories, k=61 - 5).items == larger.answer(histories, 61 - 5).items
+  with pytest.raises(InputError, match='is there already'):
+    export(recommender, tmp_path / 'model')

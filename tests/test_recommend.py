@@ -1,0 +1,156 @@
+"""The commands on real runs: one user, all users, export, and what goes wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ur4rec_jax import exported
+from ur4rec_jax.dataset import read_interactions, read_items
+
+
+@pytest.fixture(scope='module')
+def call(environment, tmp_path_factory):
+  """Runs a command to its end: `call(module, *flags)`."""
+  folder = tmp_path_factory.mktemp('elsewhere')
+
+  def call(module, *flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-m', f'ur4rec_jax.{module}', *map(str, flags)]
+    return subprocess.run(
+      command, env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
+
+  return call
+
+
+@pytest.fixture(scope='module')
+def with_content(run, encoded, tmp_path_factory):
+  """The workdir of a short run that reads texts."""
+  workdir = tmp_path_factory.mktemp('with_content') / 'run'
+  flags = ("--config.paths=('sasrec','retriever')", "--config.modalities=('text',)")
+  flags += ('--config.retriever.num_blocks=1', '--config.loss.weights.retriever=1.0')
+  done = run(workdir, f'--config.data_dir={encoded}', *flags, '--config.num_epochs=1')
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def test_a_user_gets_items_with_shares_and_reasons(call, with_content, encoded):
+  done = call('recommend', f'--workdir={with_content}', '--user=u001', '--explain', '--json')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  interactions = read_interactions(encoded)
+  user = interactions.user_ids.index('u001')
+  start, end = interactions.offsets[user : user + 2]
+  items = {item['original_id']: item for item in read_items(encoded)}
+  ids = list(items)
+  history = [ids[i - 1] for i in interactions.item_ids[start:end]]
+  assert found['history'] == {'items': len(history), 'read': min(len(history), 20)}
+  rows = found['recommendations']
+  assert [row['rank'] for row in rows] == list(range(1, 11))
+  for row in rows:
+    assert row['item'] not in history
+    assert row['title'] == items[row['item']]['title']
+    shares = row['shares']
+    assert row['score'] == pytest.approx(shares['sasrec'] + shares['retriever'], abs=1e-4)
+    assert {reason['item'] for reason in row['because']} <= set(history)
+    assert row['title'].split()[0] in row['text']['item'] or row['text']['item']
+    assert -1 <= row['text']['cosine'] <= 1.0001
+  assert any(row['because'] for row in rows)
+  shown = call('recommend', f'--workdir={with_content}', '--history=' + ','.join(history), '--k=3')
+  lines = shown.stdout.splitlines()
+  assert [line.split()[1] for line in lines[1:]] == [row['item'] for row in rows[:3]]
+  named = call(
+    'recommend', f'--workdir={with_content}', f'--preference={rows[0]["title"]}', '--explain'
+  )
+  assert named.returncode == 0, named.stderr
+  assert '~' in named.stdout
+
+
+def test_all_users_come_in_one_file(call, finished, data_dir, tmp_path):
+  out = tmp_path / 'top.parquet'
+  done = call('recommend', f'--workdir={finished}', '--all_users', f'--out={out}', '--k=5')
+  assert done.returncode == 0, done.stderr
+  table = pq.read_table(out)
+  users = read_interactions(data_dir).user_ids
+  assert table.column_names == ['user', 'rank', 'item', 'title', 'score', 'sasrec']
+  assert list(dict.fromkeys(table['user'].to_pylist())) == users
+  one = call('recommend', f'--workdir={finished}', f'--user={users[7]}', '--json', '--k=5')
+  expected = [row['item'] for row in json.loads(one.stdout)['recommendations']]
+  rows = np.flatnonzero(np.array(table['user'].to_pylist()) == users[7])
+  assert table['item'].take(rows).to_pylist() == expected
+  missing = call(
+    'recommend', f'--workdir={finished}', '--all_users', f'--out={tmp_path}/no/top.parquet'
+  )
+  assert (missing.returncode, 'Traceback' in missing.stderr) == (4, False)
+
+
+def test_filters_come_by_flag_or_file(call, finished, data_dir, tmp_path):
+  ids = [item['original_id'] for item in read_items(data_dir)]
+  (tmp_path / 'only.txt').write_text('\n'.join([*ids[:4], 'nothing']))
+  flags = (f'--workdir={finished}', f'--history={ids[0]},nothing', '--json')
+  done = call('recommend', *flags, f'--only={tmp_path}/only.txt', f'--without={ids[3]}')
+  assert 'ignored 1 items that are not in the catalogue: nothing' in done.stderr
+  found = json.loads(done.stdout)
+  assert {row['item'] for row in found['recommendations']} == {ids[1], ids[2]}
+  assert found['unknown'] == ['nothing']
+
+
+def test_an_exported_run_gives_the_same(call, with_content, encoded, tmp_path):
+  moved = shutil.copytree(encoded, tmp_path / 'moved')
+  flags = (f'--workdir={with_content}', f'--data_dir={moved}')
+  done = call('export', *flags, f'--out={tmp_path}/model')
+  assert done.returncode == 0, done.stderr
+  recommender = exported.load(tmp_path / 'model')
+  test = json.loads((with_content / 'results.json').read_text())['test']
+  assert recommender.about['test'] == test
+  history = recommender.item_ids[5:9]
+  one = call('recommend', *flags, '--history=' + ','.join(history), '--json')
+  rows = json.loads(one.stdout)['recommendations']
+  assert recommender.top([history], 10).items[0] == [row['item'] for row in rows]
+  again = call('export', *flags, f'--out={tmp_path}/model')
+  assert (again.returncode, 'is there already' in again.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (('--user=nobody',), "user 'nobody': is not in"),
+    (('--history=',), 'history: is empty'),
+    (('--history=-1,-2',), 'none of its 2 items is in the catalogue'),
+    (('--preference=Dark.',), 'this model reads no texts'),
+    (('--user=u001', '--k=0'), 'k=0: must be a whole number from 1 to 60'),
+    (('--user=u001', '--k=61'), 'k=61'),
+    (('--user=u001', '--history=a'), 'exclude each other'),
+    (('--user=u001', '--out=x'), '--out: is for --all_users'),
+    (('--all_users',), 'needs --out=FILE.parquet'),
+    (('--user=u001', '--add_items=nowhere'), 'knows items by their id only'),
+    ((), 'give one of --user'),
+    (('--user=u001', '--k=ten'), 'invalid int value'),
+  ],
+)
+def test_bad_input_is_one_message(finished, capsys, flags, message):
+  from ur4rec_jax import recommend
+
+  with pytest.raises(SystemExit) as stopped:
+    recommend.main([f'--workdir={finished}', *flags])
+  assert stopped.value.code == 2
+  assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_named(call, tmp_path):
+  for module, flags in (('recommend', ('--user=a',)), ('export', (f'--out={tmp_path}/out',))):
+    done = call(module, f'--workdir={tmp_path}', *flags)
+    assert (done.returncode, 'Traceback' in done.stderr) == (2, False)
+    assert 'no run here' in done.stderr
+
+
+def test_the_package_is_light(environment):
+  code = "import sys, ur4rec_jax; print('jax' in sys.modules); print(callable(ur4rec_jax.load))"
+  done = subprocess.run(
+    [sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True
+  )
+  assert done.stdout.split() == ['False', 'True']

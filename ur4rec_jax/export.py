@@ -1,0 +1,136 @@
+"""Writes a trained model into one folder that runs with jax and NumPy alone, on CPU and CUDA.
+
+  python -m ur4rec_jax.export --workdir=runs/shop --out=shop-model
+
+`ur4rec_jax.exported.load` opens the folder; docs/inference.md says what is in it.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from ur4rec_jax import exported
+from ur4rec_jax.checkpoint import write_file
+from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.recommender import TrainedRecommender, load
+
+PLATFORMS = ('cpu', 'cuda')
+
+
+def export(recommender: TrainedRecommender, out: str | pathlib.Path) -> dict[str, Any]:
+  """Writes the folder, whole or not at all.
+
+  Args:
+    recommender: from `ur4rec_jax.load`.
+    out: a folder that is not there yet.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    InputError: there is something at `out`.
+    StorageError: it cannot be written.
+  """
+  out = pathlib.Path(out)
+  if out.exists():
+    raise InputError(f'--out={out}: is there already; remove it or give another folder')
+  arrays = jax.device_get(recommender.arrays)
+  flat = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): x
+    for path, x in jax.tree_util.tree_leaves_with_path(arrays)
+  }
+  # NumPy's files know no bfloat16: its bits are stored, and what they stand for.
+  dtypes = {name: x.dtype.name for name, x in flat.items() if x.dtype.kind == 'V'}
+  archive = io.BytesIO()
+  np.savez(archive, **{n: x.view(np.uint16) if n in dtypes else x for n, x in flat.items()})
+  contents = {
+    exported.PROGRAM: bytes(_program(recommender, arrays)),
+    exported.ARRAYS: archive.getvalue(),
+    exported.ITEMS: json.dumps(recommender.items, ensure_ascii=False).encode(),
+  }
+  manifest = {
+    'format_version': exported.FORMAT_VERSION,
+    'jax': jax.__version__,
+    'platforms': list(PLATFORMS),
+    'files': {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()},
+    'dtypes': dtypes,
+    'settings': recommender.settings,
+  }
+  manifest = json.loads(json.dumps(manifest))  # Tuples as they are read again.
+  draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
+  try:
+    draft.mkdir(parents=True)
+    for name, content in contents.items():
+      write_file(draft / name, content)
+    write_file(draft / exported.MANIFEST, exported.manifest_text(manifest))
+    draft.rename(out)
+  except OSError as error:
+    raise StorageError(f'--out={out}: cannot be written ({error.strerror or error})') from error
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)
+  return manifest
+
+
+def _program(recommender: TrainedRecommender, arrays: Any) -> bytearray:
+  """Lowers the program for any number of users, any lengths and any k."""
+  settings = recommender.settings
+  most = settings['most_places'] or len(recommender.item_ids) + 1
+  users, length, barred, places = jax.export.symbolic_shape(
+    'users, length, barred, places',
+    constraints=[f'length <= {settings["max_length"]}', f'places <= {most}'],
+  )
+  shape = jax.ShapeDtypeStruct
+  queries = {
+    'history': shape((users, length), jnp.int32),
+    'left_out': shape((users, barred), jnp.int32),
+    'allowed': shape((len(recommender.item_ids) + 1,), jnp.bool),
+    'emphasis': shape((users, len(recommender.paths)), jnp.float32),
+    'preferences': {
+      name: {
+        'tokens': shape((users, tokens, width), jnp.float32),
+        'mask': shape((users, tokens), jnp.bool),
+      }
+      for name, (tokens, width) in settings['preferences'].items()
+    },
+    'places': shape((places,), jnp.int8),
+  }
+  shapes = jax.tree.map(lambda x: shape(x.shape, x.dtype), arrays)
+  return jax.export.export(recommender.program, platforms=PLATFORMS)(shapes, queries).serialize()
+
+
+@exit_on_reported_error
+def main(argv: list[str] | None = None) -> None:
+  """Reads the flags, exports, and says what was written."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  add = parser.add_argument
+  add('--workdir', required=True, help='folder of the run')
+  add('--out', required=True, help='folder to write')
+  add('--data_dir', help="the run's prepared data, if they have moved")
+  add('--add_items', help='prepared folder or .npz file of new items, which are appended')
+  add('--approximate', action='store_true', help='search large catalogues approximately')
+  flags = parser.parse_args(argv)
+  recommender = load(flags.workdir, flags.data_dir, flags.approximate)
+  if flags.add_items:
+    recommender, _ = recommender.add_items(flags.add_items)
+  manifest = export(recommender, flags.out)
+  size = sum(path.stat().st_size for path in pathlib.Path(flags.out).iterdir())
+  print(
+    f'{flags.out}: {len(recommender.item_ids):,} items, {size / 1e6:,.1f} MB, for'
+    f' {" and ".join(manifest["platforms"])}, jax {manifest["jax"]} or newer'
+  )
+
+
+if __name__ == '__main__':
+  main()

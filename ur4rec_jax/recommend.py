@@ -1,0 +1,209 @@
+"""Recommends with a trained model: to a user of its data, to a new one, or to all.
+
+  python -m ur4rec_jax.recommend --workdir=runs/shop --user=u042
+  python -m ur4rec_jax.recommend --workdir=runs/shop --history=S0-1,S3-7 --explain
+  python -m ur4rec_jax.recommend --workdir=runs/shop --preference="Short, dark science fiction."
+  python -m ur4rec_jax.recommend --workdir=runs/shop --all_users --out=top.parquet
+
+docs/inference.md says what the shares of a score are, and more.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.explanations import explain
+from ur4rec_jax.recommender import TrainedRecommender, load
+
+_CHUNK = 4096  # Users in memory at once.
+
+
+def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[str, Any]:
+  """Recommends to the user that the flags describe.
+
+  Returns:
+    `user`, `history` (how many items, how many are read), `unknown` items of the history, and
+    `recommendations`: `rank`, `item`, `title`, `score`, `shares` and, with `--explain`, what
+    `explain` gives.
+  """
+  users = None
+  if flags.user is not None:
+    history, users = recommender.history(flags.user), [recommender.users[flags.user]]
+  else:
+    history = [] if flags.history is None else _ids(flags.history)
+  answer = recommender.answer(
+    [history], flags.k, users=users, preference=flags.preference, **_options(flags)
+  )
+  (unknown,) = answer.unknown
+  rows = [
+    {
+      'rank': rank,
+      'item': item,
+      'title': title,
+      'score': float(score),
+      'shares': dict(zip(recommender.share_names, map(float, shares), strict=True)),
+    }
+    for rank, (item, title, score, shares) in enumerate(
+      zip(*(parts[0] for parts in answer[:4]), strict=True), 1
+    )
+  ]
+  if flags.explain and rows:
+    reasons = explain(recommender, history, [row['item'] for row in rows], users, flags.preference)
+    for row, reason in zip(rows, reasons, strict=True):
+      row |= reason
+  known = len(history) - len(unknown)
+  return {
+    'user': flags.user,
+    'history': {'items': known, 'read': min(known, recommender.max_length)},
+    'unknown': unknown,
+    'recommendations': rows,
+  }
+
+
+def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
+  """Writes recommendations to every user of the data into a Parquet file, whole or not at all.
+
+  Returns:
+    The number of rows.
+  """
+  recommender.check_k(flags.k)
+  out, names = pathlib.Path(flags.out), list(recommender.users)
+  draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
+  rows, writer = 0, None
+  try:
+    for start in tqdm(
+      range(0, len(names), _CHUNK), unit_scale=_CHUNK, unit='user', disable=not sys.stderr.isatty()
+    ):
+      part = names[start : start + _CHUNK]
+      answer = recommender.answer(
+        [recommender.history(name) for name in part],
+        flags.k,
+        users=range(start, start + len(part)),
+        **_options(flags),
+      )
+      counts = [len(items) for items in answer.items]
+      table = pa.table({'user': np.repeat(part, counts), **recommender.columns(answer)})
+      writer = writer or pq.ParquetWriter(draft, table.schema)
+      writer.write_table(table)
+      rows += len(table)
+    writer.close()
+    os.replace(draft, out)
+  except OSError as error:
+    raise StorageError(f'--out={out}: cannot be written ({error.strerror or error})') from error
+  finally:
+    draft.unlink(missing_ok=True)
+  return rows
+
+
+def _options(flags: argparse.Namespace) -> dict[str, Any]:
+  only = None if flags.only is None else _ids(flags.only)
+  without = () if flags.without is None else _ids(flags.without)
+  return {'only': only, 'without': without, 'keep_seen': flags.keep_seen}
+
+
+def _ids(text: str) -> list[str]:
+  """Ids by commas, or, if `text` names a file, one a line."""
+  if os.path.isfile(text):
+    try:
+      lines = pathlib.Path(text).read_text(encoding='utf-8').splitlines()
+    except (OSError, ValueError) as error:
+      raise InputError(f'{text}: cannot be read ({error})') from error
+  else:
+    lines = text.split(',')
+  return [line.strip() for line in lines if line.strip()]
+
+
+def as_text(found: dict[str, Any], share_names: list[str]) -> str:
+  """What a person reads of `to_one`."""
+  rows = found['recommendations']
+  if not rows:
+    return 'nothing is left to recommend; --keep_seen recommends items of the history, too'
+  width = max(len(row['item']) for row in rows)
+  columns = ''.join(f'{name:>{max(len(name) + 2, 10)}}' for name in ('score', *share_names))
+  lines = [f'{"":3} {"item":<{width}}{columns}  title']
+  for row in rows:
+    values = {'score': row['score'], **row['shares']}
+    cells = ''.join(f'{value:>{max(len(name) + 2, 10)}.4f}' for name, value in values.items())
+    lines.append(f'{row["rank"]:>3} {row["item"]:<{width}}{cells}  {row["title"]}')
+    for reason in row.get('because', ()):
+      lines.append(f'      {reason["influence"]:+.4f} {reason["title"] or reason["item"]}')
+    if match := row.get('text'):
+      lines.append(f'      "{match["item"]}" ~ "{match["user"]}" ({match["cosine"]:.2f})')
+  return '\n'.join(lines)
+
+
+def _flags() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  add = parser.add_argument
+  add('--workdir', required=True, help='folder of the run')
+  add('--data_dir', help="the run's prepared data, if they have moved")
+  add('--user', help='a user of the data, by original id; all of the history is read')
+  add('--history', help='item ids by commas, the oldest first, or a file with one a line')
+  add('--preference', help='what the user likes, in words; alone, or beside one of the two')
+  add('--all_users', action='store_true', help='recommend to every user of the data')
+  add('--out', help='Parquet file for --all_users')
+  add('--k', type=int, default=10, help='how many items')
+  add('--only', help='recommend only these: ids by commas, or a file with one a line')
+  add('--without', help='do not recommend these')
+  add('--keep_seen', action='store_true', help="recommend items of the user's history, too")
+  add('--add_items', help='prepared folder or .npz file with features of new items')
+  add('--approximate', action='store_true', help='search large catalogues approximately')
+  add('--explain', action='store_true', help='say which items and texts speak for each item')
+  add('--json', action='store_true', help='print one JSON object')
+  return parser
+
+
+def _check(flags: argparse.Namespace) -> None:
+  if flags.user is not None and flags.history is not None:
+    raise InputError('--user and --history exclude each other; leave one out')
+  about_one = [flags.user, flags.history, flags.preference]
+  if flags.all_users:
+    if any(x is not None for x in about_one) or flags.explain or flags.json:
+      raise InputError(
+        '--all_users: takes no --user, --history, --preference, --explain or --json; leave them out'
+      )
+    if flags.out is None:
+      raise InputError('--all_users: needs --out=FILE.parquet')
+  elif flags.out is not None:
+    raise InputError('--out: is for --all_users; for one user there is --json')
+  elif all(x is None for x in about_one):
+    raise InputError('give one of --user, --history, --preference and --all_users')
+
+
+@exit_on_reported_error
+def main(argv: list[str] | None = None) -> None:
+  """Reads the flags and prints or writes recommendations."""
+  flags = _flags().parse_args(argv)
+  _check(flags)
+  say = lambda message: print(message, file=sys.stderr, flush=True)
+  recommender = load(flags.workdir, flags.data_dir, flags.approximate)
+  if flags.add_items:
+    before = len(recommender.item_ids)
+    recommender, known = recommender.add_items(flags.add_items)
+    say(f'added {len(recommender.item_ids) - before} items; {len(known)} were there already')
+  if flags.all_users:
+    rows = to_all(recommender, flags)
+    say(f'{flags.out}: {rows:,} rows, {len(recommender.users):,} users')
+    return
+  found = to_one(recommender, flags)
+  if found['unknown']:
+    names = ', '.join(found['unknown'][:5]) + ', ...' * (len(found['unknown']) > 5)
+    say(f'ignored {len(found["unknown"])} items that are not in the catalogue: {names}')
+  if found['history']['read'] < found['history']['items']:
+    say('the model reads the latest {read:,} of {items:,} items'.format(**found['history']))
+  print(json.dumps(found) if flags.json else as_text(found, recommender.share_names))
+
+
+if __name__ == '__main__':
+  main()

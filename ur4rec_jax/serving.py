@@ -1,0 +1,307 @@
+"""The trained model as one pure function from histories to the best items, and what it reads.
+
+Everything is plain dicts of arrays, so that `jax.export` can store the function and nothing but jax
+and NumPy is needed to call it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ur4rec_jax.features import Preferences, TokenTable
+from ur4rec_jax.models.content import Content, ItemSide
+from ur4rec_jax.models.fusion import (
+  SUMS,
+  cascade,
+  covariance,
+  inner_products,
+  modality_parts,
+  reciprocal_rank,
+)
+from ur4rec_jax.models.ur4rec import PATHS, UR4Rec
+
+Array = jax.Array
+PyTree = Any
+ID = 'id'
+# The approximate search compares so many directions of item vectors, a share of all, and then
+# scores so many candidates exactly.
+SKETCHED_SHARE = 1 / 4
+CANDIDATES = 1024  # The most items that it can give.
+
+
+def is_sum(model: UR4Rec) -> bool:
+  """Whether scores are sums of the paths' scores, so that shares add up."""
+  return model.fusion is None or model.fusion.kind in SUMS
+
+
+def paths(model: UR4Rec) -> list[str]:
+  """Names of the model's paths."""
+  return [name for name in PATHS if getattr(model, name) is not None]
+
+
+def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:
+  """Names what each path's item vectors are made of: modalities, then the id; {} if of one thing.
+
+  Args:
+    model: whose items.
+    modalities: of the items.
+  """
+  names = {}
+  for name in paths(model):
+    path = getattr(model, name)
+    has_id = path.item_id if name == 'retriever' else 'id' in path.item_input
+    parts = [*(sorted(modalities) if path.content is not None else []), *([ID] if has_id else [])]
+    if len(parts) > 1:
+      names[name] = parts
+  return names
+
+
+def share_names(model: UR4Rec, modalities: list[str]) -> list[str]:
+  """Names the columns of shares: each path, then in sums what its item vectors are made of."""
+  parts = part_names(model, modalities) if is_sum(model) else {}
+  return [
+    column
+    for path in paths(model)
+    for column in (path, *(f'{path}_{part}' for part in parts.get(path, ())))
+  ]
+
+
+def item_arrays(model: UR4Rec, params: PyTree, features: dict[str, TokenTable]) -> dict[str, Any]:
+  """Makes what is stored of each item.
+
+  Args:
+    model: trained on these items, or on others with an id embedding for each of these.
+    params: its parameters.
+    features: by modality, tables with `items + 1` rows.
+
+  Returns:
+    By path `vectors` `[items + 1, width]`; where there is content, `modalities` and `present` of
+    the retriever as `Content` has them, and `parts`, `[items + 1, parts, width]` in the order of
+    `part_names`, whose sum `vectors` is.
+  """
+  sides = model.apply({'params': params}, features, method='item_side')
+  names = part_names(model, list(features))
+  arrays = {}
+  for path, side in sides.items():
+    arrays[path] = {'vectors': side.vectors}
+    if path == 'retriever':
+      arrays[path] |= {'modalities': side.content.modalities, 'present': side.content.present}
+    if path in names:
+      tower = getattr(model, path).content
+      fusion = params[path]['content'].get('fusion', {})
+      parts = modality_parts(tower.fusion, fusion, side.content.modalities, side.content.present)
+      if ID in names[path]:
+        parts = jnp.concatenate([parts, params[path]['item_embedding'][:, None]], axis=1)
+      if path == 'retriever':  # Whose vectors have length 1.
+        lengths = jnp.linalg.norm(parts.sum(1).astype(jnp.float32), axis=-1)
+        parts = parts / jnp.maximum(lengths, 1e-6)[:, None, None]
+      arrays[path]['parts'] = parts.astype(side.vectors.dtype)
+  return arrays
+
+
+def catalogue_arrays(
+  model: UR4Rec, items: dict[str, Any], approximate: bool = False
+) -> dict[str, Any]:
+  """Makes what depends on all items together.
+
+  Args:
+    model: whose items.
+    items: from `item_arrays`.
+    approximate: whether to prepare the approximate search.
+
+  Returns:
+    `covariances` by path, where the fusion standardises; `sketch` by path, for the approximate
+    search: `rotation` `[width, directions]`, and `items` `[directions, items + 1]` in it.
+  """
+  arrays = {'covariances': {}, 'sketch': {}}
+  for path, of_path in items.items():
+    vectors = of_path['vectors'][1:]
+    if model.fusion is not None and model.fusion.calibration == 'standardise' and is_sum(model):
+      arrays['covariances'][path] = covariance(vectors)
+    if approximate:
+      moments = vectors.T.astype(jnp.float32) @ vectors.astype(jnp.float32)
+      count = max(1, round(SKETCHED_SHARE * vectors.shape[1]))
+      rotation = jnp.linalg.eigh(moments)[1][:, ::-1][:, :count]
+      sketch = rotation.T @ of_path['vectors'].T.astype(jnp.float32)
+      arrays['sketch'][path] = {'rotation': rotation, 'items': sketch}
+  return arrays
+
+
+def user_params(model: UR4Rec, params: PyTree) -> PyTree:
+  """Leaves out the parameters that only make item vectors."""
+  of_items = ('content', 'item_embedding')
+  return {
+    name: {key: x for key, x in tree.items() if key not in of_items} if name in PATHS else tree
+    for name, tree in params.items()
+    if name not in PATHS or getattr(model, name) is not None
+  }
+
+
+def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Array]]:
+  """Builds the function that ranks.
+
+  Args:
+    model: trained.
+
+  Returns:
+    `program(arrays, queries)`. `arrays` holds `params` of `user_params`, `items` of `item_arrays`
+    and what `catalogue_arrays` gives. `queries` holds
+
+    - `history` `[batch, length]` int32 item ids, the newest last, 0 before the oldest,
+    - `left_out` `[batch, any]` int32 item ids that are not to be recommended, 0 for none,
+    - `allowed` `[items + 1]` bool, which items may be recommended to anybody,
+    - `emphasis` `[batch, paths]` float32, by which path scores are multiplied: 1 as trained,
+    - `preferences`, by modality `tokens` `[batch, tokens, width]` and `mask` `[batch, tokens]`,
+    - `places` `[k]` of any type: how many items are wanted.
+
+    It gives item ids `[batch, k]` int32, the best first, their scores, -inf where nothing is left,
+    and what adds up to the scores, `[batch, k, shares]` in the order of `share_names`. With the
+    fusion `cascade` these are the paths' own scores, which do not add up.
+  """
+
+  def program(arrays: dict, queries: dict) -> tuple[Array, Array, Array]:
+    users = _users(model, arrays, queries)
+    scores, by_path, users = _scores(model, arrays, queries, users)
+    k = queries['places'].shape[0]
+    if arrays['sketch']:
+      rough, ids = jax.lax.top_k(scores, min(CANDIDATES, scores.shape[1]))
+      exact = sum(_of_items(x, arrays['items'][path]['vectors'], ids) for path, x in users.items())
+      best, order = jax.lax.top_k(jnp.where(rough > -jnp.inf, exact, -jnp.inf), k)
+      ids = jnp.take_along_axis(ids, order, axis=1)
+    else:
+      best, ids = jax.lax.top_k(scores, k)
+    return ids, best, _shares(model, arrays, users, by_path, ids)
+
+  return program
+
+
+def make_scorer(model: UR4Rec) -> Callable[[dict, dict, Array], Array]:
+  """Builds `scorer(arrays, queries, ids)`: scores of given items above the catalogue's mean.
+
+  It takes what `make_program`'s function takes, and `[ids]` item ids; gives `[batch, ids]`.
+  """
+
+  def scorer(arrays: dict, queries: dict, ids: Array) -> Array:
+    arrays = arrays | {'sketch': {}}
+    scores, _, _ = _scores(model, arrays, queries, _users(model, arrays, queries))
+    is_in = scores > -jnp.inf
+    total = jnp.where(is_in, scores, 0).sum(1, keepdims=True)
+    return scores[:, ids] - total / is_in.sum(1, keepdims=True)
+
+  return scorer
+
+
+def _users(model: UR4Rec, arrays: dict, queries: dict) -> dict[str, Array]:
+  """By path `[batch, width]`: each user's state after the whole history."""
+  history = queries['history']
+  newest = jnp.arange(history.shape[1]) == history.shape[1] - 1
+  # Without a history there is still one position, which sees the preference alone.
+  segments = ((history > 0) | newest).astype(jnp.int32)
+  preferences = None
+  if queries['preferences']:
+    tables = {
+      name: TokenTable(table['tokens'][:, None], table['mask'][:, None])
+      for name, table in queries['preferences'].items()
+    }
+    preferences = Preferences(tables, segments > 0)
+  users = model.apply(
+    {'params': _with_placeholders(model, arrays['params'])},
+    {path: _side(items) for path, items in arrays['items'].items()},
+    history,
+    segments,
+    preferences,
+    method='user_side',
+    last_only=True,
+  )
+  return {path: x[:, -1] for path, x in users.items()}
+
+
+def _side(items: dict[str, Array]) -> ItemSide:
+  content = None
+  if 'modalities' in items:
+    content = Content(None, items['modalities'], items['present'], None)
+  return ItemSide(items['vectors'], content)
+
+
+def _with_placeholders(model: UR4Rec, params: PyTree) -> PyTree:
+  """Puts zeros for parameters that modules declare and nothing here reads; XLA drops them."""
+  params = dict(params)
+  for name in paths(model):
+    path = getattr(model, name)
+    if path.item_id if name == 'retriever' else 'id' in path.item_input:
+      zeros = jnp.zeros((path.num_items + 1, path.dim))
+      params[name] = params[name] | {'item_embedding': zeros}
+  return params
+
+
+def _scores(
+  model: UR4Rec, arrays: dict, queries: dict, users: dict[str, Array]
+) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+  """Scores `[batch, items + 1]`, by path what made them, and the users scaled to it.
+
+  With a sketch the scores of the paths are those in the sketch.
+  """
+  emphasis = {path: queries['emphasis'][:, i, None] for i, path in enumerate(users)}
+  rows = jnp.arange(queries['history'].shape[0])[:, None]
+
+  def leave_out(scores: Array) -> Array:
+    # Row 0 is no item, so that it takes what pads `left_out`, too.
+    scores = scores.at[rows, queries['left_out']].set(-jnp.inf).at[:, 0].set(-jnp.inf)
+    return jnp.where(queries['allowed'], scores, -jnp.inf)
+
+  weights = emphasis
+  if model.fusion is not None and is_sum(model):
+    learned = model.apply(
+      {'params': arrays['params']},
+      users,
+      arrays['covariances'],
+      method=lambda model, *args: model.fusion.path_weights(*args),
+    )
+    weights = {path: emphasis[path] * learned[path] for path in users}
+  if is_sum(model):
+    users = {path: (x * weights[path]).astype(x.dtype) for path, x in users.items()}
+  by_path = {}
+  for path, x in users.items():
+    if arrays['sketch']:
+      sketch = arrays['sketch'][path]
+      by_path[path] = (x.astype(jnp.float32) @ sketch['rotation']) @ sketch['items']
+    else:
+      by_path[path] = inner_products(x, arrays['items'][path]['vectors'])
+  if is_sum(model):
+    return leave_out(sum(by_path.values())), by_path, users
+  if model.fusion.kind == 'rank':
+    weighted = {
+      path: reciprocal_rank(
+        [leave_out(by_path[path])], [weights[path] * constant], model.fusion.rank_constant
+      )
+      for path, constant in zip(users, model.fusion.weights, strict=True)
+    }
+    return leave_out(sum(weighted.values())), weighted, users
+  # Times 0 and below, a path has no say; by how much a path is stressed makes no difference.
+  stressed = [leave_out(by_path[path] * jnp.sign(emphasis[path])) for path in users]
+  return leave_out(cascade(*stressed, model.fusion.cascade_size)), by_path, users
+
+
+def _of_items(users: Array, vectors: Array, ids: Array) -> Array:
+  """Inner products `[batch, ids]` of users `[batch, width]` with chosen items' vectors."""
+  return jnp.einsum('bd,bkd->bk', users, vectors[ids], preferred_element_type=jnp.float32)
+
+
+def _shares(
+  model: UR4Rec, arrays: dict, users: dict[str, Array], by_path: dict[str, Array], ids: Array
+) -> Array:
+  """What the paths, and in sums the parts of their item vectors, add to scores of `ids`."""
+  shares = []
+  for path, x in users.items():
+    items = arrays['items'][path]
+    if not is_sum(model):
+      shares.append(jnp.take_along_axis(by_path[path], ids, axis=1)[..., None])
+      continue
+    shares.append(_of_items(x, items['vectors'], ids)[..., None])
+    if 'parts' in items:
+      chosen = items['parts'][ids]
+      parts = jnp.einsum('bd,bkpd->bkp', x, chosen, preferred_element_type=jnp.float32)
+      shares.append(parts)
+  return jnp.concatenate(shares, axis=-1)
