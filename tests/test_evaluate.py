@@ -15,6 +15,7 @@ from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.features import Tables
 from ur4rec_jax.input_pipeline import gather_batch
 from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import UR4Rec
 
@@ -63,8 +64,8 @@ class Constant(nn.Module):
   max_length: int = MAX_LENGTH
   num_items: int = NUM_ITEMS
 
-  def user_side(self, items, item_ids, segment_ids, preferences):
-    return jnp.ones((*item_ids.shape, 1))
+  def user_side(self, items, item_ids, segment_ids, preferences, wanted):
+    return jnp.ones((*wanted.shape, 1))
 
   def item_side(self, features):
     return jnp.ones((self.num_items + 1, 1))
@@ -76,8 +77,8 @@ class Constant(nn.Module):
 class Oracle(Constant):
   """Gives the item after the newest one the best score: the answer in `cycle_dataset`."""
 
-  def user_side(self, items, item_ids, segment_ids, preferences):
-    return jax.nn.one_hot(item_ids % self.num_items, self.num_items)
+  def user_side(self, items, item_ids, segment_ids, preferences, wanted):
+    return jax.nn.one_hot(take_positions(item_ids, wanted) % self.num_items, self.num_items)
 
   def item_side(self, features):
     return jnp.eye(self.num_items + 1)[:, 1:]
@@ -88,9 +89,9 @@ class Poisoned(Oracle):
 
   value: float = jnp.nan
 
-  def user_side(self, items, item_ids, segment_ids, preferences):
-    states = super().user_side(items, item_ids, segment_ids, preferences)
-    return jnp.where(item_ids[..., None] == 7, self.value, states)
+  def user_side(self, items, item_ids, segment_ids, preferences, wanted):
+    states = super().user_side(items, item_ids, segment_ids, preferences, wanted)
+    return jnp.where(take_positions(item_ids, wanted)[..., None] == 7, self.value, states)
 
 
 @pytest.mark.parametrize(
@@ -225,16 +226,16 @@ def test_shares_hold_every_user_once_with_the_newest_token(users_per_share):
   for i, share_members in enumerate(members):
     share = jax.tree.map(lambda x, i=i: x[i], shares)
     batch = jax.tree.map(np.asarray, gather_batch(dataset.item_ids, share.plan, MAX_LENGTH))
-    tokens, segments = batch.item_ids.ravel(), batch.segment_ids.ravel()
     for entry, query in enumerate(share_members):
       if query < 0:
         assert share.targets[entry] == share.seen_lengths[entry] == 0
         continue
       seen = history(dataset, queries.users[query])[:-1]
       length = min(len(seen), MAX_LENGTH)
-      last = share.last[entry]
-      np.testing.assert_array_equal(tokens[last + 1 - length : last + 1], seen[-length:])
-      assert batch.users[last // MAX_LENGTH, segments[last] - 1] == queries.users[query]
+      row, slot = divmod(int(share.slots[entry]), share.plan.lengths.shape[1])
+      tokens = batch.item_ids[row][batch.segment_ids[row] == slot + 1]
+      np.testing.assert_array_equal(tokens, seen[-length:])
+      assert batch.users[row, slot] == queries.users[query]
       assert share.targets[entry] == queries.targets[query]
       assert (share.seen_starts[entry], share.seen_lengths[entry]) == (
         dataset.offsets[queries.users[query]],

@@ -175,6 +175,33 @@ def test_a_position_reads_its_own_users_tokens_where_it_may(variant):
     np.testing.assert_array_equal(moved, wanted, err_msg=f'{segment} {token}')
 
 
+@pytest.mark.parametrize(
+  ('variant', 'fields'),
+  [
+    ('paper', {}),
+    ('text', {'cross_modal_blocks': 0}),
+    ('multimodal', {}),
+    ('multimodal', {'num_blocks': 0, 'cross_modal_blocks': 0}),
+  ],
+)
+def test_wanted_positions_are_what_they_are_among_all(variant, fields):
+  config, _, _, features = make(variant, retriever=fields)
+  model = create_model(config, ITEMS)
+  items = jnp.array([[1, 2, 7, 5, 6, 1], [0, 0, 3, 4, 5, 6]])
+  segments = jnp.array([[1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1]])
+  arguments = features, items, segments, preferences_of(segments)
+  params = model.init(jax.random.key(0), *arguments, method='encode')['params']
+  apply = functools.partial(model.apply, {'params': params})
+  sides = apply(features, method='item_side')
+  wanted = jnp.array([[2, 5, 5], [5, 2, 3]])
+  every, some = (
+    apply(sides, *arguments[1:], method='user_side', **cut) for cut in ({}, {'wanted': wanted})
+  )
+  for path in every:
+    expected = jnp.take_along_axis(every[path], wanted[..., None], axis=1)
+    np.testing.assert_allclose(some[path], expected, atol=1e-4, err_msg=path)
+
+
 @pytest.mark.parametrize('variant', ['text', 'multimodal', 'paper'])
 def test_a_user_without_history_is_told_by_the_preference_alone(variant):
   users, segments = with_preferences(variant)

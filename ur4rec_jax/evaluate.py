@@ -51,7 +51,7 @@ class Share(NamedTuple):
 
   Attributes:
     plan: `[rows, slots]`, the users' latest interactions.
-    last: `[users]` index in the flattened rows of the user's newest token.
+    slots: `[users]` index of the user's slot, all rows' slots one after the other.
     targets: `[users]` item ids, 0 for an empty user.
     seen_starts: `[users]` index of the first earlier interaction.
     seen_lengths: `[users]` number of earlier interactions.
@@ -59,7 +59,7 @@ class Share(NamedTuple):
   """
 
   plan: Plan
-  last: np.ndarray | Array
+  slots: np.ndarray | Array
   targets: np.ndarray | Array
   seen_starts: np.ndarray | Array
   seen_lengths: np.ndarray | Array
@@ -177,8 +177,11 @@ def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Cal
     batch = gather_batch(item_ids, share.plan, row_length)
     apply = functools.partial(model.apply, {'params': params})
     preferences = gather_preferences(preferences, batch)
-    users = apply(items, batch.item_ids, batch.segment_ids, preferences, method='user_side')
-    users = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[share.last], users)
+    newest = jnp.maximum(jnp.cumsum(share.plan.lengths, axis=1) - 1, 0)
+    users = apply(
+      items, batch.item_ids, batch.segment_ids, preferences, wanted=newest, method='user_side'
+    )
+    users = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[share.slots], users)
     num_users = len(share.targets)
     entry = jnp.arange(seen_capacity)
     seen_users = jnp.repeat(
@@ -231,19 +234,17 @@ def make_shares(
   plan = plan_rows(users, queries.users, starts, lengths, num_shares * rows_per_share)
   by_share = lambda x: x.reshape(num_shares, rows_per_share, -1)
   users = by_share(np.pad(users, ((0, len(plan.lengths) - len(users)), (0, 0)), constant_values=-1))
-  first_token = np.arange(rows_per_share)[:, None] * max_length
-  ends = first_token + np.cumsum(by_share(plan.lengths), axis=2) - 1
   capacity = int((users >= 0).sum((1, 2)).max())
   members = np.full((num_shares, capacity), -1, np.int64)
-  last = np.zeros((num_shares, capacity), np.int32)
+  places = np.zeros((num_shares, capacity), np.int32)
   for share in range(num_shares):
-    filled = users[share] >= 0
-    members[share, : filled.sum()] = users[share][filled]
-    last[share, : filled.sum()] = ends[share][filled]
+    filled = np.flatnonzero(users[share] >= 0)
+    members[share, : len(filled)] = users[share].flat[filled]
+    places[share, : len(filled)] = filled
   lookup = lambda x: np.where(members >= 0, x[members], 0).astype(np.int32)
   share = Share(
     Plan(*map(by_share, plan)),
-    last,
+    places,
     lookup(queries.targets),
     lookup(queries.starts),
     lookup(queries.lengths),

@@ -213,7 +213,7 @@ def _users(model: UR4Rec, arrays: dict, queries: dict) -> dict[str, Array]:
     segments,
     preferences,
     method='user_side',
-    last_only=True,
+    wanted=jnp.full((history.shape[0], 1), history.shape[1] - 1),
   )
   return {path: x[:, -1] for path, x in users.items()}
 

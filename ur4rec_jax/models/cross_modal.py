@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from ur4rec_jax.models.layers import Dropout, masked_attention
+from ur4rec_jax.models.layers import Dropout, masked_attention, take_positions
 
 Array = jax.Array
 
@@ -37,7 +37,7 @@ class CrossModalBlock(nn.Module):
     memory: Mapping[str, Array] = FrozenDict(),
     *,
     deterministic: bool,
-    last_only: bool = False,
+    wanted: Array | None = None,
   ) -> dict[str, Array]:
     """Returns `tokens` anew, in the same shapes.
 
@@ -47,10 +47,9 @@ class CrossModalBlock(nn.Module):
         tokens]`, the same for every query, or `[rows, queries, tokens]`.
       memory: as `tokens`; seen by them, and stay as they are.
       deterministic: False applies dropout, with the `dropout` key.
-      last_only: whether only each row's last token is wanted: `[rows, 1, dim]`.
+      wanted: `[rows, wanted]`, places of the tokens that are wanted of each modality; None for all.
     """
     dropout = Dropout(self.dropout, deterministic=deterministic)
-    wanted = slice(-1, None) if last_only else slice(None)
 
     def dense(x: Array, width: int, name: str) -> Array:
       # Flat, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, dim].
@@ -66,17 +65,17 @@ class CrossModalBlock(nn.Module):
         norm(x, f'{name}_attention_norm'), len(parts) * x.shape[-1], f'{name}_{"_".join(parts)}'
       )
       *query, keys[name], values[name] = map(heads, jnp.split(projected, len(parts), axis=-1))
-      queries[name] = [q[:, wanted] for q in query]
+      queries[name] = [take_positions(q, wanted) for q in query]
     result = {}
     for name, x in tokens.items():
-      x = x[:, wanted]
+      x = take_positions(x, wanted)
       others = [other for other in keys if other != name]
       if others:
         join = lambda parts, others=others: jnp.concatenate([parts[o] for o in others], axis=1)
         mask = jnp.concatenate(
           [
             jnp.broadcast_to(
-              visible[o][:, wanted] if visible[o].ndim == 3 else visible[o][:, None],
+              take_positions(visible[o], wanted) if visible[o].ndim == 3 else visible[o][:, None],
               (x.shape[0], x.shape[1], keys[o].shape[1]),
             )
             for o in others

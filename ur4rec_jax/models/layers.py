@@ -32,6 +32,13 @@ def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
   return (mixed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
 
 
+def take_positions(x: Array, wanted: Array | None) -> Array:
+  """Takes positions `wanted` `[batch, wanted]` of `x` `[batch, length, ...]`; all with None."""
+  if wanted is None:
+    return x
+  return jnp.take_along_axis(x, wanted.reshape(*wanted.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
 class TokenProjection(nn.Module):
   """Projects frozen tokens into the space of the model: dense, layer norm, GELU, dropout.
 

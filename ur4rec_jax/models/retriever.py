@@ -99,7 +99,7 @@ class Retriever(nn.Module):
     backbone: Array | None = None,
     *,
     deterministic: bool = True,
-    last_only: bool = False,
+    wanted: Array | None = None,
   ) -> tuple[Array, Array | None]:
     """Encodes every prefix of every history.
 
@@ -108,11 +108,10 @@ class Retriever(nn.Module):
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: what users' own texts tell; None if there are none.
-      backbone: `[batch, length, width]`, states of the sequence path, which `proxies` read; with
-        `last_only` `[batch, 1, width]`.
+      backbone: `[batch, length, width]`, states of the sequence path, which `proxies` read; of
+        the `wanted` positions, if not all are.
       deterministic: False applies dropout, with the `dropout` key.
-      last_only: whether only the last position is wanted, and work for others is spared; lengths
-        of what is returned are 1 then.
+      wanted: `[batch, wanted]` positions, if not all are; the last layers are spared the others.
 
     Returns:
       `[batch, length, dim]`, whose inner product with an item's vector is its score, in nats; and
@@ -125,6 +124,6 @@ class Retriever(nn.Module):
       preferences,
       backbone,
       deterministic=deterministic,
-      last_only=last_only,
+      wanted=wanted,
     )
     return normalised(users) * jnp.exp(-self.log_temperature).astype(users.dtype), retrieved

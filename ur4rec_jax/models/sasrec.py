@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.models.content import ContentTower, ItemSide
-from ur4rec_jax.models.layers import Dropout, masked_attention
+from ur4rec_jax.models.layers import Dropout, masked_attention, take_positions
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'content', 'id+content')
@@ -73,11 +73,11 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, mask: Array, *, deterministic: bool, last_only: bool = False
+    self, x: Array, mask: Array, *, deterministic: bool, wanted: Array | None = None
   ) -> Array:
     """Maps tokens `x` `[batch * length, dim]` under `mask` `[batch, length, length]`.
 
-    With `last_only` gives those of each row's last position alone, `[batch, dim]`.
+    With `wanted` `[batch, wanted]` gives those positions alone, `[batch * wanted, dim]`.
     """
     dropout = Dropout(self.dropout, deterministic=deterministic)
     layer_norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
@@ -89,10 +89,8 @@ class Block(nn.Module):
       query, key, value = jnp.moveaxis(
         dense(3 * self.dim, 'query_key_value')(h).reshape(heads), 2, 0
       )
-      if last_only:
-        mixed = masked_attention(query[:, -1:], key, value, mask[:, -1:])
-      else:
-        mixed = masked_attention(query, key, value, mask)
+      query, seen = take_positions(query, wanted), take_positions(mask, wanted)
+      mixed = masked_attention(query, key, value, seen)
       return dense(self.dim, 'attention_out')(mixed.reshape(-1, self.dim))
 
     def feed_forward(h: Array) -> Array:
@@ -102,8 +100,8 @@ class Block(nn.Module):
     for name, branch in (('attention', attention), ('ffn', feed_forward)):
       norm = layer_norm(f'{name}_norm')
       change = dropout(branch(norm(x) if self.norm == 'pre' else x))
-      if last_only and name == 'attention':
-        x = x.reshape(*mask.shape[:2], self.dim)[:, -1]
+      if wanted is not None and name == 'attention':
+        x = take_positions(x.reshape(*mask.shape[:2], self.dim), wanted).reshape(-1, self.dim)
       x = x + change if self.norm == 'pre' else norm(x + change)
     return x
 
@@ -175,7 +173,7 @@ class SASRec(nn.Module):
     segment_ids: Array,
     *,
     deterministic: bool = True,
-    last_only: bool = False,
+    wanted: Array | None = None,
   ) -> Array:
     """Encodes every prefix of every sequence.
 
@@ -185,11 +183,11 @@ class SASRec(nn.Module):
         most `max_length`.
       segment_ids: `[batch, length]` int32, see the module's docstring.
       deterministic: False applies dropout, with the `dropout` key.
-      last_only: whether only the last position is wanted, and the rest of the last block is spared.
+      wanted: `[batch, wanted]` positions, if not all are; the last block is spared the others.
 
     Returns:
-      `[batch, length, dim]` hidden states; finite but meaningless where `segment_ids` is 0. With
-      `last_only` `[batch, 1, dim]`.
+      `[batch, length, dim]` hidden states, or `[batch, wanted, dim]`; finite but meaningless where
+      `segment_ids` is 0.
     """
     positions = segment_positions(segment_ids)
     # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
@@ -197,6 +195,6 @@ class SASRec(nn.Module):
     x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
     mask = causal_mask(segment_ids)
     for i, block in enumerate(self.blocks, 1):
-      is_cut = last_only and i == len(self.blocks)
-      x = block(x, mask, deterministic=deterministic, last_only=is_cut)
+      cut = wanted if i == len(self.blocks) else None
+      x = block(x, mask, deterministic=deterministic, wanted=cut)
     return self.final_norm(x).reshape(item_ids.shape[0], -1, self.dim)

@@ -99,7 +99,7 @@ class UR4Rec(nn.Module):
     preferences: Preferences | None = None,
     *,
     deterministic: bool = True,
-    last_only: bool = False,
+    wanted: Array | None = None,
   ) -> dict[str, Array]:
     """Encodes every prefix of every history in each path.
 
@@ -109,15 +109,15 @@ class UR4Rec(nn.Module):
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: what users' own texts tell, for the retriever; None if there are none.
       deterministic: False applies dropout, with the `dropout` key.
-      last_only: whether only the last position is wanted, and work for others is spared.
+      wanted: `[batch, wanted]` positions, if not all are; the last layers are spared the others.
 
     Returns:
-      By path `[batch, length, width]`, with `last_only` `[batch, 1, width]`.
+      By path `[batch, length, width]`, or `[batch, wanted, width]`.
     """
-    return self._user_side(items, item_ids, segment_ids, preferences, deterministic, last_only)[0]
+    return self._user_side(items, item_ids, segment_ids, preferences, deterministic, wanted)[0]
 
   def _user_side(
-    self, items, item_ids, segment_ids, preferences, deterministic, last_only=False
+    self, items, item_ids, segment_ids, preferences, deterministic, wanted=None
   ) -> tuple[dict[str, Array], Array | None]:
     """Returns `user_side`, and what the retriever's proxies found."""
     users, retrieved = {}, None
@@ -127,7 +127,7 @@ class UR4Rec(nn.Module):
         item_ids,
         segment_ids,
         deterministic=deterministic,
-        last_only=last_only,
+        wanted=wanted,
       )
     if self.retriever is not None:
       users['retriever'], retrieved = self.retriever.user_side(
@@ -137,7 +137,7 @@ class UR4Rec(nn.Module):
         preferences,
         users.get('sasrec'),
         deterministic=deterministic,
-        last_only=last_only,
+        wanted=wanted,
       )
     return users, retrieved
 

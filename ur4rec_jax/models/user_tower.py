@@ -8,7 +8,7 @@ from ur4rec_jax.features import Preferences
 from ur4rec_jax.models.content import Content
 from ur4rec_jax.models.cross_modal import CrossModalBlock
 from ur4rec_jax.models.fusion import ModalityFusion
-from ur4rec_jax.models.layers import Dropout, TokenProjection, masked_attention
+from ur4rec_jax.models.layers import Dropout, TokenProjection, masked_attention, take_positions
 from ur4rec_jax.models.sasrec import Block, causal_mask, segment_positions
 
 Array = jax.Array
@@ -109,7 +109,7 @@ class UserTower(nn.Module):
     backbone: Array | None = None,
     *,
     deterministic: bool,
-    last_only: bool = False,
+    wanted: Array | None = None,
   ) -> tuple[Array, None]:
     """Returns `[batch, length, dim]`, and None; arguments as `Retriever.user_side`."""
     del backbone  # Only `ProxyTower` reads it.
@@ -123,17 +123,18 @@ class UserTower(nn.Module):
       mask = visible[name] | jnp.eye(x.shape[1], dtype=bool)
       for i in range(self.num_blocks):
         sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, 'pre', self.dtype
-        is_cut = last_only and not num_crossings and i == self.num_blocks - 1
+        cut = wanted if not num_crossings and i == self.num_blocks - 1 else None
         block = Block(*sizes, name=f'{name}_block_{i}')
-        flat = block(flat, mask, deterministic=deterministic, last_only=is_cut)
+        flat = block(flat, mask, deterministic=deterministic, wanted=cut)
       states[name] = flat.reshape(x.shape[0], -1, self.dim)
     visible |= memory_visible
     for i in range(num_crossings):
       block = CrossModalBlock(self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{i}')
-      is_cut = last_only and i == num_crossings - 1
-      states = block(states, visible, memory, deterministic=deterministic, last_only=is_cut)
-    if last_only:
-      states, visible = jax.tree.map(lambda x: x[:, -1:], (states, visible))
+      cut = wanted if i == num_crossings - 1 else None
+      states = block(states, visible, memory, deterministic=deterministic, wanted=cut)
+    if not (num_crossings or self.num_blocks):
+      states = {name: take_positions(x, wanted) for name, x in states.items()}
+    visible = {name: take_positions(mask, wanted) for name, mask in visible.items()}
     positions = next(iter(states.values())).shape[:2]
     small = nn.initializers.normal(0.02)
     for name, tokens in memory.items():
@@ -180,7 +181,7 @@ class ProxyTower(nn.Module):
     backbone: Array,
     *,
     deterministic: bool,
-    last_only: bool = False,
+    wanted: Array | None = None,
   ) -> tuple[Array, Array]:
     """Returns `[batch, length, dim]`, and what each proxy found, `[batch, length, proxies, dim]`.
 
@@ -200,8 +201,7 @@ class ProxyTower(nn.Module):
     memory = jnp.concatenate([*memory.values(), *texts[0].values()], axis=1)
     memory = norm('memory_norm')(memory.reshape(-1, self.dim))
     visible = jnp.concatenate([*visible.values(), *texts[1].values()], axis=2)
-    if last_only:
-      visible = visible[:, -1:]
+    visible = take_positions(visible, wanted)
     num_queries = self.num_proxies + 1
     has_seen = jnp.repeat(visible.any(-1).reshape(-1), num_queries)[:, None]
     # Every query of a position sees what the position may see.
