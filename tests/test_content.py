@@ -144,8 +144,9 @@ def test_content_dropout_follows_its_key():
   assert np.abs(run(0) - run(1)).max() > 1e-2
 
 
-# Both paths, content in each, and all losses between modalities.
+# Both paths in one stage, content in each, and all losses between modalities.
 BOTH = (
+  "--config.stages=('train',)",
   "--config.modalities=('text','image')",
   "--config.paths=('sasrec','retriever')",
   '--config.sasrec.item_input=id+content',
