@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax import optimizers, parallel, steps
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.errors import exit_on_reported_error
-from ur4rec_jax.features import load_with_features, preference_starts, read_tables
+from ur4rec_jax.features import load_with_features, read_tables
 from ur4rec_jax.input_pipeline import Batch, Plan, TrainBatches, gather_preferences
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.stages import make_stages, stage_numbers
@@ -66,9 +66,7 @@ def prepare(config: ConfigDict) -> Variant:
     crop=config.crop,
     seed=config.seed,
   )
-  item_counts = train_part.item_counts()[1:].astype(np.float32)
-  starts = preference_starts(train_part)
-  data = parallel.replicate(steps.TrainData(train_part.item_ids, item_counts, tables, starts))
+  data = parallel.replicate(steps.make_train_data(train_part, tables))
   plan = Plan(*(x[:1] for x in batches.epoch(0)))
   arguments = (
     data,

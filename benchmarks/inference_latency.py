@@ -75,7 +75,7 @@ def _recommender(model, params, arrays, max_length, approximate) -> exported.Rec
   ids = [str(i) for i in range(1, count + 1)]
   catalogue = serving.catalogue_arrays(model, arrays, approximate)
   settings = {
-    'paths': serving.paths(model),
+    'paths': list(model.paths),
     'share_names': serving.share_names(model, names),
     'max_length': max_length,
     'preferences': {},

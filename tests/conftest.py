@@ -21,6 +21,7 @@ from ur4rec_jax import splits
 from ur4rec_jax.dataset import Dataset, read_interactions, read_items
 
 ROOT = pathlib.Path(__file__).parents[1]
+PROGRAM = (sys.executable, '-m', 'ur4rec_jax.main')
 # A run of two seconds: every part of the program at its smallest.
 SMALL = (
   '--config.sasrec.dim=16',
@@ -100,17 +101,10 @@ def shop(encoded, environment, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def start(environment, data_dir):
-  """Starts the program: `start(workdir, *flags, variant, env, prefix)` gives a process."""
+  """Starts the program: `start(workdir, *flags, variant, env, program)` gives a process."""
 
-  def start(workdir, *flags, variant='sasrec', env=None, prefix=()) -> subprocess.Popen:
-    command = [
-      *prefix,
-      sys.executable,
-      '-m',
-      'ur4rec_jax.main',
-      '--config',
-      f'{ROOT}/configs/synthetic.py:{variant}',
-    ]
+  def start(workdir, *flags, variant='sasrec', env=None, program=PROGRAM) -> subprocess.Popen:
+    command = [*program, '--config', f'{ROOT}/configs/synthetic.py:{variant}']
     command += [f'--config.data_dir={data_dir}', *SMALL, f'--workdir={workdir}', *flags]
     return subprocess.Popen(
       command,

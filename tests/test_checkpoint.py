@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, load_arrays
+from tests.conftest import PROGRAM, ROOT, load_arrays
 from ur4rec_jax.checkpoint import Checkpointer, find_damage, write_file
 from ur4rec_jax.errors import StorageError
 
@@ -164,7 +164,7 @@ def test_a_full_disk_during_a_save(run, finished, tmp_path):
   kept = newest_step(workdir)
 
   # A limit on file sizes stands in for a full disk: the same system calls fail.
-  done = run(workdir, prefix=('bash', '-c', 'ulimit -f 10; exec "$@"', 'bash'))
+  done = run(workdir, program=('bash', '-c', 'ulimit -f 10; exec "$@"', 'bash', *PROGRAM))
   assert done.returncode == StorageError.exit_code, done.stderr
   assert 'could not be written' in done.stderr
   assert 'goes on from the last good step' in done.stderr.splitlines()[-1]

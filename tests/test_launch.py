@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.conftest import ROOT, SMALL, lines, wait_for
+from tests.conftest import ROOT, lines, wait_for
 from ur4rec_jax import errors
 
 LAUNCH = ROOT / 'launch'
@@ -202,21 +202,13 @@ def test_tpu_vm_starts_again_what_may_go_on(code, attempts, scheduler):
 
 
 @pytest.fixture(scope='module')
-def pair(environment, data_dir):
+def pair(start):
   """Starts two processes: `pair(workdir, *flags)` gives the script's process."""
 
   def pair(workdir, *flags) -> subprocess.Popen:
-    command = ['bash', LAUNCH / 'local_processes.sh', '2', f'--config={ROOT}/configs/synthetic.py']
-    command += [f'--config.data_dir={data_dir}', *SMALL, '--config.num_epochs=2']
-    command += [f'--workdir={workdir}', *flags]
-    return subprocess.Popen(
-      command,
-      env=environment | {'PYTHON': sys.executable},
-      cwd=workdir.parent,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
+    script = ('bash', LAUNCH / 'local_processes.sh', '2')
+    flags = ('--config.num_epochs=2', *flags)
+    return start(workdir, *flags, env={'PYTHON': sys.executable}, program=script)
 
   return pair
 

@@ -112,7 +112,7 @@ class TrainedRecommender(exported.Recommender):
   def _place(self, items, item_arrays, about) -> None:
     self._item_arrays, self.items = item_arrays, items
     self.settings = {
-      'paths': serving.paths(self.model),
+      'paths': list(self.model.paths),
       'share_names': serving.share_names(self.model, list(self.config.modalities)),
       'max_length': self.config.max_length,
       'preferences': {name: table.tokens.shape[1:] for name, table in self._user_tables.items()},

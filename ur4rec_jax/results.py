@@ -64,10 +64,11 @@ def write_results(
     The contents of `results.json`.
   """
   best, records = progress.best_stage, []
+  placed = parallel.replicate((dataset.item_ids, tables))
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
   for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
     parts = evaluate.PARTS if i == best else ('test',)
-    ranks = _rank(stage.config, dataset, tables, params_of_stage(best_params, i), parts)
+    ranks = _rank(stage.config, dataset, *placed, params_of_stage(best_params, i), parts)
     if i == best:
       best_ranks, scores = ranks, _scores(stage.config, dataset, ranks)
     records.append(
@@ -136,7 +137,8 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   keep_compiled_programs(workdir, config)
   tables = read_tables(dataset, jnp.dtype(config.dtype))
   stage, params = restore_best(config, workdir, dataset, tables)
-  ranks = _rank(stage.config, dataset, tables, params, evaluate.PARTS)
+  placed = parallel.replicate((dataset.item_ids, tables))
+  ranks = _rank(stage.config, dataset, *placed, params, evaluate.PARTS)
   results = _scores(stage.config, dataset, ranks)
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
@@ -170,15 +172,17 @@ def restore_best(
 def _rank(
   config: ConfigDict,
   dataset: Dataset,
+  item_ids: jax.Array,
   tables: Tables,
   params: PyTree,
   parts: Sequence[str],
 ) -> dict[str, np.ndarray]:
-  """Returns the ranks of the held-out items by part, in the users' order."""
+  """Returns the ranks of the held-out items by part, in the users' order.
+
+  `item_ids` and `tables` are on the devices.
+  """
   model = create_model(config, dataset.num_items)
   with jax.transfer_guard(config.transfer_guard):
-    item_ids = parallel.replicate(dataset.item_ids)
-    tables = parallel.replicate(tables)
     return {
       part: evaluate.make_evaluator(
         model, dataset, item_ids, tables, part, config.evaluation, config.mapping

@@ -20,6 +20,8 @@ from ur4rec_jax.models.fusion import (
   modality_parts,
   reciprocal_rank,
 )
+from ur4rec_jax.models.retriever import Retriever
+from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import PATHS, UR4Rec
 
 Array = jax.Array
@@ -36,9 +38,9 @@ def is_sum(model: UR4Rec) -> bool:
   return model.fusion is None or model.fusion.kind in SUMS
 
 
-def paths(model: UR4Rec) -> list[str]:
-  """Names of the model's paths."""
-  return [name for name in PATHS if getattr(model, name) is not None]
+def _has_id(path: SASRec | Retriever) -> bool:
+  """Whether a path's item vectors are made of an embedding of the id, too."""
+  return path.item_id if isinstance(path, Retriever) else 'id' in path.item_input
 
 
 def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:
@@ -49,10 +51,9 @@ def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:
     modalities: of the items.
   """
   names = {}
-  for name in paths(model):
-    path = getattr(model, name)
-    has_id = path.item_id if name == 'retriever' else 'id' in path.item_input
-    parts = [*(sorted(modalities) if path.content is not None else []), *([ID] if has_id else [])]
+  for name, path in model.paths.items():
+    parts = sorted(modalities) if path.content is not None else []
+    parts += [ID] * _has_id(path)
     if len(parts) > 1:
       names[name] = parts
   return names
@@ -63,7 +64,7 @@ def share_names(model: UR4Rec, modalities: list[str]) -> list[str]:
   parts = part_names(model, modalities) if is_sum(model) else {}
   return [
     column
-    for path in paths(model)
+    for path in model.paths
     for column in (path, *(f'{path}_{part}' for part in parts.get(path, ())))
   ]
 
@@ -228,9 +229,8 @@ def _side(items: dict[str, Array]) -> ItemSide:
 def _with_placeholders(model: UR4Rec, params: PyTree) -> PyTree:
   """Puts zeros for parameters that modules declare and nothing here reads; XLA drops them."""
   params = dict(params)
-  for name in paths(model):
-    path = getattr(model, name)
-    if path.item_id if name == 'retriever' else 'id' in path.item_input:
+  for name, path in model.paths.items():
+    if _has_id(path):
       zeros = jnp.zeros((path.num_items + 1, path.dim))
       params[name] = params[name] | {'item_embedding': zeros}
   return params

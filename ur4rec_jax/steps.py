@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from ur4rec_jax import losses, stages
-from ur4rec_jax.features import Tables
+from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.models.ur4rec import Encoded, losses_in_use
 from ur4rec_jax.optimizers import learning_rate_at
@@ -36,6 +38,16 @@ class TrainData(NamedTuple):
   item_counts: Array
   tables: Tables
   preference_starts: Array
+
+
+def make_train_data(train_part: Dataset, tables: Tables) -> TrainData:
+  """Collects what training reads, still on the host; `train_part` is from `Dataset.train_part`."""
+  return TrainData(
+    train_part.item_ids,
+    train_part.item_counts()[1:].astype(np.float32),
+    tables,
+    preference_starts(train_part),
+  )
 
 
 def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:

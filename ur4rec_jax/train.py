@@ -20,7 +20,7 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import Tables, load_with_features, preference_starts, read_tables
+from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
@@ -177,14 +177,7 @@ class _TrainLoop:
       )
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
     self._restore_or_create(tables)
-    self.data = parallel.replicate(
-      steps.TrainData(
-        train_part.item_ids,
-        train_part.item_counts()[1:].astype(np.float32),
-        tables,
-        preference_starts(train_part),
-      )
-    )
+    self.data = parallel.replicate(steps.make_train_data(train_part, tables))
     self.item_ids = parallel.replicate(dataset.item_ids)
     self.validators, self.train_steps = {}, {}
     self.writer = self.bar = Silent()

@@ -79,7 +79,9 @@ class UR4Rec(nn.Module):
     """Longest history that it reads."""
     return (self.sasrec or self.retriever).max_length
 
-  def _paths(self) -> dict[str, nn.Module]:
+  @property
+  def paths(self) -> dict[str, nn.Module]:
+    """Its paths by name."""
     return {name: path for name in PATHS if (path := getattr(self, name)) is not None}
 
   def item_side(
@@ -88,7 +90,7 @@ class UR4Rec(nn.Module):
     """Makes the items' side of each path, once for all users; features as `ContentTower` reads."""
     return {
       name: path.item_side(features, deterministic=deterministic)
-      for name, path in self._paths().items()
+      for name, path in self.paths.items()
     }
 
   def user_side(
