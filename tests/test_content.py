@@ -177,6 +177,12 @@ def test_a_run_with_content_trains_resumes_and_names_its_features(run, encoded, 
   assert 'retriever/content/image_projection/dense/kernel' in done.stdout
   logged = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
   assert {'loss/sasrec', 'loss/retriever', 'loss/info_nce'} <= set().union(*logged)
+  gates = (
+    'sasrec/content/text',
+    'retriever/content/image',
+    'retriever/user_tower/preference_taste',
+  )
+  assert {f'gate/{name}' for name in gates} <= set().union(*logged)
   results = json.loads((workdir / 'results.json').read_text())
   found = results['dataset']['features']
   assert [found['item'][name]['is_builtin'] for name in ('text', 'image')] == [True, False]

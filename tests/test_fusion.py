@@ -11,6 +11,22 @@ from ur4rec_jax.models.fusion import ModalityFusion, PathFusion
 KEEP = lambda scores: scores
 
 
+def test_what_a_fusion_reports_is_what_it_did():
+  rng = np.random.default_rng(1)
+  vectors = jnp.asarray(rng.normal(size=(5, 2, 4)), jnp.float32)
+  present = jnp.asarray([[1, 1], [1, 0], [0, 1], [0, 0], [1, 1]], bool)
+  layer = ModalityFusion('gated', ('text', 'image'), jnp.float32)
+  params = layer.init(jax.random.key(0), vectors, present)['params']
+  _, reported = layer.apply({'params': params}, vectors, present, mutable=(fusion.GATES,))
+  gates = reported[fusion.GATES]
+  assert sum(gates.values()) == pytest.approx(1)
+  side_by_side = jnp.where(present[..., None], vectors, 0).reshape(5, -1)
+  odds = jnp.exp(side_by_side @ params['gate']['kernel'] + params['gate']['bias']) * present
+  odds = odds[present.any(1)]
+  expected = (odds / odds.sum(1, keepdims=True)).mean(0)
+  np.testing.assert_allclose([gates['text'], gates['image']], expected, rtol=1e-5)
+
+
 def test_gates_sum_to_one_over_what_is_present():
   rng = np.random.default_rng(0)
   present = rng.random((50, 3)) < 0.5
@@ -24,7 +40,7 @@ def test_what_is_absent_has_no_say(kind):
   rng = np.random.default_rng(0)
   vectors = jnp.asarray(rng.normal(size=(6, 3, 4)), jnp.float32)
   present = jnp.asarray([[1, 1, 1], [1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]], bool)
-  layer = ModalityFusion(kind, jnp.float32)
+  layer = ModalityFusion(kind, ('a', 'b', 'c'), jnp.float32)
   params = layer.init(jax.random.key(0), vectors, present)
   joined = layer.apply(params, vectors, present)
   garbage = jnp.where(present[..., None], vectors, jnp.nan)

@@ -14,6 +14,7 @@ from ur4rec_jax.features import Preferences, Tables, TokenTable
 from ur4rec_jax.input_pipeline import Batch
 from ur4rec_jax.models.retriever import normalised
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.train_state import parameter_shapes
 
 ITEMS, LENGTH = 7, 6
 SMALL = {
@@ -114,6 +115,17 @@ def test_the_retriever_scores_by_cosine_over_temperature():
   ones = jnp.ones((1, 1), jnp.int32)
   init = fresh.init(jax.random.key(0), features, ones, ones, method='encode')['params']
   assert np.exp(init['retriever']['log_temperature']) == pytest.approx(config.retriever.temperature)
+
+
+@pytest.mark.parametrize('item_input', ['id', 'content', 'id+content'])
+@pytest.mark.parametrize('item_id', [True, False])
+def test_paths_make_items_of_ids_and_content_independently(item_input, item_id):
+  config, model, _, features = make(
+    sasrec={'item_input': item_input}, retriever={'item_id': item_id}
+  )
+  params = parameter_shapes(model, Tables(features, {}))
+  has_id = {path: 'item_embedding' in params[path] for path in config.paths}
+  assert has_id == {'sasrec': 'id' in item_input, 'retriever': item_id}
 
 
 def test_zeros_have_a_direction_of_zeros_and_a_finite_gradient():

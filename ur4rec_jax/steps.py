@@ -1,7 +1,7 @@
 """The pure training and evaluation steps of one device's share; no I/O, no Python state."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from ur4rec_jax import losses, stages
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
+from ur4rec_jax.models.fusion import GATES
 from ur4rec_jax.models.ur4rec import Encoded, losses_in_use
 from ur4rec_jax.optimizers import learning_rate_at
 from ur4rec_jax.parallel import AXIS
@@ -198,6 +200,16 @@ def make_retrieval_loss(name: str, config: ConfigDict) -> Callable[..., Array]:
   }[name]
 
 
+def _gates(reported: PyTree, modalities: Sequence[str]) -> dict[str, Array]:
+  """Names what `fusion.GATES` holds: `PATH`, or `PATH/TOWER/MODALITY`."""
+  by_place = traverse_util.flatten_dict(reported.get(GATES, {}))
+  name_of = {f'modality_{i}': name for i, name in enumerate(sorted(modalities))}
+  return {
+    '/'.join(name_of.get(part, part) for part in place if part != 'fusion'): value
+    for place, value in by_place.items()
+  }
+
+
 def make_train_step(
   model: nn.Module,
   tx: optax.GradientTransformationExtraArgs,
@@ -220,8 +232,9 @@ def make_train_step(
     `train_step(state, data, plan, num_steps, numbers)` with `plan` `[steps, rows, slots]`, this
     device's rows of each step, of which the first `num_steps` are taken, and the `numbers` of the
     stage. It gives the new state and per step, `[steps]`: `loss`, the weighted sum, and `loss/NAME`
-    each loss if there are several, all means over all devices' tokens; `grad_norm`; `turn`, whose
-    it was; `finite`, whether loss and gradient are.
+    each loss if there are several, all means over all devices' tokens; `weight/NAME` what it is
+    multiplied by, where that is learned; `gate/NAME` the share of a path or modality; `grad_norm`;
+    `turn`, whose it was; `finite`, whether loss and gradient are.
   """
   all_losses, loss_weights = make_losses(config.loss), losses_in_use(config.loss)
   moves = jax.tree.map(lambda label: label in moving, labels)
@@ -241,7 +254,7 @@ def make_train_step(
 
     def objective(params):
       params = jax.tree.map(lambda x, m: x if m else jax.lax.stop_gradient(x), params, moves)
-      encoded = model.apply(
+      encoded, reported = model.apply(
         {'params': params},
         data.tables.items,
         batch.item_ids,
@@ -250,14 +263,20 @@ def make_train_step(
         deterministic=False,
         rngs={'dropout': dropout_key},
         method='encode',
+        mutable=(GATES,),
       )
       values = all_losses(encoded, batch, data, tokens, negatives_key)
+      reported = {
+        **({f'loss/{name}': x for name, x in values.items()} if len(values) > 1 else {}),
+        **{f'weight/{name}': jnp.exp(-x) for name, x in encoded.log_variances.items()},
+        **{f'gate/{name}': x for name, x in _gates(reported, config.modalities).items()},
+      }
       if encoded.log_variances:
-        return losses.uncertainty_weighted(values, encoded.log_variances), values
-      return sum(loss_weights[name] * value for name, value in values.items()), values
+        return losses.uncertainty_weighted(values, encoded.log_variances), reported
+      return sum(loss_weights[name] * value for name, value in values.items()), reported
 
-    (value, parts), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
-    value, parts = jax.lax.pmean((value, parts), AXIS)
+    (value, reported), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    value, reported = jax.lax.pmean((value, reported), AXIS)
     gradients = jax.tree.map(lambda g, m: jax.lax.pmean(g, AXIS) if m else g, gradients, moves)
     updates, opt_state = tx.update(
       gradients,
@@ -270,7 +289,7 @@ def make_train_step(
     grad_norm = optax.tree.norm(gradients)
     metrics = {
       'loss': value,
-      **({f'loss/{name}': x for name, x in parts.items()} if len(parts) > 1 else {}),
+      **reported,
       'grad_norm': grad_norm,
       'turn': state.stage.turn,
       'finite': jnp.isfinite(value) & jnp.isfinite(grad_norm),

@@ -67,10 +67,11 @@ def parameter_shapes(model: nn.Module, tables: Tables) -> PyTree:
 
 
 def _initial_parameters(model: nn.Module, tables: Tables, key: jax.Array) -> PyTree:
-  one_row = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), tables)
+  # Only shapes matter: under jit or eval_shape, what is computed from these zeros is dropped.
+  empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tables)
   ones, zeros = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-  preferences = gather_preferences(one_row.users, Batch(ones, ones, ones, ones, zeros))
-  return model.init(key, one_row.items, ones, ones, preferences, method='encode')['params']
+  preferences = gather_preferences(empty.users, Batch(ones, ones, ones, ones, zeros))
+  return model.init(key, empty.items, ones, ones, preferences, method='encode')['params']
 
 
 def create_train_state(
@@ -85,7 +86,7 @@ def create_train_state(
     model: has `encode`, see `UR4Rec`.
     tx: optimizer.
     seed: of parameters and of everything random in training.
-    tables: tokens of items and users; only the width of the tokens matters.
+    tables: tokens of items and users; only their shapes matter.
   """
 
   @jax.jit

@@ -97,5 +97,5 @@ class ContentTower(nn.Module):
     )
     present = jnp.stack([masks[name].any(1) for name in names], axis=1)
     vectors = jnp.where(present[..., None], vectors, 0)
-    joined = ModalityFusion(self.fusion, self.dtype, name='fusion')(vectors, present)
+    joined = ModalityFusion(self.fusion, tuple(names), self.dtype, name='fusion')(vectors, present)
     return Content(joined, vectors, present, jnp.stack([pooled[n] for n in names], axis=1))

@@ -17,6 +17,11 @@ MODALITY_FUSIONS = ('add', 'concat', 'gated')
 SUMS = ('weighted', 'learned', 'adaptive')
 PATH_FUSIONS = (*SUMS, 'rank', 'cascade')
 CALIBRATIONS = ('standardise', 'log_probability')
+GATES = 'gates'  # Variables that report what a part of the whole counts, on average.
+
+
+def _latest(_, new: Array) -> Array:
+  return new
 
 
 class ModalityFusion(nn.Module):
@@ -26,10 +31,12 @@ class ModalityFusion(nn.Module):
     kind: `add` sums them; `concat` is a dense layer over them side by side, zeros where absent;
       `gated` averages them under gates that are computed from all of them and sum to 1 over those
       present (Arevalo et al., Gated Multimodal Units, 2017, with a softmax for any number).
+    names: of the modalities; if several, their mean gates go to the collection `gates`.
     dtype: computation type; gates are float32.
   """
 
   kind: str
+  names: tuple[str, ...]
   dtype: jnp.dtype
 
   @nn.compact
@@ -49,7 +56,12 @@ class ModalityFusion(nn.Module):
       joined = nn.Dense(dim, dtype=self.dtype, name='joined')(side_by_side)
       return jnp.where(present.any(1, keepdims=True), joined, 0)
     logits = nn.Dense(modalities, dtype=self.dtype, name='gate')(side_by_side)
-    return jnp.einsum('rm,rmd->rd', gates(logits, present).astype(vectors.dtype), vectors)
+    weights = gates(logits, present)
+    if modalities > 1:
+      means = weights.sum(0) / jnp.maximum(present.any(1).sum(), 1)
+      for name, mean in zip(self.names, means, strict=True):
+        self.sow(GATES, name, mean, reduce_fn=_latest)
+    return jnp.einsum('rm,rmd->rd', weights.astype(vectors.dtype), vectors)
 
 
 def modality_parts(kind: str, params: Mapping, vectors: Array, present: Array) -> Array:
@@ -121,6 +133,8 @@ def standard_deviation(users: Array, covariance: Array) -> Array:
 class PathFusion(nn.Module):
   """Joins the scores of several paths.
 
+  Trained weights go to the collection `gates`, divided by their sum, on average over users.
+
   Attributes:
     kind: a weighted sum of scores, `weighted` by constants, `learned` by trained global weights,
       `adaptive` by a small network on the user's states; or `rank` (`reciprocal_rank`), or
@@ -165,6 +179,10 @@ class PathFusion(nn.Module):
       h = nn.relu(nn.Dense(self.hidden_dim, name='hidden')(nn.LayerNorm(name='norm')(states)))
       change = nn.Dense(len(self.paths), kernel_init=nn.initializers.zeros, name='log_weights')(h)
       log_weights = log_weights + change
+    if self.kind != 'weighted':
+      shares = nn.softmax(log_weights).reshape(-1, len(self.paths)).mean(0)
+      for name, share in zip(self.paths, shares, strict=True):
+        self.sow(GATES, name, share, reduce_fn=_latest)
     weights = {path: jnp.exp(log_weights[..., i, None]) for i, path in enumerate(self.paths)}
     if self.calibration == 'standardise':
       for path in self.paths:

@@ -147,8 +147,8 @@ class UserTower(nn.Module):
       [norm(name)(x).reshape(-1, self.dim) for name, x in states.items()], axis=1
     )
     has_seen = jnp.stack([visible[name].any(-1).reshape(-1) for name in states], axis=1)
-    joined = ModalityFusion(self.fusion, self.dtype, name='fusion')(side_by_side, has_seen)
-    return joined.reshape(*positions, self.dim), None
+    join = ModalityFusion(self.fusion, tuple(states), self.dtype, name='fusion')
+    return join(side_by_side, has_seen).reshape(*positions, self.dim), None
 
 
 class ProxyTower(nn.Module):
