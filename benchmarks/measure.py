@@ -1,0 +1,187 @@
+"""What the speed benchmarks share: the data as one file, sides that take turns, what is reported.
+
+A side is a process that trains and ranks when it is asked to, one JSON line for one JSON line:
+`own_side.py`, or `rectools_side.py`, which runs with the Python that RecTools is installed in and so
+finds nothing here but NumPy. Both stay, so that each keeps what it compiled, and are idle in the
+other's turns.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / 'benchmarks' / 'results' / 'performance'
+OWN, RECTOOLS = 'own', 'rectools'
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+  """Flags of the benchmarks against RecTools; what `--config.FIELD=VALUE` changes is ours alone."""
+  parser = argparse.ArgumentParser(
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('--data_dir', required=True, help='prepared data')
+  add('--rectools_python', default=sys.executable, help='of an environment with rectools[torch]')
+  add('--users', type=int, help='take only the first so many, to try things out')
+  add('--loss', default='softmax', choices=('softmax', 'bce'))
+  add('--max_length', type=int, default=200)
+  add('--batch_size', type=int, default=128)
+  add('--dim', type=int, default=64)
+  add('--num_blocks', type=int, default=2)
+  add('--num_heads', type=int, default=1)
+  add('--dropout', type=float, default=0.2)
+  add('--learning_rate', type=float, default=1e-3)
+  add('--seed', type=int, default=0)
+  add('--rectools_loaders', type=int, default=0, help='processes that make its batches')
+  add_output_flags(parser)
+  return parser
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--json', action='store_true', help='print nothing but the line of JSON')
+  parser.add_argument('--out', type=pathlib.Path, help=f'store it, for the page in {RESULTS}')
+
+
+def write_data(data_dir: str, users: int | None, path: pathlib.Path) -> dict[str, Any]:
+  """Writes the histories of a prepared folder, or of its first users, for both sides to read.
+
+  Returns:
+    Name and counts.
+  """
+  from ur4rec_jax.dataset import load_dataset
+
+  dataset = load_dataset(data_dir)
+  offsets = dataset.offsets[: None if users is None else users + 1]
+  item_ids = dataset.item_ids[: offsets[-1]]
+  np.savez(path, offsets=offsets, item_ids=item_ids, num_items=dataset.num_items)
+  return {
+    'name': dataset.info['name'],
+    'users': len(offsets) - 1,
+    'items': dataset.num_items,
+    'interactions': len(item_ids),
+  }
+
+
+class Side:
+  """A process that works when asked; it ends with the `with` block."""
+
+  def __init__(self, name: str, python: str, settings: dict[str, Any]):
+    """Starts `benchmarks.NAME_side`, which prepares itself meanwhile."""
+    command = [python, '-m', f'benchmarks.{name}_side', json.dumps(settings)]
+    self.name = name
+    self._said = tempfile.TemporaryFile('w+')  # Shown if it fails.
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': self._said}
+    self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+
+  def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+    """Has something done and returns the answer; it includes `peak_mb`, of the process so far."""
+    with contextlib.suppress(BrokenPipeError):  # The empty answer says that it has ended.
+      print(json.dumps({'what': what, **arguments}), file=self._process.stdin, flush=True)
+    line = self._process.stdout.readline()
+    if not line:
+      self._said.seek(0)
+      sys.exit(f'{self._said.read()}\n{self.name}: ended with {self._process.wait()}, see above')
+    return json.loads(line)
+
+  def __enter__(self) -> 'Side':
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._process.kill()
+    self._process.wait()
+
+
+def answer_requests(make_answers: Callable[[dict], dict[str, Callable[..., dict]]]) -> None:
+  """The main function of a side.
+
+  Args:
+    make_answers: prepares everything from the settings; by name, what can be asked for.
+  """
+  replies = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)  # Whatever else is printed.
+  answers = make_answers(json.loads(sys.argv[1]))
+  for line in sys.stdin:
+    arguments = json.loads(line)
+    answer = answers[arguments.pop('what')](**arguments)
+    print(json.dumps({**answer, 'peak_mb': peak_megabytes()}), file=replies, flush=True)
+
+
+def settings_of(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+  """What both sides are told, and what a result says of how it came about."""
+  names = 'loss max_length batch_size dim num_blocks num_heads dropout learning_rate seed'
+  names += ' rectools_loaders'
+  return {name: getattr(flags, name) for name in names.split()} | {'overrides': [*overrides]}
+
+
+def start_sides(
+  flags: argparse.Namespace, overrides: Sequence[str], data: pathlib.Path
+) -> tuple[Side, Side]:
+  """Starts both sides on the same data with the same settings."""
+  settings = {**settings_of(flags, overrides), 'data': str(data)}
+  return (
+    Side(OWN, sys.executable, settings),
+    Side(RECTOOLS, flags.rectools_python, settings),
+  )
+
+
+def take_turns(sides: Sequence[Side], rounds: int, what: str, **arguments) -> dict[str, list[dict]]:
+  """Asks A B A B ..., so that whatever else the machine does falls on both; answers by side."""
+  answers = {side.name: [] for side in sides}
+  for _ in range(rounds):
+    for side in sides:
+      answers[side.name].append(side.ask(what, **arguments))
+  return answers
+
+
+def compare(own: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+  """Ratio of the medians of two speeds, and its spread over the rounds.
+
+  Args:
+    own: a speed a round.
+    other: the same, of the other side.
+
+  Returns:
+    `ratio`; `ratios`, the lowest and the highest of a round; and both medians.
+  """
+  by_round = [a / b for a, b in zip(own, other, strict=True)]
+  medians = statistics.median(own), statistics.median(other)
+  return {
+    'ratio': round(medians[0] / medians[1], 3),
+    'ratios': [round(min(by_round), 3), round(max(by_round), 3)],
+    OWN: round(medians[0], 1),
+    RECTOOLS: round(medians[1], 1),
+  }
+
+
+def peak_megabytes() -> float:
+  """Most memory that this process ever had; its own, where getrusage also counts the parent's."""
+  status = pathlib.Path('/proc/self/status').read_text()
+  return round(int(status.split('VmHWM:')[1].split()[0]) / 1024, 1)
+
+
+def machine() -> dict[str, Any]:
+  """Where this is: cores that may be used, and how busy they are besides."""
+  return {'cores': len(os.sched_getaffinity(0)), 'load': round(os.getloadavg()[0], 1)}
+
+
+def report(flags: argparse.Namespace, lines: Sequence[str], result: dict[str, Any]) -> None:
+  """Prints a table and, as the last line, the result; stores it if that is asked for."""
+  if not flags.json:
+    print(*lines, sep='\n')
+  if flags.out:
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.write_text(json.dumps(result, indent=1) + '\n')
+  print(json.dumps(result))

@@ -1,0 +1,136 @@
+"""Our side of the benchmarks: the training loop and the evaluator of the program, epoch by epoch."""
+
+import ast
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.measure import answer_requests
+from configs import default
+from ur4rec_jax import evaluate, parallel, splits
+from ur4rec_jax.checkpoint import Checkpointer
+from ur4rec_jax.config_checks import check_config
+from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.features import read_tables
+from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.stages import make_stages
+from ur4rec_jax.train import TrainLoop
+from ur4rec_jax.train_state import parameter_shapes
+
+
+def make_dataset(item_ids: np.ndarray, offsets: np.ndarray, num_items: int) -> Dataset:
+  """A dataset in memory, split by leave-one-out; arguments as the fields of `Dataset`."""
+  counts = {'users': len(offsets) - 1, 'items': num_items, 'interactions': len(item_ids)}
+  info = {'name': 'benchmark', 'counts': counts, 'splits': {splits.LEAVE_ONE_OUT: {'hash': ''}}}
+  split = splits.leave_one_out(np.diff(offsets))
+  return Dataset(info, splits.LEAVE_ONE_OUT, split, item_ids, offsets)
+
+
+def make_config(settings: dict[str, Any]) -> ConfigDict:
+  """The default config with a benchmark's settings, and then its `overrides`.
+
+  Raises:
+    InputError: a field cannot have such a value.
+  """
+  config = default.get_config()
+  for name in ('max_length', 'batch_size', 'seed'):
+    config[name] = settings[name]
+  for name in ('dim', 'num_blocks', 'num_heads', 'dropout'):
+    config.sasrec[name] = settings[name]
+  config.sasrec.ffn_dim = settings['dim']
+  config.loss.name = settings['loss']
+  config.optimizer.learning_rate = settings['learning_rate']
+  for override in settings.get('overrides', ()):
+    field, _, value = override.removeprefix('--config.').partition('=')
+    try:
+      value = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      pass  # A word.
+    config.update_from_flattened_dict({field: value})
+  check_config(config)
+  return config
+
+
+def make_loop(config: ConfigDict, dataset: Dataset, workdir: str) -> TrainLoop:
+  """The program's training loop, at its start; nothing stops it and it saves nothing by itself."""
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  stages, labels = make_stages(
+    config, lambda of: parameter_shapes(create_model(of, dataset.num_items), tables)
+  )
+  checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
+  return TrainLoop(config, workdir, dataset, tables, stages, labels, checkpointer, lambda: 0)
+
+
+def train(loop: TrainLoop, num_steps: int) -> float:
+  """Trains on, waits for the end, and returns the seconds."""
+  began = time.perf_counter()
+  progress = loop.progress
+  end = progress.step + num_steps
+  with jax.transfer_guard(loop.config.transfer_guard):
+    while progress.step < end:
+      loop.state, progress.step = loop.dispatcher.run(loop.state, progress.step, end)
+    loop.dispatcher.flush()
+  return time.perf_counter() - began
+
+
+def make_answers(settings: dict[str, Any]) -> dict:
+  """Prepares the loop; see `measure.answer_requests`."""
+  compile_seconds = 0.0
+
+  def add_compile_seconds(event: str, seconds: float, **_) -> None:
+    nonlocal compile_seconds
+    if event == '/jax/core/compile/backend_compile_duration':
+      compile_seconds += seconds
+
+  jax.monitoring.register_event_duration_secs_listener(add_compile_seconds)
+  config = make_config(settings)
+  with np.load(settings['data']) as data:
+    dataset = make_dataset(data['item_ids'], data['offsets'], int(data['num_items']))
+  loop = make_loop(config, dataset, tempfile.mkdtemp(prefix='benchmark-'))
+  evaluators = {}
+
+  def epoch() -> dict[str, Any]:
+    before, steps = compile_seconds, loop.batches.steps_per_epoch
+    return {
+      'seconds': train(loop, steps),
+      'sequences': loop.batches.users,
+      'compile_seconds': round(compile_seconds - before, 2),
+      'device': parallel.describe_devices(),
+    }
+
+  def rank(part: str) -> dict[str, Any]:
+    before = compile_seconds
+    if part not in evaluators:
+      model = create_model(config, dataset.num_items)
+      evaluators[part] = evaluate.make_evaluator(
+        model,
+        dataset,
+        loop.item_ids,
+        loop.data.tables,
+        part,
+        config.evaluation,
+        config.mapping,
+      )
+    began = time.perf_counter()
+    with jax.transfer_guard(config.transfer_guard):
+      ranks = evaluators[part](loop.state.params)
+    metrics = ranking_metrics(ranks)
+    return {
+      'seconds': time.perf_counter() - began,
+      'ranks': ranks.tolist(),
+      'metrics': metrics,
+      'compile_seconds': round(compile_seconds - before, 2),
+      'device': parallel.describe_devices(),
+    }
+
+  return {'epoch': epoch, 'rank': rank}
+
+
+if __name__ == '__main__':
+  answer_requests(make_answers)
