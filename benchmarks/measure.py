@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,21 @@ def write_data(data_dir: str, users: int | None, path: pathlib.Path) -> dict[str
   }
 
 
+class Clock:
+  """Runs from its making on."""
+
+  def __init__(self):
+    self._began = time.perf_counter(), time.process_time()
+
+  def read(self) -> dict[str, float]:
+    """Seconds, and how many of them all cores together worked for this process."""
+    seconds, busy = self._began
+    return {
+      'seconds': time.perf_counter() - seconds,
+      'processor_seconds': time.process_time() - busy,
+    }
+
+
 class Side:
   """A process that works when asked; it ends with the `with` block."""
 
@@ -126,15 +142,12 @@ def settings_of(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str
   return {name: getattr(flags, name) for name in names.split()} | {'overrides': [*overrides]}
 
 
-def start_sides(
-  flags: argparse.Namespace, overrides: Sequence[str], data: pathlib.Path
-) -> tuple[Side, Side]:
-  """Starts both sides on the same data with the same settings."""
-  settings = {**settings_of(flags, overrides), 'data': str(data)}
-  return (
-    Side(OWN, sys.executable, settings),
-    Side(RECTOOLS, flags.rectools_python, settings),
-  )
+def start_side(
+  name: str, flags: argparse.Namespace, overrides: Sequence[str], data: pathlib.Path
+) -> Side:
+  """Starts a side on the data that `write_data` wrote."""
+  python = {OWN: sys.executable, RECTOOLS: flags.rectools_python}[name]
+  return Side(name, python, {**settings_of(flags, overrides), 'data': str(data)})
 
 
 def take_turns(sides: Sequence[Side], rounds: int, what: str, **arguments) -> dict[str, list[dict]]:
@@ -146,24 +159,61 @@ def take_turns(sides: Sequence[Side], rounds: int, what: str, **arguments) -> di
   return answers
 
 
-def compare(own: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-  """Ratio of the medians of two speeds, and its spread over the rounds.
+def compare(answers: dict[str, list[dict]], unit: str) -> dict[str, Any]:
+  """Ratio of the sides' median speeds, its spread over the rounds, and memory.
 
   Args:
-    own: a speed a round.
-    other: the same, of the other side.
+    answers: from `take_turns`, with `seconds`, `processor_seconds` and a count named `unit`.
+    unit: what is counted.
 
   Returns:
-    `ratio`; `ratios`, the lowest and the highest of a round; and both medians.
+    `ratio`; `ratios`, the lowest and the highest of a round; `processor_ratio`, the same as `ratio`
+    by the time that cores worked, which other processes disturb less; and by side the median speed,
+    all `speeds` and the peak of memory.
   """
-  by_round = [a / b for a, b in zip(own, other, strict=True)]
-  medians = statistics.median(own), statistics.median(other)
+  speeds, busy_speeds = (
+    {name: [x[unit] / x[time] for x in found] for name, found in answers.items()}
+    for time in ('seconds', 'processor_seconds')
+  )
+  by_round = [a / b for a, b in zip(*speeds.values(), strict=True)]
+  own, rectools = map(statistics.median, speeds.values())
+  own_busy, rectools_busy = map(statistics.median, busy_speeds.values())
+  peaks = {name: found[-1]['peak_mb'] for name, found in answers.items()}
   return {
-    'ratio': round(medians[0] / medians[1], 3),
+    'ratio': round(own / rectools, 3),
     'ratios': [round(min(by_round), 3), round(max(by_round), 3)],
-    OWN: round(medians[0], 1),
-    RECTOOLS: round(medians[1], 1),
+    'processor_ratio': round(own_busy / rectools_busy, 3),
+    OWN: round(own, 1),
+    RECTOOLS: round(rectools, 1),
+    'unit': f'{unit}/s',
+    'speeds': {name: [round(x, 1) for x in found] for name, found in speeds.items()},
+    'peak_mb': peaks,
+    'memory_ratio': round(peaks[OWN] / peaks[RECTOOLS], 3),
+    'device': answers[OWN][0]['device'],
+    **machine(),
   }
+
+
+def quality(answers: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+  """Metrics of both sides' last ranks, by the same function."""
+  from ur4rec_jax.metrics import ranking_metrics
+
+  metrics = {name: ranking_metrics(np.array(x[-1]['ranks'])) for name, x in answers.items()}
+  return {
+    name: {metric: round(values[metric], 4) for metric in ('ndcg@10', 'hit@10')}
+    for name, values in metrics.items()
+  }
+
+
+def table(result: dict[str, Any]) -> list[str]:
+  """The lines of what `compare` and `quality` found."""
+  lines = [f'{"":<10}{result["unit"]:>13}{"peak MB":>9}{"NDCG@10":>9}']
+  lines += [
+    f'{name:<10}{result[name]:>13,.1f}{result["peak_mb"][name]:>9,.0f}{values["ndcg@10"]:>9.4f}'
+    for name, values in result['quality'].items()
+  ]
+  ratios = '{ratio} x, {ratios[0]} to {ratios[1]} over the rounds; memory {memory_ratio} x'
+  return [*lines, ratios.format(**result)]
 
 
 def peak_megabytes() -> float:

@@ -2,7 +2,6 @@
 
 import ast
 import tempfile
-import time
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.measure import answer_requests
+from benchmarks.measure import Clock, answer_requests
 from configs import default
 from ur4rec_jax import evaluate, parallel, splits
 from ur4rec_jax.checkpoint import Checkpointer
@@ -45,6 +44,7 @@ def make_config(settings: dict[str, Any]) -> ConfigDict:
     config.sasrec[name] = settings[name]
   config.sasrec.ffn_dim = settings['dim']
   config.loss.name = settings['loss']
+  config.optimizer.warmup_steps = 0  # As RecTools has it.
   config.optimizer.learning_rate = settings['learning_rate']
   for override in settings.get('overrides', ()):
     field, _, value = override.removeprefix('--config.').partition('=')
@@ -67,16 +67,14 @@ def make_loop(config: ConfigDict, dataset: Dataset, workdir: str) -> TrainLoop:
   return TrainLoop(config, workdir, dataset, tables, stages, labels, checkpointer, lambda: 0)
 
 
-def train(loop: TrainLoop, num_steps: int) -> float:
-  """Trains on, waits for the end, and returns the seconds."""
-  began = time.perf_counter()
+def train(loop: TrainLoop, num_steps: int) -> None:
+  """Trains on and waits for the end."""
   progress = loop.progress
   end = progress.step + num_steps
   with jax.transfer_guard(loop.config.transfer_guard):
     while progress.step < end:
       loop.state, progress.step = loop.dispatcher.run(loop.state, progress.step, end)
     loop.dispatcher.flush()
-  return time.perf_counter() - began
 
 
 def make_answers(settings: dict[str, Any]) -> dict:
@@ -96,16 +94,18 @@ def make_answers(settings: dict[str, Any]) -> dict:
   evaluators = {}
 
   def epoch() -> dict[str, Any]:
-    before, steps = compile_seconds, loop.batches.steps_per_epoch
+    before = compile_seconds
+    clock = Clock()
+    train(loop, loop.batches.steps_per_epoch)
     return {
-      'seconds': train(loop, steps),
+      **clock.read(),
       'sequences': loop.batches.users,
       'compile_seconds': round(compile_seconds - before, 2),
       'device': parallel.describe_devices(),
     }
 
   def rank(part: str) -> dict[str, Any]:
-    before = compile_seconds
+    before, preparation = compile_seconds, Clock()
     if part not in evaluators:
       model = create_model(config, dataset.num_items)
       evaluators[part] = evaluate.make_evaluator(
@@ -117,14 +117,17 @@ def make_answers(settings: dict[str, Any]) -> dict:
         config.evaluation,
         config.mapping,
       )
-    began = time.perf_counter()
+    prepare_seconds = preparation.read()['seconds']
+    clock = Clock()
     with jax.transfer_guard(config.transfer_guard):
       ranks = evaluators[part](loop.state.params)
     metrics = ranking_metrics(ranks)
     return {
-      'seconds': time.perf_counter() - began,
+      **clock.read(),
+      'users': len(ranks),
       'ranks': ranks.tolist(),
       'metrics': metrics,
+      'prepare_seconds': round(prepare_seconds, 2),
       'compile_seconds': round(compile_seconds - before, 2),
       'device': parallel.describe_devices(),
     }

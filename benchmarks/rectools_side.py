@@ -5,7 +5,6 @@ the model's own default, which neither logs nor saves, with a callback that look
 """
 
 import logging
-import time
 import warnings
 from typing import Any
 
@@ -19,7 +18,7 @@ from rectools.metrics import NDCG, HitRate, calc_metrics
 from rectools.models import SASRecModel
 from rectools.models.nn.item_net import IdEmbeddingsItemNet
 
-from benchmarks.measure import answer_requests
+from benchmarks.measure import Clock, answer_requests
 
 LOSSES = {'softmax': 'softmax', 'bce': 'BCE'}
 K = 20  # Length of the lists; the metrics look at 10.
@@ -29,10 +28,10 @@ class EpochClock(Callback):
   """Takes the time of the epochs, without what `fit_partial` does before."""
 
   def on_train_epoch_start(self, trainer, module) -> None:
-    self.began = time.perf_counter()
+    self.clock = Clock()
 
   def on_train_epoch_end(self, trainer, module) -> None:
-    self.seconds = time.perf_counter() - self.began
+    self.times = self.clock.read()
 
 
 def make_model(settings: dict[str, Any]) -> SASRecModel:
@@ -100,13 +99,11 @@ def make_answers(settings: dict[str, Any]) -> dict:
   device = f'{torch.get_num_threads()} threads'
 
   def epoch() -> dict[str, Any]:
-    began = time.perf_counter()
     model.fit_partial(datasets['valid'], min_epochs=1, max_epochs=1)
     # The model trains with a copy of its trainer.
     (clock,) = (x for x in model.fit_trainer.callbacks if isinstance(x, EpochClock))
     return {
-      'seconds': clock.seconds,
-      'call_seconds': time.perf_counter() - began,
+      **clock.times,
       'sequences': int(model.data_preparator.train_dataset.user_id_map.size),
       'device': device,
     }
@@ -116,15 +113,14 @@ def make_answers(settings: dict[str, Any]) -> dict:
       model.fit_partial(datasets['valid'], min_epochs=0, max_epochs=0)
     targets = interactions[held_out[part]]
     users = targets[Columns.User].to_numpy()
-    began = time.perf_counter()
+    clock = Clock()
     lists = model.recommend(users, datasets[part], k=K, filter_viewed=True)
-    recommended = time.perf_counter()
     metrics = calc_metrics(
       {'ndcg@10': NDCG(k=10, divide_by_achievable=True), 'hit@10': HitRate(k=10)}, lists, targets
     )
     return {
-      'seconds': time.perf_counter() - began,
-      'recommend_seconds': recommended - began,
+      **clock.read(),
+      'users': len(users),
       'ranks': ranks_in_lists(lists, targets),
       'metrics': metrics,
       'device': device,

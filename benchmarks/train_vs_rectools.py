@@ -14,7 +14,6 @@ import tempfile
 
 from benchmarks import measure
 from ur4rec_jax.errors import exit_on_reported_error
-from ur4rec_jax.metrics import ranking_metrics
 
 
 @exit_on_reported_error
@@ -26,39 +25,21 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     data = pathlib.Path(folder) / 'data.npz'
     counts = measure.write_data(flags.data_dir, flags.users, data)
-    own, rectools = measure.start_sides(flags, overrides, data)
-    with own, rectools:
-      warm_up = measure.take_turns((own, rectools), 1, 'epoch')
+    start = lambda name: measure.start_side(name, flags, overrides, data)
+    with start(measure.OWN) as own, start(measure.RECTOOLS) as rectools:
+      first = measure.take_turns((own, rectools), 1, 'epoch')
       epochs = measure.take_turns((own, rectools), flags.rounds, 'epoch')
       ranks = measure.take_turns((own, rectools), 1, 'rank', part='valid')
-  speeds = {name: [x['sequences'] / x['seconds'] for x in found] for name, found in epochs.items()}
-  peaks = {name: found[-1]['peak_mb'] for name, found in epochs.items()}
-  quality = {name: ranking_metrics(found[0]['ranks']) for name, found in ranks.items()}
   result = {
-    **measure.compare(speeds['own'], speeds['rectools']),
+    **measure.compare(epochs, 'sequences'),
     'benchmark': 'train_vs_rectools',
     'dataset': counts,
     'settings': measure.settings_of(flags, overrides),
-    'rounds': flags.rounds,
-    'speeds': {name: [round(x, 1) for x in found] for name, found in speeds.items()},
-    'peak_mb': peaks,
-    'memory_ratio': round(peaks['own'] / peaks['rectools'], 3),
-    'compile_seconds': warm_up['own'][0]['compile_seconds'],
-    'epochs_trained': flags.rounds + 1,
-    'valid': {
-      name: {metric: round(values[metric], 4) for metric in ('ndcg@10', 'hit@10')}
-      for name, values in quality.items()
-    },
-    'device': epochs['own'][0]['device'],
-    **measure.machine(),
+    'epochs': flags.rounds + 1,
+    'quality': measure.quality(ranks),
+    'compile_seconds': first['own'][0]['compile_seconds'],
   }
-  lines = [f'{"":<10}{"sequences/s":>12}{"peak MB":>9}{"valid NDCG@10":>15}']
-  lines += [
-    f'{name:<10}{result[name]:>12.1f}{peaks[name]:>9.0f}{quality[name]["ndcg@10"]:>15.4f}'
-    for name in speeds
-  ]
-  lines.append('{ratio} x, {ratios[0]} to {ratios[1]} over the rounds'.format(**result))
-  measure.report(flags, lines, result)
+  measure.report(flags, measure.table(result), result)
 
 
 if __name__ == '__main__':
