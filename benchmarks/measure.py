@@ -24,10 +24,20 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'performance'
 OWN, RECTOOLS = 'own', 'rectools'
+SHAPES = {  # Of the model and its training, on both sides.
+  'max_length': 200,
+  'batch_size': 128,
+  'dim': 64,
+  'num_blocks': 2,
+  'num_heads': 1,
+  'dropout': 0.2,
+  'learning_rate': 1e-3,
+  'seed': 0,
+}
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-  """Flags of the benchmarks against RecTools; what `--config.FIELD=VALUE` changes is ours alone."""
+def make_parser(description: str, against_rectools: bool = True) -> argparse.ArgumentParser:
+  """Flags for data and model; what `--config.FIELD=VALUE` changes is ours alone."""
   parser = argparse.ArgumentParser(
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,18 +45,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
   )
   add = parser.add_argument
   add('--data_dir', required=True, help='prepared data')
-  add('--rectools_python', default=sys.executable, help='of an environment with rectools[torch]')
   add('--users', type=int, help='take only the first so many, to try things out')
   add('--loss', default='softmax', choices=('softmax', 'bce'))
-  add('--max_length', type=int, default=200)
-  add('--batch_size', type=int, default=128)
-  add('--dim', type=int, default=64)
-  add('--num_blocks', type=int, default=2)
-  add('--num_heads', type=int, default=1)
-  add('--dropout', type=float, default=0.2)
-  add('--learning_rate', type=float, default=1e-3)
-  add('--seed', type=int, default=0)
-  add('--rectools_loaders', type=int, default=0, help='processes that make its batches')
+  for name, default in SHAPES.items():
+    add(f'--{name}', type=type(default), default=default)
+  if against_rectools:
+    add('--rectools_python', required=True, help='of an environment with rectools[torch]')
   add_output_flags(parser)
   return parser
 
@@ -136,10 +140,9 @@ def answer_requests(make_answers: Callable[[dict], dict[str, Callable[..., dict]
 
 
 def settings_of(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
-  """What both sides are told, and what a result says of how it came about."""
-  names = 'loss max_length batch_size dim num_blocks num_heads dropout learning_rate seed'
-  names += ' rectools_loaders'
-  return {name: getattr(flags, name) for name in names.split()} | {'overrides': [*overrides]}
+  """What a side is told, and what a result says of how it came about."""
+  named = {name: getattr(flags, name) for name in ('loss', *SHAPES)}
+  return {**named, 'overrides': [*overrides]}
 
 
 def start_side(

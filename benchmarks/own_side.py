@@ -2,6 +2,7 @@
 
 import ast
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,9 +17,10 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import read_tables
+from ur4rec_jax.input_pipeline import Plan
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.stages import make_stages
+from ur4rec_jax.stages import make_stages, stage_numbers
 from ur4rec_jax.train import TrainLoop
 from ur4rec_jax.train_state import parameter_shapes
 
@@ -75,6 +77,16 @@ def train(loop: TrainLoop, num_steps: int) -> None:
     while progress.step < end:
       loop.state, progress.step = loop.dispatcher.run(loop.state, progress.step, end)
     loop.dispatcher.flush()
+
+
+def step_program(loop: TrainLoop) -> tuple[Callable, tuple]:
+  """The mapped training step, and arguments of the shapes that the loop calls it with."""
+  (step,) = loop.train_steps.values()
+  count, batches = loop.config.steps_per_dispatch, loop.batches
+  plan = Plan(*(np.resize(x, (count, *x.shape[1:])) for x in batches.epoch(0)))
+  numbers = stage_numbers(loop.stage, loop.labels, batches.steps_per_epoch, 1)
+  placed = parallel.replicate((np.int32(count), numbers))
+  return step, (loop.state, loop.data, parallel.shard(parallel.split(plan, axis=1)), *placed)
 
 
 def make_answers(settings: dict[str, Any]) -> dict:

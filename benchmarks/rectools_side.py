@@ -59,7 +59,6 @@ def make_model(settings: dict[str, Any]) -> SASRecModel:
     n_negatives=1,
     lr=settings['learning_rate'],
     item_net_block_types=(IdEmbeddingsItemNet,),
-    dataloader_num_workers=settings['rectools_loaders'],
     get_trainer_func=make_trainer,
   )
 
