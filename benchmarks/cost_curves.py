@@ -3,10 +3,10 @@
   python -m benchmarks.cost_curves
   python -m benchmarks.cost_curves --axes=items --values=10000,1000000 --config.loss.name=softmax
 
-One thing grows at a time, the others stay as in `BASE`. Each point is a process of its own that makes
-its data in memory and runs the program's training loop: milliseconds a step, microseconds a token,
-peak memory. Devices are virtual ones of the same cores; the batch is the same for any number of
-them. The last line is JSON; `--json` prints only that.
+One thing grows at a time, the others stay as in `BASE`. Each point is a process of its own that
+makes its data in memory and runs the program's training loop: milliseconds a step, microseconds a
+token, peak memory. Devices are virtual ones of the same cores; the batch is the same for any number
+of them. The last line is JSON; `--json` prints only that.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NEGATIVES = '--config.loss.num_negatives=1000'
 
 
 def make_histories(users: int, items: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Random item ids, popular ones more often, and offsets; histories are `length` long on average."""
+  """Random item ids, popular ones more often, and offsets; `length` is a history's on average."""
   rng = np.random.default_rng(0)
   offsets = np.concatenate([[0], np.cumsum(rng.integers(3, 2 * length - 2, users))])
   item_ids = rng.random(offsets[-1], np.float32)
@@ -126,7 +126,11 @@ def main() -> None:
       shown = f'  {found["error"]}' if 'error' in found else row.format(**found)
       lines.append(f'{value:>10,}{shown}')
       print(lines[-1], file=sys.stderr, flush=True)
+  few, many = (curves.get('items', {}).get(str(value), {}) for value in (10_000, 1_000_000))
+  has_both = 'step_ms' in few and 'step_ms' in many
   result = {
+    'ratio': round(many['step_ms'] / few['step_ms'], 3) if has_both else None,
+    'peak_mb': many.get('peak_mb'),
     'benchmark': 'cost_curves',
     'base': BASE,
     'settings': {**SETTINGS, 'overrides': [NEGATIVES, *overrides]},

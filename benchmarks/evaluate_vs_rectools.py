@@ -5,8 +5,8 @@
 
 Both rank the test items, all items but the user's own, in turns: ours with the program's evaluator,
 RecTools by lists of 20 recommendations and its metrics. Parameters do not change the speed, so both
-have their first ones, unless `--epochs` says to train before. What ours prepares and compiles once a
-run is apart. The last line is JSON; `--json` prints only that.
+have their first ones, unless `--epochs` says to train before. What ours prepares and compiles once
+a run is apart. The last line is JSON; `--json` prints only that.
 """
 
 import pathlib

@@ -1,9 +1,9 @@
 """What the speed benchmarks share: the data as one file, sides that take turns, what is reported.
 
 A side is a process that trains and ranks when it is asked to, one JSON line for one JSON line:
-`own_side.py`, or `rectools_side.py`, which runs with the Python that RecTools is installed in and so
-finds nothing here but NumPy. Both stay, so that each keeps what it compiled, and are idle in the
-other's turns.
+`own_side.py`, or `rectools_side.py`, which runs with the Python that RecTools is installed in, so
+that what it imports here needs nothing but NumPy. Both stay, so that each keeps what it compiled,
+and are idle in the other's turns.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from ur4rec_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'performance'
@@ -56,8 +58,10 @@ def make_parser(description: str, against_rectools: bool = True) -> argparse.Arg
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--json', action='store_true', help='print nothing but the line of JSON')
-  parser.add_argument('--out', type=pathlib.Path, help=f'store it, for the page in {RESULTS}')
+  """Flags that `report` reads."""
+  add = parser.add_argument
+  add('--json', action='store_true', help='print nothing but the line of JSON')
+  add('--out', metavar='NAME', help=f'store it as {RESULTS.relative_to(ROOT)}/NAME.json')
 
 
 def write_data(data_dir: str, users: int | None, path: pathlib.Path) -> dict[str, Any]:
@@ -102,9 +106,12 @@ class Side:
     """Starts `benchmarks.NAME_side`, which prepares itself meanwhile."""
     command = [python, '-m', f'benchmarks.{name}_side', json.dumps(settings)]
     self.name = name
-    self._said = tempfile.TemporaryFile('w+')  # Shown if it fails.
+    self._said = tempfile.TemporaryFile('w+')  # noqa: SIM115
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': self._said}
-    self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    try:
+      self._process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    except OSError as error:
+      raise InputError(f'{python} cannot be run: {error.strerror}') from error
 
   def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
     """Has something done and returns the answer; it includes `peak_mb`, of the process so far."""
@@ -235,6 +242,6 @@ def report(flags: argparse.Namespace, lines: Sequence[str], result: dict[str, An
   if not flags.json:
     print(*lines, sep='\n')
   if flags.out:
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(result, indent=1) + '\n')
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f'{flags.out}.json').write_text(json.dumps(result, indent=1) + '\n')
   print(json.dumps(result))

@@ -1,6 +1,8 @@
-"""Our side of the benchmarks: the training loop and the evaluator of the program, epoch by epoch."""
+"""Our side of the benchmarks: the program's training loop and evaluator, epoch by epoch."""
 
 import ast
+import contextlib
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -50,10 +52,8 @@ def make_config(settings: dict[str, Any]) -> ConfigDict:
   config.optimizer.learning_rate = settings['learning_rate']
   for override in settings.get('overrides', ()):
     field, _, value = override.removeprefix('--config.').partition('=')
-    try:
+    with contextlib.suppress(ValueError, SyntaxError):  # Which a word raises.
       value = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-      pass  # A word.
     config.update_from_flattened_dict({field: value})
   check_config(config)
   return config
@@ -66,7 +66,8 @@ def make_loop(config: ConfigDict, dataset: Dataset, workdir: str) -> TrainLoop:
     config, lambda of: parameter_shapes(create_model(of, dataset.num_items), tables)
   )
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
-  return TrainLoop(config, workdir, dataset, tables, stages, labels, checkpointer, lambda: 0)
+  with contextlib.redirect_stdout(sys.stderr):  # It describes itself.
+    return TrainLoop(config, workdir, dataset, tables, stages, labels, checkpointer, lambda: 0)
 
 
 def train(loop: TrainLoop, num_steps: int) -> None:

@@ -41,6 +41,7 @@ PARTS = {
 CONTAINERS = re.compile(r' (?:while|conditional|call)\(')
 NAMED = re.compile(r'^\s*(?:ROOT )?%(\S+) = ')
 PATH = re.compile(r'op_name="([^"]*)"')
+OPERAND = re.compile(r'%([\w.-]+)[,)]')
 
 
 def part_of(path: str) -> str:
@@ -49,12 +50,15 @@ def part_of(path: str) -> str:
 
 
 def operation_paths(hlo: str) -> dict[str, str]:
-  """Path of each operation of a compiled program by its name; loops and calls are left out."""
+  """Path of each operation of a compiled program by its name; loops and calls are left out.
+
+  An operation without a path, as the compiler leaves some products, takes that of an operand.
+  """
   found = {}
   for line in hlo.splitlines():
     if (named := NAMED.match(line)) and not CONTAINERS.search(line):
-      path = PATH.search(line)
-      found[named[1]] = path[1] if path else ''
+      own = PATH.findall(line) or [found[x] for x in OPERAND.findall(line) if found.get(x)]
+      found[named[1]] = own[0] if own else ''
   return found
 
 
