@@ -1,6 +1,9 @@
-"""Writes docs/performance.md from what the speed benchmarks stored: `python -m benchmarks.performance`.
+"""Writes docs/performance.md from what the speed benchmarks stored.
 
-The benchmarks store with `--out=NAME`, as the commands of `RUNS` say; NAME-gpu fills the other column.
+  python -m benchmarks.performance
+
+The benchmarks store with `--out=NAME`, as the commands of `RUNS` say; NAME-gpu is for the column of
+GPUs.
 """
 
 import json
@@ -77,9 +80,9 @@ INTRODUCTION = """
 Written by `python -m benchmarks.performance` from the files in `benchmarks/results/performance/`; a
 change here would be lost.
 
-Both libraries train the same model (width 64, 2 blocks, 1 head, dropout 0.2, float32, batches of 128
-users, histories of 200 on ML-1M and 50 on Beauty) on the same users, in turns in one run, each in a
-process of its own with all cores. Ratios are of medians, with the range over the rounds in
+Both libraries train the same model (width 64, 2 blocks, 1 head, dropout 0.2, float32, batches of
+128 users, histories of 200 on ML-1M and 50 on Beauty) on the same users, in turns in one run, each
+in a process of its own with all cores. Ratios are of medians, with the range over the rounds in
 brackets. Speed counts users' sequences; what is compiled first is apart. RecTools is 0.19, used as
 its documentation says, without logging and checkpoints. The figures need a machine that does
 nothing else.

@@ -2,11 +2,11 @@
 
   python -m benchmarks.profile_step --data_dir=data/ml-1m-sequences --loss=softmax
 
-Operations are those of all matrix products of a step; the machine's best is one large product of the
-same type, measured in the same run. Time by part is from a trace of the profiler, each operation
-counted for the part of the model that its name says; operations at the same time on several cores
-all count. The compiler's own estimates of operations and bytes take every loop as one round. The last
-line is JSON; `--json` prints only that.
+Operations are those of all matrix products of a step; the machine's best is one large product of
+the same type, measured in the same run. Time by part is from a trace of the profiler, each
+operation counted for the part of the model that its path says; what runs on several cores at once
+counts on each. The compiler's own estimates of operations and bytes take every loop as one round.
+The last line is JSON; `--json` prints only that.
 """
 
 import pathlib

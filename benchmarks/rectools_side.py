@@ -1,7 +1,7 @@
 """RecTools' side of the benchmarks, by its public interface: `fit_partial` and `recommend`.
 
-Runs with the Python of an environment in which `pip install rectools[torch]` was run. Its trainer is
-the model's own default, which neither logs nor saves, with a callback that looks at the clock.
+Runs with the Python of an environment in which `pip install 'rectools[torch]'` was run. Its trainer
+is the model's own default, which neither logs nor saves, with a callback that looks at the clock.
 """
 
 import logging

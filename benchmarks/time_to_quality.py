@@ -3,10 +3,10 @@
   python -m benchmarks.time_to_quality --data_dir=data/ml-1m-sequences --target=0.17 \
     --rectools_python=rectools/bin/python --limit_minutes=60
 
-From the start of the process on: imports, compiling, training, and after each epoch a ranking of all
-items for every validation user. One side runs after the other, each until the target or the limit;
-`--config.FIELD=VALUE` changes our recipe, the other flags both. The last line is JSON; `--json`
-prints only that. `ratio` is our time over theirs, at most that if only they met the limit.
+From the start of the process on: imports, compiling, training, and after each epoch a ranking of
+all items for every validation user. One side runs after the other, each until the target or the
+limit; `--config.FIELD=VALUE` changes our recipe, the other flags both. The last line is JSON;
+`--json` prints only that. `ratio` is our time over theirs, at most that if only they met the limit.
 """
 
 import argparse
