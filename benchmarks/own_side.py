@@ -18,6 +18,7 @@ from ur4rec_jax import evaluate, parallel, splits
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.features import read_tables
 from ur4rec_jax.input_pipeline import Plan
 from ur4rec_jax.metrics import ranking_metrics
@@ -149,4 +150,4 @@ def make_answers(settings: dict[str, Any]) -> dict:
 
 
 if __name__ == '__main__':
-  answer_requests(make_answers)
+  exit_on_reported_error(answer_requests)(make_answers)
