@@ -5,8 +5,9 @@
 
 One thing grows at a time, the others stay as in `BASE`. Each point is a process of its own that
 makes its data in memory and runs the program's training loop: milliseconds a step, microseconds a
-token, peak memory. Devices are virtual ones of the same cores; the batch is the same for any number
-of them. The last line is JSON; `--json` prints only that.
+token, peak memory. A step has about as many tokens for any length. Devices are virtual ones of the
+same cores; the batch is the same for any number of them. The last line is JSON; `--json` prints only
+that.
 """
 
 import argparse
@@ -31,6 +32,7 @@ AXES = {
 }
 BASE = {'users': 10_000, 'items': 10_000, 'length': 50, 'devices': 1}
 SETTINGS = {**measure.SHAPES, 'loss': 'sampled_softmax'}
+STEP_TOKENS = 6_400
 NEGATIVES = '--config.loss.num_negatives=1000'
 
 
@@ -49,9 +51,8 @@ def measure_point(point: dict[str, Any]) -> dict[str, Any]:
 
   loading = measure.Clock()
   item_ids, offsets = make_histories(point['users'], point['items'], point['length'])
-  config = own_side.make_config(
-    {**SETTINGS, 'max_length': point['length'], 'overrides': point['overrides']}
-  )
+  shapes = {'max_length': point['length'], 'batch_size': max(1, STEP_TOKENS // point['length'])}
+  config = own_side.make_config({**SETTINGS, **shapes, 'overrides': point['overrides']})
   dataset = own_side.make_dataset(item_ids, offsets, point['items'])
   with tempfile.TemporaryDirectory() as workdir:
     loop = own_side.make_loop(config, dataset, workdir)

@@ -91,7 +91,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 
 def test_a_point_of_each_curve_is_a_process_of_its_own():
-  small = ['--rounds=1', '--config.sasrec.dim=16', '--config.sasrec.ffn_dim=16', '--json']
+  small = ['--rounds=1', '--config.sasrec.num_blocks=1', '--json']
   done = run('benchmarks.cost_curves', '--axes=devices', '--values=2', *small)
   assert done.returncode == 0, done.stderr
   (line,) = done.stdout.splitlines()
@@ -112,7 +112,8 @@ def test_generated_histories():
 
 
 def test_profile(data_dir):
-  done = run('benchmarks.profile_step', f'--data_dir={data_dir}', '--rounds=1', *FLAGS)
+  flags = [f'--data_dir={data_dir}', '--users=100', '--rounds=1']
+  done = run('benchmarks.profile_step', *flags, *FLAGS)
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout.splitlines()[-1])
   assert sum(found['parts'].values()) == pytest.approx(1, abs=0.01)
