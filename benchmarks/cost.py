@@ -86,10 +86,11 @@ def main() -> None:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   variants = {}
+  folder = tempfile.TemporaryDirectory()  # Goes with the process.
   for name in flags.variants.split(','):
     config = module.get_config(name)
     config.data_dir = flags.data_dir
-    variants[name] = prepare(config, tempfile.mkdtemp())
+    variants[name] = prepare(config, f'{folder.name}/{name}')
     variants[name].step()  # Compiles.
   seconds = {name: [] for name in variants}
   for _ in range(flags.rounds):

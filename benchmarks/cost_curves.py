@@ -6,8 +6,8 @@
 One thing grows at a time, the others stay as in `BASE`. Each point is a process of its own that
 makes its data in memory and runs the program's training loop: milliseconds a step, microseconds a
 token, peak memory. A step has about as many tokens for any length. Devices are virtual ones of the
-same cores; the batch is the same for any number of them. The last line is JSON; `--json` prints only
-that.
+same cores; the batch is the same for any number of them. The last line is JSON; `--json` prints
+only that.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main() -> None:
   add('--limit_seconds', type=float, default=180, help='for a point')
   add('--point', help=argparse.SUPPRESS)
   measure.add_output_flags(parser)
-  flags, overrides = parser.parse_known_args()
+  flags, overrides = measure.parse(parser)
   if flags.point:
     print(json.dumps(measure_point(json.loads(flags.point))))
     return

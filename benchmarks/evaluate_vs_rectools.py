@@ -22,7 +22,7 @@ def main() -> None:
   parser = measure.make_parser(__doc__)
   parser.add_argument('--rounds', type=int, default=7, help='evaluations that count')
   parser.add_argument('--epochs', type=int, default=0, help='trained before')
-  flags, overrides = parser.parse_known_args()
+  flags, overrides = measure.parse(parser)
   with tempfile.TemporaryDirectory() as folder:
     data = pathlib.Path(folder) / 'data.npz'
     counts = measure.write_data(flags.data_dir, flags.users, data)

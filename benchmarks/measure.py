@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -62,6 +63,15 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add('--json', action='store_true', help='print nothing but the line of JSON')
   add('--out', metavar='NAME', help=f'store it as {RESULTS.relative_to(ROOT)}/NAME.json')
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+  """Reads the command line: flags, and the `--config.FIELD=VALUE` among them."""
+  flags, overrides = parser.parse_known_args()
+  for text in overrides:
+    if not re.match(r'--config\.[\w.]+=', text):
+      parser.error(f'{text}: neither a flag nor --config.FIELD=VALUE')
+  return flags, overrides
 
 
 def write_data(data_dir: str, users: int | None, path: pathlib.Path) -> dict[str, Any]:

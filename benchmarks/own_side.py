@@ -2,8 +2,8 @@
 
 import ast
 import contextlib
+import os
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +18,7 @@ from ur4rec_jax import evaluate, parallel, splits
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
-from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.features import read_tables
 from ur4rec_jax.input_pipeline import Plan
 from ur4rec_jax.metrics import ranking_metrics
@@ -51,11 +51,15 @@ def make_config(settings: dict[str, Any]) -> ConfigDict:
   config.loss.name = settings['loss']
   config.optimizer.warmup_steps = 0  # As RecTools has it.
   config.optimizer.learning_rate = settings['learning_rate']
-  for override in settings.get('overrides', ()):
+  config.lock()  # So that a field that does not exist is an error.
+  for override in settings['overrides']:
     field, _, value = override.removeprefix('--config.').partition('=')
     with contextlib.suppress(ValueError, SyntaxError):  # Which a word raises.
       value = ast.literal_eval(value)
-    config.update_from_flattened_dict({field: value})
+    try:
+      config.update_from_flattened_dict({field: value})
+    except (AttributeError, KeyError, TypeError) as error:
+      raise InputError(f'{override}: no such field, or no value for it ({error})') from error
   check_config(config)
   return config
 
@@ -104,7 +108,7 @@ def make_answers(settings: dict[str, Any]) -> dict:
   config = make_config(settings)
   with np.load(settings['data']) as data:
     dataset = make_dataset(data['item_ids'], data['offsets'], int(data['num_items']))
-  loop = make_loop(config, dataset, tempfile.mkdtemp(prefix='benchmark-'))
+  loop = make_loop(config, dataset, os.path.dirname(settings['data']))
   evaluators = {}
 
   def epoch() -> dict[str, Any]:

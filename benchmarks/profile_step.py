@@ -124,7 +124,7 @@ def main() -> None:
   """Profiles the step and prints the table."""
   parser = measure.make_parser(__doc__, against_rectools=False)
   parser.add_argument('--rounds', type=int, default=5, help='dispatches that are timed')
-  flags, overrides = parser.parse_known_args()
+  flags, overrides = measure.parse(parser)
   dataset = load_dataset(flags.data_dir)
   offsets = dataset.offsets[: None if flags.users is None else flags.users + 1]
   settings = measure.settings_of(flags, overrides)

@@ -45,7 +45,7 @@ def main() -> None:
   parser = measure.make_parser(__doc__)
   parser.add_argument('--target', type=float, default=0.17, help='validation NDCG@10')
   parser.add_argument('--limit_minutes', type=float, default=60, help='for each side')
-  flags, overrides = parser.parse_known_args()
+  flags, overrides = measure.parse(parser)
   found = {}
   with tempfile.TemporaryDirectory() as folder:
     data = pathlib.Path(folder) / 'data.npz'

@@ -21,7 +21,7 @@ def main() -> None:
   """Times both sides and prints the table."""
   parser = measure.make_parser(__doc__)
   parser.add_argument('--rounds', type=int, default=3, help='epochs that count')
-  flags, overrides = parser.parse_known_args()
+  flags, overrides = measure.parse(parser)
   with tempfile.TemporaryDirectory() as folder:
     data = pathlib.Path(folder) / 'data.npz'
     counts = measure.write_data(flags.data_dir, flags.users, data)
