@@ -13,23 +13,22 @@ import argparse
 import importlib.util
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import optimizers, parallel, steps
+from benchmarks import own_side
+from ur4rec_jax import parallel
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.errors import exit_on_reported_error
-from ur4rec_jax.features import load_with_features, read_tables
-from ur4rec_jax.input_pipeline import Batch, Plan, TrainBatches, gather_preferences
+from ur4rec_jax.features import load_with_features
+from ur4rec_jax.input_pipeline import Batch, gather_preferences
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.stages import make_stages, stage_numbers
-from ur4rec_jax.train_state import create_train_state, parameter_shapes
 
 
 class Variant(NamedTuple):
@@ -47,45 +46,15 @@ class Variant(NamedTuple):
   step: Callable[[], None]
 
 
-def prepare(config: ConfigDict) -> Variant:
-  """Builds a config's model, its training step, and places what that reads."""
+def prepare(config: ConfigDict, workdir: str) -> Variant:
+  """Builds a config's model and its training loop."""
   config.stages = ('train',)
+  config.steps_per_dispatch = 1
   check_config(config)
   dataset = load_with_features(config)
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  loop = own_side.make_loop(config, dataset, workdir)
   model = create_model(config, dataset.num_items)
-  (stage,), labels = make_stages(
-    config, lambda of: parameter_shapes(create_model(of, dataset.num_items), tables)
-  )
-  tx = optimizers.create_optimizer(config.optimizer, labels)
-  train_part = dataset.train_part()
-  batches = TrainBatches(
-    train_part,
-    max_length=config.max_length,
-    batch_size=config.batch_size,
-    crop=config.crop,
-    seed=config.seed,
-  )
-  data = parallel.replicate(steps.make_train_data(train_part, tables))
-  plan = Plan(*(x[:1] for x in batches.epoch(0)))
-  arguments = (
-    data,
-    parallel.shard(parallel.split(plan, axis=1)),
-    parallel.replicate(np.int32(1)),
-    parallel.replicate(stage_numbers(stage, labels, batches.steps_per_epoch, 1)),
-  )
-  train_step = parallel.MAPPINGS[config.mapping](
-    steps.make_train_step(model, tx, labels, stage.config, stage.moving),
-    in_axes=(None, None, 0, None, None),
-    donate_argnums=(0,),
-  )
-  state = parallel.replicate(create_train_state(model, tx, config.seed, tables))
-  params = jax.tree.map(np.asarray, state.params)
-
-  def step() -> None:
-    nonlocal state
-    state, metrics = train_step(state, *arguments)
-    jax.block_until_ready(metrics)
+  params, tables = loop.state.params, loop.data.tables
 
   def score(params, items, preferences):
     ones = jnp.ones((1, config.max_length), jnp.int32)
@@ -98,7 +67,8 @@ def prepare(config: ConfigDict) -> Variant:
   items = model.apply({'params': params}, tables.items, method='item_side')
   compiled = jax.jit(score).lower(params, items, tables.users).compile()
   number = sum(x.size for x in jax.tree.leaves(params))
-  return Variant(number, compiled.cost_analysis()['flops'], step)
+  flops = compiled.cost_analysis()['flops']
+  return Variant(number, flops, lambda: own_side.train(loop, 1))
 
 
 @exit_on_reported_error
@@ -116,10 +86,11 @@ def main() -> None:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   variants = {}
+  folder = tempfile.TemporaryDirectory()  # Goes with the process.
   for name in flags.variants.split(','):
     config = module.get_config(name)
     config.data_dir = flags.data_dir
-    variants[name] = prepare(config)
+    variants[name] = prepare(config, f'{folder.name}/{name}')
     variants[name].step()  # Compiles.
   seconds = {name: [] for name in variants}
   for _ in range(flags.rounds):

@@ -76,7 +76,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       _stop_requests(config.checkpoint.grace_seconds) as stop_requested,
       jax.transfer_guard(config.transfer_guard),
     ):
-      loop = _TrainLoop(
+      loop = TrainLoop(
         config, workdir, dataset, tables, stages, labels, checkpointer, stop_requested
       )
       loop.run()
@@ -141,7 +141,7 @@ def _stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
       signal.signal(number, handler)
 
 
-class _TrainLoop:
+class TrainLoop:
   """Training from the latest checkpoint to the end.
 
   What happens next is a function of `progress` alone: whatever was going on when the process died

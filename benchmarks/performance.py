@@ -1,0 +1,251 @@
+"""Writes docs/performance.md from what the speed benchmarks stored.
+
+  python -m benchmarks.performance
+
+The benchmarks store with `--out=NAME`, as the commands of `RUNS` say; NAME-gpu is for the column of
+GPUs.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.measure import RESULTS, ROOT
+from ur4rec_jax.checkpoint import write_file
+from ur4rec_jax.errors import InputError, exit_on_reported_error
+
+PAGE = ROOT / 'docs' / 'performance.md'
+MISSING = 'not measured yet'
+ML_1M, BEAUTY = '--data_dir=data/ml-1m-sequences', '--data_dir=data/amazon_beauty --max_length=50'
+RECTOOLS = '--rectools_python=rectools/bin/python'
+RUNS = {
+  'train-softmax-ml-1m': f'train_vs_rectools {ML_1M} --loss=softmax {RECTOOLS}',
+  'train-bce-ml-1m': f'train_vs_rectools {ML_1M} --loss=bce {RECTOOLS}',
+  'train-softmax-beauty': f'train_vs_rectools {BEAUTY} --loss=softmax {RECTOOLS}',
+  'evaluate-ml-1m': f'evaluate_vs_rectools {ML_1M} {RECTOOLS}',
+  'time-to-quality-ml-1m': f'time_to_quality {ML_1M} --target=0.17 {RECTOOLS}',
+  'cost-curves': 'cost_curves',
+  'profile-softmax-ml-1m': f'profile_step {ML_1M} --loss=softmax',
+  'profile-bce-ml-1m': f'profile_step {ML_1M} --loss=bce',
+}
+Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds.
+
+
+class Target(NamedTuple):
+  """A figure that is wanted.
+
+  Attributes:
+    work: what is measured.
+    against: what it is compared with.
+    run: of `RUNS`.
+    field: of the stored result.
+    bound: the worst that is good enough.
+    at_least: whether more is better.
+    unit: of the figure.
+  """
+
+  work: str
+  against: str
+  run: str
+  field: str
+  bound: float
+  at_least: bool = False
+  unit: str = 'x'
+
+
+TARGETS = (
+  Target('training, full softmax, ML-1M', 'RecTools', 'train-softmax-ml-1m', 'ratio', 5, True),
+  Target('training, BCE, ML-1M', 'RecTools', 'train-bce-ml-1m', 'ratio', 2.5, True),
+  Target('training, full softmax, Beauty', 'RecTools', 'train-softmax-beauty', 'ratio', 6, True),
+  Target('full-ranking evaluation, ML-1M', 'RecTools', 'evaluate-ml-1m', 'ratio', 5, True),
+  *(
+    Target(f'peak memory, {work}', 'RecTools', run, 'memory_ratio', 0.7)
+    for work, run in (
+      ('training, full softmax, ML-1M', 'train-softmax-ml-1m'),
+      ('training, BCE, ML-1M', 'train-bce-ml-1m'),
+      ('training, full softmax, Beauty', 'train-softmax-beauty'),
+      ('evaluation, ML-1M', 'evaluate-ml-1m'),
+    )
+  ),
+  Target(
+    'step time, 1,000,000 items, sampled softmax', '10,000 items', 'cost-curves', 'ratio', 1.5
+  ),
+  Target('peak memory, 1,000,000 items', '', 'cost-curves', 'peak_mb', 6000, unit='MB'),
+  Target('time to NDCG@10 0.17, ML-1M', 'RecTools', 'time-to-quality-ml-1m', 'ratio', 0.25),
+)
+INTRODUCTION = """
+# Performance
+
+Written by `python -m benchmarks.performance` from the files in `benchmarks/results/performance/`; a
+change here would be lost.
+
+Both libraries train the same model (width 64, 2 blocks, 1 head, dropout 0.2, float32, batches of
+128 users, histories of 200 on ML-1M and 50 on Beauty) on the same users, in turns in one run, each
+in a process of its own with all cores. Ratios are of medians, with the range over the rounds in
+brackets. Speed counts users' sequences; what is compiled first is apart. RecTools is 0.19, used as
+its documentation says, without logging and checkpoints. The figures need a machine that does
+nothing else.
+"""
+
+
+def load_results(folder: pathlib.Path) -> Stored:
+  """Reads all that is stored.
+
+  Raises:
+    InputError: a file cannot be read, or is of no benchmark on the page.
+  """
+  stored = {}
+  for path in sorted(folder.glob('*.json')):
+    try:
+      result = json.loads(path.read_text())
+      known = RUNS[path.stem.removesuffix('-gpu')].split()[0]
+      if result['benchmark'] != known:
+        raise ValueError(f'is of {result["benchmark"]}, not of {known}')
+    except (OSError, ValueError, LookupError) as error:
+      raise InputError(
+        f'{path}: cannot be read ({error!r}); delete it, or store again with a name of '
+        f'{", ".join(RUNS)}'
+      ) from error
+    stored[path.stem] = result
+  return stored
+
+
+def page(stored: Stored) -> str:
+  """Returns docs/performance.md."""
+  sections = [INTRODUCTION.strip(), f'## Targets\n\n{targets_table(stored)}']
+  sections += [f'## Commands\n\n{_commands()}']
+  writers = {
+    'train_vs_rectools': _side_by_side,
+    'evaluate_vs_rectools': _side_by_side,
+    'time_to_quality': _time_to_quality,
+    'cost_curves': _curves,
+    'profile_step': _profile,
+  }
+  for name, result in stored.items():
+    lines = [f'## {name}', '', _measured_on(result), '', *writers[result['benchmark']](result)]
+    sections.append('\n'.join(lines))
+  return '\n\n'.join(sections) + '\n'
+
+
+def targets_table(stored: Stored) -> str:
+  """What is wanted beside what was found, on CPU and on a GPU."""
+  rows = []
+  for target in TARGETS:
+    word = 'at least' if target.at_least else 'at most'
+    gpu = stored.get(f'{target.run}-gpu')
+    rows.append(
+      {
+        'work': target.work,
+        'against': target.against,
+        'wanted': f'{word} {target.bound:,g} {target.unit}',
+        'found': _found(target, stored.get(target.run)),
+        'GPU': _found(target, gpu) if gpu else '',
+      }
+    )
+  return _table(rows)
+
+
+def _found(target: Target, result: dict[str, Any] | None) -> str:
+  """A target's figure, and whether it is good enough."""
+  if result is None:
+    return MISSING
+  value = result[target.field]
+  if value is None:
+    return 'not reached'
+  is_met = value >= target.bound if target.at_least else value <= target.bound
+  bound = 'at most ' if result.get('is_bound') else ''
+  text = (
+    f'{bound}{value:,.0f} {target.unit}' if value >= 100 else f'{bound}{value:.2f} {target.unit}'
+  )
+  if target.field == 'ratio' and 'ratios' in result:
+    text += ' [{:.2f}, {:.2f}]'.format(*result['ratios'])
+  return f'{text}, {"met" if is_met else "missed"}'
+
+
+def _commands() -> str:
+  install = 'python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0"'
+  runs = [f'python -m benchmarks.{command} --out={name}' for name, command in RUNS.items()]
+  return '\n'.join(['```', install, *runs, '```'])
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+  device = result.get('device', 'CPU')
+  dataset = result.get('dataset')
+  counts = f'{dataset["users"]:,} users, {dataset["items"]:,} items; ' if dataset else ''
+  return f'{counts}{device}, {result["cores"]} cores, load {result["load"]}.'
+
+
+def _side_by_side(result: dict[str, Any]) -> Iterator[str]:
+  rows = [
+    {
+      '': name,
+      result['unit']: f'{result[name]:,.1f}',
+      'peak MB': f'{result["peak_mb"][name]:,.0f}',
+      'NDCG@10': f'{values["ndcg@10"]:.4f}',
+      'Hit@10': f'{values["hit@10"]:.4f}',
+    }
+    for name, values in result['quality'].items()
+  ]
+  yield _table(rows)
+  yield ''
+  yield (
+    f'After {result["epochs"]} epochs on both sides. Ours compiled for '
+    f'{result["compile_seconds"]:.0f} s. By the time that cores worked, which other processes '
+    f'disturb less, the ratio is {result["processor_ratio"]:.2f}.'
+  )
+
+
+def _time_to_quality(result: dict[str, Any]) -> Iterator[str]:
+  rows = [
+    {
+      '': name,
+      'seconds': f'{result[name]["seconds"]:,.0f}',
+      'reached': 'yes' if result[name]['is_reached'] else 'no',
+      'epochs': str(len(result[name]['curve'])),
+      'last NDCG@10': f'{result[name]["curve"][-1][1]:.4f}',
+    }
+    for name in ('own', 'rectools')
+  ]
+  yield _table(rows)
+
+
+def _curves(result: dict[str, Any]) -> Iterator[str]:
+  base = ', '.join(f'{value:,} {name}' for name, value in result['base'].items())
+  yield f'Sampled softmax with 1,000 negatives; what does not grow: {base}.'
+  for axis, points in result['curves'].items():
+    rows = []
+    for value, found in points.items():
+      row = {axis: f'{int(value):,}'}
+      for name, field in (('ms a step', 'step_ms'), ('µs a token', 'us_a_token')):
+        row[name] = f'{found[field]:,.1f}' if field in found else found['error']
+      row['peak MB'] = f'{found["peak_mb"]:,.0f}' if 'peak_mb' in found else ''
+      rows.append(row)
+    yield ''
+    yield _table(rows)
+
+
+def _profile(result: dict[str, Any]) -> Iterator[str]:
+  yield (
+    f'{result["step_ms"]:,.0f} ms a step, {result["step_gflop"]:.1f} GFLOP in matrix products, '
+    f'{result["gflops"]:.0f} GFLOP/s: {result["roofline_share"]:.0%} of the '
+    f'{result["machine"]["gflops"]:.0f} GFLOP/s of one large product in the same run.'
+  )
+  yield ''
+  yield _table([{'part': part, 'time': f'{share:.0%}'} for part, share in result['parts'].items()])
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+  """A Markdown table of rows with the same columns."""
+  cells = [[*rows[0]], ['---'] * len(rows[0]), *([*row.values()] for row in rows)]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
+
+
+@exit_on_reported_error
+def main() -> None:
+  """Writes the page."""
+  write_file(PAGE, page(load_results(RESULTS)))
+
+
+if __name__ == '__main__':
+  main()
