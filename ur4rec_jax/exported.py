@@ -71,7 +71,7 @@ class Recommender:
     """Places everything on the device.
 
     Args:
-      program: from `serving.make_program`, or what `jax.export` made of it, under `jax.jit`.
+      program: from `scoring.make_program`, or what `jax.export` made of it, under `jax.jit`.
       arrays: what it reads.
       items: `ids` and `titles`.
       settings: `paths`, `share_names`, `max_length`; `preferences`, by modality the number of a
