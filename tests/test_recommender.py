@@ -77,7 +77,7 @@ def all_places(recommender, part: str = 'test'):
     ids[start : start + length]
     for start, length in zip(queries.starts, queries.lengths, strict=True)
   ]
-  preferences = recommender._preferences_of(queries.users)
+  preferences = recommender.preferences_of(queries.users)
   k = len(recommender.item_ids)
   return queries, recommender.rank(histories, k, histories, preferences=preferences)
 

@@ -249,7 +249,7 @@ class TrainedRecommender(exported.Recommender):
       **options: as those of `recommend`.
     """
     self.check_k(k)
-    preferences = {} if users is None else self._preferences_of(users)
+    preferences = {} if users is None else self.preferences_of(users)
     if preference is None:
       return self.top(histories, k, preferences=preferences, **options)
     if not isinstance(preference, str):
@@ -262,7 +262,7 @@ class TrainedRecommender(exported.Recommender):
       return self.top(histories, k, preferences=preferences, **options)
     return self._with_sentence(preference, histories, k, preferences, options)
 
-  def _preferences_of(self, users: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  def preferences_of(self, users: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     rows = np.asarray(users, int)
     return {
       name: (table.tokens[rows], table.mask[rows]) for name, table in self._user_tables.items()
@@ -415,7 +415,7 @@ class TrainedRecommender(exported.Recommender):
     scores = []
     for start in range(0, len(histories), _EXPLAINED_AT_ONCE):
       part = histories[start : start + _EXPLAINED_AT_ONCE]
-      preferences = {} if users is None else self._preferences_of([*users] * len(part))
+      preferences = {} if users is None else self.preferences_of([*users] * len(part))
       nothing = [np.zeros(0, np.int32)] * len(part)
       queries = self.queries(part, nothing, preferences=preferences)
       scores.append(np.asarray(self._scorer(self._arrays, queries, wanted))[: len(part)])
