@@ -224,9 +224,7 @@ class Door:
     elif scope['path'] != '/recommend':
       await self._pass_on(scope, receive, send)
     elif self.inside >= self._most_inside:
-      refused = _problem(503, 'too many requests at once; try again later')
-      refused.headers['Retry-After'] = str(RETRY_SECONDS)
-      await self._answer(refused, scope, receive, send)
+      await self._answer(_REFUSED, scope, receive, send)
     else:
       start = time.perf_counter()
       self.inside += 1
@@ -273,6 +271,10 @@ class Door:
 
 def _problem(status: int, detail: str) -> JSONResponse:
   return JSONResponse({'detail': detail}, status)
+
+
+_REFUSED = _problem(503, 'too many requests at once; try again later')
+_REFUSED.headers['Retry-After'] = str(RETRY_SECONDS)
 
 
 def make_app(recommender: exported.Recommender, batcher: Batcher) -> FastAPI:
