@@ -235,20 +235,23 @@ class Door:
         SECONDS.observe(time.perf_counter() - start)
 
   async def _pass_on(self, scope, receive, send) -> None:
-    body = bytearray()
-    is_whole = False
-    try:
+    body, size, is_whole = bytearray(), 0, False
+    with contextlib.suppress(TimeoutError):
       async with asyncio.timeout(READ_SECONDS):
         while not is_whole:
           message = await receive()
           if message['type'] == 'http.disconnect':
             return
-          body += message.get('body', b'')
+          part = message.get('body', b'')
+          size += len(part)
+          # What is too long is read and thrown away: who still sends does not read the answer.
+          if size <= MOST_BYTES:
+            body += part
           is_whole = not message.get('more_body', False)
-          if len(body) > MOST_BYTES:
-            problem = _problem(413, f'the body has more than {MOST_BYTES:,} bytes')
-            return await self._answer(problem, scope, receive, send)
-    except TimeoutError:
+    if size > MOST_BYTES:
+      problem = _problem(413, f'the body has more than {MOST_BYTES:,} bytes')
+      return await self._answer(problem, scope, receive, send)
+    if not is_whole:
       problem = _problem(408, f'the body did not come within {READ_SECONDS} s')
       return await self._answer(problem, scope, receive, send)
     messages = iter([{'type': 'http.request', 'body': bytes(body), 'more_body': False}])
