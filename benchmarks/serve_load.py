@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from ur4rec_jax import exported
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
 CLIENTS = 128  # That measure the capacity.
@@ -193,7 +192,7 @@ def start_service(folder: str, queue: int, cache: str) -> tuple[subprocess.Popen
 
 def make_requests(folder: str) -> list[bytes]:
   """Requests with random histories of 1 to 100 items."""
-  ids = json.loads((pathlib.Path(folder) / exported.ITEMS).read_text())['ids']
+  ids = json.loads((pathlib.Path(folder) / 'items.json').read_text())['ids']
   rng, requests = np.random.default_rng(0), []
   for _ in range(500):
     history = [ids[i] for i in rng.integers(0, len(ids), rng.integers(1, 101))]
@@ -208,9 +207,9 @@ def make_requests(folder: str) -> list[bytes]:
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Runs both parts."""
-  requests = make_requests(flags.export)
   with tempfile.TemporaryDirectory() as cache:
     process, port = start_service(flags.export, QUEUE, cache)
+    requests = make_requests(flags.export)
     asyncio.run(measure_capacity(port, requests, 1))
     capacity = asyncio.run(measure_capacity(port, requests, flags.capacity_seconds))
     process.send_signal(signal.SIGTERM)
@@ -280,7 +279,6 @@ def main() -> None:
   add('--capacity_seconds', type=float, default=10)
   add('--p99_ms', type=float, default=1000, help='that answered requests are to stay below')
   flags = parser.parse_args()
-  exported.load(flags.export)  # Reports a folder that is none.
   found = measure(flags)
   for name, value in found.items():
     print(f'{name.replace("_", " "):<28} {value}')

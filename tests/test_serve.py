@@ -167,6 +167,7 @@ def test_items_users_and_histories_are_found(recommender, address):
     ({}, 422, 'give one of history and user'),
     ({'history': ['i01'], 'k': 0}, 422, 'k: Input should be greater than or equal to 1'),
     ({'history': ['i01'], 'k': 61}, 422, 'k: Input should be less than or equal to 60'),
+    ({'history': ['i01'], 'k': 1.5}, 422, 'k: Input should be a valid integer'),
     ({'history': ['i01'], 'k': '3'}, 422, 'k: Input should be a valid integer'),
     ({'history': ['i01'], 'kk': 3}, 422, 'kk: Extra inputs are not permitted'),
     ({'history': ['i01'], 'weights': {'sasrec': -1}}, 422, 'weights.sasrec'),
@@ -192,16 +193,17 @@ def test_bad_requests_get_one_message(address, body, status, message):
 
 
 def raw(address, *parts):
-  """Sends bytes as they are, and gives what comes back, to the end of the headers at least."""
+  """Sends bytes as they are, and gives what comes back until the connection is closed."""
   host, port = address.removeprefix('http://').split(':')
   with socket.create_connection((host, int(port)), timeout=30) as connection:
     for part in parts:
       connection.sendall(part)
-    return connection.recv(65536).decode()
+    return b''.join(iter(lambda: connection.recv(65536), b'')).decode()
 
 
 def test_bodies_without_length_and_those_that_do_not_come_are_limited(address):
-  head = b'POST /recommend HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n'
+  head = b'POST /recommend HTTP/1.1\r\nHost: a\r\nConnection: close\r\n'
+  head += b'Content-Type: application/json\r\n'
   chunked = head + b'Transfer-Encoding: chunked\r\n\r\n'
   chunk = b'10000\r\n' + b' ' * 0x10000 + b'\r\n'
   assert raw(address, chunked, *[chunk] * 160, b'0\r\n\r\n').startswith('HTTP/1.1 413 ')
@@ -265,7 +267,109 @@ def test_overload_is_refused_and_stopping_loses_nothing(folder, environment):
 
 def test_the_service_keeps_to_its_openapi(address):
   command = [sys.executable, '-m', 'schemathesis.cli', 'run', f'{address}/openapi.json']
-  command += ['--checks=all', '--max-examples=25', '--seed=1', '--generation-database=none']
+  command += ['--checks=all', '--max-examples=15', '--seed=1', '--generation-database=none']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
   assert '6 selected' in done.stdout
+
+
+@pytest.fixture(scope='module')
+def browser():
+  """Chromium, which must be on the machine."""
+  if CHROMIUM is None:
+    pytest.skip('no chromium on this machine: the page was not tried in a browser')
+  from playwright.sync_api import sync_playwright
+
+  with sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+    yield browser
+    browser.close()
+
+
+# Texts that are seen, and their contrast with what is behind them, as WCAG has it.
+CONTRASTS = """() => {
+  const parse = color => color.match(/[\\d.]+/g).map(Number);
+  const luminance = ([r, g, b]) => [r, g, b].map(x => x / 255)
+    .map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+    .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+  const behind = element => {
+    const [r, g, b, a = 1] = parse(getComputedStyle(element).backgroundColor);
+    return a ? [r, g, b] : behind(element.parentElement);
+  };
+  return [...document.body.querySelectorAll('*')].filter(element => element.checkVisibility()
+      && !element.closest('.poster, script')
+      && [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()))
+    .map(element => {
+      const two = [luminance(parse(getComputedStyle(element).color)), luminance(behind(element))];
+      return [element.textContent, (Math.max(...two) + .05) / (Math.min(...two) + .05)];
+    });
+}"""
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_the_page_recommends_by_user_by_titles_and_by_weights(
+  browser, address, recommender, scheme
+):
+  page = browser.new_page(color_scheme=scheme, viewport={'width': 390, 'height': 844})
+  fetched, problems = [], []
+  page.on('request', lambda request: fetched.append(request.url))
+  page.on('console', lambda message: problems.append(message.text))
+  page.on('pageerror', lambda error: problems.append(str(error)))
+
+  def shown(question):
+    """Waits until the page shows the answer to a question."""
+    rows = ask(address, **question)['recommendations']
+    expected = [f'{row["title"]} {row["score"]:.2f}' for row in rows]
+    page.wait_for_function(
+      """expected => JSON.stringify(expected) === JSON.stringify(
+      [...document.querySelectorAll('#found > li')].map(row =>
+      row.querySelector('.title').textContent + ' ' + row.querySelector('.score').textContent))""",
+      arg=expected,
+      timeout=20_000,
+    )
+    return rows
+
+  page.goto(address)
+  users = list(recommender.users)
+  shown({'user': users[0]})
+  # By keyboard alone: the second user that is found.
+  page.get_by_label('User of the data').focus()
+  page.keyboard.type(users[33][:-1])
+  first = f'{users[33][:-1]}0'
+  page.wait_for_function('x => document.querySelector("#user-0")?.textContent === x', arg=first)
+  page.keyboard.press('ArrowDown')
+  found = page.locator('#user-1').inner_text()
+  page.keyboard.press('Enter')
+  shown({'user': found})
+  rows = page.locator('#found > li')
+  names = [name for name in recommender.share_names if name != 'retriever']
+  assert rows.first.locator('.bar i').count() == len(names) == page.locator('#legend li').count()
+
+  slider = page.get_by_role('slider', name='SASRec')
+  slider.focus()
+  page.keyboard.press('Home')
+  changed = shown({'user': found, 'weights': {'sasrec': 0}})
+  before = [row['item'] for row in ask(address, user=found)['recommendations']]
+  moved = [row['item'] for row in changed] != before
+  assert (page.locator('.move').count() > 0) == moved
+  page.get_by_role('button', name='As trained').click()
+  shown({'user': found})
+
+  page.get_by_role('button', name='Clear').click()
+  page.get_by_text('Choose a user or add a title to begin.').wait_for()
+  ids, titles = recommender.item_ids, recommender.titles
+  for title in (titles[5], titles[8]):
+    page.get_by_label('Add a title').fill(title)
+    page.get_by_role('option', name=title).first.click()
+  shown({'history': [ids[5], ids[8]]})
+  page.get_by_role('button', name=f'Remove {titles[8]}').click()
+  shown({'history': [ids[5]]})
+
+  low = [(text, ratio) for text, ratio in page.evaluate(CONTRASTS) if ratio < 4.5]
+  assert low == []
+  assert page.evaluate('document.documentElement.scrollWidth') == 390
+  unnamed = 'input:not([aria-label])'
+  assert page.eval_on_selector_all(unnamed, 'all => all.filter(x => !x.labels.length).length') == 0
+  assert problems == []
+  assert {url for url in fetched if not url.startswith((address, 'data:'))} == set()
+  page.close()

@@ -31,7 +31,7 @@ try:
   from fastapi.exceptions import RequestValidationError
   from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
   from prometheus_client import Counter, Gauge, Histogram, generate_latest
-  from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+  from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 except ImportError as error:
   sys.exit(f"error: {error.name} is not installed; pip install '.[serve]'")
 
@@ -62,7 +62,11 @@ BATCHES = Histogram(
 INSIDE = Gauge('ur4rec_requests_inside', 'Accepted requests without an answer yet.')
 COMPILED = Counter('ur4rec_compilations', 'Programs compiled since the service was ready.')
 
-ItemId = Annotated[str, Field(max_length=256)] | int
+# In JSON, 3.0 is a whole number, too.
+Whole = Annotated[
+  int, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
+]
+ItemId = Annotated[str, Field(max_length=256)] | Whole
 
 
 class Strict(BaseModel):
@@ -299,7 +303,7 @@ def make_app(recommender: exported.Recommender, batcher: Batcher) -> FastAPI:
     )
     history: ids = Field(None, min_length=1, max_length=MOST_IDS)
     user: str = Field(None, max_length=256)
-    k: int = Field(min(10, batcher.most_k), ge=1, le=batcher.most_k)
+    k: Whole = Field(min(10, batcher.most_k), ge=1, le=batcher.most_k)
     only: ids = Field(None, min_length=1, max_length=MOST_IDS)
     without: ids = Field((), max_length=MOST_IDS)
     keep_seen: bool = False
