@@ -3,7 +3,7 @@
   python -m benchmarks.serve_load --export=shop-model --seconds=60 --p99_ms=1000
 
 Measures first how many requests a second are answered when a fixed number of clients ask again as
-soon as they have an answer; then chooses `--queue` so that the wanted p99 follows: a quarter of
+soon as they have an answer; then chooses `--queue` so that the wanted p99 follows: a sixth of
 what is answered in that time, because refusing the others costs time, too. Requests of the
 overload are sent at random times that do not wait for answers, and waits count from those times.
 The service is a process of its own. The last line is one JSON object; the exit code is 1 if a
@@ -214,7 +214,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     capacity = asyncio.run(measure_capacity(port, requests, flags.capacity_seconds))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    queue = max(1, int(capacity * flags.p99_ms / 1000 / 4))
+    queue = max(1, int(capacity * flags.p99_ms / 1000 / 6))
     process, port = start_service(flags.export, queue, cache)
     rate = OVERLOAD * capacity
     load, memory = asyncio.run(overload(port, requests, rate, flags.seconds, process))

@@ -273,6 +273,21 @@ class Recommender:
       unknown,
     )
 
+  def rows(self, answer: Answer) -> list[dict[str, Any]]:
+    """Gives the first user's items as `rank`, `item`, `title`, `score`, and `shares` by name."""
+    return [
+      {
+        'rank': rank,
+        'item': item,
+        'title': title,
+        'score': float(score),
+        'shares': dict(zip(self.share_names, map(float, shares), strict=True)),
+      }
+      for rank, (item, title, score, shares) in enumerate(
+        zip(*(parts[0] for parts in answer[:4]), strict=True), 1
+      )
+    ]
+
   def check_k(self, k: int) -> None:
     """Raises InputError unless so many items can be recommended."""
     most = self.most_k

@@ -92,16 +92,11 @@ class Recommended(Item):
   shares: dict[str, float]
 
 
-class Counts(BaseModel):
-  items: int
-  read: int
-
-
 class Recommendations(BaseModel):
-  """The answer; `read` is how many items of the history the model reads, `unknown` were ignored."""
+  """The answer; `history` counts its items and those that are read; `unknown` were ignored."""
 
   user: str | None
-  history: Counts
+  history: dict[str, int]
   unknown: list[str]
   recommendations: list[Recommended]
 
@@ -174,11 +169,11 @@ class Batcher:
       try:
         answers = await loop.run_in_executor(self._thread, self._rank, jobs)
       except Exception as error:  # Of the device: these requests fail, the next may do well.
-        for future in futures:
-          future.set_exception(error)
-        continue
+        answers = [error] * len(jobs)
       for future, answer in zip(futures, answers, strict=True):
-        future.set_result(answer)
+        if not future.done():
+          settle = future.set_exception if isinstance(answer, Exception) else future.set_result
+          settle(answer)
 
   def _rank(self, jobs: Sequence[Job]) -> list[exported.Answer]:
     # Users are ranked among the same items, so that jobs go together whose filter is the same.
@@ -218,14 +213,14 @@ class Door:
   """
 
   def __init__(self, app: Callable, most_inside: int):
-    """Takes an ASGI application, and the number of requests to /recommend that may be inside."""
+    """Takes an ASGI application, and the number of requests that may be inside."""
     self._app, self._most_inside = app, most_inside
     self.inside = self.accepted = self.answered = 0
 
   async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
     if scope['type'] != 'http':
       await self._app(scope, receive, send)
-    elif scope['path'] != '/recommend':
+    elif scope['path'] in ('/health', '/metrics'):  # Wanted most when there is too much to do.
       await self._pass_on(scope, receive, send)
     elif self.inside >= self._most_inside:
       await self._answer(_REFUSED, scope, receive, send)
@@ -325,12 +320,8 @@ def make_app(recommender: exported.Recommender, batcher: Batcher) -> FastAPI:
   problems = lambda *statuses: {status: {'model': Problem} for status in statuses}
   users = recommender.known_users
   user_names = [] if users is None else list(users.index)
-  find_items = make_search(
-    [
-      f'{title} {item}'
-      for item, title in zip(recommender.item_ids, recommender.titles, strict=True)
-    ]
-  )
+  names = zip(recommender.titles, recommender.item_ids, strict=True)
+  find_items = make_search([f'{title} {item}' for title, item in names])
   find_users = make_search(user_names)
 
   @app.exception_handler(RequestValidationError)
@@ -362,40 +353,31 @@ def make_app(recommender: exported.Recommender, batcher: Batcher) -> FastAPI:
     only = None if question.only is None else tuple(question.only)
     answer = await batcher.answer(Job(asked, question.k, only, texts))
     known = len(asked.known[0])
-    columns = (parts[0] for parts in (answer.items, answer.titles, answer.scores, answer.shares))
     return JSONResponse(
       {
         'user': question.user,
         'history': {'items': known, 'read': min(known, recommender.max_length)},
         'unknown': answer.unknown[0],
-        'recommendations': [
-          {
-            'rank': rank,
-            'item': item,
-            'title': title,
-            'score': float(score),
-            'shares': dict(zip(recommender.share_names, map(float, shares), strict=True)),
-          }
-          for rank, (item, title, score, shares) in enumerate(zip(*columns, strict=True), 1)
-        ],
+        'recommendations': recommender.rows(answer),
       }
     )
 
+  content = _PAGE.read_bytes()
   named = lambda i: {'item': recommender.item_ids[i], 'title': recommender.titles[i]}
   Search = Annotated[str, Query(max_length=256)]
 
-  @app.get('/items', responses=problems(422))
+  @app.get('/items', responses=problems(422, 503))
   def items(search: Search = '') -> list[Item]:
     """Items by a part of their title or id, whatever its case."""
     return [named(i) for i in find_items(search)]
 
-  @app.get('/users', responses=problems(422))
+  @app.get('/users', responses=problems(422, 503))
   def users_(search: Search = '') -> list[str]:
     """Known users by a part of their id."""
     return [user_names[i] for i in find_users(search)]
 
-  @app.get('/history', responses=problems(404, 422))
-  def history(user: Annotated[str, Query(max_length=256)]) -> list[Item]:
+  @app.get('/history', responses=problems(404, 422, 503))
+  async def history(user: Annotated[str, Query(max_length=256)]) -> list[Item]:
     """What a known user has, the oldest first."""
     try:
       known, _ = recommender.lookup(recommender.user(user)[0])
@@ -404,7 +386,7 @@ def make_app(recommender: exported.Recommender, batcher: Batcher) -> FastAPI:
     return [named(i - 1) for i in known]
 
   @app.get('/health')
-  def health() -> Health:
+  async def health() -> Health:
     """Answers as soon as requests are."""
     return Health(
       status='ok',
@@ -418,13 +400,13 @@ def make_app(recommender: exported.Recommender, batcher: Batcher) -> FastAPI:
     )
 
   @app.get('/metrics', response_class=PlainTextResponse)
-  def metrics() -> str:
+  async def metrics() -> str:
     """For Prometheus."""
     return PlainTextResponse(generate_latest())
 
   @app.get('/', include_in_schema=False)
-  def page() -> HTMLResponse:
-    return HTMLResponse(_PAGE.read_bytes(), headers=_PAGE_HEADERS)
+  async def page() -> HTMLResponse:
+    return HTMLResponse(content, headers=_PAGE_HEADERS)
 
   return app
 
@@ -447,7 +429,7 @@ def make_search(texts: Sequence[str]) -> Callable[[str], list[int]]:
 
 def _open_port(host: str, port: int) -> socket.socket:
   try:
-    return socket.create_server((host, port), backlog=2048, reuse_port=False)
+    return socket.create_server((host, port), backlog=2048)
   except (OSError, OverflowError) as error:
     raise InputError(
       f'--host={host} --port={port}: cannot be opened ({error}); give others, --port=0 for any free'
