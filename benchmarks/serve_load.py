@@ -175,11 +175,11 @@ def _resident_mb(pid: int) -> float:
   return 0.0  # It has ended.
 
 
-def start_service(folder: str, queue: int, cache: str) -> tuple[subprocess.Popen, int]:
+def start_service(folder: str, batch: int, queue: int, cache: str) -> tuple[subprocess.Popen, int]:
   """Starts the service on a free port and waits until it is ready."""
   command = [sys.executable, '-m', 'ur4rec_jax.serve', f'--export={folder}', '--port=0']
   process = subprocess.Popen(
-    [*command, f'--queue={queue}'],
+    [*command, f'--batch={batch}', f'--queue={queue}'],
     stdout=subprocess.PIPE,
     text=True,
     env={'JAX_COMPILATION_CACHE_DIR': cache} | os.environ,
@@ -208,14 +208,14 @@ def make_requests(folder: str) -> list[bytes]:
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Runs both parts."""
   with tempfile.TemporaryDirectory() as cache:
-    process, port = start_service(flags.export, QUEUE, cache)
+    process, port = start_service(flags.export, flags.batch, QUEUE, cache)
     requests = make_requests(flags.export)
     asyncio.run(measure_capacity(port, requests, 1))
     capacity = asyncio.run(measure_capacity(port, requests, flags.capacity_seconds))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     queue = max(1, int(capacity * flags.p99_ms / 1000 / 6))
-    process, port = start_service(flags.export, queue, cache)
+    process, port = start_service(flags.export, flags.batch, queue, cache)
     rate = OVERLOAD * capacity
     load, memory = asyncio.run(overload(port, requests, rate, flags.seconds, process))
     said, _ = process.communicate(timeout=60)
@@ -277,6 +277,7 @@ def main() -> None:
   add('--export', required=True, help='folder that ur4rec_jax.export wrote')
   add('--seconds', type=float, default=60, help='of overload')
   add('--capacity_seconds', type=float, default=10)
+  add('--batch', type=int, default=64, help='that of the service')
   add('--p99_ms', type=float, default=1000, help='that answered requests are to stay below')
   flags = parser.parse_args()
   found = measure(flags)
