@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from configs import movielens_1m
-from ur4rec_jax import exported, serving
+from ur4rec_jax import exported, scoring
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.features import TokenTable
@@ -51,8 +51,8 @@ def make_recommender(variant: str) -> exported.Recommender:
   ones = np.ones((1, 1), np.int32)
   init = functools.partial(model.init, jax.random.key(0), method='encode')
   params = jax.jit(init)(features, ones, ones)['params']
-  arrays = jax.jit(functools.partial(serving.item_arrays, model))(params, features)
-  return _recommender(model, serving.user_params(model, params), arrays, config.max_length, False)
+  arrays = jax.jit(functools.partial(scoring.item_arrays, model))(params, features)
+  return _recommender(model, scoring.user_params(model, params), arrays, config.max_length, False)
 
 
 def make_million(vectors: np.ndarray, approximate: bool) -> exported.Recommender:
@@ -64,7 +64,7 @@ def make_million(vectors: np.ndarray, approximate: bool) -> exported.Recommender
   params = jax.jit(init)(jax.random.key(0), {}, ones, ones)['params']
   model = create_model(config, len(vectors) - 1)
   arrays = {'sasrec': {'vectors': vectors}}
-  return _recommender(model, serving.user_params(model, params), arrays, 200, approximate)
+  return _recommender(model, scoring.user_params(model, params), arrays, 200, approximate)
 
 
 def _recommender(model, params, arrays, max_length, approximate) -> exported.Recommender:
@@ -73,17 +73,17 @@ def _recommender(model, params, arrays, max_length, approximate) -> exported.Rec
     names = names[: arrays['retriever']['modalities'].shape[1]]
   count = len(next(iter(arrays.values()))['vectors']) - 1
   ids = [str(i) for i in range(1, count + 1)]
-  catalogue = serving.catalogue_arrays(model, arrays, approximate)
+  catalogue = scoring.catalogue_arrays(model, arrays, approximate)
   settings = {
     'paths': list(model.paths),
-    'share_names': serving.share_names(model, names),
+    'share_names': scoring.share_names(model, names),
     'max_length': max_length,
     'preferences': {},
-    'most_places': serving.CANDIDATES if approximate else None,
+    'most_places': scoring.CANDIDATES if approximate else None,
     'about': {},
   }
   return exported.Recommender(
-    jax.jit(serving.make_program(model)),
+    jax.jit(scoring.make_program(model)),
     {'params': params, 'items': arrays, **catalogue},
     {'ids': ids, 'titles': ids},
     settings,

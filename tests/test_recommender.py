@@ -10,7 +10,7 @@ import pytest
 
 from configs import default
 from data_prep.embeddings import text_tokens
-from ur4rec_jax import evaluate, parallel, serving
+from ur4rec_jax import evaluate, parallel, scoring
 from ur4rec_jax.dataset import read_items
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.features import load_with_features, read_tables
@@ -62,7 +62,7 @@ def make(data, name: str, approximate: bool = False):
   for item in read_items(data):
     items['ids'].append(item['original_id'])
     items['titles'].append(item['title'])
-  arrays = jax.jit(functools.partial(serving.item_arrays, model))(params, tables.items)
+  arrays = jax.jit(functools.partial(scoring.item_arrays, model))(params, tables.items)
   found = TrainedRecommender(
     config, model, params, dataset, tables.users, items, arrays, approximate, {}
   )
@@ -77,7 +77,7 @@ def all_places(recommender, part: str = 'test'):
     ids[start : start + length]
     for start, length in zip(queries.starts, queries.lengths, strict=True)
   ]
-  preferences = recommender._preferences_of(queries.users)
+  preferences = recommender.preferences_of(queries.users)
   k = len(recommender.item_ids)
   return queries, recommender.rank(histories, k, histories, preferences=preferences)
 

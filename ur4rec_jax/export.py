@@ -27,12 +27,15 @@ from ur4rec_jax.recommender import TrainedRecommender, load
 PLATFORMS = ('cpu', 'cuda')
 
 
-def export(recommender: TrainedRecommender, out: str | pathlib.Path) -> dict[str, Any]:
+def export(
+  recommender: TrainedRecommender, out: str | pathlib.Path, with_users: bool = False
+) -> dict[str, Any]:
   """Writes the folder, whole or not at all.
 
   Args:
     recommender: from `ur4rec_jax.load`.
     out: a folder that is not there yet.
+    with_users: whether to add the users of the data, so that their ids can be asked for.
 
   Returns:
     The manifest.
@@ -49,15 +52,14 @@ def export(recommender: TrainedRecommender, out: str | pathlib.Path) -> dict[str
     jax.tree_util.keystr(path, simple=True, separator='/'): x
     for path, x in jax.tree_util.tree_leaves_with_path(arrays)
   }
-  # NumPy's files know no bfloat16: its bits are stored, and what they stand for.
-  dtypes = {name: x.dtype.name for name, x in flat.items() if x.dtype.kind == 'V'}
-  archive = io.BytesIO()
-  np.savez(archive, **{n: x.view(np.uint16) if n in dtypes else x for n, x in flat.items()})
+  dtypes: dict[str, str] = {}
   contents = {
     exported.PROGRAM: bytes(_program(recommender, arrays)),
-    exported.ARRAYS: archive.getvalue(),
+    exported.ARRAYS: _pack(flat, dtypes),
     exported.ITEMS: json.dumps(recommender.items, ensure_ascii=False).encode(),
   }
+  if with_users:
+    contents[exported.USERS] = _pack(_users(recommender), dtypes)
   manifest = {
     'format_version': exported.FORMAT_VERSION,
     'jax': jax.__version__,
@@ -79,6 +81,27 @@ def export(recommender: TrainedRecommender, out: str | pathlib.Path) -> dict[str
   finally:
     shutil.rmtree(draft, ignore_errors=True)
   return manifest
+
+
+def _pack(arrays: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
+  """Makes an archive; NumPy's know no bfloat16: its bits are stored, and `dtypes` says so."""
+  dtypes |= {name: x.dtype.name for name, x in arrays.items() if x.dtype.kind == 'V'}
+  archive = io.BytesIO()
+  np.savez(archive, **{n: x.view(np.uint16) if n in dtypes else x for n, x in arrays.items()})
+  return archive.getvalue()
+
+
+def _users(recommender: TrainedRecommender) -> dict[str, np.ndarray]:
+  """What `exported.Users` is read from."""
+  names = list(recommender.users)
+  texts = recommender.preferences_of(range(len(names)))
+  return {
+    'ids': np.array(names),
+    'offsets': recommender.dataset.offsets,
+    'items': recommender.dataset.item_ids,
+    **{f'tokens/{name}': tokens for name, (tokens, _) in texts.items()},
+    **{f'mask/{name}': mask for name, (_, mask) in texts.items()},
+  }
 
 
 def _program(recommender: TrainedRecommender, arrays: Any) -> bytearray:
@@ -119,12 +142,13 @@ def main(argv: list[str] | None = None) -> None:
   add('--out', required=True, help='folder to write')
   add('--data_dir', help="the run's prepared data, if they have moved")
   add('--add_items', help='prepared folder or .npz file of new items, which are appended')
+  add('--users', action='store_true', help='add the users of the data and their histories')
   add('--approximate', action='store_true', help='search large catalogues approximately')
   flags = parser.parse_args(argv)
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
   if flags.add_items:
     recommender, _ = recommender.add_items(flags.add_items)
-  manifest = export(recommender, flags.out)
+  manifest = export(recommender, flags.out, flags.users)
   size = sum(path.stat().st_size for path in pathlib.Path(flags.out).iterdir())
   print(
     f'{flags.out}: {len(recommender.item_ids):,} items, {size / 1e6:,.1f} MB, for'

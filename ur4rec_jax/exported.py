@@ -23,6 +23,7 @@ from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 1
 MANIFEST, PROGRAM, ARRAYS, ITEMS = 'manifest.json', 'program.bin', 'arrays.npz', 'items.json'
+USERS = 'users.npz'  # Only if asked for.
 # Histories are padded to a multiple of this, batches to the next of these sizes, lists of items to
 # leave out and numbers of places to a power of two: each combination is compiled once.
 LENGTH_STEP = 32
@@ -49,6 +50,40 @@ class Answer(NamedTuple):
   unknown: list[list[str]]
 
 
+class Asked(NamedTuple):
+  """What some users ask for, looked up and checked; lists have an entry a user.
+
+  Attributes:
+    known: `[items]` int32 ids of the history.
+    unknown: items of the history that are not in the catalogue.
+    left_out: `[any]` int32 ids that are not recommended.
+    allowed: `[items + 1]` bool, what may be recommended to any of them; None for all.
+    emphasis: `[users, paths]` float32.
+  """
+
+  known: list[np.ndarray]
+  unknown: list[list[str]]
+  left_out: list[np.ndarray]
+  allowed: np.ndarray | None
+  emphasis: np.ndarray
+
+
+class Users(NamedTuple):
+  """Users of the training data.
+
+  Attributes:
+    index: of each by original id.
+    offsets: `[users + 1]`, where the history of each begins in `items`.
+    items: `[interactions]` int32 item ids, the oldest of each user first.
+    preferences: by modality tokens `[users, tokens, width]` and mask `[users, tokens]`.
+  """
+
+  index: dict[str, int]
+  offsets: np.ndarray
+  items: np.ndarray
+  preferences: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
 class Recommender:
   """Ranks the catalogue for histories of original ids.
 
@@ -59,6 +94,9 @@ class Recommender:
     paths: names of the model's paths, the order of `emphasis`.
     max_length: how many items of a history it reads, the latest.
     about: dataset, protocol and metrics of the training run.
+    batch_sizes: to which batches are padded.
+    most_k: the most items that can be recommended.
+    known_users: those that were exported, or None.
   """
 
   def __init__(
@@ -67,15 +105,17 @@ class Recommender:
     arrays: dict[str, Any],
     items: Mapping[str, Sequence[str]],
     settings: Mapping[str, Any],
+    known_users: Users | None = None,
   ):
     """Places everything on the device.
 
     Args:
-      program: from `serving.make_program`, or what `jax.export` made of it, under `jax.jit`.
+      program: from `scoring.make_program`, or what `jax.export` made of it, under `jax.jit`.
       arrays: what it reads.
       items: `ids` and `titles`.
       settings: `paths`, `share_names`, `max_length`; `preferences`, by modality the number of a
         user's tokens and their width; `most_places`, the largest k or None; `about`.
+      known_users: that `user` knows.
     """
     self.item_ids, self.titles = list(items['ids']), list(items['titles'])
     self.paths, self.share_names = list(settings['paths']), list(settings['share_names'])
@@ -89,7 +129,9 @@ class Recommender:
     self._arrays = jax.device_put(arrays)
     self._constants: dict[Any, Any] = {}  # Placed inputs that calls have in common.
     fitting = [size for size in BATCH_SIZES if size * len(self.item_ids) <= _MOST_SCORES]
-    self._batch_sizes = fitting or BATCH_SIZES[:1]
+    self.batch_sizes = fitting or BATCH_SIZES[:1]
+    self.most_k = min(len(self.item_ids), self._most_places or len(self.item_ids))
+    self.known_users = known_users
 
   def lookup(self, ids: Ids, what: str = 'history') -> tuple[np.ndarray, list[str]]:
     """Turns original ids into item ids.
@@ -112,6 +154,24 @@ class Recommender:
       else:
         found.append(place)
     return np.array(found, np.int32), unknown
+
+  def user(self, name: str) -> tuple[list[str], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Gives a known user's history, the oldest first, and own texts, as `top` takes them.
+
+    Raises:
+      InputError: it is not known.
+    """
+    users = self.known_users
+    if users is None:
+      raise InputError(
+        f'user {name!r}: this export knows no users; give a history, or export it with --users'
+      )
+    if name not in users.index:
+      raise InputError(f'user {name!r}: is unknown; give a history')
+    row = users.index[name]
+    start, end = users.offsets[row : row + 2]
+    texts = {key: (t[row : row + 1], m[row : row + 1]) for key, (t, m) in users.preferences.items()}
+    return [self._ids_at[i] for i in users.items[start:end]], texts
 
   @staticmethod
   def _as_text(name: Any, what: str) -> str:
@@ -147,6 +207,30 @@ class Recommender:
       InputError: an argument is not what it must be, or a user has neither a known item nor a
         preference.
     """
+    asked = self.ask(
+      histories,
+      k,
+      only=only,
+      without=without,
+      keep_seen=keep_seen,
+      emphasis=emphasis,
+      preferences=preferences,
+    )
+    found = self.rank(asked.known, k, asked.left_out, asked.allowed, asked.emphasis, preferences)
+    return self.named(asked.unknown, *found)
+
+  def ask(
+    self,
+    histories: Sequence[Ids],
+    k: int = 10,
+    *,
+    only: Ids | None = None,
+    without: Ids = (),
+    keep_seen: bool = False,
+    emphasis: Sequence[float] | np.ndarray | None = None,
+    preferences: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+  ) -> Asked:
+    """Does the first third of `top`: takes its arguments, raises its errors."""
     self.check_k(k)
     looked_up = [self.lookup(history) for history in histories]
     known = [found for found, _ in looked_up]
@@ -172,7 +256,13 @@ class Recommender:
       # It has nothing to say of a user without history.
       is_empty = np.array([not found.size for found in known], bool)
       weights[is_empty, self.paths.index('sasrec')] = 0
-    ids, scores, shares = self.rank(known, k, left_out, allowed, weights, preferences)
+    unknown = [missing for _, missing in looked_up]
+    return Asked(known, unknown, left_out, allowed, weights)
+
+  def named(
+    self, unknown: list[list[str]], ids: np.ndarray, scores: np.ndarray, shares: np.ndarray
+  ) -> Answer:
+    """Does the last third of `top`, from the unknown items and what `rank` gives."""
     counts = np.isfinite(scores).sum(1)
     kept = [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
     return Answer(
@@ -180,12 +270,27 @@ class Recommender:
       [[self._titles_at[i] for i in row] for row in kept],
       [row[:count] for row, count in zip(scores, counts, strict=True)],
       [row[:count] for row, count in zip(shares, counts, strict=True)],
-      [unknown for _, unknown in looked_up],
+      unknown,
     )
+
+  def rows(self, answer: Answer) -> list[dict[str, Any]]:
+    """Gives the first user's items as `rank`, `item`, `title`, `score`, and `shares` by name."""
+    return [
+      {
+        'rank': rank,
+        'item': item,
+        'title': title,
+        'score': float(score),
+        'shares': dict(zip(self.share_names, map(float, shares), strict=True)),
+      }
+      for rank, (item, title, score, shares) in enumerate(
+        zip(*(parts[0] for parts in answer[:4]), strict=True), 1
+      )
+    ]
 
   def check_k(self, k: int) -> None:
     """Raises InputError unless so many items can be recommended."""
-    most = min(len(self.item_ids), self._most_places or len(self.item_ids))
+    most = self.most_k
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
       reason = 'the size of the catalogue'
       if most < len(self.item_ids):
@@ -253,8 +358,8 @@ class Recommender:
       np.zeros((len(order), k), np.float32),
       np.zeros((len(order), k, len(self.share_names)), np.float32),
     )
-    for start in range(0, len(order), self._batch_sizes[-1]):
-      part = order[start : start + self._batch_sizes[-1]]
+    for start in range(0, len(order), self.batch_sizes[-1]):
+      part = order[start : start + self.batch_sizes[-1]]
       found = self._rank_batch(
         [histories[i] for i in part],
         k,
@@ -286,7 +391,7 @@ class Recommender:
   ) -> dict[str, Any]:
     """Pads the arguments of `rank` to what the program takes; `places` is missing."""
     count = len(histories)
-    batch = next(size for size in self._batch_sizes if size >= count)
+    batch = next(size for size in self.batch_sizes if size >= count)
     length = max((min(len(h), self.max_length) for h in histories), default=0)
     length = min(-(-max(length, 1) // LENGTH_STEP) * LENGTH_STEP, self.max_length)
     history = np.zeros((batch, length), np.int32)
@@ -363,14 +468,32 @@ def load(folder: str | pathlib.Path) -> Recommender:
     )
   program = jax.jit(jax.export.deserialize(bytearray(contents[PROGRAM])).call)
   arrays: dict[str, Any] = {'params': {}, 'items': {}, 'covariances': {}, 'sketch': {}}
-  with np.load(io.BytesIO(contents[ARRAYS]), allow_pickle=False) as file:
-    for name in file:
-      *parents, last = name.split('/')
-      tree = arrays
-      for parent in parents:
-        tree = tree.setdefault(parent, {})
-      tree[last] = file[name].view(manifest['dtypes'].get(name, file[name].dtype))
-  return Recommender(program, arrays, json.loads(contents[ITEMS]), manifest['settings'])
+  for name, values in _unpack(contents[ARRAYS], manifest).items():
+    *parents, last = name.split('/')
+    tree = arrays
+    for parent in parents:
+      tree = tree.setdefault(parent, {})
+    tree[last] = values
+  users = None
+  if USERS in contents:
+    found = _unpack(contents[USERS], manifest)
+    users = Users(
+      {name: i for i, name in enumerate(found['ids'].tolist())},
+      found['offsets'],
+      found['items'],
+      {
+        name: (found[f'tokens/{name}'], found[f'mask/{name}'])
+        for name in manifest['settings']['preferences']
+      },
+    )
+  return Recommender(program, arrays, json.loads(contents[ITEMS]), manifest['settings'], users)
+
+
+def _unpack(archive: bytes, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  with np.load(io.BytesIO(archive), allow_pickle=False) as file:
+    return {
+      name: values.view(manifest['dtypes'].get(name, values.dtype)) for name, values in file.items()
+    }
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:

@@ -44,18 +44,7 @@ def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[s
     [history], flags.k, users=users, preference=flags.preference, **_options(flags)
   )
   (unknown,) = answer.unknown
-  rows = [
-    {
-      'rank': rank,
-      'item': item,
-      'title': title,
-      'score': float(score),
-      'shares': dict(zip(recommender.share_names, map(float, shares), strict=True)),
-    }
-    for rank, (item, title, score, shares) in enumerate(
-      zip(*(parts[0] for parts in answer[:4]), strict=True), 1
-    )
-  ]
+  rows = recommender.rows(answer)
   if flags.explain and rows:
     reasons = explain(recommender, history, [row['item'] for row in rows], users, flags.preference)
     for row, reason in zip(rows, reasons, strict=True):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import exported, results, serving
+from ur4rec_jax import exported, results, scoring
 from ur4rec_jax.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.exported import Answer, Ids
@@ -66,7 +66,7 @@ def load(
   stage, params = results.restore_best(config, str(workdir), dataset, tables)
   config, params = stage.config, jax.device_get(params)
   model = create_model(config, dataset.num_items)
-  if approximate and not serving.is_sum(model):
+  if approximate and not scoring.is_sum(model):
     raise InputError(
       f'approximate: the fusion {model.fusion.kind} ranks each path, and only sums of scores can be'
       ' searched approximately; leave it out'
@@ -75,7 +75,7 @@ def load(
   for item in iterate_items(config.data_dir):
     items['ids'].append(item['original_id'])
     items['titles'].append(item['title'])
-  arrays = jax.jit(functools.partial(serving.item_arrays, model))(params, tables.items)
+  arrays = jax.jit(functools.partial(scoring.item_arrays, model))(params, tables.items)
   about = {'dataset': dataset.identity(), 'config': config.to_dict()}
   finished = pathlib.Path(workdir) / 'results.json'
   if finished.is_file():
@@ -101,28 +101,28 @@ class TrainedRecommender(exported.Recommender):
     approximate: bool,
     about: dict[str, Any],
   ):
-    """Takes what `load` reads; `item_arrays` are those of `serving.item_arrays`."""
+    """Takes what `load` reads; `item_arrays` are those of `scoring.item_arrays`."""
     self.config, self.model, self.params, self.dataset = config, model, params, dataset
     self._user_tables = user_tables if model.retriever is not None else {}
     self._approximate = approximate
-    self.program = jax.jit(serving.make_program(model))
-    self._scorer = jax.jit(serving.make_scorer(model))
+    self.program = jax.jit(scoring.make_program(model))
+    self._scorer = jax.jit(scoring.make_scorer(model))
     self._place(items, item_arrays, about)
 
   def _place(self, items, item_arrays, about) -> None:
     self._item_arrays, self.items = item_arrays, items
     self.settings = {
       'paths': list(self.model.paths),
-      'share_names': serving.share_names(self.model, list(self.config.modalities)),
+      'share_names': scoring.share_names(self.model, list(self.config.modalities)),
       'max_length': self.config.max_length,
       'preferences': {name: table.tokens.shape[1:] for name, table in self._user_tables.items()},
-      'most_places': serving.CANDIDATES if self._approximate else None,
+      'most_places': scoring.CANDIDATES if self._approximate else None,
       'about': about,
     }
     self.arrays = {
-      'params': serving.user_params(self.model, self.params),
+      'params': scoring.user_params(self.model, self.params),
       'items': item_arrays,
-      **serving.catalogue_arrays(self.model, item_arrays, self._approximate),
+      **scoring.catalogue_arrays(self.model, item_arrays, self._approximate),
     }
     super().__init__(self.program, self.arrays, items, self.settings)
 
@@ -249,7 +249,7 @@ class TrainedRecommender(exported.Recommender):
       **options: as those of `recommend`.
     """
     self.check_k(k)
-    preferences = {} if users is None else self._preferences_of(users)
+    preferences = {} if users is None else self.preferences_of(users)
     if preference is None:
       return self.top(histories, k, preferences=preferences, **options)
     if not isinstance(preference, str):
@@ -262,7 +262,7 @@ class TrainedRecommender(exported.Recommender):
       return self.top(histories, k, preferences=preferences, **options)
     return self._with_sentence(preference, histories, k, preferences, options)
 
-  def _preferences_of(self, users: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  def preferences_of(self, users: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     rows = np.asarray(users, int)
     return {
       name: (table.tokens[rows], table.mask[rows]) for name, table in self._user_tables.items()
@@ -382,7 +382,7 @@ class TrainedRecommender(exported.Recommender):
       else tree
       for name, tree in self.params.items()
     }
-    new = serving.item_arrays(create_model(self.config, count), params, features)
+    new = scoring.item_arrays(create_model(self.config, count), params, features)
     if getattr(self.model.sasrec, 'item_input', None) == 'id':
       # To a path that knows only ids a new item is as the average one.
       mean = self._item_arrays['sasrec']['vectors'][1:].mean(0)
@@ -415,7 +415,7 @@ class TrainedRecommender(exported.Recommender):
     scores = []
     for start in range(0, len(histories), _EXPLAINED_AT_ONCE):
       part = histories[start : start + _EXPLAINED_AT_ONCE]
-      preferences = {} if users is None else self._preferences_of([*users] * len(part))
+      preferences = {} if users is None else self.preferences_of([*users] * len(part))
       nothing = [np.zeros(0, np.int32)] * len(part)
       queries = self.queries(part, nothing, preferences=preferences)
       scores.append(np.asarray(self._scorer(self._arrays, queries, wanted))[: len(part)])

@@ -1,0 +1,375 @@
+"""The service as a process on a free port: answers, limits, overload, stop, and its page."""
+
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_recommender import make
+from ur4rec_jax.export import export
+
+# A process in which nothing of what training needs can be imported.
+ALONE = """
+import sys
+for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'pyarrow', 'pandas', 'tqdm',
+             'tensorflow_datasets', 'torch', 'ur4rec_jax.models', 'data_prep'):
+  sys.modules[name] = None
+from ur4rec_jax.serve import main
+main()
+"""
+CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
+
+
+@pytest.fixture(scope='module')
+def recommender(shop):
+  return make(shop, 'paper')[0]
+
+
+@pytest.fixture(scope='module')
+def folder(recommender, tmp_path_factory):
+  """An exported folder that knows its users, who have texts of their own."""
+  folder = tmp_path_factory.mktemp('exported') / 'model'
+  export(recommender, folder, with_users=True)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def serve(environment):
+  """Starts the service: `serve(folder, *flags)` gives the process and the start of its address."""
+
+  @contextlib.contextmanager
+  def serve(folder, *flags):
+    command = [sys.executable, '-c', ALONE, f'--export={folder}', '--port=0', *flags]
+    process = subprocess.Popen(
+      command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+      line = process.stdout.readline()
+      assert line.startswith('ready'), process.stderr.read()
+      yield process, line.split()[-1]
+    finally:
+      process.kill()
+      process.communicate()
+
+  return serve
+
+
+@pytest.fixture(scope='module')
+def address(serve, folder):
+  with serve(folder, '--batch=4') as (_, address):
+    yield address
+
+
+def get(url, body=None, **headers):
+  """Status, headers and content; a body that is no bytes goes as JSON."""
+  if body is not None and not isinstance(body, bytes):
+    body = json.dumps(body).encode()
+  headers = {'Content-Type': 'application/json'} | headers
+  try:
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
+      return answer.status, answer.headers, answer.read().decode()
+  except urllib.error.HTTPError as error:
+    return error.code, error.headers, error.read().decode()
+
+
+def ask(address, **question):
+  status, _, content = get(f'{address}/recommend', question)
+  assert status == 200, content
+  return json.loads(content)
+
+
+def metric(address, name):
+  (value,) = re.findall(rf'^{name} (\S+)$', get(f'{address}/metrics')[2], re.MULTILINE)
+  return float(value)
+
+
+def check(found, answer, recommender):
+  rows = found['recommendations']
+  assert [row['item'] for row in rows] == answer.items[0]
+  assert [row['title'] for row in rows] == answer.titles[0]
+  assert [row['rank'] for row in rows] == list(range(1, len(rows) + 1))
+  np.testing.assert_allclose([row['score'] for row in rows], answer.scores[0], atol=1e-5)
+  shares = [[row['shares'][name] for name in recommender.share_names] for row in rows]
+  np.testing.assert_allclose(shares, answer.shares[0], atol=1e-5)
+
+
+def test_requests_at_once_are_answered_as_by_the_trainer_and_nothing_is_compiled(
+  recommender, address
+):
+  ids, users = recommender.item_ids, list(recommender.users)
+  questions = [{'history': [ids[(7 * n + i) % 60] for i in range(n)]} for n in (1, 3, 20, 33, 50)]
+  questions += [{'user': name} for name in users[:5]]
+  options = [
+    {},
+    {'k': 12, 'without': ids[:9]},
+    {'only': ids[20:40], 'keep_seen': True},
+    {'k': 16, 'weights': {'sasrec': 0.25, 'retriever': 1.5}},
+  ]
+  questions = [question | more for question in questions for more in options]
+  with ThreadPoolExecutor(12) as threads:
+    answers = list(threads.map(lambda question: ask(address, **question), questions))
+  for question, found in zip(questions, answers, strict=True):
+    question = dict(question)
+    user = question.pop('user', None)
+    history = question.pop('history', None) or recommender.history(user)
+    if weights := question.pop('weights', None):
+      question['emphasis'] = [weights[path] for path in recommender.paths]
+    rows = None if user is None else [recommender.users[user]]
+    check(found, recommender.answer([history], users=rows, **question), recommender)
+    assert found['user'] == user
+    assert found['history'] == {'items': len(history), 'read': min(len(history), 20)}
+  assert metric(address, 'ur4rec_compilations_total') == 0
+  assert metric(address, 'ur4rec_batch_users_sum') >= len(questions)
+  assert metric(address, 'ur4rec_batch_users_count') < metric(address, 'ur4rec_batch_users_sum')
+  assert metric(address, 'ur4rec_requests_inside') == 0
+
+
+def test_items_users_and_histories_are_found(recommender, address):
+  fetch = lambda path: json.loads(get(f'{address}/{path}')[2])
+  item, title = recommender.item_ids[7], recommender.titles[7]
+  assert {'item': item, 'title': title} in fetch(f'items?search={title[:9].upper().split()[0]}')
+  assert {'item': item, 'title': title} in fetch(f'items?search={item}')
+  assert [found['item'] for found in fetch('items')] == recommender.item_ids[:20]
+  assert fetch('items?search=nothing%20has%20this') == []
+  users = list(recommender.users)
+  assert fetch('users') == users[:20]
+  assert fetch(f'users?search={users[33]}') == [users[33]]
+  history = fetch(f'history?user={users[3]}')
+  assert [found['item'] for found in history] == recommender.history(users[3])
+  assert fetch('health')['share_names'] == recommender.share_names
+
+
+@pytest.mark.parametrize(
+  ('body', 'status', 'message'),
+  [
+    ({'user': 'nobody'}, 404, "user 'nobody': is unknown"),
+    ({'history': ['x', 'y']}, 404, 'none of its 2 items is in the catalogue'),
+    ({'history': [-1, -2]}, 404, 'none of its 2 items is in the catalogue'),
+    ({'history': ['i01'], 'only': ['x']}, 404, 'only: none of its 1 items'),
+    ({'history': []}, 422, 'history: List should have at least 1 item'),
+    ({'history': ['i01'] * 10_000}, 422, 'history: List should have at most 1000 items'),
+    ({'history': 'i01'}, 422, 'history: Input should be a valid list'),
+    ({'history': [1.5]}, 422, 'history.0'),
+    ({'history': [True]}, 422, 'history.0'),
+    ({'history': ['x' * 1000]}, 422, 'history.0'),
+    ({'history': None}, 422, 'history: Input should be a valid list'),
+    ({'history': ['i01'], 'user': 'u001'}, 422, 'give one of history and user'),
+    ({}, 422, 'give one of history and user'),
+    ({'history': ['i01'], 'k': 0}, 422, 'k: Input should be greater than or equal to 1'),
+    ({'history': ['i01'], 'k': 61}, 422, 'k: Input should be less than or equal to 60'),
+    ({'history': ['i01'], 'k': 1.5}, 422, 'k: Input should be a valid integer'),
+    ({'history': ['i01'], 'k': '3'}, 422, 'k: Input should be a valid integer'),
+    ({'history': ['i01'], 'kk': 3}, 422, 'kk: Extra inputs are not permitted'),
+    ({'history': ['i01'], 'weights': {'sasrec': -1}}, 422, 'weights.sasrec'),
+    ({'history': ['i01'], 'weights': {'sasrec': float('nan')}}, 422, 'weights.sasrec'),
+    ({'history': ['i01'], 'weights': {'other': 1}}, 422, 'weights.other'),
+    ({'\ud800': ['\ud800']}, 422, 'should be a valid string'),
+    ([], 422, 'valid'),
+    (b'', 422, 'required'),
+    (b'{"history": [', 400, 'the body is no JSON'),
+    (b'\xff\xfe', 400, ''),
+    (b'[' * 100_000, 400, ''),
+    (b'1' * 10_000, 400, ''),
+    (b' ' * 10_000_000, 413, 'the body has more than 1,048,576 bytes'),
+  ],
+)
+def test_bad_requests_get_one_message(address, body, status, message):
+  found, headers, content = get(f'{address}/recommend', body)
+  assert (found, headers['Content-Type']) == (status, 'application/json')
+  (detail,) = json.loads(content).values()
+  assert message in detail
+  assert len(content) < 1000
+  assert 'Traceback' not in content
+
+
+def raw(address, *parts):
+  """Sends bytes as they are, and gives what comes back until the connection is closed."""
+  host, port = address.removeprefix('http://').split(':')
+  with socket.create_connection((host, int(port)), timeout=30) as connection:
+    for part in parts:
+      connection.sendall(part)
+    return b''.join(iter(lambda: connection.recv(65536), b'')).decode()
+
+
+def test_bodies_without_length_and_those_that_do_not_come_are_limited(address):
+  head = b'POST /recommend HTTP/1.1\r\nHost: a\r\nConnection: close\r\n'
+  head += b'Content-Type: application/json\r\n'
+  chunked = head + b'Transfer-Encoding: chunked\r\n\r\n'
+  chunk = b'10000\r\n' + b' ' * 0x10000 + b'\r\n'
+  assert raw(address, chunked, *[chunk] * 160, b'0\r\n\r\n').startswith('HTTP/1.1 413 ')
+  body = b'{"history": [1]}'
+  whole = raw(address, chunked, b'%x\r\n%s\r\n0\r\n\r\n' % (len(body), body))
+  assert 'none of its 1 items' in whole
+  assert raw(address, head + b'Content-Length: 9\r\n\r\n', b'{').startswith('HTTP/1.1 408 ')
+  assert raw(address, b'nonsense\r\n\r\n').startswith('HTTP/1.1 400 ')
+  assert ask(address, user='u001')['recommendations']
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ((), 'arrays.npz: has changed since it was written; export it again'),
+    (('--queue=0',), '--queue=0: must be from 1 to 100000'),
+    (('--export=nowhere',), 'nowhere: no exported model'),
+  ],
+)
+def test_a_bad_start_is_one_message(folder, tmp_path, environment, flags, message):
+  changed = shutil.copytree(folder, tmp_path / 'model')
+  content = bytearray((changed / 'arrays.npz').read_bytes())
+  content[len(content) // 2] ^= 1
+  (changed / 'arrays.npz').write_bytes(content)
+  command = [sys.executable, '-m', 'ur4rec_jax.serve', f'--export={changed}', *flags]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stdout) == (2, '')
+  (line,) = done.stderr.splitlines()
+  assert message in line
+
+
+def test_an_export_without_users_says_so_and_a_taken_port_is_named(
+  recommender, serve, tmp_path, environment
+):
+  export(recommender, tmp_path / 'model')
+  with serve(tmp_path / 'model', '--batch=1') as (_, address):
+    status, _, content = get(f'{address}/recommend', {'user': 'u001'})
+    assert (status, 'this export knows no users' in content) == (404, True)
+    assert json.loads(get(f'{address}/users')[2]) == []
+    command = [sys.executable, '-m', 'ur4rec_jax.serve', f'--export={tmp_path}/model', '--batch=1']
+    command.append(f'--port={address.rsplit(":", 1)[1]}')
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert 'cannot be opened' in line
+
+
+def test_overload_is_refused_and_stopping_loses_nothing(folder, environment):
+  command = [sys.executable, '-m', 'benchmarks.serve_load', f'--export={folder}', '--p99_ms=100']
+  command += ['--seconds=2', '--capacity_seconds=1', '--batch=4']
+  done = subprocess.run(
+    command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert found['refused'] > 0
+  assert found['answered'] == found['accepted'] == found['service_says_answered'] > 0
+  assert found['other_statuses'] == found['refused_without_retry_after'] == 0
+  assert found['exit_code'] == 0
+  assert 'Traceback' not in done.stderr
+
+
+def test_the_service_keeps_to_its_openapi(address, tmp_path):
+  command = [sys.executable, '-m', 'schemathesis.cli', 'run', f'{address}/openapi.json']
+  command += ['--checks=all', '--max-examples=15', '--seed=1', '--generation-database=none']
+  done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert '6 selected' in done.stdout
+
+
+@pytest.fixture(scope='module')
+def browser():
+  """Chromium, which must be on the machine."""
+  if CHROMIUM is None:
+    pytest.skip('no chromium on this machine: the page was not tried in a browser')
+  from playwright.sync_api import sync_playwright
+
+  with sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+    yield browser
+    browser.close()
+
+
+# Texts that are seen, and their contrast with what is behind them, as WCAG has it.
+CONTRASTS = """() => {
+  const parse = color => color.match(/[\\d.]+/g).map(Number);
+  const luminance = ([r, g, b]) => [r, g, b].map(x => x / 255)
+    .map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+    .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+  const behind = element => {
+    const [r, g, b, a = 1] = parse(getComputedStyle(element).backgroundColor);
+    return a ? [r, g, b] : behind(element.parentElement);
+  };
+  return [...document.body.querySelectorAll('*')].filter(element => element.checkVisibility()
+      && !element.closest('.poster, script')
+      && [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()))
+    .map(element => {
+      const two = [luminance(parse(getComputedStyle(element).color)), luminance(behind(element))];
+      return [element.textContent, (Math.max(...two) + .05) / (Math.min(...two) + .05)];
+    });
+}"""
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_the_page_recommends_by_user_by_titles_and_by_weights(
+  browser, address, recommender, scheme
+):
+  page = browser.new_page(color_scheme=scheme, viewport={'width': 390, 'height': 844})
+  fetched, problems = [], []
+  page.on('request', lambda request: fetched.append(request.url))
+  page.on('console', lambda message: problems.append(message.text))
+  page.on('pageerror', lambda error: problems.append(str(error)))
+
+  def shown(question):
+    """Waits until the page shows the answer to a question."""
+    rows = ask(address, **question)['recommendations']
+    expected = [f'{row["title"]} {row["score"]:.2f}' for row in rows]
+    page.wait_for_function(
+      """expected => JSON.stringify(expected) === JSON.stringify(
+      [...document.querySelectorAll('#found > li')].map(row =>
+      row.querySelector('.title').textContent + ' ' + row.querySelector('.score').textContent))""",
+      arg=expected,
+      timeout=20_000,
+    )
+    return rows
+
+  page.goto(address)
+  users = list(recommender.users)
+  shown({'user': users[0]})
+  # By keyboard alone: the second user that is found.
+  page.get_by_label('User of the data').focus()
+  page.keyboard.type(users[33][:-1])
+  first = f'{users[33][:-1]}0'
+  page.wait_for_function('x => document.querySelector("#user-0")?.textContent === x', arg=first)
+  page.keyboard.press('ArrowDown')
+  found = page.locator('#user-1').inner_text()
+  page.keyboard.press('Enter')
+  shown({'user': found})
+  rows = page.locator('#found > li')
+  names = [name for name in recommender.share_names if name != 'retriever']
+  assert rows.first.locator('.bar i').count() == len(names) == page.locator('#legend li').count()
+
+  slider = page.get_by_role('slider', name='SASRec')
+  slider.focus()
+  page.keyboard.press('Home')
+  changed = shown({'user': found, 'weights': {'sasrec': 0}})
+  before = [row['item'] for row in ask(address, user=found)['recommendations']]
+  moved = [row['item'] for row in changed] != before
+  assert (page.locator('.move').count() > 0) == moved
+  page.get_by_role('button', name='As trained').click()
+  shown({'user': found})
+
+  page.get_by_role('button', name='Clear').click()
+  page.get_by_text('Choose a user or add a title to begin.').wait_for()
+  ids, titles = recommender.item_ids, recommender.titles
+  for title in (titles[5], titles[8]):
+    page.get_by_label('Add a title').fill(title)
+    page.get_by_role('option', name=title).first.click()
+  shown({'history': [ids[5], ids[8]]})
+  page.get_by_role('button', name=f'Remove {titles[8]}').click()
+  shown({'history': [ids[5]]})
+
+  low = [(text, ratio) for text, ratio in page.evaluate(CONTRASTS) if ratio < 4.5]
+  assert low == []
+  assert page.evaluate('document.documentElement.scrollWidth') == 390
+  unnamed = 'input:not([aria-label])'
+  assert page.eval_on_selector_all(unnamed, 'all => all.filter(x => !x.labels.length).length') == 0
+  assert problems == []
+  assert {url for url in fetched if not url.startswith((address, 'data:'))} == set()
+  page.close()
