@@ -15,14 +15,20 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.data_dir = 'data/synthetic'
   config.max_length = 50
   config.batch_size = 32
-  config.num_epochs = 25
-  config.optimizer.learning_rate = 2e-3
+  config.num_epochs = 20
+  config.optimizer.learning_rate = 6e-3
   config.optimizer.schedule = 'cosine'
   if variant != 'sasrec':
-    config.batch_size = 64
     config.validate_every_epochs = 2
-    config.stage.pretrain_sasrec.num_epochs = 12
-    config.stage.pretrain_retriever.num_epochs = 6
+    config.retriever.num_blocks = 1
+    config.retriever.dropout = 0.1
+    config.content.cross_modal_blocks = 0
+    config.content.dropout = 0.1
+    config.stage.pretrain_retriever.num_epochs = 4
     config.stage.joint_finetune.num_epochs = 2
-    config.stage.end_to_end.num_epochs = 2
+    # From here on the ranking itself is trained, not each path for itself.
+    config.loss.weights.fused = 1.0
+    config.stage.end_to_end.losses = ('fused',)
+    config.stage.end_to_end.learning_rate_scale = 0.5
+    config.stage.end_to_end.num_epochs = 6
   return config

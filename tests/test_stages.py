@@ -206,6 +206,8 @@ TINY = (
   '--config.stage.pretrain_retriever.num_steps=3',
   '--config.stage.joint_finetune.num_epochs=2',
   '--config.stage.end_to_end.num_epochs=2',
+  '--config.loss.weights.fused=0',
+  "--config.stage.end_to_end.losses=('all',)",
 )
 
 
