@@ -37,8 +37,8 @@ COMPARE
 
 cat <<'NEXT'
 
-Look at runs/synthetic/report.html. What stands in a run's folder can go on from where it was stopped.
-Next, with real data:
+runs/synthetic/report.html shows how it went. Next, with real data (a stopped run goes on when the
+same command is started again):
   source .venv/bin/activate
   python -m data_prep.build_dataset --source=movielens_100k --data_dir=data/movielens_100k
   python -m ur4rec_jax.main --config=configs/movielens_100k.py --workdir=runs/movielens_100k
