@@ -193,7 +193,7 @@ def headline_table(stored: Stored) -> str:
           'time a seed': _time(entry),
         }
       )
-  return _table(rows)
+  return markdown_table(rows)
 
 
 def results_page(stored: Stored) -> str:
@@ -245,7 +245,7 @@ def _section(group: Stored, stored: Stored) -> str:
         'command': f'`{entry["command"]}`',
       }
     )
-  return '\n'.join([*lines, '', _table(accuracy), '', _table(runs)])
+  return '\n'.join([*lines, '', markdown_table(accuracy), '', markdown_table(runs)])
 
 
 def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:
@@ -296,7 +296,7 @@ def _features(found: dict[str, Any], name: str = '') -> Iterator[str]:
       yield from _features(value, f'{name} {key}')
 
 
-def _table(rows: list[dict[str, str]]) -> str:
+def markdown_table(rows: list[dict[str, str]]) -> str:
   """A Markdown table of rows with the same columns."""
   if not rows:
     return ''

@@ -76,7 +76,7 @@ def measure_point(point: dict[str, Any]) -> dict[str, Any]:
     'us_a_token': round(1e6 * step / tokens, 3),
     'prepare_seconds': round(prepare_seconds, 2),
     'first_dispatch_seconds': round(first_seconds, 2),
-    'peak_mb': measure.peak_megabytes(),
+    'peak_mb': measure.memory_megabytes('VmHWM'),
   }
 
 

@@ -9,9 +9,6 @@ have their first ones, unless `--epochs` says to train before. What ours prepare
 a run is apart. The last line is JSON; `--json` prints only that.
 """
 
-import pathlib
-import tempfile
-
 from benchmarks import measure
 from ur4rec_jax.errors import exit_on_reported_error
 
@@ -23,14 +20,10 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=7, help='evaluations that count')
   parser.add_argument('--epochs', type=int, default=0, help='trained before')
   flags, overrides = measure.parse(parser)
-  with tempfile.TemporaryDirectory() as folder:
-    data = pathlib.Path(folder) / 'data.npz'
-    counts = measure.write_data(flags.data_dir, flags.users, data)
-    start = lambda name: measure.start_side(name, flags, overrides, data)
-    with start(measure.OWN) as own, start(measure.RECTOOLS) as rectools:
-      measure.take_turns((own, rectools), flags.epochs, 'epoch')
-      first = measure.take_turns((own, rectools), 1, 'rank', part='test')
-      ranks = measure.take_turns((own, rectools), flags.rounds, 'rank', part='test')
+  with measure.both_sides(flags, overrides) as (sides, counts):
+    measure.take_turns(sides, flags.epochs, 'epoch')
+    first = measure.take_turns(sides, 1, 'rank', part='test')
+    ranks = measure.take_turns(sides, flags.rounds, 'rank', part='test')
   result = {
     **measure.compare(ranks, 'users'),
     'benchmark': 'evaluate_vs_rectools',

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,17 +74,26 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str
   return flags, overrides
 
 
-def write_data(data_dir: str, users: int | None, path: pathlib.Path) -> dict[str, Any]:
-  """Writes the histories of a prepared folder, or of its first users, for both sides to read.
+def load_histories(data_dir: str, users: int | None) -> tuple[Any, np.ndarray, np.ndarray]:
+  """Reads a prepared folder.
 
   Returns:
-    Name and counts.
+    The `Dataset`; item ids and offsets as it has them, of its first users alone if `users` is set.
   """
   from ur4rec_jax.dataset import load_dataset
 
   dataset = load_dataset(data_dir)
   offsets = dataset.offsets[: None if users is None else users + 1]
-  item_ids = dataset.item_ids[: offsets[-1]]
+  return dataset, dataset.item_ids[: offsets[-1]], offsets
+
+
+def write_data(data_dir: str, users: int | None, path: pathlib.Path) -> dict[str, Any]:
+  """Writes what `load_histories` reads for both sides to read.
+
+  Returns:
+    Name and counts.
+  """
+  dataset, item_ids, offsets = load_histories(data_dir, users)
   np.savez(path, offsets=offsets, item_ids=item_ids, num_items=dataset.num_items)
   return {
     'name': dataset.info['name'],
@@ -153,7 +162,7 @@ def answer_requests(make_answers: Callable[[dict], dict[str, Callable[..., dict]
   for line in sys.stdin:
     arguments = json.loads(line)
     answer = answers[arguments.pop('what')](**arguments)
-    print(json.dumps({**answer, 'peak_mb': peak_megabytes()}), file=replies, flush=True)
+    print(json.dumps({**answer, 'peak_mb': memory_megabytes('VmHWM')}), file=replies, flush=True)
 
 
 def settings_of(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
@@ -168,6 +177,27 @@ def start_side(
   """Starts a side on the data that `write_data` wrote."""
   python = {OWN: sys.executable, RECTOOLS: flags.rectools_python}[name]
   return Side(name, python, {**settings_of(flags, overrides), 'data': str(data)})
+
+
+@contextlib.contextmanager
+def shared_data(flags: argparse.Namespace) -> Iterator[tuple[pathlib.Path, dict[str, Any]]]:
+  """The file that `write_data` writes, and its name and counts; it goes with the block."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'data.npz'
+    yield path, write_data(flags.data_dir, flags.users, path)
+
+
+@contextlib.contextmanager
+def both_sides(
+  flags: argparse.Namespace, overrides: Sequence[str]
+) -> Iterator[tuple[tuple[Side, Side], dict[str, Any]]]:
+  """Ours and RecTools' at once, on the same data, and its name and counts."""
+  with (
+    shared_data(flags) as (data, counts),
+    start_side(OWN, flags, overrides, data) as own,
+    start_side(RECTOOLS, flags, overrides, data) as rectools,
+  ):
+    yield (own, rectools), counts
 
 
 def take_turns(sides: Sequence[Side], rounds: int, what: str, **arguments) -> dict[str, list[dict]]:
@@ -214,15 +244,17 @@ def compare(answers: dict[str, list[dict]], unit: str) -> dict[str, Any]:
   }
 
 
-def quality(answers: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-  """Metrics of both sides' last ranks, by the same function."""
+def metrics_of(answer: dict[str, Any]) -> dict[str, float]:
+  """Metrics of the ranks that a side answered."""
   from ur4rec_jax.metrics import ranking_metrics
 
-  metrics = {name: ranking_metrics(np.array(x[-1]['ranks'])) for name, x in answers.items()}
-  return {
-    name: {metric: round(values[metric], 4) for metric in ('ndcg@10', 'hit@10')}
-    for name, values in metrics.items()
-  }
+  metrics = ranking_metrics(np.array(answer['ranks']))
+  return {name: round(metrics[name], 4) for name in ('ndcg@10', 'hit@10')}
+
+
+def quality(answers: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+  """Metrics of both sides' last ranks, by the same function."""
+  return {name: metrics_of(found[-1]) for name, found in answers.items()}
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -236,10 +268,14 @@ def table(result: dict[str, Any]) -> list[str]:
   return [*lines, ratios.format(**result)]
 
 
-def peak_megabytes() -> float:
-  """Most memory that this process ever had; its own, where getrusage also counts the parent's."""
-  status = pathlib.Path('/proc/self/status').read_text()
-  return round(int(status.split('VmHWM:')[1].split()[0]) / 1024, 1)
+def memory_megabytes(field: str, process: int | str = 'self') -> float:
+  """Memory of a process: now as `VmRSS`, and the most it ever had as `VmHWM`; 0 after its end.
+
+  Its own alone, where getrusage also counts the parent's.
+  """
+  status = pathlib.Path(f'/proc/{process}/status').read_text()
+  found = re.search(rf'^{field}:\s*(\d+)', status, re.MULTILINE)
+  return round(int(found[1]) / 1024, 1) if found else 0.0
 
 
 def machine() -> dict[str, Any]:
@@ -252,6 +288,8 @@ def report(flags: argparse.Namespace, lines: Sequence[str], result: dict[str, An
   if not flags.json:
     print(*lines, sep='\n')
   if flags.out:
+    from ur4rec_jax.checkpoint import write_file
+
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f'{flags.out}.json').write_text(json.dumps(result, indent=1) + '\n')
+    write_file(RESULTS / f'{flags.out}.json', json.dumps(result, indent=1) + '\n')
   print(json.dumps(result))

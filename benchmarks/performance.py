@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from benchmarks.accuracy import markdown_table
 from benchmarks.measure import RESULTS, ROOT
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
@@ -143,7 +144,7 @@ def targets_table(stored: Stored) -> str:
         'GPU': _found(target, gpu) if gpu else '',
       }
     )
-  return _table(rows)
+  return markdown_table(rows)
 
 
 def _found(target: Target, result: dict[str, Any] | None) -> str:
@@ -187,7 +188,7 @@ def _side_by_side(result: dict[str, Any]) -> Iterator[str]:
     }
     for name, values in result['quality'].items()
   ]
-  yield _table(rows)
+  yield markdown_table(rows)
   yield ''
   yield (
     f'After {result["epochs"]} epochs on both sides. Ours compiled for '
@@ -207,7 +208,7 @@ def _time_to_quality(result: dict[str, Any]) -> Iterator[str]:
     }
     for name in ('own', 'rectools')
   ]
-  yield _table(rows)
+  yield markdown_table(rows)
 
 
 def _curves(result: dict[str, Any]) -> Iterator[str]:
@@ -222,7 +223,7 @@ def _curves(result: dict[str, Any]) -> Iterator[str]:
       row['peak MB'] = f'{found["peak_mb"]:,.0f}' if 'peak_mb' in found else ''
       rows.append(row)
     yield ''
-    yield _table(rows)
+    yield markdown_table(rows)
 
 
 def _profile(result: dict[str, Any]) -> Iterator[str]:
@@ -232,13 +233,9 @@ def _profile(result: dict[str, Any]) -> Iterator[str]:
     f'{result["machine"]["gflops"]:.0f} GFLOP/s of one large product in the same run.'
   )
   yield ''
-  yield _table([{'part': part, 'time': f'{share:.0%}'} for part, share in result['parts'].items()])
-
-
-def _table(rows: list[dict[str, str]]) -> str:
-  """A Markdown table of rows with the same columns."""
-  cells = [[*rows[0]], ['---'] * len(rows[0]), *([*row.values()] for row in rows)]
-  return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
+  yield markdown_table(
+    [{'part': part, 'time': f'{share:.0%}'} for part, share in result['parts'].items()]
+  )
 
 
 @exit_on_reported_error

@@ -23,7 +23,6 @@ import numpy as np
 
 from benchmarks import measure, own_side
 from ur4rec_jax import parallel
-from ur4rec_jax.dataset import load_dataset
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.train import TrainLoop
 
@@ -125,11 +124,10 @@ def main() -> None:
   parser = measure.make_parser(__doc__, against_rectools=False)
   parser.add_argument('--rounds', type=int, default=5, help='dispatches that are timed')
   flags, overrides = measure.parse(parser)
-  dataset = load_dataset(flags.data_dir)
-  offsets = dataset.offsets[: None if flags.users is None else flags.users + 1]
+  dataset, item_ids, offsets = measure.load_histories(flags.data_dir, flags.users)
   settings = measure.settings_of(flags, overrides)
   config = own_side.make_config(settings)
-  dataset = own_side.make_dataset(dataset.item_ids[: offsets[-1]], offsets, dataset.num_items)
+  dataset = own_side.make_dataset(item_ids, offsets, dataset.num_items)
   steps = config.steps_per_dispatch
   with tempfile.TemporaryDirectory() as folder:
     loop = own_side.make_loop(config, dataset, folder)
@@ -171,7 +169,7 @@ def main() -> None:
       [name, round(spent / total, 3), paths[name].removeprefix('jit(_fun)/while/body/')]
       for name, spent in nanoseconds.most_common(20)
     ],
-    'peak_mb': measure.peak_megabytes(),
+    'peak_mb': measure.memory_megabytes('VmHWM'),
     'device': parallel.describe_devices(),
     **measure.machine(),
   }

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import machine, memory_megabytes
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
 CLIENTS = 128  # That measure the capacity.
@@ -159,20 +160,13 @@ async def overload(
       due += rng.exponential(1 / rate)
     elapsed = time.perf_counter() - start
     if elapsed >= seconds * (len(memory) + 1) / 10 and len(memory) < 10:
-      memory.append(_resident_mb(process.pid))
+      memory.append(memory_megabytes('VmRSS', process.pid))
     if elapsed >= seconds and not is_stopped:
       process.send_signal(signal.SIGTERM)
       is_stopped = True
     await asyncio.sleep(min(0.001, max(due - time.perf_counter(), 0)))
   await load.drain()
   return load, memory
-
-
-def _resident_mb(pid: int) -> float:
-  for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines():
-    if line.startswith('VmRSS'):
-      return round(int(line.split()[1]) / 1024, 1)
-  return 0.0  # It has ended.
 
 
 def start_service(folder: str, batch: int, queue: int, cache: str) -> tuple[subprocess.Popen, int]:
@@ -246,8 +240,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     'service_says_answered': answered,
     'memory_mb': memory,
     'exit_code': process.returncode,
-    'cores': len(os.sched_getaffinity(0)),
-    'load_average': round(os.getloadavg()[0], 1),
+    **machine(),
   }
 
 

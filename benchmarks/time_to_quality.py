@@ -10,8 +10,6 @@ limit; `--config.FIELD=VALUE` changes our recipe, the other flags both. The last
 """
 
 import argparse
-import pathlib
-import tempfile
 import time
 from typing import Any
 
@@ -24,7 +22,7 @@ def until_target(side: measure.Side, flags: argparse.Namespace, began: float) ->
   curve = []
   while True:
     epoch = side.ask('epoch')
-    metrics = measure.quality({side.name: [side.ask('rank', part='valid')]})[side.name]
+    metrics = measure.metrics_of(side.ask('rank', part='valid'))
     seconds = time.perf_counter() - began
     curve.append([round(seconds, 1), metrics['ndcg@10']])
     if not flags.json:
@@ -47,9 +45,7 @@ def main() -> None:
   parser.add_argument('--limit_minutes', type=float, default=60, help='for each side')
   flags, overrides = measure.parse(parser)
   found = {}
-  with tempfile.TemporaryDirectory() as folder:
-    data = pathlib.Path(folder) / 'data.npz'
-    counts = measure.write_data(flags.data_dir, flags.users, data)
+  with measure.shared_data(flags) as (data, counts):
     for name in (measure.OWN, measure.RECTOOLS):
       began = time.perf_counter()
       with measure.start_side(name, flags, overrides, data) as side:

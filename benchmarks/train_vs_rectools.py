@@ -9,9 +9,6 @@ in which ours compiles, is not counted. At the end both rank the validation item
 user's own, after as many epochs. The last line is JSON; `--json` prints only that.
 """
 
-import pathlib
-import tempfile
-
 from benchmarks import measure
 from ur4rec_jax.errors import exit_on_reported_error
 
@@ -22,14 +19,10 @@ def main() -> None:
   parser = measure.make_parser(__doc__)
   parser.add_argument('--rounds', type=int, default=3, help='epochs that count')
   flags, overrides = measure.parse(parser)
-  with tempfile.TemporaryDirectory() as folder:
-    data = pathlib.Path(folder) / 'data.npz'
-    counts = measure.write_data(flags.data_dir, flags.users, data)
-    start = lambda name: measure.start_side(name, flags, overrides, data)
-    with start(measure.OWN) as own, start(measure.RECTOOLS) as rectools:
-      first = measure.take_turns((own, rectools), 1, 'epoch')
-      epochs = measure.take_turns((own, rectools), flags.rounds, 'epoch')
-      ranks = measure.take_turns((own, rectools), 1, 'rank', part='valid')
+  with measure.both_sides(flags, overrides) as (sides, counts):
+    first = measure.take_turns(sides, 1, 'epoch')
+    epochs = measure.take_turns(sides, flags.rounds, 'epoch')
+    ranks = measure.take_turns(sides, 1, 'rank', part='valid')
   result = {
     **measure.compare(epochs, 'sequences'),
     'benchmark': 'train_vs_rectools',

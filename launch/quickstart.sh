@@ -18,7 +18,8 @@ step data_prep.generate_text --data_dir=$data --kind=users --backend=mock
 step data_prep.encode --data_dir=$data --modality=text --encoder=hashing
 step data_prep.encode --data_dir=$data --modality=image --encoder=color
 step ur4rec_jax.main --config=configs/synthetic.py --workdir=runs/synthetic-sasrec
-step ur4rec_jax.main --config=configs/synthetic.py:multimodal --workdir=runs/synthetic
+step ur4rec_jax.main --config=configs/synthetic.py:multimodal --workdir=runs/synthetic \
+  "--config.user_modalities=('text',)"
 step ur4rec_jax.recommend --workdir=runs/synthetic --user=u0001
 
 .venv/bin/python - <<'COMPARE'

@@ -40,6 +40,13 @@ def make(variant: str = 'multimodal', **fields):
   return config, model, params, features
 
 
+def initial(model, features):
+  """The parameters that training starts from."""
+  ones = jnp.ones((1, 1), jnp.int32)
+  init = jax.jit(functools.partial(model.init, method='encode'))
+  return init(jax.random.key(0), features, ones, ones)['params']
+
+
 def encode(model, params, features, item_ids, segment_ids=None):
   item_ids = jnp.asarray(item_ids, jnp.int32)
   segment_ids = (item_ids > 0) if segment_ids is None else jnp.asarray(segment_ids)
@@ -115,9 +122,7 @@ def test_the_retriever_scores_by_cosine_over_temperature():
   lengths = jnp.linalg.norm(encoded.users['retriever'], axis=-1)
   np.testing.assert_allclose(lengths, 1 / temperature, rtol=1e-5)
   fresh = create_model(config, ITEMS)
-  ones = jnp.ones((1, 1), jnp.int32)
-  init = jax.jit(functools.partial(fresh.init, method='encode'))
-  init = init(jax.random.key(0), features, ones, ones)['params']
+  init = initial(fresh, features)
   assert np.exp(init['retriever']['log_temperature']) == pytest.approx(config.retriever.temperature)
 
 
@@ -347,9 +352,7 @@ def test_losses_are_what_they_are_called():
 
 def test_uncertainty_weighting_starts_at_the_weights_and_is_trained():
   config, model, _, features = make(loss={'weighting': 'uncertainty'})
-  ones = jnp.ones((1, 1), jnp.int32)
-  init = jax.jit(functools.partial(model.init, method='encode'))
-  params = init(jax.random.key(0), features, ones, ones)['params']
+  params = initial(model, features)
   values = all_losses(config, model, features, a_batch([[1, 2, 3, 5, 6, 7]]))
 
   def total(params):

@@ -263,6 +263,7 @@ class TrainedRecommender(exported.Recommender):
     return self._with_sentence(preference, histories, k, preferences, options)
 
   def preferences_of(self, users: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns the tokens of users' own texts, as `top` takes them, by their index in the data."""
     rows = np.asarray(users, int)
     return {
       name: (table.tokens[rows], table.mask[rows]) for name, table in self._user_tables.items()
