@@ -148,6 +148,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.clip_norm = 1.0  # Largest gradient norm of a group; 0 for no clipping.
   config.optimizer.b1 = 0.9  # Decay of AdamW's first moment.
   config.optimizer.b2 = 0.999  # Decay of AdamW's second moment.
+  config.optimizer.item_rows = 'all'  # Item rows a step updates: all, or touched: those it reads.
 
   config.stages = ('train',)  # Names of stages below, in order; one may come several times.
   config.stage = ConfigDict()

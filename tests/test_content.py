@@ -158,10 +158,17 @@ BOTH = (
 TASTE = '--config.user_modalities=taste'
 
 
-def test_a_run_with_content_trains_resumes_and_names_its_features(run, encoded, tmp_path):
-  workdir, flags = tmp_path / 'run', (f'--config.data_dir={encoded}', *BOTH, TASTE)
-  done = run(workdir, *flags, '--config.num_epochs=2')
+@pytest.fixture(scope='module')
+def trained(run, encoded, tmp_path_factory):
+  """A run with content, and what it printed."""
+  workdir = tmp_path_factory.mktemp('with_content') / 'run'
+  done = run(workdir, f'--config.data_dir={encoded}', *BOTH, TASTE, '--config.num_epochs=2')
   assert done.returncode == 0, done.stderr
+  return workdir, done
+
+
+def test_a_run_with_content_trains_and_names_its_features(run, trained, encoded):
+  workdir, done = trained
   fingerprints = {
     of: {
       name: json.loads((encoded / f'features/{of}/{name}/info.json').read_text())['fingerprint']
@@ -191,20 +198,14 @@ def test_a_run_with_content_trains_resumes_and_names_its_features(run, encoded, 
     of: {name: origin['fingerprint'] for name, origin in origins.items()}
     for of, origins in found.items()
   }
-  evaluated = run(workdir, *flags, '--config.num_epochs=2', '--mode=evaluate')
+  flags = (f'--config.data_dir={encoded}', *BOTH, TASTE, '--config.num_epochs=2')
+  evaluated = run(workdir, *flags, '--mode=evaluate')
   assert json.loads(evaluated.stdout.splitlines()[-1])['test'] == results['test']
-  # A run of four epochs that two epochs began is one of four epochs.
-  assert run(workdir, *flags).returncode == 0
-  assert run(tmp_path / 'whole', *flags).returncode == 0
-  resumed, whole = (
-    json.loads((tmp_path / name / 'results.json').read_text()) for name in ('run', 'whole')
-  )
-  assert resumed == whole
 
 
-def test_features_that_do_not_fit_are_refused(run, encoded, data_dir, tmp_path):
-  def refusal(*flags):
-    done = run(tmp_path / 'run', *flags)
+def test_features_that_do_not_fit_are_refused(run, trained, encoded, tmp_path):
+  def refusal(*flags, workdir=tmp_path / 'run'):
+    done = run(workdir, *flags)
     assert (done.returncode, done.stderr.count('Traceback')) == (2, 0), done.stderr
     return done.stderr
 
@@ -226,10 +227,10 @@ def test_features_that_do_not_fit_are_refused(run, encoded, data_dir, tmp_path):
   (other / 'dataset.json').write_text(json.dumps(info))
   assert 'is of other items' in refusal(f'--config.data_dir={other}', *BOTH)
   # Other features are another run.
-  assert run(tmp_path / 'run', here, *BOTH, TASTE, '--config.num_epochs=1').returncode == 0
   for changed in ('item/text', 'user/taste'):
     path = tmp_path / changed
     shutil.copytree(encoded, path)
     info_path = path / 'features' / changed / 'info.json'
     info_path.write_text(json.dumps(json.loads(info_path.read_text()) | {'fingerprint': 'f' * 64}))
-    assert 'use another --workdir' in refusal(f'--config.data_dir={path}', *BOTH, TASTE)
+    flags = (f'--config.data_dir={path}', *BOTH, TASTE)
+    assert 'use another --workdir' in refusal(*flags, workdir=trained[0])

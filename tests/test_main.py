@@ -103,8 +103,8 @@ def test_a_sampled_protocol_is_named_beside_its_numbers(run, finished):
   )
 
 
-@pytest.mark.parametrize('loss', ['sampled_softmax', 'bce', 'bpr', 'gbce'])
-def test_every_loss_trains(loss, run, tmp_path):
+@pytest.mark.parametrize('loss', ['sampled_softmax', 'gbce'])
+def test_sampled_losses_train(loss, run, tmp_path):
   flags = (f'--config.loss.name={loss}', '--config.loss.num_negatives=8', '--config.num_epochs=2')
   done = run(tmp_path / 'run', *flags)
   assert done.returncode == 0, done.stderr

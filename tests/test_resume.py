@@ -4,7 +4,6 @@ import json
 import signal
 
 import numpy as np
-import pytest
 
 from tests.conftest import lines, load_arrays, wait_for
 
@@ -41,13 +40,9 @@ def in_validation(workdir):
 SLOW_VALIDATION = '--config.evaluation.batch_size=1'
 
 
-@pytest.mark.parametrize(
-  'moments',
-  [(in_first_dispatches, in_a_save, in_validation), (in_validation, before_the_manifest)],
-)
-def test_sigkill_at_several_moments(moments, start, run, finished, tmp_path):
+def test_sigkill_at_several_moments(start, run, finished, tmp_path):
   workdir = tmp_path / 'run'
-  for moment in moments:
+  for moment in (in_first_dispatches, in_a_save, in_validation, before_the_manifest):
     process = start(workdir, SLOW_VALIDATION)
     wait_for(process, lambda moment=moment: moment(workdir))
     process.kill()

@@ -366,18 +366,12 @@ def has_begun(stage):
   return lambda workdir: any(line['stage'] == stage for line in lines(workdir))
 
 
-@pytest.mark.parametrize(
-  'moments',
-  [
-    (in_a_save, has_begun('pretrain_retriever'), has_begun('end_to_end')),
-    (has_begun('joint_finetune'), before_the_manifest),
-  ],
-)
 def test_killed_between_and_within_stages_it_ends_the_same(
-  moments, start_staged, run_staged, whole, tmp_path
+  start_staged, run_staged, whole, tmp_path
 ):
   workdir = tmp_path / 'run'
-  for number, moment in enumerate(moments):
+  begun = [has_begun(stage) for stage in ('pretrain_retriever', 'joint_finetune', 'end_to_end')]
+  for number, moment in enumerate((in_a_save, *begun, before_the_manifest)):
     process = start_staged(workdir, *KEEP, *LAST)
     wait_for(process, lambda moment=moment: moment(workdir))
     process.send_signal([signal.SIGKILL, signal.SIGTERM][number % 2])

@@ -47,6 +47,18 @@ def train_data(counts) -> steps.TrainData:
   return steps.TrainData(jnp.asarray(item_ids), counts, Tables({}, {}), jnp.zeros(0, jnp.int32))
 
 
+def retrieval_loss(name: str, config):
+  """`loss(hidden, item_vectors, targets, weights, data, key)`, which draws its own negatives."""
+  compute = steps.make_retrieval_loss(name, config)
+
+  def loss(hidden, item_vectors, targets, weights, data, key):
+    negatives = steps.draw_negatives(name, config, targets, data, key)
+    num_items = data.item_counts.size
+    return compute(hidden, item_vectors, targets, weights, negatives, num_items)
+
+  return loss
+
+
 EVEN = np.full(NUM_ITEMS, 3)
 
 
@@ -64,7 +76,7 @@ def test_every_loss_is_a_finite_sum_over_the_tokens_with_weight(name, negatives,
   @jax.jit
   @functools.partial(jax.value_and_grad, argnums=(0, 1))
   def run(hidden, item_vectors):
-    loss = steps.make_retrieval_loss(config.name, config)
+    loss = retrieval_loss(config.name, config)
     return loss(hidden, item_vectors, targets, weights, train_data(EVEN), jax.random.key(0))
 
   value, (hidden_gradient, item_gradient) = run(hidden, item_vectors)
@@ -84,7 +96,7 @@ def test_every_loss_is_a_finite_sum_over_the_tokens_with_weight(name, negatives,
 def item_gradients(config, data, target: int, num_keys: int) -> np.ndarray:
   """One token's gradients for each key, `[keys, num_items, dim]`: zero for items not read."""
   hidden, item_vectors, _, _ = loss_inputs(1)
-  loss = steps.make_retrieval_loss(config.name, config)
+  loss = retrieval_loss(config.name, config)
 
   def gradient(key):
     objective = lambda v: loss(hidden, v, jnp.array([target]), jnp.ones(1), data, key)
@@ -125,7 +137,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
   hidden, item_vectors, targets, weights = loss_inputs()
   data = train_data(np.arange(1, NUM_ITEMS + 1))
   config = loss_config('sampled_softmax', num_negatives=30_000, negatives=negatives)
-  sampled = jax.jit(steps.make_retrieval_loss(config.name, config))(
+  sampled = jax.jit(retrieval_loss(config.name, config))(
     hidden, item_vectors, targets, weights, data, jax.random.key(0)
   )
   exact = losses.plain_softmax(hidden, item_vectors, targets, weights)
@@ -134,7 +146,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
 
 @pytest.mark.parametrize('name', ['sampled_softmax', 'bce', 'bpr', 'gbce'])
 def test_negatives_follow_the_key(name):
-  loss = steps.make_retrieval_loss(name, loss_config(name))
+  loss = retrieval_loss(name, loss_config(name))
   run = lambda seed: loss(*loss_inputs(), train_data(EVEN), jax.random.key(seed))
   assert run(0) == run(0)
   assert run(0) != run(1)
@@ -143,7 +155,7 @@ def test_negatives_follow_the_key(name):
 @pytest.mark.parametrize('name', ['bce', 'sampled_softmax', 'softmax'])
 def test_chunk_size_changes_no_loss(name):
   whole, parts = (
-    steps.make_retrieval_loss(name, loss_config(name, chunk_size=size))(
+    retrieval_loss(name, loss_config(name, chunk_size=size))(
       *loss_inputs(), train_data(EVEN), jax.random.key(0)
     )
     for size in (1000, 2)
@@ -496,3 +508,62 @@ def test_training_lowers_the_loss():
     means.append(np.mean(values))
   assert abs(means[0] - np.log(NUM_ITEMS)) < 0.3
   assert means[-1] < 0.7 * means[0]
+
+
+# --- Steps on the items that they read alone ---
+
+
+@functools.cache
+def on_rows(item_rows: str, loss: str, name: str) -> Trainer:
+  """SGD or AdamW, without dropout, on all rows of the item table or those that a step reads."""
+  sasrec = SASRec(NUM_ITEMS, MAX_LENGTH, dim=8, num_blocks=1, num_heads=2, ffn_dim=8, dropout=0.0)
+  rate = 0.5 if name == 'sgd' else 0.01
+  return Trainer(
+    UR4Rec(sasrec), loss, name=name, learning_rate=rate, clip_norm=0.1, item_rows=item_rows
+  )
+
+
+def few_users(num_steps: int) -> Plan:
+  """Steps of one short history each, so that most items are not read."""
+  plan = make_batches().epoch(0)
+  lengths = np.zeros_like(plan.lengths[:num_steps])
+  lengths[:, 0, 0] = 3
+  return Plan(*(x[:num_steps] for x in plan))._replace(lengths=lengths)
+
+
+@pytest.mark.parametrize('loss', ['bce', 'sampled_softmax'])
+def test_a_step_on_the_rows_it_reads_is_the_step_on_all(loss):
+  """Without moments, rows of zero gradient stay as they are in either."""
+  every, touched = (
+    trainer.dispatch(trainer.init(), first_steps(3))
+    for trainer in (on_rows(rows, loss, 'sgd') for rows in ('all', 'touched'))
+  )
+  assert_trees_close(every[0].params, touched[0].params, 1e-6)
+  np.testing.assert_allclose(every[1]['loss'], touched[1]['loss'], rtol=1e-6)
+  np.testing.assert_allclose(every[1]['grad_norm'], touched[1]['grad_norm'], rtol=1e-5)
+
+
+def test_rows_that_a_step_does_not_read_keep_parameters_and_moments():
+  every, touched = on_rows('all', 'bce', 'adamw'), on_rows('touched', 'bce', 'adamw')
+  tables = lambda state: [
+    np.asarray(x)
+    for path, x in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    if 'item_embedding' in jax.tree_util.keystr(path)
+  ]
+  plan = few_users(2)
+  first = Plan(*(x[:1] for x in plan))
+  after_first = touched.dispatch(touched.init(), first)[0]
+  assert_trees_close(after_first.params, every.dispatch(every.init(), first)[0].params, 1e-6)
+  after_both = touched.dispatch(touched.init(), plan)[0]
+  initial, once, twice = tables(touched.initial), tables(after_first), tables(after_both)
+  assert len(once) == 3  # The parameter and its two moments.
+  moved_first = (once[0] != initial[0]).any(1)
+  moved_then = (twice[0] != once[0]).any(1)
+  assert 3 < moved_first.sum() < NUM_ITEMS
+  assert (moved_first & ~moved_then).any()
+  for before, after in zip(once, twice, strict=True):
+    np.testing.assert_array_equal(before[~moved_then], after[~moved_then])
+  # Where all rows move, the moments of the first step go on to act.
+  with_all = tables(every.dispatch(every.init(), plan)[0])
+  kept = moved_first & ~moved_then
+  assert (with_all[0][kept] != twice[0][kept]).any()

@@ -13,7 +13,7 @@ from ur4rec_jax import losses, steps
 from ur4rec_jax.features import Preferences, Tables, TokenTable
 from ur4rec_jax.input_pipeline import Batch
 from ur4rec_jax.models.retriever import normalised
-from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.models.ur4rec import create_model, retrieval_losses
 from ur4rec_jax.train_state import parameter_shapes
 
 ITEMS, LENGTH = 7, 6
@@ -277,6 +277,7 @@ ALL_LOSSES = {
 def all_losses(config, model, features, batch):
   compute = steps.make_losses(config.loss)
   tokens = (batch.targets > 0).sum().astype(jnp.float32)
+  targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
 
   def values(params):
     encoded = model.apply(
@@ -285,7 +286,11 @@ def all_losses(config, model, features, batch):
     data = steps.TrainData(
       jnp.arange(1, ITEMS + 1), jnp.ones(ITEMS), Tables(features, {}), jnp.zeros(0, jnp.int32)
     )
-    return compute(encoded, batch, data, tokens, jax.random.key(0)), encoded
+    negatives = {
+      path: steps.draw_negatives(name, config.loss, targets, data, jax.random.key(0))
+      for path, name in retrieval_losses(config.loss).items()
+    }
+    return compute(encoded, batch, negatives, ITEMS, tokens), encoded
 
   return values
 

@@ -10,7 +10,7 @@ from ur4rec_jax.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS
 from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ITEM_INPUTS
-from ur4rec_jax.models.ur4rec import PATHS
+from ur4rec_jax.models.ur4rec import PATHS, retrieval_losses
 from ur4rec_jax.optimizers import GROUPS, SCHEDULES
 from ur4rec_jax.stages import ALTERNATIONS, STARTS, stage_config
 
@@ -33,6 +33,7 @@ _CHOICES = {
   'loss.diversity': DIVERSITIES,
   'optimizer.name': ('adamw', 'sgd'),
   'optimizer.schedule': SCHEDULES,
+  'optimizer.item_rows': ('all', 'touched'),
   'evaluation.candidates': ('all', 'uniform', 'popularity'),
   'transfer_guard': ('disallow', 'log', 'allow'),
 }
@@ -169,6 +170,7 @@ def check_config(config: ConfigDict) -> None:
       raise InputError(f'config.{name}={fields[name]}: must divide config.{width}={fields[width]}')
   _check_paths(fields)
   _check_losses(fields)
+  _check_item_rows(config)
   _check_stages(config)
 
 
@@ -223,6 +225,24 @@ def _check_losses(fields: dict[str, Any]) -> None:
   for path in paths:
     if not (fields[f'loss.weights.{path}'] or fields['loss.weights.fused']):
       raise InputError(f'config.loss.weights.{path}=0: nothing would train the path {path}')
+
+
+def _check_item_rows(config: ConfigDict) -> None:
+  if config.optimizer.item_rows == 'all':
+    return
+  for path, name in retrieval_losses(config.loss).items():
+    if name == 'softmax':
+      field = 'retriever_name' if path == 'retriever' else 'name'
+      raise InputError(
+        f"config.optimizer.item_rows='touched' with config.loss.{field}='softmax', which reads all "
+        f'items: take a sampled loss, e.g. --config.loss.{field}=sampled_softmax '
+        '--config.loss.num_negatives=1000'
+      )
+  if config.loss.weights.fused and config.fusion.calibration == 'standardise':
+    raise InputError(
+      "config.optimizer.item_rows='touched' with config.fusion.calibration='standardise', which "
+      'reads all items: set config.fusion.calibration=log_probability'
+    )
 
 
 def _check_stages(config: ConfigDict) -> None:

@@ -1,5 +1,6 @@
 """The pure training and evaluation steps of one device's share; no I/O, no Python state."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,13 +18,32 @@ from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.models.fusion import GATES
-from ur4rec_jax.models.ur4rec import Encoded, losses_in_use
+from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
 from ur4rec_jax.optimizers import learning_rate_at
 from ur4rec_jax.parallel import AXIS
+from ur4rec_jax.touched_rows import (
+  find_rows,
+  put_item_tables,
+  renumber,
+  take_item_tables,
+  take_rows,
+)
 from ur4rec_jax.train_state import TrainState
 
 Array = jax.Array
 PyTree = Any
+
+
+class Negatives(NamedTuple):
+  """Items that a loss compares targets with.
+
+  Attributes:
+    items: int32 from 0: `[tokens, negatives]`, each token's own, or `[negatives]`, of all.
+    log_expected_count: `[negatives]` float32, how often each was to be expected; of those of all.
+  """
+
+  items: Array
+  log_expected_count: Array | None = None
 
 
 class TrainData(NamedTuple):
@@ -61,14 +81,21 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       `diversity` look at; `diversity`, its kind; and what `make_retrieval_loss` reads.
 
   Returns:
-    `losses(encoded, batch, data, tokens, key)`, with `tokens` the number to divide sums over
-    tokens by: the scalars by name.
+    `losses(encoded, batch, negatives, num_items, tokens)`, with `negatives` by path from
+    `draw_negatives` and `tokens` the number to divide sums over tokens by: the scalars by name.
   """
-  named = {'sasrec': config.name, 'retriever': config.retriever_name, 'fused': config.name}
-  retrieval = {path: make_retrieval_loss(name, config) for path, name in named.items()}
+  retrieval = {
+    path: make_retrieval_loss(name, config) for path, name in retrieval_losses(config).items()
+  }
   names = losses_in_use(config)
 
-  def all_losses(encoded: Encoded, batch: Batch, data: TrainData, tokens: Array, key: Array):
+  def all_losses(
+    encoded: Encoded,
+    batch: Batch,
+    negatives: dict[str, Negatives | None],
+    num_items: int,
+    tokens: Array,
+  ) -> dict[str, Array]:
     targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
     weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
     # Targets at even distances stand for the batch: items as often as they are consumed.
@@ -78,7 +105,8 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
     def of_path(path: str) -> Array:
       users = encoded.users[path]
       users = users.reshape(-1, users.shape[-1])
-      return retrieval[path](users, encoded.items[path], targets, weights, data, key) / tokens
+      items = encoded.items[path]
+      return retrieval[path](users, items, targets, weights, negatives[path], num_items) / tokens
 
     def info_nce() -> Array:
       vectors = encoded.content.modalities[some_ids]
@@ -133,23 +161,48 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
   return all_losses
 
 
+def draw_negatives(
+  name: str, config: ConfigDict, targets: Array, data: TrainData, key: Array
+) -> Negatives | None:
+  """Draws what a retrieval loss compares targets with; None where it reads the whole catalogue.
+
+  Args:
+    name: as `make_retrieval_loss`'s.
+    config: `num_negatives`, and `negatives`, how those of all tokens are drawn.
+    targets: `[tokens]` int32, items from 0.
+    data: says how popular items are.
+    key: of this draw.
+  """
+  num_items = data.item_counts.size
+  if name == 'softmax':
+    return None
+  if name != 'sampled_softmax':
+    shift = jax.random.randint(key, (targets.shape[0], config.num_negatives), 1, num_items)
+    return Negatives((targets[:, None] + shift) % num_items)  # Uniform over all but the target.
+  shape = (config.num_negatives,)
+  if config.negatives == 'popularity':
+    # A random training interaction is an item drawn by popularity.
+    items = data.item_ids[jax.random.randint(key, shape, 0, data.item_ids.size)] - 1
+    probability = data.item_counts[items] / data.item_ids.size
+  else:
+    items = jax.random.randint(key, shape, 0, num_items)
+    probability = jnp.full(shape, 1 / num_items)
+  return Negatives(items, jnp.log(config.num_negatives * probability))
+
+
 def make_retrieval_loss(name: str, config: ConfigDict) -> Callable[..., Array]:
   """Builds a retrieval loss.
 
   Args:
     name: `softmax`, `sampled_softmax`, `bce`, `bpr` or `gbce`.
-    config: `num_negatives`, `negatives`, `calibration`, `chunk_size`.
+    config: `num_negatives`, `calibration`, `chunk_size`.
 
   Returns:
-    `loss(hidden, item_vectors, targets, weights, data, key)`, see `losses.py` for the shapes; the
-    scalar sum over tokens.
+    `loss(hidden, item_vectors, targets, weights, negatives, num_items)`, see `losses.py` for the
+    shapes, with `negatives` from `draw_negatives`; the scalar sum over tokens.
   """
 
-  def sample_for_each_token(hidden, item_vectors, targets, weights, data, key):
-    del data
-    num_items = item_vectors.shape[0]
-    shift = jax.random.randint(key, (targets.shape[0], config.num_negatives), 1, num_items)
-    negatives = (targets[:, None] + shift) % num_items  # Uniform over all items but the target.
+  def sampled_for_each_token(hidden, item_vectors, targets, weights, negatives, num_items):
     pairwise = {
       'bpr': losses.bpr,
       'bce': losses.bce,
@@ -164,38 +217,31 @@ def make_retrieval_loss(name: str, config: ConfigDict) -> Callable[..., Array]:
       return pairwise(positive, negative, weights)
 
     chunk_size = max(1, config.chunk_size // config.num_negatives)
-    return losses.chunked_sum(loss, chunk_size, hidden, targets, negatives, weights)
+    return losses.chunked_sum(loss, chunk_size, hidden, targets, negatives.items, weights)
 
-  def sample_for_all_tokens(hidden, item_vectors, targets, weights, data, key):
-    num_items = item_vectors.shape[0]
-    shape = (config.num_negatives,)
-    if config.negatives == 'popularity':
-      # A random training interaction is an item drawn by popularity.
-      negatives = data.item_ids[jax.random.randint(key, shape, 0, data.item_ids.size)] - 1
-      probability = data.item_counts[negatives] / data.item_ids.size
-    else:
-      negatives = jax.random.randint(key, shape, 0, num_items)
-      probability = jnp.full(shape, 1 / num_items)
-    log_expected_count = jnp.log(config.num_negatives * probability)
-    negative_vectors = item_vectors[negatives]
+  def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives, num_items):
+    del num_items
+    negative_vectors = item_vectors[negatives.items]
 
     def loss(hidden, targets, weights):
       positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
       negative = jnp.matmul(hidden, negative_vectors.T, preferred_element_type=jnp.float32)
-      is_target = targets[:, None] == negatives
-      return losses.sampled_softmax(positive, negative, weights, log_expected_count, is_target)
+      is_target = targets[:, None] == negatives.items
+      return losses.sampled_softmax(
+        positive, negative, weights, negatives.log_expected_count, is_target
+      )
 
     return losses.chunked_sum(loss, config.chunk_size, hidden, targets, weights)
 
-  def whole_catalogue(hidden, item_vectors, targets, weights, data, key):
-    del data, key
+  def whole_catalogue(hidden, item_vectors, targets, weights, negatives, num_items):
+    del negatives, num_items
     return losses.softmax(hidden, item_vectors, targets, weights, config.chunk_size)
 
   return {
-    'bpr': sample_for_each_token,
-    'bce': sample_for_each_token,
-    'gbce': sample_for_each_token,
-    'sampled_softmax': sample_for_all_tokens,
+    'bpr': sampled_for_each_token,
+    'bce': sampled_for_each_token,
+    'gbce': sampled_for_each_token,
+    'sampled_softmax': sampled_for_all_tokens,
     'softmax': whole_catalogue,
   }[name]
 
@@ -238,7 +284,9 @@ def make_train_step(
   """
   all_losses, loss_weights = make_losses(config.loss), losses_in_use(config.loss)
   moves = jax.tree.map(lambda label: label in moving, labels)
+  touched_only = config.optimizer.item_rows == 'touched'
 
+  @functools.partial(jax.jit, inline=True)  # Traced once, for its shapes and for the loop.
   def one_step(
     data: TrainData, numbers: stages.StageNumbers, state: TrainState, plan: Plan
   ) -> tuple[TrainState, dict[str, Array]]:
@@ -246,7 +294,33 @@ def make_train_step(
     key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
     dropout_key, negatives_key = jax.random.split(key)
     batch = gather_batch(data.item_ids, plan, config.max_length)
+    targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
+    negatives = {
+      path: draw_negatives(name, config.loss, targets, data, negatives_key)
+      for path, name in retrieval_losses(config.loss).items()
+    }
+    num_items = data.item_counts.size
+    params, opt_state, features = state.params, state.opt_state, data.tables.items
+    model_of_step = model
     weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
+    if touched_only:
+      # Padding has negatives of its own, which nothing reads.
+      drawn = {
+        path: jnp.where(weights[:, None] > 0, x.items + 1, 0) if x.items.ndim > 1 else x.items + 1
+        for path, x in negatives.items()
+      }
+      read = [batch.item_ids, batch.targets, *drawn.values()]
+      rows = find_rows(jnp.concatenate([x.reshape(-1) for x in read]), num_items)
+      params, opt_state = take_item_tables((params, opt_state), rows)
+      features = jax.tree.map(lambda table: take_rows(table, rows), features)
+      batch = batch._replace(
+        item_ids=renumber(batch.item_ids, rows), targets=renumber(batch.targets, rows)
+      )
+      negatives = {
+        path: x._replace(items=jnp.maximum(renumber(drawn[path], rows) - 1, 0))
+        for path, x in negatives.items()
+      }
+      model_of_step = model.for_items(rows.size - 1)
     # Dividing by the global count here makes the mean of the devices' gradients the gradient of
     # the mean over all tokens, however unevenly tokens are spread.
     tokens = jax.lax.pmean(weights.sum(), AXIS)
@@ -254,9 +328,9 @@ def make_train_step(
 
     def objective(params):
       params = jax.tree.map(lambda x, m: x if m else jax.lax.stop_gradient(x), params, moves)
-      encoded, reported = model.apply(
+      encoded, reported = model_of_step.apply(
         {'params': params},
-        data.tables.items,
+        features,
         batch.item_ids,
         batch.segment_ids,
         gather_preferences(data.tables.users, batch, data.preference_starts),
@@ -265,7 +339,7 @@ def make_train_step(
         method='encode',
         mutable=(GATES,),
       )
-      values = all_losses(encoded, batch, data, tokens, negatives_key)
+      values = all_losses(encoded, batch, negatives, num_items, tokens)
       reported = {
         **({f'loss/{name}': x for name, x in values.items()} if len(values) > 1 else {}),
         **{f'weight/{name}': jnp.exp(-x) for name, x in encoded.log_variances.items()},
@@ -275,17 +349,21 @@ def make_train_step(
         return losses.uncertainty_weighted(values, encoded.log_variances), reported
       return sum(loss_weights[name] * value for name, value in values.items()), reported
 
-    (value, reported), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    (value, reported), gradients = jax.value_and_grad(objective, has_aux=True)(params)
     value, reported = jax.lax.pmean((value, reported), AXIS)
     gradients = jax.tree.map(lambda g, m: jax.lax.pmean(g, AXIS) if m else g, gradients, moves)
     updates, opt_state = tx.update(
       gradients,
-      state.opt_state,
-      state.params,
+      opt_state,
+      params,
       learning_rate=learning_rate_at(state.stage.step, *numbers[:4]),
       active={label: by_turn[state.stage.turn] for label, by_turn in numbers.turns.items()},
     )
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(params, updates)
+    if touched_only:
+      params, opt_state = put_item_tables(
+        (state.params, state.opt_state), rows, (params, opt_state)
+      )
     grad_norm = optax.tree.norm(gradients)
     metrics = {
       'loss': value,

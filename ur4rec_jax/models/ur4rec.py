@@ -84,6 +84,12 @@ class UR4Rec(nn.Module):
     """Its paths by name."""
     return {name: path for name in PATHS if (path := getattr(self, name)) is not None}
 
+  def for_items(self, num_items: int) -> 'UR4Rec':
+    """The same model of a catalogue of another size."""
+    return self.clone(
+      **{name: path.clone(num_items=num_items) for name, path in self.paths.items()}
+    )
+
   def item_side(
     self, features: Mapping[str, TokenTable], *, deterministic: bool = True
   ) -> dict[str, ItemSide]:
@@ -224,3 +230,9 @@ def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
 def losses_in_use(config: ConfigDict) -> FrozenDict[str, float]:
   """Weights of the losses that `config.weights` does not leave out by a zero."""
   return FrozenDict({name: weight for name, weight in config.weights.items() if weight})
+
+
+def retrieval_losses(config: ConfigDict) -> dict[str, str]:
+  """Names the retrieval loss of each path, and of their fusion, that has a weight."""
+  named = {'sasrec': config.name, 'retriever': config.retriever_name, FUSED: config.name}
+  return {path: named[path] for path in losses_in_use(config) if path in named}
