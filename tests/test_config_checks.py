@@ -74,6 +74,8 @@ WRONG = [
   ('optimizer.learning_rate', 0.0),
   ('optimizer.learning_rate', -1e-3),
   ('optimizer.learning_rate', float('nan')),
+  ('optimizer.item_rows', 'some'),
+  ('optimizer.item_rows', 'touched'),  # The default loss reads them all.
   ('optimizer.warmup_steps', -1),
   ('optimizer.weight_decay', -0.1),
   ('optimizer.weight_decay', float('nan')),
@@ -97,6 +99,12 @@ OTHER = {
   'checkpoint.every_validations': 4,
   'checkpoint.max_to_keep': 5,
   'evaluation.batch_size': 17,
+}
+TOUCHED = {
+  'optimizer.item_rows': 'touched',
+  'loss.name': 'bce',
+  'loss.retriever_name': 'bce',
+  'loss.weights.fused': 1.0,
 }
 
 
@@ -130,6 +138,8 @@ def test_every_config_passes(name, variant):
     ('text', {'modalities': ()}, 'content needs modalities'),
     ('text', {'fusion.weights': (1.0,)}, 'one number above 0 for each path'),
     ('text', {'fusion.weights': (1.0, 0.0)}, 'one number above 0 for each path'),
+    ('text', {**TOUCHED, 'loss.retriever_name': 'softmax'}, 'config.loss.retriever_name'),
+    ('text', {**TOUCHED, 'fusion.calibration': 'standardise'}, 'reads all items'),
   ],
 )
 def test_what_has_no_inputs_is_refused(variant, fields, told):

@@ -14,6 +14,7 @@ from ur4rec_jax.features import Preferences, Tables, TokenTable
 from ur4rec_jax.input_pipeline import Batch
 from ur4rec_jax.models.retriever import normalised
 from ur4rec_jax.models.ur4rec import create_model, retrieval_losses
+from ur4rec_jax.touched_rows import renumber, take_item_tables, take_rows
 from ur4rec_jax.train_state import parameter_shapes
 
 ITEMS, LENGTH = 7, 6
@@ -82,6 +83,24 @@ def test_packed_users_are_encoded_as_if_alone_and_padding_changes_nothing():
   for path in packed:
     np.testing.assert_allclose(packed[path][0, :3], alone[path][0, 3:], atol=1e-5)
     np.testing.assert_allclose(packed[path][0, 3:5], alone[path][1, :2], atol=1e-5)
+
+
+def test_a_catalogue_of_some_items_has_their_vectors():
+  _, model, params, features = make()
+  rows = jnp.array([0, 2, 5, 6, ITEMS + 1])  # The last is nobody.
+  vectors = lambda model, params, features: {
+    path: side.vectors
+    for path, side in model.apply({'params': params}, features, method='item_side').items()
+  }
+  whole = vectors(model, params, features)
+  some = vectors(
+    model.for_items(4),
+    take_item_tables(params, rows),
+    jax.tree.map(lambda table: take_rows(table, rows), features),
+  )
+  for path in whole:
+    np.testing.assert_allclose(some[path][:4], whole[path][rows[:4]], atol=1e-6)
+  assert renumber(jnp.array([5, 0, 2]), rows).tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize('kind', ['weighted', 'learned', 'adaptive', 'rank', 'cascade'])
