@@ -27,6 +27,7 @@ PROGRAM = (sys.executable, '-m', 'ur4rec_jax.main')
 # A run of two seconds: every part of the program at its smallest.
 SMALL = (
   '--config.sasrec.dim=16',
+  '--config.sasrec.num_blocks=1',
   '--config.sasrec.ffn_dim=16',
   '--config.max_length=20',
   '--config.batch_size=32',

@@ -147,14 +147,12 @@ def rank_targets(scores: Array, targets: Array, candidates: Array) -> Array:
   Returns:
     `[users]` int32.
   """
-  rows = jnp.arange(scores.shape[0])
-  target_scores = scores[rows, targets - 1][:, None]
-  if candidates.shape[1]:
-    rivals = jnp.take_along_axis(scores, candidates - 1, axis=1)
-    rivals = jnp.where((candidates > 0) & (candidates != targets[:, None]), rivals, -jnp.inf)
-  else:
-    rivals = scores.at[rows, targets - 1].set(-jnp.inf)
-  return 1 + (rivals >= target_scores).sum(-1, dtype=jnp.int32)
+  target_scores = jnp.take_along_axis(scores, targets[:, None] - 1, axis=1)
+  if not candidates.shape[1]:
+    return (scores >= target_scores).sum(-1, dtype=jnp.int32)  # The target is one of them.
+  rivals = jnp.take_along_axis(scores, candidates - 1, axis=1)
+  is_rival = (candidates > 0) & (candidates != targets[:, None])
+  return 1 + (is_rival & (rivals >= target_scores)).sum(-1, dtype=jnp.int32)
 
 
 def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Callable:

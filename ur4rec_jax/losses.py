@@ -120,7 +120,8 @@ def chunked_sum(loss: Callable[..., Array], chunk_size: int, *arrays: Array) -> 
   Returns:
     Scalar.
   """
-  chunk_size = min(chunk_size, arrays[0].shape[0])
+  if chunk_size >= arrays[0].shape[0]:
+    return loss(*arrays)
   chunk_loss = jax.checkpoint(lambda chunk: loss(*chunk))
   chunks = tuple(_chunks(x, chunk_size) for x in arrays)
   return jax.lax.map(chunk_loss, chunks).sum()

@@ -216,7 +216,8 @@ def make_retrieval_loss(name: str, config: ConfigDict) -> Callable[..., Array]:
       )
       return pairwise(positive, negative, weights)
 
-    chunk_size = max(1, config.chunk_size // config.num_negatives)
+    # Every negative brings its vector: about the memory of logits over 2,000 items.
+    chunk_size = max(1, 32 * config.chunk_size // config.num_negatives)
     return losses.chunked_sum(loss, chunk_size, hidden, targets, negatives.items, weights)
 
   def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives, num_items):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.models.content import ContentTower, ItemSide
-from ur4rec_jax.models.layers import Dropout, masked_attention, take_positions
+from ur4rec_jax.models.layers import Dropout, causal_attention, masked_attention, take_positions
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'content', 'id+content')
@@ -75,7 +75,7 @@ class Block(nn.Module):
   def __call__(
     self, x: Array, mask: Array, *, deterministic: bool, wanted: Array | None = None
   ) -> Array:
-    """Maps tokens `x` `[batch * length, dim]` under `mask` `[batch, length, length]`.
+    """Maps tokens `x` `[batch * length, dim]` under a causal `mask` `[batch, length, length]`.
 
     With `wanted` `[batch, wanted]` gives those positions alone, `[batch * wanted, dim]`.
     """
@@ -89,8 +89,11 @@ class Block(nn.Module):
       query, key, value = jnp.moveaxis(
         dense(3 * self.dim, 'query_key_value')(h).reshape(heads), 2, 0
       )
-      query, seen = take_positions(query, wanted), take_positions(mask, wanted)
-      mixed = masked_attention(query, key, value, seen)
+      if wanted is None:
+        mixed = causal_attention(query, key, value, mask)
+      else:
+        query, seen = take_positions(query, wanted), take_positions(mask, wanted)
+        mixed = masked_attention(query, key, value, seen)
       return dense(self.dim, 'attention_out')(mixed.reshape(-1, self.dim))
 
     def feed_forward(h: Array) -> Array:
