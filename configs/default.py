@@ -170,7 +170,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.evaluation.candidates = 'all'  # Rank all items, or target + uniform|popularity draws.
   config.evaluation.num_candidates = 100  # Draws a user, unless all.
   config.evaluation.seed = 0  # Of these draws and of the random baseline.
-  config.evaluation.batch_size = 64  # Users a device scores at once; small ones stay in a CPU's cache.
+  config.evaluation.batch_size = 64  # Users a device scores at once; 64 fit a CPU's cache.
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every_validations = 1  # How often to save.
