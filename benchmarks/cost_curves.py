@@ -1,7 +1,8 @@
 """What a training step costs as users, catalogue, history length and devices grow.
 
   python -m benchmarks.cost_curves
-  python -m benchmarks.cost_curves --axes=items --values=10000,1000000 --config.loss.name=softmax
+  python -m benchmarks.cost_curves --axes=items --values=10000,1000000 \
+    --config.optimizer.item_rows=all
 
 One thing grows at a time, the others stay as in `BASE`. Each point is a process of its own that
 makes its data in memory and runs the program's training loop: milliseconds a step, microseconds a
