@@ -213,7 +213,8 @@ def _time_to_quality(result: dict[str, Any]) -> Iterator[str]:
 
 def _curves(result: dict[str, Any]) -> Iterator[str]:
   base = ', '.join(f'{value:,} {name}' for name, value in result['base'].items())
-  yield f'Sampled softmax with 1,000 negatives; what does not grow: {base}.'
+  overrides = ' '.join(result['settings']['overrides'])
+  yield f'Sampled softmax with `{overrides}`; what does not grow: {base}.'
   for axis, points in result['curves'].items():
     rows = []
     for value, found in points.items():

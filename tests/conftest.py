@@ -34,7 +34,7 @@ SMALL = (
   '--config.num_epochs=4',
   '--config.patience=10',
   '--config.optimizer.schedule=constant',
-  '--config.optimizer.learning_rate=1e-3',
+  '--config.optimizer.learning_rate=1e-2',
   '--config.optimizer.warmup_steps=5',
   '--config.steps_per_dispatch=3',
 )
