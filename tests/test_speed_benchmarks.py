@@ -192,11 +192,13 @@ def test_curves_and_profile_on_the_page(tmp_path):
   point = {'step_ms': 1234.56, 'us_a_token': 2.0, 'peak_mb': 700.4}
   curves = {'items': {'10000': point, '1000000': {'error': 'not done in 180 s'}}}
   fields = {'base': cost_curves.BASE, 'ratio': None, 'peak_mb': None, 'curves': curves}
+  fields['settings'] = {'overrides': ['--config.loss.num_negatives=256']}
   store(tmp_path, 'cost-curves', 'cost_curves', **fields)
   fields = {'step_ms': 500, 'step_gflop': 26.0, 'gflops': 52.0, 'machine': {'gflops': 104.0}}
   fields |= {'roofline_share': 0.5, 'parts': {'loss': 0.6, 'attention': 0.4}}
   store(tmp_path, 'profile-bce-ml-1m', 'profile_step', **fields)
   page = performance.page(performance.load_results(tmp_path))
+  assert 'Sampled softmax with `--config.loss.num_negatives=256`' in page
   found = rows(page, 'ms a step')
   assert [*found['10,000'].values()] == ['10,000', '1,234.6', '2.0', '700']
   assert found['1,000,000']['ms a step'] == 'not done in 180 s'
