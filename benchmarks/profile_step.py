@@ -139,7 +139,7 @@ def main() -> None:
       seconds.append(clock.read()['seconds'] / steps)
     nanoseconds = trace(loop, steps, f'{folder}/trace')
     step, arguments = own_side.step_program(loop)
-    compiled = step.lower(*arguments).compile()
+    compiled = jax.jit(step).lower(*arguments).compile()
     flops = matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr) * parallel.device_count()
   estimates = compiled.cost_analysis()
   paths = operation_paths(compiled.as_text())

@@ -47,6 +47,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.data_dir = ''  # Folder that data_prep.build_dataset wrote.
   config.split = 'leave_one_out'  # What is held out: leave_one_out, or time for all at one time.
   config.modalities = ()  # Embeddings of the items to use: data_prep.encode's text, image, ...
+  config.max_item_tokens = 0  # Of each, that are read: 1 for the one of the whole, 0 for all.
   config.user_modalities = ()  # Embeddings of the users' texts to use, by the retriever.
   config.shuffled_features = False  # A control: every item gets the embeddings of another one.
   config.seed = 0  # Of parameters, batches, dropout and negatives.
@@ -148,7 +149,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.clip_norm = 1.0  # Largest gradient norm of a group; 0 for no clipping.
   config.optimizer.b1 = 0.9  # Decay of AdamW's first moment.
   config.optimizer.b2 = 0.999  # Decay of AdamW's second moment.
-  config.optimizer.item_rows = 'all'  # Item rows a step updates: all, or touched: those it reads.
+  config.optimizer.item_rows = 'all'  # That a step updates: all; touched; or sharded over devices.
 
   config.stages = ('train',)  # Names of stages below, in order; one may come several times.
   config.stage = ConfigDict()

@@ -18,17 +18,17 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.crop = 'random'
   config.patience = 30
   if variant != 'sasrec':
-    # One path knows items by their ids, the other by texts and pictures alone: so few users tell
-    # little of an item that is not in its content.
+    # Both paths know items by the whole of their texts and pictures alone: so few users tell little
+    # of an item that is not in its content, and more tokens cost much and tell no more.
+    config.sasrec.item_input = 'content'
     config.retriever.item_id = False
     config.retriever.num_blocks = 1
-    config.content.cross_modal_blocks = 0
-    config.content.hidden_dim = 64 if variant == 'multimodal' else 128
+    config.max_item_tokens = 1
+    config.content.hidden_dim = 128
     config.fusion.weights = (0.4, 0.6)
-    config.num_epochs = config.patience = 80
+    config.num_epochs = 120
     config.validate_every_epochs = 2
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.schedule = 'cosine'
+    config.patience = 15
     config.stage.joint_finetune.num_epochs = 4
     config.stage.end_to_end.num_epochs = 4
   return config

@@ -1,5 +1,6 @@
 """The reader of features, on what data_prep.encode wrote and on what became of it."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -48,6 +49,9 @@ def test_the_table_has_a_row_for_each_item_id(original):
     assert mask.any(1).tolist() == [False] * 6 + [True] * 50 + [False] * 5
     np.testing.assert_array_equal(tokens[6:56], expected.astype(dtype))
     assert not tokens[~mask].any()
+  first, first_mask = dataclasses.replace(features, max_tokens=2).table()
+  np.testing.assert_array_equal(first, features.table()[0][:, :2])
+  np.testing.assert_array_equal(first_mask, features.table()[1][:, :2])
   tokens, _ = load_features(data_dir, 'item', 'small').table()
   np.testing.assert_allclose(tokens[6:56], expected, atol=np.abs(expected).max() / 127)
 
@@ -85,6 +89,7 @@ def test_features_of_users_need_their_split(data, tmp_path):
   splits = json.loads((data / 'dataset.json').read_text())['splits']
   assert load_features(data, 'user', 'age', splits['time']['hash']).shape == (120, 1, 4)
   fields = {'data_dir': str(data), 'split': 'time', 'modalities': (), 'user_modalities': ('age',)}
+  fields['max_item_tokens'] = 1
   dataset = load_with_features(ConfigDict({**fields, 'shuffled_features': True}))
   tokens, mask = read_tables(dataset).users['age']
   assert (tokens.shape, mask.shape) == ((120, 1, 4), (120, 1))
@@ -104,6 +109,7 @@ def test_features_of_users_need_their_split(data, tmp_path):
 
 def test_shuffled_items_have_each_others_tokens_in_every_modality_alike(data):
   fields = {'data_dir': str(data), 'split': 'leave_one_out', 'user_modalities': ()}
+  fields['max_item_tokens'] = 0
   fields['modalities'] = ('audio', 'small')
   datasets = [
     load_with_features(ConfigDict({**fields, 'shuffled_features': value}))

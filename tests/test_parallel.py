@@ -21,8 +21,43 @@ EXACT = (
 )
 
 
+# A table of rows by id, and texts.
+ON_ROWS = (
+  '--config.loss.name=sampled_softmax',
+  '--config.loss.num_negatives=4',
+  "--config.modalities=('text',)",
+  '--config.sasrec.item_input=id+content',
+  '--config.num_epochs=2',
+)
+
+
 def devices(number: int) -> dict[str, str]:
   return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={number}'}
+
+
+def by_address(number: int) -> dict[str, str]:
+  return {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(number)}
+
+
+def by_slurm(number: int) -> dict[str, str]:
+  return {
+    'JAX_COORDINATOR_ADDRESS': 'auto',
+    'SLURM_JOB_ID': '1',
+    'SLURM_STEP_NODELIST': '127.0.0.1',
+    'SLURM_STEP_NUM_NODES': '1',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(number),
+    'SLURM_LOCALID': str(number),
+  }
+
+
+def start_pair(start, workdir, *flags, found=by_address, **options):
+  """Starts the two processes of a run."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_COORDINATOR_PORT': str(port)}
+  return [start(workdir, *flags, env=common | found(number), **options) for number in range(2)]
 
 
 def assert_close(workdir, reference):
@@ -49,6 +84,65 @@ def test_devices_agree(number, mapping, run, one_device, tmp_path):
   assert_close(workdir, one_device)
 
 
+@pytest.fixture(scope='module')
+def on_two_devices(run, encoded, tmp_path_factory):
+  """A run whose two devices have all rows of the items; and the flags of it."""
+  workdir = tmp_path_factory.mktemp('two_devices') / 'run'
+  flags = (*ON_ROWS, f'--config.data_dir={encoded}')
+  done = run(workdir, *flags, '--config.optimizer.item_rows=touched', env=devices(2))
+  assert done.returncode == 0, done.stderr
+  return workdir, flags
+
+
+def assert_close_without_padding(workdir, reference):
+  """Of sharded tables there are a few rows more, for each device to have as many."""
+  ours, theirs = load_arrays(workdir), load_arrays(reference)
+  assert ours.keys() == theirs.keys()
+  tables = [name for name in ours if 'item_embedding' in name]
+  assert len(tables) == 4  # Parameters, two moments and the best parameters.
+  for name, x in theirs.items():
+    y = ours[name]
+    if name in tables:
+      assert y.shape[-2] == 64 > x.shape[-2]
+      y = y[..., : x.shape[-2], :]
+    np.testing.assert_allclose(y, x, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
+def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_devices, tmp_path):
+  reference, flags = on_two_devices
+  flags += ('--config.optimizer.item_rows=sharded', f'--config.mapping={mapping}')
+  workdir = tmp_path / 'run'
+  if mapping == 'pmap':
+    done = run(workdir, *flags, env=devices(2))
+    assert done.returncode == 0, done.stderr
+  else:
+    for process in start_pair(start, workdir, *flags):
+      _, errors = process.communicate(timeout=300)
+      assert process.returncode == 0, errors
+  assert_close_without_padding(workdir, reference)
+  results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
+  assert results[0] == results[1]
+
+
+def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, tmp_path):
+  _, flags = on_two_devices
+  flags += ('--config.optimizer.item_rows=sharded',)
+  workdir = tmp_path / 'run'
+  of_one_epoch = (workdir, *flags, '--config.num_epochs=1')
+  assert run(*of_one_epoch, env=devices(8)).returncode == 0
+  stored = json.loads((workdir / 'results.json').read_text())
+  evaluated = run(*of_one_epoch, '--mode=evaluate')
+  assert evaluated.returncode == 0, evaluated.stderr
+  assert json.loads(evaluated.stdout)['test'] == stored['test']
+  done = run(workdir, *flags, env=devices(2))
+  assert done.returncode == 0, done.stderr
+  assert 'resuming from step' in done.stdout
+  done = run(tmp_path / 'other', *flags, '--config.batch_size=104', env=devices(3))
+  assert done.returncode == 2
+  assert 'must divide 64' in done.stderr
+
+
 def test_the_parameters_moved(one_device, run, tmp_path):
   workdir = tmp_path / 'run'
   assert run(workdir, *EXACT, '--config.optimizer.learning_rate=1e-9').returncode == 0
@@ -56,33 +150,10 @@ def test_the_parameters_moved(one_device, run, tmp_path):
     assert_close(workdir, one_device)
 
 
-def by_address(number: int) -> dict[str, str]:
-  return {'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': str(number)}
-
-
-def by_slurm(number: int) -> dict[str, str]:
-  return {
-    'JAX_COORDINATOR_ADDRESS': 'auto',
-    'SLURM_JOB_ID': '1',
-    'SLURM_STEP_NODELIST': '127.0.0.1',
-    'SLURM_STEP_NUM_NODES': '1',
-    'SLURM_NTASKS': '2',
-    'SLURM_PROCID': str(number),
-    'SLURM_LOCALID': str(number),
-  }
-
-
 @pytest.mark.parametrize(('mapping', 'found'), [('pmap', by_slurm), ('shard_map', by_address)])
 def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_path):
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_COORDINATOR_PORT': str(port)}
   workdir = tmp_path / 'run'
-  processes = [
-    start(workdir, *EXACT, f'--config.mapping={mapping}', env=common | found(number))
-    for number in range(2)
-  ]
+  processes = start_pair(start, workdir, *EXACT, f'--config.mapping={mapping}', found=found)
   outputs = [process.communicate(timeout=300) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], outputs
   assert 'in 2 processes' in outputs[0][0]
@@ -95,12 +166,9 @@ def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_pat
 
 
 def test_a_notice_to_one_process_saves_and_ends_both(start, tmp_path):
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    address = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{s.getsockname()[1]}'}
   workdir = tmp_path / 'run'
   endless = ('--config.num_epochs=1000', '--config.patience=1000')
-  processes = [start(workdir, *endless, env=address | by_address(number)) for number in range(2)]
+  processes = start_pair(start, workdir, *endless)
   wait_for(processes[0], lambda: lines(workdir))
   processes[1].send_signal(signal.SIGTERM)
   outputs = [process.communicate(timeout=60) for process in processes]

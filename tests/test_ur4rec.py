@@ -12,9 +12,9 @@ from tests.test_content import make_features
 from ur4rec_jax import losses, steps
 from ur4rec_jax.features import Preferences, Tables, TokenTable
 from ur4rec_jax.input_pipeline import Batch
+from ur4rec_jax.item_rows import renumber, take_item_tables, take_rows
 from ur4rec_jax.models.retriever import normalised
 from ur4rec_jax.models.ur4rec import create_model, retrieval_losses
-from ur4rec_jax.touched_rows import renumber, take_item_tables, take_rows
 from ur4rec_jax.train_state import parameter_shapes
 
 ITEMS, LENGTH = 7, 6
@@ -95,8 +95,8 @@ def test_a_catalogue_of_some_items_has_their_vectors():
   whole = vectors(model, params, features)
   some = vectors(
     model.for_items(4),
-    take_item_tables(params, rows),
-    jax.tree.map(lambda table: take_rows(table, rows), features),
+    take_item_tables(params, rows, 'touched'),
+    jax.tree.map(lambda table: take_rows(table, rows, 'touched'), features),
   )
   for path in whole:
     np.testing.assert_allclose(some[path][:4], whole[path][rows[:4]], atol=1e-6)

@@ -112,13 +112,14 @@ class Checkpointer:
     """The newest whole step, or None."""
     return self._manager.latest_step()
 
-  def save(self, step: int, tree: PyTree, progress: dict) -> None:
+  def save(self, step: int, tree: PyTree, progress: dict, axes: PyTree = None) -> None:
     """Writes a step; when it returns, the step is complete on disk.
 
     Args:
       step: number of optimizer steps taken; saving the same step again replaces it.
-      tree: arrays, as `parallel.replicate` or a mapped step gives them.
+      tree: arrays, as mapped steps give them.
       progress: JSON-serialisable host state.
+      axes: which arrays are sharded, see `parallel.to_global`.
 
     Raises:
       StorageError: the disk is full or not writable; earlier steps stay good.
@@ -130,7 +131,7 @@ class Checkpointer:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(parallel.to_global(tree)),
+          state=ocp.args.StandardSave(parallel.to_global(tree, axes)),
           progress=ocp.args.JsonSave(progress),
         ),
       )
@@ -156,29 +157,28 @@ class Checkpointer:
     finally:
       path.unlink(missing_ok=True)
 
-  def restore(self, tree: PyTree) -> tuple[PyTree, dict] | None:
+  def restore(self, tree: PyTree, axes: PyTree = None) -> tuple[PyTree, dict] | None:
     """Reads the latest step.
 
     Args:
       tree: arrays or shapes of the structure that was saved, on any number of devices.
+      axes: along which dimension arrays are to be sharded; None for whole on each device.
 
     Returns:
-      The tree, replicated over this process's devices, and the progress; None without a step.
+      The tree on this process's devices, see `parallel.to_local`, and the progress; None without a
+      step.
     """
     step = self.latest_step
     if step is None:
       return None
-    sharding = parallel.replicated_sharding()
-    template = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    template = parallel.with_shardings(tree, axes)
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore()
       ),
     )
-    return parallel.to_local(restored.state), restored.progress
+    return parallel.to_local(restored.state, axes), restored.progress
 
   def close(self) -> None:
     """Finishes whatever is being written."""

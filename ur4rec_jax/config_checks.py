@@ -33,13 +33,14 @@ _CHOICES = {
   'loss.diversity': DIVERSITIES,
   'optimizer.name': ('adamw', 'sgd'),
   'optimizer.schedule': SCHEDULES,
-  'optimizer.item_rows': ('all', 'touched'),
+  'optimizer.item_rows': ('all', 'touched', 'sharded'),
   'evaluation.candidates': ('all', 'uniform', 'popularity'),
   'transfer_guard': ('disallow', 'log', 'allow'),
 }
 _AT_LEAST = {
   'seed': 0,
   'evaluation.seed': 0,
+  'max_item_tokens': 0,
   'max_length': 1,
   'batch_size': 1,
   'num_epochs': 1,
@@ -228,19 +229,20 @@ def _check_losses(fields: dict[str, Any]) -> None:
 
 
 def _check_item_rows(config: ConfigDict) -> None:
-  if config.optimizer.item_rows == 'all':
+  rows = config.optimizer.item_rows
+  if rows == 'all':
     return
   for path, name in retrieval_losses(config.loss).items():
     if name == 'softmax':
       field = 'retriever_name' if path == 'retriever' else 'name'
       raise InputError(
-        f"config.optimizer.item_rows='touched' with config.loss.{field}='softmax', which reads all "
+        f"config.optimizer.item_rows='{rows}' with config.loss.{field}='softmax', which reads all "
         f'items: take a sampled loss, e.g. --config.loss.{field}=sampled_softmax '
         '--config.loss.num_negatives=1000'
       )
   if config.loss.weights.fused and config.fusion.calibration == 'standardise':
     raise InputError(
-      "config.optimizer.item_rows='touched' with config.fusion.calibration='standardise', which "
+      f"config.optimizer.item_rows='{rows}' with config.fusion.calibration='standardise', which "
       'reads all items: set config.fusion.calibration=log_probability'
     )
 

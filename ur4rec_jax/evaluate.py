@@ -22,6 +22,7 @@ from ur4rec_jax.input_pipeline import (
   pack,
   plan_rows,
 )
+from ur4rec_jax.item_rows import feature_axis, rows_of_device, with_placeholders
 
 Array = jax.Array
 PyTree = Any
@@ -155,11 +156,14 @@ def rank_targets(scores: Array, targets: Array, candidates: Array) -> Array:
   return 1 + (is_rival & (rivals >= target_scores)).sum(-1, dtype=jnp.int32)
 
 
-def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Callable:
+def make_eval_step(
+  model: nn.Module, num_items: int, row_length: int, seen_capacity: int
+) -> Callable:
   """Builds the step that ranks the held-out items of one device's share.
 
   Args:
     model: has `user_side` and `scores`, see `UR4Rec`.
+    num_items: catalogue size.
     row_length: tokens a row.
     seen_capacity: upper bound on the sum of a share's `seen_lengths`.
 
@@ -173,7 +177,7 @@ def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Cal
     params, items: PyTree, preferences: dict[str, TokenTable], item_ids: Array, share: Share
   ) -> tuple[Array, Array]:
     batch = gather_batch(item_ids, share.plan, row_length)
-    apply = functools.partial(model.apply, {'params': params})
+    apply = functools.partial(model.apply, {'params': with_placeholders(params, num_items)})
     preferences = gather_preferences(preferences, batch)
     newest = jnp.maximum(jnp.cumsum(share.plan.lengths, axis=1) - 1, 0)
     users = apply(
@@ -204,6 +208,28 @@ def make_eval_step(model: nn.Module, row_length: int, seen_capacity: int) -> Cal
     return jax.lax.all_gather(ranks, parallel.AXIS, tiled=True), finite
 
   return eval_step
+
+
+def make_item_side(
+  model: nn.Module, num_items: int, mapping: str, item_rows: str, params_axes: PyTree
+) -> Callable:
+  """Compiles `item_side(params, features)`, what the model's gives, whole on each device.
+
+  Arguments as `make_evaluator`'s.
+  """
+  item_side = lambda model, params, features: model.apply(
+    {'params': params}, features, method='item_side'
+  )
+  if item_rows != 'sharded':
+    return parallel.on_each_device(functools.partial(item_side, model))
+  part = model.for_items(rows_of_device(num_items) - 1)
+
+  def of_all_devices(params: PyTree, features: dict[str, TokenTable]) -> PyTree:
+    items = item_side(part, params, features)
+    whole = jax.tree.map(lambda x: jax.lax.all_gather(x, parallel.AXIS, tiled=True), items)
+    return jax.tree.map(lambda x: x[: num_items + 1], whole)
+
+  return parallel.MAPPINGS[mapping](of_all_devices, (params_axes, feature_axis(item_rows)), ())
 
 
 def make_shares(
@@ -259,6 +285,8 @@ def make_evaluator(
   part: str,
   config: ConfigDict,
   mapping: str,
+  item_rows: str = 'all',
+  params_axes: PyTree = None,
 ) -> Callable[..., np.ndarray | None]:
   """Prepares the evaluation of one part, everything it reads placed on the devices.
 
@@ -270,6 +298,9 @@ def make_evaluator(
     part: `valid` or `test`.
     config: `batch_size`, users a device and dispatch; and the fields that `protocol` reads.
     mapping: `pmap` or `shard_map`.
+    item_rows: with `sharded`, each device has its rows of the items' tables, and of the parameters
+      that `params_axes` from `item_rows.row_axes` tells.
+    params_axes: see there.
 
   Returns:
     `evaluator(params, interrupted=lambda: False)`: the ranks of the held-out items as `[users]`
@@ -280,11 +311,11 @@ def make_evaluator(
   shares, members = make_shares(queries, model.max_length, config.batch_size)
   seen_capacity = int(shares.seen_lengths.sum(-1).max())
   step = parallel.MAPPINGS[mapping](
-    make_eval_step(model, model.max_length, seen_capacity), (None, None, None, None, 0), ()
+    make_eval_step(model, dataset.num_items, model.max_length, seen_capacity),
+    (params_axes, None, None, None, 0),
+    (),
   )
-  item_side = parallel.on_each_device(
-    lambda params, features: model.apply({'params': params}, features, method='item_side')
-  )
+  item_side = make_item_side(model, dataset.num_items, mapping, item_rows, params_axes)
   devices = parallel.device_count()
   placed = [
     parallel.shard(jax.tree.map(lambda x, i=i: x[i : i + devices], shares))

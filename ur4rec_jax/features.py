@@ -66,12 +66,14 @@ class Features:
       `[rows of the shard, tokens, width]` and `[rows of the shard, tokens]`.
     is_shuffled: whether `table` gives each row the tokens of another, as a control: a gain that
       stays is not due to what the tokens say.
+    max_tokens: how many of a row's tokens `table` has, the first; 0 for all.
   """
 
   folder: pathlib.Path
   info: dict[str, Any]
   shards: dict[str, list[np.ndarray]]
   is_shuffled: bool = False
+  max_tokens: int = 0
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -88,6 +90,7 @@ class Features:
       'is_builtin': encoder['is_builtin'],
       'is_mock': self.info.get('is_mock', False),
       'is_shuffled': self.is_shuffled,
+      'max_tokens': self.max_tokens,
       **of_users,
       'fingerprint': self.info['fingerprint'],
     }
@@ -119,15 +122,17 @@ class Features:
       dtype: of the tokens.
 
     Returns:
-      `[rows + 1, tokens, width]`, zeros where masked, and `[rows + 1, tokens]` bool, true where
-      there is a token; row 0, which is no item, has none.
+      `[rows + 1, tokens, width]`, of the first `max_tokens` alone if that is set, zeros where
+      masked, and `[rows + 1, tokens]` bool, true where there is a token; row 0, which is no item,
+      has none.
 
     Raises:
       InputError: the content of a file is not what was written, or is not finite.
     """
-    rows, *row = self.shape
-    tokens = np.zeros((rows + 1, *row), dtype)
-    mask = np.zeros((rows + 1, row[0]), bool)
+    rows, count, width = self.shape
+    count = min(self.max_tokens or count, count)
+    tokens = np.zeros((rows + 1, count, width), dtype)
+    mask = np.zeros((rows + 1, count), bool)
     end = 1
     for shard, record in enumerate(self.info['shards']):
       start, end = end, end + record['rows']
@@ -136,7 +141,7 @@ class Features:
       values = decoded(found)
       if not np.isfinite(values).all():
         raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
-      tokens[start:end], mask[start:end] = values, found['mask']
+      tokens[start:end], mask[start:end] = values[:, :count], found['mask'][:, :count]
     if self.is_shuffled:
       # The same order for every modality, so that they still fit each other.
       order = np.r_[0, 1 + np.random.default_rng(0).permutation(rows)]
@@ -213,7 +218,8 @@ def load_with_features(config: ConfigDict) -> Dataset:
   """Loads a prepared folder with features of its items and users.
 
   Args:
-    config: `data_dir`, `split`, `modalities`, `user_modalities`, `shuffled_features`.
+    config: `data_dir`, `split`, `modalities`, `max_item_tokens`, `shuffled_features`,
+      `user_modalities`.
 
   Raises:
     InputError: as `load_dataset` and `load_features` do.
@@ -223,9 +229,12 @@ def load_with_features(config: ConfigDict) -> Dataset:
   def load(of: str, names: Sequence[str]) -> dict[str, Features]:
     return {n: load_features(config.data_dir, of, n, dataset.split_hash) for n in names}
 
-  items = load('item', config.modalities)
-  if config.shuffled_features:
-    items = {name: dataclasses.replace(found, is_shuffled=True) for name, found in items.items()}
+  items = {
+    name: dataclasses.replace(
+      found, is_shuffled=config.shuffled_features, max_tokens=config.max_item_tokens
+    )
+    for name, found in load('item', config.modalities).items()
+  }
   users = load('user', config.user_modalities)
   return dataclasses.replace(dataset, features=items, user_features=users)
 

@@ -144,23 +144,72 @@ def shard(tree: PyTree) -> PyTree:
   return jax.device_put(local, NamedSharding(_local_mesh(), PartitionSpec(AXIS)))
 
 
-def to_global(tree: PyTree) -> PyTree:
-  """Views replicated local arrays as arrays over all processes, as a checkpoint needs them."""
-  if jax.process_count() == 1:
-    return tree
-  return multihost_utils.host_local_array_to_global_array(tree, _global_mesh(), PartitionSpec())
+def place(tree: PyTree, axes: PyTree) -> PyTree:
+  """Places NumPy arrays: whole on each device where `axes` has None, cut into its rows where 0.
+
+  Args:
+    tree: arrays, of which those to cut have a multiple of `device_count()` rows.
+    axes: 0 or None for each array, or for all of a subtree.
+
+  Returns:
+    The arrays, or `[local devices, rows / devices, ...]`.
+  """
+  return _map_axes(
+    lambda axis, x: replicate(x) if axis is None else shard(split(x, axis)), axes, tree
+  )
 
 
-def to_local(tree: PyTree) -> PyTree:
+def create(function: Callable[[], PyTree], axes: PyTree) -> PyTree:
+  """Runs `function` compiled, so that each device makes its part of what comes out.
+
+  Args:
+    function: pure, without arguments.
+    axes: for each array it gives, or for all of a subtree, 0 if its rows are to be cut, a multiple
+      of `device_count()`; None if it is to be whole on each device.
+
+  Returns:
+    What `place` would.
+  """
+  return to_local(jax.jit(function, out_shardings=_map_axes(_sharding, axes))(), axes)
+
+
+def to_global(tree: PyTree, axes: PyTree = None) -> PyTree:
+  """Views local arrays as arrays over all processes, as a checkpoint needs them.
+
+  Args:
+    tree: arrays as mapped steps give them.
+    axes: for each array, or for all of a subtree, None if it is whole on each device; or the
+      dimension which counts local devices, `[..., local devices, rows / devices, ...]`, and becomes
+      one with the next: `[..., rows, ...]`.
+  """
+
+  def merge(axis: int | None, x: PyTree) -> PyTree:
+    if axis is None:
+      return x
+    return _reshape((*x.shape[:axis], -1, *x.shape[axis + 2 :]), axis)(x)
+
+  return _map_axes(merge, axes, _over_processes(tree, axes))
+
+
+def to_local(tree: PyTree, axes: PyTree = None) -> PyTree:
   """Undoes `to_global`."""
-  if jax.process_count() == 1:
-    return tree
-  return multihost_utils.global_array_to_host_local_array(tree, _global_mesh(), PartitionSpec())
+
+  def divide(axis: int | None, x: PyTree) -> PyTree:
+    if axis is None:
+      return x
+    return _reshape((*x.shape[:axis], device_count(), -1, *x.shape[axis + 1 :]), axis)(x)
+
+  return _of_this_process(_map_axes(divide, axes, tree), axes)
 
 
-def replicated_sharding() -> NamedSharding:
-  """Sharding of arrays over all processes that are whole on each device."""
-  return NamedSharding(_global_mesh(), PartitionSpec())
+def with_shardings(tree: PyTree, axes: PyTree) -> PyTree:
+  """Returns the shapes of a tree's arrays over all processes, cut along `axes` or whole."""
+
+  def of(axis: int | None, subtree: PyTree) -> PyTree:
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(axis))
+    return jax.tree.map(shape, subtree)
+
+  return _map_axes(of, axes, tree)
 
 
 def any_process(flag: bool) -> bool:
@@ -176,54 +225,90 @@ def on_each_device(function: Callable) -> Callable:
   return jax.jit(function, out_shardings=NamedSharding(_local_mesh(), PartitionSpec()))
 
 
-def pmap(step: Callable, in_axes: Sequence[int | None], donate_argnums: Sequence[int]) -> Callable:
-  """Maps `step` over all devices; what it returns must be equal on each.
+def pmap(
+  step: Callable, in_axes: Sequence[PyTree], donate_argnums: Sequence[int], out_axes: PyTree = None
+) -> Callable:
+  """Maps `step` over all devices.
 
   Args:
     step: pure function of one device's share, free to use `jax.lax` collectives over `AXIS`.
-    in_axes: for each argument 0 if it comes from `shard`, None if from `replicate`.
+    in_axes: for each argument, or each array in it, 0 if it comes from `shard`, None if from
+      `replicate`.
     donate_argnums: arguments whose memory the outputs take over.
+    out_axes: the same for what it returns: None for what is equal on each device, 0 for what is
+      each device's own.
 
   Returns:
-    The compiled function, giving replicated outputs.
+    The compiled function, whose outputs are placed like its inputs.
   """
-  return jax.pmap(
-    step, AXIS, in_axes=tuple(in_axes), out_axes=None, donate_argnums=tuple(donate_argnums)
+  # Flat, because pmap over several processes wants axes that can be hashed, which dicts cannot.
+  axes, structure = jax.tree.flatten(out_axes, is_leaf=lambda x: x is None)
+  mapped = jax.pmap(
+    lambda *args: tuple(structure.flatten_up_to(step(*args))),
+    AXIS,
+    in_axes=tuple(in_axes),
+    out_axes=tuple(axes),
+    donate_argnums=tuple(donate_argnums),
   )
+  return lambda *args: structure.unflatten(mapped(*args))
 
 
 def shard_map(
-  step: Callable, in_axes: Sequence[int | None], donate_argnums: Sequence[int]
+  step: Callable, in_axes: Sequence[PyTree], donate_argnums: Sequence[int], out_axes: PyTree = None
 ) -> Callable:
   """Does what `pmap` does, spelled with `jax.shard_map`; both give the same parameters.
 
   `check_vma=False` because with it a `pmean` of gradients is one sum too many.
   """
-  specs = tuple(PartitionSpec() if axis is None else PartitionSpec(AXIS) for axis in in_axes)
+  in_axes = tuple(in_axes)
+  in_specs, out_specs = _map_axes(_spec, in_axes), _map_axes(_spec, out_axes)
 
   def share(*args):
-    squeeze = lambda tree: jax.tree.map(lambda x: x[0], tree)
-    return step(
-      *(arg if axis is None else squeeze(arg) for arg, axis in zip(args, in_axes, strict=True))
-    )
+    squeeze = lambda axis, tree: tree if axis is None else jax.tree.map(lambda x: x[0], tree)
+    expand = lambda axis, tree: tree if axis is None else jax.tree.map(lambda x: x[None], tree)
+    return _map_axes(expand, out_axes, step(*_map_axes(squeeze, in_axes, args)))
 
   mapped = jax.jit(
     jax.shard_map(
-      share, mesh=_global_mesh(), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+      share, mesh=_global_mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False
     ),
     donate_argnums=tuple(donate_argnums),
   )
-  if jax.process_count() == 1:
-    return mapped
-
-  def on_several_processes(*args):
-    args = [
-      multihost_utils.host_local_array_to_global_array(arg, _global_mesh(), spec)
-      for arg, spec in zip(args, specs, strict=True)
-    ]
-    return to_local(mapped(*args))
-
-  return on_several_processes
+  return lambda *args: _of_this_process(mapped(*_over_processes(args, in_axes)), out_axes)
 
 
 MAPPINGS = {'pmap': pmap, 'shard_map': shard_map}
+
+
+def _over_processes(tree: PyTree, axes: PyTree) -> PyTree:
+  """Views local arrays, of which dimension `axes` counts local devices, as counting all devices."""
+  if jax.process_count() == 1:
+    return tree
+  view = multihost_utils.host_local_array_to_global_array
+  return _map_axes(lambda axis, x: view(x, _global_mesh(), _spec(axis)), axes, tree)
+
+
+def _of_this_process(tree: PyTree, axes: PyTree) -> PyTree:
+  """Undoes `_over_processes`."""
+  if jax.process_count() == 1:
+    return tree
+  view = multihost_utils.global_array_to_host_local_array
+  return _map_axes(lambda axis, x: view(x, _global_mesh(), _spec(axis)), axes, tree)
+
+
+def _sharding(axis: int | None) -> NamedSharding:
+  return NamedSharding(_global_mesh(), _spec(axis))
+
+
+def _spec(axis: int | None) -> PartitionSpec:
+  return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
+
+
+def _map_axes(function: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
+  """Maps over axes, of which None is one, and the arrays or subtrees that each is of."""
+  return jax.tree.map(function, axes, *trees, is_leaf=lambda x: x is None)
+
+
+@functools.cache
+def _reshape(shape: tuple[int, ...], axis: int) -> Callable:
+  return jax.jit(lambda x: x.reshape(shape), out_shardings=_sharding(axis))

@@ -7,6 +7,7 @@ recommender.recommend(['S0-1', 'S3-7'], k=10)
 """
 
 import copy
+import dataclasses
 import functools
 import json
 import pathlib
@@ -334,6 +335,7 @@ class TrainedRecommender(exported.Recommender):
             f'{features.folder}: differs in {field} from {ours.folder}, on which the model was'
             ' trained; encode the new items with the same encoder and flags'
           )
+      features = dataclasses.replace(features, max_tokens=ours.max_tokens)
       tables[name] = TokenTable(*(x[1:] for x in features.table()))
     return [item['original_id'] for item in items], [item['title'] for item in items], tables
 
@@ -357,6 +359,7 @@ class TrainedRecommender(exported.Recommender):
       width = self.dataset.features[name].shape[2]
       if tokens.ndim != 3 or tokens.shape[2] != width or not np.isfinite(tokens).all():
         raise InputError(f'{path}: {name} must be finite, [items, tokens, {width}]')
+      tokens = tokens[:, : self.dataset.features[name].max_tokens or None]
       # No token is all zeros: where there are zeros, there is none.
       tables[name] = TokenTable(tokens.astype(np.float32), tokens.any(2))
     return ids, [str(title) for title in arrays.get('titles', ids)], tables

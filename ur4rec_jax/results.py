@@ -19,6 +19,7 @@ from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.features import Tables, load_with_features, read_tables
+from ur4rec_jax.item_rows import padded, row_axes, unpadded
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.report import write_report
 from ur4rec_jax.stages import Stage, make_stages
@@ -42,6 +43,7 @@ def write_results(
   stages: list[Stage],
   progress: TrainProgress,
   best_params: PyTree,
+  num_parameters: int,
 ) -> dict:
   """Evaluates the best parameters, writes `results.json` and files beside it, prints the table.
 
@@ -55,20 +57,23 @@ def write_results(
     config: the run's config.
     workdir: where to write.
     dataset: all interactions.
-    tables: tokens of items and users.
+    tables: tokens of items and users, on the devices as training has them.
     stages: of the run.
     progress: how they went.
     best_params: of all stages, `[stages, ...]` each.
+    num_parameters: of the model.
 
   Returns:
     The contents of `results.json`.
   """
   best, records = progress.best_stage, []
-  placed = parallel.replicate((dataset.item_ids, tables))
+  placed = parallel.replicate(dataset.item_ids), tables
+  item_rows = config.optimizer.item_rows
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
   for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
     parts = evaluate.PARTS if i == best else ('test',)
-    ranks = _rank(stage.config, dataset, *placed, params_of_stage(best_params, i), parts)
+    params = params_of_stage(best_params, i)
+    ranks = _rank(stage.config, dataset, *placed, params, parts, item_rows)
     if i == best:
       best_ranks, scores = ranks, _scores(stage.config, dataset, ranks)
     records.append(
@@ -96,7 +101,7 @@ def write_results(
     **scores,
     'best_stage': best,
     'stages': records,
-    'parameters': sum(x.size for x in jax.tree.leaves(best_params)) // len(stages),
+    'parameters': num_parameters,
     'seed': config.seed,
     'git': _git_version(),
   }
@@ -157,7 +162,11 @@ def restore_best(
   create = lambda config: create_model(config, dataset.num_items)
   stages, labels = make_stages(config, lambda of: parameter_shapes(create(of), tables))
   tx = optimizers.create_optimizer(config.optimizer, labels)
-  shapes = jax.eval_shape(lambda: create_train_state(create(config), tx, config.seed, tables))
+  shapes = jax.eval_shape(
+    lambda: padded(
+      create_train_state(create(config), tx, config.seed, tables), config.optimizer.item_rows
+    )
+  )
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   try:
     restored = checkpointer.restore(saved_tree(shapes, len(stages)))
@@ -166,7 +175,8 @@ def restore_best(
   best = TrainProgress.from_json(restored[1]).best_stage if restored else None
   if best is None:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
-  return stages[best], params_of_stage(restored[0]['best_params'], best)
+  params = params_of_stage(restored[0]['best_params'], best)
+  return stages[best], unpadded(params, dataset.num_items)
 
 
 def _rank(
@@ -176,16 +186,19 @@ def _rank(
   tables: Tables,
   params: PyTree,
   parts: Sequence[str],
+  item_rows: str = 'all',
 ) -> dict[str, np.ndarray]:
   """Returns the ranks of the held-out items by part, in the users' order.
 
-  `item_ids` and `tables` are on the devices.
+  `item_ids`, `tables` and `params` are on the devices, as `item_rows` says.
   """
   model = create_model(config, dataset.num_items)
+  placed = dataset, item_ids, tables
+  axes = row_axes(params, item_rows)
   with jax.transfer_guard(config.transfer_guard):
     return {
       part: evaluate.make_evaluator(
-        model, dataset, item_ids, tables, part, config.evaluation, config.mapping
+        model, *placed, part, config.evaluation, config.mapping, item_rows, axes
       )(params)
       for part in parts
     }

@@ -17,17 +17,17 @@ from ur4rec_jax import losses, stages
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
-from ur4rec_jax.models.fusion import GATES
-from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
-from ur4rec_jax.optimizers import learning_rate_at
-from ur4rec_jax.parallel import AXIS
-from ur4rec_jax.touched_rows import (
+from ur4rec_jax.item_rows import (
   find_rows,
   put_item_tables,
   renumber,
   take_item_tables,
   take_rows,
 )
+from ur4rec_jax.models.fusion import GATES
+from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
+from ur4rec_jax.optimizers import learning_rate_at
+from ur4rec_jax.parallel import AXIS
 from ur4rec_jax.train_state import TrainState
 
 Array = jax.Array
@@ -266,7 +266,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
   """Builds the step that is mapped over devices: several optimizer steps in one dispatch.
 
-  What does not move takes no gradient, and what the losses do not read is not computed.
+  What does not move takes no gradient, and what the losses do not read is not computed. Where item
+  tables are sharded, `state` and `data` have this device's part of them.
 
   Args:
     model: of the stage; has `encode`, see `UR4Rec`.
@@ -285,7 +286,7 @@ def make_train_step(
   """
   all_losses, loss_weights = make_losses(config.loss), losses_in_use(config.loss)
   moves = jax.tree.map(lambda label: label in moving, labels)
-  touched_only = config.optimizer.item_rows == 'touched'
+  item_rows = config.optimizer.item_rows
 
   @functools.partial(jax.jit, inline=True)  # Traced once, for its shapes and for the loop.
   def one_step(
@@ -304,7 +305,7 @@ def make_train_step(
     params, opt_state, features = state.params, state.opt_state, data.tables.items
     model_of_step = model
     weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
-    if touched_only:
+    if item_rows != 'all':
       # Padding has negatives of its own, which nothing reads.
       drawn = {
         path: jnp.where(weights[:, None] > 0, x.items + 1, 0) if x.items.ndim > 1 else x.items + 1
@@ -312,8 +313,8 @@ def make_train_step(
       }
       read = [batch.item_ids, batch.targets, *drawn.values()]
       rows = find_rows(jnp.concatenate([x.reshape(-1) for x in read]), num_items)
-      params, opt_state = take_item_tables((params, opt_state), rows)
-      features = jax.tree.map(lambda table: take_rows(table, rows), features)
+      params, opt_state = take_item_tables((params, opt_state), rows, item_rows)
+      features = jax.tree.map(lambda table: take_rows(table, rows, item_rows), features)
       batch = batch._replace(
         item_ids=renumber(batch.item_ids, rows), targets=renumber(batch.targets, rows)
       )
@@ -361,9 +362,9 @@ def make_train_step(
       active={label: by_turn[state.stage.turn] for label, by_turn in numbers.turns.items()},
     )
     params = optax.apply_updates(params, updates)
-    if touched_only:
+    if item_rows != 'all':
       params, opt_state = put_item_tables(
-        (state.params, state.opt_state), rows, (params, opt_state)
+        (state.params, state.opt_state), rows, (params, opt_state), item_rows
       )
     grad_norm = optax.tree.norm(gradients)
     metrics = {

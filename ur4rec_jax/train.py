@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import evaluate, optimizers, parallel, results, steps
+from ur4rec_jax import evaluate, item_rows, optimizers, parallel, results, steps
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
@@ -83,7 +83,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
   finally:
     checkpointer.close()
   return results.write_results(
-    config, workdir, dataset, tables, stages, loop.progress, loop.best_params
+    config,
+    workdir,
+    dataset,
+    loop.data.tables,
+    stages,
+    loop.progress,
+    loop.best_params,
+    num_parameters=sum(x.size for x in jax.tree.leaves(loop.shapes.params)),
   )
 
 
@@ -176,14 +183,19 @@ class TrainLoop:
         f'{parallel.device_count()} devices cannot share equally; make it larger'
       )
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
+    self.item_rows = config.optimizer.item_rows
+    item_rows.check_devices(self.item_rows)
     self._restore_or_create(tables)
-    self.data = parallel.replicate(steps.make_train_data(train_part, tables))
+    tables = tables._replace(items=item_rows.padded_features(tables.items, self.item_rows))
+    feature_axes = Tables(items=item_rows.feature_axis(self.item_rows), users=None)
+    self.data_axes = steps.TrainData(None, None, feature_axes, None)
+    self.data = parallel.place(steps.make_train_data(train_part, tables), self.data_axes)
     self.item_ids = parallel.replicate(dataset.item_ids)
     self.validators, self.train_steps = {}, {}
     self.writer = self.bar = Silent()
     if parallel.is_main_process():
       description = _describe_run(
-        config, dataset, self.batches, stages, labels, self.state.params, self.progress
+        config, dataset, self.batches, stages, labels, self.shapes.params, self.progress
       )
       print(description, flush=True)
       self.writer = MetricWriter(workdir, self.progress.step, self.progress.metrics_size)
@@ -192,10 +204,17 @@ class TrainLoop:
 
   def _restore_or_create(self, tables: Tables) -> None:
     model = create_model(self.config, self.dataset.num_items)
-    state = create_train_state(model, self.tx, self.config.seed, tables)
-    restored = self.checkpointer.restore(saved_tree(state, len(self.stages)))
+    create = jax.jit(lambda: create_train_state(model, self.tx, self.config.seed, tables))
+    self.shapes = jax.eval_shape(create)
+    create_padded = lambda: item_rows.padded(create(), self.item_rows)
+    stored = saved_tree(jax.eval_shape(create_padded), len(self.stages))
+    self.axes = {
+      'state': item_rows.row_axes(stored['state'], self.item_rows),
+      'best_params': item_rows.row_axes(stored['best_params'], self.item_rows, axis=1),
+    }
+    restored = self.checkpointer.restore(stored, self.axes)
     if restored is None:
-      self.state: TrainState = parallel.replicate(state)
+      self.state: TrainState = parallel.create(create_padded, self.axes['state'])
       self.best_params = repeat_params(self.state.params, len(self.stages))
       self.progress, self.saved = TrainProgress(), None
     else:
@@ -220,13 +239,16 @@ class TrainLoop:
         'valid',
         self.config.evaluation,
         self.config.mapping,
+        self.item_rows,
+        self.axes['state'].params,
       )
     program = paths, stage.losses, stage.moving
     if program not in self.train_steps:
       self.train_steps[program] = parallel.MAPPINGS[self.config.mapping](
         steps.make_train_step(model, self.tx, self.labels, stage.config, stage.moving),
-        in_axes=(None, None, 0, None, None),
+        in_axes=(self.axes['state'], self.data_axes, 0, None, None),
         donate_argnums=(0,),
+        out_axes=(self.axes['state'], None),
       )
     max_turns = max(len(stage.turns) for stage in self.stages)
     numbers = stage_numbers(stage, self.labels, self.batches.steps_per_epoch, max_turns)
@@ -340,7 +362,8 @@ class TrainLoop:
     self.progress.seconds = time.monotonic() - self.started
     tree = {'state': self.state, 'best_params': self.best_params}
     with jax.transfer_guard('allow'):
-      self.checkpointer.save(self.progress.step, tree, dataclasses.asdict(self.progress))
+      progress = dataclasses.asdict(self.progress)
+      self.checkpointer.save(self.progress.step, tree, progress, self.axes)
     self.saved = self._position()
 
   def _save_and_stop(self, signal_number: int) -> None:
@@ -479,6 +502,7 @@ def _describe_run(
       origin = found.origin
       marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
       marks += ' (shuffled)' * origin['is_shuffled']
+      marks += f' (first {found.max_tokens} read)' * bool(found.max_tokens)
       lines.append(
         f'features {of} {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
         f'{origin["fingerprint"][:16]}'

@@ -1,0 +1,147 @@
+"""Steps on the rows of the items that they read alone, and item tables spread over devices.
+
+The ids of a step's histories, targets and negatives become numbers of a small catalogue, made of
+their rows of the item tables and of the tables' moments; the step runs on that one as it is, and
+the rows go back. Items that a step does not read keep parameters and moments (lazy Adam), and cost
+nothing. Where tables are sharded, each device holds as many rows, gives those that it has to all
+others, and takes back its own.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.parallel import AXIS, device_count
+
+Array = jax.Array
+PyTree = Any
+_ITEM_TABLE = 'item_embedding'  # The last name in the path of a parameter with a row an item.
+# Sharded tables have a multiple of so many rows, which as many devices can share; so what is saved
+# does not depend on their number.
+_MULTIPLE = 64
+_NOBODY = np.iinfo(np.int32).max
+
+
+def check_devices(item_rows: str) -> None:
+  """Raises InputError if sharded tables cannot be shared by the devices there are."""
+  if item_rows == 'sharded' and _MULTIPLE % device_count():
+    raise InputError(
+      f"config.optimizer.item_rows='sharded' on {device_count()} devices: their number must divide "
+      f'{_MULTIPLE}'
+    )
+
+
+def rows_of_device(num_items: int) -> int:
+  """Rows that each device has of a sharded table `[items + 1, ...]`."""
+  return -(-(num_items + 1) // _MULTIPLE) * _MULTIPLE // device_count()
+
+
+def feature_axis(item_rows: str) -> int | None:
+  """As `row_axes`, of the items' features, which are all sharded or none."""
+  return 0 if item_rows == 'sharded' else None
+
+
+def row_axes(tree: PyTree, item_rows: str, axis: int = 0) -> PyTree:
+  """Says along which dimension every array is sharded: `axis` for item tables, None for others."""
+
+  def axis_of(path: tuple, _: Any) -> int | None:
+    return axis if item_rows == 'sharded' and _is_item_table(path) else None
+
+  return jax.tree_util.tree_map_with_path(axis_of, tree)
+
+
+def padded(tree: PyTree, item_rows: str) -> PyTree:
+  """Gives every item table as many rows as it is stored with; those added are zeros."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: _pad(x, jnp) if item_rows == 'sharded' and _is_item_table(path) else x, tree
+  )
+
+
+def unpadded(tree: PyTree, num_items: int) -> PyTree:
+  """Undoes `padded`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x[: num_items + 1] if _is_item_table(path) else x, tree
+  )
+
+
+def with_placeholders(params: PyTree, num_items: int) -> PyTree:
+  """Puts zeros of the size that a model declares for item tables that nothing here reads."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: jnp.zeros((num_items + 1, *x.shape[1:])) if _is_item_table(path) else x, params
+  )
+
+
+def padded_features(tables: PyTree, item_rows: str) -> PyTree:
+  """Gives tables of features `[items + 1, ...]`, NumPy, as many rows as item tables have."""
+  return jax.tree.map(lambda x: _pad(x, np), tables) if item_rows == 'sharded' else tables
+
+
+def _pad(x: Array, numpy: Any) -> Array:
+  return numpy.pad(x, ((0, -len(x) % _MULTIPLE), *[(0, 0)] * (x.ndim - 1)))
+
+
+def find_rows(item_ids: Array, num_items: int) -> Array:
+  """Lists the items that the steps of all devices read, once each.
+
+  Args:
+    item_ids: `[ids]` int32 that this device's step reads, from 1; 0 where there is none.
+    num_items: catalogue size.
+
+  Returns:
+    `[rows]` int32, ascending, the same on each device: 0, the ids, and a number of nobody as often
+    as ids come twice.
+  """
+  everywhere = jax.lax.all_gather(item_ids, AXIS, tiled=True)
+  size = min(everywhere.size, num_items) + 1
+  with_padding = jnp.concatenate([jnp.zeros(1, everywhere.dtype), everywhere])
+  return jnp.unique(with_padding, size=size, fill_value=_NOBODY)
+
+
+def renumber(item_ids: Array, rows: Array) -> Array:
+  """Turns ids `[...]` that are among `rows` into their places there; 0 stays 0."""
+  return jnp.searchsorted(rows, item_ids).astype(item_ids.dtype)
+
+
+def take_rows(table: Array, rows: Array, item_rows: str) -> Array:
+  """Takes rows of a table `[items + 1, ...]`; zeros where `rows` names nobody.
+
+  Of a sharded table, `[rows of this device, ...]`, every device gets them, whoever has them.
+  """
+  found = jnp.take(table, _places(table, rows, item_rows), axis=0, mode='fill', fill_value=0)
+  if item_rows != 'sharded':
+    return found
+  summable = jnp.promote_types(found.dtype, jnp.int8)  # Which bool is not.
+  return jax.lax.psum(found.astype(summable), AXIS).astype(found.dtype)
+
+
+def take_item_tables(tree: PyTree, rows: Array, item_rows: str) -> PyTree:
+  """Cuts every item table in parameters or optimizer state down to `rows`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: take_rows(x, rows, item_rows) if _is_item_table(path) else x, tree
+  )
+
+
+def put_item_tables(tree: PyTree, rows: Array, new: PyTree, item_rows: str) -> PyTree:
+  """Returns `new` with its item tables, of `rows` alone, put into those of `tree`."""
+
+  def put(path: tuple, old: Array, x: Array) -> Array:
+    if not _is_item_table(path):
+      return x
+    return old.at[_places(old, rows, item_rows)].set(x, mode='drop')
+
+  return jax.tree_util.tree_map_with_path(put, tree, new)
+
+
+def _places(table: Array, rows: Array, item_rows: str) -> Array:
+  """Where `rows` are in this device's part of a table; beyond its end if they are elsewhere."""
+  if item_rows != 'sharded':
+    return rows
+  places = rows - jax.lax.axis_index(AXIS) * len(table)
+  return jnp.where(places >= 0, places, _NOBODY)  # Negative ones would count from the end.
+
+
+def _is_item_table(path: tuple) -> bool:
+  return jax.tree_util.keystr(path[-1:], simple=True) == _ITEM_TABLE
