@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import put_between_marks
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.metrics import POPULARITY_GROUPS
@@ -43,7 +44,6 @@ from ur4rec_jax.sweep import (
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
 README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'results.md'
-BEGIN, END = '<!-- results: begin -->', '<!-- results: end -->'
 DASH = '–'
 Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds, and `ranks` of NAME.npz.
 INTRODUCTION = f"""
@@ -308,9 +308,7 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
 def write_tables() -> None:
   """Puts the headlines between their marks in the README, and everything into docs/results.md."""
   stored = load_results(RESULTS)
-  before, rest = README.read_text().split(BEGIN)
-  _, after = rest.split(END)
-  write_file(README, f'{before}{BEGIN}\n{headline_table(stored)}\n{END}{after}')
+  put_between_marks(README, 'results', headline_table(stored))
   write_file(PAGE, results_page(stored))
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.measure import put_between_marks
 from configs import movielens_1m
 from ur4rec_jax import exported, scoring
 from ur4rec_jax.checkpoint import write_file
@@ -30,7 +31,6 @@ from ur4rec_jax.recommender import load
 
 ROOT = pathlib.Path(__file__).parents[1]
 STORED, PAGE = ROOT / 'benchmarks' / 'inference_latency.json', ROOT / 'docs' / 'inference.md'
-BEGIN, END = '<!-- latency: begin -->', '<!-- latency: end -->'
 ITEMS, MILLION = 3706, 1_000_000
 TOKENS = {'text': (9, 384), 'image': (10, 512)}
 # Targets of the median in milliseconds, on 2 cores.
@@ -163,9 +163,7 @@ def table(stored: dict[str, Any]) -> str:
 
 def write_tables() -> None:
   """Puts the stored figures between their marks in docs/inference.md."""
-  before, rest = PAGE.read_text().split(BEGIN)
-  _, after = rest.split(END)
-  write_file(PAGE, f'{before}{BEGIN}\n{table(json.loads(STORED.read_text()))}\n{END}{after}')
+  put_between_marks(PAGE, 'latency', table(json.loads(STORED.read_text())))
 
 
 @exit_on_reported_error

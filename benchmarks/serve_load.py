@@ -25,9 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import machine, memory_megabytes
+from benchmarks.measure import machine, memory_megabytes, put_between_marks
+from ur4rec_jax import exported
+from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
+ROOT = pathlib.Path(__file__).parents[1]
+STORED, PAGE = ROOT / 'benchmarks' / 'serve_load.json', ROOT / 'docs' / 'inference.md'
 CLIENTS = 128  # That measure the capacity.
 CONNECTIONS = 600  # Of the overload.
 OVERLOAD = 4
@@ -215,6 +219,10 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     said, _ = process.communicate(timeout=60)
   answered, accepted = (int(x.replace(',', '')) for x in said.split()[1:4:2])
   counts = load.counts
+  manifest, items = (
+    json.loads((pathlib.Path(flags.export) / name).read_text())
+    for name in (exported.MANIFEST, exported.ITEMS)
+  )
   p50, p99, most = (1000 * np.percentile(load.waits, [50, 99, 100])).round(1).tolist()
   return {
     'capacity_per_s': round(capacity, 1),
@@ -240,6 +248,8 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     'service_says_answered': answered,
     'memory_mb': memory,
     'exit_code': process.returncode,
+    'items': len(items['ids']),
+    'paths': manifest['settings']['paths'],
     **machine(),
   }
 
@@ -260,6 +270,19 @@ def broken_promises(found: dict[str, Any]) -> list[str]:
   ]
 
 
+def sentence(found: dict[str, Any]) -> str:
+  """What was measured, in words."""
+  answered = found['accepted'] - found['accepted_without_answer']
+  return (
+    f'On {found["cores"]} cores that the service and its clients shared ({found["items"]:,} items, '
+    f'{" and ".join(found["paths"])}, queue of {found["queue"]}): {found["capacity_per_s"]:.0f} '
+    f'answers a second without overload; {found["answered_per_s"]:.0f} of '
+    f'{found["offered_per_s"]:,.0f} a second with it, p99 {found["p99_ms"]:.0f} ms of the '
+    f'{found["stated_p99_ms"]:,.0f} stated, {max(found["memory_mb"]):.0f} MB at most, '
+    f'{answered:,} of {found["accepted"]:,} accepted requests answered.'
+  )
+
+
 @exit_on_reported_error
 def main() -> None:
   """Measures and prints."""
@@ -272,11 +295,15 @@ def main() -> None:
   add('--capacity_seconds', type=float, default=10)
   add('--batch', type=int, default=64, help='that of the service')
   add('--p99_ms', type=float, default=1000, help='that answered requests are to stay below')
+  add('--keep', action='store_true', help='store it, and what docs/inference.md says of it')
   flags = parser.parse_args()
   found = measure(flags)
   for name, value in found.items():
     print(f'{name.replace("_", " "):<28} {value}')
   found['broken'] = broken_promises(found)
+  if flags.keep:
+    write_file(STORED, json.dumps(found, indent=2) + '\n')
+    put_between_marks(PAGE, 'load', sentence(found))
   print(json.dumps(found))
   sys.exit(1 if found['broken'] else 0)
 

@@ -63,7 +63,7 @@ def rows(text, *columns) -> dict[str, dict[str, str]]:
 def test_what_is_published_is_generated():
   stored = accuracy.load_results(accuracy.RESULTS)
   readme = accuracy.README.read_text()
-  shown = readme.split(accuracy.BEGIN)[1].split(accuracy.END)[0].strip()
+  shown = readme.split('<!-- results: begin -->')[1].split('<!-- results: end -->')[0].strip()
   assert shown == accuracy.headline_table(stored)
   page = accuracy.PAGE.read_text()
   assert page == accuracy.results_page(stored)
@@ -180,8 +180,9 @@ def tool(environment, data_dir, tmp_path):
   """Runs the tool where it writes into a folder of its own: `tool(*flags)`."""
   (tmp_path / 'benchmarks').mkdir()
   (tmp_path / 'docs').mkdir()
-  for file in ('benchmarks/__init__.py', 'benchmarks/accuracy.py', 'README.md'):
-    shutil.copy(ROOT / file, tmp_path / file)
+  for name in ('__init__', 'accuracy', 'measure'):
+    shutil.copy(ROOT / f'benchmarks/{name}.py', tmp_path / 'benchmarks')
+  shutil.copy(ROOT / 'README.md', tmp_path)
 
   def tool(*flags) -> subprocess.CompletedProcess:
     command = [sys.executable, '-m', 'benchmarks.accuracy', *flags]
