@@ -25,6 +25,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.retriever.num_blocks = 1
     config.max_item_tokens = 1
     config.content.hidden_dim = 128
+    config.content.cross_modal_blocks = 0
     config.fusion.weights = (0.4, 0.6)
     config.num_epochs = 120
     config.validate_every_epochs = 2

@@ -42,8 +42,11 @@ SMALL = (
 
 @pytest.fixture(scope='session')
 def environment(tmp_path_factory) -> dict[str, str]:
-  """Environment of the processes that tests start; they share compiled programs."""
-  cache = tmp_path_factory.mktemp('compiled')
+  """Environment of the processes that tests start; they share compiled programs, all of them."""
+  cache = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    cache = cache.parent
+  cache /= 'compiled'
   return os.environ | {
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
