@@ -27,6 +27,8 @@ RUNS = {
   'evaluate-ml-1m': f'evaluate_vs_rectools {ML_1M} {RECTOOLS}',
   'time-to-quality-ml-1m': f'time_to_quality {ML_1M} --target=0.17 {RECTOOLS}',
   'cost-curves': 'cost_curves',
+  'tricks-softmax-ml-1m': f'tricks {ML_1M} --loss=softmax',
+  'tricks-bce-ml-1m': f'tricks {ML_1M} --loss=bce',
   'profile-softmax-ml-1m': f'profile_step {ML_1M} --loss=softmax',
   'profile-bce-ml-1m': f'profile_step {ML_1M} --loss=bce',
 }
@@ -122,6 +124,7 @@ def page(stored: Stored) -> str:
     'time_to_quality': _time_to_quality,
     'cost_curves': _curves,
     'profile_step': _profile,
+    'tricks': _tricks,
   }
   for name, result in stored.items():
     lines = [f'## {name}', '', _measured_on(result), '', *writers[result['benchmark']](result)]
@@ -237,6 +240,24 @@ def _profile(result: dict[str, Any]) -> Iterator[str]:
   yield markdown_table(
     [{'part': part, 'time': f'{share:.0%}'} for part, share in result['parts'].items()]
   )
+
+
+def _tricks(result: dict[str, Any]) -> Iterator[str]:
+  yield (
+    'Training with one trick undone at a time; a trick is worth the speed with all of them over '
+    'that without it.'
+  )
+  yield ''
+  rows = [
+    {
+      'without': name,
+      'sequences/s': f'{row["sequences_per_second"]:,.0f}',
+      'worth': f'{row["worth"]:.2f} x',
+      'peak MB': f'{row["peak_mb"]:,.0f}',
+    }
+    for name, row in result['rows'].items()
+  ]
+  yield markdown_table(rows)
 
 
 @exit_on_reported_error

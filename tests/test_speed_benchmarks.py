@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import cost_curves, measure, performance, profile_step
+from benchmarks import cost_curves, measure, performance, profile_step, tricks
 from tests.conftest import ROOT
 from tests.test_accuracy import rows
 from ur4rec_jax.dataset import load_dataset
@@ -120,6 +120,15 @@ def test_profile(data_dir):
   assert {'attention', 'dense layers', 'loss', 'optimizer'} <= found['parts'].keys()
   assert found['operations'][0][1] == max(share for _, share, _ in found['operations'])
   assert found['gflops'] == pytest.approx(found['step_gflop'] / found['step_ms'] * 1e3, rel=0.1)
+
+
+def test_a_trick_is_undone_in_a_process_of_its_own(data):
+  packed, alone = (
+    tricks.run_one(name, SETTINGS, data, rounds=1)
+    for name in (tricks.ALL, 'users packed into rows')
+  )
+  assert packed['steps_an_epoch'] < alone['steps_an_epoch'] == 4
+  assert packed['sequences_per_second'] > 0 < alone['peak_mb']
 
 
 def test_operations_are_those_of_products_in_every_round_of_a_loop():
