@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from what the speed benchmarks stored.
+"""Writes docs/performance.md and README's table of it from what the speed benchmarks stored.
 
   python -m benchmarks.performance
 
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.accuracy import markdown_table
-from benchmarks.measure import RESULTS, ROOT
+from benchmarks.measure import RESULTS, ROOT, put_between_marks
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
-PAGE = ROOT / 'docs' / 'performance.md'
+PAGE, README = ROOT / 'docs' / 'performance.md', ROOT / 'README.md'
 MISSING = 'not measured yet'
 ML_1M, BEAUTY = '--data_dir=data/ml-1m-sequences', '--data_dir=data/amazon_beauty --max_length=50'
 RECTOOLS = '--rectools_python=rectools/bin/python'
@@ -150,6 +150,25 @@ def targets_table(stored: Stored) -> str:
   return markdown_table(rows)
 
 
+def headline_table(stored: Stored) -> str:
+  """Speed and memory beside RecTools, of what has been measured."""
+  rows = []
+  for target in TARGETS:
+    result = stored.get(target.run)
+    if target.unit != 'x' or 'memory_ratio' not in (result or {}) or target.field != 'ratio':
+      continue
+    rows.append(
+      {
+        'work': target.work,
+        'users x items': '{users:,} x {items:,}'.format(**result['dataset']),
+        'speed': f'{result["ratio"]:.1f} x',
+        'peak memory': f'{result["memory_ratio"]:.2f} x',
+        'on': f'{result["device"]}',
+      }
+    )
+  return markdown_table(rows)
+
+
 def _found(target: Target, result: dict[str, Any] | None) -> str:
   """A target's figure, and whether it is good enough."""
   if result is None:
@@ -262,8 +281,10 @@ def _tricks(result: dict[str, Any]) -> Iterator[str]:
 
 @exit_on_reported_error
 def main() -> None:
-  """Writes the page."""
-  write_file(PAGE, page(load_results(RESULTS)))
+  """Writes the page, and the table between its marks in the README."""
+  stored = load_results(RESULTS)
+  put_between_marks(README, 'speed', headline_table(stored))
+  write_file(PAGE, page(stored))
 
 
 if __name__ == '__main__':

@@ -155,9 +155,10 @@ def test_an_operation_belongs_to_the_part_of_its_path():
 
 
 def test_what_is_published_is_generated():
-  assert performance.PAGE.read_text() == performance.page(
-    performance.load_results(performance.RESULTS)
-  )
+  stored = performance.load_results(performance.RESULTS)
+  assert performance.PAGE.read_text() == performance.page(stored)
+  shown = performance.README.read_text().split('<!-- speed: begin -->')[1]
+  assert shown.split('<!-- speed: end -->')[0].strip() == performance.headline_table(stored)
 
 
 def store(folder, name, benchmark, **fields) -> None:
