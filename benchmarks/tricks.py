@@ -9,7 +9,6 @@ program's training loop; the first row, and the last one again, has them all. Th
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -79,9 +78,9 @@ def run_one(name: str, settings: dict[str, Any], data: str, rounds: int) -> dict
   settings = {**settings, 'overrides': [*settings['overrides'], *FLAGS.get(name, ())]}
   command = [sys.executable, '-m', 'benchmarks.tricks', '--one', json.dumps([name, settings, data])]
   command += [f'--rounds={rounds}', '--data_dir=']
-  done = subprocess.run(
-    command, cwd=measure.ROOT, env=os.environ, check=True, stdout=subprocess.PIPE, text=True
-  )
+  done = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True)
+  if done.returncode:
+    sys.exit(done.stderr or f'without {name}: exit code {done.returncode}')
   return json.loads(done.stdout.splitlines()[-1])
 
 
