@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import put_between_marks
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.metrics import POPULARITY_GROUPS
@@ -303,6 +302,14 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
   cells = [[*rows[0]], ['---'] * len(rows[0])]
   cells += [[value.replace('|', '\\|') for value in row.values()] for row in rows]
   return '\n'.join(f'| {" | ".join(row)} |' for row in cells)
+
+
+def put_between_marks(page: pathlib.Path, name: str, text: str) -> None:
+  """Replaces what stands in a page between the marks `NAME: begin` and `NAME: end`."""
+  begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
+  before, rest = page.read_text().split(begin)
+  _, after = rest.split(end)
+  write_file(page, f'{before}{begin}\n{text}\n{end}{after}')
 
 
 def write_tables() -> None:

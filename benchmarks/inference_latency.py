@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.measure import put_between_marks
+from benchmarks.accuracy import put_between_marks
 from configs import movielens_1m
 from ur4rec_jax import exported, scoring
 from ur4rec_jax.checkpoint import write_file

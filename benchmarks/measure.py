@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -282,14 +281,6 @@ def memory_megabytes(field: str, process: int | str = 'self') -> float:
 def machine() -> dict[str, Any]:
   """Where this is: cores that may be used, and how busy they are besides."""
   return {'cores': len(os.sched_getaffinity(0)), 'load': round(os.getloadavg()[0], 1)}
-
-
-def put_between_marks(page: pathlib.Path, name: str, text: str) -> None:
-  """Replaces what stands in a page between the marks `NAME: begin` and `NAME: end`."""
-  begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
-  before, rest = page.read_text().split(begin)
-  _, after = rest.split(end)
-  write_file(page, f'{before}{begin}\n{text}\n{end}{after}')
 
 
 def report(flags: argparse.Namespace, lines: Sequence[str], result: dict[str, Any]) -> None:

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import machine, memory_megabytes, put_between_marks
+from benchmarks.accuracy import put_between_marks
+from benchmarks.measure import ROOT, machine, memory_megabytes
 from ur4rec_jax import exported
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
-ROOT = pathlib.Path(__file__).parents[1]
 STORED, PAGE = ROOT / 'benchmarks' / 'serve_load.json', ROOT / 'docs' / 'inference.md'
 CLIENTS = 128  # That measure the capacity.
 CONNECTIONS = 600  # Of the overload.

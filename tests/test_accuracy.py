@@ -180,9 +180,8 @@ def tool(environment, data_dir, tmp_path):
   """Runs the tool where it writes into a folder of its own: `tool(*flags)`."""
   (tmp_path / 'benchmarks').mkdir()
   (tmp_path / 'docs').mkdir()
-  for name in ('__init__', 'accuracy', 'measure'):
-    shutil.copy(ROOT / f'benchmarks/{name}.py', tmp_path / 'benchmarks')
-  shutil.copy(ROOT / 'README.md', tmp_path)
+  for file in ('benchmarks/__init__.py', 'benchmarks/accuracy.py', 'README.md'):
+    shutil.copy(ROOT / file, tmp_path / file)
 
   def tool(*flags) -> subprocess.CompletedProcess:
     command = [sys.executable, '-m', 'benchmarks.accuracy', *flags]

@@ -122,6 +122,12 @@ def test_profile(data_dir):
   assert found['gflops'] == pytest.approx(found['step_gflop'] / found['step_ms'] * 1e3, rel=0.1)
 
 
+def test_the_other_side_needs_nothing_of_ours():
+  """It runs where RecTools is, without jax."""
+  code = "import sys; sys.modules['jax'] = None; import benchmarks.measure"
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
 def test_a_trick_is_undone_in_a_process_of_its_own(data):
   packed, alone = (
     tricks.run_one(name, SETTINGS, data, rounds=1)
