@@ -1,11 +1,14 @@
 """Measures how long one user waits, from item ids to the top 10; writes docs/inference.md's table.
 
-  python -m benchmarks.inference_latency                     # ML-1M shapes, random parameters
+  python -m benchmarks.inference_latency --data_dir=data/movielens_1m  # random parameters
   python -m benchmarks.inference_latency --workdir=RUN       # a trained run and its users
   python -m benchmarks.inference_latency --only_tables       # only writes the table again
 
 One process, one user at a time: original ids go in, original ids, titles, scores and shares come
 out (`Recommender.top`). What was measured is kept in benchmarks/inference_latency.json.
+
+Without a run, parameters and features are random, of MovieLens-1M's shapes: histories of three
+lengths, and those of the users of the prepared data at `--data_dir`.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import functools
 import json
 import os
 import pathlib
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +28,7 @@ from benchmarks.accuracy import put_between_marks
 from configs import movielens_1m
 from ur4rec_jax import exported, scoring
 from ur4rec_jax.checkpoint import write_file
+from ur4rec_jax.dataset import read_interactions
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.models.ur4rec import create_model
@@ -118,6 +123,13 @@ def random_histories(length: int, count: int = 20) -> list[list[str]]:
   return [[str(i) for i in rng.integers(1, ITEMS + 1, length)] for _ in range(count)]
 
 
+def users_histories(data_dir: str, count: int = 1000) -> list[list[str]]:
+  """Histories of users chosen at random, with the ids that `make_recommender` gives."""
+  data = read_interactions(data_dir)
+  users = np.random.default_rng(0).choice(len(data.user_ids), count, replace=False)
+  return [[*map(str, data.item_ids[data.offsets[user] : data.offsets[user + 1]])] for user in users]
+
+
 def measure_million(calls: int, spectrum: str) -> list[dict[str, Any]]:
   """Exact and approximate search of a million items, and how much of the exact top 10 it finds.
 
@@ -174,7 +186,7 @@ def main() -> None:
   )
   add = parser.add_argument
   add('--workdir', help='a trained run, measured with the histories of its users; not stored')
-  add('--data_dir', help="the run's prepared data, if they have moved")
+  add('--data_dir', help='prepared MovieLens-1M; of a run, if its data have moved')
   add('--calls', type=int, default=1000, help='single calls a row')
   add('--skip_million', action='store_true', help='leave out the catalogue of a million items')
   add('--only_tables', action='store_true', help='measure nothing')
@@ -189,8 +201,13 @@ def main() -> None:
     rows = []
     for variant, target in TARGETS.items():
       recommender = make_recommender(variant)
-      for length in (50, 100, 200):
-        found = waits(recommender, random_histories(length), flags.calls)
+      measured = {length: random_histories(length) for length in (50, 100, 200)}
+      if flags.data_dir:
+        histories = users_histories(flags.data_dir)
+        middle = round(statistics.median(map(len, histories)))
+        measured[f'of users, median {middle}'] = histories
+      for length, histories in measured.items():
+        found = waits(recommender, histories, flags.calls)
         rows.append({'what': variant, 'length': length, 'target': target, **found})
         print(json.dumps(rows[-1]), flush=True)
     if not flags.skip_million:

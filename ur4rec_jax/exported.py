@@ -24,9 +24,10 @@ from ur4rec_jax.errors import InputError
 FORMAT_VERSION = 1
 MANIFEST, PROGRAM, ARRAYS, ITEMS = 'manifest.json', 'program.bin', 'arrays.npz', 'items.json'
 USERS = 'users.npz'  # Only if asked for.
-# Histories are padded to a multiple of this, batches to the next of these sizes, lists of items to
-# leave out and numbers of places to a power of two: each combination is compiled once.
-LENGTH_STEP = 32
+# Histories are padded to a multiple of these, one user's less than many users', batches to the next
+# of these sizes, lists of items to leave out and numbers of places to a power of two: each
+# combination is compiled once.
+LENGTH_STEP, BATCH_LENGTH_STEP = 16, 32
 BATCH_SIZES = (1, 4, 16, 64, 256)
 _MOST_SCORES = 1 << 26  # In memory at once.
 Ids = Sequence[str | int]
@@ -374,7 +375,8 @@ class Recommender:
 
   def warm_up(self, k: int = 10, users: int = 1) -> None:
     """Compiles what is needed to answer so many users at once, whatever their histories' length."""
-    for length in range(LENGTH_STEP, self.max_length + LENGTH_STEP, LENGTH_STEP):
+    step = _length_step(users)
+    for length in range(step, self.max_length + step, step):
       history = np.ones(min(length, self.max_length), np.int32)
       self.rank([history] * users, k, [history[:0]] * users)
 
@@ -383,7 +385,8 @@ class Recommender:
     places = min(_power_of_two(k), len(self._ids_at), self._most_places or len(self._ids_at))
     queries = self.queries(histories, left_out, allowed, emphasis, preferences)
     queries['places'] = self._constant(('places', places), lambda: np.zeros(places, np.int8))
-    ids, scores, shares = jax.device_get(self._program(self._arrays, queries))
+    # A single user waits for `jax.device_get`, too: it takes longer than three of these.
+    ids, scores, shares = map(np.asarray, self._program(self._arrays, queries))
     return ids[:count, :k], scores[:count, :k], shares[:count, :k]
 
   def queries(
@@ -393,7 +396,8 @@ class Recommender:
     count = len(histories)
     batch = next(size for size in self.batch_sizes if size >= count)
     length = max((min(len(h), self.max_length) for h in histories), default=0)
-    length = min(-(-max(length, 1) // LENGTH_STEP) * LENGTH_STEP, self.max_length)
+    step = _length_step(count)
+    length = min(-(-max(length, 1) // step) * step, self.max_length)
     history = np.zeros((batch, length), np.int32)
     for row, items in zip(history, histories, strict=False):
       if len(items):
@@ -438,6 +442,10 @@ class Recommender:
     if key not in self._constants:
       self._constants[key] = jax.device_put(make())
     return self._constants[key]
+
+
+def _length_step(users: int) -> int:
+  return LENGTH_STEP if users == 1 else BATCH_LENGTH_STEP
 
 
 def _power_of_two(number: int) -> int:

@@ -5,11 +5,12 @@ The module sees token rows in which several users may stand side by side, told a
 a left-padded row and a right-padded row give each user the same hidden states.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from ur4rec_jax.features import TokenTable
 from ur4rec_jax.models.content import ContentTower, ItemSide
@@ -52,6 +53,39 @@ def causal_mask(segment_ids: Array) -> Array:
   return (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
 
 
+class QueryKeyValue(nn.Module):
+  """One dense layer, of kernel `[dim, 3 * dim]`, for an attention's queries, keys and values.
+
+  Attributes:
+    num_heads: attention heads; divides the width.
+    dtype: computation type.
+  """
+
+  num_heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, h: Array, wanted: Array | None = None) -> Iterable[Array]:
+    """Gives three `[batch, length, heads, width]` of `h` `[batch, length, dim]`.
+
+    With `wanted` `[batch, wanted]` there are queries of those positions alone.
+    """
+    dim = h.shape[-1]
+    kernel = self.param('kernel', nn.initializers.lecun_normal(), (dim, 3 * dim))
+    bias = self.param('bias', nn.initializers.zeros, (3 * dim,))
+    h, kernel, bias = promote_dtype(h, kernel, bias, dtype=self.dtype)
+
+    def project(x: Array, columns: slice) -> Array:
+      # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
+      out = x.reshape(-1, dim) @ kernel[:, columns] + bias[columns]
+      heads = self.num_heads, dim // self.num_heads
+      return jnp.moveaxis(out.reshape(*x.shape[:2], -1, *heads), 2, 0)
+
+    if wanted is None:
+      return project(h, slice(None))
+    return *project(take_positions(h, wanted), slice(dim)), *project(h, slice(dim, None))
+
+
 class Block(nn.Module):
   """One transformer block: causal self-attention and a position-wise feed-forward network.
 
@@ -84,16 +118,12 @@ class Block(nn.Module):
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
 
     def attention(h: Array) -> Array:
-      batch, length, _ = mask.shape
-      heads = (batch, length, 3, self.num_heads, self.dim // self.num_heads)
-      query, key, value = jnp.moveaxis(
-        dense(3 * self.dim, 'query_key_value')(h).reshape(heads), 2, 0
-      )
+      project = QueryKeyValue(self.num_heads, self.dtype, name='query_key_value')
+      query, key, value = project(h.reshape(*mask.shape[:2], self.dim), wanted)
       if wanted is None:
         mixed = causal_attention(query, key, value, mask)
       else:
-        query, seen = take_positions(query, wanted), take_positions(mask, wanted)
-        mixed = masked_attention(query, key, value, seen)
+        mixed = masked_attention(query, key, value, take_positions(mask, wanted))
       return dense(self.dim, 'attention_out')(mixed.reshape(-1, self.dim))
 
     def feed_forward(h: Array) -> Array:
