@@ -17,7 +17,9 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.batch_size = 32
   config.crop = 'random'
   config.patience = 30
-  if variant != 'sasrec':
+  if variant == 'sasrec':
+    config.sasrec.norm = 'post'  # In validation, better for ids and worse for content.
+  else:
     # Both paths know items by the whole of their texts and pictures alone: so few users tell little
     # of an item that is not in its content, and more tokens cost much and tell no more.
     config.sasrec.item_input = 'content'
