@@ -4,9 +4,9 @@
     --data_dir=data/movielens_100k --workdir=runs/kill-cost [--kills=10] [--seed=0]
 
 Trains three times: to compile its programs, left alone with them, and killed by SIGKILL and SIGTERM
-in turn, each start after a random share of what is left to do. Ends with one line of JSON: seconds
-of both, their ratio, and seconds a kill, which are those of a start and of what was done since the
-last save. Flags `--config.NAME=VALUE` are passed on.
+in turn, each start after a random time, on average its share of the whole. Ends with one line of
+JSON: seconds of both, their ratio, and seconds a kill, which are those of a start and of what was
+done since the last save. Flags `--config.NAME=VALUE` are passed on.
 """
 
 import argparse
