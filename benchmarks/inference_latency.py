@@ -198,14 +198,14 @@ def main() -> None:
     print(json.dumps(waits(recommender, histories, flags.calls)))
     return
   if not flags.only_tables:
+    measured = {length: random_histories(length) for length in (50, 100, 200)}
+    if flags.data_dir:
+      histories = users_histories(flags.data_dir)
+      middle = round(statistics.median(map(len, histories)))
+      measured[f'of users, median {middle}'] = histories
     rows = []
     for variant, target in TARGETS.items():
       recommender = make_recommender(variant)
-      measured = {length: random_histories(length) for length in (50, 100, 200)}
-      if flags.data_dir:
-        histories = users_histories(flags.data_dir)
-        middle = round(statistics.median(map(len, histories)))
-        measured[f'of users, median {middle}'] = histories
       for length, histories in measured.items():
         found = waits(recommender, histories, flags.calls)
         rows.append({'what': variant, 'length': length, 'target': target, **found})

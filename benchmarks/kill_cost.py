@@ -18,8 +18,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from ur4rec_jax.errors import exit_on_reported_error
+
+
+def start(command: Sequence[str], run: pathlib.Path) -> subprocess.Popen:
+  """Starts the command with the workdir `run`; what it prints goes to a file `log` beside that."""
+  with open(run.parent / 'log', 'ab') as log:
+    return subprocess.Popen([*command, f'--workdir={run}'], stdout=log, stderr=log)
+
+
+def finish(command: Sequence[str], run: pathlib.Path) -> float:
+  """Runs it to its end and returns the seconds; ends this process if it fails."""
+  began = time.monotonic()
+  if code := start(command, run).wait():
+    sys.exit(f'{run}: exit code {code}, see {run.parent / "log"}')
+  return time.monotonic() - began
 
 
 @exit_on_reported_error
@@ -42,22 +57,12 @@ def main() -> None:
   command += [f'--config.data_dir={flags.data_dir}']
   command += [f'--config.compilation_cache={workdir / "compiled"}']
 
-  def start(run: str) -> subprocess.Popen:
-    with open(workdir / 'log', 'ab') as log:
-      return subprocess.Popen([*command, f'--workdir={workdir / run}'], stdout=log, stderr=log)
-
-  def finish(run: str) -> float:
-    began = time.monotonic()
-    if code := start(run).wait():
-      sys.exit(f'{run}: exit code {code}, see {workdir / "log"}')
-    return time.monotonic() - began
-
-  finish('compiling')
-  alone = finish('alone')
+  finish(command, workdir / 'compiling')
+  alone = finish(command, workdir / 'alone')
   print(f'left alone: {alone:.1f} s', flush=True)
   rng, began = random.Random(flags.seed), time.monotonic()
   for kill in range(flags.kills):
-    process = start('killed')
+    process = start(command, workdir / 'killed')
     try:
       process.wait(rng.uniform(0, 2 * alone / (flags.kills + 1)))
       sys.exit(f'the run was over before kill {kill + 1}; choose another --seed')
@@ -65,7 +70,7 @@ def main() -> None:
       process.send_signal([signal.SIGKILL, signal.SIGTERM][kill % 2])
     code = process.wait()
     print(f'kill {kill + 1} at {time.monotonic() - began:.1f} s: exit code {code}', flush=True)
-  finish('killed')
+  finish(command, workdir / 'killed')
   killed = time.monotonic() - began
   results = [(workdir / run / 'results.json').read_bytes() for run in ('alone', 'killed')]
   print(

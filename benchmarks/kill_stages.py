@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 
+from benchmarks.kill_cost import finish, start
 from tests.conftest import ROOT, SMALL, lines
 from tests.test_resume import assert_same_end, before_the_manifest, in_a_save
 from tests.test_stages import DEFAULT, TINY
@@ -63,12 +64,11 @@ def main(argv: list[str] | None = None) -> int:
   workdir = args.workdir.absolute()
   data = _build_data(workdir / 'data')
 
-  reference = workdir / 'reference'
-  _finish(reference, data)
-  began = time.monotonic()
-  _finish(workdir / 'again', data)  # With programs compiled, as in the runs that are killed.
+  command, reference = _command(data), workdir / 'reference'
+  finish(command, reference)
+  # With programs compiled, as in the runs that are killed.
+  undisturbed = finish(command, workdir / 'again')
   assert_same_end(workdir / 'again', reference)
-  undisturbed = time.monotonic() - began
   print(f'undisturbed: {undisturbed:.1f} s', flush=True)
 
   rng = random.Random(args.seed)
@@ -77,13 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     run, first = workdir / f'run-{total:03}', kills
     began = time.monotonic()
     while kills < min(first + args.kills_per_run, args.kills):
-      where, code = _kill(run, data, kills, rng, undisturbed)
+      where, code = _kill(command, run, kills, rng, undisturbed)
       if where is None:  # It came to its end before.
         break
       landed[where] += 1
       exits[code] += 1
       kills += 1
-    _finish(run, data)
+    finish(command, run)
     total += 1
     try:
       assert_same_end(run, reference)
@@ -114,28 +114,22 @@ def _build_data(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _start(run: pathlib.Path, data: pathlib.Path) -> subprocess.Popen:
-  command = [sys.executable, '-m', 'ur4rec_jax.main', '--config=configs/synthetic.py:text', *SMALL]
-  command += [f'--config.data_dir={data}', f'--workdir={run}', *TINY]
-  command += [f'--config.compilation_cache={data.parent / "compiled"}']
-  with open(data.parent / 'log', 'ab') as log:
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-
-
-def _finish(run: pathlib.Path, data: pathlib.Path) -> None:
-  if code := _start(run, data).wait():
-    sys.exit(f'{run}: exit code {code}, see {data.parent / "log"}')
+def _command(data: pathlib.Path) -> list[str]:
+  config = ROOT / 'configs' / 'synthetic.py'
+  command = [sys.executable, '-m', 'ur4rec_jax.main', f'--config={config}:text', *SMALL]
+  command += [f'--config.data_dir={data}', *TINY]
+  return [*command, f'--config.compilation_cache={data.parent / "compiled"}']
 
 
 def _kill(
-  run: pathlib.Path, data: pathlib.Path, number: int, rng: random.Random, undisturbed: float
+  command: list[str], run: pathlib.Path, number: int, rng: random.Random, undisturbed: float
 ) -> tuple[str | None, int]:
   """Starts the run and kills it; returns where it was, None if it was faster, and its exit code."""
   to_come = [name for name, moment in sorted(MOMENTS.items()) if not moment(run)]
   name = rng.choice(to_come)
   moment = MOMENTS[name]
   instant, delay = rng.uniform(0, undisturbed), rng.choice([0, rng.uniform(0, 0.5)])
-  began, process = time.monotonic(), _start(run, data)
+  began, process = time.monotonic(), start(command, run)
   if number % 4 < 2:
     name = 'any instant'
     is_due = lambda: time.monotonic() > began + instant
