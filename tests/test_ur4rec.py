@@ -34,11 +34,15 @@ def make(variant: str = 'multimodal', **fields):
   features = {name: table for name, table in make_features().items() if name in config.modalities}
   model = create_model(config, ITEMS)
   ones = jnp.ones((1, 1), jnp.int32)
+  return config, model, ordinary(model, features, ones, ones), features
+
+
+def ordinary(model, *arguments):
+  """Parameters of ordinary size for these arguments of `encode`."""
   init = functools.partial(model.init, method='encode')
-  shapes = jax.eval_shape(init, jax.random.key(0), features, ones, ones)['params']
+  shapes = jax.eval_shape(init, jax.random.key(0), *arguments)['params']
   rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.4, size=x.shape), x.dtype), shapes)
-  return config, model, params, features
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.4, size=x.shape), x.dtype), shapes)
 
 
 def initial(model, features):
@@ -219,23 +223,22 @@ def test_a_position_reads_its_own_users_tokens_where_it_may(variant):
   ('variant', 'fields'),
   [
     ('paper', {}),
-    ('text', {'cross_modal_blocks': 0}),
-    ('multimodal', {}),
-    ('multimodal', {'num_blocks': 0, 'cross_modal_blocks': 0}),
+    ('text', {'retriever': {'dim': 4, 'cross_modal_blocks': 0, 'num_heads': 2}}),
+    ('multimodal', {'sasrec': {'num_heads': 3, 'norm': 'post', 'num_blocks': 2}}),
+    ('multimodal', {'retriever': {'dim': 4, 'num_blocks': 0, 'cross_modal_blocks': 0}}),
   ],
 )
 def test_wanted_positions_are_what_they_are_among_all(variant, fields):
-  config, _, _, features = make(variant, retriever=fields)
-  model = create_model(config, ITEMS)
+  _, model, _, features = make(variant, **fields)
   items = jnp.array([[1, 2, 7, 5, 6, 1], [0, 0, 3, 4, 5, 6]])
   segments = jnp.array([[1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1]])
-  arguments = features, items, segments, preferences_of(segments)
-  params = model.init(jax.random.key(0), *arguments, method='encode')['params']
+  arguments = items, segments, preferences_of(segments)
+  params = ordinary(model, features, *arguments)
   apply = functools.partial(model.apply, {'params': params})
   sides = apply(features, method='item_side')
   wanted = jnp.array([[2, 5, 5], [5, 2, 3]])
   every, some = (
-    apply(sides, *arguments[1:], method='user_side', **cut) for cut in ({}, {'wanted': wanted})
+    apply(sides, *arguments, method='user_side', **cut) for cut in ({}, {'wanted': wanted})
   )
   for path in every:
     expected = jnp.take_along_axis(every[path], wanted[..., None], axis=1)

@@ -5,7 +5,7 @@ The module sees token rows in which several users may stand side by side, told a
 a left-padded row and a right-padded row give each user the same hidden states.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -53,8 +53,8 @@ def causal_mask(segment_ids: Array) -> Array:
   return (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
 
 
-class QueryKeyValue(nn.Module):
-  """One dense layer, of kernel `[dim, 3 * dim]`, for an attention's queries, keys and values.
+class Attention(nn.Module):
+  """Causal self-attention; queries, keys and values come of one kernel `[dim, 3 * dim]`.
 
   Attributes:
     num_heads: attention heads; divides the width.
@@ -65,25 +65,31 @@ class QueryKeyValue(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, h: Array, wanted: Array | None = None) -> Iterable[Array]:
-    """Gives three `[batch, length, heads, width]` of `h` `[batch, length, dim]`.
+  def __call__(self, h: Array, mask: Array, wanted: Array | None = None) -> Array:
+    """Mixes `h` `[batch, length, dim]` under a causal `mask` `[batch, length, length]`.
 
-    With `wanted` `[batch, wanted]` there are queries of those positions alone.
+    Returns:
+      `[batch, length, dim]`, or `[batch, wanted, dim]` of positions `wanted` `[batch, wanted]`.
     """
-    dim = h.shape[-1]
+    batch, _, dim = h.shape
+    heads = self.num_heads, dim // self.num_heads
     kernel = self.param('kernel', nn.initializers.lecun_normal(), (dim, 3 * dim))
     bias = self.param('bias', nn.initializers.zeros, (3 * dim,))
     h, kernel, bias = promote_dtype(h, kernel, bias, dtype=self.dtype)
-
-    def project(x: Array, columns: slice) -> Array:
-      # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
-      out = x.reshape(-1, dim) @ kernel[:, columns] + bias[columns]
-      heads = self.num_heads, dim // self.num_heads
-      return jnp.moveaxis(out.reshape(*x.shape[:2], -1, *heads), 2, 0)
-
     if wanted is None:
-      return project(h, slice(None))
-    return *project(take_positions(h, wanted), slice(dim)), *project(h, slice(dim, None))
+      # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
+      both = (h.reshape(-1, dim) @ kernel + bias).reshape(*h.shape[:2], 3, *heads)
+      return causal_attention(*jnp.moveaxis(both, 2, 0), mask).reshape(h.shape)
+    # q . (W_k x + b_k) = W_k' q . x but for what all x share, and a mean of W_v x + b_v is W_v of
+    # the mean: for a few queries that is two products a query instead of two an item.
+    of_query, of_key, of_value = jnp.moveaxis(kernel.reshape(dim, 3, *heads), 1, 0)
+    query = take_positions(h, wanted).reshape(-1, dim) @ of_query.reshape(dim, dim) + bias[:dim]
+    query = jnp.einsum('qhw,dhw->qhd', query.reshape(-1, *heads), of_key) * self.num_heads**0.5
+    items = h[:, :, None]
+    visible = jnp.repeat(take_positions(mask, wanted), self.num_heads, axis=1)
+    mixed = masked_attention(query.reshape(batch, -1, 1, dim), items, items, visible)
+    mixed = jnp.einsum('qhd,dhw->qhw', mixed.reshape(-1, self.num_heads, dim), of_value)
+    return mixed.reshape(batch, -1, dim) + bias[2 * dim :]
 
 
 class Block(nn.Module):
@@ -118,12 +124,8 @@ class Block(nn.Module):
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
 
     def attention(h: Array) -> Array:
-      project = QueryKeyValue(self.num_heads, self.dtype, name='query_key_value')
-      query, key, value = project(h.reshape(*mask.shape[:2], self.dim), wanted)
-      if wanted is None:
-        mixed = causal_attention(query, key, value, mask)
-      else:
-        mixed = masked_attention(query, key, value, take_positions(mask, wanted))
+      mix = Attention(self.num_heads, self.dtype, name='query_key_value')
+      mixed = mix(h.reshape(*mask.shape[:2], self.dim), mask, wanted)
       return dense(self.dim, 'attention_out')(mixed.reshape(-1, self.dim))
 
     def feed_forward(h: Array) -> Array:
