@@ -116,7 +116,9 @@ _IMPORT = flags.DEFINE_string(
   'import', None, 'File with texts made elsewhere: {"<id>": "text"}, or JSON lines.'
 )
 _ID_FIELD = flags.DEFINE_string('id_field', 'id', 'Where a JSON line has its id.')
-_TEXT_FIELD = flags.DEFINE_string('text_field', 'text', 'Where a JSON line has its text.')
+_TEXT_FIELDS = flags.DEFINE_list(
+  'text_field', ['text'], 'Where a JSON line has its text; several, with commas, become one text.'
+)
 _EXPORT = flags.DEFINE_string('export', None, 'File to write the texts of the folder to.')
 
 
@@ -423,7 +425,7 @@ def main(argv: list[str]) -> None:
   data_dir, kinds = _DATA_DIR.value, _KINDS[_KIND.value]
   read_info(data_dir)
   if _IMPORT.value:
-    found = texts.read_json(_IMPORT.value, _ID_FIELD.value, _TEXT_FIELD.value)
+    found = texts.read_json(_IMPORT.value, _ID_FIELD.value, _TEXT_FIELDS.value)
     origin = {
       'provider': 'import',
       'model': '',

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,15 @@ def write_texts(
   return dict(counts)
 
 
-def read_json(path: str | Path, id_field: str = 'id', text_field: str = 'text') -> dict[str, str]:
+def read_json(
+  path: str | Path, id_field: str = 'id', text_fields: Sequence[str] = ('text',)
+) -> dict[str, str]:
   """Reads texts by id: one object `{"<id>": "text"}`, or in a .jsonl file an object a line.
 
   Args:
     path: the file.
     id_field: where a line has its id; text or a whole number.
-    text_field: where a line has its text; may be missing or null.
+    text_fields: where a line has its text, or the parts of it, a line each; may be missing or null.
 
   Raises:
     InputError: the file cannot be read, or something in it is not what it should be.
@@ -97,11 +99,12 @@ def read_json(path: str | Path, id_field: str = 'id', text_field: str = 'text') 
           f'{where}: has no field {id_field!r}, only {", ".join(row)}; say with --id_field which'
           ' holds the id'
         )
-      pairs.append((where, row[id_field], row.get(text_field)))
-    if pairs and all(text is None for _, _, text in pairs):
-      raise InputError(
-        f'{path}: no line has a {text_field!r}; say with --text_field where the text is'
-      )
+      pairs.append((where, row[id_field], [row.get(field) for field in text_fields]))
+    for number, field in enumerate(text_fields):
+      if pairs and all(parts[number] is None for _, _, parts in pairs):
+        raise InputError(
+          f'{path}: no line has a {field!r}; say with --text_field where the text is'
+        )
   else:
     try:
       found = json.loads(raw_files.read_bytes(path), object_pairs_hook=list)
@@ -112,16 +115,19 @@ def read_json(path: str | Path, id_field: str = 'id', text_field: str = 'text') 
       ) from error
     if not isinstance(found, list) or not all(isinstance(pair, tuple) for pair in found):
       raise InputError(f'{path}: must hold one object {{"<id>": "text", ...}}')
-    pairs = [(str(path), name, text) for name, text in found]
+    pairs = [(str(path), name, [text]) for name, text in found]
   texts: dict[str, str] = {}
-  for where, name, text in pairs:
+  for where, name, parts in pairs:
     if isinstance(name, bool) or not isinstance(name, str | int):
       raise InputError(f'{where}: the id {name!r} is neither text nor a whole number; correct it')
-    if not isinstance(text, str | None):
-      raise InputError(f'{where}: the text of {name!r} is {str(text)[:40]!r}, no text; correct it')
+    for part in parts:
+      if not isinstance(part, str | None):
+        raise InputError(
+          f'{where}: the text of {name!r} is {str(part)[:40]!r}, no text; correct it'
+        )
     if str(name) in texts:
       raise InputError(f'{where}: {name!r} is there twice; remove one of the two')
-    texts[str(name)] = known_text(text or '')
+    texts[str(name)] = '\n'.join(filter(None, (known_text(part or '') for part in parts)))
   if not texts:
     raise InputError(f'{path}: no texts in it; export it again')
   return texts

@@ -215,12 +215,14 @@ def test_import_and_export(shop, tmp_path):
     {'sku': '../x', 'about': given['../x']},
     {'sku': 'ü', 'about': given['ü'], 'n': 1},
     {'sku': 'b', 'about': None},
-    {'sku': 7},
+    {'sku': '7'},
   ]
   (tmp_path / 'in.jsonl').write_text('\n\n'.join(json.dumps(line) for line in lines))
   found = texts.read_json(tmp_path / 'in.json')
   assert found == {**given, 'b': ''}
-  assert texts.read_json(tmp_path / 'in.jsonl', 'sku', 'about') == {**found, '7': ''}
+  assert texts.read_json(tmp_path / 'in.jsonl', 'sku', ['about']) == {**found, '7': ''}
+  joined = texts.read_json(tmp_path / 'in.jsonl', 'sku', ['about', 'sku'])
+  assert (joined['ü'], joined['b']) == ('Grüße 世界\nü', 'b')
   texts.write_texts(shop, 'item', found, {'provider': 'import', 'is_mock': False})
   # The placeholder is no text: item b keeps its own.
   expected = {**given, 'b': ITEMS[3]['description'], 'z/1': ITEMS[0]['description']}
