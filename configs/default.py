@@ -69,7 +69,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.ffn_dim = 64  # Width of the hidden feed-forward layer.
   config.sasrec.dropout = 0.2  # Rate on embeddings and inside blocks.
   config.sasrec.norm = 'pre'  # Layer norm before (pre) or after (post) each branch.
-  config.sasrec.item_input = 'id'  # What an item is to SASRec: id, content or id+content.
+  config.sasrec.item_input = 'id'  # Items as id, id_from_content at first, content, id+content.
+  config.sasrec.item_scale = 0.02  # Root mean square of learned item embeddings at the start.
 
   config.retriever = ConfigDict()
   config.retriever.dim = 64  # Width of users' and items' vectors.

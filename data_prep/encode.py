@@ -3,6 +3,8 @@
   python -m data_prep.encode --data_dir=data/shop --modality=text
   python -m data_prep.encode --data_dir=data/shop --modality=image --encoder=facebook/dinov2-small
   python -m data_prep.encode --data_dir=data/shop --modality=audio --import=audio.npz
+  python -m data_prep.encode --data_dir=data/shop --modality=attributes --import=items.csv \\
+    --columns=brand,categories
 
 What is written lies in features/item/MODALITY and features/user/MODALITY of the dataset. The same
 command goes on where a killed one was. docs/embeddings.md says more.
@@ -21,6 +23,7 @@ import numpy as np
 
 from data_prep import sources, staging
 from data_prep.embeddings import (
+  attribute_tokens,
   feature_files,
   imported_tokens,
   picture_tokens,
@@ -95,7 +98,13 @@ def _source(
         )
       about |= {'split_name': flags.split, 'split_hash': record['hash']}
       about['hold_back'] = flags.hold_back
-    source, unknown = imported_tokens.source(data_dir, of, flags.file, flags.ids, scratch)
+    if flags.columns is None:
+      source, unknown = imported_tokens.source(data_dir, of, flags.file, flags.ids, scratch)
+    else:
+      columns = [name.strip() for name in flags.columns.split(',')]
+      source, unknown = attribute_tokens.source(
+        data_dir, of, flags.file, columns, flags.item_id_column
+      )
     return source._replace(info=source.info | about | {'unknown_ids': unknown})
   common = {'device': flags.device, 'precision': flags.precision, 'batch_size': flags.batch_size}
   if flags.modality == TEXT:
@@ -264,6 +273,11 @@ def _flags() -> argparse.ArgumentParser:
   add('--grid', type=int, default=3, help='parts a side of a picture; 0: the whole picture alone')
   add('--layer', help='of a vision model: projected, last, or a number such as -2')
   add('--import', dest='file', help='.npz, .npy or .safetensors file with features made elsewhere')
+  add(
+    '--columns',
+    help='of a table to --import, .csv, .tsv, .parquet or .jsonl: the names and numbers to encode',
+  )
+  add('--item_id_column', help='of that table; without it the usual names are looked for')
   add('--ids', help='file with an original id a line, for an --import without ids')
   add('--split', help='with --import and --of=user: the split whose training part was used')
   add(
@@ -307,9 +321,10 @@ def _check(flags: argparse.Namespace) -> None:
     )
   if flags.file is not None and flags.encoder is not None:
     raise InputError('--encoder and --import exclude each other; leave one out')
-  if flags.file is None and (flags.ids or flags.split or flags.hold_back is not None):
+  about_files = ('ids', 'split', 'hold_back', 'columns', 'item_id_column')
+  if flags.file is None and any(getattr(flags, name) is not None for name in about_files):
     raise InputError(
-      '--ids, --split and --hold_back are about --import; pass it too, or leave them out'
+      f'--{", --".join(about_files)} are about --import; pass it too, or leave them out'
     )
   if flags.file is None and flags.modality == IMAGE and flags.of in ('user', 'both'):
     raise InputError('--of: users have no pictures; the model looks at those of their items')

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ur4rec_jax.features import TokenTable
-from ur4rec_jax.models.content import ContentTower
+from tests.conftest import load_arrays
+from ur4rec_jax.features import TokenTable, load_features
+from ur4rec_jax.models.content import ContentTower, first_rows
 from ur4rec_jax.models.sasrec import SASRec
 
 ITEMS, DIM = 7, 6
@@ -31,7 +32,8 @@ def make_features(seed: int = 0, items: int = ITEMS) -> dict[str, TokenTable]:
 
 def make_model(item_input: str = 'id+content', **content) -> SASRec:
   defaults = {'dim': DIM, 'num_blocks': 1, 'ffn_dim': DIM, 'dropout': 0.0}
-  content = ContentTower(DIM, 8, **{'dropout': 0.0} | content)
+  makes_content = item_input != 'id'
+  content = ContentTower(DIM, 8, **{'dropout': 0.0} | content) if makes_content else None
   return SASRec(ITEMS, 10, item_input=item_input, content=content, **defaults)
 
 
@@ -134,6 +136,36 @@ def test_nothing_is_nan_where_every_modality_is_missing(item_input):
   assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize('dim', [4, 20])
+def test_first_rows_are_principal_components_of_the_first_tokens(dim):
+  features = make_features(items=40)
+  rows = np.asarray(first_rows(features, dim, 0.3, jax.random.key(0)))
+  parts = []
+  for name in features:
+    tokens, mask = (np.asarray(x)[:, 0].astype(np.float64) for x in features[name])
+    centred = (tokens - tokens[mask > 0].mean(0)) * mask[:, None]
+    parts.append(centred / np.sqrt((centred**2).sum() / mask.sum()))
+  left, values, _ = np.linalg.svd(np.concatenate(parts, 1), full_matrices=False)
+  expected = left[:, :dim] * values[:dim]
+  is_there = expected.any(1) & (np.abs(expected).sum(1) > 1e-9)
+  assert (~is_there).tolist() == [at in (0, 4) for at in range(41)]
+  expected *= 0.3 / np.sqrt((expected[is_there] ** 2).sum() / (is_there.sum() * dim))
+  # Turned, so that only inner products are known.
+  here = rows[is_there]
+  np.testing.assert_allclose(
+    here @ here.T, (expected @ expected.T)[is_there][:, is_there], atol=1e-4
+  )
+  np.testing.assert_allclose(np.sqrt((here**2).mean()), 0.3, rtol=1e-4)
+  assert 0.02 < np.abs(rows[~is_there]).mean() < 1
+  assert np.abs(rows - first_rows(features, dim, 0.3, jax.random.key(1))).max() > 0.01
+
+
+def test_first_rows_without_any_content_are_random():
+  features = {name: TokenTable(t * 0, m & False) for name, (t, m) in make_features().items()}
+  rows = np.asarray(first_rows(features, 64, 0.3, jax.random.key(0)))
+  np.testing.assert_allclose(rows.std(), 0.3, rtol=0.1)
+
+
 def test_content_dropout_follows_its_key():
   model, features = make_model(dropout=0.5), make_features()
   params = init(model, features)
@@ -204,6 +236,27 @@ def test_a_run_with_content_trains_and_names_its_features(run, trained, encoded)
   assert json.loads(evaluated.stdout.splitlines()[-1])['test'] == results['test']
 
 
+@pytest.mark.parametrize('item_rows', ['all', 'sharded'])
+def test_a_run_begins_with_items_as_their_content(run, encoded, tmp_path, item_rows):
+  flags = (
+    '--config.modalities=text',
+    '--config.sasrec.item_input=id_from_content',
+    '--config.sasrec.item_scale=0.3',
+    f'--config.optimizer.item_rows={item_rows}',
+    '--config.loss.name=sampled_softmax',
+    '--config.optimizer.learning_rate=1e-12',
+    '--config.num_epochs=1',
+  )
+  env = {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  done = run(tmp_path / 'run', f'--config.data_dir={encoded}', *flags, env=env)
+  assert done.returncode == 0, done.stderr
+  found = load_arrays(tmp_path / 'run')["['state']['params']['sasrec']['item_embedding']"]
+  table = load_features(encoded, 'item', 'text').table()
+  expected = first_rows({'text': table}, found.shape[1], 0.3, jax.random.key(0))
+  gram = lambda rows: np.asarray(rows[1:61] @ rows[1:61].T)
+  np.testing.assert_allclose(gram(found), gram(expected), atol=1e-3)
+
+
 def test_features_that_do_not_fit_are_refused(run, trained, encoded, tmp_path):
   def refusal(*flags, workdir=tmp_path / 'run'):
     done = run(workdir, *flags)
@@ -220,6 +273,7 @@ def test_features_that_do_not_fit_are_refused(run, trained, encoded, tmp_path):
   )
   assert 'only the retriever reads them' in refusal(here, TASTE)
   assert 'content needs modalities' in refusal(here, '--config.sasrec.item_input=content')
+  assert 'content needs modalities' in refusal(here, '--config.sasrec.item_input=id_from_content')
   assert 'modalities are for content' in refusal(here, '--config.modalities=text')
   other = tmp_path / 'other'
   shutil.copytree(encoded, other)

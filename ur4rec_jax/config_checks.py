@@ -86,6 +86,7 @@ _AT_LEAST = {
 _ABOVE_ZERO = (
   'optimizer.learning_rate',
   *(f'optimizer.learning_rate_scales.{group}' for group in GROUPS),
+  'sasrec.item_scale',
   'retriever.temperature',
   'loss.temperature',
   'checkpoint.grace_seconds',
@@ -182,7 +183,7 @@ def _check_paths(fields: dict[str, Any]) -> None:
   weights = fields['fusion.weights']
   if len(paths) > 1 and (len(weights) != len(paths) or min(weights) <= 0):
     raise InputError(f'config.fusion.weights={weights}: must be one number above 0 for each path')
-  reads_content = 'retriever' in paths or 'content' in fields['sasrec.item_input']
+  reads_content = 'retriever' in paths or fields['sasrec.item_input'] != 'id'
   if bool(fields['modalities']) != reads_content:
     raise InputError(
       f'config.modalities={fields["modalities"]} with config.paths={paths} and '

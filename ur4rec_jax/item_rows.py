@@ -18,7 +18,7 @@ from ur4rec_jax.parallel import AXIS, device_count
 
 Array = jax.Array
 PyTree = Any
-_ITEM_TABLE = 'item_embedding'  # The last name in the path of a parameter with a row an item.
+ITEM_TABLE = 'item_embedding'  # The last name in the path of a parameter with a row an item.
 # Sharded tables have a multiple of so many rows, which as many devices can share; so what is saved
 # does not depend on their number.
 _MULTIPLE = 64
@@ -144,4 +144,4 @@ def _places(table: Array, rows: Array, item_rows: str) -> Array:
 
 
 def _is_item_table(path: tuple) -> bool:
-  return jax.tree_util.keystr(path[-1:], simple=True) == _ITEM_TABLE
+  return jax.tree_util.keystr(path[-1:], simple=True) == ITEM_TABLE

@@ -387,7 +387,7 @@ class TrainedRecommender(exported.Recommender):
       for name, tree in self.params.items()
     }
     new = scoring.item_arrays(create_model(self.config, count), params, features)
-    if getattr(self.model.sasrec, 'item_input', None) == 'id':
+    if self.model.sasrec is not None and self.model.sasrec.content is None:
       # To a path that knows only ids a new item is as the average one.
       mean = self._item_arrays['sasrec']['vectors'][1:].mean(0)
       new['sasrec']['vectors'] = jnp.broadcast_to(mean, (count + 1, len(mean)))

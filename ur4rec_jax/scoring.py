@@ -40,7 +40,7 @@ def is_sum(model: UR4Rec) -> bool:
 
 def _has_id(path: SASRec | Retriever) -> bool:
   """Whether a path's item vectors are made of an embedding of the id, too."""
-  return path.item_id if isinstance(path, Retriever) else 'id' in path.item_input
+  return path.item_id if isinstance(path, Retriever) else path.has_rows
 
 
 def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.models.sasrec import OF_CONTENT
 from ur4rec_jax.models.ur4rec import FUSED, PATHS, losses_in_use
 from ur4rec_jax.optimizers import GROUPS, group_of
 from ur4rec_jax.train_state import StageState
@@ -124,7 +125,7 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
       f'{field}: trains no path of config.paths={tuple(config.paths)}; give one of these losses '
       'a weight in config.loss.weights, or leave the stage out of config.stages'
     )
-  has_content = 'content' in config.sasrec.item_input
+  has_content = config.sasrec.item_input in OF_CONTENT
   for loss in losses:
     is_auxiliary = loss not in (*PATHS, FUSED)
     if is_auxiliary and 'retriever' not in paths and (loss in OF_RETRIEVER or not has_content):

@@ -20,10 +20,11 @@ from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import Tables, load_with_features, read_tables
+from ur4rec_jax.features import Tables, TokenTable, load_with_features, read_tables
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.models.content import first_rows
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.stages import Stage, StageNumbers, make_stages, stage_numbers
 from ur4rec_jax.train_state import (
@@ -215,6 +216,8 @@ class TrainLoop:
     restored = self.checkpointer.restore(stored, self.axes)
     if restored is None:
       self.state: TrainState = parallel.create(create_padded, self.axes['state'])
+      if 'sasrec' in self.config.paths and self.config.sasrec.item_input == 'id_from_content':
+        self._begin_items_as_content(tables)
       self.best_params = repeat_params(self.state.params, len(self.stages))
       self.progress, self.saved = TrainProgress(), None
     else:
@@ -222,6 +225,20 @@ class TrainLoop:
       self.state, self.best_params = arrays['state'], arrays['best_params']
       self.progress = TrainProgress.from_json(progress)
       self.saved = self._position()
+
+  def _begin_items_as_content(self, tables: Tables) -> None:
+    sasrec, name = self.config.sasrec, item_rows.ITEM_TABLE
+
+    @jax.jit
+    def table(features: dict[str, TokenTable]) -> dict[str, jax.Array]:
+      key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
+      rows = first_rows(features, sasrec.dim, sasrec.item_scale, key)
+      return item_rows.padded({name: rows}, self.item_rows)
+
+    first_tokens = jax.tree.map(lambda x: x[:, :1], tables.items)
+    rows = jax.device_get(table(jax.device_put(first_tokens)))
+    params = self.state.params['sasrec']
+    params |= parallel.place(rows, {name: self.axes['state'].params['sasrec'][name]})
 
   def _enter_stage(self) -> None:
     """Prepares what the current stage trains and validates with."""

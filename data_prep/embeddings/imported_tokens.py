@@ -57,7 +57,7 @@ def source(
         f'{where}: the id {name!r} is there twice, at rows {places[name] + 1} and {at + 1}; remove'
         ' one of the two'
       )
-  names = _names(data_dir, of)
+  names = original_ids(data_dir, of)
   known = sum(name in places for name in names)
   if not known:
     raise InputError(
@@ -80,7 +80,8 @@ def source(
   ), len(ids) - known
 
 
-def _names(data_dir: str | Path, of: str) -> list[str]:
+def original_ids(data_dir: str | Path, of: str) -> list[str]:
+  """The raw data's ids of the items or users of a prepared folder, in its order."""
   read_info(data_dir)
   if of == 'item':
     return [item['original_id'] for item in iterate_items(data_dir)]

@@ -43,12 +43,16 @@ def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
       f'{path}: no such file; --items must be a CSV, TSV, Parquet or JSON lines file'
     )
   pictures = Path(parameters.pop('images', None) or path.parent)
+  return from_rows(str(path), *open_table(path), images=pictures, **parameters)
+
+
+def open_table(path: Path) -> tuple[Sequence[str], Rows]:
+  """The names of the columns of a table, and its rows."""
   if tables.kind(path) in JSON_LINES:
     rows = list(json_lines(path))
-    names = list(dict.fromkeys(name for _, row in rows for name in row))
-    return from_rows(str(path), names, rows, images=pictures, **parameters)
+    return list(dict.fromkeys(name for _, row in rows for name in row)), rows
   file = tables.open_file(path)
-  return from_rows(str(path), file.columns, tables.records(file), images=pictures, **parameters)
+  return file.columns, tables.records(file)
 
 
 def from_rows(
@@ -63,7 +67,7 @@ def from_rows(
   places: dict[str, Place] = {}
   for place, row in rows:
     where = f'{place.path}, {place.unit} {place.number}'
-    name = _id(row.get(columns['item_id']), columns['item_id'], where)
+    name = original_id(row.get(columns['item_id']), columns['item_id'], where)
     if name in table:
       raise InputError(
         f'{where}: item {name!r} is in the table twice, first in {places[name].unit}'
@@ -85,6 +89,13 @@ def from_rows(
   if extra:
     shown += f', text = {"+".join(extra)}'
   return table, [f'item table: {shown}']
+
+
+def id_column(path: str | Path, names: Sequence[str], wanted: str | None) -> str:
+  """Finds the column of the items' ids."""
+  others = dict.fromkeys((f'{role}_column' for role in NAMES), 'none')
+  options = {'text_columns': None} | others | {'item_id_column': wanted}
+  return _choose_columns(str(path), names, options)['item_id']
 
 
 def pictures(table: Mapping[str, Item]) -> list[Path]:
@@ -155,7 +166,8 @@ def _text_columns(path: str, names: Sequence[str], wanted: str | None) -> list[s
   return extra
 
 
-def _id(value: Any, column: str, where: str) -> str:
+def original_id(value: Any, column: str, where: str) -> str:
+  """An id as text."""
   if isinstance(value, bool | float | list | dict):
     raise InputError(f'{where}: {column} is {value!r}; ids are text or whole numbers: correct it')
   name = '' if value is None else str(value)

@@ -1,5 +1,6 @@
 """Texts, pictures and files of features -> token embeddings, by real models and processes."""
 
+import csv
 import io
 import json
 import os
@@ -530,6 +531,82 @@ def test_files_that_are_no_features_are_refused(build, tmp_path, fails):
   assert 'ids, line 2: is empty' in fails(data_dir, *flags)
 
 
+# Columns of a table.
+
+ATTRIBUTES = [
+  {'id': 'i000', 'maker': 'Ann', 'tags': ['red', ['Round', 'rare']], 'price': 1.5},
+  {'id': 'i001', 'maker': 'ann', 'tags': ['red'], 'price': 2},
+  {'id': 'i002', 'maker': 'Bob, Cy|ann', 'tags': [], 'price': 2},
+  {'id': 'i003', 'maker': None, 'price': 90},
+  {'id': 'i004'},
+  {'id': 'elsewhere', 'maker': 'Bob', 'tags': ['red'], 'price': -100},
+]
+COLUMNS = '--columns=maker,tags,price'
+
+
+def write_attributes(path: Path) -> str:
+  path.write_text(''.join(json.dumps(row) + '\n' for row in ATTRIBUTES))
+  return f'--import={path}'
+
+
+def test_names_and_numbers_of_a_table(build, tmp_path, capsys):
+  data_dir = build([{}] * 6)
+  table = write_attributes(tmp_path / 'table.jsonl')
+  run(data_dir, '--modality=attributes', table, COLUMNS, '--dtype=float32')
+  printed = capsys.readouterr().out
+  assert 'attributes maker, tags, price of table.jsonl' in printed
+  assert '1 ids of the file are not in the dataset' in printed
+  info, tokens, mask = read(data_dir, 'attributes')
+  np.testing.assert_array_equal(mask[:, 0], [False, True, True, True, True, False, False])
+  reasons = (data_dir / 'features/item/attributes/masked.jsonl').read_text()
+  assert 'nothing in maker, tags, price' in reasons
+  assert 'not in table.jsonl' in reasons
+  assert info['encoder']['widths'] == [96, 96, 9]
+  maker, tags, price = np.split(tokens[1:, 0], [96, 192], axis=1)
+  lengths = [np.linalg.norm(column, axis=1) for column in (maker, tags, price)]
+  expected = [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
+  np.testing.assert_allclose(lengths, expected, atol=1e-6)
+  # The same name in other letters, one of several, and what only one item has weighs most.
+  np.testing.assert_allclose(maker[0] @ maker[1], 1, atol=1e-6)
+  assert 0.2 < maker[0] @ maker[2] < 1 / np.sqrt(3) + 0.1
+  assert 0.2 < tags[0] @ tags[1] < 1 / np.sqrt(3) + 0.1
+  # Numbers by their order: equal ones are the same, and the further apart the less alike.
+  np.testing.assert_allclose(price[1] @ price[2], 1, atol=1e-6)
+  assert price[0] @ price[1] > price[0] @ price[3]
+
+
+def test_a_csv_table_says_the_same_and_no_other_column_matters(build, tmp_path):
+  rows = [('maker', 'id', 'price', 'tags'), ('Ann', 'i000', '1.5', 'red|Round|rare')]
+  rows += [('Ann', 'i001', '2', 'red'), ('Bob, Cy, ann', 'i002', '2.0', ''), ('', 'i003', '90', '')]
+  with (tmp_path / 'table.csv').open('w', newline='') as file:
+    csv.writer(file).writerows(rows)
+  found = {}
+  for name in ('table.csv', 'table.jsonl'):
+    write_attributes(tmp_path / 'table.jsonl')
+    data_dir = build([{}] * 6, name=name.replace('.', '-'))
+    run(data_dir, '--modality=attributes', f'--import={tmp_path / name}', COLUMNS)
+    found[name] = read(data_dir, 'attributes')[1]
+  np.testing.assert_array_equal(found['table.csv'], found['table.jsonl'])
+
+
+@pytest.mark.parametrize(
+  ('lines', 'columns', 'message'),
+  [
+    ([{'id': 'i000', 'a': 1}], 'a,b', "no column 'b' (--columns); it has id, a"),
+    ([{'id': 'i000', 'a': 1}] * 2, 'a', "line 2: 'i000' is in the table twice"),
+    ([{'id': 'i000', 'a': ''}], 'a', "'a' says nothing of any item"),
+    ([{'id': 'x', 'a': 1}], 'a', "none of its 1 ids, first 'x', is one of the items"),
+    ([{'number': 'i000', 'a': 1}], 'a', 'pass --item_id_column=NAME'),
+    ([{'id': 1.5, 'a': 1}], 'a', 'id is 1.5; ids are text or whole numbers'),
+  ],
+)
+def test_tables_that_do_not_fit_are_refused(build, tmp_path, fails, lines, columns, message):
+  path = tmp_path / 'table.jsonl'
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  flags = ('--modality=attributes', f'--import={path}', f'--columns={columns}')
+  assert message in fails(build([{}] * 3), *flags)
+
+
 # How they are stored.
 
 
@@ -799,7 +876,7 @@ def test_a_name_that_cannot_be_had_says_how_to_get_it(build):
     (['--modality=../x'], 'must be a name of small letters'),
     (['--modality=audio'], 'pass --import=FILE'),
     (['--modality=image', '--of=user'], 'users have no pictures'),
-    (['--modality=text', '--ids=f'], '--ids, --split and --hold_back are about --import'),
+    (['--modality=text', '--ids=f'], '--item_id_column are about --import'),
     (['--modality=text', '--batch_size=0'], '--batch_size must be 1 or more'),
     (['--modality=image', '--layer=first'], '--layer=first'),
     (['--modality=text', '--encoder=hashing', '--width=300'], 'must be at most 256'),

@@ -17,7 +17,8 @@ from ur4rec_jax.models.content import ContentTower, ItemSide
 from ur4rec_jax.models.layers import Dropout, causal_attention, masked_attention, take_positions
 
 Array = jax.Array
-ITEM_INPUTS = ('id', 'content', 'id+content')
+ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
+OF_CONTENT = ('content', 'id+content')  # Those that read features whenever items are made.
 
 
 def segment_positions(segment_ids: Array) -> Array:
@@ -145,6 +146,7 @@ class SASRec(nn.Module):
   """Encodes item sequences; scores are inner products with the same item embeddings.
 
   An item's embedding is a table's row, is made from its texts and pictures, or is the sum of both.
+  Rows begin at random or, with `id_from_content`, as what `content.first_rows` makes of features.
 
   Attributes:
     num_items: catalogue size; item ids are 1..num_items, 0 is padding.
@@ -155,8 +157,9 @@ class SASRec(nn.Module):
     ffn_dim: width of the hidden feed-forward layer.
     dropout: rate on embeddings and inside the blocks.
     norm: `pre` or `post` normalisation.
-    item_input: `id`, `content` or `id+content`.
-    content: makes vectors of width `dim` from features; None for `item_input='id'`.
+    item_input: one of `ITEM_INPUTS`.
+    item_scale: root mean square of the rows at first.
+    content: makes vectors of width `dim` from features; None but for `OF_CONTENT`.
     dtype: computation type; parameters and reductions stay float32.
   """
 
@@ -169,14 +172,17 @@ class SASRec(nn.Module):
   dropout: float = 0.1
   norm: str = 'pre'
   item_input: str = 'id'
+  item_scale: float = 0.02
   content: ContentTower | None = None
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
-    init = nn.initializers.normal(0.02)
-    if 'id' in self.item_input:
-      self.item_embedding = self.param('item_embedding', init, (self.num_items + 1, self.dim))
-    self.position_embedding = self.param('position_embedding', init, (self.max_length, self.dim))
+    normal = nn.initializers.normal
+    if self.has_rows:
+      shape = self.num_items + 1, self.dim
+      self.item_embedding = self.param('item_embedding', normal(self.item_scale), shape)
+    shape = self.max_length, self.dim
+    self.position_embedding = self.param('position_embedding', normal(0.02), shape)
     self.embedding_dropout = Dropout(self.dropout)
     self.blocks = [
       Block(self.dim, self.num_heads, self.ffn_dim, self.dropout, self.norm, self.dtype)
@@ -184,19 +190,24 @@ class SASRec(nn.Module):
     ]
     self.final_norm = nn.LayerNorm(dtype=self.dtype)
 
+  @property
+  def has_rows(self) -> bool:
+    """Whether it has a table with a row for each item."""
+    return self.item_input != 'content'
+
   def item_side(
     self, features: Mapping[str, TokenTable] | None = None, *, deterministic: bool = True
   ) -> ItemSide:
     """Makes every item's embedding, once for all users.
 
     Args:
-      features: by modality, tables with `items + 1` rows; not needed for `item_input='id'`.
+      features: by modality, tables with `items + 1` rows; needed for `OF_CONTENT` alone.
       deterministic: False applies dropout, with the `dropout` key.
     """
     vectors, content = 0.0, None
-    if 'id' in self.item_input:
+    if self.has_rows:
       vectors += self.item_embedding
-    if 'content' in self.item_input:
+    if self.content is not None:
       content = self.content(features, deterministic=deterministic)
       vectors += content.vectors
     return ItemSide(vectors.astype(self.dtype), content)

@@ -14,7 +14,7 @@ from ur4rec_jax.features import Preferences, TokenTable
 from ur4rec_jax.models.content import Content, ContentTower, ItemSide
 from ur4rec_jax.models.fusion import SUMS, PathFusion, inner_products
 from ur4rec_jax.models.retriever import Retriever
-from ur4rec_jax.models.sasrec import SASRec
+from ur4rec_jax.models.sasrec import OF_CONTENT, SASRec
 
 Array = jax.Array
 PATHS = ('sasrec', 'retriever')
@@ -209,8 +209,7 @@ def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
   content = lambda dim: ContentTower(dim, dtype=dtype, **config.content)
   paths = {}
   if 'sasrec' in config.paths:
-    makes_content = 'content' in config.sasrec.item_input
-    tower = content(config.sasrec.dim) if makes_content else None
+    tower = content(config.sasrec.dim) if config.sasrec.item_input in OF_CONTENT else None
     paths['sasrec'] = SASRec(content=tower, **common, **config.sasrec)
   if 'retriever' in config.paths:
     paths['retriever'] = Retriever(

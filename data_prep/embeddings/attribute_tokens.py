@@ -1,0 +1,174 @@
+"""Columns of a table -> one token: who an item was made by, what it is filed under, its numbers.
+
+Sentence encoders tell little of names: two films with the same actor, or two products of one brand,
+are hardly nearer to each other than any. Here every name has a direction of its own.
+"""
+
+import collections
+import functools
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.embeddings.feature_files import Row, Source
+from data_prep.embeddings.imported_tokens import original_ids
+from data_prep.sources import items
+from ur4rec_jax.errors import InputError
+
+NAME_WIDTH = 96  # Random signs so wide are almost at right angles to each other.
+_BUMPS = 9  # Numbers that a number is compared with.
+
+
+def source(
+  data_dir: str | Path, of: str, path: str | Path, columns: Sequence[str], id_column: str | None
+) -> tuple[Source, int]:
+  """Reads columns of a table and joins them with a prepared folder.
+
+  A column of numbers becomes how near a row's number lies, in order, to nine of all. Any other is
+  taken for names: a list, nested or not, or a text parted by `|`, or by commas with a blank after.
+  Each has random signs that depend on column and name alone; a row's names are added up, rare ones
+  with more weight, to length 1.
+
+  Args:
+    data_dir: the folder.
+    of: `item` or `user`.
+    path: CSV, TSV, Parquet or JSON lines.
+    columns: which.
+    id_column: where the original ids are; None to look for it.
+
+  Returns:
+    What to encode, and how many ids of the table are no items or users of the dataset.
+
+  Raises:
+    InputError: the table cannot be read, or something in it is not what it should be.
+  """
+  path = Path(path)
+  values = _read(path, columns, id_column)
+  names = original_ids(data_dir, of)
+  known = sum(name in values for name in names)
+  if not known:
+    raise InputError(
+      f'{path}: none of its {len(values):,} ids, first {next(iter(values))!r}, is one of the {of}s'
+      f' of {data_dir}, first {names[0]!r}; give attributes by the ids of the raw data'
+    )
+  # Only of items that are there, so that a larger table changes nothing.
+  found = [values.get(name, [None] * len(columns)) for name in names]
+  parts = [_column(column, [row[at] for row in found], path) for at, column in enumerate(columns)]
+  vectors = np.concatenate(parts, axis=1)
+
+  def rows() -> Iterator[Row]:
+    for name, vector in zip(names, vectors, strict=True):
+      if name not in values:
+        yield Row(name, None, reason=f'not in {path.name}')
+      elif not vector.any():
+        yield Row(name, None, reason=f'nothing in {", ".join(columns)}')
+      else:
+        # What rare names weigh depends on all rows, so that the vector is the key.
+        yield Row(name, vector, vector.tobytes())
+
+  info = {
+    'encoder': {
+      'name': f'attributes {", ".join(columns)} of {path.name}',
+      'is_builtin': False,
+      'columns': list(columns),
+      'widths': [part.shape[1] for part in parts],
+    },
+    'is_mock': False,
+    'token_meaning': {'0': 'the columns side by side'},
+  }
+  width = vectors.shape[1]
+  encode = functools.partial(_encode, width)
+  return Source(str(path), info, len(names), 1, width, rows, encode), len(values) - known
+
+
+def _encode(
+  width: int, rows: list[Row], advance: Callable[[float], object]
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+  mask = np.array([[row.content is not None] for row in rows])
+  tokens = np.zeros((len(rows), 1, width), np.float32)
+  for at in np.flatnonzero(mask):
+    tokens[at, 0] = rows[at].content
+  advance(len(rows))
+  return tokens, mask, {}
+
+
+def _read(path: Path, columns: Sequence[str], id_column: str | None) -> dict[str, list[Any]]:
+  """The values of the columns by original id."""
+  present, rows = items.open_table(path)
+  for name in columns:
+    if name not in present:
+      raise InputError(f'{path}: no column {name!r} (--columns); it has {", ".join(present)}')
+  id_column = items.id_column(path, present, id_column)
+  values: dict[str, list[Any]] = {}
+  for place, row in rows:
+    where = f'{place.path}, {place.unit} {place.number}'
+    name = items.original_id(row.get(id_column), id_column, where)
+    if name in values:
+      raise InputError(f'{where}: {name!r} is in the table twice; remove one of the two')
+    values[name] = [row.get(column) for column in columns]
+  if not values:
+    raise InputError(f'{path}: no rows in the table; export it again')
+  return values
+
+
+def _column(column: str, values: list[Any], path: Path) -> np.ndarray:
+  """`[rows, width]` float32 of one column, zeros where it is empty."""
+  numbers = _numbers(values)
+  if numbers is not None:
+    return _places(numbers)
+  found = [names_of(value) for value in values]
+  count = collections.Counter(name for row in found for name in row)
+  if not count:
+    raise InputError(f'{path}: {column!r} says nothing of any item; leave it out of --columns')
+  signs = {name: _signs(column, name) for name in count}
+  vectors = np.zeros((len(values), NAME_WIDTH), np.float32)
+  for vector, row in zip(vectors, found, strict=True):
+    for name in row:
+      vector += math.log(1 + len(values) / count[name]) * signs[name]
+  return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def names_of(value: Any) -> list[str]:
+  """The names in a cell, each once and in small letters."""
+  if isinstance(value, list | tuple):
+    found: Iterable[str] = (name for part in value for name in names_of(part))
+  else:
+    found = (' '.join(part.split()).casefold() for part in re.split(r'\||,\s', items.text(value)))
+  return list(dict.fromkeys(filter(None, found)))
+
+
+def _numbers(values: list[Any]) -> np.ndarray | None:
+  """`[rows]` float64, NaN where there is none; None if anything is no number."""
+  numbers = np.full(len(values), np.nan)
+  for at, value in enumerate(values):
+    if isinstance(value, bool | list | tuple | dict):
+      return None
+    try:
+      numbers[at] = float(items.text(value) or 'nan')
+    except ValueError:
+      return None
+  numbers[np.isinf(numbers)] = np.nan
+  return numbers if np.isfinite(numbers).any() else None
+
+
+def _places(numbers: np.ndarray) -> np.ndarray:
+  """How near numbers are to some, in order: `[rows, bumps]` float32 of length 1, zeros for NaN."""
+  is_there = np.isfinite(numbers)
+  known = np.sort(numbers[is_there])
+  ends = [np.searchsorted(known, numbers, side) for side in ('left', 'right')]
+  place = (ends[0] + ends[1]) / 2 / len(known)  # Equal numbers are in the same place.
+  bumps = np.exp(-0.5 * ((place[:, None] - np.linspace(0, 1, _BUMPS)) * (_BUMPS - 1)) ** 2)
+  bumps /= np.linalg.norm(bumps, axis=1, keepdims=True)
+  return np.where(is_there[:, None], bumps, 0).astype(np.float32)
+
+
+def _signs(column: str, name: str) -> np.ndarray:
+  """`[NAME_WIDTH]` of length 1, the same in every run."""
+  digest = hashlib.shake_256(f'{column}\0{name}'.encode()).digest(NAME_WIDTH // 8)
+  bits = np.unpackbits(np.frombuffer(digest, np.uint8)).astype(np.float32)
+  return (2 * bits - 1) / math.sqrt(NAME_WIDTH)
