@@ -5,6 +5,7 @@ are hardly nearer to each other than any. Here every name has a direction of its
 """
 
 import collections
+import datetime
 import functools
 import hashlib
 import math
@@ -29,7 +30,7 @@ def source(
 ) -> tuple[Source, int]:
   """Reads columns of a table and joins them with a prepared folder.
 
-  A column of numbers becomes how near a row's number lies, in order, to nine of all. Any other is
+  A column of numbers or dates becomes how near a row's lies, in order, to nine of all. Any other is
   taken for names: a list, nested or not, or a text parted by `|`, or by commas with a blank after.
   Each has random signs that depend on column and name alone; a row's names are added up, rare ones
   with more weight, to length 1.
@@ -143,17 +144,26 @@ def names_of(value: Any) -> list[str]:
 
 
 def _numbers(values: list[Any]) -> np.ndarray | None:
-  """`[rows]` float64, NaN where there is none; None if anything is no number."""
+  """`[rows]` float64, NaN where there is none; None if anything is no number and no date."""
   numbers = np.full(len(values), np.nan)
-  for at, value in enumerate(values):
-    if isinstance(value, bool | list | tuple | dict):
-      return None
+  if any(isinstance(value, bool | list | tuple | dict) for value in values):
+    return None
+  for read in (float, _day):
     try:
-      numbers[at] = float(items.text(value) or 'nan')
+      numbers[:] = [read(text) if (text := items.text(value)) else np.nan for value in values]
+      break
     except ValueError:
-      return None
+      pass
   numbers[np.isinf(numbers)] = np.nan
   return numbers if np.isfinite(numbers).any() else None
+
+
+def _day(text: str) -> int:
+  """Counts days; ValueError unless it is a date, 1995-01-31 or, as in MovieLens, 31-Jan-1995."""
+  try:
+    return datetime.date.fromisoformat(text[:10]).toordinal()
+  except ValueError:
+    return datetime.datetime.strptime(text, '%d-%b-%Y').toordinal()
 
 
 def _places(numbers: np.ndarray) -> np.ndarray:

@@ -575,6 +575,27 @@ def test_names_and_numbers_of_a_table(build, tmp_path, capsys):
   assert price[0] @ price[1] > price[0] @ price[3]
 
 
+@pytest.mark.parametrize(
+  'dates',
+  [
+    ['31-Jan-1995', '01-Feb-1995', '', '01-Feb-1995', '07-Mar-1997'],
+    ['1995-01-31', '1995-02-01', None, '1995-02-01T10:00:00Z', '1997-03-07'],
+  ],
+)
+def test_dates_count_as_days(build, tmp_path, dates):
+  table = tmp_path / 'table.jsonl'
+  rows = [{'id': f'i{at:03}', 'released': date} for at, date in enumerate(dates)]
+  table.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  data_dir = build([{}] * 5)
+  run(data_dir, '--modality=attributes', f'--import={table}', '--columns=released')
+  info, tokens, mask = read(data_dir, 'attributes')
+  assert info['encoder']['widths'] == [9]
+  np.testing.assert_array_equal(mask[1:, 0], [True, True, False, True, True])
+  first, second, _, same, last = tokens[1:, 0].astype(np.float32)
+  np.testing.assert_array_equal(second, same)
+  assert first @ second > first @ last
+
+
 def test_a_csv_table_says_the_same_and_no_other_column_matters(build, tmp_path):
   rows = [('maker', 'id', 'price', 'tags'), ('Ann', 'i000', '1.5', 'red|Round|rare')]
   rows += [('Ann', 'i001', '2', 'red'), ('Bob, Cy, ann', 'i002', '2.0', ''), ('', 'i003', '90', '')]
