@@ -71,6 +71,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.norm = 'pre'  # Layer norm before (pre) or after (post) each branch.
   config.sasrec.item_input = 'id'  # Items as id, id_from_content at first, content, id+content.
   config.sasrec.item_scale = 0.02  # Root mean square of learned item embeddings at the start.
+  config.sasrec.whitening = 1.0  # With id_from_content: 0 keeps what most items differ in largest.
 
   config.retriever = ConfigDict()
   config.retriever.dim = 64  # Width of users' and items' vectors.
@@ -79,6 +80,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.retriever.num_heads = 1  # Attention heads; divides dim.
   config.retriever.ffn_dim = 64  # Width of the hidden feed-forward layer.
   config.retriever.dropout = 0.2  # Rate on history tokens and inside blocks.
+  config.retriever.norm = 'pre'  # Layer norm before (pre) or after (post) each branch, with user.
   config.retriever.cross_modal_blocks = 1  # Attention between the modalities of the history.
   config.retriever.fusion = 'gated'  # How a user's modalities are joined: add, concat or gated.
   config.retriever.num_proxies = 4  # Learned queries, of proxies.

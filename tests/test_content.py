@@ -136,17 +136,17 @@ def test_nothing_is_nan_where_every_modality_is_missing(item_input):
   assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize('dim', [4, 20])
-def test_first_rows_are_principal_components_of_the_first_tokens(dim):
+@pytest.mark.parametrize(('dim', 'whitening'), [(4, 0.0), (4, 0.5), (4, 1.0), (20, 1.0)])
+def test_first_rows_are_principal_components_of_the_first_tokens(dim, whitening):
   features = make_features(items=40)
-  rows = np.asarray(first_rows(features, dim, 0.3, jax.random.key(0)))
+  rows = np.asarray(first_rows(features, dim, 0.3, whitening, jax.random.key(0)))
   parts = []
   for name in features:
     tokens, mask = (np.asarray(x)[:, 0].astype(np.float64) for x in features[name])
     centred = (tokens - tokens[mask > 0].mean(0)) * mask[:, None]
     parts.append(centred / np.sqrt((centred**2).sum() / mask.sum()))
   left, values, _ = np.linalg.svd(np.concatenate(parts, 1), full_matrices=False)
-  expected = left[:, :dim] * values[:dim]
+  expected = left[:, :dim] * values[:dim] ** (1 - whitening)
   is_there = expected.any(1) & (np.abs(expected).sum(1) > 1e-9)
   assert (~is_there).tolist() == [at in (0, 4) for at in range(41)]
   expected *= 0.3 / np.sqrt((expected[is_there] ** 2).sum() / (is_there.sum() * dim))
@@ -157,12 +157,12 @@ def test_first_rows_are_principal_components_of_the_first_tokens(dim):
   )
   np.testing.assert_allclose(np.sqrt((here**2).mean()), 0.3, rtol=1e-4)
   assert 0.02 < np.abs(rows[~is_there]).mean() < 1
-  assert np.abs(rows - first_rows(features, dim, 0.3, jax.random.key(1))).max() > 0.01
+  assert np.abs(rows - first_rows(features, dim, 0.3, whitening, jax.random.key(1))).max() > 0.01
 
 
 def test_first_rows_without_any_content_are_random():
   features = {name: TokenTable(t * 0, m & False) for name, (t, m) in make_features().items()}
-  rows = np.asarray(first_rows(features, 64, 0.3, jax.random.key(0)))
+  rows = np.asarray(first_rows(features, 64, 0.3, 1.0, jax.random.key(0)))
   np.testing.assert_allclose(rows.std(), 0.3, rtol=0.1)
 
 
@@ -252,7 +252,7 @@ def test_a_run_begins_with_items_as_their_content(run, encoded, tmp_path, item_r
   assert done.returncode == 0, done.stderr
   found = load_arrays(tmp_path / 'run')["['state']['params']['sasrec']['item_embedding']"]
   table = load_features(encoded, 'item', 'text').table()
-  expected = first_rows({'text': table}, found.shape[1], 0.3, jax.random.key(0))
+  expected = first_rows({'text': table}, found.shape[1], 0.3, 1.0, jax.random.key(0))
   gram = lambda rows: np.asarray(rows[1:61] @ rows[1:61].T)
   np.testing.assert_allclose(gram(found), gram(expected), atol=1e-3)
 

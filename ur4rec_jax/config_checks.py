@@ -9,7 +9,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS
 from ur4rec_jax.models.retriever import QUERIES
-from ur4rec_jax.models.sasrec import ITEM_INPUTS
+from ur4rec_jax.models.sasrec import ITEM_INPUTS, NORMS
 from ur4rec_jax.models.ur4rec import PATHS, retrieval_losses
 from ur4rec_jax.optimizers import GROUPS, SCHEDULES
 from ur4rec_jax.stages import ALTERNATIONS, STARTS, stage_config
@@ -20,8 +20,9 @@ _CHOICES = {
   'mapping': ('pmap', 'shard_map'),
   'dtype': ('float32', 'bfloat16'),
   'sasrec.item_input': ITEM_INPUTS,
-  'sasrec.norm': ('pre', 'post'),
+  'sasrec.norm': NORMS,
   'retriever.query': QUERIES,
+  'retriever.norm': NORMS,
   'retriever.fusion': MODALITY_FUSIONS,
   'content.fusion': MODALITY_FUSIONS,
   'fusion.kind': PATH_FUSIONS,
@@ -101,6 +102,7 @@ _STAGE_AT_LEAST = {
   'warmup_steps': 0,
   'turn_steps': 1,
 }
+_AT_MOST_ONE = ('loss.calibration', 'sasrec.whitening')
 _BELOW_ONE = (
   'sasrec.dropout',
   'retriever.dropout',
@@ -148,9 +150,9 @@ def check_config(config: ConfigDict) -> None:
   at_least = _AT_LEAST | of_stages(_STAGE_AT_LEAST)
   above_zero = (*_ABOVE_ZERO, *of_stages({'learning_rate_scale': 0}))
   others = ('data_dir', 'modalities', 'user_modalities', 'paths')
-  others += ('shuffled_features', 'retriever.item_id', 'fusion.weights', 'loss.calibration')
+  others += ('shuffled_features', 'retriever.item_id', 'fusion.weights')
   others += ('stages', *of_stages({'moving': (), 'losses': (), 'turns': ()}), 'compilation_cache')
-  for name in (*choices_of, *at_least, *above_zero, *_BELOW_ONE, *others):
+  for name in (*choices_of, *at_least, *above_zero, *_BELOW_ONE, *_AT_MOST_ONE, *others):
     if name not in fields:
       raise InputError(f'config.{name} is missing; configs/default.py has every field')
   for name, choices in choices_of.items():
@@ -165,8 +167,9 @@ def check_config(config: ConfigDict) -> None:
   for name in _BELOW_ONE:
     if not 0 <= fields[name] < 1:
       raise InputError(f'config.{name}={fields[name]}: must be in [0, 1)')
-  if not 0 <= fields['loss.calibration'] <= 1:
-    raise InputError(f'config.loss.calibration={fields["loss.calibration"]}: must be in [0, 1]')
+  for name in _AT_MOST_ONE:
+    if not 0 <= fields[name] <= 1:
+      raise InputError(f'config.{name}={fields[name]}: must be in [0, 1]')
   for name, width in _DIVIDES:
     if fields[width] % fields[name]:
       raise InputError(f'config.{name}={fields[name]}: must divide config.{width}={fields[width]}')

@@ -232,7 +232,7 @@ class TrainLoop:
     @jax.jit
     def table(features: dict[str, TokenTable]) -> dict[str, jax.Array]:
       key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
-      rows = first_rows(features, sasrec.dim, sasrec.item_scale, key)
+      rows = first_rows(features, sasrec.dim, sasrec.item_scale, sasrec.whitening, key)
       return item_rows.padded({name: rows}, self.item_rows)
 
     first_tokens = jax.tree.map(lambda x: x[:, :1], tables.items)

@@ -43,18 +43,22 @@ class ItemSide(NamedTuple):
   content: Content | None
 
 
-def first_rows(features: Mapping[str, TokenTable], dim: int, scale: float, key: Array) -> Array:
+def first_rows(
+  features: Mapping[str, TokenTable], dim: int, scale: float, whitening: float, key: Array
+) -> Array:
   """Makes embeddings to begin with of what each item's first token, the one of the whole, says.
 
   They are the principal components of all modalities side by side, each centred and of the same
-  mean square, turned at random. Items without content get normal random numbers. That ids learn
-  better from there, Harte et al. found ("Leveraging Large Language Models for Sequential
-  Recommendation", RecSys 2023, section 3.3).
+  mean square, whitened and turned at random. Items without content get normal random numbers. That
+  ids learn better from there, Harte et al. found ("Leveraging Large Language Models for Sequential
+  Recommendation", RecSys 2023, section 3.3); they do not whiten.
 
   Args:
     features: by modality, tables with `items + 1` rows, row 0 masked.
     dim: width.
     scale: root mean square of them all.
+    whitening: 0 leaves components as large as they are, 1 makes all equally large: then what tells
+      few items apart counts as much as what parts the catalogue in two.
     key: of what is random.
 
   Returns:
@@ -68,7 +72,8 @@ def first_rows(features: Mapping[str, TokenTable], dim: int, scale: float, key: 
     centred = jnp.where(mask, tokens - (share * tokens).sum(0), 0)
     parts.append(centred * jax.lax.rsqrt(jnp.maximum((share * centred**2).sum(), 1e-12)))
   rows = jnp.concatenate(parts, axis=1)
-  directions = jnp.linalg.eigh(rows.T @ rows)[1][:, -dim:]  # In ascending order.
+  variances, directions = (x[..., -dim:] for x in jnp.linalg.eigh(rows.T @ rows))  # Ascending.
+  directions *= jnp.maximum(variances, 1e-6 * variances[-1] + 1e-12) ** (-whitening / 2)
   turn_key, absent_key = jax.random.split(key)
   turn = nn.initializers.orthogonal()(turn_key, (directions.shape[1], dim))
   rows = rows @ directions @ turn

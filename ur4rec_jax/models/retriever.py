@@ -37,6 +37,7 @@ class Retriever(nn.Module):
     num_heads: attention heads; divides `dim`.
     ffn_dim: width of the hidden feed-forward layer.
     dropout: rate on history tokens and inside the blocks.
+    norm: `pre` or `post` normalisation in the blocks, of `user`.
     cross_modal_blocks: layers in which the modalities of the history attend to each other.
     fusion: how a user's modalities are joined: `add`, `concat` or `gated`.
     num_proxies: learned queries, of `proxies`.
@@ -54,6 +55,7 @@ class Retriever(nn.Module):
   num_heads: int = 1
   ffn_dim: int = 64
   dropout: float = 0.2
+  norm: str = 'pre'
   cross_modal_blocks: int = 1
   fusion: str = 'gated'
   num_proxies: int = 4
@@ -70,7 +72,7 @@ class Retriever(nn.Module):
     )
     names = ('max_length', 'dim', 'num_blocks', 'num_heads', 'ffn_dim', 'dropout', 'dtype')
     if self.query == 'user':
-      tower, names = UserTower, (*names, 'cross_modal_blocks', 'fusion')
+      tower, names = UserTower, (*names, 'norm', 'cross_modal_blocks', 'fusion')
     else:
       tower, names = ProxyTower, (*names, 'num_proxies')
     self.user_tower = tower(**{name: getattr(self, name) for name in names})

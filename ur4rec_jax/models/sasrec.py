@@ -18,6 +18,7 @@ from ur4rec_jax.models.layers import Dropout, causal_attention, masked_attention
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
+NORMS = ('pre', 'post')
 OF_CONTENT = ('content', 'id+content')  # Those that read features whenever items are made.
 
 
@@ -159,6 +160,7 @@ class SASRec(nn.Module):
     norm: `pre` or `post` normalisation.
     item_input: one of `ITEM_INPUTS`.
     item_scale: root mean square of the rows at first.
+    whitening: of what rows begin as, with `id_from_content`; see `first_rows`.
     content: makes vectors of width `dim` from features; None but for `OF_CONTENT`.
     dtype: computation type; parameters and reductions stay float32.
   """
@@ -173,6 +175,7 @@ class SASRec(nn.Module):
   norm: str = 'pre'
   item_input: str = 'id'
   item_scale: float = 0.02
+  whitening: float = 1.0
   content: ContentTower | None = None
   dtype: jnp.dtype = jnp.float32
 

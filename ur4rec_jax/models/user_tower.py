@@ -96,6 +96,7 @@ class UserTower(nn.Module):
   ffn_dim: int
   dropout: float
   dtype: jnp.dtype
+  norm: str
   cross_modal_blocks: int
   fusion: str
 
@@ -122,7 +123,7 @@ class UserTower(nn.Module):
       flat = x.reshape(-1, self.dim)
       mask = visible[name] | jnp.eye(x.shape[1], dtype=bool)
       for i in range(self.num_blocks):
-        sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, 'pre', self.dtype
+        sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, self.norm, self.dtype
         cut = wanted if not num_crossings and i == self.num_blocks - 1 else None
         block = Block(*sizes, name=f'{name}_block_{i}')
         flat = block(flat, mask, deterministic=deterministic, wanted=cut)
