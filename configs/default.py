@@ -68,9 +68,9 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.num_heads = 1  # Attention heads; divides dim.
   config.sasrec.ffn_dim = 64  # Width of the hidden feed-forward layer.
   config.sasrec.dropout = 0.2  # Rate on embeddings and inside blocks.
-  config.sasrec.norm = 'pre'  # Layer norm before (pre) or after (post) each branch.
+  config.sasrec.norm = 'post'  # Layer norm before (pre) or after (post) each branch.
   config.sasrec.item_input = 'id'  # Items as id, id_from_content at first, content, id+content.
-  config.sasrec.item_scale = 0.02  # Root mean square of learned item embeddings at the start.
+  config.sasrec.item_scale = 0.05  # Root mean square of learned item embeddings at the start.
   config.sasrec.whitening = 1.0  # With id_from_content: 0 keeps what most items differ in largest.
 
   config.retriever = ConfigDict()
@@ -126,6 +126,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
 
   if variant != 'sasrec':
     config.modalities = ('text', 'image') if variant == 'multimodal' else ('text',)
+    config.sasrec.item_input = 'id_from_content'
+    config.sasrec.item_scale = 0.2
     config.paths = ('sasrec', 'retriever')
     config.loss.weights.retriever = 1.0
   if variant == 'paper':

@@ -17,9 +17,9 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.batch_size = 32
   config.crop = 'random'
   config.patience = 30
-  if variant == 'sasrec':
-    config.sasrec.norm = 'post'  # In validation, better for ids and worse for content.
-  else:
+  config.sasrec.item_scale = 0.02
+  if variant != 'sasrec':
+    config.sasrec.norm = 'pre'  # In validation, better for content and worse for ids.
     # Both paths know items by the whole of their texts and pictures alone: so few users tell little
     # of an item that is not in its content, and more tokens cost much and tell no more.
     config.sasrec.item_input = 'content'
