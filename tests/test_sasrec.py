@@ -213,9 +213,8 @@ def test_number_of_parameters(items, length, dim, blocks, heads, ffn):
 def test_config_describes_the_model():
   config = default.get_config()
   config.update({'max_length': 9, 'dtype': 'bfloat16', 'sasrec': {'dim': 6, 'num_heads': 3}})
-  expected = SASRec(
-    NUM_ITEMS, 9, dim=6, num_heads=3, ffn_dim=64, dropout=0.2, norm='pre', dtype=jnp.bfloat16
-  )
+  sizes = {'dim': 6, 'num_heads': 3, 'ffn_dim': 64, 'dropout': 0.2}
+  expected = SASRec(NUM_ITEMS, 9, **sizes, norm='post', item_scale=0.05, dtype=jnp.bfloat16)
   assert create_model(config, NUM_ITEMS) == UR4Rec(sasrec=expected, losses={'sasrec': 1.0})
 
 
