@@ -63,9 +63,10 @@ def _encode(model, params, features, item_ids, segment_ids):
   return model.apply({'params': params}, features, item_ids, segment_ids, method='encode')
 
 
+@pytest.mark.parametrize('norm', ['pre', 'post'])
 @pytest.mark.parametrize('variant', ['text', 'multimodal', 'paper'])
-def test_no_path_reads_later_items_or_other_segments(variant):
-  _, model, params, features = make(variant)
+def test_no_path_reads_later_items_or_other_segments(variant, norm):
+  _, model, params, features = make(variant, sasrec={'norm': norm}, retriever={'norm': norm})
   items = np.array([[1, 2, 7, 5, 6, 1]])  # All of them have a text.
   segments = np.array([[1, 1, 1, 2, 2, 2]])
   before = encode(model, params, features, items, segments).users
