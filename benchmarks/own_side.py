@@ -48,7 +48,7 @@ def make_config(settings: dict[str, Any]) -> ConfigDict:
   for name in ('dim', 'num_blocks', 'num_heads', 'dropout'):
     config.sasrec[name] = settings[name]
   config.sasrec.ffn_dim = settings['dim']
-  config.sasrec.norm, config.sasrec.item_scale = 'pre', 0.02  # Normalised first, as there.
+  config.sasrec.norm, config.sasrec.item_scale = 'pre', 0.02  # About as RecTools has them.
   config.loss.name = settings['loss']
   config.optimizer.warmup_steps = 0  # As RecTools has it.
   config.optimizer.learning_rate = settings['learning_rate']

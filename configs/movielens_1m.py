@@ -21,6 +21,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.dim = 128
   config.sasrec.ffn_dim = 128
   config.sasrec.num_heads = 2
+  # What its results were trained with; the defaults are newer and not compared here.
   config.sasrec.norm = 'pre'
   config.sasrec.item_input = 'id'
   config.sasrec.item_scale = 0.02

@@ -5,6 +5,7 @@ are hardly nearer to each other than any. Here every name has a direction of its
 """
 
 import collections
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -148,12 +149,10 @@ def _numbers(values: list[Any]) -> np.ndarray | None:
   numbers = np.full(len(values), np.nan)
   if any(isinstance(value, bool | list | tuple | dict) for value in values):
     return None
-  for read in (float, _day):
-    try:
-      numbers[:] = [read(text) if (text := items.text(value)) else np.nan for value in values]
-      break
-    except ValueError:
-      pass
+  texts = [items.text(value) for value in values]
+  for read in (_day, float):  # What reads as both, such as 20240531, is a number.
+    with contextlib.suppress(ValueError):
+      numbers[:] = [read(text) if text else np.nan for text in texts]
   numbers[np.isinf(numbers)] = np.nan
   return numbers if np.isfinite(numbers).any() else None
 

@@ -18,8 +18,8 @@ from ur4rec_jax.models.layers import Dropout, causal_attention, masked_attention
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
-NORMS = ('pre', 'post')
 OF_CONTENT = ('content', 'id+content')  # Those that read features whenever items are made.
+NORMS = ('pre', 'post')
 
 
 def segment_positions(segment_ids: Array) -> Array:
