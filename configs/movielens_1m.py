@@ -21,10 +21,6 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.dim = 128
   config.sasrec.ffn_dim = 128
   config.sasrec.num_heads = 2
-  # What its results were trained with; the defaults are newer and not compared here.
-  config.sasrec.norm = 'pre'
-  config.sasrec.item_input = 'id'
-  config.sasrec.item_scale = 0.02
   # The retriever over a few thousand items costs as much as SASRec with these, twice that without.
   config.retriever.num_blocks = 1
   config.content.hidden_dim = 32

@@ -20,15 +20,19 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.schedule = 'cosine'
   if variant != 'sasrec':
     config.validate_every_epochs = 2
+    config.max_item_tokens = 1
+    # SASRec's rows know ids; the retriever adds most where it knows content alone.
+    config.retriever.item_id = False
+    config.retriever.norm = 'post'
     config.retriever.num_blocks = 1
-    config.retriever.dropout = 0.1
+    config.retriever.dropout = config.content.dropout = 0.3
     config.content.cross_modal_blocks = 0
-    config.content.dropout = 0.1
-    config.stage.pretrain_retriever.num_epochs = 4
+    config.stage.pretrain_sasrec.num_epochs = 12
+    config.stage.pretrain_retriever.num_epochs = 8
     config.stage.joint_finetune.num_epochs = 2
     # From here on the ranking itself is trained, not each path for itself.
     config.loss.weights.fused = 1.0
     config.stage.end_to_end.losses = ('fused',)
     config.stage.end_to_end.learning_rate_scale = 0.5
-    config.stage.end_to_end.num_epochs = 6
+    config.stage.end_to_end.num_epochs = 4
   return config

@@ -11,6 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax import metrics, parallel, splits
+from ur4rec_jax.cold_items import (
+  ColdItems,
+  find_cold_items,
+  first_tokens,
+  has_use,
+  warm_items,
+  with_cold_items,
+)
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.features import Tables, TokenTable
@@ -211,23 +219,29 @@ def make_eval_step(
 
 
 def make_item_side(
-  model: nn.Module, num_items: int, mapping: str, item_rows: str, params_axes: PyTree
+  model: nn.Module,
+  num_items: int,
+  cold: ColdItems | None,
+  mapping: str,
+  item_rows: str,
+  params_axes: PyTree,
 ) -> Callable:
   """Compiles `item_side(params, features)`, what the model's gives, whole on each device.
 
-  Arguments as `make_evaluator`'s.
+  Cold items are as `with_cold_items` has them. Other arguments as `make_evaluator`'s.
   """
   item_side = lambda model, params, features: model.apply(
     {'params': params}, features, method='item_side'
   )
   if item_rows != 'sharded':
-    return parallel.on_each_device(functools.partial(item_side, model))
+    return parallel.on_each_device(lambda *args: with_cold_items(item_side(model, *args), cold))
   part = model.for_items(rows_of_device(num_items) - 1)
 
   def of_all_devices(params: PyTree, features: dict[str, TokenTable]) -> PyTree:
     items = item_side(part, params, features)
     whole = jax.tree.map(lambda x: jax.lax.all_gather(x, parallel.AXIS, tiled=True), items)
-    return jax.tree.map(lambda x: x[: num_items + 1], whole)
+    whole = jax.tree.map(lambda x: x[: num_items + 1], whole)
+    return with_cold_items(whole, cold)
 
   return parallel.MAPPINGS[mapping](of_all_devices, (params_axes, feature_axis(item_rows)), ())
 
@@ -315,7 +329,11 @@ def make_evaluator(
     (params_axes, None, None, None, 0),
     (),
   )
-  item_side = make_item_side(model, dataset.num_items, mapping, item_rows, params_axes)
+  cold = None
+  if has_use(model):
+    is_warm = warm_items(dataset)
+    cold = find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)
+  item_side = make_item_side(model, dataset.num_items, cold, mapping, item_rows, params_axes)
   devices = parallel.device_count()
   placed = [
     parallel.shard(jax.tree.map(lambda x, i=i: x[i : i + devices], shares))

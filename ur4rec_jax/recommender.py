@@ -21,6 +21,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax import exported, results, scoring
+from ur4rec_jax.cold_items import (
+  find_cold_items,
+  first_tokens,
+  has_use,
+  rows_of_nearest,
+  warm_items,
+)
 from ur4rec_jax.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.exported import Answer, Ids
@@ -102,12 +109,18 @@ class TrainedRecommender(exported.Recommender):
     approximate: bool,
     about: dict[str, Any],
   ):
-    """Takes what `load` reads; `item_arrays` are those of `scoring.item_arrays`."""
+    """Takes what `load` reads; into `item_arrays` of `scoring.item_arrays` it puts cold items."""
     self.config, self.model, self.params, self.dataset = config, model, params, dataset
     self._user_tables = user_tables if model.retriever is not None else {}
     self._approximate = approximate
     self.program = jax.jit(scoring.make_program(model))
     self._scorer = jax.jit(scoring.make_scorer(model))
+    if has_use(model):
+      is_warm = warm_items(dataset)
+      cold = find_cold_items(self._first_tokens, ~is_warm, is_warm, model.sasrec.dim)
+      if cold is not None:
+        rows = item_arrays['sasrec']['vectors']
+        item_arrays['sasrec']['vectors'] = rows.at[cold.items].set(rows_of_nearest(rows, cold))
     self._place(items, item_arrays, about)
 
   def _place(self, items, item_arrays, about) -> None:
@@ -127,11 +140,9 @@ class TrainedRecommender(exported.Recommender):
     }
     super().__init__(self.program, self.arrays, items, self.settings)
 
-  @property
-  def _modalities(self) -> list[str]:
-    """Those of the items that the model reads."""
-    towers = [getattr(self.model, path).content for path in self.paths]
-    return list(self.config.modalities) if any(t is not None for t in towers) else []
+  @functools.cached_property
+  def _first_tokens(self) -> dict[str, TokenTable]:
+    return first_tokens(self.dataset)
 
   @functools.cached_property
   def users(self) -> dict[str, int]:
@@ -272,7 +283,7 @@ class TrainedRecommender(exported.Recommender):
 
   def _with_sentence(self, preference, histories, k, preferences, options) -> Answer:
     """Reads a preference as an item with that text, the oldest of each history."""
-    if TEXT not in self._modalities:
+    if TEXT not in self.config.modalities:
       raise InputError(
         'preference: this model reads no texts, so that words tell it nothing; train a variant that'
         ' does, e.g. --config=configs/default.py:text, or give a history'
@@ -302,7 +313,7 @@ class TrainedRecommender(exported.Recommender):
     Raises:
       InputError: the model knows items by id only, or the features are of other kinds.
     """
-    modalities = self._modalities
+    modalities = list(self.config.modalities)
     if not modalities:
       raise InputError(
         'add_items: this model knows items by their id only, and has nothing to say of new ones;'
@@ -387,15 +398,32 @@ class TrainedRecommender(exported.Recommender):
       for name, tree in self.params.items()
     }
     new = scoring.item_arrays(create_model(self.config, count), params, features)
-    if self.model.sasrec is not None and self.model.sasrec.content is None:
-      # To a path that knows only ids a new item is as the average one.
-      mean = self._item_arrays['sasrec']['vectors'][1:].mean(0)
-      new['sasrec']['vectors'] = jnp.broadcast_to(mean, (count + 1, len(mean)))
+    if has_use(self.model):
+      new['sasrec']['vectors'] = self._rows_of(tables)
     joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new[1:]]), self._item_arrays, new)
     items = {'ids': [*self.item_ids, *ids], 'titles': [*self.titles, *titles]}
     larger = copy.copy(self)
     larger._place(items, joined, self.about)
     return larger
+
+  def _rows_of(self, tables: dict[str, TokenTable]) -> jax.Array:
+    """`[new items + 1, dim]`: what a path of rows takes new items for."""
+    rows = self._item_arrays['sasrec']['vectors']
+    features = {
+      name: TokenTable(
+        np.concatenate([known.tokens, tables[name].tokens[:, :1]]),
+        np.concatenate([known.mask, tables[name].mask[:, :1]]),
+      )
+      for name, known in self._first_tokens.items()
+    }
+    count = len(next(iter(tables.values())).mask)
+    is_new = np.repeat([False, True], [self.dataset.num_items + 1, count])
+    is_warm = np.pad(warm_items(self.dataset), (0, count))
+    found = find_cold_items(features, is_new, is_warm, self.model.sasrec.dim)
+    new = jnp.broadcast_to(rows[1:].mean(0), (count + 1, rows.shape[1]))  # Without a first token.
+    if found is None:
+      return new
+    return new.at[found.items - self.dataset.num_items].set(rows_of_nearest(rows, found))
 
   def influences(self, history: Ids, items: Ids, users: Sequence[int] | None = None) -> np.ndarray:
     """How much each item of a history speaks for some items.

@@ -158,7 +158,7 @@ SOURCES = {
     origin=Origin(name='synthetic', licence='generated; no rights reserved', citation='', url=''),
     files=(),
     read=synthetic.generate,
-    parameters={'num_users': 2000, 'num_items': 800, 'seed': 0},
+    parameters={'num_users': 2000, 'num_items': 1500, 'seed': 0},
   ),
 }
 

@@ -28,10 +28,10 @@ LOOKS = (
   ('cross', (240, 60, 200)),
 )
 HEAD, EXPONENT = 90.0, 2.3  # popularity: Zipf-Mandelbrot, a flattened head and a long tail
-FOLLOW = 0.15  # probability that the next item is a successor of the last one
+FOLLOW = 0.08  # probability that the next item is a successor of the last one
 SUCCESSOR_WEIGHTS = (0.75, 0.25)
 TASTE = (0.3, 0.25, 0.2, 0.15)  # shares of a user's topics; all others share the rest
-LIKED = 6.0  # a liked style or look counts this many times another one
+LIKED = 10.0  # a liked style or look counts this many times another one
 PICTURE_SIZE = 64
 MISSING = 0.04  # share of items without a description, and of items without a picture
 MIN_ITEMS = 4 * NUM_TOPICS
@@ -58,7 +58,7 @@ class World(NamedTuple):
   look_liking: np.ndarray
 
 
-def generate(num_users: int = 2000, num_items: int = 800, seed: int = 0) -> Raw:
+def generate(num_users: int = 2000, num_items: int = 1500, seed: int = 0) -> Raw:
   """Generates interactions, texts and pictures; the same arguments give the same data."""
   if num_users < 2:
     raise InputError(f'--num_users must be 2 or more, not {num_users}')

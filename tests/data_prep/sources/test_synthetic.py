@@ -14,7 +14,7 @@ SEED = 0
 
 @pytest.fixture(scope='module')
 def world() -> synthetic.World:
-  return synthetic.make_world(2000, 800, SEED)
+  return synthetic.make_world(2000, 1500, SEED)
 
 
 @pytest.fixture(scope='module')
@@ -55,13 +55,13 @@ def oracle(world, *, attributes: bool = True, order: bool = True):
 
 
 def test_popularity_is_weak_and_knowing_the_process_is_worth_a_lot(world, histories):
-  counts = np.bincount(np.concatenate([h[:-1] for h in histories]), minlength=800)
+  counts = np.bincount(np.concatenate([h[:-1] for h in histories]), minlength=1500)
   popularity = ndcg_at_10(histories, lambda user, history: counts)
   best = ndcg_at_10(histories, oracle(world))
   assert 0.02 < popularity < 0.045
   assert best > 6 * popularity
   # Each part of the process is worth knowing: what is liked, and what comes after what.
-  assert best > 1.1 * ndcg_at_10(histories, oracle(world, attributes=False))
+  assert best > 1.3 * ndcg_at_10(histories, oracle(world, attributes=False))
   assert best > 2 * ndcg_at_10(histories, oracle(world, order=False))
 
 
@@ -70,9 +70,9 @@ def test_sizes(histories):
   assert 27 < lengths.mean() < 33
   assert lengths.min() >= 5
   assert all(len(set(h)) == len(h) for h in histories)
-  counts = np.sort(np.bincount(np.concatenate(histories), minlength=800))
-  assert counts[80] < 15  # a tenth of the items is rare
-  assert counts[-80:].sum() > 0.3 * counts.sum()  # and a tenth has most of the weight
+  counts = np.sort(np.bincount(np.concatenate(histories), minlength=1500))
+  assert counts[150] < 15  # a tenth of the items is rare
+  assert counts[-150:].sum() > 0.3 * counts.sum()  # and a tenth has most of the weight
 
 
 def test_the_same_seed_gives_the_same_data():

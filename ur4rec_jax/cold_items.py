@@ -1,0 +1,112 @@
+"""Items that training never sees get the rows of the items that are most like them.
+
+To a path of learned rows such an item is nothing but a wrong answer, whenever the loss compares
+with it; its own row says nothing else. The rows of the nearest items by content stand in for it
+(the nearest-neighbour mapping of Gantner et al., "Learning attribute-to-feature mappings for
+cold-start recommendations", ICDM 2010).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.features import TokenTable
+from ur4rec_jax.models.content import ItemSide, first_rows
+
+Array = jax.Array
+NEAREST = 2  # Whose rows are averaged.
+_AT_ONCE = 1024  # Cold items that are compared with all others.
+
+
+class ColdItems(NamedTuple):
+  """Cold items that have content, and whom they are like; NumPy.
+
+  Attributes:
+    items: `[cold items]` int32 item ids.
+    nearest: `[cold items, NEAREST]` int32, of items that training sees.
+  """
+
+  items: np.ndarray
+  nearest: np.ndarray
+
+
+def has_use(model: Any) -> bool:
+  """Whether a model has a path that knows items by learned rows alone."""
+  sasrec = getattr(model, 'sasrec', None)
+  return sasrec is not None and sasrec.content is None
+
+
+def first_tokens(dataset: Dataset) -> dict[str, TokenTable]:
+  """By modality, what `find_cold_items` reads of the items: tables `[items + 1, 1, width]`."""
+  return {
+    name: dataclasses.replace(found, max_tokens=1).table()
+    for name, found in dataset.features.items()
+  }
+
+
+def warm_items(dataset: Dataset) -> np.ndarray:
+  """`[items + 1]` bool: whether training sees the item."""
+  return dataset.train_part().item_counts() > 0
+
+
+def find_cold_items(
+  features: Mapping[str, TokenTable], is_cold: np.ndarray, is_warm: np.ndarray, dim: int
+) -> ColdItems | None:
+  """Finds each cold item's nearest warm ones: by the cosine of what `first_rows` makes of them.
+
+  Args:
+    features: from `first_tokens`.
+    is_cold: `[items + 1]` bool, which items are to be found others for.
+    is_warm: `[items + 1]` bool, among which; from `warm_items`.
+    dim: width in which items are compared.
+
+  Returns:
+    None if no cold item has content, or hardly a warm one.
+  """
+  if not features:
+    return None
+  has_content = np.any([table.mask[:, 0] for table in features.values()], axis=0)
+  cold = np.flatnonzero(has_content & is_cold).astype(np.int32)
+  warm = np.flatnonzero(has_content & is_warm).astype(np.int32)
+  if not cold.size or warm.size < NEAREST:
+    return None
+  directions = _directions(jax.device_put(dict(features)), dim)
+  # As many at a time, the last ones again, so that there is one program.
+  count = min(_AT_ONCE, cold.size)
+  nearest = np.zeros((cold.size, NEAREST), np.int32)
+  for start in range(0, cold.size, count):
+    start = min(start, cold.size - count)
+    asked = jax.device_put((cold[start : start + count], warm))
+    nearest[start : start + count] = warm[jax.device_get(_nearest(directions, *asked))]
+  return ColdItems(cold, nearest)
+
+
+@functools.partial(jax.jit, static_argnames='dim')
+def _directions(features: dict[str, TokenTable], dim: int) -> Array:
+  rows = first_rows(features, dim, 1.0, 1.0, jax.random.key(0))
+  return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+@jax.jit
+def _nearest(directions: Array, cold: Array, warm: Array) -> Array:
+  return jax.lax.top_k(directions[cold] @ directions[warm].T, NEAREST)[1]
+
+
+def rows_of_nearest(rows: Array, cold: ColdItems) -> Array:
+  """`[cold items, dim]`, from the rows `[items + 1, dim]` of all."""
+  return rows[cold.nearest].mean(1)
+
+
+def with_cold_items(items: dict[str, ItemSide], cold: ColdItems | None) -> dict[str, ItemSide]:
+  """Puts them into the vectors of the path of rows; `items` are a model's that `has_use`."""
+  if cold is None:
+    return items
+  rows = items['sasrec'].vectors
+  rows = rows.at[cold.items].set(rows_of_nearest(rows, cold))
+  return items | {'sasrec': items['sasrec']._replace(vectors=rows)}
