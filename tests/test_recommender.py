@@ -29,6 +29,7 @@ VARIANTS = {
   'sasrec': ('sasrec', {}),
   'text': ('text', {}),
   'multimodal': ('multimodal', {}),
+  'rows alone': ('text', {'paths': ('sasrec',)}),
   'paper': ('paper', {'user_modalities': ('taste',)}),
   'content in both': (
     'multimodal',
@@ -281,13 +282,27 @@ def test_new_items_are_placed_by_their_content(shop, new_items):
   assert after.titles[0][row] == 'Three'
   assert shares['retriever_id'] == 0
   assert shares['retriever_text'] != 0
-  # SASRec, which knows ids alone, takes it for an average item.
-  everything = recommender.answer([history], 60, keep_seen=True).shares[0]
-  np.testing.assert_allclose(shares['sasrec'], everything[:, 0].mean(), atol=1e-4)
+  # SASRec, which knows rows alone, takes it for the mean of two items, of which one is the same.
+  rows = larger._item_arrays['sasrec']['vectors']
+  others = np.abs(2 * rows[61] - rows[3] - rows[1:61]).max(1)
+  assert others.min() < 1e-5
   # It is like the item whose content it has, but for the id.
   twin = recommender._item_arrays['retriever']['modalities'][3]
   np.testing.assert_allclose(larger._item_arrays['retriever']['modalities'][61], twin, atol=1e-5)
   assert larger.answer([['new-3']], 3).items[0]
+
+
+def test_rows_alone_take_new_items_for_those_they_are_most_like(shop, new_items):
+  recommender, _ = make(shop, 'rows alone')
+  larger, _ = recommender.add_items(new_items)
+  rows = larger._item_arrays['sasrec']['vectors']
+  for new, twin in ((61, 3), (62, 4)):
+    np.testing.assert_allclose(
+      np.abs(2 * rows[new] - rows[twin] - rows[1:61]).max(1).min(), 0, atol=1e-5
+    )
+  assert {'new-3', 'new-4'} <= set(larger.answer([recommender.item_ids[10:14]], 58).items[0])
+  title = recommender.titles[2]
+  assert recommender.answer([[]], 5, preference=title).items[0]
 
 
 def test_new_items_that_cannot_be_placed_are_refused(shop, new_items, tmp_path):
