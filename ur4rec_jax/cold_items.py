@@ -36,8 +36,8 @@ class ColdItems(NamedTuple):
   nearest: np.ndarray
 
 
-def has_use(model: Any) -> bool:
-  """Whether a model has a path that knows items by learned rows alone."""
+def has_learned_rows(model: Any) -> bool:
+  """Whether a model has a path that knows items by learned rows alone, without content."""
   sasrec = getattr(model, 'sasrec', None)
   return sasrec is not None and sasrec.content is None
 
@@ -104,7 +104,7 @@ def rows_of_nearest(rows: Array, cold: ColdItems) -> Array:
 
 
 def with_cold_items(items: dict[str, ItemSide], cold: ColdItems | None) -> dict[str, ItemSide]:
-  """Puts them into the vectors of the path of rows; `items` are a model's that `has_use`."""
+  """Puts those rows into the vectors of `items`, the sides of a model that `has_learned_rows`."""
   if cold is None:
     return items
   rows = items['sasrec'].vectors

@@ -15,7 +15,7 @@ from ur4rec_jax.cold_items import (
   ColdItems,
   find_cold_items,
   first_tokens,
-  has_use,
+  has_learned_rows,
   warm_items,
   with_cold_items,
 )
@@ -330,7 +330,7 @@ def make_evaluator(
     (),
   )
   cold = None
-  if has_use(model):
+  if has_learned_rows(model):
     is_warm = warm_items(dataset)
     cold = find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)
   item_side = make_item_side(model, dataset.num_items, cold, mapping, item_rows, params_axes)

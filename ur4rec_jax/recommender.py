@@ -24,7 +24,7 @@ from ur4rec_jax import exported, results, scoring
 from ur4rec_jax.cold_items import (
   find_cold_items,
   first_tokens,
-  has_use,
+  has_learned_rows,
   rows_of_nearest,
   warm_items,
 )
@@ -115,7 +115,7 @@ class TrainedRecommender(exported.Recommender):
     self._approximate = approximate
     self.program = jax.jit(scoring.make_program(model))
     self._scorer = jax.jit(scoring.make_scorer(model))
-    if has_use(model):
+    if has_learned_rows(model):
       is_warm = warm_items(dataset)
       cold = find_cold_items(self._first_tokens, ~is_warm, is_warm, model.sasrec.dim)
       if cold is not None:
@@ -398,7 +398,7 @@ class TrainedRecommender(exported.Recommender):
       for name, tree in self.params.items()
     }
     new = scoring.item_arrays(create_model(self.config, count), params, features)
-    if has_use(self.model):
+    if has_learned_rows(self.model):
       new['sasrec']['vectors'] = self._rows_of(tables)
     joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new[1:]]), self._item_arrays, new)
     items = {'ids': [*self.item_ids, *ids], 'titles': [*self.titles, *titles]}
