@@ -66,6 +66,8 @@ deviation. {DASH} stands where a run has not recorded what is needed, or no user
 - **features**: the encoder of each modality, and whether it is the built-in one, its texts are of a
   mock, or its items were shuffled.
 - **command**: it also needs `--workdir`, `--config.data_dir` and `--config.seed`.
+- **stage**: NDCG@10 of its best parameters, ranked with the paths that it trains. *chosen*: in how
+  many runs they are the best of all stages by validation, and so the run's result.
 """
 
 
@@ -196,7 +198,7 @@ def headline_table(stored: Stored) -> str:
 
 
 def results_page(stored: Stored) -> str:
-  """Returns docs/results.md: two tables for each dataset, split and protocol."""
+  """Returns docs/results.md: the tables of each dataset, split and protocol."""
   groups: dict[tuple[str, ...], Stored] = {}
   for name, entry in stored.items():
     groups.setdefault(measured_on(entry['runs'][0]), {})[name] = entry
@@ -244,7 +246,30 @@ def _section(group: Stored, stored: Stored) -> str:
         'command': f'`{entry["command"]}`',
       }
     )
-  return '\n'.join([*lines, '', markdown_table(accuracy), '', markdown_table(runs)])
+  tables = [accuracy, runs, [row for item in group.items() for row in _stage_rows(*item)]]
+  return '\n\n'.join(['\n'.join(lines), *(markdown_table(rows) for rows in tables if rows)])
+
+
+def _stage_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
+  """A row for each stage, where there are several."""
+  runs, rows = entry['runs'], []
+  if len(runs[0]['stages']) < 2:
+    return []
+  for i, stage in enumerate(runs[0]['stages']):
+    records = [run['stages'][i] for run in runs]
+    valid, test = ([x[part]['ndcg@10'] for x in records] for part in ('valid', 'test'))
+    rows.append(
+      {
+        'variant': name,
+        'stage': stage['name'],
+        'paths': ' + '.join(stage['paths']),
+        'steps': f'{statistics.mean(x["steps"] for x in records):,.0f}',
+        'validation': mean_and_spread(statistics.mean(valid), spread(valid)),
+        'test': mean_and_spread(statistics.mean(test), spread(test)),
+        'chosen': f'{sum(run["best_stage"] == i for run in runs)} of {len(runs)}',
+      }
+    )
+  return rows
 
 
 def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:

@@ -120,6 +120,30 @@ def test_what_a_table_says_of_its_runs(tmp_path):
   assert found['content']['command'] == '`python a or b`'
 
 
+def test_what_each_stage_brings(tmp_path):
+  store(tmp_path, 'plain', BASE)
+  store(tmp_path, 'staged', BASE)
+  entry = json.loads((tmp_path / 'staged.json').read_text())
+  for run, best, shift in zip(entry['runs'], (1, 1), (0.0, 0.02), strict=True):
+    stage = lambda name, paths, valid, test, shift=shift: {
+      'name': name,
+      'paths': paths,
+      'best_epoch': 3,
+      'steps': 1200,
+      'valid': {'ndcg@10': valid + shift},
+      'test': {'ndcg@10': test + shift},
+    }
+    run['best_stage'] = best
+    run['stages'] = [stage('one', ['a'], 0.2, 0.1), stage('two', ['a', 'b'], 0.4, 0.3)]
+  (tmp_path / 'staged.json').write_text(json.dumps(entry))
+  page = accuracy.results_page(accuracy.load_results(tmp_path))
+  (table,) = [part for part in page.split('\n\n') if part.startswith('| variant | stage |')]
+  assert table.splitlines()[2:] == [
+    '| staged | one | a | 1,200 | 0.2100 ± 0.0141 | 0.1100 ± 0.0141 | 0 of 2 |',
+    '| staged | two | a + b | 1,200 | 0.4100 ± 0.0141 | 0.3100 ± 0.0141 | 2 of 2 |',
+  ]
+
+
 def test_each_dataset_split_and_protocol_has_tables_of_its_own(tmp_path):
   store(tmp_path, 'one', BASE)
   store(tmp_path, 'same', BASE)
