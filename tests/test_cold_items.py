@@ -87,9 +87,8 @@ def test_cold_items_are_ranked_by_the_rows_of_their_nearest(encoded, rows):
     return evaluator(parallel.place(jax.device_get(item_rows.padded(params, rows)), axes))
 
   ranks = rank(model, dataset, tables, params, rows)
-  is_warm = cold_items.warm_items(dataset)
-  assert not is_warm[targets].any()
-  cold = cold_items.find_cold_items(cold_items.first_tokens(dataset), ~is_warm, is_warm, DIM)
+  cold = cold_items.cold_items_of(model, dataset)
+  assert np.isin(targets, cold.items).all()
   table = params['sasrec']['item_embedding']
   table[cold.items] = cold_items.rows_of_nearest(table, cold)
   by_ids = create_model(make_config(encoded), dataset.num_items)

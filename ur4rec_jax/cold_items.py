@@ -17,7 +17,7 @@ import numpy as np
 
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import TokenTable
-from ur4rec_jax.models.content import ItemSide, first_rows
+from ur4rec_jax.models.content import first_rows
 
 Array = jax.Array
 NEAREST = 2  # Whose rows are averaged.
@@ -98,15 +98,19 @@ def _nearest(directions: Array, cold: Array, warm: Array) -> Array:
   return jax.lax.top_k(directions[cold] @ directions[warm].T, NEAREST)[1]
 
 
+def cold_items_of(model: Any, dataset: Dataset) -> ColdItems | None:
+  """Finds those that training on a dataset leaves cold; None for a model without use for them."""
+  if not has_learned_rows(model):
+    return None
+  is_warm = warm_items(dataset)
+  return find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)
+
+
 def rows_of_nearest(rows: Array, cold: ColdItems) -> Array:
   """`[cold items, dim]`, from the rows `[items + 1, dim]` of all."""
   return rows[cold.nearest].mean(1)
 
 
-def with_cold_items(items: dict[str, ItemSide], cold: ColdItems | None) -> dict[str, ItemSide]:
-  """Puts those rows into the vectors of `items`, the sides of a model that `has_learned_rows`."""
-  if cold is None:
-    return items
-  rows = items['sasrec'].vectors
-  rows = rows.at[cold.items].set(rows_of_nearest(rows, cold))
-  return items | {'sasrec': items['sasrec']._replace(vectors=rows)}
+def with_rows_of_nearest(rows: Array, cold: ColdItems | None) -> Array:
+  """Puts them into the rows `[items + 1, dim]` of all."""
+  return rows if cold is None else rows.at[cold.items].set(rows_of_nearest(rows, cold))

@@ -11,14 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax import metrics, parallel, splits
-from ur4rec_jax.cold_items import (
-  ColdItems,
-  find_cold_items,
-  first_tokens,
-  has_learned_rows,
-  warm_items,
-  with_cold_items,
-)
+from ur4rec_jax.cold_items import ColdItems, cold_items_of, with_rows_of_nearest
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.features import Tables, TokenTable
@@ -228,20 +221,28 @@ def make_item_side(
 ) -> Callable:
   """Compiles `item_side(params, features)`, what the model's gives, whole on each device.
 
-  Cold items are as `with_cold_items` has them. Other arguments as `make_evaluator`'s.
+  On the path of learned rows `cold` items are as their nearest. Other arguments as
+  `make_evaluator`'s.
   """
   item_side = lambda model, params, features: model.apply(
     {'params': params}, features, method='item_side'
   )
+
+  def with_cold_items(items: PyTree) -> PyTree:
+    if cold is None:
+      return items
+    rows = with_rows_of_nearest(items['sasrec'].vectors, cold)
+    return items | {'sasrec': items['sasrec']._replace(vectors=rows)}
+
   if item_rows != 'sharded':
-    return parallel.on_each_device(lambda *args: with_cold_items(item_side(model, *args), cold))
+    return parallel.on_each_device(lambda *args: with_cold_items(item_side(model, *args)))
   part = model.for_items(rows_of_device(num_items) - 1)
 
   def of_all_devices(params: PyTree, features: dict[str, TokenTable]) -> PyTree:
     items = item_side(part, params, features)
     whole = jax.tree.map(lambda x: jax.lax.all_gather(x, parallel.AXIS, tiled=True), items)
     whole = jax.tree.map(lambda x: x[: num_items + 1], whole)
-    return with_cold_items(whole, cold)
+    return with_cold_items(whole)
 
   return parallel.MAPPINGS[mapping](of_all_devices, (params_axes, feature_axis(item_rows)), ())
 
@@ -329,10 +330,7 @@ def make_evaluator(
     (params_axes, None, None, None, 0),
     (),
   )
-  cold = None
-  if has_learned_rows(model):
-    is_warm = warm_items(dataset)
-    cold = find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)
+  cold = cold_items_of(model, dataset)
   item_side = make_item_side(model, dataset.num_items, cold, mapping, item_rows, params_axes)
   devices = parallel.device_count()
   placed = [

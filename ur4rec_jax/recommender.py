@@ -22,11 +22,13 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax import exported, results, scoring
 from ur4rec_jax.cold_items import (
+  cold_items_of,
   find_cold_items,
   first_tokens,
   has_learned_rows,
   rows_of_nearest,
   warm_items,
+  with_rows_of_nearest,
 )
 from ur4rec_jax.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.errors import InputError
@@ -116,11 +118,9 @@ class TrainedRecommender(exported.Recommender):
     self.program = jax.jit(scoring.make_program(model))
     self._scorer = jax.jit(scoring.make_scorer(model))
     if has_learned_rows(model):
-      is_warm = warm_items(dataset)
-      cold = find_cold_items(self._first_tokens, ~is_warm, is_warm, model.sasrec.dim)
-      if cold is not None:
-        rows = item_arrays['sasrec']['vectors']
-        item_arrays['sasrec']['vectors'] = rows.at[cold.items].set(rows_of_nearest(rows, cold))
+      of_rows = item_arrays['sasrec']
+      cold = cold_items_of(model, dataset)
+      of_rows['vectors'] = with_rows_of_nearest(of_rows['vectors'], cold)
     self._place(items, item_arrays, about)
 
   def _place(self, items, item_arrays, about) -> None:
