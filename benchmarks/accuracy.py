@@ -63,6 +63,7 @@ deviation. {DASH} stands where a run has not recorded what is needed, or no user
 - **head, torso, tail, cold**: NDCG@10 of the users whose test item is one of the most popular items
   that together make up a third of the training interactions, of the next third, of the rest, and
   of the items that training never sees.
+- **best epoch**: of the stage that is chosen.
 - **features**: the encoder of each modality, and whether it is the built-in one, its texts are of a
   mock, or its items were shuffled.
 - **command**: it also needs `--workdir`, `--config.data_dir` and `--config.seed`.
@@ -190,7 +191,7 @@ def headline_table(stored: Stored) -> str:
           'Hit@10': _mean(entry, 'hit@10'),
           'MRR': _mean(entry, 'mrr'),
           'popularity NDCG@10': f'{first["baselines"]["popularity"]["ndcg@10"]:.4f}',
-          'best epoch': _of_each(entry, lambda run: run['stages'][-1]['best_epoch']),
+          'best epoch': _of_each(entry, _best_epoch),
           'time a seed': _time(entry),
         }
       )
@@ -240,7 +241,7 @@ def _section(group: Stored, stored: Stored) -> str:
       {
         'variant': name,
         'parameters': f'{first["parameters"]:,}' if 'parameters' in first else DASH,
-        'best epoch': _of_each(entry, lambda run: run['stages'][-1]['best_epoch']),
+        'best epoch': _of_each(entry, _best_epoch),
         'time a seed': _time(entry),
         'features': '<br>'.join(_features(first['dataset'].get('features', {}))) or 'none',
         'command': f'`{entry["command"]}`',
@@ -303,6 +304,10 @@ def _mean_of_group(entry: dict[str, Any], group: str) -> str:
 
 def _of_each(entry: dict[str, Any], read: Callable[[dict], Any]) -> str:
   return ', '.join(str(read(run)) for run in entry['runs'])
+
+
+def _best_epoch(run: dict[str, Any]) -> int:
+  return run['stages'][run.get('best_stage', -1)]['best_epoch']
 
 
 def _time(entry: dict[str, Any]) -> str:
