@@ -189,12 +189,14 @@ def test_an_adaptive_turn_lasts_while_the_loss_falls():
 # As small as two paths can be; the retriever's default blocks take long to compile.
 TINY = (
   '--config.max_length=10',
+  '--config.max_item_tokens=0',
   '--config.batch_size=64',
   '--config.num_epochs=2',
   '--config.sasrec.dim=8',
   '--config.sasrec.num_blocks=1',
   '--config.sasrec.ffn_dim=8',
   '--config.retriever.dim=8',
+  '--config.retriever.item_id=True',
   '--config.retriever.num_blocks=0',
   '--config.retriever.cross_modal_blocks=0',
   '--config.content.hidden_dim=8',
