@@ -187,7 +187,8 @@ def test_targets_beside_what_was_found(tmp_path):
   store(tmp_path, 'train-bce-ml-1m-gpu', 'train_vs_rectools', **side_by_side(3))
   seconds = {'seconds': 600.0, 'curve': [[600.0, 0.15]], 'is_reached': False}
   own = {'seconds': 90.0, 'curve': [[90.0, 0.171]], 'is_reached': True}
-  times = {'own': own, 'rectools': seconds, 'ratio': 0.15, 'is_bound': True}
+  settings = {'dim': 48, 'num_heads': 3, 'overrides': ['--config.crop=random']}
+  times = {'own': own, 'rectools': seconds, 'ratio': 0.15, 'is_bound': True, 'settings': settings}
   store(tmp_path, 'time-to-quality-ml-1m', 'time_to_quality', **times)
   page = performance.page(performance.load_results(tmp_path))
   found = rows(page, 'wanted', 'found')
@@ -201,6 +202,7 @@ def test_targets_beside_what_was_found(tmp_path):
   assert cells('time to NDCG@10 0.17, ML-1M')[1] == 'at most 0.15 x, met'
   assert cells('training, full softmax, ML-1M')[1:] == ['not measured yet', '']
   assert rows(page, 'seconds', 'reached')['own']['reached'] == 'yes'
+  assert 'Width 48, 3 heads; ours with `--config.crop=random`' in page
   assert 'Ours compiled for 10 s.' in page
 
 
