@@ -265,8 +265,8 @@ def _stage_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
         'stage': stage['name'],
         'paths': ' + '.join(stage['paths']),
         'steps': f'{statistics.mean(x["steps"] for x in records):,.0f}',
-        'validation': mean_and_spread(statistics.mean(valid), spread(valid)),
-        'test': mean_and_spread(statistics.mean(test), spread(test)),
+        'validation': _mean_of(valid),
+        'test': _mean_of(test),
         'chosen': f'{sum(run["best_stage"] == i for run in runs)} of {len(runs)}',
       }
     )
@@ -290,7 +290,10 @@ def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:
 
 
 def _mean(entry: dict[str, Any], metric: str) -> str:
-  values = [run['test'][metric] for run in entry['runs']]
+  return _mean_of([run['test'][metric] for run in entry['runs']])
+
+
+def _mean_of(values: Sequence[float]) -> str:
   return mean_and_spread(statistics.mean(values), spread(values))
 
 

@@ -100,9 +100,10 @@ def _nearest(directions: Array, cold: Array, warm: Array) -> Array:
 
 def cold_items_of(model: Any, dataset: Dataset) -> ColdItems | None:
   """Finds those that training on a dataset leaves cold; None for a model without use for them."""
-  if not has_learned_rows(model):
-    return None
   is_warm = warm_items(dataset)
+  # Features are read whole, so only where there is somebody to find.
+  if not has_learned_rows(model) or is_warm[1:].all():
+    return None
   return find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)
 
 
@@ -111,6 +112,6 @@ def rows_of_nearest(rows: Array, cold: ColdItems) -> Array:
   return rows[cold.nearest].mean(1)
 
 
-def with_rows_of_nearest(rows: Array, cold: ColdItems | None) -> Array:
+def with_rows_of_nearest(rows: Array, cold: ColdItems) -> Array:
   """Puts them into the rows `[items + 1, dim]` of all."""
-  return rows if cold is None else rows.at[cold.items].set(rows_of_nearest(rows, cold))
+  return rows.at[cold.items].set(rows_of_nearest(rows, cold))

@@ -117,9 +117,8 @@ class TrainedRecommender(exported.Recommender):
     self._approximate = approximate
     self.program = jax.jit(scoring.make_program(model))
     self._scorer = jax.jit(scoring.make_scorer(model))
-    if has_learned_rows(model):
+    if (cold := cold_items_of(model, dataset)) is not None:
       of_rows = item_arrays['sasrec']
-      cold = cold_items_of(model, dataset)
       of_rows['vectors'] = with_rows_of_nearest(of_rows['vectors'], cold)
     self._place(items, item_arrays, about)
 
