@@ -109,6 +109,7 @@ TOUCHED = {
   'loss.retriever_name': 'bce',
   'loss.weights.fused': 1.0,
 }
+SHARDED = {'optimizer.item_rows': 'sharded'}
 
 
 def config_with(**fields):
@@ -143,6 +144,9 @@ def test_every_config_passes(name, variant):
     ('text', {'fusion.weights': (1.0, 0.0)}, 'one number above 0 for each path'),
     ('text', {**TOUCHED, 'loss.retriever_name': 'softmax'}, 'config.loss.retriever_name'),
     ('text', {**TOUCHED, 'fusion.calibration': 'standardise'}, 'reads all items'),
+    ('text', {**SHARDED, 'fusion.calibration': 'standardise'}, 'reads all items'),
+    ('text', {**SHARDED, 'fusion.kind': 'rank'}, 'in one place'),
+    ('text', {**SHARDED, 'fusion.kind': 'cascade'}, 'in one place'),
   ],
 )
 def test_what_has_no_inputs_is_refused(variant, fields, told):

@@ -9,12 +9,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import conftest
-from ur4rec_jax import evaluate, parallel, splits
+from ur4rec_jax import evaluate, parallel, ranking, splits
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.features import Tables
 from ur4rec_jax.input_pipeline import gather_batch
 from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.models.content import ItemSide
 from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import UR4Rec
@@ -63,24 +64,34 @@ class Constant(nn.Module):
 
   max_length: int = MAX_LENGTH
   num_items: int = NUM_ITEMS
-
-  def user_side(self, items, item_ids, segment_ids, preferences, wanted):
-    return jnp.ones((*wanted.shape, 1))
+  is_sum = True
 
   def item_side(self, features):
+    return {'path': ItemSide(self.item_vectors(), None)}
+
+  def user_side(self, items, item_ids, segment_ids, preferences, wanted):
+    return {'path': self.states(take_positions(item_ids, wanted))}
+
+  def covariances(self, items):
+    return {}
+
+  def scaled_users(self, users, covariances):
+    return users
+
+  def item_vectors(self):
     return jnp.ones((self.num_items + 1, 1))
 
-  def scores(self, users, items, leave_out):
-    return leave_out(users @ items[1:].T)
+  def states(self, newest):
+    return jnp.ones((*newest.shape, 1))
 
 
 class Oracle(Constant):
   """Gives the item after the newest one the best score: the answer in `cycle_dataset`."""
 
-  def user_side(self, items, item_ids, segment_ids, preferences, wanted):
-    return jax.nn.one_hot(take_positions(item_ids, wanted) % self.num_items, self.num_items)
+  def states(self, newest):
+    return jax.nn.one_hot(newest % self.num_items, self.num_items)
 
-  def item_side(self, features):
+  def item_vectors(self):
     return jnp.eye(self.num_items + 1)[:, 1:]
 
 
@@ -89,62 +100,8 @@ class Poisoned(Oracle):
 
   value: float = jnp.nan
 
-  def user_side(self, items, item_ids, segment_ids, preferences, wanted):
-    states = super().user_side(items, item_ids, segment_ids, preferences, wanted)
-    return jnp.where(take_positions(item_ids, wanted)[..., None] == 7, self.value, states)
-
-
-@pytest.mark.parametrize(
-  ('target', 'seen', 'rank'),
-  [
-    (2, [], 1),
-    (3, [], 4),  # Item 2 is better, 4 and 6 are equal.
-    (3, [2], 3),
-    (3, [2, 4, 6], 1),
-    (3, [2, 2, 4, 2, 4], 2),
-    (3, [3], 4),  # Seen before, but it is what is looked for.
-    (3, [3, 3, 2], 3),
-    (1, [], 6),
-    (1, [2, 3, 4, 5, 6], 1),
-    (5, [1], 5),
-  ],
-)
-def test_rank_among_all_items(target, seen, rank):
-  scores = jnp.array([[0.1, 0.9, 0.5, 0.5, 0.3, 0.5]])
-  users = jnp.array([0] * len(seen) + [1, 1], jnp.int32)  # The last two belong to nobody.
-  items = jnp.array([*seen, 4, 6], jnp.int32)
-  no_candidates = jnp.zeros((1, 0), jnp.int32)
-  targets = jnp.array([target])
-  scores = evaluate.leave_out_seen(scores, targets, users, items)
-  ranks = evaluate.rank_targets(scores, targets, no_candidates)
-  np.testing.assert_array_equal(ranks, [rank])
-
-
-@pytest.mark.parametrize(
-  ('target', 'candidates', 'rank'),
-  [
-    (3, [2, 4, 1], 3),
-    (3, [2, 0, 0], 2),
-    (3, [0, 0, 0], 1),
-    (3, [3, 2, 0], 2),  # The target is not its own rival.
-    (1, [2, 4, 5], 4),
-    (6, [3, 4, 0], 3),
-  ],
-)
-def test_rank_among_candidates_leaves_out_fill_and_the_target(target, candidates, rank):
-  scores = jnp.array([[0.1, 0.9, 0.5, 0.5, 0.3, 0.5]])
-  ranks = evaluate.rank_targets(scores, jnp.array([target]), jnp.array([candidates]))
-  np.testing.assert_array_equal(ranks, [rank])
-
-
-def test_each_users_own_seen_items_are_left_out():
-  scores = jnp.tile(jnp.array([4.0, 3.0, 2.0, 1.0]), (3, 1))
-  targets = jnp.array([4, 4, 3])
-  seen_users, seen_items = jnp.array([0, 2, 2, 3]), jnp.array([1, 1, 2, 3])
-  no_candidates = jnp.zeros((3, 0), jnp.int32)
-  scores = evaluate.leave_out_seen(scores, targets, seen_users, seen_items)
-  ranks = evaluate.rank_targets(scores, targets, no_candidates)
-  np.testing.assert_array_equal(ranks, [3, 4, 1])
+  def states(self, newest):
+    return jnp.where(newest[..., None] == 7, self.value, super().states(newest))
 
 
 @pytest.mark.parametrize('part', PARTS)
@@ -305,6 +262,15 @@ def test_evaluator_equals_a_plain_loop_over_users(part, candidates):
 def test_batch_size_changes_no_rank(batch_size):
   dataset, config = mixed_dataset(), make_config(batch_size=batch_size)
   model, params, score_all = sasrec()
+  expected = plain_ranks(dataset, 'test', config, score_all)
+  np.testing.assert_array_equal(run(model, dataset, 'test', config, params), expected)
+
+
+def test_a_catalogue_in_parts_gives_the_same_ranks(monkeypatch):
+  """In four parts, of which the last overlaps the third."""
+  dataset, config = mixed_dataset(), make_config(batch_size=2)
+  model, params, score_all = sasrec()
+  monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', 8)
   expected = plain_ranks(dataset, 'test', config, score_all)
   np.testing.assert_array_equal(run(model, dataset, 'test', config, params), expected)
 

@@ -227,6 +227,34 @@ def test_plain_softmax_has_the_gradients_of_finite_differences():
   check_grads(loss, (hidden, item_vectors), 1, ['rev'], atol=2e-2, rtol=2e-2, eps=1e-2)
 
 
+@pytest.mark.parametrize('chunk_size', [3, TOKENS, 100])
+def test_softmax_over_devices_equals_plain_softmax(chunk_size):
+  """`vmap` stands for devices; the last has rows of no items, the first row is none either."""
+  num_devices = 3
+  hidden, item_vectors, targets, weights = catalogue_inputs()
+  hidden, targets, weights = (jnp.stack([x, x[::-1], x]) for x in (hidden, targets, weights))
+  flat = hidden.reshape(-1, hidden.shape[-1]), item_vectors, targets.ravel(), weights.ravel()
+  expected, expected_gradients = value_and_gradients(losses.plain_softmax, *flat)
+  rows = jnp.concatenate([jnp.full((1, item_vectors.shape[1]), 9.0), item_vectors])
+  rows = jnp.pad(rows, ((0, -len(rows) % num_devices + num_devices), (0, 0)), constant_values=9.0)
+  rows = rows.reshape(num_devices, -1, rows.shape[1])
+
+  def of_device(hidden, rows, target_ids, weights):
+    loss = lambda h, v: losses.softmax_over_devices(
+      h, v, target_ids, weights, NUM_ITEMS, chunk_size, 'devices'
+    )
+    return jax.value_and_grad(loss, (0, 1))(hidden, rows)
+
+  mapped = jax.jit(jax.vmap(of_device, axis_name='devices'))
+  values, (of_hidden, of_rows) = mapped(hidden, rows, targets + 1, weights)
+  np.testing.assert_allclose(values.sum(), expected, rtol=1e-5)
+  np.testing.assert_allclose(of_hidden.reshape(flat[0].shape), expected_gradients[0], atol=1e-5)
+  of_rows = of_rows.reshape(-1, rows.shape[2])
+  np.testing.assert_allclose(of_rows[1 : NUM_ITEMS + 1], expected_gradients[1], atol=1e-5)
+  np.testing.assert_array_equal(of_rows[0], 0)
+  np.testing.assert_array_equal(of_rows[NUM_ITEMS + 1 :], 0)
+
+
 @pytest.mark.parametrize('chunk_size', [1, 4, 5, TOKENS, 100])
 def test_softmax_equals_plain_softmax(chunk_size):
   inputs = catalogue_inputs()

@@ -94,12 +94,15 @@ def on_two_devices(run, encoded, tmp_path_factory):
   return workdir, flags
 
 
-def assert_close_without_padding(workdir, reference):
-  """Of sharded tables there are a few rows more, for each device to have as many."""
+def assert_close_without_padding(workdir, reference, num_tables=4):
+  """Of sharded tables there are a few rows more, for each device to have as many.
+
+  Tables are parameters, two moments and the best parameters.
+  """
   ours, theirs = load_arrays(workdir), load_arrays(reference)
   assert ours.keys() == theirs.keys()
   tables = [name for name in ours if 'item_embedding' in name]
-  assert len(tables) == 4  # Parameters, two moments and the best parameters.
+  assert len(tables) == num_tables
   for name, x in theirs.items():
     y = ours[name]
     if name in tables:
@@ -123,6 +126,42 @@ def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_d
   assert_close_without_padding(workdir, reference)
   results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
   assert results[0] == results[1]
+
+
+@pytest.fixture(scope='module')
+def on_the_whole_catalogue(run, encoded, tmp_path_factory):
+  """A run of both paths, one of whose losses reads all items, on two devices; and its flags."""
+  workdir = tmp_path_factory.mktemp('whole_catalogue') / 'run'
+  flags = (*EXACT, f'--config.data_dir={encoded}')
+  flags += ("--config.modalities=('text','image')", "--config.paths=('sasrec','retriever')")
+  flags += ('--config.sasrec.item_input=id+content', '--config.retriever.dropout=0')
+  flags += ('--config.retriever.item_id=True', '--config.content.dropout=0')
+  flags += ('--config.retriever.dim=16', '--config.loss.weights.retriever=0.5')
+  flags += ('--config.loss.retriever_name=sampled_softmax', '--config.loss.num_negatives=4')
+  flags += ('--config.loss.weights.fused=0.5', '--config.loss.weighting=uncertainty')
+  done = run(workdir, *flags, '--config.loss.chunk_size=50', env=devices(2))
+  assert done.returncode == 0, done.stderr
+  return workdir, flags
+
+
+@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
+def test_losses_of_all_items_train_the_same_where_these_are_spread(
+  mapping, run, start, on_the_whole_catalogue, tmp_path
+):
+  """With losses beside them that read the items of the step alone."""
+  reference, flags = on_the_whole_catalogue
+  flags += ('--config.optimizer.item_rows=sharded', f'--config.mapping={mapping}')
+  workdir = tmp_path / 'run'
+  if mapping == 'pmap':
+    done = run(workdir, *flags, env=devices(2))
+    assert done.returncode == 0, done.stderr
+  else:
+    for process in start_pair(start, workdir, *flags):
+      _, errors = process.communicate(timeout=300)
+      assert process.returncode == 0, errors
+  assert_close_without_padding(workdir, reference, num_tables=4)
+  results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
+  assert results[0]['test'] == results[1]['test']
 
 
 def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, tmp_path):

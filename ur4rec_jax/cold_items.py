@@ -17,6 +17,7 @@ import numpy as np
 
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import TokenTable
+from ur4rec_jax.item_rows import put_rows, take_rows
 from ur4rec_jax.models.content import first_rows
 
 Array = jax.Array
@@ -107,11 +108,12 @@ def cold_items_of(model: Any, dataset: Dataset) -> ColdItems | None:
   return find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)
 
 
-def rows_of_nearest(rows: Array, cold: ColdItems) -> Array:
-  """`[cold items, dim]`, from the rows `[items + 1, dim]` of all."""
-  return rows[cold.nearest].mean(1)
+def rows_of_nearest(rows: Array, cold: ColdItems, item_rows: str = 'all') -> Array:
+  """`[cold items, dim]`, from the rows `[items + 1, dim]` of all, or sharded ones."""
+  found = take_rows(rows, cold.nearest.reshape(-1), item_rows)
+  return found.reshape(*cold.nearest.shape, -1).mean(1)
 
 
-def with_rows_of_nearest(rows: Array, cold: ColdItems) -> Array:
-  """Puts them into the rows `[items + 1, dim]` of all."""
-  return rows.at[cold.items].set(rows_of_nearest(rows, cold))
+def with_rows_of_nearest(rows: Array, cold: ColdItems, item_rows: str = 'all') -> Array:
+  """Puts them into the rows `[items + 1, dim]` of all, or into sharded ones."""
+  return put_rows(rows, cold.items, rows_of_nearest(rows, cold, item_rows), item_rows)

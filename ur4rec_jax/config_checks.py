@@ -237,17 +237,23 @@ def _check_item_rows(config: ConfigDict) -> None:
   if rows == 'all':
     return
   for path, name in retrieval_losses(config.loss).items():
-    if name == 'softmax':
+    if rows == 'touched' and name == 'softmax':
       field = 'retriever_name' if path == 'retriever' else 'name'
       raise InputError(
-        f"config.optimizer.item_rows='{rows}' with config.loss.{field}='softmax', which reads all "
+        f"config.optimizer.item_rows='touched' with config.loss.{field}='softmax', which reads all "
         f'items: take a sampled loss, e.g. --config.loss.{field}=sampled_softmax '
-        '--config.loss.num_negatives=1000'
+        '--config.loss.num_negatives=1000; or item_rows=sharded, where each device trains its own'
       )
-  if config.loss.weights.fused and config.fusion.calibration == 'standardise':
+  is_fused = len(config.paths) > 1 and (rows == 'sharded' or config.loss.weights.fused)
+  if is_fused and config.fusion.kind in SUMS and config.fusion.calibration == 'standardise':
     raise InputError(
       f"config.optimizer.item_rows='{rows}' with config.fusion.calibration='standardise', which "
       'reads all items: set config.fusion.calibration=log_probability'
+    )
+  if is_fused and rows == 'sharded' and config.fusion.kind not in SUMS:
+    raise InputError(
+      f"config.optimizer.item_rows='sharded' with config.fusion.kind='{config.fusion.kind}', which "
+      f'ranks all items of each path in one place: take {" or ".join(SUMS)}'
     )
 
 

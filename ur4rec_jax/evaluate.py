@@ -23,7 +23,21 @@ from ur4rec_jax.input_pipeline import (
   pack,
   plan_rows,
 )
-from ur4rec_jax.item_rows import feature_axis, rows_of_device, with_placeholders
+from ur4rec_jax.item_rows import (
+  feature_axis,
+  find_rows,
+  renumber,
+  rows_of_device,
+  take_rows,
+  with_placeholders,
+)
+from ur4rec_jax.models.content import ItemSide
+from ur4rec_jax.ranking import (
+  leave_out_seen,
+  rank_among_candidates,
+  rank_by_products,
+  rank_by_scores,
+)
 
 Array = jax.Array
 PyTree = Any
@@ -123,95 +137,95 @@ def _draw_candidates(dataset: Dataset, users: np.ndarray, config: ConfigDict) ->
   return candidates
 
 
-def leave_out_seen(scores: Array, targets: Array, seen_users: Array, seen_items: Array) -> Array:
-  """Sets the scores of items that a user already has to -inf.
+class Catalogue(NamedTuple):
+  """The items as users are ranked against them; of sharded ones this device's rows.
 
-  Args:
-    scores: `[users, num_items]`, column i is item id i + 1.
-    targets: `[users]` item ids, which stay in even if listed.
-    seen_users: `[seen]` row of `scores`; out of range is ignored.
-    seen_items: `[seen]` item id the user already has.
+  Attributes:
+    sides: by path, from the model's `item_side`.
+    covariances: by path, what its `scaled_users` reads.
   """
-  rows = jnp.arange(scores.shape[0])
-  target_scores = scores[rows, targets - 1]
-  scores = scores.at[seen_users, seen_items - 1].set(-jnp.inf, mode='drop')
-  return scores.at[rows, targets - 1].set(target_scores)
 
-
-def rank_targets(scores: Array, targets: Array, candidates: Array) -> Array:
-  """Ranks each target: 1 + better ones + equal ones, the target itself not counted.
-
-  Args:
-    scores: `[users, num_items]`, column i is item id i + 1; -inf for what is left out.
-    targets: `[users]` item ids.
-    candidates: `[users, candidates]` item ids to rank against, 0 for none; `[users, 0]` for all.
-
-  Returns:
-    `[users]` int32.
-  """
-  target_scores = jnp.take_along_axis(scores, targets[:, None] - 1, axis=1)
-  if not candidates.shape[1]:
-    return (scores >= target_scores).sum(-1, dtype=jnp.int32)  # The target is one of them.
-  rivals = jnp.take_along_axis(scores, candidates - 1, axis=1)
-  is_rival = (candidates > 0) & (candidates != targets[:, None])
-  return 1 + (is_rival & (rivals >= target_scores)).sum(-1, dtype=jnp.int32)
+  sides: dict[str, ItemSide]
+  covariances: dict[str, Array]
 
 
 def make_eval_step(
-  model: nn.Module, num_items: int, row_length: int, seen_capacity: int
+  model: nn.Module, num_items: int, row_length: int, seen_capacity: int, item_rows: str
 ) -> Callable:
   """Builds the step that ranks the held-out items of one device's share.
 
   Args:
-    model: has `user_side` and `scores`, see `UR4Rec`.
+    model: has `user_side`, `is_sum` and `scaled_users` or `scores`, see `UR4Rec`.
     num_items: catalogue size.
     row_length: tokens a row.
     seen_capacity: upper bound on the sum of a share's `seen_lengths`.
+    item_rows: `sharded` if each device has its own rows of the items.
 
   Returns:
-    `eval_step(params, items, preferences, item_ids, share)`, with `items` from the model's
-    `item_side` and the users' tables as `preferences`: ranks `[users of all devices]`, in the order
-    of the shares, and whether everything is finite.
+    `eval_step(params, catalogue, preferences, item_ids, share)`, with the users' tables as
+    `preferences`: ranks `[users of all devices]`, in the order of the shares, and whether
+    everything is finite.
   """
 
   def eval_step(
-    params, items: PyTree, preferences: dict[str, TokenTable], item_ids: Array, share: Share
+    params,
+    catalogue: Catalogue,
+    preferences: dict[str, TokenTable],
+    item_ids: Array,
+    share: Share,
   ) -> tuple[Array, Array]:
     batch = gather_batch(item_ids, share.plan, row_length)
     apply = functools.partial(model.apply, {'params': with_placeholders(params, num_items)})
     preferences = gather_preferences(preferences, batch)
     newest = jnp.maximum(jnp.cumsum(share.plan.lengths, axis=1) - 1, 0)
-    users = apply(
-      items, batch.item_ids, batch.segment_ids, preferences, wanted=newest, method='user_side'
-    )
+    sides, history = catalogue.sides, batch.item_ids
+    if item_rows == 'sharded':
+      rows = find_rows(history.reshape(-1), num_items)
+      sides = jax.tree.map(lambda x: take_rows(x, rows, item_rows), sides)
+      history = renumber(history, rows)
+    users = apply(sides, history, batch.segment_ids, preferences, wanted=newest, method='user_side')
     users = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[share.slots], users)
-    num_users = len(share.targets)
-    entry = jnp.arange(seen_capacity)
-    seen_users = jnp.repeat(
-      jnp.arange(num_users), share.seen_lengths, total_repeat_length=seen_capacity
-    )
-    ends = jnp.cumsum(share.seen_lengths)
-    begins = share.seen_starts - (ends - share.seen_lengths)
-    seen_items = item_ids[jnp.minimum(entry + begins[seen_users], item_ids.size - 1)]
-    seen_users = jnp.where(entry < ends[-1], seen_users, num_users)
     targets = jnp.maximum(share.targets, 1)
-    scores = apply(
-      users,
-      items,
-      lambda scores: leave_out_seen(scores, targets, seen_users, seen_items),
-      method='scores',
-    )
-    ranks = rank_targets(scores, targets, share.candidates)
-    # Not the scores alone: ranks of NaNs, as some fusions count them, look like numbers.
-    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((users, items))]
-    finite = jnp.array([*finite, (scores < jnp.inf).all()]).all()
+    seen = _seen(item_ids, share, seen_capacity)
+    if not model.is_sum:
+      leave_out = lambda scores: leave_out_seen(scores, targets, *seen)
+      scores = apply(users, catalogue.sides, leave_out, method='scores')
+      # Not the scores alone: ranks of NaNs, as such fusions count them, look like numbers.
+      finite = _all_finite((users, catalogue)) & (scores < jnp.inf).all()
+      ranks = rank_by_scores(scores, targets, share.candidates)
+    else:
+      users = apply(users, catalogue.covariances, method='scaled_users')
+      vectors = {path: side.vectors for path, side in catalogue.sides.items()}
+      if share.candidates.shape[1]:
+        rank, others = rank_among_candidates, (share.candidates,)
+      else:
+        rank, others = rank_by_products, seen
+      ranks, finite = rank(users, vectors, targets, *others, num_items, item_rows)
     finite = jax.lax.pmin(finite.astype(jnp.int32), parallel.AXIS)
     return jax.lax.all_gather(ranks, parallel.AXIS, tiled=True), finite
 
   return eval_step
 
 
-def make_item_side(
+def _seen(item_ids: Array, share: Share, capacity: int) -> tuple[Array, Array]:
+  """Lists what the users of a share already have: `[capacity]` indices of users, and item ids.
+
+  At the end, where there is nothing, the index is beyond all users.
+  """
+  num_users = len(share.targets)
+  entry = jnp.arange(capacity)
+  users = jnp.repeat(jnp.arange(num_users), share.seen_lengths, total_repeat_length=capacity)
+  ends = jnp.cumsum(share.seen_lengths)
+  begins = share.seen_starts - (ends - share.seen_lengths)
+  items = item_ids[jnp.minimum(entry + begins[users], item_ids.size - 1)]
+  return jnp.where(entry < ends[-1], users, num_users), items
+
+
+def _all_finite(tree: PyTree) -> Array:
+  return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def make_catalogue(
   model: nn.Module,
   num_items: int,
   cold: ColdItems | None,
@@ -219,32 +233,25 @@ def make_item_side(
   item_rows: str,
   params_axes: PyTree,
 ) -> Callable:
-  """Compiles `item_side(params, features)`, what the model's gives, whole on each device.
+  """Compiles `catalogue(params, features)`, the model's items, on each device.
 
   On the path of learned rows `cold` items are as their nearest. Other arguments as
   `make_evaluator`'s.
   """
-  item_side = lambda model, params, features: model.apply(
-    {'params': params}, features, method='item_side'
-  )
+  if item_rows == 'sharded':
+    model = model.for_items(rows_of_device(num_items) - 1)
 
-  def with_cold_items(items: PyTree) -> PyTree:
-    if cold is None:
-      return items
-    rows = with_rows_of_nearest(items['sasrec'].vectors, cold)
-    return items | {'sasrec': items['sasrec']._replace(vectors=rows)}
+  def catalogue(params: PyTree, features: dict[str, TokenTable]) -> Catalogue:
+    sides = model.apply({'params': params}, features, method='item_side')
+    if cold is not None:
+      rows = with_rows_of_nearest(sides['sasrec'].vectors, cold, item_rows)
+      sides |= {'sasrec': sides['sasrec']._replace(vectors=rows)}
+    return Catalogue(sides, model.covariances(sides))
 
   if item_rows != 'sharded':
-    return parallel.on_each_device(lambda *args: with_cold_items(item_side(model, *args)))
-  part = model.for_items(rows_of_device(num_items) - 1)
-
-  def of_all_devices(params: PyTree, features: dict[str, TokenTable]) -> PyTree:
-    items = item_side(part, params, features)
-    whole = jax.tree.map(lambda x: jax.lax.all_gather(x, parallel.AXIS, tiled=True), items)
-    whole = jax.tree.map(lambda x: x[: num_items + 1], whole)
-    return with_cold_items(whole)
-
-  return parallel.MAPPINGS[mapping](of_all_devices, (params_axes, feature_axis(item_rows)), ())
+    return parallel.on_each_device(catalogue)
+  axes = params_axes, feature_axis(item_rows)
+  return parallel.MAPPINGS[mapping](catalogue, axes, (), out_axes=0)
 
 
 def make_shares(
@@ -306,7 +313,7 @@ def make_evaluator(
   """Prepares the evaluation of one part, everything it reads placed on the devices.
 
   Args:
-    model: has `max_length`, `item_side`, `user_side` and `scores`, see `UR4Rec`.
+    model: has what `make_eval_step` reads, `max_length`, `item_side` and `covariances`.
     dataset: all interactions.
     item_ids: `dataset.item_ids` on the devices.
     tables: tokens of items and users, on the devices.
@@ -326,12 +333,12 @@ def make_evaluator(
   shares, members = make_shares(queries, model.max_length, config.batch_size)
   seen_capacity = int(shares.seen_lengths.sum(-1).max())
   step = parallel.MAPPINGS[mapping](
-    make_eval_step(model, dataset.num_items, model.max_length, seen_capacity),
-    (params_axes, None, None, None, 0),
+    make_eval_step(model, dataset.num_items, model.max_length, seen_capacity, item_rows),
+    (params_axes, feature_axis(item_rows), None, None, 0),
     (),
   )
   cold = cold_items_of(model, dataset)
-  item_side = make_item_side(model, dataset.num_items, cold, mapping, item_rows, params_axes)
+  make_items = make_catalogue(model, dataset.num_items, cold, mapping, item_rows, params_axes)
   devices = parallel.device_count()
   placed = [
     parallel.shard(jax.tree.map(lambda x, i=i: x[i : i + devices], shares))
@@ -340,11 +347,11 @@ def make_evaluator(
 
   def evaluator(params, interrupted=lambda: False) -> np.ndarray | None:
     outputs = []
-    items = item_side(params, tables.items)  # Once for all users.
+    catalogue = make_items(params, tables.items)  # Once for all users.
     for share in placed:
       if interrupted():
         return None
-      outputs.append(step(params, items, tables.users, item_ids, share))
+      outputs.append(step(params, catalogue, tables.users, item_ids, share))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
       raise DivergenceError(f'a score is not finite in the evaluation on {part}')

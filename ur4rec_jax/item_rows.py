@@ -4,7 +4,8 @@ The ids of a step's histories, targets and negatives become numbers of a small c
 their rows of the item tables and of the tables' moments; the step runs on that one as it is, and
 the rows go back. Items that a step does not read keep parameters and moments (lazy Adam), and cost
 nothing. Where tables are sharded, each device holds as many rows, gives those that it has to all
-others, and takes back its own.
+others, and takes back its own. A loss that reads all items is formed where their rows are; then all
+rows are updated, each on its device.
 """
 
 from typing import Any
@@ -117,6 +118,11 @@ def take_rows(table: Array, rows: Array, item_rows: str) -> Array:
   return jax.lax.psum(found.astype(summable), AXIS).astype(found.dtype)
 
 
+def put_rows(table: Array, rows: Array, new: Array, item_rows: str) -> Array:
+  """Puts `new` at `rows` into a table `[items + 1, ...]`, or a device's part of a sharded one."""
+  return table.at[_places(table, rows, item_rows)].set(new, mode='drop')
+
+
 def take_item_tables(tree: PyTree, rows: Array, item_rows: str) -> PyTree:
   """Cuts every item table in parameters or optimizer state down to `rows`."""
   return jax.tree_util.tree_map_with_path(
@@ -128,11 +134,36 @@ def put_item_tables(tree: PyTree, rows: Array, new: PyTree, item_rows: str) -> P
   """Returns `new` with its item tables, of `rows` alone, put into those of `tree`."""
 
   def put(path: tuple, old: Array, x: Array) -> Array:
-    if not _is_item_table(path):
-      return x
-    return old.at[_places(old, rows, item_rows)].set(x, mode='drop')
+    return put_rows(old, rows, x, item_rows) if _is_item_table(path) else x
 
   return jax.tree_util.tree_map_with_path(put, tree, new)
+
+
+def mean_over_devices(gradients: PyTree, moves: PyTree, has_parts: bool) -> PyTree:
+  """Averages the devices' gradients of all that `moves`.
+
+  Args:
+    gradients: of parameters.
+    moves: bool for each; of what does not, gradients are zeros.
+    has_parts: whether those of item tables are this device's rows, summed over devices already.
+  """
+
+  def mean(path: tuple, g: Array, is_moving: bool) -> Array:
+    if not is_moving:
+      return g
+    if has_parts and _is_item_table(path):
+      return g / jax.lax.axis_size(AXIS)
+    return jax.lax.pmean(g, AXIS)
+
+  return jax.tree_util.tree_map_with_path(mean, gradients, moves)
+
+
+def global_norm_of_parts(tree: PyTree) -> Array:
+  """Returns `optax.tree.norm` of a tree of which each device has its rows of item tables."""
+  squares = [jnp.zeros(()), jnp.zeros(())]
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    squares[_is_item_table(path)] += jnp.square(x).sum(dtype=jnp.float32)
+  return jnp.sqrt(squares[False] + jax.lax.psum(squares[True], AXIS))
 
 
 def _places(table: Array, rows: Array, item_rows: str) -> Array:

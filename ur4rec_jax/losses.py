@@ -194,6 +194,99 @@ def _softmax_backward(chunk_size, residuals, cotangent):
 softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def softmax_over_devices(
+  hidden: Array,
+  item_rows: Array,
+  target_ids: Array,
+  weights: Array,
+  num_items: int,
+  chunk_size: int,
+  axis: str,
+) -> Array:
+  """Cross-entropy over a catalogue whose rows are spread over devices (vocabulary-parallel).
+
+  Each device multiplies the tokens of all with its own items and sends two numbers a token to the
+  others; neither the catalogue nor logits ever meet in one place (Shoeybi et al., Megatron-LM,
+  2019, section 3). As in `softmax`, gradients are formed in the forward pass. They are those of the
+  sum over devices of what this returns, which must weigh the same in the objective of each.
+
+  Args:
+    hidden: `[tokens, dim]`, this device's.
+    item_rows: `[rows, dim]`, this device's; those of all, one after the other, are of items 0, 1,
+      ..., of which 0 and those from `num_items` + 1 on are none.
+    target_ids: `[tokens]` item ids, this device's.
+    weights: `[tokens]`, this device's.
+    num_items: catalogue size.
+    chunk_size: tokens whose logits are in memory at once.
+    axis: name of the devices' axis.
+
+  Returns:
+    Scalar sum over this device's tokens.
+  """
+  arrays = hidden, item_rows, target_ids, weights
+  return _softmax_over_devices_forward(*arrays, num_items, chunk_size, axis)[0]
+
+
+def _softmax_over_devices_forward(
+  hidden, item_rows, target_ids, weights, num_items, chunk_size, axis
+):
+  own_tokens, dim = hidden.shape
+  rows, device = item_rows.shape[0], jax.lax.axis_index(axis)
+  ids = device * rows + jnp.arange(rows)
+  is_item = (ids > 0) & (ids <= num_items)
+  of_all = jax.lax.all_gather((hidden, target_ids, weights), axis, tiled=True)
+  tokens = of_all[0].shape[0]
+  chunk_size = min(chunk_size, tokens)
+
+  def matmul(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+  def step(item_gradient, chunk):
+    h, target, weight = chunk
+    place = target - device * rows
+    is_here = (place >= 0) & (place < rows)
+    place = jnp.where(is_here, place, 0)
+    logits = jnp.where(is_item, matmul(h, item_rows.T), jnp.finfo(jnp.float32).min)
+    top = logits.max(-1)
+    unnormalised = jnp.where(is_item, jnp.exp(logits - top[:, None]), 0)
+    target_logit = jnp.where(is_here, jnp.take_along_axis(logits, place[:, None], 1)[:, 0], 0)
+    tops, totals, target_logits = jax.lax.all_gather(
+      (top, unnormalised.sum(-1), target_logit), axis
+    )
+    highest = tops.max(0)
+    total = (totals * jnp.exp(tops - highest)).sum(0)
+    losses = jnp.log(total) + highest - target_logits.sum(0)
+    # What makes these exponentials probabilities goes onto the narrow factors, as in `softmax`.
+    share = (jnp.exp(top - highest) / total)[:, None]
+    weight, here = weight[:, None], is_here[:, None]
+    unnormalised = unnormalised.astype(h.dtype)
+    of_items = share * matmul(unnormalised, item_rows)
+    hidden_gradient = weight * (of_items - jnp.where(here, item_rows[place], 0))
+    item_gradient += matmul(unnormalised.T, (h * (weight * share)).astype(h.dtype))
+    item_gradient = item_gradient.at[place].add(jnp.where(here, -weight * h, 0))
+    return item_gradient, (losses * weight[:, 0], hidden_gradient)
+
+  item_gradient, (losses, hidden_gradient) = jax.lax.scan(
+    step,
+    jnp.zeros(item_rows.shape, jnp.float32),
+    tuple(_chunks(x, chunk_size) for x in of_all),
+  )
+  hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
+  hidden_gradient = jax.lax.psum_scatter(hidden_gradient, axis, tiled=True)
+  own = jax.lax.dynamic_slice_in_dim(losses.reshape(-1), device * own_tokens, own_tokens)
+  gradients = hidden_gradient.astype(hidden.dtype), item_gradient.astype(item_rows.dtype)
+  return own.sum(), gradients
+
+
+def _softmax_over_devices_backward(num_items, chunk_size, axis, residuals, cotangent):
+  del num_items, axis
+  return _softmax_backward(chunk_size, residuals, cotangent)
+
+
+softmax_over_devices.defvjp(_softmax_over_devices_forward, _softmax_over_devices_backward)
+
+
 def _at_least_float32(x: Array) -> Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 

@@ -68,13 +68,13 @@ def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransf
       clipped together, by their global norm, and move together.
 
   Returns:
-    An optimizer whose `update` takes two more arguments: `learning_rate`, and `active`, by label
-    whether it moves.
+    An optimizer whose `update` takes three more arguments: `learning_rate`; `active`, by label
+    whether it moves; and `norm`, that of a tree of gradients, of which a device may have a part.
   """
 
   def of_label(label: str) -> optax.GradientTransformationExtraArgs:
     scale = config.learning_rate_scales[label.partition('-')[0]]
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts = [_clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.name == 'adamw':
       parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2))
       parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
@@ -83,6 +83,17 @@ def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransf
   return optax.multi_transform(
     {label: of_label(label) for label in sorted(set(jax.tree.leaves(labels)))}, labels
   )
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+  """Does what `optax.clip_by_global_norm` does, by a given norm."""
+
+  def update(updates, state, params=None, *, norm=optax.tree.norm, **extra_args):
+    length = norm(updates)
+    clip = lambda g: jnp.where(length < max_norm, g, g / length.astype(g.dtype) * max_norm)
+    return jax.tree.map(clip, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _scale_by_learning_rate(scale: float) -> optax.GradientTransformationExtraArgs:

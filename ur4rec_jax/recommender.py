@@ -76,7 +76,7 @@ def load(
   stage, params = results.restore_best(config, str(workdir), dataset, tables)
   config, params = stage.config, jax.device_get(params)
   model = create_model(config, dataset.num_items)
-  if approximate and not scoring.is_sum(model):
+  if approximate and not model.is_sum:
     raise InputError(
       f'approximate: the fusion {model.fusion.kind} ranks each path, and only sums of scores can be'
       ' searched approximately; leave it out'

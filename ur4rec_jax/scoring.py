@@ -13,9 +13,7 @@ import jax.numpy as jnp
 from ur4rec_jax.features import Preferences, TokenTable
 from ur4rec_jax.models.content import Content, ItemSide
 from ur4rec_jax.models.fusion import (
-  SUMS,
   cascade,
-  covariance,
   inner_products,
   modality_parts,
   reciprocal_rank,
@@ -31,11 +29,6 @@ ID = 'id'
 # scores so many candidates exactly.
 SKETCHED_SHARE = 1 / 4
 CANDIDATES = 1024  # The most items that it can give.
-
-
-def is_sum(model: UR4Rec) -> bool:
-  """Whether scores are sums of the paths' scores, so that shares add up."""
-  return model.fusion is None or model.fusion.kind in SUMS
 
 
 def _has_id(path: SASRec | Retriever) -> bool:
@@ -61,7 +54,7 @@ def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:
 
 def share_names(model: UR4Rec, modalities: list[str]) -> list[str]:
   """Names the columns of shares: each path, then in sums what its item vectors are made of."""
-  parts = part_names(model, modalities) if is_sum(model) else {}
+  parts = part_names(model, modalities) if model.is_sum else {}
   return [
     column
     for path in model.paths
@@ -116,12 +109,11 @@ def catalogue_arrays(
     `covariances` by path, where the fusion standardises; `sketch` by path, for the approximate
     search: `rotation` `[width, directions]`, and `items` `[directions, items + 1]` in it.
   """
-  arrays = {'covariances': {}, 'sketch': {}}
+  sides = {path: _side(of_path) for path, of_path in items.items()}
+  arrays = {'covariances': model.covariances(sides), 'sketch': {}}
   for path, of_path in items.items():
-    vectors = of_path['vectors'][1:]
-    if model.fusion is not None and model.fusion.calibration == 'standardise' and is_sum(model):
-      arrays['covariances'][path] = covariance(vectors)
     if approximate:
+      vectors = of_path['vectors'][1:]
       moments = vectors.T.astype(jnp.float32) @ vectors.astype(jnp.float32)
       count = max(1, round(SKETCHED_SHARE * vectors.shape[1]))
       rotation = jnp.linalg.eigh(moments)[1][:, ::-1][:, :count]
@@ -251,17 +243,11 @@ def _scores(
     scores = scores.at[rows, queries['left_out']].set(-jnp.inf).at[:, 0].set(-jnp.inf)
     return jnp.where(queries['allowed'], scores, -jnp.inf)
 
-  weights = emphasis
-  if model.fusion is not None and is_sum(model):
-    learned = model.apply(
-      {'params': arrays['params']},
-      users,
-      arrays['covariances'],
-      method=lambda model, *args: model.fusion.path_weights(*args),
+  if model.is_sum:
+    users = model.apply(
+      {'params': arrays['params']}, users, arrays['covariances'], method='scaled_users'
     )
-    weights = {path: emphasis[path] * learned[path] for path in users}
-  if is_sum(model):
-    users = {path: (x * weights[path]).astype(x.dtype) for path, x in users.items()}
+    users = {path: (x * emphasis[path]).astype(x.dtype) for path, x in users.items()}
   by_path = {}
   for path, x in users.items():
     if arrays['sketch']:
@@ -269,12 +255,12 @@ def _scores(
       by_path[path] = (x.astype(jnp.float32) @ sketch['rotation']) @ sketch['items']
     else:
       by_path[path] = inner_products(x, arrays['items'][path]['vectors'])
-  if is_sum(model):
+  if model.is_sum:
     return leave_out(sum(by_path.values())), by_path, users
   if model.fusion.kind == 'rank':
     weighted = {
       path: reciprocal_rank(
-        [leave_out(by_path[path])], [weights[path] * constant], model.fusion.rank_constant
+        [leave_out(by_path[path])], [emphasis[path] * constant], model.fusion.rank_constant
       )
       for path, constant in zip(users, model.fusion.weights, strict=True)
     }
@@ -296,7 +282,7 @@ def _shares(
   shares = []
   for path, x in users.items():
     items = arrays['items'][path]
-    if not is_sum(model):
+    if not model.is_sum:
       shares.append(jnp.take_along_axis(by_path[path], ids, axis=1)[..., None])
       continue
     shares.append(_of_items(x, items['vectors'], ids)[..., None])

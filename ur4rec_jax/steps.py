@@ -19,8 +19,11 @@ from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.item_rows import (
   find_rows,
+  global_norm_of_parts,
+  mean_over_devices,
   put_item_tables,
   renumber,
+  rows_of_device,
   take_item_tables,
   take_rows,
 )
@@ -81,8 +84,9 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       `diversity` look at; `diversity`, its kind; and what `make_retrieval_loss` reads.
 
   Returns:
-    `losses(encoded, batch, negatives, num_items, tokens)`, with `negatives` by path from
-    `draw_negatives` and `tokens` the number to divide sums over tokens by: the scalars by name.
+    `losses(encoded, batch, negatives, num_items, tokens, read)`, with `negatives` by path from
+    `draw_negatives`, `tokens` the number to divide sums over tokens by, and `read` the ids of the
+    items that `batch` numbers, where it does: the scalars by name.
   """
   retrieval = {
     path: make_retrieval_loss(name, config) for path, name in retrieval_losses(config).items()
@@ -95,6 +99,7 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
     negatives: dict[str, Negatives | None],
     num_items: int,
     tokens: Array,
+    read: Array | None = None,
   ) -> dict[str, Array]:
     targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
     weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
@@ -105,8 +110,14 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
     def of_path(path: str) -> Array:
       users = encoded.users[path]
       users = users.reshape(-1, users.shape[-1])
-      items = encoded.items[path]
-      return retrieval[path](users, items, targets, weights, negatives[path], num_items) / tokens
+      if encoded.rows is not None and negatives[path] is None:
+        target_ids = read[batch.targets.reshape(-1)]
+        arrays = users, encoded.rows[path], target_ids, weights
+        loss = losses.softmax_over_devices(*arrays, num_items, config.chunk_size, AXIS)
+      else:
+        items = encoded.items[path]
+        loss = retrieval[path](users, items, targets, weights, negatives[path], num_items)
+      return loss / tokens
 
     def info_nce() -> Array:
       vectors = encoded.content.modalities[some_ids]
@@ -287,6 +298,9 @@ def make_train_step(
   all_losses, loss_weights = make_losses(config.loss), losses_in_use(config.loss)
   moves = jax.tree.map(lambda label: label in moving, labels)
   item_rows = config.optimizer.item_rows
+  # Of sharded items then each device trains its own, all of them.
+  reads_all = item_rows == 'sharded' and 'softmax' in retrieval_losses(config.loss).values()
+  norm = global_norm_of_parts if reads_all else optax.tree.norm
 
   @functools.partial(jax.jit, inline=True)  # Traced once, for its shapes and for the loop.
   def one_step(
@@ -303,26 +317,30 @@ def make_train_step(
     }
     num_items = data.item_counts.size
     params, opt_state, features = state.params, state.opt_state, data.tables.items
-    model_of_step = model
+    model_of_step, rows, take = model, None, None
     weights = (batch.targets > 0).astype(jnp.float32).reshape(-1)
     if item_rows != 'all':
       # Padding has negatives of its own, which nothing reads.
       drawn = {
         path: jnp.where(weights[:, None] > 0, x.items + 1, 0) if x.items.ndim > 1 else x.items + 1
         for path, x in negatives.items()
+        if x is not None
       }
       read = [batch.item_ids, batch.targets, *drawn.values()]
       rows = find_rows(jnp.concatenate([x.reshape(-1) for x in read]), num_items)
-      params, opt_state = take_item_tables((params, opt_state), rows, item_rows)
-      features = jax.tree.map(lambda table: take_rows(table, rows, item_rows), features)
       batch = batch._replace(
         item_ids=renumber(batch.item_ids, rows), targets=renumber(batch.targets, rows)
       )
-      negatives = {
-        path: x._replace(items=jnp.maximum(renumber(drawn[path], rows) - 1, 0))
-        for path, x in negatives.items()
-      }
-      model_of_step = model.for_items(rows.size - 1)
+      for path, ids in drawn.items():
+        items = jnp.maximum(renumber(ids, rows) - 1, 0)
+        negatives[path] = negatives[path]._replace(items=items)
+      take_read = functools.partial(take_rows, rows=rows, item_rows=item_rows)
+      if reads_all:
+        model_of_step, take = model.for_items(rows_of_device(num_items) - 1), take_read
+      else:
+        model_of_step = model.for_items(rows.size - 1)
+        params, opt_state = take_item_tables((params, opt_state), rows, item_rows)
+        features = jax.tree.map(take_read, features)
     # Dividing by the global count here makes the mean of the devices' gradients the gradient of
     # the mean over all tokens, however unevenly tokens are spread.
     tokens = jax.lax.pmean(weights.sum(), AXIS)
@@ -338,10 +356,11 @@ def make_train_step(
         gather_preferences(data.tables.users, batch, data.preference_starts),
         deterministic=False,
         rngs={'dropout': dropout_key},
+        take=take,
         method='encode',
         mutable=(GATES,),
       )
-      values = all_losses(encoded, batch, negatives, num_items, tokens)
+      values = all_losses(encoded, batch, negatives, num_items, tokens, rows)
       reported = {
         **({f'loss/{name}': x for name, x in values.items()} if len(values) > 1 else {}),
         **{f'weight/{name}': jnp.exp(-x) for name, x in encoded.log_variances.items()},
@@ -353,20 +372,21 @@ def make_train_step(
 
     (value, reported), gradients = jax.value_and_grad(objective, has_aux=True)(params)
     value, reported = jax.lax.pmean((value, reported), AXIS)
-    gradients = jax.tree.map(lambda g, m: jax.lax.pmean(g, AXIS) if m else g, gradients, moves)
+    gradients = mean_over_devices(gradients, moves, reads_all)
     updates, opt_state = tx.update(
       gradients,
       opt_state,
       params,
       learning_rate=learning_rate_at(state.stage.step, *numbers[:4]),
       active={label: by_turn[state.stage.turn] for label, by_turn in numbers.turns.items()},
+      norm=norm,
     )
     params = optax.apply_updates(params, updates)
-    if item_rows != 'all':
+    if item_rows != 'all' and not reads_all:
       params, opt_state = put_item_tables(
         (state.params, state.opt_state), rows, (params, opt_state), item_rows
       )
-    grad_norm = optax.tree.norm(gradients)
+    grad_norm = norm(gradients)
     metrics = {
       'loss': value,
       **reported,

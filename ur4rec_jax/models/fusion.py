@@ -199,12 +199,30 @@ class PathFusion(nn.Module):
     Returns:
       `[..., sum of widths]`, and `[items, sum of widths]`.
     """
-    covariances = {}
-    if self.calibration == 'standardise':
-      covariances = {path: covariance(items[path]) for path in self.paths}
+    users = self.scaled(users, self.covariances(items))
+    return self.side_by_side(users), self.side_by_side(items)
+
+  def side_by_side(self, vectors: Mapping[str, Array]) -> Array:
+    """Joins the paths' `[..., width]` to `[..., sum of widths]`."""
+    return jnp.concatenate([vectors[path] for path in self.paths], -1)
+
+  def covariances(self, items: Mapping[str, Array]) -> dict[str, Array]:
+    """By path `[width, width]`, of items `[items, width]`; none but for `standardise`."""
+    if self.calibration != 'standardise':
+      return {}
+    return {path: covariance(items[path]) for path in self.paths}
+
+  def scaled(
+    self, users: Mapping[str, Array], covariances: Mapping[str, Array]
+  ) -> dict[str, Array]:
+    """Multiplies users' vectors, so that the sum of the paths' inner products is the score.
+
+    Args:
+      users: by path, `[..., width]`.
+      covariances: of the items.
+    """
     weights = self.path_weights(users, covariances)
-    scaled = [(users[path] * weights[path]).astype(users[path].dtype) for path in self.paths]
-    return jnp.concatenate(scaled, -1), jnp.concatenate([items[path] for path in self.paths], -1)
+    return {path: (users[path] * weights[path]).astype(users[path].dtype) for path in self.paths}
 
   def scores(
     self,

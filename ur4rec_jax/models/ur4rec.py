@@ -27,6 +27,8 @@ class Encoded(NamedTuple):
   Attributes:
     users: by path, `[batch, length, width]`.
     items: by path, `[items, width]`, row i of item i + 1.
+    rows: the same of sharded items, where losses read them all: by path `[rows, width]`, this
+      device's, while `items` are those that the step reads; None elsewhere.
     content: of the items, from the retriever if there is one; None without features.
     retrieved: `[batch, length, proxies, dim]`, of the retriever's proxies; None without them.
     log_temperature: `[]`, of the contrasts `info_nce` and `contrast`.
@@ -36,6 +38,7 @@ class Encoded(NamedTuple):
 
   users: dict[str, Array]
   items: dict[str, Array]
+  rows: dict[str, Array] | None = None
   content: Content | None = None
   retrieved: Array | None = None
   log_temperature: Array | None = None
@@ -83,6 +86,11 @@ class UR4Rec(nn.Module):
   def paths(self) -> dict[str, nn.Module]:
     """Its paths by name."""
     return {name: path for name in PATHS if (path := getattr(self, name)) is not None}
+
+  @property
+  def is_sum(self) -> bool:
+    """Whether scores are sums of the paths' scores, so that shares add up."""
+    return self.fusion is None or self.fusion.kind in SUMS
 
   def for_items(self, num_items: int) -> 'UR4Rec':
     """The same model of a catalogue of another size."""
@@ -157,23 +165,47 @@ class UR4Rec(nn.Module):
     preferences: Preferences | None = None,
     *,
     deterministic: bool = True,
+    take: Callable[[Array], Array] | None = None,
   ) -> Encoded:
-    """Does both for training; the fusion, if it is a sum, is one more path."""
+    """Does both for training; the fusion, if it is a sum, is one more path.
+
+    With `take`, `features` and item tables are this device's rows; it takes those out of an array
+    `[rows, ...]` that histories and losses number, on all devices the same.
+    """
     sides = self.item_side(features, deterministic=deterministic)
+    rows = None
+    if take is not None:
+      rows = {name: side.vectors for name, side in sides.items()}
+      sides = jax.tree.map(take, sides)
     users, retrieved = self._user_side(sides, item_ids, segment_ids, preferences, deterministic)
     items = _vectors(sides)
-    if self.fusion is not None and self.fusion.kind in SUMS:
+    if self.fusion is not None and self.is_sum:
       users[FUSED], items[FUSED] = self.fusion(users, items)
+      if rows is not None:
+        rows[FUSED] = self.fusion.side_by_side(rows)
     contents = [side.content for side in sides.values() if side.content is not None]
     return Encoded(
       users,
       items,
+      rows,
       contents[-1] if contents else None,
       retrieved,
       self.log_temperature,
       self.matching_bias,
       self.log_variances,
     )
+
+  def covariances(self, items: Mapping[str, ItemSide]) -> dict[str, Array]:
+    """What `scaled_users` has to know of all items, by path; for sums of several paths."""
+    if self.fusion is None or not self.is_sum:
+      return {}
+    return self.fusion.covariances(_vectors(items))
+
+  def scaled_users(
+    self, users: Mapping[str, Array], covariances: Mapping[str, Array]
+  ) -> dict[str, Array]:
+    """Multiplies users so that scores are sums of inner products, as `PathFusion.scaled` does."""
+    return dict(users) if self.fusion is None else self.fusion.scaled(users, covariances)
 
   def scores(
     self,
