@@ -1,14 +1,14 @@
-"""What a training step costs as users, catalogue, history length and devices grow.
+"""What a training step and ranking cost as users, catalogue, history length and devices grow.
 
   python -m benchmarks.cost_curves
   python -m benchmarks.cost_curves --axes=items --values=10000,1000000 \
     --config.optimizer.item_rows=all
 
 One thing grows at a time, the others stay as in `BASE`. Each point is a process of its own that
-makes its data in memory and runs the program's training loop: milliseconds a step, microseconds a
-token, peak memory. A step has about as many tokens for any length. Devices are virtual ones of the
-same cores; the batch is the same for any number of them. The last line is JSON; `--json` prints
-only that.
+makes its data in memory and runs the program's training loop and, for some users, its evaluator:
+milliseconds a step, microseconds a token, users ranked a second, peak memory. A step has about as
+many tokens for any length. Devices are virtual ones of the same cores; the batch is the same for
+any number of them. The last line is JSON; `--json` prints only that.
 """
 
 import argparse
@@ -34,6 +34,7 @@ AXES = {
 BASE = {'users': 10_000, 'items': 10_000, 'length': 50, 'devices': 1}
 SETTINGS = {**measure.SHAPES, 'loss': 'sampled_softmax'}
 STEP_TOKENS = 6_400
+RANKED_USERS, RANKINGS = 640, 3
 OVERRIDES = ('--config.loss.num_negatives=1000', '--config.optimizer.item_rows=touched')
 
 
@@ -66,6 +67,15 @@ def measure_point(point: dict[str, Any]) -> dict[str, Any]:
       clock = measure.Clock()
       own_side.train(loop, steps)
       times.append(clock.read())
+    end = offsets[: RANKED_USERS + 1]
+    few = own_side.make_dataset(item_ids[: end[-1]], end, point['items'])
+    rank = own_side.make_evaluator(loop, few, 'valid')
+    rank()
+    ranking = []
+    for _ in range(RANKINGS):
+      clock = measure.Clock()
+      rank()
+      ranking.append(clock.read()['seconds'])
   seconds, processor_seconds = ([x[name] / steps for x in times] for name in times[0])
   step = statistics.median(seconds)
   tokens = loop.batches.tokens / loop.batches.steps_per_epoch
@@ -74,6 +84,7 @@ def measure_point(point: dict[str, Any]) -> dict[str, Any]:
     'step_ms_range': [round(1e3 * min(seconds), 2), round(1e3 * max(seconds), 2)],
     'processor_ms': round(1e3 * statistics.median(processor_seconds), 2),
     'tokens': round(tokens),
+    'ranked_per_second': round((len(end) - 1) / statistics.median(ranking), 1),
     'us_a_token': round(1e6 * step / tokens, 3),
     'prepare_seconds': round(prepare_seconds, 2),
     'first_dispatch_seconds': round(first_seconds, 2),
@@ -120,11 +131,11 @@ def main() -> None:
   curves, lines = {}, []
   for axis in flags.axes:
     curves[axis] = {}
-    lines.append(f'{axis:>10}{"ms a step":>11}{"us a token":>12}{"peak MB":>9}')
+    lines.append(f'{axis:>10}{"ms a step":>11}{"us a token":>12}{"ranked/s":>10}{"peak MB":>9}')
     for value in flags.values or AXES[axis]:
       point = {**BASE, axis: value, 'rounds': flags.rounds, 'overrides': [*OVERRIDES, *overrides]}
       found = curves[axis][str(value)] = run_point(point, flags.limit_seconds)
-      row = '{step_ms:>11.1f}{us_a_token:>12.2f}{peak_mb:>9,.0f}'
+      row = '{step_ms:>11.1f}{us_a_token:>12.2f}{ranked_per_second:>10,.0f}{peak_mb:>9,.0f}'
       shown = f'  {found["error"]}' if 'error' in found else row.format(**found)
       lines.append(f'{value:>10,}{shown}')
       print(lines[-1], file=sys.stderr, flush=True)

@@ -86,6 +86,27 @@ def train(loop: TrainLoop, num_steps: int) -> None:
     loop.dispatcher.flush()
 
 
+def make_evaluator(loop: TrainLoop, dataset: Dataset, part: str) -> Callable[[], np.ndarray]:
+  """A function that ranks the held-out items of a part of a dataset, the loop's or another."""
+  config = loop.config
+  item_ids = loop.item_ids if dataset is loop.dataset else parallel.replicate(dataset.item_ids)
+  evaluator = evaluate.make_evaluator(
+    create_model(config, dataset.num_items),
+    dataset,
+    item_ids,
+    loop.data.tables,
+    part,
+    config.evaluation,
+    config.mapping,
+  )
+
+  def rank() -> np.ndarray:
+    with jax.transfer_guard(config.transfer_guard):
+      return evaluator(loop.state.params)
+
+  return rank
+
+
 def step_program(loop: TrainLoop) -> tuple[Callable, tuple]:
   """The mapped training step, and arguments of the shapes that the loop calls it with."""
   (step,) = loop.train_steps.values()
@@ -126,20 +147,10 @@ def make_answers(settings: dict[str, Any]) -> dict:
   def rank(part: str) -> dict[str, Any]:
     before, preparation = compile_seconds, Clock()
     if part not in evaluators:
-      model = create_model(config, dataset.num_items)
-      evaluators[part] = evaluate.make_evaluator(
-        model,
-        dataset,
-        loop.item_ids,
-        loop.data.tables,
-        part,
-        config.evaluation,
-        config.mapping,
-      )
+      evaluators[part] = make_evaluator(loop, dataset, part)
     prepare_seconds = preparation.read()['seconds']
     clock = Clock()
-    with jax.transfer_guard(config.transfer_guard):
-      ranks = evaluators[part](loop.state.params)
+    ranks = evaluators[part]()
     metrics = ranking_metrics(ranks)
     return {
       **clock.read(),

@@ -91,10 +91,10 @@ change here would be lost.
 
 Both libraries train the same model (width 64, 2 blocks, 1 head, dropout 0.2, float32, batches of
 128 users, histories of 200 on ML-1M and 50 on Beauty) on the same users, in turns in one run, each
-in a process of its own with all cores. Ratios are of medians, with the range over the rounds in
-brackets. Speed counts users' sequences; what is compiled first is apart. RecTools is 0.19, used as
-its documentation says, without logging and checkpoints. The figures need a machine that does
-nothing else.
+in a process of its own with the cores that its section names. Ratios are of medians, with the range
+over the rounds in brackets. Speed counts users' sequences; what is compiled first is apart.
+RecTools is 0.19, used as its documentation says, without logging and checkpoints. The figures need
+a machine that does nothing else.
 """
 
 
@@ -202,7 +202,8 @@ def _measured_on(result: dict[str, Any]) -> str:
   device = result.get('device', 'CPU')
   dataset = result.get('dataset')
   counts = f'{dataset["users"]:,} users, {dataset["items"]:,} items; ' if dataset else ''
-  return f'{counts}{device}, {result["cores"]} cores, load {result["load"]}.'
+  cores = 'one core' if result['cores'] == 1 else f'{result["cores"]} cores'
+  return f'{counts}{device}, {cores} used, load {result["load"]}.'
 
 
 def _side_by_side(result: dict[str, Any]) -> Iterator[str]:
@@ -257,6 +258,8 @@ def _curves(result: dict[str, Any]) -> Iterator[str]:
       for name, field in (('ms a step', 'step_ms'), ('µs a token', 'us_a_token')):
         row[name] = f'{found[field]:,.1f}' if field in found else found['error']
       row['peak MB'] = f'{found["peak_mb"]:,.0f}' if 'peak_mb' in found else ''
+      ranked = found.get('ranked_per_second')
+      row['users ranked/s'] = f'{ranked:,.0f}' if ranked else ''
       rows.append(row)
     yield ''
     yield markdown_table(rows)

@@ -97,6 +97,7 @@ def test_a_point_of_each_curve_is_a_process_of_its_own():
   (line,) = done.stdout.splitlines()
   point = json.loads(line)['curves']['devices']['2']
   assert point['step_ms'] > 0
+  assert point['ranked_per_second'] > 0
   assert point['us_a_token'] == pytest.approx(1e3 * point['step_ms'] / point['tokens'], rel=0.01)
   done = run('benchmarks.cost_curves', '--axes=users', '--values=10', '--limit_seconds=0.01')
   assert done.returncode == 0
@@ -207,7 +208,7 @@ def test_targets_beside_what_was_found(tmp_path):
 
 
 def test_curves_and_profile_on_the_page(tmp_path):
-  point = {'step_ms': 1234.56, 'us_a_token': 2.0, 'peak_mb': 700.4}
+  point = {'step_ms': 1234.56, 'us_a_token': 2.0, 'peak_mb': 700.4, 'ranked_per_second': 159.8}
   curves = {'items': {'10000': point, '1000000': {'error': 'not done in 180 s'}}}
   fields = {'base': cost_curves.BASE, 'ratio': None, 'peak_mb': None, 'curves': curves}
   fields['settings'] = {'overrides': ['--config.loss.num_negatives=256']}
@@ -218,7 +219,7 @@ def test_curves_and_profile_on_the_page(tmp_path):
   page = performance.page(performance.load_results(tmp_path))
   assert 'Sampled softmax with `--config.loss.num_negatives=256`' in page
   found = rows(page, 'ms a step')
-  assert [*found['10,000'].values()] == ['10,000', '1,234.6', '2.0', '700']
+  assert [*found['10,000'].values()] == ['10,000', '1,234.6', '2.0', '700', '160']
   assert found['1,000,000']['ms a step'] == 'not done in 180 s'
   assert rows(page, 'wanted')['peak memory, 1,000,000 items']['found'] == 'not reached'
   assert '52 GFLOP/s: 50% of the 104 GFLOP/s' in page
