@@ -1,9 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ur4rec_jax import ranking
+from ur4rec_jax.parallel import AXIS
 
 
 @pytest.mark.parametrize(
@@ -59,35 +62,60 @@ def test_each_users_own_seen_items_are_left_out():
   np.testing.assert_array_equal(ranks, [3, 4, 1])
 
 
-@pytest.mark.parametrize('at_once', [3, 7, 30, 1000])
-def test_parts_of_the_catalogue_count_as_the_whole_does(at_once, monkeypatch):
-  """Vectors come three times, so that a target has equals in other parts and its own."""
-  monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', at_once)
+def catalogue(num_users: int, num_items: int = 60, width: int = 64):
+  """Users and items by path, the last rows of which are no items, and the ranks to be had.
+
+  Vectors come three times, so that a target has equals in other parts and its own; row 0 and the
+  rows beyond the catalogue would be the best.
+  """
   rng = np.random.default_rng(0)
-  num_items, num_users = 60, 3
-  vectors = np.tile(rng.normal(size=(num_items // 3, 64)), (3, 1))
-  # Row 0 and the rows beyond the catalogue would be the best.
-  rows = np.concatenate([np.full((1, 64), 9.0), vectors, np.full((3, 64), 9.0)])
-  users = np.abs(rng.normal(size=(num_users, 64)))
-  items = {'a': jnp.asarray(rows[:, :32], jnp.float32), 'b': jnp.asarray(rows[:, 32:], jnp.float32)}
-  states = {
-    'a': jnp.asarray(users[:, :32], jnp.float32),
-    'b': jnp.asarray(users[:, 32:], jnp.float32),
+  vectors = np.tile(rng.normal(size=(num_items // 3, width)), (3, 1))
+  no_items = lambda count: np.full((count, width), 9.0)
+  rows = np.concatenate([no_items(1), vectors, no_items(5)])
+  users = np.abs(rng.normal(size=(num_users, width)))
+  targets = rng.integers(1, num_items + 1, num_users)
+  seen = rng.integers(1, num_items + 1, (num_users, 4))
+  seen[0, 0] = targets[0]
+  ranks = []
+  for user, target, had in zip(users, targets, seen, strict=True):
+    scores = np.round(vectors @ user, 9)  # So that those of equal vectors are equal.
+    rivals = set(range(1, num_items + 1)) - {target, *had}
+    ranks.append(1 + sum(scores[i - 1] >= scores[target - 1] for i in rivals))
+  halves = lambda x: {
+    'a': jnp.asarray(x[:, : width // 2], jnp.float32),
+    'b': jnp.asarray(x[:, width // 2 :], jnp.float32),
   }
-  targets = np.array([5, 33, 60])
-  seen_users, seen_items = np.array([0, 0, 2, 1, 3, 3]), np.array([25, 5, 20, 7, 1, 2])
-  rank = jax.jit(ranking.rank_by_products, static_argnames=('num_items', 'item_rows'))
-  queries = map(jnp.asarray, (targets, seen_users, seen_items))
-  ranks, finite = rank(states, items, *queries, num_items=num_items, item_rows='all')
-  expected = []
-  for user, target in enumerate(targets):
-    seen = set(seen_items[seen_users == user].tolist()) | {target}
-    # Rounded, so that equal vectors are equal.
-    scores = np.round(vectors @ users[user], 9)
-    rivals = [i for i in range(1, num_items + 1) if i not in seen]
-    expected.append(1 + sum(scores[i - 1] >= scores[target - 1] for i in rivals))
+  return halves(users), halves(rows), targets, seen, ranks
+
+
+def listed(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Users and items of `rank_by_products`, with two entries more, of nobody."""
+  users = np.repeat(np.arange(len(seen) + 1), [*[seen.shape[1]] * len(seen), 2])
+  return users.astype(np.int32), np.append(seen.ravel(), [1, 2]).astype(np.int32)
+
+
+@pytest.mark.parametrize('at_once', [7, 30, 1000])
+def test_parts_of_the_catalogue_count_as_the_whole_does(at_once, monkeypatch):
+  monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', at_once)
+  users, items, targets, seen, expected = catalogue(num_users=5)
+  rank = jax.jit(functools.partial(ranking.rank_by_products, num_items=60, item_rows='all'))
+  ranks, finite = rank(users, items, jnp.asarray(targets), *map(jnp.asarray, listed(seen)))
   np.testing.assert_array_equal(ranks, expected)
   assert finite
+
+
+@pytest.mark.parametrize('at_once', [7, 1000])
+def test_devices_with_a_part_of_the_catalogue_each_rank_as_one_does(at_once, monkeypatch):
+  """`vmap` stands for devices."""
+  monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', at_once)
+  users, items, targets, seen, expected = catalogue(num_users=6)
+  by_device = lambda x: jnp.asarray(x).reshape(3, -1, *x.shape[1:])
+  users, items, targets = jax.tree.map(by_device, (users, items, targets))
+  seen = [jnp.stack(x) for x in zip(*map(listed, seen.reshape(3, 2, -1)), strict=True)]
+  rank = functools.partial(ranking.rank_by_products, num_items=60, item_rows='sharded')
+  ranks, finite = jax.jit(jax.vmap(rank, axis_name=AXIS))(users, items, targets, *seen)
+  np.testing.assert_array_equal(ranks.ravel(), expected)
+  assert finite.all()
 
 
 @pytest.mark.parametrize('at_once', [7, 1000])
