@@ -60,6 +60,18 @@ def start_pair(start, workdir, *flags, found=by_address, **options):
   return [start(workdir, *flags, env=common | found(number), **options) for number in range(2)]
 
 
+def run_on_two_devices(run, start, workdir, flags, mapping):
+  """With `pmap` on those of one process, with `shard_map` on those of two."""
+  flags = (*flags, f'--config.mapping={mapping}')
+  if mapping == 'pmap':
+    done = run(workdir, *flags, env=devices(2))
+    assert done.returncode == 0, done.stderr
+    return
+  for process in start_pair(start, workdir, *flags):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
 def assert_close(workdir, reference):
   ours, theirs = load_arrays(workdir), load_arrays(reference)
   assert ours.keys() == theirs.keys()
@@ -94,15 +106,12 @@ def on_two_devices(run, encoded, tmp_path_factory):
   return workdir, flags
 
 
-def assert_close_without_padding(workdir, reference, num_tables=4):
-  """Of sharded tables there are a few rows more, for each device to have as many.
-
-  Tables are parameters, two moments and the best parameters.
-  """
+def assert_close_without_padding(workdir, reference):
+  """Of sharded tables there are a few rows more, for each device to have as many."""
   ours, theirs = load_arrays(workdir), load_arrays(reference)
   assert ours.keys() == theirs.keys()
   tables = [name for name in ours if 'item_embedding' in name]
-  assert len(tables) == num_tables
+  assert len(tables) == 4  # Parameters, moments and the best parameters of one path or two.
   for name, x in theirs.items():
     y = ours[name]
     if name in tables:
@@ -114,15 +123,9 @@ def assert_close_without_padding(workdir, reference, num_tables=4):
 @pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
 def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_devices, tmp_path):
   reference, flags = on_two_devices
-  flags += ('--config.optimizer.item_rows=sharded', f'--config.mapping={mapping}')
+  flags += ('--config.optimizer.item_rows=sharded',)
   workdir = tmp_path / 'run'
-  if mapping == 'pmap':
-    done = run(workdir, *flags, env=devices(2))
-    assert done.returncode == 0, done.stderr
-  else:
-    for process in start_pair(start, workdir, *flags):
-      _, errors = process.communicate(timeout=300)
-      assert process.returncode == 0, errors
+  run_on_two_devices(run, start, workdir, flags, mapping)
   assert_close_without_padding(workdir, reference)
   results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
   assert results[0] == results[1]
@@ -150,16 +153,10 @@ def test_losses_of_all_items_train_the_same_where_these_are_spread(
 ):
   """With losses beside them that read the items of the step alone."""
   reference, flags = on_the_whole_catalogue
-  flags += ('--config.optimizer.item_rows=sharded', f'--config.mapping={mapping}')
+  flags += ('--config.optimizer.item_rows=sharded',)
   workdir = tmp_path / 'run'
-  if mapping == 'pmap':
-    done = run(workdir, *flags, env=devices(2))
-    assert done.returncode == 0, done.stderr
-  else:
-    for process in start_pair(start, workdir, *flags):
-      _, errors = process.communicate(timeout=300)
-      assert process.returncode == 0, errors
-  assert_close_without_padding(workdir, reference, num_tables=4)
+  run_on_two_devices(run, start, workdir, flags, mapping)
+  assert_close_without_padding(workdir, reference)
   results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
   assert results[0]['test'] == results[1]['test']
 
