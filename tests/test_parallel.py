@@ -29,8 +29,8 @@ ON_ROWS = (
   '--config.sasrec.item_input=id+content',
   '--config.num_epochs=2',
 )
-# What a softmax cancels has no gradient but rounding, which AdamW makes large: a bias of all logits,
-# and that of keys.
+# What a softmax cancels, a bias of all logits and that of keys, has no gradient but rounding, which
+# AdamW makes large.
 CANCELLED = ("['logits']['bias']", "['query_key_value']['bias']")
 
 
