@@ -42,6 +42,7 @@ from ur4rec_jax.sweep import (
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
+FUSIONS = RESULTS / 'fusions'  # What `benchmarks.fusions` stores.
 README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'results.md'
 DASH = '–'
 Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds, and `ranks` of NAME.npz.
@@ -67,6 +68,8 @@ deviation. {DASH} stands where a run has not recorded what is needed, or no user
 - **features**: the encoder of each modality, and whether it is the built-in one, its texts are of a
   mock, or its items were shuffled.
 - **command**: it also needs `--workdir`, `--config.data_dir` and `--config.seed`.
+- **way**: NDCG@10 of the same parameters, ranked by one path alone or with both joined otherwise
+  (`python -m benchmarks.fusions`).
 - **stage**: NDCG@10 of its best parameters, ranked with the paths that it trains. *chosen*: in how
   many runs they are the best of all stages by validation, and so the run's result.
 """
@@ -141,7 +144,8 @@ def load_results(folder: pathlib.Path) -> Stored:
   """Reads all stored results, those that are compared with nothing first.
 
   Returns:
-    By name the contents of NAME.json and, where there is a NAME.npz, `ranks`, `[seeds, users]`.
+    By name the contents of NAME.json and, where there is a NAME.npz, `ranks`, `[seeds, users]`;
+    `fusions` is what fusions/NAME.json holds, where there is one.
 
   Raises:
     InputError: a file cannot be read, or a baseline is missing or does not fit.
@@ -153,6 +157,8 @@ def load_results(folder: pathlib.Path) -> Stored:
       if path.with_suffix('.npz').exists():
         with np.load(path.with_suffix('.npz')) as archive:
           entry['ranks'] = archive['ranks']
+      if (fusions := folder / FUSIONS.name / path.name).exists():
+        entry['fusions'] = json.loads(fusions.read_text())
         if len(entry['ranks']) != len(entry['runs']):
           raise ValueError(f'{path.stem}.npz is of other runs')
     except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
@@ -247,7 +253,8 @@ def _section(group: Stored, stored: Stored) -> str:
         'command': f'`{entry["command"]}`',
       }
     )
-  tables = [accuracy, runs, [row for item in group.items() for row in _stage_rows(*item)]]
+  tables = [accuracy, runs]
+  tables += [[row for x in group.items() for row in of(*x)] for of in (_stage_rows, _fusion_rows)]
   return '\n\n'.join(['\n'.join(lines), *(markdown_table(rows) for rows in tables if rows)])
 
 
@@ -271,6 +278,21 @@ def _stage_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
       }
     )
   return rows
+
+
+def _fusion_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
+  """A row for each way to rank by the same parameters, where several were tried."""
+  runs = entry.get('fusions', [])
+  return [
+    {
+      'variant': name,
+      'way': way,
+      'seeds': ', '.join(str(run['seed']) for run in runs),
+      'validation': _mean_of([run['ways'][way]['valid'] for run in runs]),
+      'test': _mean_of([run['ways'][way]['test'] for run in runs]),
+    }
+    for way in (runs[0]['ways'] if runs else ())
+  ]
 
 
 def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:
@@ -352,7 +374,8 @@ def write_tables() -> None:
   write_file(PAGE, results_page(stored))
 
 
-def _seeds(text: str) -> list[int]:
+def seeds_of(text: str) -> list[int]:
+  """Reads a flag of numbers with commas between."""
   return sorted({int(seed) for seed in text.split(',')})
 
 
@@ -366,7 +389,7 @@ def main() -> None:
   parser.add_argument('--config', help='config file, or FILE:VARIANT')
   parser.add_argument('--data_dir', help='prepared data')
   parser.add_argument('--workdir', help='holds one run a seed')
-  parser.add_argument('--seeds', type=_seeds, default='0,1,2', help='numbers with commas between')
+  parser.add_argument('--seeds', type=seeds_of, default='0,1,2', help='numbers with commas between')
   parser.add_argument('--baseline', help='name of the results to compare with')
   parser.add_argument('--headline', action='store_true', help='show it in the README too')
   flags, overrides = parser.parse_known_args()

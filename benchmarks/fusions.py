@@ -1,0 +1,101 @@
+"""What each path is worth, and how both are best joined: finished runs ranked in several ways.
+
+  python -m benchmarks.fusions --name=ml-100k-multimodal --workdir=runs/ml-100k-multimodal \
+    --seeds=0,1,2,3,4
+
+The parameters are those that the runs ended with; only what makes scores of them differs, so that
+nothing is trained. What is kept is `benchmarks/results/fusions/NAME.json`, from which
+`benchmarks.accuracy` makes a table of docs/results.md; NAME is of results that it has stored.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from benchmarks.accuracy import FUSIONS, RESULTS, seeds_of, write_tables
+from ur4rec_jax import evaluate, parallel, results
+from ur4rec_jax.checkpoint import write_file
+from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.features import load_with_features, read_tables
+from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.models.ur4rec import create_model
+
+WAYS = {
+  'as trained': {},
+  'sasrec alone': {'paths': ('sasrec',)},
+  'retriever alone': {'paths': ('retriever',)},
+  **{
+    f'weighted {weight:g} : {1 - weight:g}': {'fusion.weights': (weight, 1 - weight)}
+    for weight in (0.8, 0.6, 0.5, 0.4, 0.2)
+  },
+  'weighted 0.5 : 0.5, standardise': {
+    'fusion.weights': (0.5, 0.5),
+    'fusion.calibration': 'standardise',
+  },
+  'rank 0.5 : 0.5': {'fusion.kind': 'rank', 'fusion.weights': (0.5, 0.5)},
+  'cascade, best 100': {'fusion.kind': 'cascade', 'fusion.cascade_size': 100},
+}
+
+
+def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+  """Validation and test NDCG@10 of a finished run by the name of the way.
+
+  Raises:
+    InputError: there is no such run, or not one of two paths that join what they score for sums.
+  """
+  path = workdir / 'config.json'
+  if not (workdir / 'results.json').exists():
+    raise InputError(f'{workdir}: no finished run here')
+  config = ConfigDict(json.loads(path.read_text())['config'])
+  if len(config.paths) < 2 or config.retriever.query != 'user' or config.fusion.kind != 'weighted':
+    raise InputError(f'{workdir}: not a run of two paths, one for itself each, that are weighted')
+  dataset = load_with_features(config)
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  _, params = results.restore_best(config, str(workdir), dataset, tables)
+  params, item_ids, tables = parallel.replicate((params, dataset.item_ids, tables))
+  found = {}
+  for name, changes in WAYS.items():
+    changed = ConfigDict(config.to_dict())
+    with changed.ignore_type():
+      changed.update_from_flattened_dict(changes)
+    model = create_model(changed, dataset.num_items)
+    found[name] = {
+      part: ranking_metrics(
+        evaluate.make_evaluator(
+          model, dataset, item_ids, tables, part, config.evaluation, config.mapping
+        )(params)
+      )['ndcg@10']
+      for part in evaluate.PARTS
+    }
+  return found
+
+
+@exit_on_reported_error
+def main() -> None:
+  """Ranks the runs, stores what comes out and writes the tables."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--name', required=True, help='of results that benchmarks.accuracy stored')
+  parser.add_argument('--workdir', required=True, help='holds one run a seed')
+  parser.add_argument('--seeds', type=seeds_of, default='0,1,2', help='with commas between')
+  flags = parser.parse_args()
+  if not (RESULTS / f'{flags.name}.json').exists():
+    raise InputError(f'--name={flags.name}: no such results in {RESULTS}')
+  runs: list[dict[str, Any]] = []
+  for seed in flags.seeds:
+    found = rank_in_all_ways(pathlib.Path(flags.workdir) / f'seed{seed}')
+    runs.append({'seed': seed, 'ways': found})
+    for name, values in found.items():
+      print(f'seed {seed}  {name:<36}valid {values["valid"]:.4f}  test {values["test"]:.4f}')
+  FUSIONS.mkdir(exist_ok=True)
+  write_file(FUSIONS / f'{flags.name}.json', json.dumps(runs, indent=1) + '\n')
+  write_tables()
+
+
+if __name__ == '__main__':
+  main()
