@@ -157,10 +157,10 @@ def load_results(folder: pathlib.Path) -> Stored:
       if path.with_suffix('.npz').exists():
         with np.load(path.with_suffix('.npz')) as archive:
           entry['ranks'] = archive['ranks']
-      if (fusions := folder / FUSIONS.name / path.name).exists():
-        entry['fusions'] = json.loads(fusions.read_text())
         if len(entry['ranks']) != len(entry['runs']):
           raise ValueError(f'{path.stem}.npz is of other runs')
+      if (fusions := folder / FUSIONS.name / path.name).exists():
+        entry['fusions'] = json.loads(fusions.read_text())
     except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
       raise InputError(f'{path}: cannot be read ({error!r}); delete it and run again') from error
   _check(stored)

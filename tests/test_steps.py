@@ -203,7 +203,9 @@ class Lookup(nn.Module):
     self.item_embedding = self.param('item_embedding', init, (NUM_ITEMS + 1, 8))
     self.drop = Dropout(self.dropout)
 
-  def encode(self, features, item_ids, segment_ids, preferences, *, deterministic: bool = True):
+  def encode(
+    self, features, item_ids, segment_ids, preferences, *, deterministic: bool = True, take=None
+  ):
     users = self.drop(self.item_embedding[item_ids], deterministic=deterministic)
     return Encoded({'sasrec': users}, {'sasrec': self.item_embedding[1:]})
 
