@@ -22,7 +22,6 @@ from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.features import load_with_features, read_tables
 from ur4rec_jax.metrics import ranking_metrics
-from ur4rec_jax.models.ur4rec import create_model
 
 WAYS = {
   'as trained': {},
@@ -45,32 +44,30 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
   """Validation and test NDCG@10 of a finished run by the name of the way.
 
   Raises:
-    InputError: there is no such run, or not one of two paths that join what they score for sums.
+    InputError: there is no finished run, or its best stage ranks by something else than the
+      weighted sum of two paths.
   """
   path = workdir / 'config.json'
   if not (workdir / 'results.json').exists():
     raise InputError(f'{workdir}: no finished run here')
   config = ConfigDict(json.loads(path.read_text())['config'])
-  if len(config.paths) < 2 or config.retriever.query != 'user' or config.fusion.kind != 'weighted':
-    raise InputError(f'{workdir}: not a run of two paths, one for itself each, that are weighted')
   dataset = load_with_features(config)
   tables = read_tables(dataset, jnp.dtype(config.dtype))
-  _, params = results.restore_best(config, str(workdir), dataset, tables)
-  params, item_ids, tables = parallel.replicate((params, dataset.item_ids, tables))
+  stage, params = results.restore_best(config, str(workdir), dataset, tables)
+  config = stage.config
+  if len(config.paths) < 2 or config.retriever.query != 'user' or config.fusion.kind != 'weighted':
+    raise InputError(
+      f'{workdir}: not a run of two paths whose best stage ranks by the weighted sum of both, each '
+      "of which could do without the other (retriever.query='user')"
+    )
+  placed = parallel.replicate((dataset.item_ids, tables, params))
   found = {}
   for name, changes in WAYS.items():
     changed = ConfigDict(config.to_dict())
     with changed.ignore_type():
       changed.update_from_flattened_dict(changes)
-    model = create_model(changed, dataset.num_items)
-    found[name] = {
-      part: ranking_metrics(
-        evaluate.make_evaluator(
-          model, dataset, item_ids, tables, part, config.evaluation, config.mapping
-        )(params)
-      )['ndcg@10']
-      for part in evaluate.PARTS
-    }
+    ranks = results.rank_held_out(changed, dataset, *placed, evaluate.PARTS)
+    found[name] = {part: ranking_metrics(of)['ndcg@10'] for part, of in ranks.items()}
   return found
 
 

@@ -23,7 +23,7 @@ ITEM_TABLE = 'item_embedding'  # The last name in the path of a parameter with a
 # Sharded tables have a multiple of so many rows, which as many devices can share; so what is saved
 # does not depend on their number.
 _MULTIPLE = 64
-_NOBODY = np.iinfo(np.int32).max
+NOBODY = np.iinfo(np.int32).max  # A number beyond every end.
 
 
 def check_devices(item_rows: str) -> None:
@@ -98,7 +98,7 @@ def find_rows(item_ids: Array, num_items: int) -> Array:
   everywhere = jax.lax.all_gather(item_ids, AXIS, tiled=True)
   size = min(everywhere.size, num_items) + 1
   with_padding = jnp.concatenate([jnp.zeros(1, everywhere.dtype), everywhere])
-  return jnp.unique(with_padding, size=size, fill_value=_NOBODY)
+  return jnp.unique(with_padding, size=size, fill_value=NOBODY)
 
 
 def renumber(item_ids: Array, rows: Array) -> Array:
@@ -166,12 +166,17 @@ def global_norm_of_parts(tree: PyTree) -> Array:
   return jnp.sqrt(squares[False] + jax.lax.psum(squares[True], AXIS))
 
 
+def places_from(first: Array, ids: Array) -> Array:
+  """Where ids are in rows of which the first is of id `first`; beyond every end if before it."""
+  places = ids - first
+  return jnp.where(places >= 0, places, NOBODY)  # Negative ones would count from the end.
+
+
 def _places(table: Array, rows: Array, item_rows: str) -> Array:
   """Where `rows` are in this device's part of a table; beyond its end if they are elsewhere."""
-  if item_rows != 'sharded':
-    return rows
-  places = rows - jax.lax.axis_index(AXIS) * len(table)
-  return jnp.where(places >= 0, places, _NOBODY)  # Negative ones would count from the end.
+  return (
+    places_from(jax.lax.axis_index(AXIS) * len(table), rows) if item_rows == 'sharded' else rows
+  )
 
 
 def _is_item_table(path: tuple) -> bool:

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ur4rec_jax.item_rows import places_from
+
 Array = jax.Array
 RETRIEVAL_LOSSES = ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce')
 
@@ -96,9 +98,13 @@ def sampled_softmax(
   return ((log_sum - positive) * weights).sum()
 
 
+def _matmul(a: Array, b: Array) -> Array:
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
 def plain_softmax(hidden: Array, item_vectors: Array, targets: Array, weights: Array) -> Array:
   """Cross-entropy over the whole catalogue, written plainly; the reference for `softmax`."""
-  logits = jnp.matmul(hidden, item_vectors.T, preferred_element_type=jnp.float32)
+  logits = _matmul(hidden, item_vectors.T)
   target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
   return ((jax.nn.logsumexp(logits, axis=-1) - target_logits) * weights).sum()
 
@@ -153,12 +159,9 @@ def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
   tokens, dim = hidden.shape
   chunk_size = min(chunk_size, tokens)
 
-  def matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
   def step(item_gradient, chunk):
     h, target, weight = chunk
-    logits = matmul(h, item_vectors.T)
+    logits = _matmul(h, item_vectors.T)
     top = logits.max(-1, keepdims=True)
     unnormalised = jnp.exp(logits - top)
     total = unnormalised.sum(-1, keepdims=True)
@@ -169,9 +172,9 @@ def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
     # at [chunk, num_items] every extra pass over memory costs as much as a product.
     unnormalised = unnormalised.astype(h.dtype)
     hidden_gradient = weight[:, None] * (
-      matmul(unnormalised, item_vectors) / total - target_vectors
+      _matmul(unnormalised, item_vectors) / total - target_vectors
     )
-    item_gradient += matmul(unnormalised.T, (h * (weight[:, None] / total)).astype(h.dtype))
+    item_gradient += _matmul(unnormalised.T, (h * (weight[:, None] / total)).astype(h.dtype))
     item_gradient = item_gradient.at[target].add(-weight[:, None] * h)
     return item_gradient, ((losses * weight).sum(), hidden_gradient.astype(h.dtype))
 
@@ -239,18 +242,14 @@ def _softmax_over_devices_forward(
   tokens = of_all[0].shape[0]
   chunk_size = min(chunk_size, tokens)
 
-  def matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
   def step(item_gradient, chunk):
     h, target, weight = chunk
-    place = target - device * rows
-    is_here = (place >= 0) & (place < rows)
-    place = jnp.where(is_here, place, 0)
-    logits = jnp.where(is_item, matmul(h, item_rows.T), jnp.finfo(jnp.float32).min)
+    place = places_from(ids[0], target)  # Beyond the end where another device has the target.
+    logits = jnp.where(is_item, _matmul(h, item_rows.T), jnp.finfo(jnp.float32).min)
     top = logits.max(-1)
     unnormalised = jnp.where(is_item, jnp.exp(logits - top[:, None]), 0)
-    target_logit = jnp.where(is_here, jnp.take_along_axis(logits, place[:, None], 1)[:, 0], 0)
+    target_logit = logits.at[jnp.arange(len(h)), place].get(mode='fill', fill_value=0)
+    target_vectors = item_rows.at[place].get(mode='fill', fill_value=0)
     tops, totals, target_logits = jax.lax.all_gather(
       (top, unnormalised.sum(-1), target_logit), axis
     )
@@ -259,12 +258,12 @@ def _softmax_over_devices_forward(
     losses = jnp.log(total) + highest - target_logits.sum(0)
     # What makes these exponentials probabilities goes onto the narrow factors, as in `softmax`.
     share = (jnp.exp(top - highest) / total)[:, None]
-    weight, here = weight[:, None], is_here[:, None]
+    weight = weight[:, None]
     unnormalised = unnormalised.astype(h.dtype)
-    of_items = share * matmul(unnormalised, item_rows)
-    hidden_gradient = weight * (of_items - jnp.where(here, item_rows[place], 0))
-    item_gradient += matmul(unnormalised.T, (h * (weight * share)).astype(h.dtype))
-    item_gradient = item_gradient.at[place].add(jnp.where(here, -weight * h, 0))
+    of_items = share * _matmul(unnormalised, item_rows)
+    hidden_gradient = weight * (of_items - target_vectors)
+    item_gradient += _matmul(unnormalised.T, (h * (weight * share)).astype(h.dtype))
+    item_gradient = item_gradient.at[place].add(-weight * h, mode='drop')
     return item_gradient, (losses * weight[:, 0], hidden_gradient)
 
   item_gradient, (losses, hidden_gradient) = jax.lax.scan(

@@ -6,15 +6,13 @@ products, the catalogue is scored in parts of `ITEMS_AT_ONCE`, and may be spread
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ur4rec_jax.item_rows import find_rows, renumber, take_rows
+from ur4rec_jax.item_rows import NOBODY, find_rows, places_from, renumber, take_rows
 from ur4rec_jax.models.fusion import inner_products
 from ur4rec_jax.parallel import AXIS
 
 Array = jax.Array
 ITEMS_AT_ONCE = 16_384
-NOWHERE = np.iinfo(np.int32).max  # A place beyond every end.
 
 
 def rank_by_products(
@@ -46,7 +44,7 @@ def rank_by_products(
     first = jax.lax.axis_index(AXIS) * rows
     earlier_users = jax.lax.axis_index(AXIS) * len(targets)
     # Who is nobody here must not become the next device's first user.
-    seen_users = jnp.where(seen_users < len(targets), seen_users + earlier_users, NOWHERE)
+    seen_users = jnp.where(seen_users < len(targets), seen_users + earlier_users, NOBODY)
     users, targets, seen_users, seen_items = jax.lax.all_gather(
       (users, targets, seen_users, seen_items), AXIS, tiled=True
     )
@@ -59,9 +57,9 @@ def rank_by_products(
   def count(start: Array, scores: Array, target_scores: Array, counted: Array) -> Array:
     """Counts items of the part that begins at a row, but for rows before `counted`."""
     ids = first + start + jnp.arange(size)
-    places = lambda ids: jnp.where(ids >= first + start, ids - first - start, NOWHERE)
-    scores = scores.at[seen_users, places(seen_items)].set(-jnp.inf, mode='drop')
-    scores = scores.at[everybody, places(targets)].set(-jnp.inf, mode='drop')
+    seen_places, places = places_from(ids[0], seen_items), places_from(ids[0], targets)
+    scores = scores.at[seen_users, seen_places].set(-jnp.inf, mode='drop')
+    scores = scores.at[everybody, places].set(-jnp.inf, mode='drop')
     is_rival = (ids >= first + counted) & (ids > 0) & (ids <= num_items)
     return ((scores >= target_scores[:, None]) & is_rival).sum(-1, dtype=jnp.int32)
 
@@ -69,12 +67,10 @@ def rank_by_products(
   # loop, so that equal vectors score the same to the last bit.
   if rows == size:
     scores = scores_of(items)
-    place = targets - first
-    is_here = (place >= 0) & (place < rows)
-    found = jnp.take_along_axis(scores, jnp.clip(place, 0, rows - 1)[:, None], axis=1)[:, 0]
-    target_scores = jnp.where(is_here, found, 0)
+    places = places_from(first, targets)
+    target_scores = scores.at[everybody, places].get(mode='fill', fill_value=0)  # 0 if elsewhere.
     target_scores = jax.lax.psum(target_scores, AXIS) if is_sharded else target_scores
-    counts, finite = count(0, scores, target_scores, 0), (jnp.abs(scores) < jnp.inf).all()
+    counts, finite = count(0, scores, target_scores, 0), jnp.isfinite(scores).all()
   else:
     of_targets = {path: take_rows(x, targets, item_rows) for path, x in items.items()}
     of_targets = jax.tree.map(lambda x: jnp.pad(x, ((0, size - len(x)), (0, 0))), of_targets)
@@ -86,7 +82,7 @@ def rank_by_products(
       scores = scores_of(jax.lax.cond(i < 0, lambda: of_targets, lambda: jax.tree.map(cut, items)))
       target_scores = jnp.where(i < 0, scores[everybody, everybody], target_scores)
       counts += jnp.where(i < 0, 0, count(start, scores, target_scores, i * size))
-      return counts, target_scores, finite & (jnp.abs(scores) < jnp.inf).all()
+      return counts, target_scores, finite & jnp.isfinite(scores).all()
 
     nothing = jnp.zeros(len(targets), jnp.int32), jnp.zeros(len(targets)), jnp.array(True)
     counts, _, finite = jax.lax.fori_loop(-1, -(-rows // size), add_part, nothing)
@@ -126,7 +122,7 @@ def rank_among_candidates(
     for path, x in items.items()
   )
   ranks = rank_candidates(scores[:, 0], scores[:, 1:], targets, candidates)
-  return ranks, (jnp.abs(scores) < jnp.inf).all()
+  return ranks, jnp.isfinite(scores).all()
 
 
 def rank_candidates(

@@ -73,7 +73,7 @@ def write_results(
   for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
     parts = evaluate.PARTS if i == best else ('test',)
     params = params_of_stage(best_params, i)
-    ranks = _rank(stage.config, dataset, *placed, params, parts, item_rows)
+    ranks = rank_held_out(stage.config, dataset, *placed, params, parts, item_rows)
     if i == best:
       best_ranks, scores = ranks, _scores(stage.config, dataset, ranks)
     records.append(
@@ -143,7 +143,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   tables = read_tables(dataset, jnp.dtype(config.dtype))
   stage, params = restore_best(config, workdir, dataset, tables)
   placed = parallel.replicate((dataset.item_ids, tables))
-  ranks = _rank(stage.config, dataset, *placed, params, evaluate.PARTS)
+  ranks = rank_held_out(stage.config, dataset, *placed, params, evaluate.PARTS)
   results = _scores(stage.config, dataset, ranks)
   if parallel.is_main_process():
     print(results_table(results), file=sys.stderr)
@@ -179,7 +179,7 @@ def restore_best(
   return stages[best], unpadded(params, dataset.num_items)
 
 
-def _rank(
+def rank_held_out(
   config: ConfigDict,
   dataset: Dataset,
   item_ids: jax.Array,
