@@ -42,7 +42,8 @@ from ur4rec_jax.sweep import (
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
-FUSIONS = RESULTS / 'fusions'  # What `benchmarks.fusions` stores.
+FUSIONS = RESULTS / 'fusions'  # What `benchmarks.fusions` stores,
+ABLATION = RESULTS / 'ablation'  # and `benchmarks.ablation`.
 README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'results.md'
 DASH = '–'
 Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds, and `ranks` of NAME.npz.
@@ -68,6 +69,8 @@ deviation. {DASH} stands where a run has not recorded what is needed, or no user
 - **features**: the encoder of each modality, and whether it is the built-in one, its texts are of a
   mock, or its items were shuffled.
 - **command**: it also needs `--workdir`, `--config.data_dir` and `--config.seed`.
+- **part**: mean NDCG@10 of the runs with / without it, shorter ones of which each has another half
+  of all parts (`python -m benchmarks.ablation`); p as above, of the effect on the test items.
 - **way**: NDCG@10 of the same parameters, ranked by one path alone or with both joined otherwise
   (`python -m benchmarks.fusions`).
 - **stage**: NDCG@10 of its best parameters, ranked with the paths that it trains. *chosen*: in how
@@ -145,7 +148,8 @@ def load_results(folder: pathlib.Path) -> Stored:
 
   Returns:
     By name the contents of NAME.json and, where there is a NAME.npz, `ranks`, `[seeds, users]`;
-    `fusions` is what fusions/NAME.json holds, where there is one.
+    `fusions` and `ablation` are what fusions/NAME.json and ablation/NAME.json hold, where there is
+    one; the latter has `ranks`, too.
 
   Raises:
     InputError: a file cannot be read, or a baseline is missing or does not fit.
@@ -155,16 +159,24 @@ def load_results(folder: pathlib.Path) -> Stored:
     try:
       stored[path.stem] = entry = json.loads(path.read_text())
       if path.with_suffix('.npz').exists():
-        with np.load(path.with_suffix('.npz')) as archive:
-          entry['ranks'] = archive['ranks']
-        if len(entry['ranks']) != len(entry['runs']):
-          raise ValueError(f'{path.stem}.npz is of other runs')
+        entry['ranks'] = _read_ranks(path.with_suffix('.npz'), len(entry['runs']))
       if (fusions := folder / FUSIONS.name / path.name).exists():
         entry['fusions'] = json.loads(fusions.read_text())
+      if (ablation := folder / ABLATION.name / path.name).exists():
+        entry['ablation'] = found = json.loads(ablation.read_text())
+        found['ranks'] = _read_ranks(ablation.with_suffix('.npz'), len(found['runs']))
     except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
       raise InputError(f'{path}: cannot be read ({error!r}); delete it and run again') from error
   _check(stored)
   return dict(sorted(stored.items(), key=lambda item: bool(item[1].get('baseline'))))
+
+
+def _read_ranks(path: pathlib.Path, num_runs: int) -> np.ndarray:
+  with np.load(path) as archive:
+    ranks = archive['ranks']
+  if len(ranks) != num_runs:
+    raise ValueError(f'{path.name} is of other runs')
+  return ranks
 
 
 def _check(stored: Stored) -> None:
@@ -254,7 +266,10 @@ def _section(group: Stored, stored: Stored) -> str:
       }
     )
   tables = [accuracy, runs]
-  tables += [[row for x in group.items() for row in of(*x)] for of in (_stage_rows, _fusion_rows)]
+  tables += [
+    [row for x in group.items() for row in of(*x)]
+    for of in (_stage_rows, _fusion_rows, _ablation_rows)
+  ]
   return '\n\n'.join(['\n'.join(lines), *(markdown_table(rows) for rows in tables if rows)])
 
 
@@ -293,6 +308,24 @@ def _fusion_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
     }
     for way in (runs[0]['ways'] if runs else ())
   ]
+
+
+def _ablation_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
+  """A row for each part, where runs with and without it were made."""
+  if 'ablation' not in entry:
+    return []
+  runs, ranks = (entry['ablation'][key] for key in ('runs', 'ranks'))
+  rows = []
+  for part in entry['ablation']['names']:
+    has_part = np.array([part in run['parts'] for run in runs])
+    row = {'variant': name, 'part': part, 'runs': f'{len(runs)}'}
+    for of in ('valid', 'test'):
+      scores = np.array([run[of] for run in runs])
+      means = scores[has_part].mean(), scores[~has_part].mean()
+      row[of] = ' / '.join(f'{mean:.4f}' for mean in means)
+      row[f'effect, {of}'] = f'{100 * (means[0] / means[1] - 1):+.1f} %'
+    rows.append({**row, 'p': p_text(ranks_p_value(ranks[has_part], ranks[~has_part]))})
+  return rows
 
 
 def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:

@@ -119,8 +119,11 @@ class Retriever(nn.Module):
       `[batch, length, dim]`, whose inner product with an item's vector is its score, in nats; and
       what each proxy retrieved, `[batch, length, proxies, dim]`, or None with the query `user`.
     """
+    content = items.content
+    if self.item_id:
+      content = content._replace(modalities=content.modalities + items.vectors[:, None])
     users, retrieved = self.user_tower(
-      items.content,
+      content,
       item_ids,
       segment_ids,
       preferences,
