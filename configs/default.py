@@ -84,7 +84,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.retriever.cross_modal_blocks = 1  # Attention between the modalities of the history.
   config.retriever.fusion = 'gated'  # How a user's modalities are joined: add, concat or gated.
   config.retriever.num_proxies = 4  # Learned queries, of proxies.
-  config.retriever.item_id = True  # Whether items get an embedding of their id, too.
+  config.retriever.item_id = True  # Whether items, histories' too, have an embedding of their id.
   config.retriever.temperature = 0.1  # What the learned temperature of cosines starts from.
 
   config.content = ConfigDict()

@@ -90,6 +90,18 @@ def test_packed_users_are_encoded_as_if_alone_and_padding_changes_nothing():
     np.testing.assert_allclose(packed[path][0, 3:5], alone[path][1, :2], atol=1e-5)
 
 
+def test_retriever_with_ids_reads_those_of_the_history():
+  _, model, params, features = make()
+  items = np.array([[1, 2, 7, 5, 6, 1]])
+  before = encode(model, params, features, items).users['retriever']
+  for item, first_read in ((7, 2), (6, 4), (3, LENGTH)):
+    table = params['retriever']['item_embedding'].at[item].multiply(-1)
+    changed = params | {'retriever': params['retriever'] | {'item_embedding': table}}
+    after = encode(model, changed, features, items).users['retriever']
+    moved = np.abs(after - before)[0].max(-1) > 1e-4
+    assert moved.tolist() == [False] * first_read + [True] * (LENGTH - first_read)
+
+
 def test_a_catalogue_of_some_items_has_their_vectors():
   _, model, params, features = make()
   rows = jnp.array([0, 2, 5, 6, ITEMS + 1])  # The last is nobody.

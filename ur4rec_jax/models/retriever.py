@@ -24,8 +24,8 @@ def normalised(x: Array) -> Array:
 class Retriever(nn.Module):
   """Scores items by the cosine of a user's and an item's vector over a learned temperature.
 
-  An item is its content plus an embedding of its id; a user is what the content of the history
-  and the user's own texts tell.
+  An item is its content plus an embedding of its id; a user is what the content of the history,
+  with the items' vectors if they have ids, and the user's own texts tell.
 
   Attributes:
     num_items: catalogue size.
@@ -41,7 +41,7 @@ class Retriever(nn.Module):
     cross_modal_blocks: layers in which the modalities of the history attend to each other.
     fusion: how a user's modalities are joined: `add`, `concat` or `gated`.
     num_proxies: learned queries, of `proxies`.
-    item_id: whether items get an embedding of their id.
+    item_id: whether items get an embedding of their id, which histories read, too.
     temperature: what the learned temperature starts from.
     dtype: computation type; parameters and reductions stay float32.
   """
