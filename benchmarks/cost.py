@@ -1,7 +1,7 @@
 """What each model variant costs: parameters, operations a user, time of a training step.
 
   python -m benchmarks.cost --config=configs/movielens_1m.py --data_dir=data/movielens_1m \
-    --variants=sasrec,text,multimodal
+    --variants=sasrec,text,multimodal [--out=cost-ml-1m]
 
 All parameters move, under all losses of the variant. The variants' steps take turns in one process,
 so that whatever else the machine does falls on all of them alike; times are medians, and ratios
@@ -11,7 +11,6 @@ is JSON.
 
 import argparse
 import importlib.util
-import json
 import statistics
 import tempfile
 import time
@@ -22,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from benchmarks import own_side
+from benchmarks import measure, own_side
+from configs import default
 from ur4rec_jax import parallel
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.errors import exit_on_reported_error
@@ -79,8 +79,11 @@ def main() -> None:
   )
   parser.add_argument('--config', required=True, help='config file, without a variant')
   parser.add_argument('--data_dir', required=True, help='prepared data, with features')
-  parser.add_argument('--variants', default='sasrec,text,multimodal', help='the first is the base')
+  parser.add_argument(
+    '--variants', default=','.join(default.VARIANTS), help='the first is the base'
+  )
   parser.add_argument('--rounds', type=int, default=10)
+  measure.add_output_flags(parser)
   flags = parser.parse_args()
   spec = importlib.util.spec_from_file_location('config', flags.config)
   module = importlib.util.module_from_spec(spec)
@@ -102,19 +105,24 @@ def main() -> None:
   rows = {
     name: {
       'parameters': variant.parameters,
-      'operations_a_user': variant.operations,
-      'step_seconds': statistics.median(seconds[name]),
-      'ratio': statistics.median(a / b for a, b in zip(seconds[name], base, strict=True)),
+      'mflop_a_user': round(variant.operations / 1e6, 1),
+      'step_ms': round(1000 * statistics.median(seconds[name]), 1),
+      'ratio': round(statistics.median(a / b for a, b in zip(seconds[name], base, strict=True)), 3),
     }
     for name, variant in variants.items()
   }
-  print(f'{"variant":<12}{"parameters":>12}{"MFLOP a user":>14}{"ms a step":>11}{"ratio":>7}')
-  for name, row in rows.items():
-    print(
-      f'{name:<12}{row["parameters"]:>12,}{row["operations_a_user"] / 1e6:>14.1f}'
-      f'{1000 * row["step_seconds"]:>11.0f}{row["ratio"]:>7.2f}'
-    )
-  print(json.dumps({'device': parallel.describe_devices(), 'variants': rows}))
+  lines = [f'{"variant":<12}{"parameters":>12}{"MFLOP a user":>14}{"ms a step":>11}{"ratio":>7}']
+  row = '{parameters:>12,}{mflop_a_user:>14.1f}{step_ms:>11.0f}{ratio:>7.2f}'
+  lines += [f'{name:<12}{row.format(**found)}' for name, found in rows.items()]
+  result = {
+    'ratio': rows.get('multimodal', {}).get('ratio'),
+    'benchmark': 'cost',
+    'config': flags.config,
+    'variants': rows,
+    'device': parallel.describe_devices(),
+    **measure.machine(),
+  }
+  measure.report(flags, lines, result)
 
 
 if __name__ == '__main__':

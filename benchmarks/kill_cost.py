@@ -5,8 +5,8 @@
 
 Trains three times: for an epoch a stage, to compile its programs, left alone with them, and killed
 by SIGKILL and SIGTERM in turn, each start after a random time, on average its share of the whole.
-Ends with one line of JSON: seconds of both, their ratio, and seconds a kill, which are those of a start and of what was
-done since the last save. Flags `--config.NAME=VALUE` are passed on.
+Ends with one line of JSON: seconds of both, their ratio, and seconds a kill, which are those of a
+start and of what was done since the last save. Flags `--config.NAME=VALUE` are passed on.
 """
 
 import argparse

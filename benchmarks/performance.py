@@ -33,6 +33,7 @@ RUNS = {
   'evaluate-ml-1m': f'evaluate_vs_rectools {ML_1M} {RECTOOLS}',
   'time-to-quality-ml-1m': f'time_to_quality {ML_1M} --target=0.17 {RECTOOLS} {RECIPE}',
   'cost-curves': 'cost_curves',
+  'cost-ml-1m': f'cost --config=configs/movielens_1m.py {ML_1M}',
   'tricks-softmax-ml-1m': f'tricks {ML_1M} --loss=softmax',
   'tricks-bce-ml-1m': f'tricks {ML_1M} --loss=bce',
   'profile-softmax-ml-1m': f'profile_step {ML_1M} --loss=softmax',
@@ -82,6 +83,7 @@ TARGETS = (
   ),
   Target('peak memory, 1,000,000 items', '', 'cost-curves', 'peak_mb', 6000, unit='MB'),
   Target('time to NDCG@10 0.17, ML-1M', 'RecTools', 'time-to-quality-ml-1m', 'ratio', 0.25),
+  Target('step time, multimodal, ML-1M', 'SASRec', 'cost-ml-1m', 'ratio', 2),
 )
 INTRODUCTION = """
 # Performance
@@ -129,6 +131,7 @@ def page(stored: Stored) -> str:
     'evaluate_vs_rectools': _side_by_side,
     'time_to_quality': _time_to_quality,
     'cost_curves': _curves,
+    'cost': _cost,
     'profile_step': _profile,
     'tricks': _tricks,
   }
@@ -263,6 +266,26 @@ def _curves(result: dict[str, Any]) -> Iterator[str]:
       rows.append(row)
     yield ''
     yield markdown_table(rows)
+
+
+def _cost(result: dict[str, Any]) -> Iterator[str]:
+  yield (
+    f'The variants of `{result["config"]}`: operations to score the catalogue for a user with a '
+    'full history, and a training step in which all parameters move under all losses.'
+  )
+  yield ''
+  yield markdown_table(
+    [
+      {
+        'variant': name,
+        'parameters': f'{row["parameters"]:,}',
+        'MFLOP a user': f'{row["mflop_a_user"]:,.1f}',
+        'ms a step': f'{row["step_ms"]:,.0f}',
+        "over the first's": f'{row["ratio"]:.2f} x',
+      }
+      for name, row in result['variants'].items()
+    ]
+  )
 
 
 def _profile(result: dict[str, Any]) -> Iterator[str]:

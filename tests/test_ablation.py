@@ -61,5 +61,5 @@ def test_parts_on_the_page(tmp_path):
 
 def test_ranks_of_other_runs_are_named(tmp_path):
   make(tmp_path, ranks=3)
-  with pytest.raises(InputError, match='joined.npz is of other runs'):
+  with pytest.raises(InputError, match=r'joined\.npz is of other runs'):
     accuracy.load_results(tmp_path)

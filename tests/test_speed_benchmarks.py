@@ -112,6 +112,22 @@ def test_generated_histories():
   assert (item_ids.min(), item_ids.max()) == (1, 50)
 
 
+def test_cost_of_variants_and_its_table(encoded, tmp_path):
+  flags = ['--config=configs/synthetic.py', f'--data_dir={encoded}', '--variants=sasrec,multimodal']
+  done = run('benchmarks.cost', *flags, '--rounds=1', '--json')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  sasrec, multimodal = found['variants'].values()
+  assert sasrec['ratio'] == 1
+  assert found['ratio'] == multimodal['ratio'] > 1
+  assert all(multimodal[key] > sasrec[key] > 0 for key in sasrec)
+  store(tmp_path, 'cost-ml-1m', **found)
+  page = performance.page(performance.load_results(tmp_path))
+  shown = rows(page, 'MFLOP a user')['multimodal']
+  assert shown['parameters'] == f'{multimodal["parameters"]:,}'
+  assert shown["over the first's"] == f'{found["ratio"]:.2f} x'
+
+
 def test_profile(data_dir):
   flags = [f'--data_dir={data_dir}', '--users=100', '--rounds=1']
   done = run('benchmarks.profile_step', *flags, *FLAGS)
