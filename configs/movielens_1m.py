@@ -35,7 +35,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.loss.retriever_name = 'sampled_softmax'
     config.loss.num_negatives = 1024
     config.fusion.weights = (0.8, 0.2)
-  if variant == 'multimodal':
-    config.stages = ('train',)
     config.num_epochs = 30
+    config.stage.joint_finetune.num_epochs = config.stage.end_to_end.num_epochs = 2
+  if variant in ('text', 'multimodal'):
+    config.stages = ('train',)  # For as many steps far better than four.
   return config
