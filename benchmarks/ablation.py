@@ -6,16 +6,14 @@ Leaving out one part at a time compares two runs, whose seeds alone differ by so
 every run is of another choice of parts, such that each part is in half of the runs and so is, among
 those, each other part (Plackett & Burman, "The design of optimum multifactorial experiments",
 Biometrika 1946): a part's effect is a difference between the means of all runs with and without it.
-Runs 12 to 23 are runs 0 to 11 with all choices reversed: with them no pair of parts that
-help each other is taken for a third.
+Runs 12 to 23 are runs 0 to 11 with all choices reversed: with them no pair of parts that help each
+other is taken for a third.
 
 A run that has finished is not run again. What is kept is `benchmarks/results/ablation/NAME.json`
-with the runs' NDCG@10, and NAME.npz with the ranks of their test items; `benchmarks.accuracy` makes
-a table of docs/results.md of them.
+with the runs' NDCG@10; `benchmarks.accuracy` makes a table of docs/results.md of them.
 """
 
 import argparse
-import io
 import json
 import pathlib
 import subprocess
@@ -82,7 +80,7 @@ def main() -> None:
   flags = parser.parse_args()
   if not (RESULTS / f'{flags.name}.json').exists():
     raise InputError(f'--name={flags.name}: no such results in {RESULTS}')
-  runs, ranks = [], []
+  runs = []
   for run in flags.runs:
     folder = pathlib.Path(flags.workdir) / f'run{run}'
     fields = [f'--config.{name}={value}' for name, value in overrides(run).items()]
@@ -90,19 +88,15 @@ def main() -> None:
     where = [f'--config.data_dir={flags.data_dir}', f'--workdir={folder}']
     if not (folder / 'results.json').exists():
       subprocess.run([sys.executable, *command[1:], *where], check=True)
-    results, ranks_of_run = read_run(folder)
+    results, _ = read_run(folder)
     parts = [name for name, has in zip(PARTS, design()[run], strict=True) if has]
     scores = {part: results[part]['ndcg@10'] for part in ('valid', 'test')}
     runs.append({'run': run, 'parts': parts, **scores})
-    ranks.append(ranks_of_run)
   counts = [sum(name in run['parts'] for run in runs) for name in PARTS]
   if any(2 * count != len(runs) for count in counts):
     print(f'{len(runs)} runs, of which not half have each part: nothing is stored')
     return
-  archive = io.BytesIO()
-  np.savez_compressed(archive, ranks=ranks)
   ABLATION.mkdir(exist_ok=True)
-  write_file(ABLATION / f'{flags.name}.npz', archive.getvalue())
   stored = {'config': CONFIG, 'common': COMMON, 'names': list(PARTS), 'runs': runs}
   write_file(ABLATION / f'{flags.name}.json', json.dumps(stored, indent=1) + '\n')
   write_tables()

@@ -70,7 +70,8 @@ deviation. {DASH} stands where a run has not recorded what is needed, or no user
   mock, or its items were shuffled.
 - **command**: it also needs `--workdir`, `--config.data_dir` and `--config.seed`.
 - **part**: mean NDCG@10 of the runs with / without it, shorter ones of which each has another half
-  of all parts (`python -m benchmarks.ablation`); p as above, of the effect on the test items.
+  of all parts (`python -m benchmarks.ablation`). The last one is no part, so its effect is chance:
+  an effect of about that size says nothing.
 - **way**: NDCG@10 of the same parameters, ranked by one path alone or with both joined otherwise
   (`python -m benchmarks.fusions`).
 - **stage**: NDCG@10 of its best parameters, ranked with the paths that it trains. *chosen*: in how
@@ -149,7 +150,7 @@ def load_results(folder: pathlib.Path) -> Stored:
   Returns:
     By name the contents of NAME.json and, where there is a NAME.npz, `ranks`, `[seeds, users]`;
     `fusions` and `ablation` are what fusions/NAME.json and ablation/NAME.json hold, where there is
-    one; the latter has `ranks`, too.
+    one.
 
   Raises:
     InputError: a file cannot be read, or a baseline is missing or does not fit.
@@ -159,24 +160,18 @@ def load_results(folder: pathlib.Path) -> Stored:
     try:
       stored[path.stem] = entry = json.loads(path.read_text())
       if path.with_suffix('.npz').exists():
-        entry['ranks'] = _read_ranks(path.with_suffix('.npz'), len(entry['runs']))
+        with np.load(path.with_suffix('.npz')) as archive:
+          entry['ranks'] = archive['ranks']
+        if len(entry['ranks']) != len(entry['runs']):
+          raise ValueError(f'{path.stem}.npz is of other runs')
       if (fusions := folder / FUSIONS.name / path.name).exists():
         entry['fusions'] = json.loads(fusions.read_text())
       if (ablation := folder / ABLATION.name / path.name).exists():
-        entry['ablation'] = found = json.loads(ablation.read_text())
-        found['ranks'] = _read_ranks(ablation.with_suffix('.npz'), len(found['runs']))
+        entry['ablation'] = json.loads(ablation.read_text())
     except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
       raise InputError(f'{path}: cannot be read ({error!r}); delete it and run again') from error
   _check(stored)
   return dict(sorted(stored.items(), key=lambda item: bool(item[1].get('baseline'))))
-
-
-def _read_ranks(path: pathlib.Path, num_runs: int) -> np.ndarray:
-  with np.load(path) as archive:
-    ranks = archive['ranks']
-  if len(ranks) != num_runs:
-    raise ValueError(f'{path.name} is of other runs')
-  return ranks
 
 
 def _check(stored: Stored) -> None:
@@ -314,8 +309,7 @@ def _ablation_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
   """A row for each part, where runs with and without it were made."""
   if 'ablation' not in entry:
     return []
-  runs, ranks = (entry['ablation'][key] for key in ('runs', 'ranks'))
-  rows = []
+  runs, rows = entry['ablation']['runs'], []
   for part in entry['ablation']['names']:
     has_part = np.array([part in run['parts'] for run in runs])
     row = {'variant': name, 'part': part, 'runs': f'{len(runs)}'}
@@ -324,7 +318,7 @@ def _ablation_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
       means = scores[has_part].mean(), scores[~has_part].mean()
       row[of] = ' / '.join(f'{mean:.4f}' for mean in means)
       row[f'effect, {of}'] = f'{100 * (means[0] / means[1] - 1):+.1f} %'
-    rows.append({**row, 'p': p_text(ranks_p_value(ranks[has_part], ranks[~has_part]))})
+    rows.append(row)
   return rows
 
 

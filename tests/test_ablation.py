@@ -3,14 +3,12 @@
 import itertools
 import json
 
-import numpy as np
 import pytest
 
 from benchmarks import ablation, accuracy
 from configs import movielens_100k
 from tests.test_accuracy import BASE, store
 from ur4rec_jax.config_checks import check_config
-from ur4rec_jax.errors import InputError
 
 
 @pytest.mark.parametrize('rows', [range(12), range(12, 24), range(24)])
@@ -37,29 +35,17 @@ def test_every_run_has_a_config_of_its_own_that_can_be_trained(run):
   assert config.shuffled_features == (not ablation.design()[run, 0])
 
 
-def make(folder, **changes):
-  store(folder, 'joined', BASE)
+def test_parts_on_the_page(tmp_path):
+  store(tmp_path, 'joined', BASE)
   runs = [
     {'run': 0, 'parts': ['eyes', 'ears'], 'valid': 0.3, 'test': 0.2},
     {'run': 1, 'parts': ['ears'], 'valid': 0.1, 'test': 0.1},
     {'run': 2, 'parts': ['eyes'], 'valid': 0.1, 'test': 0.2},
     {'run': 3, 'parts': [], 'valid': 0.1, 'test': 0.1},
   ]
-  (folder / accuracy.ABLATION.name).mkdir()
-  path = folder / accuracy.ABLATION.name / 'joined.json'
-  path.write_text(json.dumps({'names': ['eyes', 'ears'], 'runs': runs}))
-  ranks = np.array([[1, 2, 3], [20, 20, 20], [1, 2, 3], [20, 20, 20]])
-  np.savez(path.with_suffix('.npz'), ranks=ranks[: changes.get('ranks', 4)])
-
-
-def test_parts_on_the_page(tmp_path):
-  make(tmp_path)
+  folder = tmp_path / accuracy.ABLATION.name
+  folder.mkdir()
+  (folder / 'joined.json').write_text(json.dumps({'names': ['eyes', 'ears'], 'runs': runs}))
   page = accuracy.results_page(accuracy.load_results(tmp_path))
   assert '| joined | eyes | 4 | 0.2000 / 0.1000 | +100.0 % | 0.2000 / 0.1000 | +100.0 % |' in page
   assert '| joined | ears | 4 | 0.2000 / 0.1000 | +100.0 % | 0.1500 / 0.1500 | +0.0 % |' in page
-
-
-def test_ranks_of_other_runs_are_named(tmp_path):
-  make(tmp_path, ranks=3)
-  with pytest.raises(InputError, match=r'joined\.npz is of other runs'):
-    accuracy.load_results(tmp_path)
