@@ -84,10 +84,11 @@ def main() -> None:
   for run in flags.runs:
     folder = pathlib.Path(flags.workdir) / f'run{run}'
     fields = [f'--config.{name}={value}' for name, value in overrides(run).items()]
-    command = ['python', '-m', 'ur4rec_jax.main', f'--config={CONFIG}', *fields]
-    where = [f'--config.data_dir={flags.data_dir}', f'--workdir={folder}']
-    if not (folder / 'results.json').exists():
-      subprocess.run([sys.executable, *command[1:], *where], check=True)
+    command = [sys.executable, '-m', 'ur4rec_jax.main', f'--config={CONFIG}', *fields]
+    command += [f'--config.data_dir={flags.data_dir}', f'--workdir={folder}']
+    is_finished = (folder / 'results.json').exists()
+    if not is_finished and (code := subprocess.run(command, check=False).returncode):
+      sys.exit(code)  # It has said why.
     results, _ = read_run(folder)
     parts = [name for name, has in zip(PARTS, design()[run], strict=True) if has]
     scores = {part: results[part]['ndcg@10'] for part in ('valid', 'test')}
