@@ -16,13 +16,12 @@ with the runs' NDCG@10; `benchmarks.accuracy` makes a table of docs/results.md o
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
+import shlex
 from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import ABLATION, RESULTS, seeds_of, write_tables
+from benchmarks.accuracy import ABLATION, RESULTS, seeds_of, train_seeds, write_tables
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.sweep import read_run
@@ -82,13 +81,9 @@ def main() -> None:
     raise InputError(f'--name={flags.name}: no such results in {RESULTS}')
   runs = []
   for run in flags.runs:
-    folder = pathlib.Path(flags.workdir) / f'run{run}'
     fields = [f'--config.{name}={value}' for name, value in overrides(run).items()]
-    command = [sys.executable, '-m', 'ur4rec_jax.main', f'--config={CONFIG}', *fields]
-    command += [f'--config.data_dir={flags.data_dir}', f'--workdir={folder}']
-    is_finished = (folder / 'results.json').exists()
-    if not is_finished and (code := subprocess.run(command, check=False).returncode):
-      sys.exit(code)  # It has said why.
+    shown = ['python', '-m', 'ur4rec_jax.main', f'--config={CONFIG}', *fields]
+    (folder,) = train_seeds(shlex.join(shown), flags.data_dir, pathlib.Path(flags.workdir), [run])
     results, _ = read_run(folder)
     parts = [name for name, has in zip(PARTS, design()[run], strict=True) if has]
     scores = {part: results[part]['ndcg@10'] for part in ('valid', 'test')}

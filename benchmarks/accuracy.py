@@ -71,7 +71,8 @@ deviation. {DASH} stands where a run has not recorded what is needed, or no user
 - **command**: it also needs `--workdir`, `--config.data_dir` and `--config.seed`.
 - **part**: mean NDCG@10 of the runs with / without it, shorter ones of which each has another half
   of all parts (`python -m benchmarks.ablation`). The last one is no part, so its effect is chance:
-  an effect of about that size says nothing.
+  an effect of about that size says nothing. With 12 of the 24 runs, what pairs of parts do to each
+  other is mixed into the effects of others.
 - **way**: NDCG@10 of the same parameters, ranked by one path alone or with both joined otherwise
   (`python -m benchmarks.fusions`).
 - **stage**: NDCG@10 of its best parameters, ranked with the paths that it trains. *chosen*: in how
@@ -108,8 +109,7 @@ def run_seeds(
   shown = shlex.join(['python', '-m', 'ur4rec_jax.main', f'--config={config}', *overrides])
   if baseline and not (RESULTS / f'{baseline}.json').exists():
     raise InputError(f'--baseline={baseline}: no such results in {RESULTS}; run it first')
-  folders = [pathlib.Path(workdir) / f'seed{seed}' for seed in seeds]
-  _train(folders, shown, [f'--workdir={workdir}', f'--config.data_dir={data_dir}'], seeds)
+  folders = train_seeds(shown, data_dir, pathlib.Path(workdir), seeds)
   runs, ranks = [], []
   for folder in folders:
     results, ranks_of_seed = read_run(folder)
@@ -124,24 +124,26 @@ def run_seeds(
   write_file(RESULTS / f'{name}.json', json.dumps(new, indent=1) + '\n')
 
 
-def _train(
-  folders: Sequence[pathlib.Path], shown: str, flags: Sequence[str], seeds: Sequence[int]
-) -> None:
-  """Runs the command with all seeds, unless it has finished.
+def train_seeds(
+  shown: str, data_dir: str, workdir: pathlib.Path, seeds: Sequence[int]
+) -> list[pathlib.Path]:
+  """Runs a command with all seeds, unless it has finished, and returns the runs' folders.
 
   The program itself refuses to go on with what another command began, but goes on where that one
   had, say, fewer epochs.
   """
+  folders = [workdir / f'seed{seed}' for seed in seeds]
   notes = [folder / 'command.txt' for folder in folders]
   for note in notes:
     if note.exists() and note.read_text() != shown:
       raise InputError(f'{note.parent} holds a run of {note.read_text()!r}; use another --workdir')
-  command = [sys.executable, *shlex.split(shown)[1:], *flags]
-  command.append(f'--seeds={",".join(map(str, seeds))}')
+  command = [sys.executable, *shlex.split(shown)[1:], f'--workdir={workdir}']
+  command += [f'--config.data_dir={data_dir}', f'--seeds={",".join(map(str, seeds))}']
   if code := subprocess.run(command, check=False).returncode:
     sys.exit(code)  # It has said why.
   for note in notes:
     note.write_text(shown)
+  return folders
 
 
 def load_results(folder: pathlib.Path) -> Stored:

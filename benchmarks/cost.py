@@ -1,7 +1,7 @@
 """What each model variant costs: parameters, operations a user, time of a training step.
 
   python -m benchmarks.cost --config=configs/movielens_1m.py --data_dir=data/movielens_1m \
-    --variants=sasrec,text,multimodal [--out=cost-ml-1m]
+    [--variants=sasrec,text] [--out=cost-ml-1m]
 
 All parameters move, under all losses of the variant. The variants' steps take turns in one process,
 so that whatever else the machine does falls on all of them alike; times are medians, and ratios
