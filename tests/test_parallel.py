@@ -85,8 +85,10 @@ def assert_close(workdir, reference, spread=False):
     if spread and 'item_embedding' in name:
       assert y.shape[-2] == 64 > x.shape[-2]
       y = y[..., : x.shape[-2], :]
+    # The stage's losses of about ten have no digit at 1e-6; parameters and moments do.
+    rtol = 1e-6 if name.endswith(("['average']", "['lowest']")) else 0
     if not any(parameter in name for parameter in CANCELLED):
-      np.testing.assert_allclose(y, x, rtol=1e-6, atol=1e-6, err_msg=name)
+      np.testing.assert_allclose(y, x, rtol=rtol, atol=1e-6, err_msg=name)
 
 
 @pytest.fixture(scope='module')
