@@ -4,12 +4,15 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from tests.conftest import lines, load_arrays, wait_for
 from ur4rec_jax.checkpoint import find_damage
+from ur4rec_jax.errors import LostProcessError
 
 # SGD, because Adam hides a gradient of the wrong scale; no dropout, because its masks depend on
 # the device; a small rate, because rounding grows with training.
@@ -34,6 +37,25 @@ ON_ROWS = (
 CANCELLED = ("['logits']['bias']", "['query_key_value']['bias']")
 
 
+# Stops as a preempted run does, or, as process DYING, is killed. Those that are not the first take
+# a moment between their last word to it and their end.
+STOPPED = """
+import os, signal, time
+import jax
+jax.config.update('jax_platforms', 'cpu')
+from ur4rec_jax import errors, parallel
+end = os._exit
+os._exit = lambda code: (time.sleep(0.5 * (jax.process_index() > 0)), end(code))
+with parallel.joined_processes():
+  parallel.any_process(False)
+  if os.environ['DYING'] == os.environ['JAX_PROCESS_ID']:
+    os.kill(os.getpid(), signal.SIGKILL)
+  if os.environ['DYING']:
+    parallel.any_process(False)
+  raise errors.InterruptedBySignal('saved', signal.SIGTERM)
+"""
+
+
 def devices(number: int) -> dict[str, str]:
   return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={number}'}
 
@@ -54,12 +76,17 @@ def by_slurm(number: int) -> dict[str, str]:
   }
 
 
-def start_pair(start, workdir, *flags, found=by_address, **options):
-  """Starts the two processes of a run."""
+def coordinator() -> dict[str, str]:
+  """On a port that nobody listens on."""
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
-  common = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_COORDINATOR_PORT': str(port)}
+  return {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_COORDINATOR_PORT': str(port)}
+
+
+def start_pair(start, workdir, *flags, found=by_address, **options):
+  """Starts the two processes of a run."""
+  common = coordinator()
   return [start(workdir, *flags, env=common | found(number), **options) for number in range(2)]
 
 
@@ -215,6 +242,25 @@ def test_a_notice_to_one_process_saves_and_ends_both(start, tmp_path):
   assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, outputs
   assert 'SIGTERM: saved step' in outputs[0][1]
   assert [p for p in (workdir / 'checkpoints').iterdir() if find_damage(p) is None]
+
+
+@pytest.mark.parametrize(
+  ('dying', 'exit_codes'),
+  [('', [128 + signal.SIGTERM] * 3), ('2', [LostProcessError.exit_code] * 2 + [-signal.SIGKILL])],
+)
+def test_no_process_loses_the_coordinator_before_it_ends(dying, exit_codes, environment):
+  """Which would abort it, with an exit code that says nothing."""
+  common = environment | coordinator() | {'JAX_NUM_PROCESSES': '3', 'DYING': dying}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', STOPPED],
+      env=common | {'JAX_PROCESS_ID': str(number)},
+      stderr=subprocess.PIPE,
+    )
+    for number in range(3)
+  ]
+  errors = [process.communicate(timeout=60)[1] for process in processes]
+  assert [process.returncode for process in processes] == exit_codes, errors
 
 
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_back(run, one_device, tmp_path):

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ PyTree = Any
 # jax ends it this long after the other's last heartbeat; its own default is 100.
 _HEARTBEAT_SECONDS = 30
 _LEAVE_SECONDS = 5
+_HEAD_START_SECONDS = 2
 # What the errors of a collective, of the coordinator and of a barrier say when a process is gone.
 _LOST = re.compile('Gloo|NCCL|coordination|heartbeat|barrier', re.IGNORECASE)
 
@@ -74,10 +76,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _leave(exit_code: int) -> None:
-  """Ends this process when all have come here, or soon: the first takes the coordinator along."""
-  with contextlib.suppress(Exception):
+  """Ends this process so that none loses the coordinator, which is the first's, before it ends."""
+  try:
     client = jax._src.distributed.global_state.client
     client.wait_at_barrier('leave', timeout_in_ms=1000 * _LEAVE_SECONDS)
+    jax.distributed.shutdown()
+  except Exception:  # One is gone: no handshake is left, only the others' head start.
+    if is_main_process():
+      time.sleep(_HEAD_START_SECONDS)
   sys.stdout.flush()
   os._exit(exit_code)
 
