@@ -5,8 +5,9 @@
 
 Trains three times: for an epoch a stage, to compile its programs, left alone with them, and killed
 by SIGKILL and SIGTERM in turn, each start after a random time, on average its share of the whole.
-Ends with one line of JSON: seconds of both, their ratio, and seconds a kill, which are those of a
-start and of what was done since the last save. Flags `--config.NAME=VALUE` are passed on.
+Ends with one line of JSON: seconds of both, their ratio, seconds a kill, which are those of a start
+and of what was done since the last save, and seconds from the start to the first step with all to
+compile, and with all compiled. Flags `--config.NAME=VALUE` are passed on.
 """
 
 import argparse
@@ -29,12 +30,20 @@ def start(command: Sequence[str], run: pathlib.Path) -> subprocess.Popen:
     return subprocess.Popen([*command, f'--workdir={run}'], stdout=log, stderr=log)
 
 
-def finish(command: Sequence[str], run: pathlib.Path) -> float:
-  """Runs it to its end and returns the seconds; ends this process if it fails."""
-  began = time.monotonic()
-  if code := start(command, run).wait():
+def finish(command: Sequence[str], run: pathlib.Path) -> tuple[float, float]:
+  """Runs it to its end, or ends this process if it fails.
+
+  Returns:
+    Seconds until it reported its first step, and until its end.
+  """
+  began, metrics = time.monotonic(), run / 'metrics.jsonl'
+  process = start(command, run)
+  while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+    time.sleep(0.05)
+  first_step = time.monotonic() - began
+  if code := process.wait():
     sys.exit(f'{run}: exit code {code}, see {run.parent / "log"}')
-  return time.monotonic() - began
+  return first_step, time.monotonic() - began
 
 
 @exit_on_reported_error
@@ -57,8 +66,8 @@ def main() -> None:
   command += [f'--config.data_dir={flags.data_dir}']
   command += [f'--config.compilation_cache={workdir / "compiled"}']
 
-  finish([*command, '--config.num_epochs=1'], workdir / 'compiling')
-  alone = finish(command, workdir / 'alone')
+  compiling, _ = finish([*command, '--config.num_epochs=1'], workdir / 'compiling')
+  compiled, alone = finish(command, workdir / 'alone')
   print(f'left alone: {alone:.1f} s', flush=True)
   rng, began = random.Random(flags.seed), time.monotonic()
   for kill in range(flags.kills):
@@ -81,6 +90,7 @@ def main() -> None:
         'seconds_killed': round(killed, 1),
         'seconds_a_kill': round((killed - alone) / flags.kills, 1),
         'same_results': results[0] == results[1],
+        'seconds_to_first_step': {'compiling': round(compiling, 1), 'compiled': round(compiled, 1)},
       }
     )
   )

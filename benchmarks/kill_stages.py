@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
   command, reference = _command(data), workdir / 'reference'
   finish(command, reference)
   # With programs compiled, as in the runs that are killed.
-  undisturbed = finish(command, workdir / 'again')
+  _, undisturbed = finish(command, workdir / 'again')
   assert_same_end(workdir / 'again', reference)
   print(f'undisturbed: {undisturbed:.1f} s', flush=True)
 
