@@ -40,6 +40,13 @@ SMALL = (
 )
 
 
+@pytest.fixture(scope='module', autouse=True)
+def own_programs():
+  """Drops what a file compiled: thousands of programs together exceed what Linux lets one map."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def environment(tmp_path_factory) -> dict[str, str]:
   """Environment of the processes that tests start; they share compiled programs, all of them."""
