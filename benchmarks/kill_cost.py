@@ -1,6 +1,6 @@
 """What kills cost a run in wall time: ten of them, against the same run left alone.
 
-  python -m benchmarks.kill_cost --config=configs/movielens_100k.py:text \
+  python -m benchmarks.kill_cost --config=configs/movielens_100k.py:paper \
     --data_dir=data/movielens_100k --workdir=runs/kill-cost [--kills=10] [--seed=0]
 
 Trains three times: for an epoch a stage, to compile its programs, left alone with them, and killed

@@ -34,7 +34,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.patience = 15
     config.stage.joint_finetune.num_epochs = 4
     config.stage.end_to_end.num_epochs = 4
-  if variant == 'multimodal':
+  if variant in ('text', 'multimodal'):
     # From scratch in one stage: in validation better than four, and still rising after 100 epochs.
     config.stages = ('train',)
     config.num_epochs = 250
