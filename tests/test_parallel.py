@@ -162,10 +162,9 @@ def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_d
   assert results[0] == results[1]
 
 
-@pytest.fixture(scope='module')
-def on_the_whole_catalogue(run, encoded, tmp_path_factory):
-  """A run of both paths, one of whose losses reads all items, on two devices; and its flags."""
-  workdir = tmp_path_factory.mktemp('whole_catalogue') / 'run'
+def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, encoded, tmp_path):
+  """Both paths, with losses beside that which read the items of the step alone."""
+  reference, workdir = tmp_path / 'all', tmp_path / 'sharded'
   flags = (*EXACT, f'--config.data_dir={encoded}')
   flags += ("--config.modalities=('text','image')", "--config.paths=('sasrec','retriever')")
   flags += ('--config.sasrec.item_input=id+content', '--config.retriever.dropout=0')
@@ -173,20 +172,10 @@ def on_the_whole_catalogue(run, encoded, tmp_path_factory):
   flags += ('--config.retriever.dim=16', '--config.loss.weights.retriever=0.5')
   flags += ('--config.loss.retriever_name=sampled_softmax', '--config.loss.num_negatives=4')
   flags += ('--config.loss.weights.fused=0.5', '--config.loss.weighting=uncertainty')
-  done = run(workdir, *flags, '--config.loss.chunk_size=50', env=devices(2))
+  done = run(reference, *flags, '--config.loss.chunk_size=50', env=devices(2))
   assert done.returncode == 0, done.stderr
-  return workdir, flags
-
-
-@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
-def test_losses_of_all_items_train_the_same_where_these_are_spread(
-  mapping, run, start, on_the_whole_catalogue, tmp_path
-):
-  """With losses beside them that read the items of the step alone."""
-  reference, flags = on_the_whole_catalogue
   flags += ('--config.optimizer.item_rows=sharded',)
-  workdir = tmp_path / 'run'
-  run_on_two_devices(run, start, workdir, flags, mapping)
+  run_on_two_devices(run, start, workdir, flags, 'shard_map')
   assert_close(workdir, reference, spread=True)
   results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
   assert results[0]['test'] == results[1]['test']
