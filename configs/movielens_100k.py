@@ -31,12 +31,10 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.fusion.weights = (0.4, 0.6)
     config.num_epochs = 120
     config.validate_every_epochs = 2
-    config.patience = 15
     config.stage.joint_finetune.num_epochs = 4
     config.stage.end_to_end.num_epochs = 4
   if variant in ('text', 'multimodal'):
     # From scratch in one stage: in validation better than four, and still rising after 100 epochs.
     config.stages = ('train',)
     config.num_epochs = 250
-    config.patience = 30
   return config
