@@ -42,7 +42,7 @@ SMALL = (
 
 @pytest.fixture(scope='module', autouse=True)
 def own_programs():
-  """Drops what a file compiled: thousands of programs together exceed what Linux lets one map."""
+  """Drops what a file compiled: the programs of all files together crash a process."""
   yield
   jax.clear_caches()
 

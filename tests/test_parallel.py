@@ -164,9 +164,9 @@ def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_d
 
 def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, encoded, tmp_path):
   """Both paths, with losses beside that which read the items of the step alone."""
-  reference, workdir = tmp_path / 'all', tmp_path / 'sharded'
+  reference = tmp_path / 'all'
   flags = (*EXACT, f'--config.data_dir={encoded}')
-  flags += ("--config.modalities=('text',)", "--config.paths=('sasrec','retriever')")
+  flags += ("--config.modalities=('text','image')", "--config.paths=('sasrec','retriever')")
   flags += ('--config.sasrec.item_input=id+content', '--config.retriever.dropout=0')
   flags += ('--config.retriever.item_id=True', '--config.content.dropout=0')
   flags += ('--config.retriever.dim=16', '--config.loss.weights.retriever=0.5')
@@ -175,10 +175,12 @@ def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, e
   done = run(reference, *flags, '--config.loss.chunk_size=50', env=devices(2))
   assert done.returncode == 0, done.stderr
   flags += ('--config.optimizer.item_rows=sharded',)
-  run_on_two_devices(run, start, workdir, flags, 'shard_map')
-  assert_close(workdir, reference, spread=True)
-  results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
-  assert results[0]['test'] == results[1]['test']
+  for mapping in ('pmap', 'shard_map'):
+    workdir = tmp_path / mapping
+    run_on_two_devices(run, start, workdir, flags, mapping)
+    assert_close(workdir, reference, spread=True)
+    results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
+    assert results[0]['test'] == results[1]['test']
 
 
 def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, tmp_path):

@@ -26,6 +26,8 @@ PyTree = Any
 # Where a process does not notice in its next collective that another has died, as on GPUs and TPUs,
 # jax ends it this long after the other's last heartbeat; its own default is 100.
 _HEARTBEAT_SECONDS = 30
+# At its end a process waits for the others to come there; if one does not, the first waits again,
+# as its end aborts those that are not over.
 _LEAVE_SECONDS = 5
 _HEAD_START_SECONDS = 2
 # What the errors of a collective, of the coordinator and of a barrier say when a process is gone.
