@@ -47,18 +47,17 @@ def own_programs():
   jax.clear_caches()
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='session', autouse=True)
 def environment(tmp_path_factory) -> dict[str, str]:
-  """Environment of the processes that tests start; they share compiled programs, all of them."""
+  """Environment of the processes that tests start; all and the tests share compiled programs."""
   cache = tmp_path_factory.getbasetemp()
   if 'PYTEST_XDIST_WORKER' in os.environ:
     cache = cache.parent
-  cache /= 'compiled'
-  return os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'PYTHONPATH': str(ROOT),
-  }
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(cache / 'compiled')
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  jax.config.update('jax_compilation_cache_dir', str(cache / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  return os.environ | {'PYTHONPATH': str(ROOT)}
 
 
 @pytest.fixture(scope='session')

@@ -19,13 +19,6 @@ SETTINGS = {**measure.SHAPES, **SHAPES, 'loss': 'softmax', 'overrides': []}
 FLAGS = [f'--{name}={value}' for name, value in SHAPES.items()]
 
 
-@pytest.fixture(autouse=True)
-def compiled_once(environment, monkeypatch):
-  """Processes that tests start here share compiled programs."""
-  for name in ('JAX_COMPILATION_CACHE_DIR', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
-    monkeypatch.setenv(name, environment[name])
-
-
 @pytest.fixture(scope='module')
 def data(data_dir, tmp_path_factory):
   """The first 100 users, as both sides read them."""

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,21 +14,6 @@ from data_prep import build_dataset, sources
 from ur4rec_jax import train
 
 SYNTHETIC = {'num_users': 12, 'num_items': 48}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def shared_programs(tmp_path_factory):
-  """Sources with the same interactions share the compiled programs."""
-  settings = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0,
-  }
-  old = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in old.items():
-    jax.config.update(name, value)
 
 
 def multimodal(folder: Path) -> Path:
