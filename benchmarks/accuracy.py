@@ -57,6 +57,7 @@ Training sees neither the validation nor the test item; the best validation NDCG
 parameters, and the test items are ranked once. Values are means over the seeds, ± their standard
 deviation. {DASH} stands where a run has not recorded what is needed, or no user is in a group.
 
+- **validation**: NDCG@10 on the validation items; all other columns are of the test items.
 - **gain**: of the mean NDCG@10 over that of the variant under *against*.
 - **p**: of that gain, by a two-sided permutation test paired by user. Each user's NDCG@10 is
   averaged over the seeds; p is the share of {FLIPS:,} random flips of the signs of the users'
@@ -245,6 +246,7 @@ def _section(group: Stored, stored: Stored) -> str:
       {
         'variant': name,
         'seeds': _of_each(entry, lambda run: run['seed']),
+        'validation': _mean_of([run['valid']['ndcg@10'] for run in entry['runs']]),
         'NDCG@10': _mean(entry, 'ndcg@10'),
         'Hit@10': _mean(entry, 'hit@10'),
         'MRR': _mean(entry, 'mrr'),

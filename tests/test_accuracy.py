@@ -35,6 +35,7 @@ def store(folder, name, ranks, *, is_old=False, dataset=None, protocol=PROTOCOL,
       }
       | (dataset or {}),
       'protocol': protocol,
+      'valid': {'ndcg@10': 0.2 + 0.1 * seed},
       'test': metrics,
       'baselines': {'popularity': {'ndcg@10': 0.0432}, 'random': {'ndcg@10': 0.0031}},
       'stages': [{'best_epoch': 10 + seed}],
@@ -85,6 +86,7 @@ def test_a_variant_beside_its_baseline(tmp_path):
     spread = abs(first - second) / math.sqrt(2)
     assert found[name]['NDCG@10'] == f'{(first + second) / 2:.4f} ± {spread:.4f}'
     assert found[name]['seeds'] == '0, 1'
+    assert found[name]['validation'] == '0.2500 ± 0.0707'
   assert found['base']['Hit@10'] == '0.6250 ± 0.1768'
   assert [found['base'][column] for column in ('against', 'gain', 'p')] == ['', '', '']
   assert found['a-better']['against'] == 'base'
