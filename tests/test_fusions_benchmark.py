@@ -13,6 +13,7 @@ from ur4rec_jax.errors import InputError
 def of_two_paths(run, encoded, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('two_paths') / 'run'
   flags = ("--config.stages=('train',)", '--config.num_epochs=1', '--config.retriever.dim=16')
+  flags += ('--config.retriever.num_blocks=0', '--config.retriever.cross_modal_blocks=0')
   flags += ('--config.fusion.weights=(0.8,0.2)', f'--config.data_dir={encoded}')
   done = run(workdir, *flags, variant='text')
   assert done.returncode == 0, done.stderr
