@@ -14,16 +14,14 @@ with the runs' NDCG@10; `benchmarks.accuracy` makes a table of docs/results.md o
 """
 
 import argparse
-import json
 import pathlib
 import shlex
 from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import ABLATION, RESULTS, seeds_of, train_seeds, write_tables
-from ur4rec_jax.checkpoint import write_file
-from ur4rec_jax.errors import InputError, exit_on_reported_error
+from benchmarks.accuracy import name_of_results, seeds_of, store_beside, train_seeds
+from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.sweep import read_run
 
 CONFIG = 'configs/movielens_100k.py:multimodal'
@@ -69,7 +67,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument('--name', default='ml-100k-multimodal', help='of the stored results')
+  parser.add_argument(
+    '--name', type=name_of_results, default='ml-100k-multimodal', help='of stored results'
+  )
   parser.add_argument('--data_dir', required=True, help='prepared data')
   parser.add_argument('--workdir', required=True, help='holds one folder a run')
   all_runs = ','.join(map(str, range(len(design()))))
@@ -77,8 +77,6 @@ def main() -> None:
     '--runs', type=seeds_of, default=all_runs, help='0 to 11, 12 to 23 or all; commas between'
   )
   flags = parser.parse_args()
-  if not (RESULTS / f'{flags.name}.json').exists():
-    raise InputError(f'--name={flags.name}: no such results in {RESULTS}')
   runs = []
   for run in flags.runs:
     fields = [f'--config.{name}={value}' for name, value in overrides(run).items()]
@@ -92,10 +90,8 @@ def main() -> None:
   if any(2 * count != len(runs) for count in counts):
     print(f'{len(runs)} runs, of which not half have each part: nothing is stored')
     return
-  ABLATION.mkdir(exist_ok=True)
   stored = {'config': CONFIG, 'common': COMMON, 'names': list(PARTS), 'runs': runs}
-  write_file(ABLATION / f'{flags.name}.json', json.dumps(stored, indent=1) + '\n')
-  write_tables()
+  store_beside(flags.name, 'ablation', stored)
 
 
 if __name__ == '__main__':

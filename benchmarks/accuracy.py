@@ -42,8 +42,8 @@ from ur4rec_jax.sweep import (
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
-FUSIONS = RESULTS / 'fusions'  # What `benchmarks.fusions` stores,
-ABLATION = RESULTS / 'ablation'  # and `benchmarks.ablation`.
+# Folders of what the programs of these names store beside results: FOLDER/NAME.json.
+BESIDE = ('fusions', 'ablation', 'content_signal', 'loss_gradients')
 README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'results.md'
 DASH = '–'
 Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds, and `ranks` of NAME.npz.
@@ -76,6 +76,17 @@ deviation. {DASH} stands where a run has not recorded what is needed, or no user
   other is mixed into the effects of others.
 - **way**: NDCG@10 of the same parameters, ranked by one path alone or with both joined otherwise
   (`python -m benchmarks.fusions`).
+- **loss**: with the first parameters of a run and with its best: the loss's mean in training, its
+  weight, and of its weighted gradient the *length* in that of the paths' own retrieval losses and
+  the *cosine* to it (`python -m benchmarks.loss_gradients`).
+- **guessed from**: NDCG@10 of validation items guessed without training: from what followed the
+  last ten items in training, from popular items whose content is like theirs, and from both.
+  *before others*: how often the item comes before another about as popular, .5 by chance. Each is
+  the best of three temperatures, and the joined guess of three shares, chosen by this very figure;
+  the shuffled row shows what that choice makes of content that says nothing.
+- **tells of**: the share of a modality's variance that ridge regression from another explains in
+  items that it has not seen, and how often what it expects of an item is more like that item than
+  like another, .5 by chance (`python -m benchmarks.content_signal` has both).
 - **stage**: NDCG@10 of its best parameters, ranked with the paths that it trains. *chosen*: in how
   many runs they are the best of all stages by validation, and so the run's result.
 """
@@ -152,8 +163,7 @@ def load_results(folder: pathlib.Path) -> Stored:
 
   Returns:
     By name the contents of NAME.json and, where there is a NAME.npz, `ranks`, `[seeds, users]`;
-    `fusions` and `ablation` are what fusions/NAME.json and ablation/NAME.json hold, where there is
-    one.
+    each of `BESIDE` is what its NAME.json holds, where there is one.
 
   Raises:
     InputError: a file cannot be read, or a baseline is missing or does not fit.
@@ -167,10 +177,9 @@ def load_results(folder: pathlib.Path) -> Stored:
           entry['ranks'] = archive['ranks']
         if len(entry['ranks']) != len(entry['runs']):
           raise ValueError(f'{path.stem}.npz is of other runs')
-      if (fusions := folder / FUSIONS.name / path.name).exists():
-        entry['fusions'] = json.loads(fusions.read_text())
-      if (ablation := folder / ABLATION.name / path.name).exists():
-        entry['ablation'] = json.loads(ablation.read_text())
+      for kind in BESIDE:
+        if (beside := folder / kind / path.name).exists():
+          entry[kind] = json.loads(beside.read_text())
     except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
       raise InputError(f'{path}: cannot be read ({error!r}); delete it and run again') from error
   _check(stored)
@@ -267,7 +276,14 @@ def _section(group: Stored, stored: Stored) -> str:
   tables = [accuracy, runs]
   tables += [
     [row for x in group.items() for row in of(*x)]
-    for of in (_stage_rows, _fusion_rows, _ablation_rows)
+    for of in (
+      _stage_rows,
+      _fusion_rows,
+      _ablation_rows,
+      _gradient_rows,
+      _signal_rows,
+      _agreement_rows,
+    )
   ]
   return '\n\n'.join(['\n'.join(lines), *(markdown_table(rows) for rows in tables if rows)])
 
@@ -324,6 +340,50 @@ def _ablation_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
       row[f'effect, {of}'] = f'{100 * (means[0] / means[1] - 1):+.1f} %'
     rows.append(row)
   return rows
+
+
+def _gradient_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
+  """A row for each loss, with the first parameters and with the best."""
+  first, best = (entry.get('loss_gradients', {}).get(when, {}) for when in ('first', 'best'))
+  shown = {'value': '.3f', 'weight': '.3g', 'length': '.3f', 'cosine': '+.2f'}
+  return [
+    {'variant': name, 'loss': loss}
+    | {
+      key: ', '.join(format(values[loss][key], form) for values in (first, best))
+      for key, form in shown.items()
+    }
+    for loss in first
+  ]
+
+
+def _signal_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
+  """A row for each kind of content that next items were guessed from."""
+  signals = entry.get('content_signal', {}).get('signals', [])
+  return [
+    {
+      'variant': name,
+      'guessed from': signal['source'],
+      'NDCG@10': f'{signal["ndcg@10"]:.4f}',
+      'with interactions': f'{signal["joined"]:.4f}',
+      'over these alone': f'{100 * (signal["joined"] / signals[0]["joined"] - 1):+.1f} %',
+      'before others': f'{signal["before"]:.3f}',
+    }
+    for signal in signals
+  ]
+
+
+def _agreement_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
+  """A row for each modality and what it tells of another."""
+  return [
+    {
+      'variant': name,
+      'modality': found['from'],
+      'tells of': found['to'],
+      'explained': f'{100 * found["explained"]:.1f} %',
+      'more like it': f'{found["matched"]:.3f}',
+    }
+    for found in entry.get('content_signal', {}).get('agreements', [])
+  ]
 
 
 def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:
@@ -403,6 +463,20 @@ def write_tables() -> None:
   stored = load_results(RESULTS)
   put_between_marks(README, 'results', headline_table(stored))
   write_file(PAGE, results_page(stored))
+
+
+def name_of_results(text: str) -> str:
+  """Reads a flag that names stored results."""
+  if not (RESULTS / f'{text}.json').exists():
+    raise argparse.ArgumentTypeError(f'no {text}.json in {RESULTS}; see benchmarks.accuracy')
+  return text
+
+
+def store_beside(name: str, kind: str, found: Any) -> None:
+  """Stores what one of `BESIDE` has found of results, and writes the tables."""
+  (RESULTS / kind).mkdir(exist_ok=True)
+  write_file(RESULTS / kind / f'{name}.json', json.dumps(found, indent=1) + '\n')
+  write_tables()
 
 
 def seeds_of(text: str) -> list[int]:

@@ -16,9 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from benchmarks.accuracy import FUSIONS, RESULTS, seeds_of, write_tables
+from benchmarks.accuracy import name_of_results, seeds_of, store_beside
 from ur4rec_jax import evaluate, parallel, results
-from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.features import load_with_features, read_tables
 from ur4rec_jax.metrics import ranking_metrics
@@ -77,21 +76,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument('--name', required=True, help='of results that benchmarks.accuracy stored')
+  parser.add_argument('--name', type=name_of_results, required=True, help='of stored results')
   parser.add_argument('--workdir', required=True, help='holds one run a seed')
   parser.add_argument('--seeds', type=seeds_of, default='0,1,2', help='with commas between')
   flags = parser.parse_args()
-  if not (RESULTS / f'{flags.name}.json').exists():
-    raise InputError(f'--name={flags.name}: no such results in {RESULTS}')
   runs: list[dict[str, Any]] = []
   for seed in flags.seeds:
     found = rank_in_all_ways(pathlib.Path(flags.workdir) / f'seed{seed}')
     runs.append({'seed': seed, 'ways': found})
     for name, values in found.items():
       print(f'seed {seed}  {name:<36}valid {values["valid"]:.4f}  test {values["test"]:.4f}')
-  FUSIONS.mkdir(exist_ok=True)
-  write_file(FUSIONS / f'{flags.name}.json', json.dumps(runs, indent=1) + '\n')
-  write_tables()
+  store_beside(flags.name, 'fusions', runs)
 
 
 if __name__ == '__main__':

@@ -43,7 +43,7 @@ def test_parts_on_the_page(tmp_path):
     {'run': 2, 'parts': ['eyes'], 'valid': 0.1, 'test': 0.2},
     {'run': 3, 'parts': [], 'valid': 0.1, 'test': 0.1},
   ]
-  folder = tmp_path / accuracy.ABLATION.name
+  folder = tmp_path / 'ablation'
   folder.mkdir()
   (folder / 'joined.json').write_text(json.dumps({'names': ['eyes', 'ears'], 'runs': runs}))
   page = accuracy.results_page(accuracy.load_results(tmp_path))
