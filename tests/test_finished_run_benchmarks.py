@@ -22,10 +22,14 @@ def of_two_paths(run, encoded, tmp_path_factory):
   return workdir
 
 
-def test_a_run_is_ranked_by_each_path_and_in_each_way(of_two_paths):
+def test_a_run_is_ranked_by_each_path_and_in_each_way(of_two_paths, monkeypatch):
   results = json.loads((of_two_paths / 'results.json').read_text())
+  # Those that differ in weights alone are one way, compiled anew for each.
+  alike = [f'weighted {weight:g} : {1 - weight:g}' for weight in (0.6, 0.5, 0.4, 0.2)]
+  some = {name: way for name, way in fusions.WAYS.items() if name not in alike}
+  monkeypatch.setattr(fusions, 'WAYS', some)
   found = fusions.rank_in_all_ways(of_two_paths)
-  assert found.keys() == fusions.WAYS.keys()
+  assert len(found) == len(some) == 7
   expected = {part: results[part]['ndcg@10'] for part in ('valid', 'test')}
   assert found['as trained'] == found['weighted 0.8 : 0.2'] == pytest.approx(expected)
   assert found['sasrec alone'] != found['retriever alone'] != found['as trained']

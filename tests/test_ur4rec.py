@@ -283,6 +283,8 @@ def test_proxies_find_different_things_and_are_causal():
 
 def test_contrast_and_matching_are_what_they_are_called():
   config, model, params, features = make('paper', loss={'contrast_items': 100})
+  scale, bias = 0.5, 0.25
+  params = params | {'matching_scale': jnp.array(scale), 'matching_bias': jnp.array(bias)}
   batch = a_batch([[1, 2, 3, 5, 6, 7]])
   found, encoded = all_losses(config, model, features, batch)(params)
   ids, weights = batch.targets[0], (batch.targets[0] > 0).astype(jnp.float32)
@@ -292,10 +294,10 @@ def test_contrast_and_matching_are_what_they_are_called():
   users = encoded.users['retriever'][0]
   values = []
   for i in range(5):
-    logits = [users[i] @ wanted[i], users[i] @ wanted[i - 1]]
-    values.append(np.log1p(np.exp(-logits[0] - encoded.matching_bias)))
+    logits = [scale * (users[i] @ wanted[j]) + bias for j in (i, i - 1)]
+    values.append(np.log1p(np.exp(-logits[0])))
     if i > 0:  # The neighbour of the first is padding.
-      values.append(np.log1p(np.exp(logits[1] + encoded.matching_bias)))
+      values.append(np.log1p(np.exp(logits[1])))
   np.testing.assert_allclose(found['matching'], np.mean(values), rtol=1e-4)
 
 

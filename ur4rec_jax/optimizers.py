@@ -21,7 +21,7 @@ GROUPS = {
   'user_tower': re.compile(r'retriever/(user_tower/|log_temperature$)'),
   'content_tower': re.compile(r'retriever/'),
   'fusion': re.compile(r'fusion/'),
-  'loss': re.compile(r'log_temperature$|log_variance_|matching_bias$'),
+  'loss': re.compile(r'log_temperature$|log_variance_|matching_(scale|bias)$'),
 }
 SCHEDULES = ('constant', 'cosine')
 # Weight decay is for matrices that mix features, not for scales, offsets and lookup tables.

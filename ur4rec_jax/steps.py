@@ -151,9 +151,9 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       matched = encoded.items['retriever'][targets[some]]
       # A neighbour's target: an item about as popular as the user's own.
       mismatched, is_other = jnp.roll(matched, 1, axis=0), jnp.roll(some_ids, 1) != some_ids
-      logits = [(users * items).sum(-1, dtype=jnp.float32) for items in (matched, mismatched)]
+      scores = [(users * items).sum(-1, dtype=jnp.float32) for items in (matched, mismatched)]
       return losses.matching_bce(
-        jnp.concatenate(logits) + encoded.matching_bias,
+        encoded.matching_scale * jnp.concatenate(scores) + encoded.matching_bias,
         jnp.repeat(jnp.array([1, 0]), len(some)),
         jnp.concatenate([some_weights, some_weights * is_other * jnp.roll(some_weights, 1)]),
       )

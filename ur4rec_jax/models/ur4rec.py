@@ -32,7 +32,8 @@ class Encoded(NamedTuple):
     content: of the items, from the retriever if there is one; None without features.
     retrieved: `[batch, length, proxies, dim]`, of the retriever's proxies; None without them.
     log_temperature: `[]`, of the contrasts `info_nce` and `contrast`.
-    matching_bias: `[]`, of the logit of `matching`.
+    matching_scale: `[]`, what scores are multiplied by to be logits of `matching`,
+    matching_bias: `[]`, and what is added to them.
     log_variances: by loss, `[]`, of uncertainty weighting.
   """
 
@@ -42,6 +43,7 @@ class Encoded(NamedTuple):
   content: Content | None = None
   retrieved: Array | None = None
   log_temperature: Array | None = None
+  matching_scale: Array | None = None
   matching_bias: Array | None = None
   log_variances: Mapping[str, Array] = FrozenDict()
 
@@ -67,10 +69,12 @@ class UR4Rec(nn.Module):
 
   def setup(self):
     constant = lambda name, value: self.param(name, nn.initializers.constant(value), ())
-    self.log_temperature = self.matching_bias = None
+    self.log_temperature = self.matching_scale = self.matching_bias = None
     if 'info_nce' in self.losses or 'contrast' in self.losses:
       self.log_temperature = constant('log_temperature', math.log(self.temperature))
     if 'matching' in self.losses:
+      # Scores that a softmax over the catalogue likes are too far apart for a choice of two.
+      self.matching_scale = constant('matching_scale', 1.0)
       self.matching_bias = constant('matching_bias', 0.0)
     weighted = self.losses if self.uncertainty_weighting else {}
     self.log_variances = {
@@ -191,6 +195,7 @@ class UR4Rec(nn.Module):
       contents[-1] if contents else None,
       retrieved,
       self.log_temperature,
+      self.matching_scale,
       self.matching_bias,
       self.log_variances,
     )
