@@ -18,9 +18,12 @@ from ml_collections import ConfigDict
 
 from benchmarks.accuracy import name_of_results, seeds_of, store_beside
 from ur4rec_jax import evaluate, parallel, results
+from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError, exit_on_reported_error
-from ur4rec_jax.features import load_with_features, read_tables
+from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.stages import Stage
+from ur4rec_jax.train_state import PyTree
 
 WAYS = {
   'as trained': {},
@@ -39,6 +42,20 @@ WAYS = {
 }
 
 
+def load_finished(workdir: pathlib.Path) -> tuple[Stage, PyTree, Dataset, Tables]:
+  """The best stage of a finished run, its parameters, and the data and features of the run.
+
+  Raises:
+    InputError: there is no finished run.
+  """
+  if not (workdir / 'results.json').exists():
+    raise InputError(f'{workdir}: no finished run here')
+  config = ConfigDict(json.loads((workdir / 'config.json').read_text())['config'])
+  dataset = load_with_features(config)
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  return *results.restore_best(config, str(workdir), dataset, tables), dataset, tables
+
+
 def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
   """Validation and test NDCG@10 of a finished run by the name of the way.
 
@@ -46,13 +63,7 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     InputError: there is no finished run, or its best stage ranks by something else than the
       weighted sum of two paths.
   """
-  path = workdir / 'config.json'
-  if not (workdir / 'results.json').exists():
-    raise InputError(f'{workdir}: no finished run here')
-  config = ConfigDict(json.loads(path.read_text())['config'])
-  dataset = load_with_features(config)
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
-  stage, params = results.restore_best(config, str(workdir), dataset, tables)
+  stage, params, dataset, tables = load_finished(workdir)
   config = stage.config
   if len(config.paths) < 2 or config.retriever.query != 'user' or config.fusion.kind != 'weighted':
     raise InputError(

@@ -14,7 +14,6 @@ makes a table of docs/results.md; NAME is of results that it has stored.
 """
 
 import argparse
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -26,10 +25,11 @@ import optax
 from ml_collections import ConfigDict
 
 from benchmarks.accuracy import name_of_results, store_beside
-from ur4rec_jax import results, steps
+from benchmarks.fusions import load_finished
+from ur4rec_jax import steps
 from ur4rec_jax.dataset import Dataset
-from ur4rec_jax.errors import InputError, exit_on_reported_error
-from ur4rec_jax.features import Tables, load_with_features, read_tables
+from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.features import Tables
 from ur4rec_jax.input_pipeline import TrainBatches, gather_batch, gather_preferences
 from ur4rec_jax.models.fusion import GATES
 from ur4rec_jax.models.ur4rec import PATHS, create_model, losses_in_use, retrieval_losses
@@ -115,7 +115,7 @@ def _compare(
   found = {}
   for name, gradient in weighted.items():
     length = np.linalg.norm(gradient)
-    beside = np.linalg.norm(of_paths[gradient != 0])
+    beside = np.linalg.norm(of_paths[gradient != 0])  # Of the same parameters.
     found[name] = {
       'value': float(values[name]),
       'weight': float(weights[name]),
@@ -131,14 +131,9 @@ def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]
   Raises:
     InputError: there is no finished run.
   """
-  if not (workdir / 'results.json').exists():
-    raise InputError(f'{workdir}: no finished run here')
-  config = ConfigDict(json.loads((workdir / 'config.json').read_text())['config'])
-  dataset = load_with_features(config)
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
-  stage, best = results.restore_best(config, str(workdir), dataset, tables)
+  stage, best, dataset, tables = load_finished(workdir)
   model = create_model(stage.config, dataset.num_items)
-  first = create_train_state(model, optax.identity(), config.seed, tables).params
+  first = create_train_state(model, optax.identity(), stage.config.seed, tables).params
   return measure(stage.config, dataset, tables, {'first': first, 'best': best})
 
 
