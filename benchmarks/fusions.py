@@ -65,14 +65,15 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
   """
   stage, params, dataset, tables = load_finished(workdir)
   config = stage.config
-  if len(config.paths) < 2 or config.retriever.query != 'user' or config.fusion.kind != 'weighted':
+  if len(config.paths) < 2 or config.fusion.kind != 'weighted':
     raise InputError(
-      f'{workdir}: not a run of two paths whose best stage ranks by the weighted sum of both, each '
-      "of which could do without the other (retriever.query='user')"
+      f'{workdir}: not a run of two paths whose best stage ranks by the weighted sum of both'
     )
   placed = parallel.replicate((dataset.item_ids, tables, params))
   found = {}
   for name, changes in WAYS.items():
+    if config.retriever.query == 'proxies' and 'sasrec' not in changes.get('paths', config.paths):
+      continue  # Proxies ask with SASRec's state.
     changed = ConfigDict(config.to_dict())
     with changed.ignore_type():
       changed.update_from_flattened_dict(changes)
