@@ -29,10 +29,12 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.content.hidden_dim = 128
     config.content.cross_modal_blocks = 0
     config.fusion.weights = (0.4, 0.6)
+    config.num_epochs = 120
+    config.validate_every_epochs = 2
+    config.stage.joint_finetune.num_epochs = 4
+    config.stage.end_to_end.num_epochs = 4
+  if variant in ('text', 'multimodal'):
     # From scratch in one stage: in validation better than four, and still rising after 100 epochs.
     config.stages = ('train',)
     config.num_epochs = 250
-    config.validate_every_epochs = 2
-    config.stage.joint_finetune.num_epochs = 4  # For who takes four.
-    config.stage.end_to_end.num_epochs = 4
   return config
