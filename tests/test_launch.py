@@ -5,7 +5,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import jsonschema
 import pytest
@@ -230,14 +229,12 @@ def test_a_pair_ends_together_and_goes_on(number, pair, undisturbed, tmp_path):
   wait_for(script, lambda: len(lines(workdir)) >= 4)
   children = pathlib.Path(f'/proc/{script.pid}/task/{script.pid}/children').read_text().split()
   os.kill(int(children[number]), signal.SIGKILL)
-  died = time.monotonic()
   _, stderr = script.communicate(timeout=60)
-  hung = time.monotonic() - died > 30  # In an exchange with the dead one, until it was killed, too.
   assert script.returncode == 128 + signal.SIGKILL
   assert f'process {number} of 2 ended with exit code 137 (SIGKILL)' in stderr
   assert 'start the same command again' in stderr
   if number:  # Without the coordinator, jax ends a process before it can say anything.
-    assert hung or 'error: another process of this run has died' in stderr
+    assert 'error: another process of this run has died' in stderr
   assert not any(pathlib.Path(f'/proc/{child}').exists() for child in children)
   assert not (workdir / 'results.json').exists()
 
