@@ -23,12 +23,12 @@ from ml_collections import ConfigDict
 
 from benchmarks import measure, own_side
 from configs import default
-from ur4rec_jax import parallel
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.features import load_with_features
 from ur4rec_jax.input_pipeline import Batch, gather_preferences
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.sharding import devices
 
 
 class Variant(NamedTuple):
@@ -119,7 +119,7 @@ def main() -> None:
     'benchmark': 'cost',
     'config': flags.config,
     'variants': rows,
-    'device': parallel.describe_devices(),
+    'device': devices.describe_devices(),
     **measure.machine(),
   }
   measure.report(flags, lines, result)

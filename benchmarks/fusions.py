@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks.accuracy import name_of_results, seeds_of, store_beside
-from ur4rec_jax import evaluate, parallel, results
+from ur4rec_jax import evaluate, results
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.stages import Stage
 from ur4rec_jax.train_state import PyTree
 
@@ -69,7 +70,7 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     raise InputError(
       f'{workdir}: not a run of two paths whose best stage ranks by the weighted sum of both'
     )
-  placed = parallel.replicate((dataset.item_ids, tables, params))
+  placed = devices.replicate((dataset.item_ids, tables, params))
   found = {}
   for name, changes in WAYS.items():
     if config.retriever.query == 'proxies' and 'sasrec' not in changes.get('paths', config.paths):

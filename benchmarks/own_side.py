@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.measure import Clock, answer_requests
 from configs import default
-from ur4rec_jax import evaluate, parallel, splits
+from ur4rec_jax import evaluate, splits
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
@@ -23,6 +23,7 @@ from ur4rec_jax.features import read_tables
 from ur4rec_jax.input_pipeline import Plan
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.stages import make_stages, stage_numbers
 from ur4rec_jax.train import TrainLoop
 from ur4rec_jax.train_state import parameter_shapes
@@ -89,7 +90,7 @@ def train(loop: TrainLoop, num_steps: int) -> None:
 def make_evaluator(loop: TrainLoop, dataset: Dataset, part: str) -> Callable[[], np.ndarray]:
   """A function that ranks the held-out items of a part of a dataset, the loop's or another."""
   config = loop.config
-  item_ids = loop.item_ids if dataset is loop.dataset else parallel.replicate(dataset.item_ids)
+  item_ids = loop.item_ids if dataset is loop.dataset else devices.replicate(dataset.item_ids)
   evaluator = evaluate.make_evaluator(
     create_model(config, dataset.num_items),
     dataset,
@@ -113,8 +114,8 @@ def step_program(loop: TrainLoop) -> tuple[Callable, tuple]:
   count, batches = loop.config.steps_per_dispatch, loop.batches
   plan = Plan(*(np.resize(x, (count, *x.shape[1:])) for x in batches.epoch(0)))
   numbers = stage_numbers(loop.stage, loop.labels, batches.steps_per_epoch, 1)
-  placed = parallel.replicate((np.int32(count), numbers))
-  return step, (loop.state, loop.data, parallel.shard(parallel.split(plan, axis=1)), *placed)
+  placed = devices.replicate((np.int32(count), numbers))
+  return step, (loop.state, loop.data, devices.shard(devices.split(plan, axis=1)), *placed)
 
 
 def make_answers(settings: dict[str, Any]) -> dict:
@@ -141,7 +142,7 @@ def make_answers(settings: dict[str, Any]) -> dict:
       **clock.read(),
       'sequences': loop.batches.users,
       'compile_seconds': round(compile_seconds - before, 2),
-      'device': parallel.describe_devices(),
+      'device': devices.describe_devices(),
     }
 
   def rank(part: str) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def make_answers(settings: dict[str, Any]) -> dict:
       'metrics': metrics,
       'prepare_seconds': round(prepare_seconds, 2),
       'compile_seconds': round(compile_seconds - before, 2),
-      'device': parallel.describe_devices(),
+      'device': devices.describe_devices(),
     }
 
   return {'epoch': epoch, 'rank': rank}

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure, own_side
-from ur4rec_jax import parallel
 from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.train import TrainLoop
 
 # The first that an operation's path fits is its part.
@@ -140,7 +140,7 @@ def main() -> None:
     nanoseconds = trace(loop, steps, f'{folder}/trace')
     step, arguments = own_side.step_program(loop)
     compiled = jax.jit(step).lower(*arguments).compile()
-    flops = matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr) * parallel.device_count()
+    flops = matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr) * devices.device_count()
   estimates = compiled.cost_analysis()
   paths = operation_paths(compiled.as_text())
   nanoseconds = Counter({name: spent for name, spent in nanoseconds.items() if name in paths})
@@ -170,7 +170,7 @@ def main() -> None:
       for name, spent in nanoseconds.most_common(20)
     ],
     'peak_mb': measure.memory_megabytes('VmHWM'),
-    'device': parallel.describe_devices(),
+    'device': devices.describe_devices(),
     **measure.machine(),
   }
   lines = [f'{share:>7.1%}  {part}' for part, share in result['parts'].items()]

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from configs import default
-from ur4rec_jax import cold_items, evaluate, item_rows, parallel
+from ur4rec_jax import cold_items, evaluate
 from ur4rec_jax.features import Tables, TokenTable, load_with_features, read_tables
 from ur4rec_jax.models.content import first_rows
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.sharding import devices, item_embeddings
 from ur4rec_jax.train_state import parameter_shapes
 
 DIM = 8
@@ -70,21 +71,21 @@ def test_cold_items_are_ranked_by_the_rows_of_their_nearest(encoded, rows):
   )
 
   def rank(model, dataset, tables, params, rows='all'):
-    axes = item_rows.row_axes(params, rows)
-    tables = tables._replace(items=item_rows.padded_features(tables.items, rows))
-    features = Tables(item_rows.feature_axis(rows), None)
+    axes = item_embeddings.row_axes(params, rows)
+    tables = tables._replace(items=item_embeddings.padded_features(tables.items, rows))
+    features = Tables(item_embeddings.feature_axis(rows), None)
     evaluator = evaluate.make_evaluator(
       model,
       dataset,
-      parallel.replicate(dataset.item_ids),
-      parallel.place(tables, features),
+      devices.replicate(dataset.item_ids),
+      devices.place(tables, features),
       'test',
       config.evaluation,
       'pmap',
       rows,
       axes,
     )
-    return evaluator(parallel.place(jax.device_get(item_rows.padded(params, rows)), axes))
+    return evaluator(devices.place(jax.device_get(item_embeddings.padded(params, rows)), axes))
 
   ranks = rank(model, dataset, tables, params, rows)
   cold = cold_items.cold_items_of(model, dataset)

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import conftest
-from ur4rec_jax import evaluate, parallel, ranking, splits
+from ur4rec_jax import evaluate, ranking, splits
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.features import Tables
@@ -19,6 +19,7 @@ from ur4rec_jax.models.content import ItemSide
 from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import UR4Rec
+from ur4rec_jax.sharding import devices
 
 NUM_ITEMS = 25
 MAX_LENGTH = 6
@@ -54,9 +55,9 @@ def history(dataset: Dataset, user: int) -> np.ndarray:
 
 def run(model, dataset, part, config, params=None, mapping='pmap', **options):
   evaluator = evaluate.make_evaluator(
-    model, dataset, parallel.replicate(dataset.item_ids), Tables({}, {}), part, config, mapping
+    model, dataset, devices.replicate(dataset.item_ids), Tables({}, {}), part, config, mapping
   )
-  return evaluator(parallel.replicate(params or {}), **options)
+  return evaluator(devices.replicate(params or {}), **options)
 
 
 class Constant(nn.Module):
@@ -178,7 +179,7 @@ def test_shares_hold_every_user_once_with_the_newest_token(users_per_share):
   dataset = mixed_dataset()
   queries = evaluate.make_queries(dataset, 'test', make_config('uniform'))
   shares, members = evaluate.make_shares(queries, MAX_LENGTH, users_per_share)
-  assert len(members) % parallel.device_count() == 0
+  assert len(members) % devices.device_count() == 0
   np.testing.assert_array_equal(np.sort(members[members >= 0]), np.arange(len(queries.users)))
   for i, share_members in enumerate(members):
     share = jax.tree.map(lambda x, i=i: x[i], shares)

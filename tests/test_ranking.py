@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ur4rec_jax import ranking
-from ur4rec_jax.parallel import AXIS
+from ur4rec_jax.sharding.devices import AXIS
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import pytest
 
 from configs import default
 from data_prep.embeddings import text_tokens
-from ur4rec_jax import evaluate, parallel, scoring
+from ur4rec_jax import evaluate, scoring
 from ur4rec_jax.dataset import read_items
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.features import load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.recommender import TrainedRecommender
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.train_state import create_train_state
 
 SMALL = {
@@ -91,13 +92,13 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   evaluator = evaluate.make_evaluator(
     recommender.model,
     recommender.dataset,
-    parallel.replicate(recommender.dataset.item_ids),
-    parallel.replicate(tables),
+    devices.replicate(recommender.dataset.item_ids),
+    devices.replicate(tables),
     'test',
     recommender.config.evaluation,
     'pmap',
   )
-  ranks = evaluator(parallel.replicate(recommender.params))
+  ranks = evaluator(devices.replicate(recommender.params))
   starts = zip(queries.starts, queries.lengths, queries.targets, strict=True)
   is_new = np.array([t not in recommender.dataset.item_ids[s : s + n] for s, n, t in starts])
   assert is_new.sum() > 50

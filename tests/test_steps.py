@@ -8,13 +8,14 @@ import pytest
 
 from configs import default
 from tests.conftest import make_dataset
-from ur4rec_jax import losses, optimizers, parallel, stages, steps
+from ur4rec_jax import losses, optimizers, stages, steps
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import Encoded, UR4Rec
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.train_state import TrainState, create_train_state, parameter_shapes
 
 NUM_ITEMS = 20
@@ -225,8 +226,8 @@ class Trainer:
     self.numbers = jax.tree.map(jnp.asarray, numbers)
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
     self.step = steps.make_train_step(self.model, self.tx, labels, stage.config, stage.moving)
-    self.mapped = parallel.pmap(self.step, in_axes=(None, None, 0, None, None), donate_argnums=(0,))
-    self.data = parallel.replicate(all_data())
+    self.mapped = devices.pmap(self.step, in_axes=(None, None, 0, None, None), donate_argnums=(0,))
+    self.data = devices.replicate(all_data())
     self.initial = jax.device_get(self.create(seed=0))
 
   def create(self, seed: int) -> TrainState:
@@ -234,15 +235,15 @@ class Trainer:
 
   def init(self, **changes) -> TrainState:
     """The state of seed 0 on the devices, with some fields changed."""
-    return parallel.replicate(self.initial.replace(**changes))
+    return devices.replicate(self.initial.replace(**changes))
 
   def dispatch(self, state, plan: Plan, num_steps: int | None = None, capacity: int = CAPACITY):
     """Takes the first `num_steps` of `plan` `[steps, rows, slots]`; gives state and metrics."""
     count = len(plan.starts) if num_steps is None else num_steps
     padding = ((0, capacity - len(plan.starts)), (0, 0), (0, 0))
     plan = Plan(*(np.pad(x, padding) for x in plan))
-    plan = parallel.shard(parallel.split(plan, axis=1))
-    count, numbers = parallel.replicate((np.int32(count), self.numbers))
+    plan = devices.shard(devices.split(plan, axis=1))
+    count, numbers = devices.replicate((np.int32(count), self.numbers))
     state, metrics = self.mapped(state, self.data, plan, count, numbers)
     return state, jax.device_get(metrics)
 
@@ -364,7 +365,7 @@ def over_shares(dropout: float = 0.0):
   """The step mapped over any number of equal shares, without devices, from its first state."""
   trainer = Trainer(Lookup(dropout))
   mapped = jax.vmap(
-    trainer.step, in_axes=(None, None, 0, None, None), out_axes=None, axis_name=parallel.AXIS
+    trainer.step, in_axes=(None, None, 0, None, None), out_axes=None, axis_name=devices.AXIS
   )
   return jax.jit(lambda plan: mapped(trainer.initial, all_data(), plan, 1, trainer.numbers))
 
@@ -460,7 +461,7 @@ def test_state_is_donated():
 def test_same_seed_same_parameters():
   plan = first_steps(CAPACITY)
   first, again, other = (
-    noisy().dispatch(parallel.replicate(noisy().create(seed)), plan) for seed in (0, 0, 1)
+    noisy().dispatch(devices.replicate(noisy().create(seed)), plan) for seed in (0, 0, 1)
   )
   assert_trees_equal(first, again)
   differs = jax.tree.map(lambda a, b: bool(np.any(a != b)), first[0].params, other[0].params)

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ur4rec_jax import parallel
 from ur4rec_jax.errors import StorageError
+from ur4rec_jax.sharding import devices
 
 PyTree = Any
 _MANIFEST = 'manifest.json'
@@ -84,9 +84,9 @@ class Checkpointer:
       self._folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise StorageError(f'cannot write to {self._folder}: {error.strerror}') from error
-    if parallel.is_main_process():
+    if devices.is_main_process():
       self._set_damaged_aside()
-    parallel.any_process(False)  # The others wait.
+    devices.any_process(False)  # The others wait.
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -143,12 +143,12 @@ class Checkpointer:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(parallel.to_global(tree, axes)),
+          state=ocp.args.PyTreeSave(devices.to_global(tree, axes)),
           progress=ocp.args.JsonSave(progress),
         ),
       )
       self._manager.wait_until_finished()
-      if parallel.is_main_process():
+      if devices.is_main_process():
         folder = self._folder / str(step)
         write_file(folder / _MANIFEST, json.dumps(_hashes(folder), indent=1))
     except (OSError, ValueError) as error:
@@ -183,7 +183,7 @@ class Checkpointer:
     step = self.latest_step
     if step is None:
       return None
-    template = parallel.with_shardings(tree, axes)
+    template = devices.with_shardings(tree, axes)
     restore_args = ocp.checkpoint_utils.construct_restore_args(template)
     restored = self._manager.restore(
       step,
@@ -191,7 +191,7 @@ class Checkpointer:
         state=ocp.args.PyTreeRestore(template, restore_args), progress=ocp.args.JsonRestore()
       ),
     )
-    return parallel.to_local(restored.state, axes), restored.progress
+    return devices.to_local(restored.state, axes), restored.progress
 
   def close(self) -> None:
     """Finishes whatever is being written."""

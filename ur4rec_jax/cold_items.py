@@ -17,8 +17,8 @@ import numpy as np
 
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import TokenTable
-from ur4rec_jax.item_rows import put_rows, take_rows
 from ur4rec_jax.models.content import first_rows
+from ur4rec_jax.sharding.item_embeddings import put_rows, take_rows
 
 Array = jax.Array
 NEAREST = 2  # Whose rows are averaged.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import metrics, parallel, splits
+from ur4rec_jax import metrics, splits
 from ur4rec_jax.cold_items import ColdItems, cold_items_of, with_rows_of_nearest
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import DivergenceError
@@ -23,20 +23,21 @@ from ur4rec_jax.input_pipeline import (
   pack,
   plan_rows,
 )
-from ur4rec_jax.item_rows import (
-  feature_axis,
-  find_rows,
-  renumber,
-  rows_of_device,
-  take_rows,
-  with_placeholders,
-)
 from ur4rec_jax.models.content import ItemSide
 from ur4rec_jax.ranking import (
   leave_out_seen,
   rank_among_candidates,
   rank_by_products,
   rank_by_scores,
+)
+from ur4rec_jax.sharding import devices
+from ur4rec_jax.sharding.item_embeddings import (
+  feature_axis,
+  find_rows,
+  renumber,
+  rows_of_device,
+  take_rows,
+  with_placeholders,
 )
 
 Array = jax.Array
@@ -201,8 +202,8 @@ def make_eval_step(
       else:
         rank, others = rank_by_products, seen
       ranks, finite = rank(users, vectors, targets, *others, num_items, item_rows)
-    finite = jax.lax.pmin(finite.astype(jnp.int32), parallel.AXIS)
-    return jax.lax.all_gather(ranks, parallel.AXIS, tiled=True), finite
+    finite = jax.lax.pmin(finite.astype(jnp.int32), devices.AXIS)
+    return jax.lax.all_gather(ranks, devices.AXIS, tiled=True), finite
 
   return eval_step
 
@@ -249,9 +250,9 @@ def make_catalogue(
     return Catalogue(sides, model.covariances(sides))
 
   if item_rows != 'sharded':
-    return parallel.on_each_device(catalogue)
+    return devices.on_each_device(catalogue)
   axes = params_axes, feature_axis(item_rows)
-  return parallel.MAPPINGS[mapping](catalogue, axes, (), out_axes=0)
+  return devices.MAPPINGS[mapping](catalogue, axes, (), out_axes=0)
 
 
 def make_shares(
@@ -275,7 +276,7 @@ def make_shares(
   users = users[np.random.default_rng(0).permutation(len(users))]
   rows_per_share = min(len(users), max(1, round(len(users) * users_per_share / len(lengths))))
   num_shares = -(-len(users) // rows_per_share)
-  num_shares += -num_shares % parallel.device_count()
+  num_shares += -num_shares % devices.device_count()
   starts = queries.starts + queries.lengths - lengths
   plan = plan_rows(users, queries.users, starts, lengths, num_shares * rows_per_share)
   by_share = lambda x: x.reshape(num_shares, rows_per_share, -1)
@@ -332,17 +333,17 @@ def make_evaluator(
   queries = make_queries(dataset, part, config)
   shares, members = make_shares(queries, model.max_length, config.batch_size)
   seen_capacity = int(shares.seen_lengths.sum(-1).max())
-  step = parallel.MAPPINGS[mapping](
+  step = devices.MAPPINGS[mapping](
     make_eval_step(model, dataset.num_items, model.max_length, seen_capacity, item_rows),
     (params_axes, feature_axis(item_rows), None, None, 0),
     (),
   )
   cold = cold_items_of(model, dataset)
   make_items = make_catalogue(model, dataset.num_items, cold, mapping, item_rows, params_axes)
-  devices = parallel.device_count()
+  num_devices = devices.device_count()
   placed = [
-    parallel.shard(jax.tree.map(lambda x, i=i: x[i : i + devices], shares))
-    for i in range(0, len(members), devices)
+    devices.shard(jax.tree.map(lambda x, i=i: x[i : i + num_devices], shares))
+    for i in range(0, len(members), num_devices)
   ]
 
   def evaluator(params, interrupted=lambda: False) -> np.ndarray | None:

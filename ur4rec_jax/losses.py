@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ur4rec_jax.item_rows import places_from
+from ur4rec_jax.sharding.item_embeddings import places_from
 
 Array = jax.Array
 RETRIEVAL_LOSSES = ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce')

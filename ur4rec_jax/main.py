@@ -7,8 +7,9 @@ python -m ur4rec_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train|e
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ur4rec_jax import parallel, results, sweep, train
+from ur4rec_jax import results, sweep, train
 from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.sharding import devices
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, `configs/NAME.py` or `configs/NAME.py:VARIANT`.'
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
   is_sweep = bool(_SEEDS.value or _SWEEP.value)
   if is_sweep and _MODE.value != 'train':
     raise app.UsageError(f'--mode={_MODE.value} is of one run, without --seeds and --sweep')
-  with parallel.joined_processes():
+  with devices.joined_processes():
     if is_sweep:
       seeds = [int(seed) for seed in _SEEDS.value]
       sweep.run_sweep(_CONFIG.value, _WORKDIR.value, seeds, _SWEEP.value)

@@ -7,9 +7,9 @@ products, the catalogue is scored in parts of `ITEMS_AT_ONCE`, and may be spread
 import jax
 import jax.numpy as jnp
 
-from ur4rec_jax.item_rows import NOBODY, find_rows, places_from, renumber, take_rows
 from ur4rec_jax.models.fusion import inner_products
-from ur4rec_jax.parallel import AXIS
+from ur4rec_jax.sharding.devices import AXIS
+from ur4rec_jax.sharding.item_embeddings import NOBODY, find_rows, places_from, renumber, take_rows
 
 Array = jax.Array
 ITEMS_AT_ONCE = 16_384

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import evaluate, metrics, optimizers, parallel
+from ur4rec_jax import evaluate, metrics, optimizers
 from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.features import Tables, load_with_features, read_tables
-from ur4rec_jax.item_rows import padded, row_axes, unpadded
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.report import write_report
+from ur4rec_jax.sharding import devices
+from ur4rec_jax.sharding.item_embeddings import padded, row_axes, unpadded
 from ur4rec_jax.stages import Stage, make_stages
 from ur4rec_jax.train_state import (
   TrainProgress,
@@ -67,7 +68,7 @@ def write_results(
     The contents of `results.json`.
   """
   best, records = progress.best_stage, []
-  placed = parallel.replicate(dataset.item_ids), tables
+  placed = devices.replicate(dataset.item_ids), tables
   item_rows = config.optimizer.item_rows
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
   for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
@@ -107,11 +108,11 @@ def write_results(
   }
   # Apart from the results, which are the same whenever and wherever the run is repeated.
   timing = {
-    'device': parallel.describe_devices(),
+    'device': devices.describe_devices(),
     'seconds': round(progress.seconds, 1),
     'jax': jax.__version__,
   }
-  if parallel.is_main_process():
+  if devices.is_main_process():
     archive = io.BytesIO()
     np.savez(archive, users=dataset.held_out('test')[0], ranks=best_ranks['test'])
     write_file(pathlib.Path(workdir) / 'test_ranks.npz', archive.getvalue())
@@ -142,10 +143,10 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   keep_compiled_programs(workdir, config)
   tables = read_tables(dataset, jnp.dtype(config.dtype))
   stage, params = restore_best(config, workdir, dataset, tables)
-  placed = parallel.replicate((dataset.item_ids, tables))
+  placed = devices.replicate((dataset.item_ids, tables))
   ranks = rank_held_out(stage.config, dataset, *placed, params, evaluate.PARTS)
   results = _scores(stage.config, dataset, ranks)
-  if parallel.is_main_process():
+  if devices.is_main_process():
     print(results_table(results), file=sys.stderr)
     print(json.dumps(results))
   return results

@@ -17,7 +17,11 @@ from ur4rec_jax import losses, stages
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.features import Tables, preference_starts
 from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
-from ur4rec_jax.item_rows import (
+from ur4rec_jax.models.fusion import GATES
+from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
+from ur4rec_jax.optimizers import learning_rate_at
+from ur4rec_jax.sharding.devices import AXIS
+from ur4rec_jax.sharding.item_embeddings import (
   find_rows,
   global_norm_of_parts,
   mean_over_devices,
@@ -27,10 +31,6 @@ from ur4rec_jax.item_rows import (
   take_item_tables,
   take_rows,
 )
-from ur4rec_jax.models.fusion import GATES
-from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
-from ur4rec_jax.optimizers import learning_rate_at
-from ur4rec_jax.parallel import AXIS
 from ur4rec_jax.train_state import TrainState
 
 Array = jax.Array

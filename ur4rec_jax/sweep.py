@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import parallel, train
+from ur4rec_jax import train
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.config_checks import check_config, flatten
 from ur4rec_jax.errors import DivergenceError, InputError
 from ur4rec_jax.metrics import gains
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.workdir import is_started_with
 
 METRIC = 'ndcg@10'
@@ -65,8 +66,8 @@ def run_sweep(
   for number, member in enumerate(members, 1):
     folder = pathlib.Path(workdir) / member.name
     # All processes must do the same, even if one does not see a shared file yet.
-    must_run = parallel.any_process(not is_finished(folder, member.config))
-    if parallel.is_main_process():
+    must_run = devices.any_process(not is_finished(folder, member.config))
+    if devices.is_main_process():
       state = '' if must_run else ', finished before'
       print(f'member {number} of {len(members)}: {member.name}{state}', flush=True)
     if must_run:
@@ -75,7 +76,7 @@ def run_sweep(
       except DivergenceError as error:
         diverged.append(f'{member.name}: {error}')
         continue
-    if parallel.is_main_process():
+    if devices.is_main_process():
       finished.append((member, *read_run(folder)))
       summary = summarise(finished)
       write_file(pathlib.Path(workdir) / 'sweep.json', json.dumps(summary, indent=2) + '\n')

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import evaluate, item_rows, optimizers, parallel, results, steps
+from ur4rec_jax import evaluate, optimizers, results, steps
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.dataset import Dataset
@@ -26,6 +26,7 @@ from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.content import first_rows
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.sharding import devices, item_embeddings
 from ur4rec_jax.stages import Stage, StageNumbers, make_stages, stage_numbers
 from ur4rec_jax.train_state import (
   NEVER,
@@ -140,7 +141,7 @@ def _stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
   threading.Thread(target=end_in_time, daemon=True).start()
   try:
     # Every process of a run must come to the same answer, or one would wait for the others.
-    yield lambda: int(parallel.any_process(bool(received))) and (received or [signal.SIGTERM])[0]
+    yield lambda: int(devices.any_process(bool(received))) and (received or [signal.SIGTERM])[0]
   finally:
     is_over.set()
     signal.set_wakeup_fd(-1)
@@ -178,23 +179,23 @@ class TrainLoop:
       crop=config.crop,
       seed=config.seed,
     )
-    if self.batches.rows % parallel.device_count():
+    if self.batches.rows % devices.device_count():
       raise InputError(
         f'config.batch_size={config.batch_size} gives {self.batches.rows} rows, which '
-        f'{parallel.device_count()} devices cannot share equally; make it larger'
+        f'{devices.device_count()} devices cannot share equally; make it larger'
       )
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
     self.item_rows = config.optimizer.item_rows
-    item_rows.check_devices(self.item_rows)
+    item_embeddings.check_devices(self.item_rows)
     self._restore_or_create(tables)
-    tables = tables._replace(items=item_rows.padded_features(tables.items, self.item_rows))
-    feature_axes = Tables(items=item_rows.feature_axis(self.item_rows), users=None)
+    tables = tables._replace(items=item_embeddings.padded_features(tables.items, self.item_rows))
+    feature_axes = Tables(items=item_embeddings.feature_axis(self.item_rows), users=None)
     self.data_axes = steps.TrainData(None, None, feature_axes, None)
-    self.data = parallel.place(steps.make_train_data(train_part, tables), self.data_axes)
-    self.item_ids = parallel.replicate(dataset.item_ids)
+    self.data = devices.place(steps.make_train_data(train_part, tables), self.data_axes)
+    self.item_ids = devices.replicate(dataset.item_ids)
     self.validators, self.train_steps = {}, {}
     self.writer = self.bar = Silent()
-    if parallel.is_main_process():
+    if devices.is_main_process():
       description = _describe_run(
         config, dataset, self.batches, stages, labels, self.shapes.params, self.progress
       )
@@ -207,15 +208,15 @@ class TrainLoop:
     model = create_model(self.config, self.dataset.num_items)
     create = jax.jit(lambda: create_train_state(model, self.tx, self.config.seed, tables))
     self.shapes = jax.eval_shape(create)
-    create_padded = lambda: item_rows.padded(create(), self.item_rows)
+    create_padded = lambda: item_embeddings.padded(create(), self.item_rows)
     stored = saved_tree(jax.eval_shape(create_padded), len(self.stages))
     self.axes = {
-      'state': item_rows.row_axes(stored['state'], self.item_rows),
-      'best_params': item_rows.row_axes(stored['best_params'], self.item_rows, axis=1),
+      'state': item_embeddings.row_axes(stored['state'], self.item_rows),
+      'best_params': item_embeddings.row_axes(stored['best_params'], self.item_rows, axis=1),
     }
     restored = self.checkpointer.restore(stored, self.axes)
     if restored is None:
-      self.state: TrainState = parallel.create(create_padded, self.axes['state'])
+      self.state: TrainState = devices.create(create_padded, self.axes['state'])
       if 'sasrec' in self.config.paths and self.config.sasrec.item_input == 'id_from_content':
         self._begin_items_as_content(tables)
       self.best_params = repeat_params(self.state.params, len(self.stages))
@@ -227,18 +228,18 @@ class TrainLoop:
       self.saved = self._position()
 
   def _begin_items_as_content(self, tables: Tables) -> None:
-    sasrec, name = self.config.sasrec, item_rows.ITEM_TABLE
+    sasrec, name = self.config.sasrec, item_embeddings.ITEM_TABLE
 
     @jax.jit
     def table(features: dict[str, TokenTable]) -> dict[str, jax.Array]:
       key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
       rows = first_rows(features, sasrec.dim, sasrec.item_scale, sasrec.whitening, key)
-      return item_rows.padded({name: rows}, self.item_rows)
+      return item_embeddings.padded({name: rows}, self.item_rows)
 
     first_tokens = jax.tree.map(lambda x: x[:, :1], tables.items)
     rows = jax.device_get(table(jax.device_put(first_tokens)))
     params = self.state.params['sasrec']
-    params |= parallel.place(rows, {name: self.axes['state'].params['sasrec'][name]})
+    params |= devices.place(rows, {name: self.axes['state'].params['sasrec'][name]})
 
   def _enter_stage(self) -> None:
     """Prepares what the current stage trains and validates with."""
@@ -261,7 +262,7 @@ class TrainLoop:
       )
     program = paths, stage.losses, stage.moving
     if program not in self.train_steps:
-      self.train_steps[program] = parallel.MAPPINGS[self.config.mapping](
+      self.train_steps[program] = devices.MAPPINGS[self.config.mapping](
         steps.make_train_step(model, self.tx, self.labels, stage.config, stage.moving),
         in_axes=(self.axes['state'], self.data_axes, 0, None, None),
         donate_argnums=(0,),
@@ -270,7 +271,7 @@ class TrainLoop:
     max_turns = max(len(stage.turns) for stage in self.stages)
     numbers = stage_numbers(stage, self.labels, self.batches.steps_per_epoch, max_turns)
     self.bar.close()
-    if parallel.is_main_process():
+    if devices.is_main_process():
       self.bar = Progress(str(stage), self.total_steps, self._steps_in_stage())
     self.dispatcher = _Dispatcher(
       stage,
@@ -278,14 +279,14 @@ class TrainLoop:
       self.batches,
       self.train_steps[program],
       self.data,
-      parallel.replicate(numbers),
+      devices.replicate(numbers),
       self.writer,
       self.bar,
       self.progress.stage.start,
     )
 
   def _stage_index(self) -> jax.Array:
-    return parallel.replicate(np.int32(len(self.progress.stages) - 1))
+    return devices.replicate(np.int32(len(self.progress.stages) - 1))
 
   def _steps_in_stage(self) -> int:
     return self.progress.step - self.progress.stage.start
@@ -336,7 +337,7 @@ class TrainLoop:
     params = self.state.params
     if self.stage.start_next_with == 'best':
       params = params_of_stage(self.best_params, self._stage_index())
-    at_start = parallel.replicate(start_of_stage())
+    at_start = devices.replicate(start_of_stage())
     self.state = self.state.replace(params=params, stage=at_start)
     progress.stages.append(StageProgress(progress.step, best_step=progress.step))
     progress.validated_step = NEVER
@@ -437,8 +438,8 @@ class _Dispatcher:
     state, metrics = self._train_step(
       state,
       self._data,
-      parallel.shard(parallel.split(plan, axis=1)),
-      parallel.replicate(np.int32(count)),
+      devices.shard(devices.split(plan, axis=1)),
+      devices.replicate(np.int32(count)),
       self._numbers,
     )
     if self._pending is None:  # The first call compiled, others followed a validation.
@@ -511,7 +512,7 @@ def _describe_run(
     f'{counts["interactions"]:,} interactions, split {dataset.split_name} {dataset.split_hash}',
     f'batches  {batches.steps_per_epoch} an epoch of {batches.rows} rows x {config.max_length} '
     f'tokens, {filled:.0%} filled, {batches.users / batches.steps_per_epoch:.0f} users each',
-    f'devices  {parallel.describe_devices()}, jax {jax.__version__}',
+    f'devices  {devices.describe_devices()}, jax {jax.__version__}',
   ]
   for of, features in dataset.all_features.items():
     for name, found in features.items():

@@ -9,11 +9,11 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from ur4rec_jax import parallel
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.config_checks import check_unchanged
 from ur4rec_jax.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.sharding import devices
 
 _NO_CACHE = 'none'
 _locks = []  # Open files; the locks end with the process, however it ends.
@@ -70,7 +70,7 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
   folder = pathlib.Path(workdir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    if not parallel.is_main_process():
+    if not devices.is_main_process():
       return
     lock = open(folder / 'lock', 'w')  # noqa: SIM115
   except OSError as error:

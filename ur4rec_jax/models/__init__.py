@@ -1,0 +1,1 @@
+"""Flax Linen modules: pure functions from parameters and arrays to arrays."""

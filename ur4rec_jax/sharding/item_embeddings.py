@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.parallel import AXIS, device_count
+from ur4rec_jax.sharding.devices import AXIS, device_count
 
 Array = jax.Array
 PyTree = Any

@@ -1,0 +1,1 @@
+"""Devices and processes, and which device holds which item embeddings."""
