@@ -24,9 +24,9 @@ import scipy.sparse
 
 from benchmarks.accuracy import name_of_results, store_beside
 from configs import default
-from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import TokenTable, load_with_features, read_tables
 from ur4rec_jax.errors import exit_on_reported_error
-from ur4rec_jax.features import TokenTable, load_with_features, read_tables
 from ur4rec_jax.metrics import gains
 
 REACH = 10  # How many items before one tell of it.

@@ -27,10 +27,10 @@ from ml_collections import ConfigDict
 from benchmarks.accuracy import name_of_results, store_beside
 from benchmarks.fusions import load_finished
 from ur4rec_jax import steps
-from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables
+from ur4rec_jax.data.input_pipeline import TrainBatches, gather_batch, gather_preferences
 from ur4rec_jax.errors import exit_on_reported_error
-from ur4rec_jax.features import Tables
-from ur4rec_jax.input_pipeline import TrainBatches, gather_batch, gather_preferences
 from ur4rec_jax.models.fusion import GATES
 from ur4rec_jax.models.ur4rec import PATHS, create_model, losses_in_use, retrieval_losses
 from ur4rec_jax.train_state import PyTree, create_train_state

@@ -80,7 +80,7 @@ def load_histories(data_dir: str, users: int | None) -> tuple[Any, np.ndarray, n
   Returns:
     The `Dataset`; item ids and offsets as it has them, of its first users alone if `users` is set.
   """
-  from ur4rec_jax.dataset import load_dataset
+  from ur4rec_jax.data.dataset import load_dataset
 
   dataset = load_dataset(data_dir)
   offsets = dataset.offsets[: None if users is None else users + 1]

@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 from benchmarks import measure, own_side
-from ur4rec_jax import input_pipeline, losses
+from ur4rec_jax import losses
+from ur4rec_jax.data import input_pipeline
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models import layers, sasrec
 

@@ -24,8 +24,8 @@ from absl import app, flags, logging
 from data_prep import pictures, prepare, sources, staging, tfds_writer
 from data_prep.sources import archives, download, interactions, raw_files
 from data_prep.sources import items as item_tables
-from ur4rec_jax import splits
-from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, load_dataset
+from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, load_dataset
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
 _SOURCE = flags.DEFINE_string('source', None, f'One of: {", ".join(sources.SOURCES)}.')

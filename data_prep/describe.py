@@ -17,8 +17,8 @@ from absl import logging
 
 from data_prep import describe_page, pictures, staging
 from data_prep.describe_page import percent
-from ur4rec_jax import splits
-from ur4rec_jax.dataset import Dataset, Interactions, read_info, read_interactions, read_items
+from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import Dataset, Interactions, read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
 PAGE = 'describe.html'

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ur4rec_jax import page, splits
-from ur4rec_jax.dataset import Interactions
+from ur4rec_jax import page
+from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import Interactions
 from ur4rec_jax.page import CHARACTER, WIDTH, Bar, Curve, Ticks, plot, round_ticks
 
 _TEMPLATE = Path(__file__).with_name('describe.html')

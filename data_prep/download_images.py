@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data_prep import pictures, staging
 from data_prep.sources import items as item_tables
 from data_prep.sources import tables
-from ur4rec_jax.dataset import read_info, read_items
+from ur4rec_jax.data.dataset import read_info, read_items
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 
 try:

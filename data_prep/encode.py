@@ -30,9 +30,9 @@ from data_prep.embeddings import (
   projection,
   text_tokens,
 )
-from ur4rec_jax.dataset import iterate_items, read_info
+from ur4rec_jax.data.dataset import iterate_items, read_info
+from ur4rec_jax.data.features import load_features, read_features_info
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
-from ur4rec_jax.features import load_features, read_features_info
 
 TEXT, IMAGE = 'text', 'image'
 _KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}

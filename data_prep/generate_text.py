@@ -38,8 +38,8 @@ from data_prep.llm_text import (
   text_job,
   texts,
 )
-from ur4rec_jax import splits
-from ur4rec_jax.dataset import read_info
+from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import read_info
 from ur4rec_jax.errors import (
   InputError,
   InterruptedBySignal,

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from data_prep import staging
-from ur4rec_jax.dataset import read_items
+from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep import pictures
-from ur4rec_jax import splits
+from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
 
 # Where --time_split says nothing: 80 % of the interactions train, 10 % validate, 10 % test.

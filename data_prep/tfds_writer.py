@@ -14,7 +14,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_prep import pictures, prepare, staging
-from ur4rec_jax.dataset import FORMAT_VERSION, METADATA, VERSION, read_interactions, read_items
+from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, VERSION, read_interactions, read_items
 from ur4rec_jax.errors import InputError
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ur4rec_jax import splits
-from ur4rec_jax.dataset import Dataset, read_interactions, read_items
+from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import Dataset, read_interactions, read_items
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = (sys.executable, '-m', 'ur4rec_jax.main')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import load_arrays
-from ur4rec_jax.features import TokenTable, load_features
+from ur4rec_jax.data.features import TokenTable, load_features
 from ur4rec_jax.models.content import ContentTower, first_rows
 from ur4rec_jax.models.sasrec import SASRec
 

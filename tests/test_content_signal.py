@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks import accuracy, content_signal
 from tests.conftest import make_dataset
 from tests.test_accuracy import BASE, rows, store
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.data.features import TokenTable
 
 GROUPS, MEMBERS = 4, 15  # Kinds of items, and items of each.
 

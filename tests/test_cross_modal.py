@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.test_content import make_features
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.models.content import ContentTower
 from ur4rec_jax.models.cross_modal import AttentionPool, CrossModalBlock
 

@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_prep import encode
-from ur4rec_jax.dataset import read_interactions, read_items
+from ur4rec_jax.data.dataset import read_interactions, read_items
+from ur4rec_jax.data.features import load_features, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import load_features, load_with_features, read_tables
 
 
 @pytest.fixture(scope='module')

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import make_dataset
-from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import Features, preference_starts
-from ur4rec_jax.input_pipeline import (
+from ur4rec_jax.data.features import Features, preference_starts
+from ur4rec_jax.data.input_pipeline import (
   ROW_MULTIPLE,
   Plan,
   TrainBatches,
@@ -19,6 +18,7 @@ from ur4rec_jax.input_pipeline import (
   pack,
   plan_rows,
 )
+from ur4rec_jax.errors import InputError
 
 MAX_LENGTH = 8
 

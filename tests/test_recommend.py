@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ur4rec_jax import exported
-from ur4rec_jax.dataset import read_interactions, read_items
+from ur4rec_jax.data.dataset import read_interactions, read_items
 
 
 @pytest.fixture(scope='module')

@@ -11,9 +11,9 @@ import pytest
 from configs import default
 from data_prep.embeddings import text_tokens
 from ur4rec_jax import evaluate, scoring
-from ur4rec_jax.dataset import read_items
+from ur4rec_jax.data.dataset import read_items
+from ur4rec_jax.data.features import load_with_features, read_tables
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.recommender import TrainedRecommender
 from ur4rec_jax.sharding import devices

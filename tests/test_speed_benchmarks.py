@@ -11,7 +11,7 @@ import pytest
 from benchmarks import cost_curves, measure, performance, profile_step, tricks
 from tests.conftest import ROOT
 from tests.test_accuracy import rows
-from ur4rec_jax.dataset import load_dataset
+from ur4rec_jax.data.dataset import load_dataset
 from ur4rec_jax.errors import InputError
 
 SHAPES = {'max_length': 20, 'batch_size': 32, 'dim': 16, 'num_blocks': 1, 'learning_rate': 0.01}

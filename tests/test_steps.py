@@ -9,9 +9,9 @@ import pytest
 from configs import default
 from tests.conftest import make_dataset
 from ur4rec_jax import losses, optimizers, stages, steps
-from ur4rec_jax.dataset import Dataset
-from ur4rec_jax.features import Tables, preference_starts
-from ur4rec_jax.input_pipeline import Plan, TrainBatches
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables, preference_starts
+from ur4rec_jax.data.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import Encoded, UR4Rec

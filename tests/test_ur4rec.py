@@ -10,8 +10,8 @@ import pytest
 from configs import default
 from tests.test_content import make_features
 from ur4rec_jax import losses, steps
-from ur4rec_jax.features import Preferences, Tables, TokenTable
-from ur4rec_jax.input_pipeline import Batch
+from ur4rec_jax.data.features import Preferences, Tables, TokenTable
+from ur4rec_jax.data.input_pipeline import Batch
 from ur4rec_jax.models.retriever import normalised
 from ur4rec_jax.models.ur4rec import create_model, retrieval_losses
 from ur4rec_jax.sharding.item_embeddings import renumber, take_item_tables, take_rows

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur4rec_jax.dataset import Dataset
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.models.content import first_rows
 from ur4rec_jax.sharding.item_embeddings import put_rows, take_rows
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ur4rec_jax import splits
+from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import metrics, splits
+from ur4rec_jax import metrics
 from ur4rec_jax.cold_items import ColdItems, cold_items_of, with_rows_of_nearest
-from ur4rec_jax.dataset import Dataset
-from ur4rec_jax.errors import DivergenceError
-from ur4rec_jax.features import Tables, TokenTable
-from ur4rec_jax.input_pipeline import (
+from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables, TokenTable
+from ur4rec_jax.data.input_pipeline import (
   Plan,
   assign,
   gather_batch,
@@ -23,6 +23,7 @@ from ur4rec_jax.input_pipeline import (
   pack,
   plan_rows,
 )
+from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.models.content import ItemSide
 from ur4rec_jax.ranking import (
   leave_out_seen,

@@ -30,10 +30,10 @@ from ur4rec_jax.cold_items import (
   warm_items,
   with_rows_of_nearest,
 )
-from ur4rec_jax.dataset import Dataset, iterate_items, read_interactions
+from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
+from ur4rec_jax.data.features import TokenTable, load_features, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.exported import Answer, Ids
-from ur4rec_jax.features import TokenTable, load_features, load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import PATHS, create_model
 from ur4rec_jax.workdir import check_workdir, keep_compiled_programs
 

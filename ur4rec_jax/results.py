@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from ur4rec_jax import evaluate, metrics, optimizers
 from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
-from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import Tables, load_with_features, read_tables
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.report import write_report
 from ur4rec_jax.sharding import devices

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ur4rec_jax.features import Preferences, TokenTable
+from ur4rec_jax.data.features import Preferences, TokenTable
 from ur4rec_jax.models.content import Content, ItemSide
 from ur4rec_jax.models.fusion import (
   cascade,

@@ -14,9 +14,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from ur4rec_jax import losses, stages
-from ur4rec_jax.dataset import Dataset
-from ur4rec_jax.features import Tables, preference_starts
-from ur4rec_jax.input_pipeline import Batch, Plan, gather_batch, gather_preferences
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables, preference_starts
+from ur4rec_jax.data.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.models.fusion import GATES
 from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
 from ur4rec_jax.optimizers import learning_rate_at

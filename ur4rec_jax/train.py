@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from ur4rec_jax import evaluate, optimizers, results, steps
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
-from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables, TokenTable, load_with_features, read_tables
+from ur4rec_jax.data.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
-from ur4rec_jax.features import Tables, TokenTable, load_with_features, read_tables
-from ur4rec_jax.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.content import first_rows

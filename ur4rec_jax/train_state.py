@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ur4rec_jax.features import Tables
-from ur4rec_jax.input_pipeline import Batch, gather_preferences
+from ur4rec_jax.data.features import Tables
+from ur4rec_jax.data.input_pipeline import Batch, gather_preferences
 
 PyTree = Any
 SELECTION_METRIC = 'ndcg@10'

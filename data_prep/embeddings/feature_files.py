@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from data_prep import staging
 from data_prep.embeddings.projection import Moments, Projection
+from ur4rec_jax.data.features import FORMAT_VERSION, INFO, decoded, file_name, read_features_info
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import FORMAT_VERSION, INFO, decoded, file_name, read_features_info
 
 DTYPES = ('float16', 'float32', 'int8')
 MASKED = 'masked.jsonl'

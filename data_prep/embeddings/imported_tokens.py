@@ -11,7 +11,7 @@ import numpy as np
 from data_prep.embeddings import models
 from data_prep.embeddings.feature_files import Row, Source
 from data_prep.sources import raw_files
-from ur4rec_jax.dataset import iterate_items, read_info, read_interactions
+from ur4rec_jax.data.dataset import iterate_items, read_info, read_interactions
 from ur4rec_jax.errors import InputError
 
 _NAMES = ('tokens', 'embeddings')

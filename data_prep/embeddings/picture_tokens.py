@@ -20,7 +20,7 @@ from PIL import Image
 from data_prep import pictures
 from data_prep.embeddings import models
 from data_prep.embeddings.feature_files import Row, Source
-from ur4rec_jax.dataset import iterate_items, read_info
+from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.errors import InputError
 
 COLOR = 'color'

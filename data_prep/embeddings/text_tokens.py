@@ -14,7 +14,7 @@ from data_prep.embeddings import models, projection
 from data_prep.embeddings.feature_files import Row, Source
 from data_prep.llm_text import sentences
 from data_prep.llm_text.prompts import clean, known_text
-from ur4rec_jax.dataset import iterate_items, iterate_texts, read_info, texts_origin
+from ur4rec_jax.data.dataset import iterate_items, iterate_texts, read_info, texts_origin
 from ur4rec_jax.errors import InputError
 
 HASHING = 'hashing'

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ur4rec_jax import splits
-from ur4rec_jax.dataset import iterate_items, load_dataset, read_info, read_interactions
+from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import iterate_items, load_dataset, read_info, read_interactions
 from ur4rec_jax.errors import InputError
 
 LANGUAGES = ('en', 'zh')

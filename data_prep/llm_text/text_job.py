@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.llm_text import answers, costs, llm_calls, prompts
-from ur4rec_jax import splits
+from ur4rec_jax.data import splits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from data_prep.llm_text import sentences
 from data_prep.llm_text.prompts import known_text
 from data_prep.sources import raw_files
 from data_prep.sources.items import json_lines
-from ur4rec_jax.dataset import (
+from ur4rec_jax.data.dataset import (
   VERSION,
   iterate_items,
   iterate_texts,

@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from PIL import Image
 
 from data_prep import build_dataset, prepare
-from ur4rec_jax import splits
+from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
 
 SMALL = {'num_users': 20, 'num_items': 48}

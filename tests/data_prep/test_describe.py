@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep import build_dataset, describe, describe_page, pictures, prepare
 from tests.html_page import Page
-from ur4rec_jax.dataset import read_info, read_interactions, read_items
+from ur4rec_jax.data.dataset import read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError
 
 SCRIPT = '<script>alert(1)</script>'

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pytest
 
 from data_prep import build_dataset, download_images, pictures
-from ur4rec_jax.dataset import read_items
+from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
 
 REPOSITORY = Path(__file__).parents[2]

@@ -21,8 +21,8 @@ from PIL import Image
 from data_prep import build_dataset, encode
 from data_prep.embeddings import models, text_tokens
 from data_prep.llm_text import texts
-from ur4rec_jax import dataset as prepared
-from ur4rec_jax.features import load_features
+from ur4rec_jax.data import dataset as prepared
+from ur4rec_jax.data.features import load_features
 
 REPOSITORY = Path(__file__).parents[2]
 MINILM = 'sentence-transformers/all-MiniLM-L6-v2'

@@ -16,7 +16,7 @@ from data_prep import build_dataset
 from data_prep.llm_text import answers, llm_batch
 from tests.data_prep.llm_text import llm_server
 from tests.data_prep.llm_text.fork_server import Program
-from ur4rec_jax import dataset
+from ur4rec_jax.data import dataset
 
 # The last two items are held out of the texts about users.
 TITLES = ('Heat (1995)', '羅生門', 'Амели', 'فیلم', 'A \x07 bell', '[refuse] me', '[huge] one')

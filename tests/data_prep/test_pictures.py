@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data_prep import build_dataset, pictures, prepare
-from ur4rec_jax.dataset import read_items
+from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
 
 

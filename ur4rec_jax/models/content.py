@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.models.cross_modal import AttentionPool, CrossModalBlock
 from ur4rec_jax.models.fusion import ModalityFusion
 from ur4rec_jax.models.layers import TokenProjection

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ur4rec_jax.features import Preferences, TokenTable
+from ur4rec_jax.data.features import Preferences, TokenTable
 from ur4rec_jax.models.content import ContentTower, ItemSide
 from ur4rec_jax.models.user_tower import ProxyTower, UserTower
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from ur4rec_jax.features import TokenTable
+from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.models.content import ContentTower, ItemSide
 from ur4rec_jax.models.layers import Dropout, causal_attention, masked_attention, take_positions
 

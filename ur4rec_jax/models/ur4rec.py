@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
-from ur4rec_jax.features import Preferences, TokenTable
+from ur4rec_jax.data.features import Preferences, TokenTable
 from ur4rec_jax.models.content import Content, ContentTower, ItemSide
 from ur4rec_jax.models.fusion import SUMS, PathFusion, inner_products
 from ur4rec_jax.models.retriever import Retriever

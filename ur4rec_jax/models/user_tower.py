@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ur4rec_jax.features import Preferences
+from ur4rec_jax.data.features import Preferences
 from ur4rec_jax.models.content import Content
 from ur4rec_jax.models.cross_modal import CrossModalBlock
 from ur4rec_jax.models.fusion import ModalityFusion

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import build_dataset
 from data_prep.llm_text import mock_text, prompts
-from ur4rec_jax.dataset import load_dataset, read_interactions, read_items
+from ur4rec_jax.data.dataset import load_dataset, read_interactions, read_items
 
 SCRIPT = """
 import sys

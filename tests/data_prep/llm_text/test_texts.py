@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data_prep.llm_text import texts
-from ur4rec_jax.dataset import load_dataset, read_texts, texts_origin
+from ur4rec_jax.data.dataset import load_dataset, read_texts, texts_origin
 from ur4rec_jax.errors import InputError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -26,7 +26,7 @@ ROWS = [(user, item['id'], time) for user in ('10', '9') for time, item in enume
 KILLS = """
 import os, signal, sys
 from data_prep.llm_text import texts
-from ur4rec_jax.dataset import read_texts
+from ur4rec_jax.data.dataset import read_texts
 
 data_dir = sys.argv[1]
 STEPS = ('os.mkdir', 'os.rename', 'shutil.rmtree', 'ctypes.dlopen')

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur4rec_jax.dataset import Dataset
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Preferences, TokenTable
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.features import Preferences, TokenTable
 
 Array = jax.Array
 # Rows a batch are rounded up to this, so that 1, 2, 4 and 8 devices get the same batches.

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import splits
-from ur4rec_jax.dataset import Dataset, load_dataset, read_info, read_versioned
+from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import Dataset, load_dataset, read_info, read_versioned
 from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ur4rec_jax import splits
+from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 2

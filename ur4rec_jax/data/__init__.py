@@ -1,0 +1,1 @@
+"""A prepared folder -> histories, features and packed batches."""
