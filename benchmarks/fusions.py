@@ -23,8 +23,8 @@ from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.stages import Stage
-from ur4rec_jax.train_state import PyTree
+from ur4rec_jax.training.stages import Stage
+from ur4rec_jax.training.train_state import PyTree
 
 WAYS = {
   'as trained': {},

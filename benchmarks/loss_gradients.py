@@ -26,14 +26,14 @@ from ml_collections import ConfigDict
 
 from benchmarks.accuracy import name_of_results, store_beside
 from benchmarks.fusions import load_finished
-from ur4rec_jax import steps
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables
 from ur4rec_jax.data.input_pipeline import TrainBatches, gather_batch, gather_preferences
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models.fusion import GATES
 from ur4rec_jax.models.ur4rec import PATHS, create_model, losses_in_use, retrieval_losses
-from ur4rec_jax.train_state import PyTree, create_train_state
+from ur4rec_jax.training import train_step
+from ur4rec_jax.training.train_state import PyTree, create_train_state
 
 BATCHES = 16
 
@@ -50,7 +50,7 @@ def measure(
     places: parameters at which gradients are taken, by name.
   """
   train_part = dataset.train_part()
-  data = jax.device_put(steps.make_train_data(train_part, tables))
+  data = jax.device_put(train_step.make_train_data(train_part, tables))
   batches = TrainBatches(
     train_part,
     max_length=config.max_length,
@@ -58,7 +58,7 @@ def measure(
     crop=config.crop,
     seed=config.seed,
   )
-  model, all_losses = create_model(config, dataset.num_items), steps.make_losses(config.loss)
+  model, all_losses = create_model(config, dataset.num_items), train_step.make_losses(config.loss)
 
   @jax.jit
   def losses_and_gradients(params, plan, key):
@@ -66,7 +66,7 @@ def measure(
     batch = gather_batch(data.item_ids, plan, config.max_length)
     targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
     negatives = {
-      path: steps.draw_negatives(name, config.loss, targets, data, negatives_key)
+      path: train_step.draw_negatives(name, config.loss, targets, data, negatives_key)
       for path, name in retrieval_losses(config.loss).items()
     }
 

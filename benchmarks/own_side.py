@@ -25,9 +25,9 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.stages import make_stages, stage_numbers
 from ur4rec_jax.train import TrainLoop
-from ur4rec_jax.train_state import parameter_shapes
+from ur4rec_jax.training.stages import make_stages, stage_numbers
+from ur4rec_jax.training.train_state import parameter_shapes
 
 
 def make_dataset(item_ids: np.ndarray, offsets: np.ndarray, num_items: int) -> Dataset:

@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 from benchmarks import measure, own_side
-from ur4rec_jax import losses
 from ur4rec_jax.data import input_pipeline
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models import layers, sasrec
+from ur4rec_jax.training import losses
 
 ALL = 'nothing'
 STEPS = 8  # That are timed at once.

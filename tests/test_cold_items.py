@@ -10,7 +10,7 @@ from ur4rec_jax.data.features import Tables, TokenTable, load_with_features, rea
 from ur4rec_jax.models.content import first_rows
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.sharding import devices, item_embeddings
-from ur4rec_jax.train_state import parameter_shapes
+from ur4rec_jax.training.train_state import parameter_shapes
 
 DIM = 8
 

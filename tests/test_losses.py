@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
-from ur4rec_jax import losses
+from ur4rec_jax.training import losses
 
 TOKENS, DIM, NUM_ITEMS, NEGATIVES = 13, 6, 17, 4
 

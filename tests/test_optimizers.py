@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from configs import default
-from ur4rec_jax import optimizers
 from ur4rec_jax.models.sasrec import SASRec
+from ur4rec_jax.training import optimizers
 
 
 def make_config(**fields):

@@ -17,7 +17,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.recommender import TrainedRecommender
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.train_state import create_train_state
+from ur4rec_jax.training.train_state import create_train_state
 
 SMALL = {
   'max_length': 20,

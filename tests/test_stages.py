@@ -18,13 +18,13 @@ import pytest
 from configs import default
 from tests.conftest import ROOT, lines, load_arrays, wait_for
 from tests.test_resume import assert_same_end, before_the_manifest, in_a_save
-from ur4rec_jax import stages
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data.features import Tables, TokenTable
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.optimizers import group_of
-from ur4rec_jax.train_state import parameter_shapes, start_of_stage
+from ur4rec_jax.training import stages
+from ur4rec_jax.training.optimizers import group_of
+from ur4rec_jax.training.train_state import parameter_shapes, start_of_stage
 
 DEFAULT = ('pretrain_sasrec', 'pretrain_retriever', 'joint_finetune', 'end_to_end')
 

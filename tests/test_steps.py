@@ -8,7 +8,6 @@ import pytest
 
 from configs import default
 from tests.conftest import make_dataset
-from ur4rec_jax import losses, optimizers, stages, steps
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, preference_starts
 from ur4rec_jax.data.input_pipeline import Plan, TrainBatches
@@ -16,7 +15,8 @@ from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import Encoded, UR4Rec
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.train_state import TrainState, create_train_state, parameter_shapes
+from ur4rec_jax.training import losses, optimizers, stages, train_step
+from ur4rec_jax.training.train_state import TrainState, create_train_state, parameter_shapes
 
 NUM_ITEMS = 20
 MAX_LENGTH = 6
@@ -42,18 +42,20 @@ def loss_inputs(tokens: int = 11, dim: int = 4):
   return hidden, item_vectors, targets, weights
 
 
-def train_data(counts) -> steps.TrainData:
+def train_data(counts) -> train_step.TrainData:
   item_ids = np.repeat(np.arange(1, len(counts) + 1), counts).astype(np.int32)
   counts = jnp.asarray(counts, jnp.float32)
-  return steps.TrainData(jnp.asarray(item_ids), counts, Tables({}, {}), jnp.zeros(0, jnp.int32))
+  return train_step.TrainData(
+    jnp.asarray(item_ids), counts, Tables({}, {}), jnp.zeros(0, jnp.int32)
+  )
 
 
 def retrieval_loss(name: str, config):
   """`loss(hidden, item_vectors, targets, weights, data, key)`, which draws its own negatives."""
-  compute = steps.make_retrieval_loss(name, config)
+  compute = train_step.make_retrieval_loss(name, config)
 
   def loss(hidden, item_vectors, targets, weights, data, key):
-    negatives = steps.draw_negatives(name, config, targets, data, key)
+    negatives = train_step.draw_negatives(name, config, targets, data, key)
     num_items = data.item_counts.size
     return compute(hidden, item_vectors, targets, weights, negatives, num_items)
 
@@ -185,11 +187,11 @@ def training_part() -> Dataset:
   return make_dataset(histories, NUM_ITEMS).train_part()
 
 
-def all_data() -> steps.TrainData:
+def all_data() -> train_step.TrainData:
   train = training_part()
   counts = np.bincount(train.item_ids, minlength=NUM_ITEMS + 1)[1:].astype(np.float32)
   starts = preference_starts(train)
-  return steps.TrainData(
+  return train_step.TrainData(
     *map(jnp.asarray, (train.item_ids, counts)), Tables({}, {}), jnp.asarray(starts)
   )
 
@@ -225,7 +227,7 @@ class Trainer:
     numbers = stages.stage_numbers(stage, labels, steps_per_epoch=100, max_turns=1)
     self.numbers = jax.tree.map(jnp.asarray, numbers)
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
-    self.step = steps.make_train_step(self.model, self.tx, labels, stage.config, stage.moving)
+    self.step = train_step.make_train_step(self.model, self.tx, labels, stage.config, stage.moving)
     self.mapped = devices.pmap(self.step, in_axes=(None, None, 0, None, None), donate_argnums=(0,))
     self.data = devices.replicate(all_data())
     self.initial = jax.device_get(self.create(seed=0))

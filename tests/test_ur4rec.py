@@ -9,13 +9,13 @@ import pytest
 
 from configs import default
 from tests.test_content import make_features
-from ur4rec_jax import losses, steps
 from ur4rec_jax.data.features import Preferences, Tables, TokenTable
 from ur4rec_jax.data.input_pipeline import Batch
 from ur4rec_jax.models.retriever import normalised
 from ur4rec_jax.models.ur4rec import create_model, retrieval_losses
 from ur4rec_jax.sharding.item_embeddings import renumber, take_item_tables, take_rows
-from ur4rec_jax.train_state import parameter_shapes
+from ur4rec_jax.training import losses, train_step
+from ur4rec_jax.training.train_state import parameter_shapes
 
 ITEMS, LENGTH = 7, 6
 SMALL = {
@@ -312,7 +312,7 @@ ALL_LOSSES = {
 
 
 def all_losses(config, model, features, batch):
-  compute = steps.make_losses(config.loss)
+  compute = train_step.make_losses(config.loss)
   tokens = (batch.targets > 0).sum().astype(jnp.float32)
   targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
 
@@ -320,11 +320,11 @@ def all_losses(config, model, features, batch):
     encoded = model.apply(
       {'params': params}, features, batch.item_ids, batch.segment_ids, method='encode'
     )
-    data = steps.TrainData(
+    data = train_step.TrainData(
       jnp.arange(1, ITEMS + 1), jnp.ones(ITEMS), Tables(features, {}), jnp.zeros(0, jnp.int32)
     )
     negatives = {
-      path: steps.draw_negatives(name, config.loss, targets, data, jax.random.key(0))
+      path: train_step.draw_negatives(name, config.loss, targets, data, jax.random.key(0))
       for path, name in retrieval_losses(config.loss).items()
     }
     return compute(encoded, batch, negatives, ITEMS, tokens), encoded

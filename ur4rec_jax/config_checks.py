@@ -6,13 +6,13 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS
 from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ITEM_INPUTS, NORMS
 from ur4rec_jax.models.ur4rec import PATHS, retrieval_losses
-from ur4rec_jax.optimizers import GROUPS, SCHEDULES
-from ur4rec_jax.stages import ALTERNATIONS, STARTS, stage_config
+from ur4rec_jax.training.losses import DIVERSITIES, RETRIEVAL_LOSSES
+from ur4rec_jax.training.optimizers import GROUPS, SCHEDULES
+from ur4rec_jax.training.stages import ALTERNATIONS, STARTS, stage_config
 
 _CHOICES = {
   'split': splits.NAMES,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import evaluate, metrics, optimizers
+from ur4rec_jax import evaluate, metrics
 from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data.dataset import Dataset
@@ -23,8 +23,9 @@ from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.report import write_report
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import padded, row_axes, unpadded
-from ur4rec_jax.stages import Stage, make_stages
-from ur4rec_jax.train_state import (
+from ur4rec_jax.training import optimizers
+from ur4rec_jax.training.stages import Stage, make_stages
+from ur4rec_jax.training.train_state import (
   TrainProgress,
   create_train_state,
   parameter_shapes,

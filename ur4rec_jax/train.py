@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import evaluate, optimizers, results, steps
+from ur4rec_jax import evaluate, results
 from ur4rec_jax.checkpoint import Checkpointer
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data.dataset import Dataset
@@ -27,8 +27,9 @@ from ur4rec_jax.metrics import ranking_metrics
 from ur4rec_jax.models.content import first_rows
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.sharding import devices, item_embeddings
-from ur4rec_jax.stages import Stage, StageNumbers, make_stages, stage_numbers
-from ur4rec_jax.train_state import (
+from ur4rec_jax.training import optimizers, train_step
+from ur4rec_jax.training.stages import Stage, StageNumbers, make_stages, stage_numbers
+from ur4rec_jax.training.train_state import (
   NEVER,
   SELECTION_METRIC,
   StageProgress,
@@ -190,8 +191,8 @@ class TrainLoop:
     self._restore_or_create(tables)
     tables = tables._replace(items=item_embeddings.padded_features(tables.items, self.item_rows))
     feature_axes = Tables(items=item_embeddings.feature_axis(self.item_rows), users=None)
-    self.data_axes = steps.TrainData(None, None, feature_axes, None)
-    self.data = devices.place(steps.make_train_data(train_part, tables), self.data_axes)
+    self.data_axes = train_step.TrainData(None, None, feature_axes, None)
+    self.data = devices.place(train_step.make_train_data(train_part, tables), self.data_axes)
     self.item_ids = devices.replicate(dataset.item_ids)
     self.validators, self.train_steps = {}, {}
     self.writer = self.bar = Silent()
@@ -263,7 +264,7 @@ class TrainLoop:
     program = paths, stage.losses, stage.moving
     if program not in self.train_steps:
       self.train_steps[program] = devices.MAPPINGS[self.config.mapping](
-        steps.make_train_step(model, self.tx, self.labels, stage.config, stage.moving),
+        train_step.make_train_step(model, self.tx, self.labels, stage.config, stage.moving),
         in_axes=(self.axes['state'], self.data_axes, 0, None, None),
         donate_argnums=(0,),
         out_axes=(self.axes['state'], None),
@@ -412,7 +413,7 @@ class _Dispatcher:
     max_steps: int,
     batches: TrainBatches,
     train_step: Callable,
-    data: steps.TrainData,
+    data: train_step.TrainData,
     numbers: StageNumbers,
     writer: MetricWriter,
     bar: Progress,

@@ -13,13 +13,11 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from ur4rec_jax import losses, stages
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, preference_starts
 from ur4rec_jax.data.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.models.fusion import GATES
 from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
-from ur4rec_jax.optimizers import learning_rate_at
 from ur4rec_jax.sharding.devices import AXIS
 from ur4rec_jax.sharding.item_embeddings import (
   find_rows,
@@ -31,7 +29,9 @@ from ur4rec_jax.sharding.item_embeddings import (
   take_item_tables,
   take_rows,
 )
-from ur4rec_jax.train_state import TrainState
+from ur4rec_jax.training import losses, stages
+from ur4rec_jax.training.optimizers import learning_rate_at
+from ur4rec_jax.training.train_state import TrainState
 
 Array = jax.Array
 PyTree = Any

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.sasrec import OF_CONTENT
 from ur4rec_jax.models.ur4rec import FUSED, PATHS, losses_in_use
-from ur4rec_jax.optimizers import GROUPS, group_of
-from ur4rec_jax.train_state import StageState
+from ur4rec_jax.training.optimizers import GROUPS, group_of
+from ur4rec_jax.training.train_state import StageState
 
 Array = jax.Array
 PyTree = Any

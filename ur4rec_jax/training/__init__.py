@@ -1,0 +1,1 @@
+"""Losses, optimizer, stages and the pure training step; no files, no state."""
