@@ -27,7 +27,7 @@ from configs import default
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import TokenTable, load_with_features, read_tables
 from ur4rec_jax.errors import exit_on_reported_error
-from ur4rec_jax.metrics import gains
+from ur4rec_jax.evaluation.metrics import gains
 
 REACH = 10  # How many items before one tell of it.
 TEMPERATURES = (0.1, 0.2, 0.4)  # Of cosines.

@@ -246,7 +246,7 @@ def compare(answers: dict[str, list[dict]], unit: str) -> dict[str, Any]:
 
 def metrics_of(answer: dict[str, Any]) -> dict[str, float]:
   """Metrics of the ranks that a side answered."""
-  from ur4rec_jax.metrics import ranking_metrics
+  from ur4rec_jax.evaluation.metrics import ranking_metrics
 
   metrics = ranking_metrics(np.array(answer['ranks']))
   return {name: round(metrics[name], 4) for name in ('ndcg@10', 'hit@10')}

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import accuracy
 from tests.conftest import ROOT, SMALL
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.metrics import metrics_by_group, ranking_metrics
+from ur4rec_jax.evaluation.metrics import metrics_by_group, ranking_metrics
 
 GROUPS = np.array([0, 0, 2, 3])  # Head, tail and cold users; none of the torso.
 BASE = [[1, 11, 3, 7], [1, 11, 1, 20]]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from configs import default
-from ur4rec_jax import cold_items, evaluate
 from ur4rec_jax.data.features import Tables, TokenTable, load_with_features, read_tables
+from ur4rec_jax.evaluation import cold_items, evaluate
 from ur4rec_jax.models.content import first_rows
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.sharding import devices, item_embeddings

@@ -9,13 +9,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import conftest
-from ur4rec_jax import evaluate, ranking
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables
 from ur4rec_jax.data.input_pipeline import gather_batch
 from ur4rec_jax.errors import DivergenceError
-from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.evaluation import evaluate, ranking
+from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.content import ItemSide
 from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.models.sasrec import SASRec

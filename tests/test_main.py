@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tests.conftest import ROOT, load_arrays
-from ur4rec_jax.metrics import ranking_metrics
+from ur4rec_jax.evaluation.metrics import ranking_metrics
 
 METRICS = ['hit@5', 'hit@10', 'hit@20', 'ndcg@5', 'ndcg@10', 'ndcg@20', 'mrr', 'mean_rank']
 

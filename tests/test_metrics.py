@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ur4rec_jax.metrics import metrics_by_group, popularity_groups, ranking_metrics
+from ur4rec_jax.evaluation.metrics import metrics_by_group, popularity_groups, ranking_metrics
 
 
 def test_hand_worked_ranks():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ur4rec_jax import ranking
+from ur4rec_jax.evaluation import ranking
 from ur4rec_jax.sharding.devices import AXIS
 
 

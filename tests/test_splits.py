@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ur4rec_jax import evaluate
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.evaluation import evaluate
 
 BORDERS = {'valid_from': 40, 'test_from': 70}
 ALL_ITEMS = ConfigDict({'candidates': 'all', 'seed': 0})

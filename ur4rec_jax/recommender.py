@@ -21,7 +21,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax import exported, results, scoring
-from ur4rec_jax.cold_items import (
+from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
+from ur4rec_jax.data.features import TokenTable, load_features, load_with_features, read_tables
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation.cold_items import (
   cold_items_of,
   find_cold_items,
   first_tokens,
@@ -30,9 +33,6 @@ from ur4rec_jax.cold_items import (
   warm_items,
   with_rows_of_nearest,
 )
-from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
-from ur4rec_jax.data.features import TokenTable, load_features, load_with_features, read_tables
-from ur4rec_jax.errors import InputError
 from ur4rec_jax.exported import Answer, Ids
 from ur4rec_jax.models.ur4rec import PATHS, create_model
 from ur4rec_jax.workdir import check_workdir, keep_compiled_programs

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import evaluate, metrics
 from ur4rec_jax.checkpoint import Checkpointer, write_file
 from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation import evaluate, metrics
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.report import write_report
 from ur4rec_jax.sharding import devices

@@ -21,7 +21,7 @@ from ur4rec_jax import train
 from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.config_checks import check_config, flatten
 from ur4rec_jax.errors import DivergenceError, InputError
-from ur4rec_jax.metrics import gains
+from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.workdir import is_started_with
 

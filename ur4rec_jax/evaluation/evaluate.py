@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import metrics
-from ur4rec_jax.cold_items import ColdItems, cold_items_of, with_rows_of_nearest
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, TokenTable
@@ -24,13 +22,15 @@ from ur4rec_jax.data.input_pipeline import (
   plan_rows,
 )
 from ur4rec_jax.errors import DivergenceError
-from ur4rec_jax.models.content import ItemSide
-from ur4rec_jax.ranking import (
+from ur4rec_jax.evaluation import metrics
+from ur4rec_jax.evaluation.cold_items import ColdItems, cold_items_of, with_rows_of_nearest
+from ur4rec_jax.evaluation.ranking import (
   leave_out_seen,
   rank_among_candidates,
   rank_by_products,
   rank_by_scores,
 )
+from ur4rec_jax.models.content import ItemSide
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import (
   feature_axis,

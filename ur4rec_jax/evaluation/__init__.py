@@ -1,0 +1,1 @@
+"""Ranking of held-out items under a named protocol, and the metrics."""
