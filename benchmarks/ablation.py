@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.accuracy import name_of_results, seeds_of, store_beside, train_seeds
 from ur4rec_jax.errors import exit_on_reported_error
-from ur4rec_jax.sweep import read_run
+from ur4rec_jax.runs.sweep import read_run
 
 CONFIG = 'configs/movielens_100k.py:multimodal'
 COMMON = {'num_epochs': 80}

@@ -23,11 +23,11 @@ from ml_collections import ConfigDict
 
 from benchmarks import measure, own_side
 from configs import default
-from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data.features import load_with_features
 from ur4rec_jax.data.input_pipeline import Batch, gather_preferences
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.runs.config_checks import check_config
 from ur4rec_jax.sharding import devices
 
 

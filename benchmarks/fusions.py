@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks.accuracy import name_of_results, seeds_of, store_beside
-from ur4rec_jax import results
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.metrics import ranking_metrics
+from ur4rec_jax.runs import results
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import Stage
 from ur4rec_jax.training.train_state import PyTree

@@ -27,12 +27,12 @@ import numpy as np
 from benchmarks.accuracy import put_between_marks
 from configs import movielens_1m
 from ur4rec_jax import exported, scoring
-from ur4rec_jax.checkpoint import write_file
 from ur4rec_jax.data.dataset import read_interactions
 from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.recommender import load
+from ur4rec_jax.runs.checkpoint import write_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 STORED, PAGE = ROOT / 'benchmarks' / 'inference_latency.json', ROOT / 'docs' / 'inference.md'

@@ -14,8 +14,6 @@ from ml_collections import ConfigDict
 
 from benchmarks.measure import Clock, answer_requests
 from configs import default
-from ur4rec_jax.checkpoint import Checkpointer
-from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import read_tables
@@ -24,8 +22,10 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.runs.checkpoint import Checkpointer
+from ur4rec_jax.runs.config_checks import check_config
+from ur4rec_jax.runs.train_loop import TrainLoop
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.train import TrainLoop
 from ur4rec_jax.training.stages import make_stages, stage_numbers
 from ur4rec_jax.training.train_state import parameter_shapes
 

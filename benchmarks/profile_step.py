@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks import measure, own_side
 from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.runs.train_loop import TrainLoop
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.train import TrainLoop
 
 # The first that an operation's path fits is its part.
 PARTS = {

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import ablation, accuracy
 from configs import movielens_100k
 from tests.test_accuracy import BASE, store
-from ur4rec_jax.config_checks import check_config
+from ur4rec_jax.runs.config_checks import check_config
 
 
 @pytest.mark.parametrize('rows', [range(12), range(12, 24), range(24)])

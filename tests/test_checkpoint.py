@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import PROGRAM, ROOT, load_arrays
-from ur4rec_jax.checkpoint import Checkpointer, find_damage, write_file
 from ur4rec_jax.errors import StorageError
+from ur4rec_jax.runs.checkpoint import Checkpointer, find_damage, write_file
 
 TREE = {'a': jnp.arange(1000, dtype=jnp.float32), 'b': jnp.zeros((), jnp.int32)}
 
@@ -124,7 +124,7 @@ def test_write_file_leaves_the_old_file_when_it_fails(tmp_path):
   write_file(path, 'old')
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
   code = (
-    'import pathlib, resource, signal, sys; from ur4rec_jax.checkpoint import write_file;'
+    'import pathlib, resource, signal, sys; from ur4rec_jax.runs.checkpoint import write_file;'
     'signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
     f'resource.setrlimit(resource.RLIMIT_FSIZE, (100, {limit[1]}));'
     f'write_file(pathlib.Path({str(path)!r}), "x" * 1000)'

@@ -9,8 +9,8 @@ import pytest
 
 import configs
 from configs import default
-from ur4rec_jax.config_checks import check_config, check_unchanged, flatten
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.runs.config_checks import check_config, check_unchanged, flatten
 
 WRONG = [
   ('crop', 'first'),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import lines, load_arrays, wait_for
-from ur4rec_jax.checkpoint import find_damage
 from ur4rec_jax.errors import LostProcessError
+from ur4rec_jax.runs.checkpoint import find_damage
 
 # SGD, because Adam hides a gradient of the wrong scale; no dropout, because its masks depend on
 # the device; a small rate, because rounding grows with training.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import lines
 from tests.html_page import Page
-from ur4rec_jax import report
+from ur4rec_jax.runs import report
 
 STAGES = ('one', '<b>two</b>', 'three', 'four')
 STEPS = (40, 20, 30, 10)

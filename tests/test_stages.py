@@ -18,10 +18,10 @@ import pytest
 from configs import default
 from tests.conftest import ROOT, lines, load_arrays, wait_for
 from tests.test_resume import assert_same_end, before_the_manifest, in_a_save
-from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data.features import Tables, TokenTable
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.runs.config_checks import check_config
 from ur4rec_jax.training import stages
 from ur4rec_jax.training.optimizers import group_of
 from ur4rec_jax.training.train_state import parameter_shapes, start_of_stage

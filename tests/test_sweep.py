@@ -11,8 +11,8 @@ import pytest
 
 from configs import default
 from tests.conftest import lines, wait_for
-from ur4rec_jax import sweep
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.runs import sweep
 
 GRID = """
 def get_hyper():

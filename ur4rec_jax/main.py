@@ -7,8 +7,8 @@ python -m ur4rec_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train|e
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ur4rec_jax import results, sweep, train
 from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.runs import results, sweep, train_loop
 from ur4rec_jax.sharding import devices
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
       seeds = [int(seed) for seed in _SEEDS.value]
       sweep.run_sweep(_CONFIG.value, _WORKDIR.value, seeds, _SWEEP.value)
     elif _MODE.value == 'train':
-      train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+      train_loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     else:
       results.evaluate_workdir(_CONFIG.value, _WORKDIR.value)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import exported, results, scoring
+from ur4rec_jax import exported, scoring
 from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.data.features import TokenTable, load_features, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
@@ -35,7 +35,8 @@ from ur4rec_jax.evaluation.cold_items import (
 )
 from ur4rec_jax.exported import Answer, Ids
 from ur4rec_jax.models.ur4rec import PATHS, create_model
-from ur4rec_jax.workdir import check_workdir, keep_compiled_programs
+from ur4rec_jax.runs import results
+from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 
 TEXT = 'text'
 _PREFERENCE = '\0preference'  # The id of a sentence that is read as an item; no item has it.

@@ -11,7 +11,7 @@ import pytest
 
 from configs import default
 from data_prep import build_dataset, sources
-from ur4rec_jax import train
+from ur4rec_jax.runs import train_loop
 
 SYNTHETIC = {'num_users': 12, 'num_items': 48}
 
@@ -115,7 +115,7 @@ def test_raw_files_to_test_metrics(source, request, ratings, tmp_path):
   config.num_epochs, config.max_length, config.batch_size = 1, 20, 32
   config.sasrec.dim = config.sasrec.ffn_dim = 16
   config.sasrec.num_blocks = 1
-  train.train_and_evaluate(config, str(tmp_path / 'run'))
+  train_loop.train_and_evaluate(config, str(tmp_path / 'run'))
   results = json.loads((tmp_path / 'run/results.json').read_text())
   counts = metadata['counts']
   if source != 'synthetic':

@@ -15,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import results
-from ur4rec_jax.checkpoint import Checkpointer
-from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, TokenTable, load_with_features, read_tables
 from ur4rec_jax.data.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.metrics import ranking_metrics
-from ur4rec_jax.metric_writers import MetricWriter, Progress, Silent
 from ur4rec_jax.models.content import first_rows
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.runs import results
+from ur4rec_jax.runs.checkpoint import Checkpointer
+from ur4rec_jax.runs.config_checks import check_config
+from ur4rec_jax.runs.metric_writers import MetricWriter, Progress, Silent
+from ur4rec_jax.runs.workdir import claim_workdir, keep_compiled_programs
 from ur4rec_jax.sharding import devices, item_embeddings
 from ur4rec_jax.training import optimizers, train_step
 from ur4rec_jax.training.stages import Stage, StageNumbers, make_stages, stage_numbers
@@ -44,7 +45,6 @@ from ur4rec_jax.training.train_state import (
   saved_tree,
   start_of_stage,
 )
-from ur4rec_jax.workdir import claim_workdir, keep_compiled_programs
 
 PyTree = Any
 

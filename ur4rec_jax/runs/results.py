@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax.checkpoint import Checkpointer, write_file
-from ur4rec_jax.config_checks import check_config
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate, metrics
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.report import write_report
+from ur4rec_jax.runs.checkpoint import Checkpointer, write_file
+from ur4rec_jax.runs.config_checks import check_config
+from ur4rec_jax.runs.report import write_report
+from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import padded, row_axes, unpadded
 from ur4rec_jax.training import optimizers
@@ -32,7 +33,6 @@ from ur4rec_jax.training.train_state import (
   params_of_stage,
   saved_tree,
 )
-from ur4rec_jax.workdir import check_workdir, keep_compiled_programs
 
 PyTree = Any
 

@@ -9,10 +9,10 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from ur4rec_jax.checkpoint import write_file
-from ur4rec_jax.config_checks import check_unchanged
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.runs.checkpoint import write_file
+from ur4rec_jax.runs.config_checks import check_unchanged
 from ur4rec_jax.sharding import devices
 
 _NO_CACHE = 'none'

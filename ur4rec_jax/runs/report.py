@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ur4rec_jax.checkpoint import write_file
-from ur4rec_jax.config_checks import flatten
 from ur4rec_jax.page import Bar, Curve, plot, render, round_ticks
+from ur4rec_jax.runs.checkpoint import write_file
+from ur4rec_jax.runs.config_checks import flatten
 
 PAGE = 'report.html'
 _TEMPLATE = Path(__file__).with_name('report.html')

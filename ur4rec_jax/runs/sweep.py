@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import train
-from ur4rec_jax.checkpoint import write_file
-from ur4rec_jax.config_checks import check_config, flatten
 from ur4rec_jax.errors import DivergenceError, InputError
 from ur4rec_jax.evaluation.metrics import gains
+from ur4rec_jax.runs import train_loop
+from ur4rec_jax.runs.checkpoint import write_file
+from ur4rec_jax.runs.config_checks import check_config, flatten
+from ur4rec_jax.runs.workdir import is_started_with
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.workdir import is_started_with
 
 METRIC = 'ndcg@10'
 FLIPS = 10_000  # Of signs, in the permutation test.
@@ -72,7 +72,7 @@ def run_sweep(
       print(f'member {number} of {len(members)}: {member.name}{state}', flush=True)
     if must_run:
       try:
-        train.train_and_evaluate(member.config, str(folder))
+        train_loop.train_and_evaluate(member.config, str(folder))
       except DivergenceError as error:
         diverged.append(f'{member.name}: {error}')
         continue

@@ -1,0 +1,1 @@
+"""Training runs: everything that has state, files and a folder."""
