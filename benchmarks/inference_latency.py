@@ -26,12 +26,13 @@ import numpy as np
 
 from benchmarks.accuracy import put_between_marks
 from configs import movielens_1m
-from ur4rec_jax import exported, scoring
 from ur4rec_jax.data.dataset import read_interactions
 from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.inference import scoring
+from ur4rec_jax.inference.recommender import Recommender
+from ur4rec_jax.inference.trained import load
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.recommender import load
 from ur4rec_jax.runs.checkpoint import write_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -44,7 +45,7 @@ MILLION_TARGET = 40.0
 WARM_UP = 20
 
 
-def make_recommender(variant: str) -> exported.Recommender:
+def make_recommender(variant: str) -> Recommender:
   """The variant of configs/movielens_1m.py with random parameters and features."""
   config = movielens_1m.get_config(variant)
   model, rng = create_model(config, ITEMS), np.random.default_rng(0)
@@ -60,7 +61,7 @@ def make_recommender(variant: str) -> exported.Recommender:
   return _recommender(model, scoring.user_params(model, params), arrays, config.max_length, False)
 
 
-def make_million(vectors: np.ndarray, approximate: bool) -> exported.Recommender:
+def make_million(vectors: np.ndarray, approximate: bool) -> Recommender:
   """SASRec with a block of width 64 over the given item vectors, `[items + 1, 64]`."""
   config = movielens_1m.get_config('sasrec')
   config.sasrec.update({'dim': vectors.shape[1], 'ffn_dim': vectors.shape[1], 'num_blocks': 1})
@@ -72,7 +73,7 @@ def make_million(vectors: np.ndarray, approximate: bool) -> exported.Recommender
   return _recommender(model, scoring.user_params(model, params), arrays, 200, approximate)
 
 
-def _recommender(model, params, arrays, max_length, approximate) -> exported.Recommender:
+def _recommender(model, params, arrays, max_length, approximate) -> Recommender:
   names = [name for name in ('text', 'image') if model.retriever is not None]
   if 'retriever' in arrays:
     names = names[: arrays['retriever']['modalities'].shape[1]]
@@ -87,7 +88,7 @@ def _recommender(model, params, arrays, max_length, approximate) -> exported.Rec
     'most_places': scoring.CANDIDATES if approximate else None,
     'about': {},
   }
-  return exported.Recommender(
+  return Recommender(
     jax.jit(scoring.make_program(model)),
     {'params': params, 'items': arrays, **catalogue},
     {'ids': ids, 'titles': ids},
@@ -96,7 +97,7 @@ def _recommender(model, params, arrays, max_length, approximate) -> exported.Rec
 
 
 def waits(
-  recommender: exported.Recommender, histories: Sequence[Sequence[str]], calls: int
+  recommender: Recommender, histories: Sequence[Sequence[str]], calls: int
 ) -> dict[str, float]:
   """Milliseconds of single calls: minimum, median and 99th percentile."""
   for i in range(WARM_UP):  # All the lengths that are measured are compiled here.

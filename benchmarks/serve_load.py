@@ -27,8 +27,8 @@ import numpy as np
 
 from benchmarks.accuracy import put_between_marks
 from benchmarks.measure import ROOT, machine, memory_megabytes
-from ur4rec_jax import exported
 from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.inference import exported
 from ur4rec_jax.runs.checkpoint import write_file
 
 STORED, PAGE = ROOT / 'benchmarks' / 'serve_load.json', ROOT / 'docs' / 'inference.md'

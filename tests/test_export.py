@@ -10,9 +10,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_recommender import make
-from ur4rec_jax import exported
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.export import export
+from ur4rec_jax.inference import exported
 
 # A process in which nothing of what training needs can be imported.
 ALONE = """

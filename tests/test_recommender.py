@@ -10,13 +10,13 @@ import pytest
 
 from configs import default
 from data_prep.embeddings import text_tokens
-from ur4rec_jax import scoring
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.data.features import load_with_features, read_tables
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.inference import scoring
+from ur4rec_jax.inference.trained import TrainedRecommender
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.recommender import TrainedRecommender
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.train_state import create_train_state
 

@@ -6,6 +6,6 @@ from typing import Any
 def __getattr__(name: str) -> Any:
   if name != 'load':
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  from ur4rec_jax.recommender import load  # Slow to import, and most need only a part.
+  from ur4rec_jax.inference.trained import load  # Slow to import, and most need only a part.
 
   return load

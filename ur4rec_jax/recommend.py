@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
-from ur4rec_jax.explanations import explain
-from ur4rec_jax.recommender import TrainedRecommender, load
+from ur4rec_jax.inference.explanations import explain
+from ur4rec_jax.inference.trained import TrainedRecommender, load
 
 _CHUNK = 4096  # Users in memory at once.
 

@@ -22,8 +22,9 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 
-from ur4rec_jax import exported
 from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.inference import exported
+from ur4rec_jax.inference.recommender import BATCH_SIZES, Answer, Asked, Recommender
 
 try:
   import uvicorn
@@ -57,7 +58,7 @@ SECONDS = Histogram(
   buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
 )
 BATCHES = Histogram(
-  'ur4rec_batch_users', 'Requests that were ranked together.', buckets=exported.BATCH_SIZES
+  'ur4rec_batch_users', 'Requests that were ranked together.', buckets=BATCH_SIZES
 )
 INSIDE = Gauge('ur4rec_requests_inside', 'Accepted requests without an answer yet.')
 COMPILED = Counter('ur4rec_compilations', 'Programs compiled since the service was ready.')
@@ -117,7 +118,7 @@ class Health(BaseModel):
 class Job(NamedTuple):
   """A checked request: `only` is its filter, by which it can be ranked beside others."""
 
-  asked: exported.Asked
+  asked: Asked
   k: int
   only: tuple | None
   texts: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -126,7 +127,7 @@ class Job(NamedTuple):
 class Batcher:
   """Ranks the jobs of many requests together, in shapes that are compiled at the start."""
 
-  def __init__(self, recommender: exported.Recommender, most: int, wait_seconds: float):
+  def __init__(self, recommender: Recommender, most: int, wait_seconds: float):
     """Compiles.
 
     Args:
@@ -149,7 +150,7 @@ class Batcher:
       if size <= most:
         self._rank([job] * size)
 
-  async def answer(self, job: Job) -> exported.Answer:
+  async def answer(self, job: Job) -> Answer:
     """Waits for the job's turn and answers it."""
     future = asyncio.get_running_loop().create_future()
     self._waiting.put_nowait((job, future))
@@ -175,7 +176,7 @@ class Batcher:
           settle = future.set_exception if isinstance(answer, Exception) else future.set_result
           settle(answer)
 
-  def _rank(self, jobs: Sequence[Job]) -> list[exported.Answer]:
+  def _rank(self, jobs: Sequence[Job]) -> list[Answer]:
     # Users are ranked among the same items, so that jobs go together whose filter is the same.
     groups: dict[Any, list[int]] = {}
     for i, job in enumerate(jobs):
@@ -279,7 +280,7 @@ _REFUSED = _problem(503, 'too many requests at once; try again later')
 _REFUSED.headers['Retry-After'] = str(RETRY_SECONDS)
 
 
-def make_app(recommender: exported.Recommender, batcher: Batcher) -> FastAPI:
+def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
   """Builds the application.
 
   Args:
@@ -446,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
   add('--export', required=True, help='folder that ur4rec_jax.export wrote')
   add('--host', default='127.0.0.1', help='0.0.0.0 for all networks')
   add('--port', type=int, default=8000)
-  add('--batch', type=int, default=64, choices=exported.BATCH_SIZES, help='requests at once')
+  add('--batch', type=int, default=64, choices=BATCH_SIZES, help='requests at once')
   add('--wait_ms', type=float, default=2, help='how long a batch waits for more requests')
   add('--queue', type=int, default=256, help='requests inside at once; more are refused by a 503')
   flags = parser.parse_args(argv)

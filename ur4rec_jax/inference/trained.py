@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax import exported, scoring
 from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.data.features import TokenTable, load_features, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
@@ -33,7 +32,8 @@ from ur4rec_jax.evaluation.cold_items import (
   warm_items,
   with_rows_of_nearest,
 )
-from ur4rec_jax.exported import Answer, Ids
+from ur4rec_jax.inference import scoring
+from ur4rec_jax.inference.recommender import Answer, Ids, Recommender
 from ur4rec_jax.models.ur4rec import PATHS, create_model
 from ur4rec_jax.runs import results
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
@@ -97,8 +97,8 @@ def load(
   )
 
 
-class TrainedRecommender(exported.Recommender):
-  """Adds to `exported.Recommender` what needs the training data and the whole model."""
+class TrainedRecommender(Recommender):
+  """Adds to `Recommender` what needs the training data and the whole model."""
 
   def __init__(
     self,
@@ -182,14 +182,14 @@ class TrainedRecommender(exported.Recommender):
       k: how many items.
       user: instead of a history, a user of the training data, or a list of them.
       preference: what the user likes, in words; for one user.
-      **options: `only`, `without`, `keep_seen` and `emphasis` of `exported.Recommender.top`.
+      **options: `only`, `without`, `keep_seen` and `emphasis` of `Recommender.top`.
 
     Returns:
       A pandas DataFrame with a row a user and item: `user` (if there are many), `rank`, `item`,
       `title`, `score`, and a column for each of `share_names`.
 
     Raises:
-      InputError: as `exported.Recommender.top` does, or a user is unknown.
+      InputError: as `Recommender.top` does, or a user is unknown.
     """
     names, histories, is_one = self._who(history, user)
     users = None if user is None else [self._user_index(name) for name in names]

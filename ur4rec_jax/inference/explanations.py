@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ur4rec_jax.exported import Ids
-from ur4rec_jax.recommender import TEXT, TrainedRecommender
+from ur4rec_jax.inference.recommender import Ids
+from ur4rec_jax.inference.trained import TEXT, TrainedRecommender
 
 _MOST_REASONS = 3
 
