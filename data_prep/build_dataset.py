@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from data_prep import pictures, prepare, sources, staging, tfds_writer
+from data_prep import sources
+from data_prep.prepared import pictures, prepare, tfds_writer
 from data_prep.sources import archives, download, interactions, raw_files
 from data_prep.sources import items as item_tables
+from ur4rec_jax import files
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, load_dataset
 from ur4rec_jax.errors import InputError, exit_on_reported_error
@@ -136,7 +138,7 @@ def build(
     The content of dataset.json and whether it was built now.
   """
   data_dir = Path(os.path.realpath(data_dir))
-  with staging.disk_errors(data_dir):
+  with files.disk_errors(data_dir):
     return _build(source, data_dir, raw_dir, options, overwrite, parameters)
 
 
@@ -165,14 +167,14 @@ def build_from_table(
   found = {'table': _table_fingerprint(raw)}
   found |= _picture_fingerprint(item_tables.pictures(raw.table or {}))
   wanted = {'options': options._asdict(), 'raw_sha256': found}
-  with staging.disk_errors(data_dir):
-    staging.clean_up(data_dir)
+  with files.disk_errors(data_dir):
+    files.clean_up(data_dir)
     old = _old(data_dir, 'interactions', wanted, overwrite)
     if old is not None:
       return old
     prepared = prepare.prepare(raw, options)
     wanted['notes'] = list(prepared.notes)
-    with staging.new_folder(data_dir) as folder:
+    with files.new_folder(data_dir) as folder:
       origin = sources.SOURCES['interactions'].origin
       size = options.image_size
       return tfds_writer.write(folder, prepared, origin, 'interactions', wanted, size)
@@ -191,7 +193,7 @@ def _build(
     raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
   parameters = {**spec.parameters, **parameters}
   files = _raw_files(source, raw_dir, data_dir, parameters)
-  staging.clean_up(data_dir)
+  files.clean_up(data_dir)
   # Where a file lies does not matter, what is in it does.
   plain = {name: value for name, value in parameters.items() if name not in spec.paths}
   wanted = {'options': {**options._asdict(), **plain}}
@@ -203,11 +205,11 @@ def _build(
 
   with contextlib.ExitStack() as stack:
     if files is None:
-      scratch = stack.enter_context(staging.scratch_folder(data_dir))
+      scratch = stack.enter_context(files.scratch_folder(data_dir))
       files = download.fetch(spec.archive, spec.files, scratch)
       wanted['raw_sha256'] = _fingerprints(files, spec, parameters)
     elif files and archives.is_archive(files[0]):
-      scratch = stack.enter_context(staging.scratch_folder(data_dir))
+      scratch = stack.enter_context(files.scratch_folder(data_dir))
       patterns = (*itertools.chain(*raw_files.alternatives(spec.files)), *spec.more)
       stack.enter_context(archives.unpacked(files[0], patterns, scratch))
       files = _find(spec, scratch, parameters)
@@ -215,7 +217,7 @@ def _build(
     raw = spec.read(*files, **parameters)
     data = prepare.prepare(raw, options)
     del raw  # memory for the writers
-    with staging.new_folder(data_dir) as folder:
+    with files.new_folder(data_dir) as folder:
       extra = {**wanted, 'notes': list(data.notes)}
       metadata = tfds_writer.write(folder, data, spec.origin, source, extra, options.image_size)
   return metadata, True

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from data_prep import describe_page, pictures, staging
+from data_prep import describe_page
 from data_prep.describe_page import percent
+from data_prep.prepared import pictures
+from ur4rec_jax import files
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset, Interactions, read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError, exit_on_reported_error
@@ -55,8 +57,8 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
   page = describe_page.render(
     Path(data_dir).resolve().name, info, figures, shown, histories, items, images
   )
-  with staging.disk_errors(out, '--out'):
-    staging.write_file(out, page.encode())
+  with files.disk_errors(out, '--out'):
+    files.write_file(out, page.encode())
   rows = [
     ('dataset', f'{info["name"]}, in {data_dir}'),
     *shown,

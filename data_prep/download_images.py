@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_prep import pictures, staging
+from data_prep.prepared import pictures
 from data_prep.sources import items as item_tables
 from data_prep.sources import tables
+from ur4rec_jax import files
 from ur4rec_jax.data.dataset import read_info, read_items
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 
@@ -120,7 +121,7 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
         ' dataset with an item table that has URLs'
       )
 
-  with staging.disk_errors(data_dir), _manifest(data_dir) as note:
+  with files.disk_errors(data_dir), _manifest(data_dir) as note:
     found = pictures.find(data_dir)
     last = {
       record['item']: record
@@ -513,7 +514,7 @@ def _update_placeholders(
     if path is not None:
       card.unlink(missing_ok=True)
     elif image_size is not None and not card.exists():
-      staging.write_file(card, pictures.placeholder(item['title'] or name, image_size))
+      files.write_file(card, pictures.placeholder(item['title'] or name, image_size))
       place = str(card.relative_to(data_dir))
       note({'item': item['original_id'], 'status': 'placeholder', 'path': place})
 

@@ -21,17 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import sources, staging
+from data_prep import sources
 from data_prep.embeddings import (
   attribute_tokens,
   feature_files,
   imported_tokens,
   picture_tokens,
-  projection,
   text_tokens,
 )
+from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.data.features import load_features, read_features_info
+from ur4rec_jax.encoders import projection
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 
 TEXT, IMAGE = 'text', 'image'
@@ -61,8 +62,8 @@ def encode(data_dir: str | Path, of: str, flags: argparse.Namespace) -> tuple[di
   form = feature_files.Form(
     flags.dtype, flags.width, flags.whiten, flags.normalise, flags.rows_per_shard
   )
-  with staging.disk_errors(target):
-    staging.clean_up(target)
+  with files.disk_errors(target):
+    files.clean_up(target)
   try:
     source = _source(data_dir, dataset, of, flags, scratch)
     about = {

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_prep import staging
-from data_prep.embeddings.projection import Moments, Projection
+from ur4rec_jax import files
 from ur4rec_jax.data.features import FORMAT_VERSION, INFO, decoded, file_name, read_features_info
+from ur4rec_jax.encoders.projection import Moments, Projection
 from ur4rec_jax.errors import InputError
 
 DTYPES = ('float16', 'float32', 'int8')
@@ -125,7 +125,7 @@ def write(
       f'--width={form.width}: must be at most {source.width}, the width of {source.name}'
     )
   settings = _settings(source, form, projection)
-  with staging.disk_errors(target), _workplace(target) as draft:
+  with files.disk_errors(target), _workplace(target) as draft:
     if target.exists() and not overwrite:
       old = _same(target, source, settings)
       shutil.rmtree(draft)
@@ -151,7 +151,7 @@ def write(
       file.writelines(lines)
     text = json.dumps(info, indent=2, ensure_ascii=False) + '\n'
     (ready / INFO).write_text(text, encoding='utf-8')
-    staging.move_in(ready, target)
+    files.move_in(ready, target)
     shutil.rmtree(draft)
   return info, True
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.embeddings import models
 from data_prep.embeddings.feature_files import Row, Source
 from data_prep.sources import raw_files
 from ur4rec_jax.data.dataset import iterate_items, read_info, read_interactions
+from ur4rec_jax.encoders import pretrained
 from ur4rec_jax.errors import InputError
 
 _NAMES = ('tokens', 'embeddings')
@@ -147,7 +147,7 @@ def _arrays(path: Path, scratch: Path) -> dict[str, np.ndarray]:
   except (InputError, KeyboardInterrupt):
     raise
   except ImportError as error:
-    raise models.missing_extra(error) from error
+    raise pretrained.missing_extra(error) from error
   except Exception as error:  # Whatever a damaged file makes the readers raise.
     reason = next(iter(str(error).splitlines()), repr(error))
     raise InputError(

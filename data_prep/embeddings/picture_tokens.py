@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_prep import pictures
-from data_prep.embeddings import models
 from data_prep.embeddings.feature_files import Row, Source
+from data_prep.prepared import pictures
 from ur4rec_jax.data.dataset import iterate_items, read_info
+from ur4rec_jax.encoders import pretrained
 from ur4rec_jax.errors import InputError
 
 COLOR = 'color'
@@ -185,7 +185,7 @@ def _encode(
       yield [at for at, _ in good], [array for _, array in good]
 
   workers = [lambda pair, work=work: work(pair[1]) if pair[0] else None for work in encoder.workers]
-  for (batch, _), found in models.in_order(workers, batches()):
+  for (batch, _), found in pretrained.in_order(workers, batches()):
     if batch:
       tokens[batch], mask[batch] = found, True
     advance(len(batch))
@@ -245,10 +245,10 @@ def vision_model(
   Raises:
     InputError: the model or the device is not to be had, or the model does not read pictures.
   """
-  folder, identity = models.find(name)
-  places = models.devices(device)
-  precision = models.precision(precision, places)
-  with models.loading(name):
+  folder, identity = pretrained.find(name)
+  places = pretrained.devices(device)
+  precision = pretrained.precision(precision, places)
+  with pretrained.loading(name):
     import torch
     from transformers import (
       AutoConfig,
@@ -273,7 +273,7 @@ def vision_model(
         f'--layer={PROJECTED}: {name} projects to no shared space; pass --layer=last'
       )
     unused = ('pooler.', *(('visual_projection',) if layer != PROJECTED else ()))
-    models.check_loaded(name, found, unused)
+    pretrained.check_loaded(name, found, unused)
     tower = getattr(model, 'vision_model', model)
     if tower.main_input_name != 'pixel_values':
       raise InputError(f'--encoder={name}: reads no pictures; give a vision model')
@@ -296,7 +296,7 @@ def vision_model(
     'processor': type(processor).__name__,
     'pixels': list(pixels.shape[1:]),
     'precision': precision,
-    'versions': models.versions('transformers', 'torch', 'pillow'),
+    'versions': pretrained.versions('transformers', 'torch', 'pillow'),
   }
   return Encoder(info, width, grid, prepare, encoders, batch_size)
 

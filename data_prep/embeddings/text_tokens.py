@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.embeddings import models, projection
 from data_prep.embeddings.feature_files import Row, Source
-from data_prep.llm_text import sentences
 from data_prep.llm_text.prompts import clean, known_text
 from ur4rec_jax.data.dataset import iterate_items, iterate_texts, read_info, texts_origin
+from ur4rec_jax.encoders import pretrained, projection, sentences
 from ur4rec_jax.errors import InputError
 
 HASHING = 'hashing'
@@ -192,7 +191,7 @@ def _encode(
   # Of like length, so that a batch has little padding; the longest first, as they need most memory.
   texts = sorted(places, key=lambda text: (-len(text), text))
   batches = (texts[i : i + encoder.batch_size] for i in range(0, len(texts), encoder.batch_size))
-  for batch, vectors in models.in_order(encoder.workers, batches):
+  for batch, vectors in pretrained.in_order(encoder.workers, batches):
     for text, vector in zip(batch, vectors, strict=True):
       for place in places[text]:
         tokens[place], mask[place] = vector, True
@@ -241,10 +240,10 @@ def sentence_transformer(
   Raises:
     InputError: the model or the device is not to be had.
   """
-  folder, identity = models.find(name)
-  places = models.devices(device)
-  precision = models.precision(precision, places)
-  with models.loading(name):
+  folder, identity = pretrained.find(name)
+  places = pretrained.devices(device)
+  precision = pretrained.precision(precision, places)
+  with pretrained.loading(name):
     import torch
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
@@ -258,7 +257,7 @@ def sentence_transformer(
         ignore_mismatched_sizes=True,  # For `check_loaded` to report.
         **options,
       )
-      models.check_loaded(name, found, unused=('pooler.',))
+      pretrained.check_loaded(name, found, unused=('pooler.',))
     loaded = [
       SentenceTransformer(str(folder), device=place, local_files_only=True, model_kwargs=options)
       for place in places
@@ -270,7 +269,7 @@ def sentence_transformer(
     'modules': [type(module).__name__ for module in loaded[0]],
     'max_word_pieces': loaded[0].max_seq_length,
     'precision': precision,
-    'versions': models.versions('sentence-transformers', 'transformers', 'torch'),
+    'versions': pretrained.versions('sentence-transformers', 'transformers', 'torch'),
   }
 
   encode = lambda model, texts: model.encode(texts, batch_size=batch_size, show_progress_bar=False)

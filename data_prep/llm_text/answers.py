@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep import staging
+from ur4rec_jax import files
 from ur4rec_jax.errors import InputError, StorageError
 
 ANSWERS = 'answers.jsonl'
@@ -186,7 +186,7 @@ class Store:
     try:
       _write(descriptor, line)
     except OSError as error:
-      way_out = 'free some space' if error.errno in staging.DISK_FULL else 'look to the disk'
+      way_out = 'free some space' if error.errno in files.DISK_FULL else 'look to the disk'
       raise StorageError(
         f'{self.folder / name}: an answer cannot be written ({error.strerror}); {way_out} and start'
         ' the same command again: all earlier answers are safe'

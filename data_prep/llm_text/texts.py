@@ -10,11 +10,11 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from data_prep import staging, tfds_writer
-from data_prep.llm_text import sentences
 from data_prep.llm_text.prompts import known_text
+from data_prep.prepared import tfds_writer
 from data_prep.sources import raw_files
 from data_prep.sources.items import json_lines
+from ur4rec_jax import files
 from ur4rec_jax.data.dataset import (
   VERSION,
   iterate_items,
@@ -22,6 +22,7 @@ from ur4rec_jax.data.dataset import (
   read_info,
   read_interactions,
 )
+from ur4rec_jax.encoders import sentences
 from ur4rec_jax.errors import InputError
 
 
@@ -52,9 +53,9 @@ def write_texts(
   source = 'import' if origin['provider'] == 'import' else 'mock' if origin['is_mock'] else 'llm'
   counts: Counter[str] = Counter()
   target = Path(os.path.realpath(data_dir)) / f'{kind}_texts'
-  with staging.disk_errors(target):
-    staging.clean_up(target)
-    with staging.new_folder(target) as folder:
+  with files.disk_errors(target):
+    files.clean_up(target)
+    with files.new_folder(target) as folder:
       tfds_writer.write_records(
         folder / VERSION,
         target.name,

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data_prep.prepare import Raw
+from data_prep.prepared.prepare import Raw
+from data_prep.prepared.tfds_writer import Origin
 from data_prep.sources import amazon, amazon_reviews, interactions, movielens, raw_files, synthetic
-from data_prep.tfds_writer import Origin
 
 
 class Source(NamedTuple):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as arrow_json
 
-from data_prep.prepare import Item, Place, Raw
+from data_prep.prepared.prepare import Item, Place, Raw
 from data_prep.sources import archives, interactions, items, raw_files, tables
 from ur4rec_jax.errors import InputError
 

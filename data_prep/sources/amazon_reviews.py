@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import json as arrow_json
 
-from data_prep.prepare import Item, Place, Raw
+from data_prep.prepared.prepare import Item, Place, Raw
 from data_prep.sources import amazon, archives, interactions, items, tables
 from ur4rec_jax.errors import InputError
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, download_manager
 
-from data_prep import staging
 from data_prep.sources import archives, raw_files
 from ur4rec_jax.errors import InputError
 
@@ -55,7 +54,7 @@ def fetch(
       f' {checksums_file.name}); try again later, or {by_hand}'
     ) from error
   except Exception as error:
-    if getattr(error, 'errno', None) in staging.DISK_FULL:
+    if getattr(error, 'errno', None) in files.DISK_FULL:
       raise
     raise InputError(f'{url}: the download failed ({error}); {by_hand}') from error
   archives.unpack(Path(archive), files, folder)

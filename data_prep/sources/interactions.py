@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.prepare import Item, Place, Raw
+from data_prep.prepared.prepare import Item, Place, Raw
 from data_prep.sources import items as item_tables
 from data_prep.sources import tables, times
 from ur4rec_jax.errors import InputError

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepare import Item, Place
+from data_prep.prepared.prepare import Item, Place
 from data_prep.sources import raw_files, tables
 from ur4rec_jax.errors import InputError
 

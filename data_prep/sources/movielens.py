@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.prepare import Item, Raw
+from data_prep.prepared.prepare import Item, Raw
 from data_prep.sources import items as item_tables
 from data_prep.sources import raw_files, spreadsheets
 from ur4rec_jax.errors import InputError

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.prepare import Item, Raw
+from data_prep.prepared.prepare import Item, Raw
 from data_prep.sources import vocabulary
 from ur4rec_jax.errors import InputError
 

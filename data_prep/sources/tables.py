@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv as arrow_csv
 
-from data_prep.prepare import Place
+from data_prep.prepared.prepare import Place
 from data_prep.sources import archives
 from data_prep.sources.raw_files import shown
 from ur4rec_jax.errors import InputError

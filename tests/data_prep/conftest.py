@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from data_prep import build_dataset, prepare
+from data_prep import build_dataset
+from data_prep.prepared import prepare
 
 REPOSITORY = Path(__file__).parents[2]
 GENRES = ('unknown', 'Action', 'Comedy', 'Drama')

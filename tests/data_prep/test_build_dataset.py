@@ -15,7 +15,8 @@ import tensorflow_datasets as tfds
 from absl import flags as absl_flags
 from PIL import Image
 
-from data_prep import build_dataset, prepare
+from data_prep import build_dataset
+from data_prep.prepared import prepare
 from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_prep import build_dataset, describe, describe_page, pictures, prepare
+from data_prep import build_dataset, describe, describe_page
+from data_prep.prepared import pictures, prepare
 from tests.html_page import Page
 from ur4rec_jax.data.dataset import read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError

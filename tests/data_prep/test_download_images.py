@@ -20,7 +20,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_prep import build_dataset, download_images, pictures
+from data_prep import build_dataset, download_images
+from data_prep.prepared import pictures
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
 

@@ -19,10 +19,11 @@ import transformers
 from PIL import Image
 
 from data_prep import build_dataset, encode
-from data_prep.embeddings import models, text_tokens
+from data_prep.embeddings import text_tokens
 from data_prep.llm_text import texts
 from ur4rec_jax.data import dataset as prepared
 from ur4rec_jax.data.features import load_features
+from ur4rec_jax.encoders import pretrained
 
 REPOSITORY = Path(__file__).parents[2]
 MINILM = 'sentence-transformers/all-MiniLM-L6-v2'
@@ -163,7 +164,7 @@ def test_texts_equal_the_library_whatever_the_batch_size(build, capsys):
   data_dir = build([*items, {'title': 'Word ' * 40, 'description': 'long ' * 3000}, {'title': ''}])
   from sentence_transformers import SentenceTransformer
 
-  folder, _ = models.find(MINILM)
+  folder, _ = pretrained.find(MINILM)
   library = SentenceTransformer(str(folder), device='cpu')
   for flags in (['--batch_size=1', '--device=cpu,cpu'], ['--batch_size=64']):
     run(data_dir, '--modality=text', '--dtype=float32', '--max_tokens=2', '--overwrite', *flags)
@@ -173,7 +174,7 @@ def test_texts_equal_the_library_whatever_the_batch_size(build, capsys):
       assert mask[row].sum() == len(parts)
       np.testing.assert_allclose(tokens[row, : len(parts)], library.encode(parts), atol=1e-5)
   assert not mask[6].any()
-  assert info['encoder']['sha256'] == models.find(str(folder))[1]['sha256']
+  assert info['encoder']['sha256'] == pretrained.find(str(folder))[1]['sha256']
   assert (info['encoder']['modules'][-1], info['encoder']['precision']) == ('Normalize', 'float32')
   shown = capsys.readouterr().out
   assert "1: no text, or one without letters and digits; first item 'i005'" in shown

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_prep import build_dataset, pictures, prepare
+from data_prep import build_dataset
+from data_prep.prepared import pictures, prepare
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from data_prep import prepare
-from data_prep.prepare import Item, Options, Raw
+from data_prep.prepared import prepare
+from data_prep.prepared.prepare import Item, Options, Raw
 from ur4rec_jax.errors import InputError
 
 

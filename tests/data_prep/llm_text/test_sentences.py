@@ -1,6 +1,6 @@
 import pytest
 
-from data_prep.llm_text import sentences
+from ur4rec_jax.encoders import sentences
 
 
 @pytest.mark.parametrize(

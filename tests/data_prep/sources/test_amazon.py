@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from data_prep import prepare
-from data_prep.prepare import Options
+from data_prep.prepared import prepare
+from data_prep.prepared.prepare import Options
 from data_prep.sources import amazon, raw_files
 from ur4rec_jax.errors import InputError
 

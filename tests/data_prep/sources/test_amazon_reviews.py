@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import build_dataset, prepare
-from data_prep.prepare import Item, Options
+from data_prep import build_dataset
+from data_prep.prepared import prepare
+from data_prep.prepared.prepare import Item, Options
 from data_prep.sources import amazon_reviews
 from tests.data_prep.conftest import REPOSITORY
 from ur4rec_jax.errors import InputError

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep import build_dataset, prepare
+from data_prep import build_dataset
+from data_prep.prepared import prepare
 from data_prep.sources import archives, raw_files
 from ur4rec_jax.errors import InputError
 

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep import build_dataset, prepare
+from data_prep import build_dataset
+from data_prep.prepared import prepare
 from data_prep.sources import interactions, tables
 from ur4rec_jax.errors import InputError
 

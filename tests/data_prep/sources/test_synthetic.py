@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from data_prep import prepare
+from data_prep.prepared import prepare
 from data_prep.sources import synthetic
 from ur4rec_jax.errors import InputError
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from data_prep import staging
+from ur4rec_jax import files
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
 
@@ -166,7 +166,7 @@ def store(picture: bytes | Path, folder: Path, name: str, image_size: int) -> di
   except BadPicture as error:
     return {'status': REJECTED, 'reason': str(error), **facts}
   path = f'{FOLDER}/{name}{suffix}'
-  staging.write_file(folder / path, content)
+  files.write_file(folder / path, content)
   stored = hashlib.sha256(content).hexdigest()
   return {'status': FETCHED, 'path': path, **facts, 'stored_sha256': stored}
 

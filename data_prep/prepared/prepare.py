@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_prep import pictures
+from data_prep.prepared import pictures
 from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
 

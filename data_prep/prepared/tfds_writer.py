@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep import pictures, prepare, staging
+from data_prep.prepared import pictures, prepare
+from ur4rec_jax import files
 from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, VERSION, read_interactions, read_items
 from ur4rec_jax.errors import InputError
 
@@ -150,7 +151,7 @@ def _disk_full_as_os_error() -> Iterator[None]:
   try:
     yield
   except RuntimeError as error:  # What the record writer raises.
-    for code in staging.DISK_FULL:
+    for code in files.DISK_FULL:
       if os.strerror(code) in str(error):
         raise OSError(code, os.strerror(code)) from error
     raise

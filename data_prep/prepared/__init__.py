@@ -1,0 +1,1 @@
+"""Columns of raw data -> the files of a prepared folder."""

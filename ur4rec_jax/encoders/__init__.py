@@ -1,0 +1,1 @@
+"""Frozen text encoders, which both data preparation and recommending need."""
