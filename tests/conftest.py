@@ -1,7 +1,9 @@
 """Small real data and real runs that several test files share."""
 
-import json
 import os
+
+from benchmarks.robustness.small_runs import SMALL
+from tests.helpers.runs import PROGRAM, ROOT
 
 # The same numbers on every machine. The tests are mostly compiling, which takes half as long if not
 # optimized; JAX_DISABLE_MOST_OPTIMIZATIONS=false tests what users run.
@@ -12,32 +14,12 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from ur4rec_jax.data import splits
-from ur4rec_jax.data.dataset import Dataset, read_interactions, read_items
-
-ROOT = pathlib.Path(__file__).parents[1]
-PROGRAM = (sys.executable, '-m', 'ur4rec_jax.main')
-# A run of two seconds: every part of the program at its smallest.
-SMALL = (
-  '--config.sasrec.dim=16',
-  '--config.sasrec.num_blocks=1',
-  '--config.sasrec.ffn_dim=16',
-  '--config.max_length=20',
-  '--config.batch_size=32',
-  '--config.num_epochs=4',
-  '--config.patience=10',
-  '--config.optimizer.schedule=constant',
-  '--config.optimizer.learning_rate=1e-2',
-  '--config.optimizer.warmup_steps=5',
-  '--config.steps_per_dispatch=3',
-)
+from ur4rec_jax.data.dataset import read_interactions, read_items
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -149,43 +131,3 @@ def finished(run, tmp_path_factory) -> pathlib.Path:
   done = run(workdir)
   assert done.returncode == 0, done.stderr
   return workdir
-
-
-def make_dataset(histories, num_items: int | None = None) -> Dataset:
-  """A dataset in memory, split by leave-one-out."""
-  offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])])
-  item_ids = np.concatenate(histories).astype(np.int32)
-  info = {
-    'counts': {'items': int(item_ids.max()) if num_items is None else num_items},
-    'splits': {splits.LEAVE_ONE_OUT: {}},
-  }
-  split = splits.leave_one_out(np.diff(offsets))
-  return Dataset(info, splits.LEAVE_ONE_OUT, split, item_ids, offsets)
-
-
-def load_arrays(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
-  """Reads every array of a checkpoint, the latest, as NumPy, without the project's own code."""
-  checkpoints = workdir / 'checkpoints'
-  if step is None:
-    step = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
-  with ocp.PyTreeCheckpointer() as reader:
-    tree = reader.metadata(checkpoints / str(step) / 'state').item_metadata.tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    arrays = reader.restore(checkpoints / str(step) / 'state', restore_args=as_numpy)
-  leaves = jax.tree_util.tree_leaves_with_path(arrays)
-  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
-
-
-def wait_for(process, condition, timeout=120):
-  """Waits until `condition()`, failing if the process ends or time runs out before."""
-  deadline = time.monotonic() + timeout
-  while not condition():
-    assert process.poll() is None, process.stderr.read()
-    assert time.monotonic() < deadline
-    time.sleep(0.001)
-
-
-def lines(workdir: pathlib.Path) -> list[dict]:
-  path = workdir / 'metrics.jsonl'
-  text = path.read_text() if path.exists() else ''
-  return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
-from tests.test_recommender import make
+from tests.helpers.recommenders import make
+from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.export import export
 from ur4rec_jax.inference import exported

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests.conftest import ROOT, load_arrays
+from benchmarks.robustness.small_runs import load_arrays
+from tests.helpers.runs import ROOT
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 
 METRICS = ['hit@5', 'hit@10', 'hit@20', 'ndcg@5', 'ndcg@10', 'ndcg@20', 'mrr', 'mean_rank']

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
-from tests.test_recommender import make
+from tests.helpers.recommenders import make
+from tests.helpers.runs import ROOT
 from ur4rec_jax.export import export
 
 # A process in which nothing of what training needs can be imported.
@@ -252,7 +252,13 @@ def test_an_export_without_users_says_so_and_a_taken_port_is_named(
 
 
 def test_overload_is_refused_and_stopping_loses_nothing(folder, environment):
-  command = [sys.executable, '-m', 'benchmarks.serve_load', f'--export={folder}', '--p99_ms=100']
+  command = [
+    sys.executable,
+    '-m',
+    'benchmarks.speed.serve_load',
+    f'--export={folder}',
+    '--p99_ms=100',
+  ]
   command += ['--seconds=2', '--capacity_seconds=1', '--batch=4']
   done = subprocess.run(
     command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False

@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_prep import build_dataset
 from data_prep.prepared import prepare
+from tests.helpers.runs import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
 GENRES = ('unknown', 'Action', 'Comedy', 'Drama')
 
 
@@ -34,9 +34,7 @@ def run_build(command) -> Callable[..., subprocess.CompletedProcess]:
 
   def run(*flags: str, limit: tuple[str, ...] = (), **kwargs) -> subprocess.CompletedProcess:
     words = [*limit, *command(*flags)]
-    return subprocess.run(
-      words, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, **kwargs
-    )
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, **kwargs)
 
   return run
 

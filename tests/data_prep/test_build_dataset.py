@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_prep import build_dataset
 from data_prep.prepared import prepare
+from tests.helpers.runs import ROOT
 from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
 
@@ -223,9 +224,7 @@ def test_a_killed_build_leaves_nothing_trusted_and_the_next_one_cleans_up(comman
   build_dataset.build('synthetic', data_dir, parameters=SMALL)
   before = contents(data_dir)
   flags = ['--source=synthetic', '--num_users=300', '--num_items=200', '--overwrite']
-  process = subprocess.Popen(
-    command(*flags, f'--data_dir={data_dir}'), cwd=Path(__file__).parents[2]
-  )
+  process = subprocess.Popen(command(*flags, f'--data_dir={data_dir}'), cwd=ROOT)
   folder = tmp_path / f'data.incomplete-{process.pid}'
   deadline = time.monotonic() + 60
   while not (folder / 'interactions').exists():
@@ -298,7 +297,7 @@ def test_a_build_killed_at_any_moment_is_made_good_by_the_next(
       shutil.copytree(tmp_path / 'old', tmp_path / f'place{moment}/data')
       flags = [f'--source={source}', f'--raw_dir={packed}', '--overwrite']
       flags += [f'--data_dir={tmp_path}/place{moment}/data']
-      running[moment] = subprocess.Popen(command(*flags), cwd=Path(__file__).parents[2])
+      running[moment] = subprocess.Popen(command(*flags), cwd=ROOT)
     deadline = time.monotonic() + 60
     while running:
       for moment, process in list(running.items()):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from data_prep import build_dataset, describe, describe_page
 from data_prep.prepared import pictures, prepare
-from tests.html_page import Page
+from tests.helpers.html_page import Page
+from tests.helpers.runs import ROOT
 from ur4rec_jax.data.dataset import read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError
 
@@ -57,7 +58,7 @@ def run(*flags: str, limit: tuple[str, ...] = ()) -> subprocess.CompletedProcess
   command = [*limit, sys.executable, '-m', 'data_prep.describe', *flags]
   return subprocess.run(
     command,
-    cwd=Path(__file__).parents[2],
+    cwd=ROOT,
     capture_output=True,
     text=True,
     env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'},

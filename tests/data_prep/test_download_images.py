@@ -22,10 +22,10 @@ import pytest
 
 from data_prep import build_dataset, download_images
 from data_prep.prepared import pictures
+from tests.helpers.runs import ROOT
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
 
-REPOSITORY = Path(__file__).parents[2]
 CANARY = 'eyJhbGciOi.canary-5e1f0c.x_Y'
 BRIEF = download_images.Settings(timeout=2, deadline=3, tries=2)
 
@@ -112,9 +112,7 @@ def run():
   def run(*flags, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, '-m', 'data_prep.download_images', *flags]
     env = os.environ | environment
-    return subprocess.run(
-      command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
   return run
 
@@ -293,7 +291,7 @@ def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, ma
   data_dir = dataset({str(i): (f'{server.url}/{i}', '') for i in range(60)})
   command = [sys.executable, '-m', 'data_prep.download_images', f'--data_dir={data_dir}']
   process = subprocess.Popen(
-    [*command, '--concurrency=2'], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    [*command, '--concurrency=2'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
   )
   manifest = data_dir / 'images/manifest.jsonl'
   deadline = time.monotonic() + 60
@@ -333,9 +331,7 @@ def test_interrupted_by_the_user(server, dataset):
   command = [sys.executable, '-m', 'data_prep.download_images', f'--data_dir={data_dir}']
   # Whoever runs the tests in the background may have them ignore the signal.
   heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-  process = subprocess.Popen(
-    command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heed
-  )
+  process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
   deadline = time.monotonic() + 60
   while not server.asked:
     assert time.monotonic() < deadline

@@ -21,11 +21,11 @@ from PIL import Image
 from data_prep import build_dataset, encode
 from data_prep.embeddings import text_tokens
 from data_prep.llm_text import texts
+from tests.helpers.runs import ROOT
 from ur4rec_jax.data import dataset as prepared
 from ur4rec_jax.data.features import load_features
 from ur4rec_jax.encoders import pretrained
 
-REPOSITORY = Path(__file__).parents[2]
 MINILM = 'sentence-transformers/all-MiniLM-L6-v2'
 # Title, genre, plot; made to be told apart by anybody who understands them.
 FILMS = """
@@ -704,7 +704,7 @@ def start_and_kill(data_dir, *flags, number=signal.SIGKILL) -> subprocess.Popen:
   """Starts the program and stops it with about a tenth of its shards done."""
   process = subprocess.Popen(
     words(f'--data_dir={data_dir}', *SHARDS, *flags),
-    cwd=REPOSITORY,
+    cwd=ROOT,
     stderr=subprocess.PIPE,
     text=True,
   )
@@ -796,7 +796,7 @@ def test_the_same_command_again_changes_nothing_and_another_asks(build, capsys):
 
 
 def test_two_programs_do_not_make_the_same_features(many):
-  process = subprocess.Popen(words(f'--data_dir={many}', *SHARDS), cwd=REPOSITORY)
+  process = subprocess.Popen(words(f'--data_dir={many}', *SHARDS), cwd=ROOT)
   draft = many / 'features/item/text.incomplete'
   while not (draft / 'progress.jsonl').exists():
     time.sleep(0.001)
@@ -826,7 +826,7 @@ if __name__ == '__main__':
 """
   path = data_dir / 'script.py'
   path.write_text(script)
-  env = os.environ | {'PYTHONPATH': str(REPOSITORY)}
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
   # A child holds the pipes too, whose end `run` waits for.
   done = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True, timeout=60)
   assert done.stdout.split()[0].isdecimal()
@@ -881,7 +881,7 @@ def test_a_name_that_cannot_be_had_says_how_to_get_it(build):
   data_dir = build([{}] * 3)
   done = subprocess.run(
     words(f'--data_dir={data_dir}', '--modality=text', '--encoder=sentence-transformers/none'),
-    cwd=REPOSITORY,
+    cwd=ROOT,
     env=os.environ | {'HF_HUB_OFFLINE': '1'},
     capture_output=True,
     text=True,
@@ -919,9 +919,7 @@ sys.modules['torch'] = None  # As if it were not installed.
 from data_prep import encode
 encode.main(['--data_dir={data_dir}', '--modality=text'])
 """
-  done = subprocess.run(
-    [sys.executable, '-c', script], cwd=REPOSITORY, capture_output=True, text=True
-  )
+  done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 2
   assert done.stderr.startswith("error: torch is not installed; pip install -e '.[encode]'")
 
@@ -936,6 +934,6 @@ for module in pkgutil.walk_packages(ur4rec_jax.__path__, 'ur4rec_jax.'):
 print(sorted({'torch', 'transformers', 'sentence_transformers', 'safetensors'} & set(sys.modules)))
 """
   done = subprocess.run(
-    [sys.executable, '-c', script], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=True
   )
   assert done.stdout == '[]\n'

@@ -11,11 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from benchmarks import text_generation
+from benchmarks.robustness import llm_server, text_generation
 from data_prep import build_dataset
 from data_prep.llm_text import answers, llm_batch
-from tests.data_prep.llm_text import llm_server
-from tests.data_prep.llm_text.fork_server import Program
+from tests.helpers.fork_server import Program
 from ur4rec_jax.data import dataset
 
 # The last two items are held out of the texts about users.

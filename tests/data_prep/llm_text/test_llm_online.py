@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from benchmarks.robustness import llm_server
 from data_prep.llm_text import llm_online
-from tests.data_prep.llm_text import llm_server
-from tests.data_prep.llm_text.llm_runs import PROVIDERS, expected, questions, running
+from tests.helpers.llm_runs import PROVIDERS, expected, questions, running
 from ur4rec_jax.errors import InputError
 
 BACKENDS = pytest.mark.parametrize('backend', tuple(PROVIDERS))

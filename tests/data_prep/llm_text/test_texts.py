@@ -9,10 +9,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data_prep.llm_text import texts
+from tests.helpers.runs import ROOT
 from ur4rec_jax.data.dataset import load_dataset, read_texts, texts_origin
 from ur4rec_jax.errors import InputError
 
-REPOSITORY = Path(__file__).parents[3]
 ORIGIN = {'provider': 'acme', 'model': 'm', 'is_mock': False, 'time': '2024-01-01T00:00:00Z'}
 ITEMS = [
   {'id': 'z/1', 'title': 'Zero', 'description': 'Its own. And more.'},
@@ -188,7 +188,7 @@ def test_texts_that_are_not_of_the_dataset_are_refused(shop, make_shop):
 
 def test_killed_at_any_step_the_old_texts_are_there_or_the_new(shop):
   done = subprocess.run(
-    [sys.executable, '-c', KILLS, shop], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
+    [sys.executable, '-c', KILLS, shop], cwd=ROOT, capture_output=True, text=True, timeout=100
   )
   assert done.returncode == 0, done.stderr
   seen = done.stdout.split()

@@ -16,7 +16,7 @@ from data_prep import build_dataset
 from data_prep.prepared import prepare
 from data_prep.prepared.prepare import Item, Options
 from data_prep.sources import amazon_reviews
-from tests.data_prep.conftest import REPOSITORY
+from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import InputError
 
 EVENTS = [
@@ -369,7 +369,7 @@ app.run(build_dataset.main)
 """
   flags = ['--source=amazon_reviews', f'--data_dir={tmp_path}/data', *CATEGORY]
   words = [sys.executable, '-c', program, *flags]
-  result = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+  result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
   assert (result.returncode, result.stderr.count('\n')) == (2, 1), result.stderr
   assert 'pip install "datasets>=4.0"' in result.stderr
   assert not (tmp_path / 'data').exists()

@@ -1,11 +1,11 @@
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep import sources
 from data_prep.sources import raw_files
+from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import InputError
 
 
@@ -158,7 +158,7 @@ def test_missing_raw_files_are_named(tmp_path, ml_100k):
 
 @pytest.mark.parametrize('source', sources.SOURCES)
 def test_the_readme_tells_where_data_come_from_and_what_to_cite(source):
-  text = (Path(__file__).parents[3] / 'README.md').read_text()
+  text = (ROOT / 'README.md').read_text()
   table = text.split('## Datasets and their terms')[1].split('\n## ')[0]
   rows = [line for line in table.splitlines() if line.startswith('|')]
   (row,) = [row for row in rows if f'`{source}`' in row.split('|')[1]]

@@ -1,0 +1,107 @@
+"""What each path is worth, and how both are best joined: finished runs ranked in several ways.
+
+  python -m benchmarks.quality.fusions --name=ml-100k-multimodal --workdir=runs/ml-100k-multimodal \
+    --seeds=0,1,2,3,4
+
+The parameters are those that the runs ended with; only what makes scores of them differs, so that
+nothing is trained. Writes `benchmarks/results/fusions/NAME.json`. `benchmarks.quality.accuracy`
+makes a table of docs/results.md from it; NAME must be the name of stored results.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from benchmarks.quality.accuracy import name_of_results, seeds_of, store_beside
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables, load_with_features, read_tables
+from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.evaluation.metrics import ranking_metrics
+from ur4rec_jax.runs import results
+from ur4rec_jax.sharding import devices
+from ur4rec_jax.training.stages import Stage
+from ur4rec_jax.training.train_state import PyTree
+
+WAYS = {
+  'as trained': {},
+  'sasrec alone': {'paths': ('sasrec',)},
+  'retriever alone': {'paths': ('retriever',)},
+  **{
+    f'weighted {weight:g} : {1 - weight:g}': {'fusion.weights': (weight, 1 - weight)}
+    for weight in (0.8, 0.6, 0.5, 0.4, 0.2)
+  },
+  'weighted 0.5 : 0.5, standardise': {
+    'fusion.weights': (0.5, 0.5),
+    'fusion.calibration': 'standardise',
+  },
+  'rank 0.5 : 0.5': {'fusion.kind': 'rank', 'fusion.weights': (0.5, 0.5)},
+  'cascade, best 100': {'fusion.kind': 'cascade', 'fusion.cascade_size': 100},
+}
+
+
+def load_finished(workdir: pathlib.Path) -> tuple[Stage, PyTree, Dataset, Tables]:
+  """The best stage of a finished run, its parameters, and the data and features of the run.
+
+  Raises:
+    InputError: there is no finished run.
+  """
+  if not (workdir / 'results.json').exists():
+    raise InputError(f'{workdir}: no finished run here')
+  config = ConfigDict(json.loads((workdir / 'config.json').read_text())['config'])
+  dataset = load_with_features(config)
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  return *results.restore_best(config, str(workdir), dataset, tables), dataset, tables
+
+
+def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+  """Validation and test NDCG@10 of a finished run by the name of the way.
+
+  Raises:
+    InputError: there is no finished run, or its best stage ranks by something else than the
+      weighted sum of two paths.
+  """
+  stage, params, dataset, tables = load_finished(workdir)
+  config = stage.config
+  if len(config.paths) < 2 or config.fusion.kind != 'weighted':
+    raise InputError(
+      f'{workdir}: not a run of two paths whose best stage ranks by the weighted sum of both'
+    )
+  placed = devices.replicate((dataset.item_ids, tables, params))
+  found = {}
+  for name, changes in WAYS.items():
+    if config.retriever.query == 'proxies' and 'sasrec' not in changes.get('paths', config.paths):
+      continue  # Proxies ask with SASRec's state.
+    changed = ConfigDict(config.to_dict())
+    with changed.ignore_type():
+      changed.update_from_flattened_dict(changes)
+    ranks = results.rank_held_out(changed, dataset, *placed, evaluate.PARTS)
+    found[name] = {part: ranking_metrics(of)['ndcg@10'] for part, of in ranks.items()}
+  return found
+
+
+@exit_on_reported_error
+def main() -> None:
+  """Ranks the runs, stores what comes out and writes the tables."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--name', type=name_of_results, required=True, help='of stored results')
+  parser.add_argument('--workdir', required=True, help='holds one run a seed')
+  parser.add_argument('--seeds', type=seeds_of, default='0,1,2', help='with commas between')
+  flags = parser.parse_args()
+  runs: list[dict[str, Any]] = []
+  for seed in flags.seeds:
+    found = rank_in_all_ways(pathlib.Path(flags.workdir) / f'seed{seed}')
+    runs.append({'seed': seed, 'ways': found})
+    for name, values in found.items():
+      print(f'seed {seed}  {name:<36}valid {values["valid"]:.4f}  test {values["test"]:.4f}')
+  store_beside(flags.name, 'fusions', runs)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,154 @@
+"""What each loss asks of the parameters, beside what finding the next item asks of them.
+
+  python -m benchmarks.quality.loss_gradients --name=ml-100k-multimodal \
+    --workdir=runs/ablation/seed23
+
+A loss can fail to help because its gradient is too small or too large, because it points where that
+of the retrieval losses already does, or because it is at right angles to it: then it is met without
+any use for the ranking. For a finished run this measures, with the first parameters and with the
+best, each loss's value, its weight, the length of its weighted gradient, and the cosine to the
+gradient of the paths' own retrieval losses. Both are over the parameters that the loss reaches, and
+gradients are means over `BATCHES` training batches with dropout.
+
+Writes `benchmarks/results/loss_gradients/NAME.json`. `benchmarks.quality.accuracy` makes a table of
+docs/results.md from it; NAME must be the name of stored results.
+"""
+
+import argparse
+import math
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from benchmarks.quality.accuracy import name_of_results, store_beside
+from benchmarks.quality.fusions import load_finished
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables
+from ur4rec_jax.data.input_pipeline import TrainBatches, gather_batch, gather_preferences
+from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.models.fusion import GATES
+from ur4rec_jax.models.ur4rec import PATHS, create_model, losses_in_use, retrieval_losses
+from ur4rec_jax.training import train_step
+from ur4rec_jax.training.train_state import PyTree, create_train_state
+
+BATCHES = 16
+
+
+def measure(
+  config: ConfigDict, dataset: Dataset, tables: Tables, places: Mapping[str, PyTree]
+) -> dict[str, dict[str, dict[str, float]]]:
+  """By place and loss its `value`, `weight`, `length` of the weighted gradient and `cosine`.
+
+  Args:
+    config: of the run.
+    dataset: with features.
+    tables: they, read.
+    places: parameters at which gradients are taken, by name.
+  """
+  train_part = dataset.train_part()
+  data = jax.device_put(train_step.make_train_data(train_part, tables))
+  batches = TrainBatches(
+    train_part,
+    max_length=config.max_length,
+    batch_size=config.batch_size,
+    crop=config.crop,
+    seed=config.seed,
+  )
+  model, all_losses = create_model(config, dataset.num_items), train_step.make_losses(config.loss)
+
+  @jax.jit
+  def losses_and_gradients(params, plan, key):
+    dropout_key, negatives_key = jax.random.split(key)
+    batch = gather_batch(data.item_ids, plan, config.max_length)
+    targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
+    negatives = {
+      path: train_step.draw_negatives(name, config.loss, targets, data, negatives_key)
+      for path, name in retrieval_losses(config.loss).items()
+    }
+
+    def values(params):
+      encoded, _ = model.apply(
+        {'params': params},
+        data.tables.items,
+        batch.item_ids,
+        batch.segment_ids,
+        gather_preferences(data.tables.users, batch, data.preference_starts),
+        deterministic=False,
+        rngs={'dropout': dropout_key},
+        method='encode',
+        mutable=(GATES,),
+      )
+      tokens = jnp.maximum((batch.targets > 0).sum(), 1)
+      return all_losses(encoded, batch, negatives, dataset.num_items, tokens)
+
+    return values(params), jax.jacrev(values)(params)
+
+  def mean_over_batches(params):
+    of_batches = []
+    for i in range(BATCHES):
+      epoch, step = divmod(i, batches.steps_per_epoch)
+      plan = jax.tree.map(lambda x, step=step: x[step], batches.epoch(epoch))
+      of_batches.append(losses_and_gradients(params, plan, jax.random.key(i)))
+    return jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *of_batches)
+
+  return {
+    place: _compare(config, params, *mean_over_batches(params)) for place, params in places.items()
+  }
+
+
+def _compare(
+  config: ConfigDict, params: PyTree, values: Mapping[str, float], gradients: Mapping[str, PyTree]
+) -> dict[str, dict[str, float]]:
+  """What `measure` says of one place, from each loss's value and gradient there."""
+  weights = dict(losses_in_use(config.loss))
+  if config.loss.weighting == 'uncertainty':
+    weights = {name: math.exp(-params[f'log_variance_{name}']) for name in weights}
+  weighted = {
+    name: weights[name] * np.concatenate([x.reshape(-1) for x in jax.tree.leaves(gradient)])
+    for name, gradient in gradients.items()
+  }
+  of_paths = sum(weighted[name] for name in PATHS if name in weighted)
+  found = {}
+  for name, gradient in weighted.items():
+    length = np.linalg.norm(gradient)
+    beside = np.linalg.norm(of_paths[gradient != 0])  # Of the same parameters.
+    found[name] = {
+      'value': float(values[name]),
+      'weight': float(weights[name]),
+      'length': float(length / beside),
+      'cosine': float(gradient @ of_paths / (length * beside)),
+    }
+  return found
+
+
+def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
+  """`measure` of a finished run, with the parameters that it began with and with its best.
+
+  Raises:
+    InputError: there is no finished run.
+  """
+  stage, best, dataset, tables = load_finished(workdir)
+  model = create_model(stage.config, dataset.num_items)
+  first = create_train_state(model, optax.identity(), stage.config.seed, tables).params
+  return measure(stage.config, dataset, tables, {'first': first, 'best': best})
+
+
+@exit_on_reported_error
+def main() -> None:
+  """Measures a run, stores what comes out and writes the tables."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--name', type=name_of_results, required=True, help='of stored results')
+  parser.add_argument('--workdir', required=True, help='of one finished run')
+  flags = parser.parse_args()
+  store_beside(flags.name, 'loss_gradients', measure_run(pathlib.Path(flags.workdir)))
+
+
+if __name__ == '__main__':
+  main()

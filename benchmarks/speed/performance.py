@@ -1,0 +1,330 @@
+"""Writes docs/performance.md and README's table of it from what the speed benchmarks stored.
+
+  python -m benchmarks.speed.performance
+
+The benchmarks store with `--out=NAME`, as the commands of `RUNS` say; NAME-gpu is for the column of
+GPUs.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.quality.accuracy import README, markdown_table, put_between_marks
+from benchmarks.speed.measure import RESULTS, ROOT
+from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.runs.checkpoint import write_file
+
+PAGE = ROOT / 'docs' / 'performance.md'
+MISSING = 'not measured yet'
+ML_1M = '--data_dir=data/movielens_1m'
+BEAUTY = '--data_dir=data/amazon_beauty --max_length=50 --users=4000'
+RECTOOLS = '--rectools_python=rectools/bin/python'
+RECIPE = (  # About that of configs/movielens_1m.py, over fewer epochs.
+  '--dim=128 --num_heads=2 --config.sasrec.norm=post --config.sasrec.item_scale=0.05'
+  ' --config.crop=random --config.batch_size=64 --config.optimizer.learning_rate=2e-3'
+  ' --config.optimizer.schedule=cosine --config.num_epochs=16'
+)
+RUNS = {
+  'train-softmax-ml-1m': f'train_vs_rectools {ML_1M} --loss=softmax {RECTOOLS}',
+  'train-bce-ml-1m': f'train_vs_rectools {ML_1M} --loss=bce {RECTOOLS}',
+  'train-softmax-beauty': f'train_vs_rectools {BEAUTY} --loss=softmax {RECTOOLS}',
+  'evaluate-ml-1m': f'evaluate_vs_rectools {ML_1M} {RECTOOLS}',
+  'time-to-quality-ml-1m': f'time_to_quality {ML_1M} --target=0.17 {RECTOOLS} {RECIPE}',
+  'cost-curves': 'cost_curves',
+  'cost-ml-1m': f'cost --config=configs/movielens_1m.py {ML_1M}',
+  'tricks-softmax-ml-1m': f'tricks {ML_1M} --loss=softmax',
+  'tricks-bce-ml-1m': f'tricks {ML_1M} --loss=bce',
+  'profile-softmax-ml-1m': f'profile_step {ML_1M} --loss=softmax',
+  'profile-bce-ml-1m': f'profile_step {ML_1M} --loss=bce',
+}
+Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds.
+
+
+class Target(NamedTuple):
+  """A figure that is wanted.
+
+  Attributes:
+    work: what is measured.
+    against: what it is compared with.
+    run: of `RUNS`.
+    field: of the stored result.
+    bound: the worst that is good enough.
+    at_least: whether more is better.
+    unit: of the figure.
+  """
+
+  work: str
+  against: str
+  run: str
+  field: str
+  bound: float
+  at_least: bool = False
+  unit: str = 'x'
+
+
+TARGETS = (
+  Target('training, full softmax, ML-1M', 'RecTools', 'train-softmax-ml-1m', 'ratio', 5, True),
+  Target('training, BCE, ML-1M', 'RecTools', 'train-bce-ml-1m', 'ratio', 2.5, True),
+  Target('training, full softmax, Beauty', 'RecTools', 'train-softmax-beauty', 'ratio', 6, True),
+  Target('full-ranking evaluation, ML-1M', 'RecTools', 'evaluate-ml-1m', 'ratio', 5, True),
+  *(
+    Target(f'peak memory, {work}', 'RecTools', run, 'memory_ratio', 0.7)
+    for work, run in (
+      ('training, full softmax, ML-1M', 'train-softmax-ml-1m'),
+      ('training, BCE, ML-1M', 'train-bce-ml-1m'),
+      ('training, full softmax, Beauty', 'train-softmax-beauty'),
+      ('evaluation, ML-1M', 'evaluate-ml-1m'),
+    )
+  ),
+  Target(
+    'step time, 1,000,000 items, sampled softmax', '10,000 items', 'cost-curves', 'ratio', 1.5
+  ),
+  Target('peak memory, 1,000,000 items', '', 'cost-curves', 'peak_mb', 6000, unit='MB'),
+  Target('time to NDCG@10 0.17, ML-1M', 'RecTools', 'time-to-quality-ml-1m', 'ratio', 0.25),
+  Target('step time, multimodal, ML-1M', 'SASRec', 'cost-ml-1m', 'ratio', 2),
+)
+INTRODUCTION = """
+# Performance
+
+`python -m benchmarks.speed.performance` writes this page from the files in
+`benchmarks/results/performance/`. Do not edit it by hand: the next run overwrites it.
+
+Both libraries train the same model (width 64, 2 blocks, 1 head, dropout 0.2, float32, batches of
+128 users, histories of 200 on ML-1M and 50 on Beauty) on the same users, in turns in one run, each
+in a process of its own with the cores that its section names. Ratios are of medians, with the range
+over the rounds in brackets. Speed counts users' sequences; what is compiled first is apart.
+RecTools is 0.19, used as its documentation says, without logging and checkpoints. The figures need
+a machine that does nothing else.
+"""
+
+
+def load_results(folder: pathlib.Path) -> Stored:
+  """Reads all that is stored.
+
+  Raises:
+    InputError: a file cannot be read, or is of no benchmark on the page.
+  """
+  stored = {}
+  for path in sorted(folder.glob('*.json')):
+    try:
+      result = json.loads(path.read_text())
+      known = RUNS[path.stem.removesuffix('-gpu')].split()[0]
+      if result['benchmark'] != known:
+        raise ValueError(f'is of {result["benchmark"]}, not of {known}')
+    except (OSError, ValueError, LookupError) as error:
+      raise InputError(
+        f'{path}: cannot be read ({error!r}); delete it, or store again with a name of '
+        f'{", ".join(RUNS)}'
+      ) from error
+    stored[path.stem] = result
+  return stored
+
+
+def page(stored: Stored) -> str:
+  """Returns docs/performance.md."""
+  sections = [INTRODUCTION.strip(), f'## Targets\n\n{targets_table(stored)}']
+  sections += [f'## Commands\n\n{_commands()}']
+  writers = {
+    'train_vs_rectools': _side_by_side,
+    'evaluate_vs_rectools': _side_by_side,
+    'time_to_quality': _time_to_quality,
+    'cost_curves': _curves,
+    'cost': _cost,
+    'profile_step': _profile,
+    'tricks': _tricks,
+  }
+  for name, result in stored.items():
+    lines = [f'## {name}', '', _measured_on(result), '', *writers[result['benchmark']](result)]
+    sections.append('\n'.join(lines))
+  return '\n\n'.join(sections) + '\n'
+
+
+def targets_table(stored: Stored) -> str:
+  """What is wanted beside what was found, on CPU and on a GPU."""
+  rows = []
+  for target in TARGETS:
+    word = 'at least' if target.at_least else 'at most'
+    gpu = stored.get(f'{target.run}-gpu')
+    rows.append(
+      {
+        'work': target.work,
+        'against': target.against,
+        'wanted': f'{word} {target.bound:,g} {target.unit}',
+        'found': _found(target, stored.get(target.run)),
+        'GPU': _found(target, gpu) if gpu else '',
+      }
+    )
+  return markdown_table(rows)
+
+
+def headline_table(stored: Stored) -> str:
+  """Speed and memory beside RecTools, of what has been measured."""
+  rows = []
+  for target in TARGETS:
+    result = stored.get(target.run, {})
+    if target.field != 'ratio' or 'memory_ratio' not in result:
+      continue
+    rows.append(
+      {
+        'work': target.work,
+        'users x items': '{users:,} x {items:,}'.format(**result['dataset']),
+        'speed': f'{result["ratio"]:.1f} x',
+        'peak memory': f'{result["memory_ratio"]:.2f} x',
+        'on': result['device'],
+      }
+    )
+  return markdown_table(rows)
+
+
+def _found(target: Target, result: dict[str, Any] | None) -> str:
+  """A target's figure, and whether it is good enough."""
+  if result is None:
+    return MISSING
+  value = result[target.field]
+  if value is None:
+    return 'not reached'
+  is_met = value >= target.bound if target.at_least else value <= target.bound
+  bound = 'at most ' if result.get('is_bound') else ''
+  text = (
+    f'{bound}{value:,.0f} {target.unit}' if value >= 100 else f'{bound}{value:.2f} {target.unit}'
+  )
+  if target.field == 'ratio' and 'ratios' in result:
+    text += ' [{:.2f}, {:.2f}]'.format(*result['ratios'])
+  return f'{text}, {"met" if is_met else "missed"}'
+
+
+def _commands() -> str:
+  install = 'python -m venv rectools && rectools/bin/pip install "rectools[torch]==0.19.0"'
+  runs = [f'python -m benchmarks.{command} --out={name}' for name, command in RUNS.items()]
+  return '\n'.join(['```', install, *runs, '```'])
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+  device = result.get('device', 'CPU')
+  dataset = result.get('dataset')
+  counts = f'{dataset["users"]:,} users, {dataset["items"]:,} items; ' if dataset else ''
+  cores = 'one core' if result['cores'] == 1 else f'{result["cores"]} cores'
+  return f'{counts}{device}, {cores} used, load {result["load"]}.'
+
+
+def _side_by_side(result: dict[str, Any]) -> Iterator[str]:
+  rows = [
+    {
+      '': name,
+      result['unit']: f'{result[name]:,.1f}',
+      'peak MB': f'{result["peak_mb"][name]:,.0f}',
+      'NDCG@10': f'{values["ndcg@10"]:.4f}',
+      'Hit@10': f'{values["hit@10"]:.4f}',
+    }
+    for name, values in result['quality'].items()
+  ]
+  yield markdown_table(rows)
+  yield ''
+  yield (
+    f'After {result["epochs"]} epochs on both sides. Ours compiled for '
+    f'{result["compile_seconds"]:.0f} s. By the time that cores worked, which other processes '
+    f'disturb less, the ratio is {result["processor_ratio"]:.2f}.'
+  )
+
+
+def _time_to_quality(result: dict[str, Any]) -> Iterator[str]:
+  rows = [
+    {
+      '': name,
+      'seconds': f'{result[name]["seconds"]:,.0f}',
+      'reached': 'yes' if result[name]['is_reached'] else 'no',
+      'epochs': str(len(result[name]['curve'])),
+      'last NDCG@10': f'{result[name]["curve"][-1][1]:.4f}',
+    }
+    for name in ('own', 'rectools')
+  ]
+  yield markdown_table(rows)
+  settings = result['settings']
+  yield ''
+  yield (
+    f'Width {settings["dim"]}, {settings["num_heads"]} heads; ours with '
+    f'`{" ".join(settings["overrides"])}`, RecTools with the batches and learning rate of the other'
+    ' tables. Where one side did not get there, the ratio is a bound.'
+  )
+
+
+def _curves(result: dict[str, Any]) -> Iterator[str]:
+  base = ', '.join(f'{value:,} {name}' for name, value in result['base'].items())
+  overrides = ' '.join(result['settings']['overrides'])
+  yield f'Sampled softmax with `{overrides}`; what does not grow: {base}.'
+  for axis, points in result['curves'].items():
+    rows = []
+    for value, found in points.items():
+      row = {axis: f'{int(value):,}'}
+      for name, field in (('ms a step', 'step_ms'), ('µs a token', 'us_a_token')):
+        row[name] = f'{found[field]:,.1f}' if field in found else found['error']
+      row['peak MB'] = f'{found["peak_mb"]:,.0f}' if 'peak_mb' in found else ''
+      ranked = found.get('ranked_per_second')
+      row['users ranked/s'] = f'{ranked:,.0f}' if ranked else ''
+      rows.append(row)
+    yield ''
+    yield markdown_table(rows)
+
+
+def _cost(result: dict[str, Any]) -> Iterator[str]:
+  yield (
+    f'The variants of `{result["config"]}`: operations to score the catalogue for a user with a '
+    'full history, and a training step in which all parameters move under all losses.'
+  )
+  yield ''
+  yield markdown_table(
+    [
+      {
+        'variant': name,
+        'parameters': f'{row["parameters"]:,}',
+        'MFLOP a user': f'{row["mflop_a_user"]:,.1f}',
+        'ms a step': f'{row["step_ms"]:,.0f}',
+        "over the first's": f'{row["ratio"]:.2f} x',
+      }
+      for name, row in result['variants'].items()
+    ]
+  )
+
+
+def _profile(result: dict[str, Any]) -> Iterator[str]:
+  yield (
+    f'{result["step_ms"]:,.0f} ms a step, {result["step_gflop"]:.1f} GFLOP in matrix products, '
+    f'{result["gflops"]:.0f} GFLOP/s: {result["roofline_share"]:.0%} of the '
+    f'{result["machine"]["gflops"]:.0f} GFLOP/s of one large product in the same run.'
+  )
+  yield ''
+  yield markdown_table(
+    [{'part': part, 'time': f'{share:.0%}'} for part, share in result['parts'].items()]
+  )
+
+
+def _tricks(result: dict[str, Any]) -> Iterator[str]:
+  yield (
+    'Training with one trick undone at a time; a trick is worth the speed with all of them over '
+    'that without it.'
+  )
+  yield ''
+  rows = [
+    {
+      'without': name,
+      'sequences/s': f'{row["sequences_per_second"]:,.0f}',
+      'worth': f'{row["worth"]:.2f} x',
+      'peak MB': f'{row["peak_mb"]:,.0f}',
+    }
+    for name, row in result['rows'].items()
+  ]
+  yield markdown_table(rows)
+
+
+@exit_on_reported_error
+def main() -> None:
+  """Writes the page, and the table between its marks in the README."""
+  stored = load_results(RESULTS)
+  put_between_marks(README, 'speed', headline_table(stored))
+  write_file(PAGE, page(stored))
+
+
+if __name__ == '__main__':
+  main()

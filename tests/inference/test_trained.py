@@ -1,0 +1,327 @@
+"""Every variant and fusion in use: as the trainer ranks, shares that sum, new users and items."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data_prep.embeddings import text_tokens
+from tests.helpers.recommenders import VARIANTS, make
+from ur4rec_jax.data.dataset import read_items
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.sharding import devices
+
+
+def all_places(recommender, part: str = 'test'):
+  """For each user with a held-out item: the whole catalogue in order, after what came before."""
+  queries = evaluate.make_queries(recommender.dataset, part, recommender.config.evaluation)
+  ids = recommender.dataset.item_ids
+  histories = [
+    ids[start : start + length]
+    for start, length in zip(queries.starts, queries.lengths, strict=True)
+  ]
+  preferences = recommender.preferences_of(queries.users)
+  k = len(recommender.item_ids)
+  return queries, recommender.rank(histories, k, histories, preferences=preferences)
+
+
+@pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'bfloat16'])
+def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
+  recommender, tables = make(shop, name)
+  queries, (ids, scores, shares) = all_places(recommender)
+  places = (ids == queries.targets[:, None]).argmax(1) + 1
+  evaluator = evaluate.make_evaluator(
+    recommender.model,
+    recommender.dataset,
+    devices.replicate(recommender.dataset.item_ids),
+    devices.replicate(tables),
+    'test',
+    recommender.config.evaluation,
+    'pmap',
+  )
+  ranks = evaluator(devices.replicate(recommender.params))
+  starts = zip(queries.starts, queries.lengths, queries.targets, strict=True)
+  is_new = np.array([t not in recommender.dataset.item_ids[s : s + n] for s, n, t in starts])
+  assert is_new.sum() > 50
+  np.testing.assert_array_equal(places[is_new], ranks[is_new])
+  assert (np.diff(np.where(np.isfinite(scores), scores, -1e9), axis=1) <= 0).all()
+
+  names = recommender.share_names
+  of_paths = [names.index(path) for path in recommender.paths]
+  there = np.isfinite(scores)
+  if name == 'cascade':
+    second = shares[there][:, of_paths[1]].reshape(-1)
+    assert np.isfinite(second).all()
+    first_user = shares[0, :7, of_paths[1]]
+    assert (np.diff(first_user) <= 0).all()  # The chosen ones are in the retriever's order.
+    return
+  np.testing.assert_allclose(shares[there][:, of_paths].sum(1), scores[there], atol=1e-4)
+  for path in recommender.paths:
+    parts = [i for i, n in enumerate(names) if n.startswith(f'{path}_')]
+    if parts:
+      whole = shares[there][:, names.index(path)]
+      np.testing.assert_allclose(shares[there][:, parts].sum(1), whole, atol=1e-4)
+      assert np.abs(shares[there][:, parts]).max(0).min() > 1e-3
+
+
+def test_shares_are_named_by_what_items_are_made_of(shop):
+  assert make(shop, 'sasrec')[0].share_names == ['sasrec']
+  names = ['sasrec', 'retriever', 'retriever_image', 'retriever_text', 'retriever_id']
+  assert make(shop, 'multimodal')[0].share_names == names
+  assert make(shop, 'rank')[0].share_names == ['sasrec', 'retriever']
+  assert 'sasrec_text' in make(shop, 'content in both')[0].share_names
+
+
+def test_one_user_alone_is_recommended_as_among_many_of_all_lengths(shop):
+  recommender, _ = make(shop, 'multimodal')
+  ids = recommender.item_ids
+  histories = [[ids[(7 * n + i) % 60] for i in range(n)] for n in (1, 3, 20, 31, 33, 50)] * 4
+  together = recommender.answer(histories, 5)
+  for i, history in enumerate(histories[:6]):
+    alone = recommender.answer([history], 5)
+    assert alone.items[0] == together.items[i] == together.items[i + 6]
+    np.testing.assert_allclose(alone.scores[0], together.scores[i], atol=1e-5)
+    assert not set(alone.items[0]) & set(history)
+
+
+def test_filters_and_weights_of_paths(shop):
+  recommender, _ = make(shop, 'multimodal')
+  ids = recommender.item_ids
+  history = ids[:3]
+  plain = recommender.answer([history], 10).items[0]
+  assert recommender.answer([history], 9, without=plain[:1]).items[0] == plain[1:]
+  chosen = recommender.answer([history], 10, only=[plain[4], plain[2], history[0]]).items[0]
+  assert chosen == [plain[2], plain[4]]
+  seen = recommender.answer([history], 60, keep_seen=True).items[0]
+  assert sorted(seen) == sorted(ids)
+  assert len(recommender.answer([history], 60).items[0]) == 57
+  retriever = recommender.answer([history], 10, emphasis=[0, 1])
+  assert np.abs(retriever.shares[0][:, 0]).max() == 0
+  assert retriever.items[0] != plain
+  both = recommender.answer([history] * 2, 10, emphasis=[[1, 1], [0, 1]])
+  assert both.items == [plain, retriever.items[0]]
+
+
+def test_frames_go_in_and_out(shop):
+  recommender, _ = make(shop, 'text')
+  ids = recommender.item_ids
+  one = recommender.recommend(ids[:2], k=3)
+  assert list(one) == ['rank', 'item', 'title', 'score', *recommender.share_names]
+  assert one['rank'].tolist() == [1, 2, 3]
+  log = pd.DataFrame(
+    {
+      'user': ['b', 'a', 'a', 'b'],
+      'item': [ids[5], ids[1], ids[0], ids[6]],
+      'timestamp': [1, 9, 3, 2],
+    }
+  )
+  many = recommender.recommend(log, k=3)
+  assert (
+    many['user'].tolist() == ['b'] * 3 + ['a'] * 3 or many['user'].tolist() == ['a'] * 3 + ['b'] * 3
+  )
+  pd.testing.assert_frame_equal(
+    many[many.user == 'a'].drop(columns='user').reset_index(drop=True), one, rtol=1e-4
+  )
+  by_name = recommender.recommend({'x': ids[:2], 'y': ids[5:7]}, k=3)
+  assert by_name['user'].tolist() == ['x'] * 3 + ['y'] * 3
+  with pytest.warns(UserWarning, match="1 items .* first 'nothing'"):
+    same = recommender.recommend([ids[0], 'nothing', ids[1]], k=3)
+  pd.testing.assert_frame_equal(same, one)
+  user = next(iter(recommender.users))
+  pd.testing.assert_frame_equal(
+    recommender.recommend(user=user, k=3), recommender.recommend(recommender.history(user), k=3)
+  )
+  with pytest.raises(InputError, match="no column 'item', only user, goods"):
+    recommender.recommend(log[['user']].assign(goods=1))
+
+
+def test_an_influence_is_the_fall_of_the_score_above_the_mean(shop):
+  recommender, _ = make(shop, 'text')
+  ids = recommender.item_ids
+  history, items = ids[:4], ids[10:12]
+  found = recommender.influences(history, items)
+  assert found.shape == (4, 2)
+
+  def above_mean(history):
+    scores = recommender.answer([history], 60, keep_seen=True)
+    by_id = dict(zip(scores.items[0], scores.scores[0], strict=True))
+    return np.array([by_id[item] for item in items]) - np.mean(list(by_id.values()))
+
+  expected = above_mean(history) - above_mean(history[:1] + history[2:])
+  np.testing.assert_allclose(found[1], expected, atol=1e-4)
+
+
+def test_a_sentence_is_read_as_an_item_with_that_text(shop):
+  recommender, _ = make(shop, 'text')
+  title = recommender.titles[8]
+  first, other = (
+    recommender.answer([[]], 5, preference=text) for text in (title, 'Quite another thing.')
+  )
+  assert first.scores[0][0] != other.scores[0][0]
+  assert len(first.items[0]) == 5
+  assert '\0preference' not in first.items[0]
+  kept = recommender.answer([[]], 60, preference=title, keep_seen=True)
+  assert sorted(kept.items[0]) == sorted(recommender.item_ids)
+  with_history = recommender.answer([recommender.item_ids[:30]], 5, preference=title)
+  without = recommender.answer([recommender.item_ids[:30]], 5)
+  assert not np.allclose(with_history.scores[0], without.scores[0])
+
+
+def test_a_sentence_means_nothing_to_ids_and_needs_its_encoder(shop):
+  with pytest.raises(InputError, match='this model reads no texts'):
+    make(shop, 'sasrec')[0].answer([[]], 5, preference='Dark stories.')
+  for bad, message in (('', 'no letters'), ('...', 'no letters'), (3, 'must be a text')):
+    with pytest.raises(InputError, match=message):
+      make(shop, 'text')[0].answer([[]], 5, preference=bad)
+
+
+def test_encoding_a_text_gives_what_was_stored(shop):
+  features = make(shop, 'learned')[0].dataset.user_features['text']
+  whole, *_ = [*text_tokens.texts(shop, 'user', features.shape[1] - 1)][3]
+  tokens, mask = text_tokens.encode_like(features.folder, features.info, whole)
+  stored, stored_mask = features.rows(np.array([3]))
+  np.testing.assert_array_equal(mask, stored_mask[0])
+  np.testing.assert_allclose(tokens, stored[0], atol=1e-3)
+
+
+def test_a_written_preference_takes_the_place_of_what_was_written_about_a_user(shop):
+  recommender, _ = make(shop, 'learned')
+  written = [*text_tokens.texts(shop, 'user', 8)]
+  history = recommender.item_ids[:4]
+  own = recommender.answer([history], 5, users=[3]).scores[0]
+  same = recommender.answer([history], 5, preference=written[3][0]).scores[0]
+  other = recommender.answer([history], 5, users=[3], preference=written[4][0]).scores[0]
+  np.testing.assert_allclose(own, same, atol=0.02)  # Stored in half precision.
+  assert np.abs(own - other).max() > 0.02
+  alone = recommender.answer([[]], 5, preference=written[3][0])
+  assert np.abs(alone.shares[0][:, 0]).max() == 0  # SASRec says nothing without a history.
+
+
+@pytest.fixture
+def new_items(shop, tmp_path):
+  """A file with items 3 and 4 of the catalogue under new ids, and one that is there already."""
+  tables = make(shop, 'multimodal')[1].items
+  ids = ['new-3', 'new-4', read_items(shop)[0]['original_id']]
+  rows = np.array([3, 4, 1])
+  arrays = {name: tables[name].tokens[rows] for name in ('text', 'image')}
+  np.savez(tmp_path / 'new.npz', ids=ids, titles=['Three', 'Four', 'One'], **arrays)
+  return tmp_path / 'new.npz'
+
+
+def test_new_items_are_placed_by_their_content(shop, new_items):
+  recommender, _ = make(shop, 'multimodal')
+  larger, known = recommender.add_items(new_items)
+  assert known == [recommender.item_ids[0]]
+  assert larger.item_ids == [*recommender.item_ids, 'new-3', 'new-4']
+  assert len(recommender.item_ids) == 60
+  history = recommender.item_ids[10:14]
+  before = recommender.answer([history], 56)
+  after = larger.answer([history], 58)
+  both = [item for item in after.items[0] if not item.startswith('new')]
+  assert both == before.items[0]
+  row = after.items[0].index('new-3')
+  shares = dict(zip(larger.share_names, after.shares[0][row], strict=True))
+  assert after.titles[0][row] == 'Three'
+  assert shares['retriever_id'] == 0
+  assert shares['retriever_text'] != 0
+  # SASRec, which knows rows alone, takes it for the mean of two items, of which one is the same.
+  rows = larger._item_arrays['sasrec']['vectors']
+  others = np.abs(2 * rows[61] - rows[3] - rows[1:61]).max(1)
+  assert others.min() < 1e-5
+  # It is like the item whose content it has, but for the id.
+  twin = recommender._item_arrays['retriever']['modalities'][3]
+  np.testing.assert_allclose(larger._item_arrays['retriever']['modalities'][61], twin, atol=1e-5)
+  assert larger.answer([['new-3']], 3).items[0]
+
+
+def test_rows_alone_take_new_items_for_those_they_are_most_like(shop, new_items):
+  recommender, _ = make(shop, 'rows alone')
+  larger, _ = recommender.add_items(new_items)
+  rows = larger._item_arrays['sasrec']['vectors']
+  for new, twin in ((61, 3), (62, 4)):
+    np.testing.assert_allclose(
+      np.abs(2 * rows[new] - rows[twin] - rows[1:61]).max(1).min(), 0, atol=1e-5
+    )
+  assert {'new-3', 'new-4'} <= set(larger.answer([recommender.item_ids[10:14]], 58).items[0])
+  title = recommender.titles[2]
+  assert recommender.answer([[]], 5, preference=title).items[0]
+
+
+def test_new_items_that_cannot_be_placed_are_refused(shop, new_items, tmp_path):
+  with pytest.raises(InputError, match='knows items by their id only'):
+    make(shop, 'sasrec')[0].add_items(new_items)
+  recommender, _ = make(shop, 'multimodal')
+  with pytest.raises(InputError, match='neither a prepared folder nor'):
+    recommender.add_items(tmp_path / 'none.npz')
+  content = dict(np.load(new_items))
+  for changed, message in (
+    ({'image': content['image'][:2]}, "must hold 'image', with an entry for each"),
+    ({'text': content['text'][..., :7]}, r'text must be finite, \[items, tokens, 256\]'),
+    ({'ids': np.array(['a', 'a', 'b'])}, 'an id is there twice'),
+    (
+      {'text': content['text'] * 0, 'image': content['image'] * 0},
+      "item 'new-3' has no features",
+    ),
+  ):
+    np.savez(tmp_path / 'bad.npz', **content | changed)
+    with pytest.raises(InputError, match=message):
+      recommender.add_items(tmp_path / 'bad.npz')
+  same, known = recommender.add_items(shop)
+  assert (same, len(known)) == (recommender, 60)
+
+
+def test_the_approximate_search_is_exact_where_it_looks_at_everything(shop):
+  exact, approximate = (
+    make(shop, 'multimodal')[0],
+    make(shop, 'multimodal', True)[0],
+  )
+  history = exact.item_ids[:5]
+  first, second = (r.answer([history], 10) for r in (exact, approximate))
+  assert first.items == second.items
+  np.testing.assert_allclose(first.scores[0], second.scores[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'history': []}, 'history: is empty'),
+    ({}, 'history: is empty'),
+    ({'history': [-1, -2]}, "none of its 2 items is in the catalogue, first '-1'"),
+    ({'history': [1.5]}, 'must be text or whole numbers, not 1.5'),
+    ({'history': [None]}, 'not None'),
+    ({'history': [True]}, 'not True'),
+    ({'history': 'S0-0'}, "must be a list of item ids, not 'S0-0'"),
+    ({'history': 5}, 'must be a list of item ids, not 5'),
+    ({'history': [{}, {}]}, 'must be a list'),
+    ({'user': 'nobody'}, "user 'nobody': is not in"),
+    ({'user': 'u001', 'history': ['a']}, 'exclude each other'),
+    ({'k': 0}, 'k=0: must be a whole number from 1 to 60'),
+    ({'k': 61}, 'k=61'),
+    ({'k': 2.0}, r'k=2\.0'),
+    ({'k': True}, 'k=True'),
+    ({'only': ['nothing']}, 'only: none of its 1 items'),
+    ({'emphasis': [1]}, None),
+    ({'emphasis': [1, -1]}, 'emphasis='),
+    ({'emphasis': [1, 2, 3]}, 'emphasis='),
+    ({'emphasis': ['a', 'b']}, 'emphasis='),
+    ({'emphasis': [float('nan'), 1]}, 'emphasis='),
+  ],
+)
+def test_bad_input_is_named(shop, arguments, message):
+  recommender, _ = make(shop, 'text')
+  if 'history' not in arguments and 'user' not in arguments and arguments:
+    arguments = {'history': recommender.item_ids[:2], **arguments}
+  if message is None:
+    assert len(recommender.recommend(**arguments)) == 10
+    return
+  with pytest.raises(InputError, match=message):
+    recommender.recommend(**arguments)
+
+
+def test_a_history_of_ten_thousand_items_is_read_from_its_end(shop):
+  recommender, _ = make(shop, 'text')
+  ids = recommender.item_ids[:50]
+  long = recommender.answer([ids * 200], 5)
+  short = recommender.answer([ids[-20:]], 5, without=ids)
+  assert long.items == short.items
+  np.testing.assert_allclose(long.scores[0], short.scores[0], atol=1e-5)

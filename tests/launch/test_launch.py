@@ -1,0 +1,256 @@
+"""What starts runs elsewhere is valid and knows the exit codes; several processes work together."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import yaml
+
+from benchmarks.robustness.small_runs import lines
+from tests.helpers.runs import ROOT, wait_for
+from ur4rec_jax import errors
+
+LAUNCH = ROOT / 'launch'
+NEEDS_PERSON = [
+  error.exit_code for error in (errors.InputError, errors.DivergenceError, errors.StorageError)
+]
+
+
+def record(required: str, **properties) -> dict:
+  """Schema of an object with these fields only; `required` names some."""
+  known = {'type': 'object', 'additionalProperties': False, 'properties': properties}
+  return known | {'required': required.split()}
+
+
+def array(items: dict) -> dict:
+  return {'type': 'array', 'minItems': 1, 'items': items}
+
+
+def choice(*values) -> dict:
+  return {'enum': [*values]}
+
+
+TEXT, FLAG, COUNT = {'type': 'string'}, {'type': 'boolean'}, {'type': 'integer', 'minimum': 0}
+TEXTS = {'type': 'object', 'additionalProperties': TEXT}
+# The part of jobset.x-k8s.io/v1alpha2, and of the Job and Pod inside, that our files use.
+CONTAINER = record(
+  'name image',
+  name=TEXT,
+  image=TEXT,
+  args=array(TEXT),
+  env=array(
+    record(
+      'name',
+      name=TEXT,
+      value=TEXT,
+      valueFrom=record('fieldRef', fieldRef=record('fieldPath', fieldPath=TEXT)),
+    )
+  ),
+  resources=record('limits', limits={'type': 'object', 'additionalProperties': COUNT}),
+  volumeMounts=array(record('name mountPath', name=TEXT, mountPath=TEXT)),
+)
+POD = record(
+  'containers restartPolicy',
+  restartPolicy=choice('Never'),  # Which a podFailurePolicy asks for.
+  terminationGracePeriodSeconds=COUNT,
+  nodeSelector=TEXTS,
+  containers=array(CONTAINER),
+  volumes=array(
+    record(
+      'name', name=TEXT, persistentVolumeClaim=record('claimName', claimName=TEXT, readOnly=FLAG)
+    )
+  ),
+)
+EXIT_CODES = record(
+  'operator values', containerName=TEXT, operator=choice('In', 'NotIn'), values=array(COUNT)
+)
+JOB = record(
+  'template',
+  completionMode=choice('Indexed'),
+  parallelism=COUNT,
+  completions=COUNT,
+  backoffLimit=COUNT,
+  podFailurePolicy=record(
+    'rules',
+    rules=array(
+      record('action', action=choice('FailJob', 'Ignore', 'Count'), onExitCodes=EXIT_CODES)
+    ),
+  ),
+  template=record('spec', spec=POD),
+)
+REASONS = ('BackoffLimitExceeded', 'DeadlineExceeded', 'PodFailurePolicy')
+JOBSET = record(
+  'apiVersion kind metadata spec',
+  apiVersion=choice('jobset.x-k8s.io/v1alpha2'),
+  kind=choice('JobSet'),
+  metadata=record('name', name={'type': 'string', 'pattern': '^[a-z][a-z0-9-]*$'}),
+  spec=record(
+    'replicatedJobs',
+    network=record('', enableDNSHostnames=FLAG, subdomain=TEXT),
+    failurePolicy=record(
+      'maxRestarts',
+      maxRestarts=COUNT,
+      restartStrategy=choice('Recreate', 'BlockingRecreate'),
+      rules=array(
+        record(
+          'name action',
+          name={'type': 'string', 'pattern': '^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$'},
+          action=choice('FailJobSet', 'RestartJobSet', 'RestartJobSetAndIgnoreMaxRestarts'),
+          onJobFailureReasons=array(choice(*REASONS)),
+        )
+      ),
+    ),
+    replicatedJobs=array(
+      record('name template', name=TEXT, replicas=COUNT, template=record('spec', spec=JOB))
+    ),
+  ),
+)
+
+
+@pytest.mark.parametrize('path', [*sorted(LAUNCH.glob('*.sh')), ROOT / '.ci/run'], ids=str)
+def test_scripts_are_clean(path):
+  tool = pathlib.Path(sys.executable).with_name('shellcheck')
+  done = subprocess.run(
+    [tool, '--external-sources', path], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('path', sorted(LAUNCH.glob('jobset_*.yaml')), ids=lambda path: path.name)
+def test_jobsets_are_valid_and_agree_with_themselves(path):
+  content = yaml.safe_load(path.read_text())
+  jsonschema.Draft202012Validator.check_schema(JOBSET)
+  jsonschema.validate(content, JOBSET)
+  (job,) = content['spec']['replicatedJobs']
+  spec = job['template']['spec']
+  assert spec['parallelism'] == spec['completions']
+  (container,) = spec['template']['spec']['containers']
+  env = {entry['name']: entry.get('value') for entry in container['env']}
+  if env['JAX_COORDINATOR_ADDRESS'] != 'auto':
+    assert env['JAX_NUM_PROCESSES'] == str(spec['completions'])
+    name = content['metadata']['name']
+    assert env['JAX_COORDINATOR_ADDRESS'].startswith(f'{name}-{job["name"]}-0-0.{name}:')
+  # What needs a person fails the job for a reason that fails the set; anything else restarts it.
+  (rule,) = spec['podFailurePolicy']['rules']
+  codes = {'containerName': container['name'], 'operator': 'In', 'values': NEEDS_PERSON}
+  assert rule == {'action': 'FailJob', 'onExitCodes': codes}
+  assert spec['backoffLimit'] == 0
+  (rule,) = content['spec']['failurePolicy']['rules']
+  assert (rule['action'], rule['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
+  volumes = {volume['name'] for volume in spec['template']['spec']['volumes']}
+  assert {mount['name'] for mount in container['volumeMounts']} == volumes
+  assert (ROOT / container['args'][1].partition('/opt/ur4rec/')[2]).is_file()
+
+
+def test_a_wrong_jobset_is_noticed():
+  content = yaml.safe_load((LAUNCH / 'jobset_gpu.yaml').read_text())
+  content['spec']['failurePolicy']['rules'][0]['onFailureReasons'] = []
+  with pytest.raises(jsonschema.ValidationError, match='onFailureReasons'):
+    jsonschema.validate(content, JOBSET)
+
+
+def test_the_dockerfile_copies_what_there_is():
+  steps = [line.split() for line in (LAUNCH / 'Dockerfile').read_text().splitlines()]
+  copied = [source for step in steps if step[:1] == ['COPY'] for source in step[1:-1]]
+  assert {'setup.cfg', 'ur4rec_jax', 'data_prep', 'configs'} <= set(copied)
+  assert all((ROOT / source).exists() for source in copied)
+
+
+@pytest.fixture
+def scheduler(tmp_path):
+  """A folder for PATH whose srun and gcloud end with $CODE; all note their calls in `calls`."""
+  for name, code in (('srun', '$CODE'), ('gcloud', '$CODE'), ('scontrol', '0'), ('sleep', '0')):
+    script = tmp_path / name
+    script.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/calls\nexit {code}\n')
+    script.chmod(0o755)
+  return tmp_path
+
+
+def calls(scheduler, script, *flags, **env) -> tuple[int, list[str]]:
+  path = f'{scheduler}{os.pathsep}{os.environ["PATH"]}'
+  command = ['bash', LAUNCH / script, *flags]
+  done = subprocess.run(
+    command, env=os.environ | {'PATH': path} | env, capture_output=True, text=True, timeout=60
+  )
+  return done.returncode, (scheduler / 'calls').read_text().splitlines()
+
+
+@pytest.mark.parametrize('code', [0, *NEEDS_PERSON, 5, 134, 137, 143])
+def test_slurm_queues_again_what_may_go_on(code, scheduler):
+  env = {'CODE': str(code), 'SLURM_JOB_ID': '77'}
+  returned, (srun, *others) = calls(scheduler, 'slurm.sh', '--workdir=a b', **env)
+  assert srun.endswith('-m ur4rec_jax.main --workdir=a b')
+  goes_on = code not in (0, *NEEDS_PERSON)
+  assert others == (['scontrol requeue 77'] if goes_on else [])
+  assert returned == (0 if goes_on else code)
+  returned, calls_now = calls(scheduler, 'slurm.sh', SLURM_RESTART_COUNT='20', **env)
+  assert calls_now[-1].startswith('srun')
+  assert returned == code
+
+
+@pytest.mark.parametrize(('code', 'attempts'), [(0, 1), (2, 1), (143, 20)])
+def test_tpu_vm_starts_again_what_may_go_on(code, attempts, scheduler):
+  flags = ('pod', 'zone-a', '--workdir=a b')
+  returned, made = calls(scheduler, 'tpu_vm.sh', *flags, CODE=str(code))
+  started = [call for call in made if call.startswith('gcloud')]
+  assert len(started) == attempts
+  assert started[0].endswith(r'-m ur4rec_jax.main --workdir=a\ b')
+  assert returned == code
+
+
+@pytest.fixture(scope='module')
+def pair(start):
+  """Starts two processes: `pair(workdir, *flags)` gives the script's process."""
+
+  def pair(workdir, *flags) -> subprocess.Popen:
+    script = ('bash', LAUNCH / 'local_processes.sh', '2')
+    flags = ('--config.num_epochs=2', *flags)
+    return start(workdir, *flags, env={'PYTHON': sys.executable}, program=script)
+
+  return pair
+
+
+@pytest.fixture(scope='module')
+def undisturbed(pair, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
+  script = pair(workdir)
+  _, stderr = script.communicate(timeout=300)
+  assert script.returncode == 0, stderr
+  return workdir
+
+
+@pytest.mark.parametrize('number', [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_pair_ends_together_and_goes_on(number, pair, undisturbed, tmp_path):
+  workdir = tmp_path / 'run'
+  script = pair(workdir)
+  wait_for(script, lambda: len(lines(workdir)) >= 4)
+  children = pathlib.Path(f'/proc/{script.pid}/task/{script.pid}/children').read_text().split()
+  os.kill(int(children[number]), signal.SIGKILL)
+  _, stderr = script.communicate(timeout=60)
+  assert script.returncode == 128 + signal.SIGKILL
+  assert f'process {number} of 2 ended with exit code 137 (SIGKILL)' in stderr
+  assert 'start the same command again' in stderr
+  if number:  # Without the coordinator, jax ends a process before it can say anything.
+    assert 'error: another process of this run has died' in stderr
+  assert not any(pathlib.Path(f'/proc/{child}').exists() for child in children)
+  assert not (workdir / 'results.json').exists()
+
+  script = pair(workdir)
+  stdout, stderr = script.communicate(timeout=300)
+  assert script.returncode == 0, stderr
+  assert 'resuming from step' in stdout
+  for file in ('metrics.jsonl', 'results.json', 'test_ranks.npz'):
+    assert (workdir / file).read_bytes() == (undisturbed / file).read_bytes(), file
+
+
+def test_wrong_input_ends_a_pair_with_its_code(pair, tmp_path):
+  script = pair(tmp_path / 'run', '--config.sasrec.dropout=2.0')
+  _, stderr = script.communicate(timeout=300)
+  assert script.returncode == 2
+  assert 'config.sasrec.dropout' in stderr
+  assert 'start the same command again' not in stderr
+  assert 'Traceback' not in stderr

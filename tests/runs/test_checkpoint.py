@@ -1,0 +1,179 @@
+"""Damaged checkpoints are detected, named, and passed over."""
+
+import resource
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.robustness.small_runs import load_arrays
+from tests.helpers.runs import PROGRAM, ROOT
+from ur4rec_jax.errors import StorageError
+from ur4rec_jax.runs.checkpoint import Checkpointer, find_damage, write_file
+
+TREE = {'a': jnp.arange(1000, dtype=jnp.float32), 'b': jnp.zeros((), jnp.int32)}
+
+
+def save_steps(workdir, *steps):
+  checkpointer = Checkpointer(workdir, max_to_keep=3)
+  for step in steps:
+    checkpointer.save(step, {'a': TREE['a'] + step, 'b': TREE['b'] + step}, {'step': step})
+  checkpointer.close()
+
+
+def restore(workdir):
+  checkpointer = Checkpointer(workdir, max_to_keep=3)
+  restored = checkpointer.restore(TREE)
+  checkpointer.close()
+  return restored
+
+
+def largest_file(folder):
+  return max((p for p in folder.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_byte(folder):
+  path = largest_file(folder)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  return path.name
+
+
+def truncate_a_file(folder):
+  path = largest_file(folder)
+  path.write_bytes(path.read_bytes()[:-1])
+  return path.name
+
+
+def lose_a_file(folder):
+  path = largest_file(folder)
+  path.unlink()
+  return path.name
+
+
+def lose_the_manifest(folder):
+  (folder / 'manifest.json').unlink()
+  return 'did not finish'
+
+
+def tear_the_manifest(folder):
+  path = folder / 'manifest.json'
+  path.write_bytes(path.read_bytes()[:50])
+  return 'manifest.json'
+
+
+def empty_the_folder(folder):
+  shutil.rmtree(folder)
+  folder.mkdir()
+  return 'empty'
+
+
+DAMAGES = [
+  flip_a_byte,
+  truncate_a_file,
+  lose_a_file,
+  lose_the_manifest,
+  tear_the_manifest,
+  empty_the_folder,
+]
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_step_is_named_and_the_one_before_restored(damage, tmp_path, capfd):
+  save_steps(tmp_path, 10, 20)
+  what = damage(tmp_path / 'checkpoints/20')
+  tree, progress = restore(tmp_path)
+  assert progress == {'step': 10}
+  np.testing.assert_array_equal(tree['a'], TREE['a'] + 10)
+  warning = capfd.readouterr().err
+  assert 'step 20 is damaged' in warning
+  assert what in warning
+  assert (tmp_path / 'damaged_checkpoints/20').is_dir()
+  assert restore(tmp_path)[1] == {'step': 10}  # And it stays that way.
+  save_steps(tmp_path, 20)  # The step can be reached and saved again.
+  assert restore(tmp_path)[1] == {'step': 20}
+
+
+def test_without_any_whole_step_there_is_nothing_to_restore(tmp_path, capfd):
+  save_steps(tmp_path, 10)
+  flip_a_byte(tmp_path / 'checkpoints/10')
+  assert restore(tmp_path) is None
+  assert 'step 10 is damaged' in capfd.readouterr().err
+
+
+def test_only_the_latest_steps_are_kept(tmp_path):
+  save_steps(tmp_path, 1, 2, 3, 4, 5)
+  names = sorted(p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
+  assert names == ['3', '4', '5']
+  assert all(find_damage(tmp_path / 'checkpoints' / name) is None for name in names)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+  checkpointer = Checkpointer(tmp_path, max_to_keep=2)
+  checkpointer.save(1, TREE, {'try': 1})
+  checkpointer.save(1, TREE, {'try': 2})
+  checkpointer.close()
+  assert restore(tmp_path)[1] == {'try': 2}
+
+
+def test_write_file_leaves_the_old_file_when_it_fails(tmp_path):
+  path = tmp_path / 'results.json'
+  write_file(path, 'old')
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  code = (
+    'import pathlib, resource, signal, sys; from ur4rec_jax.runs.checkpoint import write_file;'
+    'signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
+    f'resource.setrlimit(resource.RLIMIT_FSIZE, (100, {limit[1]}));'
+    f'write_file(pathlib.Path({str(path)!r}), "x" * 1000)'
+  )
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode != 0
+  assert f'cannot write {path}' in done.stderr
+  assert path.read_text() == 'old'
+  assert [p.name for p in tmp_path.iterdir()] == ['results.json']
+
+
+def test_an_unwritable_folder_is_a_clear_error(tmp_path):
+  (tmp_path / 'checkpoints').write_text('in the way')
+  with pytest.raises(StorageError, match=r'cannot write to .*checkpoints'):
+    Checkpointer(tmp_path, max_to_keep=2)
+
+
+def test_a_run_goes_back_to_the_last_good_step_and_ends_the_same(run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  newest = newest_step(workdir)
+  flip_a_byte(workdir / 'checkpoints' / str(newest))
+  (workdir / 'results.json').unlink()
+  done = run(workdir)
+  assert done.returncode == 0, done.stderr
+  assert f'step {newest} is damaged' in done.stderr
+  ours, theirs = load_arrays(workdir), load_arrays(finished)
+  assert all((ours[name] == theirs[name]).all() for name in theirs)
+  for file in ('results.json', 'metrics.jsonl'):
+    assert (workdir / file).read_bytes() == (finished / file).read_bytes()
+
+
+def test_a_full_disk_during_a_save(run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  shutil.rmtree(workdir / 'checkpoints' / str(newest_step(workdir)))
+  kept = newest_step(workdir)
+
+  # A limit on file sizes stands in for a full disk: the same system calls fail.
+  done = run(workdir, program=('bash', '-c', 'ulimit -f 10; exec "$@"', 'bash', *PROGRAM))
+  assert done.returncode == StorageError.exit_code, done.stderr
+  assert 'could not be written' in done.stderr
+  assert 'goes on from the last good step' in done.stderr.splitlines()[-1]
+  assert 'Traceback' not in done.stderr
+  assert newest_step(workdir) == kept
+  assert run(workdir).returncode == 0
+  assert (workdir / 'results.json').read_bytes() == (finished / 'results.json').read_bytes()
+
+
+def newest_step(workdir):
+  return max(int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit())

@@ -1,0 +1,183 @@
+"""Members of a sweep are the runs that they would be alone, and the table is theirs."""
+
+import itertools
+import json
+import math
+import shutil
+import statistics
+
+import numpy as np
+import pytest
+
+from benchmarks.robustness.small_runs import lines
+from configs import default
+from tests.helpers.runs import wait_for
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.runs import sweep
+
+GRID = """
+def get_hyper():
+  return [{}, {'sasrec.dropout': 0.5}]
+
+def diverging():
+  huge = {'optimizer.name': 'sgd', 'optimizer.clip_norm': 0.0, 'optimizer.learning_rate': 1e38}
+  return [huge, {}]
+
+def unknown():
+  return [{}, {'sasrec.drop': 0.5}]
+
+def impossible():
+  return [{}, {'sasrec.dropout': 1.5}]
+
+def mistyped():
+  return [{}, {'sasrec.dim': 'wide'}]
+
+def seeded():
+  return [{'seed': 1}, {'seed': 2}]
+
+def twice():
+  return [{}, {'sasrec.dropout': 0.5}, {'sasrec.dropout': 0.5}]
+
+def nothing():
+  return []
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+  path = tmp_path / 'grid.py'
+  path.write_text(GRID)
+  return path
+
+
+def test_a_killed_sweep_goes_on_to_the_table_of_its_runs(start, run, finished, grid, tmp_path):
+  workdir = tmp_path / 'sweep'
+  flags = ('--seeds=1,0', f'--sweep={grid}')
+  first = start(workdir, *flags)
+  wait_for(first, lambda: lines(workdir / 'seed0'))
+  first.kill()
+  first.communicate()
+  assert not (workdir / 'seed0/results.json').exists()
+  (early,) = json.loads((workdir / 'sweep.json').read_text())['members']
+  assert early['name'] == 'seed1'
+  before = (workdir / 'seed1/checkpoints').stat().st_mtime_ns
+
+  done = run(workdir, *flags)
+  assert done.returncode == 0, done.stderr
+  assert 'seed1, finished before' in done.stdout
+  assert (workdir / 'seed1/checkpoints').stat().st_mtime_ns == before
+  for file in ('metrics.jsonl', 'results.json', 'test_ranks.npz'):
+    assert (workdir / 'seed0' / file).read_bytes() == (finished / file).read_bytes()
+
+  names = ['seed1', 'seed0', 'sasrec.dropout=0.5/seed1', 'sasrec.dropout=0.5/seed0']
+  runs = [json.loads((workdir / name / 'results.json').read_text()) for name in names]
+  summary = json.loads((workdir / 'sweep.json').read_text())
+  assert [member['name'] for member in summary['members']] == names
+  assert [member['test'] for member in summary['members']] == [run['test'] for run in runs]
+  scores = [run['test']['ndcg@10'] for run in runs]
+  plain, dropout = summary['variants']
+  assert (plain['seeds'], plain['gain'], plain['p']) == ([1, 0], None, None)
+  assert dropout['overrides'] == {'sasrec.dropout': 0.5}
+  for variant, values in ((plain, scores[:2]), (dropout, scores[2:])):
+    assert variant['mean']['ndcg@10'] == pytest.approx(statistics.mean(values))
+    assert variant['sd']['ndcg@10'] == pytest.approx(statistics.stdev(values))
+  assert dropout['gain'] == pytest.approx(sum(scores[2:]) / sum(scores[:2]) - 1)
+  assert 0 < dropout['p'] <= 1
+  table = done.stdout[done.stdout.rindex('variant ') :]
+  rows = [line.split('  ') for line in table.splitlines()]
+  assert [row[0] for row in rows[1:3]] == ['config', 'sasrec.dropout=0.5']
+  assert f'{scores[2]:.4f} {scores[3]:.4f}' in rows[2][-1]
+
+  again = run(workdir, *flags)
+  assert again.returncode == 0, again.stderr
+  assert again.stdout.count('finished before') == 4
+  assert again.stdout.endswith(table)
+
+
+def test_a_member_that_diverges_does_not_stop_the_others(run, grid, tmp_path):
+  done = run(tmp_path / 'sweep', f'--sweep={grid}:diverging', '--config.num_epochs=1')
+  assert done.returncode == 3
+  assert 'Traceback' not in done.stderr
+  (message,) = [line for line in done.stderr.splitlines() if line.startswith('error:')]
+  assert 'optimizer.name=sgd' in message
+  assert 'not finite at step' in message
+  (member,) = json.loads((tmp_path / 'sweep/sweep.json').read_text())['members']
+  assert member['name'] == 'seed0'
+
+
+def test_a_finished_member_with_more_epochs_goes_on(start, finished, tmp_path):
+  member = tmp_path / 'sweep/seed0'
+  shutil.copytree(finished, member)
+  flags = ('--seeds=0', '--config.num_epochs=1000', '--config.patience=1000')
+  process = start(tmp_path / 'sweep', *flags)
+  assert any('epoch 5' in line for line in process.stderr)
+  process.kill()
+  process.communicate()
+  # Or it would be taken for finished with all its epochs.
+  assert not (member / 'results.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('function', 'seeds', 'words'),
+  [
+    ('none', [], 'has no function none'),
+    ('nothing', [], 'must return a list of dicts'),
+    ('unknown', [], 'overrides sasrec.drop: no such field'),
+    ('impossible', [], r'sasrec.dropout=1.5.*must be in \[0, 1\)'),
+    ('mistyped', [], 'sasrec.dim=wide'),
+    ('seeded', [0, 1], 'leave one out'),
+    ('twice', [0], 'sasrec.dropout=0.5/seed0 more than once'),
+  ],
+)
+def test_impossible_sweeps_are_refused_before_anything_runs(function, seeds, words, grid, tmp_path):
+  with pytest.raises(InputError, match=words):
+    sweep.run_sweep(default.get_config(), str(tmp_path / 'sweep'), seeds, f'{grid}:{function}')
+  assert not (tmp_path / 'sweep').exists()
+
+
+@pytest.mark.parametrize('content', [None, 'def get_hyper(:'])
+def test_a_sweep_file_that_cannot_be_read(content, tmp_path):
+  path = tmp_path / 'grid.py'
+  if content:
+    path.write_text(content)
+  with pytest.raises(InputError, match=r'grid\.py cannot be read'):
+    sweep.load_grid(str(path))
+
+
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['--seeds=0,x'], 'different whole numbers'),
+    (['--seeds=1,1'], 'different whole numbers'),
+    (['--seeds=1', '--mode=evaluate'], 'without --seeds'),
+  ],
+)
+def test_wrong_flags(flags, words, run, tmp_path):
+  done = run(tmp_path / 'sweep', *flags)
+  assert done.returncode
+  assert words in done.stdout + done.stderr
+  assert not (tmp_path / 'sweep').exists()
+
+
+def test_members_have_names_of_their_own_that_are_folders():
+  values = [('a',), ('b',), ('a/b',), ('x' * 300, 'y'), ('x' * 300, 'z')]
+  grid = [{'modalities': value} for value in values]
+  members = [sweep._variant_name(fields) for fields in grid]
+  assert len(set(members)) == len(members)
+  assert all(len(name) <= 120 and '/' not in name and ' ' not in name for name in members)
+
+
+@pytest.mark.parametrize('shift', [0.0, 0.2, 0.5])
+def test_p_value_is_that_of_all_sign_patterns(shift):
+  differences = np.random.default_rng(0).normal(shift, 1, 12)
+  differences[[3, 7]] = 0
+  sums = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=12)]
+  exact = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-9)
+  error = math.sqrt(exact * (1 - exact) / sweep.FLIPS)
+  assert sweep.paired_p_value(differences) == pytest.approx(exact, abs=4 * error)
+  assert sweep.paired_p_value(-differences) == sweep.paired_p_value(differences)
+
+
+def test_p_value_of_no_and_of_every_difference():
+  assert sweep.paired_p_value(np.zeros(50)) == 1
+  assert sweep.paired_p_value(np.full(50, 0.01)) == 1 / (sweep.FLIPS + 1)
