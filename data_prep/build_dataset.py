@@ -192,29 +192,29 @@ def _build(
   if misplaced := sorted(set(parameters) - set(spec.parameters)):
     raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
   parameters = {**spec.parameters, **parameters}
-  files = _raw_files(source, raw_dir, data_dir, parameters)
+  paths = _raw_files(source, raw_dir, data_dir, parameters)
   files.clean_up(data_dir)
   # Where a file lies does not matter, what is in it does.
   plain = {name: value for name, value in parameters.items() if name not in spec.paths}
   wanted = {'options': {**options._asdict(), **plain}}
-  if files:
-    wanted['raw_sha256'] = _fingerprints(files, spec, parameters)
+  if paths:
+    wanted['raw_sha256'] = _fingerprints(paths, spec, parameters)
   old = _old(data_dir, source, wanted, overwrite)
   if old is not None:
     return old, False
 
   with contextlib.ExitStack() as stack:
-    if files is None:
+    if paths is None:
       scratch = stack.enter_context(files.scratch_folder(data_dir))
-      files = download.fetch(spec.archive, spec.files, scratch)
-      wanted['raw_sha256'] = _fingerprints(files, spec, parameters)
-    elif files and archives.is_archive(files[0]):
+      paths = download.fetch(spec.archive, spec.files, scratch)
+      wanted['raw_sha256'] = _fingerprints(paths, spec, parameters)
+    elif paths and archives.is_archive(paths[0]):
       scratch = stack.enter_context(files.scratch_folder(data_dir))
       patterns = (*itertools.chain(*raw_files.alternatives(spec.files)), *spec.more)
-      stack.enter_context(archives.unpacked(files[0], patterns, scratch))
-      files = _find(spec, scratch, parameters)
+      stack.enter_context(archives.unpacked(paths[0], patterns, scratch))
+      paths = _find(spec, scratch, parameters)
     # What can be found wrong with the input is found before the dataset is begun.
-    raw = spec.read(*files, **parameters)
+    raw = spec.read(*paths, **parameters)
     data = prepare.prepare(raw, options)
     del raw  # memory for the writers
     with files.new_folder(data_dir) as folder:
@@ -241,16 +241,16 @@ def _raw_files(
   if not spec.files:
     raise InputError(f'--source={source} needs no raw files; leave --raw_dir out')
   raw_dir = Path(raw_dir)
-  files = [raw_dir] if archives.is_archive(raw_dir) else _find(spec, raw_dir, parameters)
+  paths = [raw_dir] if archives.is_archive(raw_dir) else _find(spec, raw_dir, parameters)
   more = {name: Path(parameters[name]) for name in spec.paths if parameters[name] is not None}
   for name, path in more.items():
     if not path.exists():
       raise InputError(f'{path}: no such file or folder; correct --{name}')
-  for path in (*files, *more.values()):
+  for path in (*paths, *more.values()):
     real = Path(os.path.realpath(path))
     if data_dir == real or data_dir in real.parents:
       raise InputError(f'{path}: the raw files lie inside --data_dir; give another --data_dir')
-  return files
+  return paths
 
 
 def _find(spec: sources.Source, folder: Path, parameters: Mapping[str, Any]) -> list[Path]:
@@ -319,17 +319,17 @@ def _compact(value: Any) -> str:
 
 
 def _fingerprints(
-  files: list[Path], spec: sources.Source, parameters: Mapping[str, Any]
+  paths: list[Path], spec: sources.Source, parameters: Mapping[str, Any]
 ) -> dict[str, str]:
   """SHA-256 by file name: two files may hold the same source and still differ."""
-  root = os.path.commonpath([path.parent for path in files])
-  found = {os.path.relpath(path, root): _file_hash(path) for path in files}
+  root = os.path.commonpath([path.parent for path in paths])
+  found = {os.path.relpath(path, root): _file_hash(path) for path in paths}
   for name in spec.paths:
     if parameters[name] is not None and Path(parameters[name]).is_file():
       found[name] = _file_hash(Path(parameters[name]))
   # Pictures in an archive have its hash.
-  inside = archives.is_archive(files[0]) and parameters.get('images') is None
-  return found | _picture_fingerprint([] if inside else spec.pictures(files, parameters))
+  inside = archives.is_archive(paths[0]) and parameters.get('images') is None
+  return found | _picture_fingerprint([] if inside else spec.pictures(paths, parameters))
 
 
 def _file_hash(path: Path) -> str:

@@ -32,7 +32,7 @@ from data_prep.embeddings import (
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.data.features import load_features, read_features_info
-from ur4rec_jax.encoders import projection
+from ur4rec_jax.encoders import projection, text
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 
 TEXT, IMAGE = 'text', 'image'
@@ -109,11 +109,9 @@ def _source(
     return source._replace(info=source.info | about | {'unknown_ids': unknown})
   common = {'device': flags.device, 'precision': flags.precision, 'batch_size': flags.batch_size}
   if flags.modality == TEXT:
-    name = flags.encoder or text_tokens.DEFAULT
-    is_builtin = name == text_tokens.HASHING
-    encoder = (
-      text_tokens.hashing() if is_builtin else text_tokens.sentence_transformer(name, **common)
-    )
+    name = flags.encoder or text.DEFAULT
+    is_builtin = name == text.HASHING
+    encoder = text.hashing() if is_builtin else text.sentence_transformer(name, **common)
     return text_tokens.source(data_dir, of, encoder, flags.max_tokens)
   name = flags.encoder or picture_tokens.DEFAULT
   if name == picture_tokens.COLOR:
@@ -268,7 +266,7 @@ def _flags() -> argparse.ArgumentParser:
   add(
     '--encoder',
     help='a folder, a name at the hub, or hashing (texts) and color (pictures), which are built in;'
-    f' without it {text_tokens.DEFAULT} or {picture_tokens.DEFAULT}',
+    f' without it {text.DEFAULT} or {picture_tokens.DEFAULT}',
   )
   add('--max_tokens', type=int, default=8, help='sentences a text that get a token of their own')
   add('--grid', type=int, default=3, help='parts a side of a picture; 0: the whole picture alone')

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import iterate_items, load_dataset, read_info, read_interactions
+from ur4rec_jax.encoders.sentences import clean, known_text
 from ur4rec_jax.errors import InputError
 
 LANGUAGES = ('en', 'zh')
@@ -35,19 +35,8 @@ SCHEMA = {
   'required': ['text'],
   'additionalProperties': False,
 }
-# What datasets and models write where they have nothing to say, without case and punctuation.
-PLACEHOLDERS = (
-  *('no description available', 'no description', 'description not available', 'not available'),
-  *('no overview available', 'no text', 'none', 'null', 'nan', 'n/a', 'na', 'unknown', 'tbd'),
-  *('暂无描述', '暂无简介', '暂无', '无描述', '无'),
-)
 _TEMPLATES = Path(__file__).parent / 'templates'
 _NO_GENRES = frozenset(('unknown', '(no genres listed)'))
-# Control characters, directions, and invisible ones that can hide instructions in a title.
-_INVISIBLE = re.compile(
-  '[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e'
-  '\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]'
-)
 _UNFENCED = str.maketrans({'<': '‹', '>': '›', '|': '/'})
 # How refusals begin; `I Can't Sleep` and `Sorry, Wrong Number` are films.
 _REFUSAL = re.compile(
@@ -234,21 +223,6 @@ def parse_answer(raw: str) -> str:
   if _REFUSAL.match(text):
     raise ValueError(f'a refusal: {text[:80]!r}')
   return text
-
-
-def known_text(text: str) -> str:
-  """A cleaned text, '' where it only says that there is none."""
-  text = clean(text)
-  plain = text[:60].casefold().strip(' .。-–—!…()[]"\'')
-  return text if plain not in PLACEHOLDERS and any(map(str.isalnum, text)) else ''
-
-
-def clean(text: str) -> str:
-  """Unicode NFC without control, direction and hidden characters; single blanks, lines stripped."""
-  text = text.encode('utf-8', 'replace').decode()  # JSON may hold halves of surrogate pairs.
-  text = unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
-  lines = (' '.join(line.split()) for line in text.splitlines())
-  return re.sub(r'\n{3,}', '\n\n', '\n'.join(lines)).strip()
 
 
 def split_year(title: str) -> tuple[str, str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from data_prep.llm_text.prompts import known_text
 from data_prep.prepared import tfds_writer
 from data_prep.sources import raw_files
 from data_prep.sources.items import json_lines
@@ -23,6 +22,7 @@ from ur4rec_jax.data.dataset import (
   read_interactions,
 )
 from ur4rec_jax.encoders import sentences
+from ur4rec_jax.encoders.sentences import known_text
 from ur4rec_jax.errors import InputError
 
 

@@ -24,7 +24,7 @@ from data_prep.llm_text import texts
 from tests.helpers.runs import ROOT
 from ur4rec_jax.data import dataset as prepared
 from ur4rec_jax.data.features import load_features
-from ur4rec_jax.encoders import pretrained
+from ur4rec_jax.encoders import pretrained, text
 
 MINILM = 'sentence-transformers/all-MiniLM-L6-v2'
 # Title, genre, plot; made to be told apart by anybody who understands them.
@@ -148,7 +148,7 @@ def test_token_0_is_of_the_whole_text_and_the_others_are_of_its_sentences(build)
     ['Heat.', 'Heat'],
     ['One. Two. Three. Four.', 'One.', 'Two.', 'Three.', 'Four.'],
   ]
-  (hashed,) = text_tokens.hashing().workers
+  (hashed,) = text.hashing().workers
   for row, parts in enumerate(expected, 1):
     np.testing.assert_array_equal(mask[row], np.arange(5) < len(parts))
     np.testing.assert_array_equal(tokens[row, : len(parts)], hashed(parts))

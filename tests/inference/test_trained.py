@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.embeddings import text_tokens
 from tests.helpers.recommenders import VARIANTS, make
 from ur4rec_jax.data.dataset import read_items
+from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.sharding import devices
@@ -177,8 +177,8 @@ def test_a_sentence_means_nothing_to_ids_and_needs_its_encoder(shop):
 
 def test_encoding_a_text_gives_what_was_stored(shop):
   features = make(shop, 'learned')[0].dataset.user_features['text']
-  whole, *_ = [*text_tokens.texts(shop, 'user', features.shape[1] - 1)][3]
-  tokens, mask = text_tokens.encode_like(features.folder, features.info, whole)
+  whole, *_ = [*text.texts(shop, 'user', features.shape[1] - 1)][3]
+  tokens, mask = text.encode_like(features.folder, features.info, whole)
   stored, stored_mask = features.rows(np.array([3]))
   np.testing.assert_array_equal(mask, stored_mask[0])
   np.testing.assert_allclose(tokens, stored[0], atol=1e-3)
@@ -186,7 +186,7 @@ def test_encoding_a_text_gives_what_was_stored(shop):
 
 def test_a_written_preference_takes_the_place_of_what_was_written_about_a_user(shop):
   recommender, _ = make(shop, 'learned')
-  written = [*text_tokens.texts(shop, 'user', 8)]
+  written = [*text.texts(shop, 'user', 8)]
   history = recommender.item_ids[:4]
   own = recommender.answer([history], 5, users=[3]).scores[0]
   same = recommender.answer([history], 5, preference=written[3][0]).scores[0]

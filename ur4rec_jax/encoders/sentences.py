@@ -1,9 +1,21 @@
-"""Text -> sentences, by punctuation; no dictionary and no model."""
+"""Cleans texts and splits them into sentences by punctuation, without a dictionary or a model."""
 
 import re
+import unicodedata
 from collections.abc import Iterator
 
 MAX_SENTENCE = 400  # Characters; about what encoders read at once.
+# What datasets and models write where they have nothing to say, without case and punctuation.
+PLACEHOLDERS = (
+  *('no description available', 'no description', 'description not available', 'not available'),
+  *('no overview available', 'no text', 'none', 'null', 'nan', 'n/a', 'na', 'unknown', 'tbd'),
+  *('暂无描述', '暂无简介', '暂无', '无描述', '无'),
+)
+# Control characters, directions, and invisible ones that can hide instructions in a title.
+_INVISIBLE = re.compile(
+  '[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e'
+  '\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]'
+)
 # Before a name or a number: a dot after these ends no sentence.
 _TITLE = re.compile(
   r'mr|mrs|ms|mx|dr|prof|st|gen|maj|col|lt|sgt|cpl|pvt|capt|cmdr|adm|det|insp|rev|fr|hon|gov|sen'
@@ -26,6 +38,21 @@ _BORDER = re.compile(
   r'|[。！？｡]+[”’」』）》〉】"\']*\s*'  # Chinese, Japanese
   r'|[।॥۔؟።။។]+["”»]*\s*'  # Indic, Arabic, Ethiopic, Burmese, Khmer
 )
+
+
+def known_text(text: str) -> str:
+  """Returns the cleaned text, or '' if it only says that there is none."""
+  text = clean(text)
+  plain = text[:60].casefold().strip(' .。-–—!…()[]"\'')
+  return text if plain not in PLACEHOLDERS and any(map(str.isalnum, text)) else ''
+
+
+def clean(text: str) -> str:
+  """Unicode NFC without control, direction and hidden characters; single blanks, lines stripped."""
+  text = text.encode('utf-8', 'replace').decode()  # JSON may hold halves of surrogate pairs.
+  text = unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
+  lines = (' '.join(line.split()) for line in text.splitlines())
+  return re.sub(r'\n{3,}', '\n\n', '\n'.join(lines)).strip()
 
 
 def split(text: str) -> list[str]:

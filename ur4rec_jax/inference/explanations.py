@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ur4rec_jax.encoders import text
 from ur4rec_jax.inference.recommender import Ids
 from ur4rec_jax.inference.trained import TEXT, TrainedRecommender
 
@@ -59,29 +60,27 @@ def _matches(recommender, known, items, users, preference) -> list[dict[str, Any
   features = recommender.dataset.features.get(TEXT)
   if features is None or features.is_shuffled or '0' not in features.info['token_meaning']:
     return nothing
-  from data_prep.embeddings import text_tokens
-
   data_dir = recommender.config.data_dir
   wanted = [recommender.lookup([item])[0][0] - 1 for item in items]
   last = recommender.dataset.num_items
   rows = sorted({i for i in (*wanted, *(known - 1)) if i < last})
-  sentences = dict(_chosen(text_tokens.texts(data_dir, 'item', features.shape[1] - 1), rows))
+  sentences = dict(_chosen(text.texts(data_dir, 'item', features.shape[1] - 1), rows))
   vectors = dict(zip(rows, _sentence_vectors(features, rows), strict=True))
   own = recommender.dataset.user_features.get(TEXT)
   if preference is not None:
     source = own or features
-    tokens, mask = text_tokens.encode_like(source.folder, source.info, preference)
-    theirs = text_tokens.split(preference)[: len(tokens) - 1]
+    tokens, mask = text.encode_like(source.folder, source.info, preference)
+    theirs = text.split(preference)[: len(tokens) - 1]
     of_user = _unit(tokens[1:][mask[1:]])
   elif own is not None and users is not None and own.rows(users)[1].any():
-    written = text_tokens.texts(data_dir, 'user', own.shape[1] - 1)
+    written = text.texts(data_dir, 'user', own.shape[1] - 1)
     ((_, theirs),) = _chosen(written, list(users))
     theirs, of_user = theirs[1:], _sentence_vectors(own, list(users))[0]
   else:
     seen = [i for i in dict.fromkeys((known - 1).tolist()) if i < last and len(vectors[i])]
     if not seen:
       return nothing
-    theirs = [text for i in seen for text in sentences[i][1:]]
+    theirs = [sentence for i in seen for sentence in sentences[i][1:]]
     of_user = np.concatenate([vectors[i] for i in seen])
   found = []
   for i in wanted:

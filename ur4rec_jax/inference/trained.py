@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.data.features import TokenTable, load_features, load_with_features, read_tables
+from ur4rec_jax.encoders.text import encode_like
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.cold_items import (
   cold_items_of,
@@ -469,7 +470,4 @@ def _histories(frame: Any) -> dict[Any, list]:
 
 
 def _encode(features: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-  # Encoders belong to the preparation of data; this is the one place where using a model needs one.
-  from data_prep.embeddings import text_tokens
-
-  return text_tokens.encode_like(features.folder, features.info, text)
+  return encode_like(features.folder, features.info, text)
