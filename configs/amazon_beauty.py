@@ -44,8 +44,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.stage.pretrain_retriever.num_epochs = 12
     config.stage.joint_finetune.num_epochs = config.stage.end_to_end.num_epochs = 2
   if variant == 'text':
-    # The retriever adds nothing in validation to a path that begins with the same texts.
-    config.paths = ('sasrec',)
+    # The retriever adds nothing in validation to a branch that begins with the same texts.
+    config.branches = ('sasrec',)
     config.loss.weights.retriever = 0.0
     config.stages = ('train',)
   return config

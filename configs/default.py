@@ -60,7 +60,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.validate_every_epochs = 1  # How often to rank the validation items.
   config.patience = 10  # Validations without a better NDCG@10 before a stage ends.
 
-  config.paths = ('sasrec',)  # What scores items: sasrec, retriever or both.
+  config.branches = ('sasrec',)  # What scores items: sasrec, retriever or both.
 
   config.sasrec = ConfigDict()
   config.sasrec.dim = 64  # Width of item embeddings and hidden states.
@@ -97,7 +97,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
 
   config.fusion = ConfigDict()
   config.fusion.kind = 'weighted'  # weighted, learned, adaptive, rank or cascade.
-  config.fusion.weights = (0.5, 0.5)  # Of the paths; where learned and adaptive start.
+  config.fusion.weights = (0.5, 0.5)  # Of the branches; where learned and adaptive start.
   config.fusion.calibration = 'log_probability'  # Of sums: log_probability or standardise.
   config.fusion.hidden_dim = 16  # Width of the network of adaptive.
   config.fusion.rank_constant = 60.0  # Of rank: the larger, the less top places differ.
@@ -128,7 +128,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.modalities = ('text', 'image') if variant == 'multimodal' else ('text',)
     config.sasrec.item_input = 'id_from_content'
     config.sasrec.item_scale = 0.2
-    config.paths = ('sasrec', 'retriever')
+    config.branches = ('sasrec', 'retriever')
     config.loss.weights.retriever = 1.0
   if variant == 'paper':
     config.retriever.query = 'proxies'
@@ -146,7 +146,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.learning_rate_scales.sasrec = 1.0  # Times learning_rate: of the group sasrec,
   config.optimizer.learning_rate_scales.user_tower = 1.0  # of the retriever's side of users,
   config.optimizer.learning_rate_scales.content_tower = 1.0  # of its side of items,
-  config.optimizer.learning_rate_scales.fusion = 1.0  # of the fusion of both paths,
+  config.optimizer.learning_rate_scales.fusion = 1.0  # of the fusion of both branches,
   config.optimizer.learning_rate_scales.loss = 1.0  # and of losses' weights and temperatures.
   config.optimizer.warmup_steps = 100  # Linear from zero, at the start of each stage.
   config.optimizer.schedule = 'constant'  # After warmup: constant, or cosine to zero in each stage.

@@ -20,8 +20,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.item_scale = 0.02
   if variant != 'sasrec':
     config.sasrec.norm = 'pre'  # In validation, better for content and worse for ids.
-    # Both paths know items by the whole of their texts and pictures alone: so few users tell little
-    # of an item that is not in its content, and more tokens cost much and tell no more.
+    # Both branches know items only by one token for the whole text and picture. With so few users,
+    # an id adds little to an item's content, and more tokens cost much and add nothing.
     config.sasrec.item_input = 'content'
     config.retriever.item_id = False
     config.retriever.num_blocks = 1

@@ -27,7 +27,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule = 'cosine'
   if variant != 'sasrec':
-    # With one token of each text and picture, one block and sampled items, a step of both paths
+    # With one token of each text and picture, one block and sampled items, a step of both branches
     # costs less than two of SASRec's.
     config.max_item_tokens = 1
     config.content.cross_modal_blocks = 0

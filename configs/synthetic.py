@@ -30,7 +30,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.stage.pretrain_sasrec.num_epochs = 12
     config.stage.pretrain_retriever.num_epochs = 8
     config.stage.joint_finetune.num_epochs = 2
-    # From here on the ranking itself is trained, not each path for itself.
+    # From here on the ranking itself is trained, not each branch for itself.
     config.loss.weights.fused = 1.0
     config.stage.end_to_end.losses = ('fused',)
     config.stage.end_to_end.learning_rate_scale = 0.5

@@ -31,7 +31,7 @@ def call(environment, tmp_path_factory):
 def with_content(run, encoded, tmp_path_factory):
   """The workdir of a short run that reads texts."""
   workdir = tmp_path_factory.mktemp('with_content') / 'run'
-  flags = ("--config.paths=('sasrec','retriever')", "--config.modalities=('text',)")
+  flags = ("--config.branches=('sasrec','retriever')", "--config.modalities=('text',)")
   flags += ('--config.retriever.num_blocks=0', '--config.loss.weights.retriever=1.0')
   done = run(workdir, f'--config.data_dir={encoded}', *flags, '--config.num_epochs=1')
   assert done.returncode == 0, done.stderr

@@ -123,7 +123,7 @@ def test_requests_at_once_are_answered_as_by_the_trainer_and_nothing_is_compiled
     user = question.pop('user', None)
     history = question.pop('history', None) or recommender.history(user)
     if weights := question.pop('weights', None):
-      question['emphasis'] = [weights[path] for path in recommender.paths]
+      question['emphasis'] = [weights[branch] for branch in recommender.branches]
     rows = None if user is None else [recommender.users[user]]
     check(found, recommender.answer([history], users=rows, **question), recommender)
     assert found['user'] == user

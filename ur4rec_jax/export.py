@@ -117,7 +117,7 @@ def _program(recommender: TrainedRecommender, arrays: Any) -> bytearray:
     'history': shape((users, length), jnp.int32),
     'left_out': shape((users, barred), jnp.int32),
     'allowed': shape((len(recommender.item_ids) + 1,), jnp.bool),
-    'emphasis': shape((users, len(recommender.paths)), jnp.float32),
+    'emphasis': shape((users, len(recommender.branches)), jnp.float32),
     'preferences': {
       name: {
         'tokens': shape((users, tokens, width), jnp.float32),

@@ -288,7 +288,7 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
     batcher: of the same.
   """
   weight = (float, Field(1.0, ge=0, le=MOST_WEIGHT))
-  Weights = create_model('Weights', __base__=Strict, **dict.fromkeys(recommender.paths, weight))
+  Weights = create_model('Weights', __base__=Strict, **dict.fromkeys(recommender.branches, weight))
   ids = list[ItemId]
 
   class Question(Strict):
@@ -346,7 +346,7 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
         only=question.only,
         without=question.without,
         keep_seen=question.keep_seen,
-        emphasis=[getattr(question.weights, path) for path in recommender.paths],
+        emphasis=[getattr(question.weights, branch) for branch in recommender.branches],
         preferences=texts,
       )
     except InputError as error:  # What is left to be wrong are unknown ids.
@@ -394,7 +394,7 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
       dataset=recommender.about.get('dataset', {}).get('name', ''),
       items=len(recommender.item_ids),
       users=len(user_names),
-      paths=recommender.paths,
+      paths=recommender.branches,
       share_names=recommender.share_names,
       max_length=recommender.max_length,
       most_k=batcher.most_k,

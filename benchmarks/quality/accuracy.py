@@ -74,7 +74,7 @@ deviation. {DASH} stands where a run has not recorded what is needed, or no user
   different half of all parts (`python -m benchmarks.quality.ablation`). The last row is not a part,
   so its effect is chance: an effect of about that size means nothing. With 12 of the 24 runs, the
   effects of pairs of parts are mixed into the effects of others.
-- **way**: NDCG@10 of the same parameters, ranked by one path alone or with both joined otherwise
+- **way**: NDCG@10 of the same parameters, ranked by one branch alone or with both joined otherwise
   (`python -m benchmarks.quality.fusions`).
 - **loss**: with the first parameters of a run and with its best: the loss's mean in training, its
   weight, and of its weighted gradient the *length* in that of the paths' own retrieval losses and

@@ -1,4 +1,4 @@
-"""What each path is worth, and how both are best joined: finished runs ranked in several ways.
+"""What each branch is worth, and how both are best joined: finished runs ranked in several ways.
 
   python -m benchmarks.quality.fusions --name=ml-100k-multimodal --workdir=runs/ml-100k-multimodal \
     --seeds=0,1,2,3,4
@@ -29,8 +29,8 @@ from ur4rec_jax.training.train_state import PyTree
 
 WAYS = {
   'as trained': {},
-  'sasrec alone': {'paths': ('sasrec',)},
-  'retriever alone': {'paths': ('retriever',)},
+  'sasrec alone': {'branches': ('sasrec',)},
+  'retriever alone': {'branches': ('retriever',)},
   **{
     f'weighted {weight:g} : {1 - weight:g}': {'fusion.weights': (weight, 1 - weight)}
     for weight in (0.8, 0.6, 0.5, 0.4, 0.2)
@@ -67,14 +67,16 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
   """
   stage, params, dataset, tables = load_finished(workdir)
   config = stage.config
-  if len(config.paths) < 2 or config.fusion.kind != 'weighted':
+  if len(config.branches) < 2 or config.fusion.kind != 'weighted':
     raise InputError(
       f'{workdir}: not a run of two paths whose best stage ranks by the weighted sum of both'
     )
   placed = devices.replicate((dataset.item_ids, tables, params))
   found = {}
   for name, changes in WAYS.items():
-    if config.retriever.query == 'proxies' and 'sasrec' not in changes.get('paths', config.paths):
+    if config.retriever.query == 'proxies' and 'sasrec' not in changes.get(
+      'branches', config.branches
+    ):
       continue  # Proxies ask with SASRec's state.
     changed = ConfigDict(config.to_dict())
     with changed.ignore_type():

@@ -32,7 +32,7 @@ from ur4rec_jax.data.features import Tables
 from ur4rec_jax.data.input_pipeline import TrainBatches, gather_batch, gather_preferences
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models.fusion import GATES
-from ur4rec_jax.models.ur4rec import PATHS, create_model, losses_in_use, retrieval_losses
+from ur4rec_jax.models.ur4rec import BRANCHES, create_model, losses_in_use, retrieval_losses
 from ur4rec_jax.training import train_step
 from ur4rec_jax.training.train_state import PyTree, create_train_state
 
@@ -67,8 +67,8 @@ def measure(
     batch = gather_batch(data.item_ids, plan, config.max_length)
     targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
     negatives = {
-      path: train_step.draw_negatives(name, config.loss, targets, data, negatives_key)
-      for path, name in retrieval_losses(config.loss).items()
+      branch: train_step.draw_negatives(name, config.loss, targets, data, negatives_key)
+      for branch, name in retrieval_losses(config.loss).items()
     }
 
     def values(params):
@@ -112,7 +112,7 @@ def _compare(
     name: weights[name] * np.concatenate([x.reshape(-1) for x in jax.tree.leaves(gradient)])
     for name, gradient in gradients.items()
   }
-  of_paths = sum(weighted[name] for name in PATHS if name in weighted)
+  of_paths = sum(weighted[name] for name in BRANCHES if name in weighted)
   found = {}
   for name, gradient in weighted.items():
     length = np.linalg.norm(gradient)

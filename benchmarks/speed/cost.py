@@ -61,10 +61,10 @@ def prepare(config: ConfigDict, workdir: str) -> Variant:
     batch = Batch(ones, ones, ones, ones, jnp.zeros((1, 1), jnp.int32))
     apply = lambda *args, method: model.apply({'params': params}, *args, method=method)
     seen = gather_preferences(preferences, batch)
-    users = apply(items, ones, ones, seen, method='user_side')
-    return apply({path: x[:, -1] for path, x in users.items()}, items, method='scores')
+    users = apply(items, ones, ones, seen, method='encode_users')
+    return apply({branch: x[:, -1] for branch, x in users.items()}, items, method='scores')
 
-  items = model.apply({'params': params}, tables.items, method='item_side')
+  items = model.apply({'params': params}, tables.items, method='encode_items')
   compiled = jax.jit(score).lower(params, items, tables.users).compile()
   number = sum(x.size for x in jax.tree.leaves(params))
   flops = compiled.cost_analysis()['flops']

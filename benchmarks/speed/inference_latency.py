@@ -81,7 +81,7 @@ def _recommender(model, params, arrays, max_length, approximate) -> Recommender:
   ids = [str(i) for i in range(1, count + 1)]
   catalogue = scoring.catalogue_arrays(model, arrays, approximate)
   settings = {
-    'paths': list(model.paths),
+    'paths': list(model.branches),
     'share_names': scoring.share_names(model, names),
     'max_length': max_length,
     'preferences': {},

@@ -60,9 +60,9 @@ def test_what_losses_ask_of_the_first_parameters_and_of_the_best(of_two_paths, t
   found = loss_gradients.measure_run(of_two_paths)
   for by_loss in found.values():
     assert by_loss.keys() == {'sasrec', 'retriever', 'fused'}
-    for path in ('sasrec', 'retriever'):  # Its own loss alone reaches the parameters of a path.
-      assert by_loss[path]['length'] == pytest.approx(1, rel=1e-5)
-      assert by_loss[path]['cosine'] == pytest.approx(1, rel=1e-5)
+    for branch in ('sasrec', 'retriever'):  # Its own loss alone reaches the parameters of a path.
+      assert by_loss[branch]['length'] == pytest.approx(1, rel=1e-5)
+      assert by_loss[branch]['cosine'] == pytest.approx(1, rel=1e-5)
     assert 0.3 < by_loss['fused']['cosine'] < 1
     assert by_loss['fused']['weight'] == 0.5
   values = lambda when: [found[when][loss]['value'] for loss in found[when]]

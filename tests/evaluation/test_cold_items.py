@@ -7,7 +7,7 @@ import pytest
 from configs import default
 from ur4rec_jax.data.features import Tables, TokenTable, load_with_features, read_tables
 from ur4rec_jax.evaluation import cold_items, evaluate
-from ur4rec_jax.models.content import first_rows
+from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.sharding import devices, item_embeddings
 from ur4rec_jax.training.train_state import parameter_shapes
@@ -29,7 +29,7 @@ def test_the_nearest_by_content_are_found_among_warm_items(num_items):
   features = make_features(num_items, without=(3, 4))
   is_warm = np.arange(num_items + 1) % 2 > 0
   found = cold_items.find_cold_items(features, ~is_warm, is_warm, DIM)
-  rows = np.asarray(first_rows(features, DIM, 1.0, 1.0, jax.random.key(5)), np.float64)
+  rows = np.asarray(initial_item_embeddings(features, DIM, 1.0, 1.0, jax.random.key(5)), np.float64)
   rows /= np.linalg.norm(rows, axis=1, keepdims=True)
   warm = np.setdiff1d(np.flatnonzero(is_warm), [3])
   np.testing.assert_array_equal(found.items, np.setdiff1d(np.flatnonzero(~is_warm), [0, 4]))
@@ -91,7 +91,7 @@ def test_cold_items_are_ranked_by_the_rows_of_their_nearest(encoded, rows):
   cold = cold_items.cold_items_of(model, dataset)
   assert np.isin(targets, cold.items).all()
   table = params['sasrec']['item_embedding']
-  table[cold.items] = cold_items.rows_of_nearest(table, cold)
+  table[cold.items] = cold_items.mean_of_nearest(table, cold)
   by_ids = create_model(make_config(encoded), dataset.num_items)
   expected = rank(by_ids, dataclasses.replace(dataset, features={}), Tables({}, {}), params)
   np.testing.assert_array_equal(ranks, expected)

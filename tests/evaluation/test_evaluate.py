@@ -16,7 +16,7 @@ from ur4rec_jax.data.input_pipeline import gather_batch
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation import evaluate, ranking
 from ur4rec_jax.evaluation.metrics import ranking_metrics
-from ur4rec_jax.models.content import ItemSide
+from ur4rec_jax.models.content import EncodedItems
 from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import UR4Rec
@@ -68,11 +68,11 @@ class Constant(nn.Module):
   num_items: int = NUM_ITEMS
   is_sum = True
 
-  def item_side(self, features):
-    return {'path': ItemSide(self.item_vectors(), None)}
+  def encode_items(self, features):
+    return {'branch': EncodedItems(self.item_vectors(), None)}
 
-  def user_side(self, items, item_ids, segment_ids, preferences, wanted):
-    return {'path': self.states(take_positions(item_ids, wanted))}
+  def encode_users(self, items, item_ids, segment_ids, preferences, query_positions):
+    return {'branch': self.states(take_positions(item_ids, query_positions))}
 
   def covariances(self, items):
     return {}

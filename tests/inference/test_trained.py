@@ -47,19 +47,19 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   assert (np.diff(np.where(np.isfinite(scores), scores, -1e9), axis=1) <= 0).all()
 
   names = recommender.share_names
-  of_paths = [names.index(path) for path in recommender.paths]
+  of_branches = [names.index(branch) for branch in recommender.branches]
   there = np.isfinite(scores)
   if name == 'cascade':
-    second = shares[there][:, of_paths[1]].reshape(-1)
+    second = shares[there][:, of_branches[1]].reshape(-1)
     assert np.isfinite(second).all()
-    first_user = shares[0, :7, of_paths[1]]
+    first_user = shares[0, :7, of_branches[1]]
     assert (np.diff(first_user) <= 0).all()  # The chosen ones are in the retriever's order.
     return
-  np.testing.assert_allclose(shares[there][:, of_paths].sum(1), scores[there], atol=1e-4)
-  for path in recommender.paths:
-    parts = [i for i, n in enumerate(names) if n.startswith(f'{path}_')]
+  np.testing.assert_allclose(shares[there][:, of_branches].sum(1), scores[there], atol=1e-4)
+  for branch in recommender.branches:
+    parts = [i for i, n in enumerate(names) if n.startswith(f'{branch}_')]
     if parts:
-      whole = shares[there][:, names.index(path)]
+      whole = shares[there][:, names.index(branch)]
       np.testing.assert_allclose(shares[there][:, parts].sum(1), whole, atol=1e-4)
       assert np.abs(shares[there][:, parts]).max(0).min() > 1e-3
 
@@ -84,7 +84,7 @@ def test_one_user_alone_is_recommended_as_among_many_of_all_lengths(shop):
     assert not set(alone.items[0]) & set(history)
 
 
-def test_filters_and_weights_of_paths(shop):
+def test_filters_and_weights_of_branches(shop):
   recommender, _ = make(shop, 'multimodal')
   ids = recommender.item_ids
   history = ids[:3]

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.robustness.small_runs import load_arrays
 from tests.helpers.features import ITEMS, make_features
 from ur4rec_jax.data.features import TokenTable, load_features
-from ur4rec_jax.models.content import ContentTower, first_rows
+from ur4rec_jax.models.content import ContentTower, initial_item_embeddings
 from ur4rec_jax.models.sasrec import SASRec
 
 DIM = 6
@@ -27,8 +27,8 @@ def make_model(item_input: str = 'id+content', **content) -> SASRec:
 def states(model, features):
   """Hidden states of a history of five times item 1, and the items' side."""
   ones = jnp.ones((2, 5), jnp.int32)
-  items = model.item_side(features)
-  return model.user_side(items, ones, ones), items
+  items = model.encode_items(features)
+  return model.encode_users(items, ones, ones), items
 
 
 def init(model, features, seed: int = 0):
@@ -42,7 +42,7 @@ def init(model, features, seed: int = 0):
 
 
 def item_table(model, params, features, **kwargs):
-  return model.apply({'params': params}, features, method='item_side', **kwargs).vectors
+  return model.apply({'params': params}, features, method='encode_items', **kwargs).vectors
 
 
 def replaced(features, name, **changes):
@@ -126,7 +126,7 @@ def test_nothing_is_nan_where_every_modality_is_missing(item_input):
 @pytest.mark.parametrize(('dim', 'whitening'), [(4, 0.0), (4, 0.5), (4, 1.0), (20, 1.0)])
 def test_first_rows_are_principal_components_of_the_first_tokens(dim, whitening):
   features = make_features(items=40)
-  rows = np.asarray(first_rows(features, dim, 0.3, whitening, jax.random.key(0)))
+  rows = np.asarray(initial_item_embeddings(features, dim, 0.3, whitening, jax.random.key(0)))
   parts = []
   for name in features:
     tokens, mask = (np.asarray(x)[:, 0].astype(np.float64) for x in features[name])
@@ -144,12 +144,15 @@ def test_first_rows_are_principal_components_of_the_first_tokens(dim, whitening)
   )
   np.testing.assert_allclose(np.sqrt((here**2).mean()), 0.3, rtol=1e-4)
   assert 0.02 < np.abs(rows[~is_there]).mean() < 1
-  assert np.abs(rows - first_rows(features, dim, 0.3, whitening, jax.random.key(1))).max() > 0.01
+  assert (
+    np.abs(rows - initial_item_embeddings(features, dim, 0.3, whitening, jax.random.key(1))).max()
+    > 0.01
+  )
 
 
 def test_first_rows_without_any_content_are_random():
   features = {name: TokenTable(t * 0, m & False) for name, (t, m) in make_features().items()}
-  rows = np.asarray(first_rows(features, 64, 0.3, 1.0, jax.random.key(0)))
+  rows = np.asarray(initial_item_embeddings(features, 64, 0.3, 1.0, jax.random.key(0)))
   np.testing.assert_allclose(rows.std(), 0.3, rtol=0.1)
 
 
@@ -167,7 +170,7 @@ def test_content_dropout_follows_its_key():
 BOTH = (
   "--config.stages=('train',)",
   "--config.modalities=('text','image')",
-  "--config.paths=('sasrec','retriever')",
+  "--config.branches=('sasrec','retriever')",
   '--config.sasrec.item_input=id+content',
   '--config.retriever.num_blocks=0',
   '--config.content.cross_modal_blocks=0',
@@ -239,7 +242,7 @@ def test_a_run_begins_with_items_as_their_content(run, encoded, tmp_path, item_r
   assert done.returncode == 0, done.stderr
   found = load_arrays(tmp_path / 'run')["['state']['params']['sasrec']['item_embedding']"]
   table = load_features(encoded, 'item', 'text').table()
-  expected = first_rows({'text': table}, found.shape[1], 0.3, 1.0, jax.random.key(0))
+  expected = initial_item_embeddings({'text': table}, found.shape[1], 0.3, 1.0, jax.random.key(0))
   gram = lambda rows: np.asarray(rows[1:61] @ rows[1:61].T)
   np.testing.assert_allclose(gram(found), gram(expected), atol=1e-3)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ur4rec_jax.models import fusion
-from ur4rec_jax.models.fusion import ModalityFusion, PathFusion
+from ur4rec_jax.models.fusion import BranchFusion, ModalityFusion
 
 KEEP = lambda scores: scores
 
@@ -61,13 +61,13 @@ def sides(seed: int = 0):
   return users, items
 
 
-def by_path(users, items):
+def by_branch(users, items):
   return [np.asarray(users[p] @ items[p].T) for p in users]
 
 
 def make(kind: str, **fields):
-  fields = {'paths': ('sasrec', 'retriever'), 'weights': (0.7, 0.3)} | fields
-  layer = PathFusion(kind, **fields)
+  fields = {'branches': ('sasrec', 'retriever'), 'weights': (0.7, 0.3)} | fields
+  layer = BranchFusion(kind, **fields)
   params = layer.init(jax.random.key(0), *sides())
   return layer, params
 
@@ -82,7 +82,7 @@ def test_a_sum_of_scores_is_what_its_definition_says(kind, calibration):
   """`learned` and `adaptive` start as `weighted`, so one reference serves all three."""
   layer, params = make(kind, calibration=calibration)
   users, items = sides()
-  first, second = by_path(users, items)
+  first, second = by_branch(users, items)
   actual = scores(layer, params, users, items)
   if calibration == 'standardise':
     first, second = (x / x.std(1, keepdims=True) for x in (first, second))
@@ -106,7 +106,7 @@ def test_adaptive_weights_differ_by_user_and_leave_the_states_alone():
   )
   vectors, _ = layer.apply(params, users, items)
   # Standardised, so what is left of the ratio of both scales is the weights'.
-  first, _ = by_path(users, items)
+  first, _ = by_branch(users, items)
   weights = np.linalg.norm(vectors[:, :4], axis=1) / np.linalg.norm(users['sasrec'], axis=1)
   assert np.ptp(weights * first.std(1)) > 1e-2
   weighting = lambda users: layer.apply(params, users, items)[0][:, :4].sum()
@@ -140,9 +140,9 @@ def test_cascade_by_hand():
   assert order(5) == order(50) == [3, 4, 1, 2, 0]
 
 
-@pytest.mark.parametrize('kind', fusion.PATH_FUSIONS)
+@pytest.mark.parametrize('kind', fusion.BRANCH_FUSIONS)
 def test_what_is_left_out_takes_no_place(kind):
-  """An item that is left out is last, and the others score as if it were last in every path."""
+  """An item that is left out is last, and the others score as if it were last in every branch."""
   layer, params = make(kind, cascade_size=3)
   users, items = sides()
   hidden = 4
@@ -150,18 +150,18 @@ def test_what_is_left_out_takes_no_place(kind):
   actual = scores(layer, params, users, items, leave_out)
   assert (actual[:, hidden] == -np.inf).all()
   if kind == 'cascade':  # Three of what is left are ranked anew, not three of all.
-    first, second = by_path(users, items)
+    first, second = by_branch(users, items)
     for row in range(len(first)):
       left = [i for i in np.argsort(-first[row]) if i != hidden]
       best = sorted(left[:3], key=lambda i: -second[row, i])
       assert np.argsort(-actual[row])[:8].tolist() == best + left[3:]
 
 
-@pytest.mark.parametrize('kind', fusion.PATH_FUSIONS)
+@pytest.mark.parametrize('kind', fusion.BRANCH_FUSIONS)
 def test_permuting_items_permutes_the_scores(kind):
   layer, params = make(kind, cascade_size=3)
   users, items = sides()
   order = np.random.default_rng(2).permutation(9)
-  permuted = {path: x[order] for path, x in items.items()}
+  permuted = {branch: x[order] for branch, x in items.items()}
   expected = scores(layer, params, users, items)[:, order]
   np.testing.assert_allclose(scores(layer, params, users, permuted), expected, rtol=1e-4, atol=1e-4)

@@ -24,7 +24,7 @@ def small_model(**fields) -> SASRec:
 def states(model: SASRec, item_ids, segment_ids=None, **kwargs):
   """Hidden states of rows of items, each one user unless there are segments."""
   segment_ids = (item_ids > 0).astype(jnp.int32) if segment_ids is None else segment_ids
-  return model.user_side(model.item_side(), item_ids, segment_ids, **kwargs)
+  return model.encode_users(model.encode_items(), item_ids, segment_ids, **kwargs)
 
 
 def parameter_shapes(model: SASRec):
@@ -221,7 +221,7 @@ def test_config_describes_the_model():
 def test_item_vectors_are_the_input_embeddings():
   model = small_model()
   params = large_params(model)
-  items = model.apply({'params': params}, method='item_side')
+  items = model.apply({'params': params}, method='encode_items')
   np.testing.assert_array_equal(items.vectors, params['item_embedding'])
   assert items.content is None
 

@@ -75,19 +75,19 @@ def test_no_path_reads_later_items_or_other_segments(variant, norm):
     changed[0, place] = {1: 2, 2: 5, 5: 6, 6: 7, 7: 1}[items[0, place]]
     after = encode(model, params, features, changed, segments).users
     reads = (segments[0] == segments[0, place]) & (np.arange(LENGTH) >= place)
-    for path in before:
-      moved = np.abs(after[path] - before[path])[0].max(-1) > 1e-4
-      assert not moved[~reads].any(), (path, place)
-      assert moved[place], (path, place)
+    for branch in before:
+      moved = np.abs(after[branch] - before[branch])[0].max(-1) > 1e-4
+      assert not moved[~reads].any(), (branch, place)
+      assert moved[place], (branch, place)
 
 
 def test_packed_users_are_encoded_as_if_alone_and_padding_changes_nothing():
   _, model, params, features = make()
   packed = encode(model, params, features, [[1, 2, 3, 5, 6, 0]], [[1, 1, 1, 2, 2, 0]]).users
   alone = encode(model, params, features, [[0, 0, 0, 1, 2, 3], [5, 6, 0, 0, 0, 0]]).users
-  for path in packed:
-    np.testing.assert_allclose(packed[path][0, :3], alone[path][0, 3:], atol=1e-5)
-    np.testing.assert_allclose(packed[path][0, 3:5], alone[path][1, :2], atol=1e-5)
+  for branch in packed:
+    np.testing.assert_allclose(packed[branch][0, :3], alone[branch][0, 3:], atol=1e-5)
+    np.testing.assert_allclose(packed[branch][0, 3:5], alone[branch][1, :2], atol=1e-5)
 
 
 def test_retriever_with_ids_reads_those_of_the_history():
@@ -106,8 +106,8 @@ def test_a_catalogue_of_some_items_has_their_vectors():
   _, model, params, features = make()
   rows = jnp.array([0, 2, 5, 6, ITEMS + 1])  # The last is nobody.
   vectors = lambda model, params, features: {
-    path: side.vectors
-    for path, side in model.apply({'params': params}, features, method='item_side').items()
+    branch: side.vectors
+    for branch, side in model.apply({'params': params}, features, method='encode_items').items()
   }
   whole = vectors(model, params, features)
   some = vectors(
@@ -115,8 +115,8 @@ def test_a_catalogue_of_some_items_has_their_vectors():
     take_item_tables(params, rows, 'touched'),
     jax.tree.map(lambda table: take_rows(table, rows, 'touched'), features),
   )
-  for path in whole:
-    np.testing.assert_allclose(some[path][:4], whole[path][rows[:4]], atol=1e-6)
+  for branch in whole:
+    np.testing.assert_allclose(some[branch][:4], whole[branch][rows[:4]], atol=1e-6)
   assert renumber(jnp.array([5, 0, 2]), rows).tolist() == [2, 0, 1]
 
 
@@ -129,13 +129,13 @@ def test_cached_items_score_as_uncached_and_permuting_items_permutes_scores(kind
 
   def scores(params, features, history):
     apply = functools.partial(model.apply, {'params': params})
-    items = apply(features, method='item_side')
-    users = apply(items, history, segments, method='user_side')
+    items = apply(features, method='encode_items')
+    users = apply(items, history, segments, method='encode_users')
     return apply({k: x[:, -1] for k, x in users.items()}, items, method='scores')
 
-  cached = apply(features, method='item_side')
-  users = jax.jit(lambda items: apply(items, history, segments, method='user_side'))(cached)
-  last = {path: x[:, -1] for path, x in users.items()}
+  cached = apply(features, method='encode_items')
+  users = jax.jit(lambda items: apply(items, history, segments, method='encode_users'))(cached)
+  last = {branch: x[:, -1] for branch, x in users.items()}
   expected = scores(params, features, history)
   assert expected.shape == (1, ITEMS)
   np.testing.assert_allclose(apply(last, cached, method='scores'), expected, atol=1e-5)
@@ -169,7 +169,7 @@ def test_paths_make_items_of_ids_and_content_independently(item_input, item_id):
     sasrec={'item_input': item_input}, retriever={'item_id': item_id}
   )
   params = parameter_shapes(model, Tables(features, {}))
-  has_id = {path: 'item_embedding' in params[path] for path in config.paths}
+  has_id = {branch: 'item_embedding' in params[branch] for branch in config.branches}
   assert has_id == {'sasrec': 'id' in item_input, 'retriever': item_id}
 
 
@@ -228,8 +228,8 @@ def test_a_position_reads_its_own_users_tokens_where_it_may(variant):
     changed = TokenTable(tokens.at[0, segment - 1, token].add(-1.0), mask)
     after, _ = users(Preferences({'taste': changed}, visible))
     moved = np.abs(after - before).max(-1) > 1e-4
-    wanted = (segments[0] == segment) & visible[0] & (token < 2)  # The third token is masked.
-    np.testing.assert_array_equal(moved, wanted, err_msg=f'{segment} {token}')
+    expected = (segments[0] == segment) & visible[0] & (token < 2)  # The third token is masked.
+    np.testing.assert_array_equal(moved, expected, err_msg=f'{segment} {token}')
 
 
 @pytest.mark.parametrize(
@@ -241,21 +241,22 @@ def test_a_position_reads_its_own_users_tokens_where_it_may(variant):
     ('multimodal', {'retriever': {'dim': 4, 'num_blocks': 0, 'cross_modal_blocks': 0}}),
   ],
 )
-def test_wanted_positions_are_what_they_are_among_all(variant, fields):
+def test_query_positions_positions_are_what_they_are_among_all(variant, fields):
   _, model, _, features = make(variant, **fields)
   items = jnp.array([[1, 2, 7, 5, 6, 1], [0, 0, 3, 4, 5, 6]])
   segments = jnp.array([[1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1]])
   arguments = items, segments, preferences_of(segments)
   params = ordinary(model, features, *arguments)
   apply = functools.partial(model.apply, {'params': params})
-  sides = apply(features, method='item_side')
-  wanted = jnp.array([[2, 5, 5], [5, 2, 3]])
+  sides = apply(features, method='encode_items')
+  query_positions = jnp.array([[2, 5, 5], [5, 2, 3]])
   every, some = (
-    apply(sides, *arguments, method='user_side', **cut) for cut in ({}, {'wanted': wanted})
+    apply(sides, *arguments, method='encode_users', **cut)
+    for cut in ({}, {'query_positions': query_positions})
   )
-  for path in every:
-    expected = jnp.take_along_axis(every[path], wanted[..., None], axis=1)
-    np.testing.assert_allclose(some[path], expected, atol=1e-4, err_msg=path)
+  for branch in every:
+    expected = jnp.take_along_axis(every[branch], query_positions[..., None], axis=1)
+    np.testing.assert_allclose(some[branch], expected, atol=1e-4, err_msg=branch)
 
 
 @pytest.mark.parametrize('variant', ['text', 'multimodal', 'paper'])
@@ -288,13 +289,15 @@ def test_contrast_and_matching_are_what_they_are_called():
   batch = a_batch([[1, 2, 3, 5, 6, 7]])
   found, encoded = all_losses(config, model, features, batch)(params)
   ids, weights = batch.targets[0], (batch.targets[0] > 0).astype(jnp.float32)
-  wanted = encoded.items['retriever'][jnp.maximum(ids - 1, 0)]
-  expected = losses.info_nce(encoded.retrieved[0], wanted, ids, weights, encoded.log_temperature)
+  target_vectors = encoded.items['retriever'][jnp.maximum(ids - 1, 0)]
+  expected = losses.info_nce(
+    encoded.retrieved[0], target_vectors, ids, weights, encoded.log_temperature
+  )
   np.testing.assert_allclose(found['contrast'], expected, rtol=1e-5)
   users = encoded.users['retriever'][0]
   values = []
   for i in range(5):
-    logits = [scale * (users[i] @ wanted[j]) + bias for j in (i, i - 1)]
+    logits = [scale * (users[i] @ target_vectors[j]) + bias for j in (i, i - 1)]
     values.append(np.log1p(np.exp(-logits[0])))
     if i > 0:  # The neighbour of the first is padding.
       values.append(np.log1p(np.exp(logits[1])))
@@ -324,8 +327,8 @@ def all_losses(config, model, features, batch):
       jnp.arange(1, ITEMS + 1), jnp.ones(ITEMS), Tables(features, {}), jnp.zeros(0, jnp.int32)
     )
     negatives = {
-      path: train_step.draw_negatives(name, config.loss, targets, data, jax.random.key(0))
-      for path, name in retrieval_losses(config.loss).items()
+      branch: train_step.draw_negatives(name, config.loss, targets, data, jax.random.key(0))
+      for branch, name in retrieval_losses(config.loss).items()
     }
     return compute(encoded, batch, negatives, ITEMS, tokens), encoded
 
@@ -376,11 +379,11 @@ def test_losses_are_what_they_are_called():
   batch = a_batch([[1, 2, 3, 5, 6, 7]])
   found, encoded = all_losses(config, model, features, batch)(params)
   targets, weights = batch.targets[0] - 1, (batch.targets[0] > 0).astype(jnp.float32)
-  for path in ('sasrec', 'retriever', 'fused'):
+  for branch in ('sasrec', 'retriever', 'fused'):
     expected = losses.plain_softmax(
-      encoded.users[path][0], encoded.items[path], jnp.maximum(targets, 0), weights
+      encoded.users[branch][0], encoded.items[branch], jnp.maximum(targets, 0), weights
     )
-    np.testing.assert_allclose(found[path], expected / 5, rtol=1e-4)
+    np.testing.assert_allclose(found[branch], expected / 5, rtol=1e-4)
   content, ids = encoded.content, batch.targets[0]
   np.testing.assert_allclose(
     found['consistency'], losses.consistency(content.modalities[1:], content.present[1:]), rtol=1e-5

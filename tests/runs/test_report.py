@@ -46,7 +46,10 @@ def hand_made(value=lambda step: 1 / step) -> tuple[dict, dict, dict, list]:
     'git': None,
   }
   timing = {'device': '1 x cpu', 'seconds': 90.0, 'jax': '0'}
-  started = {'command': 'python <x>', 'config': {'loss': {'name': 'softmax'}, 'paths': ['sasrec']}}
+  started = {
+    'command': 'python <x>',
+    'config': {'loss': {'name': 'softmax'}, 'branches': ['sasrec']},
+  }
   return results, timing, started, measured
 
 

@@ -168,7 +168,7 @@ def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, e
   """Both paths, with losses beside that which read the items of the step alone."""
   reference = tmp_path / 'all'
   flags = (*EXACT, f'--config.data_dir={encoded}')
-  flags += ("--config.modalities=('text','image')", "--config.paths=('sasrec','retriever')")
+  flags += ("--config.modalities=('text','image')", "--config.branches=('sasrec','retriever')")
   flags += ('--config.sasrec.item_input=id+content', '--config.retriever.dropout=0')
   flags += ('--config.retriever.item_id=True', '--config.content.dropout=0')
   flags += ('--config.retriever.dim=16', '--config.loss.weights.retriever=0.5')

@@ -59,7 +59,7 @@ def test_schedule_at_chosen_steps(schedule, warmup, expected):
 
 def test_decay_leaves_out_biases_scales_and_embeddings():
   model = SASRec(9, 4, dim=4, num_blocks=1, ffn_dim=4)
-  states = lambda model, ids: model.user_side(model.item_side(), ids, ids)
+  states = lambda model, ids: model.encode_users(model.encode_items(), ids, ids)
   init = functools.partial(model.init, method=states)
   params = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
   mask = jax.tree_util.tree_leaves_with_path(optimizers.decay_mask(params))

@@ -75,7 +75,7 @@ def test_the_default_stages():
     {'sasrec'} | of_retriever,
   ]
   assert made[2].turns == ({'sasrec', 'loss'}, of_retriever)
-  assert [stage.config.paths for stage in made] == [
+  assert [stage.config.branches for stage in made] == [
     ('sasrec',),
     ('retriever',),
     ('sasrec', 'retriever'),
@@ -138,9 +138,9 @@ REFUSED = [
   ({'stage.end_to_end.moving': ('sasrec',)}, 'no parameter of retriever moves'),
   ({'stage.pretrain_sasrec.moving': ('sasrec', 'retriever')}, 'no loss .* reaches retriever'),
   ({'stage.pretrain_sasrec.losses': ('hinge',)}, "'hinge' is no loss; known: all, "),
-  ({'stage.pretrain_sasrec.losses': ('fused',)}, 'trains no path'),
-  ({'stage.pretrain_sasrec.losses': ()}, 'trains no path'),
-  ({'stage.pretrain_retriever.losses': ('info_nce',)}, 'trains no path'),
+  ({'stage.pretrain_sasrec.losses': ('fused',)}, 'trains no branch'),
+  ({'stage.pretrain_sasrec.losses': ()}, 'trains no branch'),
+  ({'stage.pretrain_retriever.losses': ('info_nce',)}, 'trains no branch'),
   ({'stage.pretrain_sasrec.losses': ('sasrec', 'info_nce')}, 'info_nce needs vectors'),
   (
     {'stage.pretrain_sasrec.losses': ('sasrec', 'matching'), 'loss.weights.matching': 1.0},

@@ -111,7 +111,7 @@ def origin(data_dir: str | Path, of: str, info: dict[str, Any]) -> dict[str, Any
     if info['splits'].get(name, {}).get('hash') != found['split_hash']:
       raise InputError(
         f'data_dir {data_dir}: the user texts were written for the split {name}'
-        f' {found["split_hash"]}, which this dataset does not have; {again}'
+        f' {found["split_hash"]}, which this dataset has not; {again}'
       )
     if 'hold_back' not in found:
       raise InputError(

@@ -1,6 +1,6 @@
 """Items that training never sees get the rows of the items that are most like them.
 
-To a path of learned rows such an item is nothing but a wrong answer, whenever the loss compares
+To a branch of learned rows such an item is nothing but a wrong answer, whenever the loss compares
 with it; its own row says nothing else. The rows of the nearest items by content stand in for it
 (the nearest-neighbour mapping of Gantner et al., "Learning attribute-to-feature mappings for
 cold-start recommendations", ICDM 2010).
@@ -17,7 +17,7 @@ import numpy as np
 
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import TokenTable
-from ur4rec_jax.models.content import first_rows
+from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.sharding.item_embeddings import put_rows, take_rows
 
 Array = jax.Array
@@ -37,8 +37,8 @@ class ColdItems(NamedTuple):
   nearest: np.ndarray
 
 
-def has_learned_rows(model: Any) -> bool:
-  """Whether a model has a path that knows items by learned rows alone, without content."""
+def has_pure_item_table(model: Any) -> bool:
+  """Whether a model has a branch that knows items by learned rows alone, without content."""
   sasrec = getattr(model, 'sasrec', None)
   return sasrec is not None and sasrec.content is None
 
@@ -59,7 +59,7 @@ def warm_items(dataset: Dataset) -> np.ndarray:
 def find_cold_items(
   features: Mapping[str, TokenTable], is_cold: np.ndarray, is_warm: np.ndarray, dim: int
 ) -> ColdItems | None:
-  """Finds each cold item's nearest warm ones: by the cosine of what `first_rows` makes of them.
+  """Finds each cold item's nearest warm items, by the cosine of `initial_item_embeddings`.
 
   Args:
     features: from `first_tokens`.
@@ -90,7 +90,7 @@ def find_cold_items(
 
 @functools.partial(jax.jit, static_argnames='dim')
 def _directions(features: dict[str, TokenTable], dim: int) -> Array:
-  rows = first_rows(features, dim, 1.0, 1.0, jax.random.key(0))
+  rows = initial_item_embeddings(features, dim, 1.0, 1.0, jax.random.key(0))
   return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
@@ -103,17 +103,17 @@ def cold_items_of(model: Any, dataset: Dataset) -> ColdItems | None:
   """Finds those that training on a dataset leaves cold; None for a model without use for them."""
   is_warm = warm_items(dataset)
   # Features are read whole, so only where there is somebody to find.
-  if not has_learned_rows(model) or is_warm[1:].all():
+  if not has_pure_item_table(model) or is_warm[1:].all():
     return None
   return find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)
 
 
-def rows_of_nearest(rows: Array, cold: ColdItems, item_rows: str = 'all') -> Array:
+def mean_of_nearest(rows: Array, cold: ColdItems, item_rows: str = 'all') -> Array:
   """`[cold items, dim]`, from the rows `[items + 1, dim]` of all, or sharded ones."""
   found = take_rows(rows, cold.nearest.reshape(-1), item_rows)
   return found.reshape(*cold.nearest.shape, -1).mean(1)
 
 
-def with_rows_of_nearest(rows: Array, cold: ColdItems, item_rows: str = 'all') -> Array:
+def with_mean_of_nearest(rows: Array, cold: ColdItems, item_rows: str = 'all') -> Array:
   """Puts them into the rows `[items + 1, dim]` of all, or into sharded ones."""
-  return put_rows(rows, cold.items, rows_of_nearest(rows, cold, item_rows), item_rows)
+  return put_rows(rows, cold.items, mean_of_nearest(rows, cold, item_rows), item_rows)

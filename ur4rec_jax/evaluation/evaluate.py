@@ -23,14 +23,14 @@ from ur4rec_jax.data.input_pipeline import (
 )
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation import metrics
-from ur4rec_jax.evaluation.cold_items import ColdItems, cold_items_of, with_rows_of_nearest
+from ur4rec_jax.evaluation.cold_items import ColdItems, cold_items_of, with_mean_of_nearest
 from ur4rec_jax.evaluation.ranking import (
   leave_out_seen,
   rank_among_candidates,
   rank_by_products,
   rank_by_scores,
 )
-from ur4rec_jax.models.content import ItemSide
+from ur4rec_jax.models.content import EncodedItems
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import (
   feature_axis,
@@ -143,11 +143,11 @@ class Catalogue(NamedTuple):
   """The items as users are ranked against them; of sharded ones this device's rows.
 
   Attributes:
-    sides: by path, from the model's `item_side`.
-    covariances: by path, what its `scaled_users` reads.
+    sides: by branch, from the model's `encode_items`.
+    covariances: by branch, what its `scaled_users` reads.
   """
 
-  sides: dict[str, ItemSide]
+  sides: dict[str, EncodedItems]
   covariances: dict[str, Array]
 
 
@@ -157,7 +157,7 @@ def make_eval_step(
   """Builds the step that ranks the held-out items of one device's share.
 
   Args:
-    model: has `user_side`, `is_sum` and `scaled_users` or `scores`, see `UR4Rec`.
+    model: has `encode_users`, `is_sum` and `scaled_users` or `scores`, see `UR4Rec`.
     num_items: catalogue size.
     row_length: tokens a row.
     seen_capacity: upper bound on the sum of a share's `seen_lengths`.
@@ -185,7 +185,9 @@ def make_eval_step(
       rows = find_rows(history.reshape(-1), num_items)
       sides = jax.tree.map(lambda x: take_rows(x, rows, item_rows), sides)
       history = renumber(history, rows)
-    users = apply(sides, history, batch.segment_ids, preferences, wanted=newest, method='user_side')
+    users = apply(
+      sides, history, batch.segment_ids, preferences, query_positions=newest, method='encode_users'
+    )
     users = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[share.slots], users)
     targets = jnp.maximum(share.targets, 1)
     seen = _seen(item_ids, share, seen_capacity)
@@ -197,7 +199,7 @@ def make_eval_step(
       ranks = rank_by_scores(scores, targets, share.candidates)
     else:
       users = apply(users, catalogue.covariances, method='scaled_users')
-      vectors = {path: side.vectors for path, side in catalogue.sides.items()}
+      vectors = {branch: side.vectors for branch, side in catalogue.sides.items()}
       if share.candidates.shape[1]:
         rank, others = rank_among_candidates, (share.candidates,)
       else:
@@ -237,16 +239,16 @@ def make_catalogue(
 ) -> Callable:
   """Compiles `catalogue(params, features)`, the model's items, on each device.
 
-  On the path of learned rows `cold` items are as their nearest. Other arguments as
+  On the branch of learned rows `cold` items are as their nearest. Other arguments as
   `make_evaluator`'s.
   """
   if item_rows == 'sharded':
     model = model.for_items(rows_of_device(num_items) - 1)
 
   def catalogue(params: PyTree, features: dict[str, TokenTable]) -> Catalogue:
-    sides = model.apply({'params': params}, features, method='item_side')
+    sides = model.apply({'params': params}, features, method='encode_items')
     if cold is not None:
-      rows = with_rows_of_nearest(sides['sasrec'].vectors, cold, item_rows)
+      rows = with_mean_of_nearest(sides['sasrec'].vectors, cold, item_rows)
       sides |= {'sasrec': sides['sasrec']._replace(vectors=rows)}
     return Catalogue(sides, model.covariances(sides))
 
@@ -315,7 +317,7 @@ def make_evaluator(
   """Prepares the evaluation of one part, everything it reads placed on the devices.
 
   Args:
-    model: has what `make_eval_step` reads, `max_length`, `item_side` and `covariances`.
+    model: has what `make_eval_step` reads, `max_length`, `encode_items` and `covariances`.
     dataset: all interactions.
     item_ids: `dataset.item_ids` on the devices.
     tables: tokens of items and users, on the devices.

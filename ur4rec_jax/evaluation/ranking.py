@@ -24,11 +24,11 @@ def rank_by_products(
   num_items: int,
   item_rows: str,
 ) -> tuple[Array, Array]:
-  """Ranks targets among all items by the sum of the paths' inner products.
+  """Ranks targets among all items by the sum of the branches' inner products.
 
   Args:
-    users: by path, `[users, width]`; each device has its own.
-    items: by path, `[rows, width]`, row i of item i; if sharded, this device's rows.
+    users: by branch, `[users, width]`; each device has its own.
+    items: by branch, `[rows, width]`, row i of item i; if sharded, this device's rows.
     targets: `[users]` item ids.
     seen_users: `[seen]` index of the user who already has
     seen_items: `[seen]` this item id, which is left out unless it is the target; users out of range
@@ -52,7 +52,7 @@ def rank_by_products(
   everybody = jnp.arange(len(targets))
 
   def scores_of(vectors: dict[str, Array]) -> Array:
-    return sum(inner_products(users[path], x) for path, x in vectors.items())
+    return sum(inner_products(users[branch], x) for branch, x in vectors.items())
 
   def count(start: Array, scores: Array, target_scores: Array, counted: Array) -> Array:
     """Counts items of the part that begins at a row, but for rows before `counted`."""
@@ -72,7 +72,7 @@ def rank_by_products(
     target_scores = jax.lax.psum(target_scores, AXIS) if is_sharded else target_scores
     counts, finite = count(0, scores, target_scores, 0), jnp.isfinite(scores).all()
   else:
-    of_targets = {path: take_rows(x, targets, item_rows) for path, x in items.items()}
+    of_targets = {branch: take_rows(x, targets, item_rows) for branch, x in items.items()}
     of_targets = jax.tree.map(lambda x: jnp.pad(x, ((0, size - len(x)), (0, 0))), of_targets)
 
     def add_part(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -99,10 +99,10 @@ def rank_among_candidates(
   num_items: int,
   item_rows: str,
 ) -> tuple[Array, Array]:
-  """Ranks targets among drawn items alone, by the sum of the paths' inner products.
+  """Ranks targets among drawn items alone, by the sum of the branches' inner products.
 
   Args:
-    users: by path, `[users, width]`; each device has its own.
+    users: by branch, `[users, width]`; each device has its own.
     items: as `rank_by_products`'s.
     targets: `[users]` item ids.
     candidates: `[users, candidates]` item ids, 0 for none.
@@ -115,11 +115,11 @@ def rank_among_candidates(
   ids = jnp.concatenate([targets[:, None], candidates], axis=1)
   if item_rows == 'sharded':
     rows = find_rows(ids.reshape(-1), num_items)
-    items = {path: take_rows(x, rows, item_rows) for path, x in items.items()}
+    items = {branch: take_rows(x, rows, item_rows) for branch, x in items.items()}
     ids = renumber(ids, rows)
   scores = sum(
-    jnp.einsum('ud,ucd->uc', users[path], x[ids], preferred_element_type=jnp.float32)
-    for path, x in items.items()
+    jnp.einsum('ud,ucd->uc', users[branch], x[ids], preferred_element_type=jnp.float32)
+    for branch, x in items.items()
   )
   ranks = rank_candidates(scores[:, 0], scores[:, 1:], targets, candidates)
   return ranks, jnp.isfinite(scores).all()

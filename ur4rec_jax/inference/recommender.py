@@ -43,7 +43,7 @@ class Asked(NamedTuple):
     unknown: items of the history that are not in the catalogue.
     left_out: `[any]` int32 ids that are not recommended.
     allowed: `[items + 1]` bool, what may be recommended to any of them; None for all.
-    emphasis: `[users, paths]` float32.
+    emphasis: `[users, branches]` float32.
   """
 
   known: list[np.ndarray]
@@ -76,7 +76,7 @@ class Recommender:
     item_ids: `[items]` original ids.
     titles: `[items]`.
     share_names: what scores are made of, see `Answer.shares`.
-    paths: names of the model's paths, the order of `emphasis`.
+    branches: names of the model's branches, the order of `emphasis`.
     max_length: how many items of a history it reads, the latest.
     about: dataset, protocol and metrics of the training run.
     batch_sizes: to which batches are padded.
@@ -103,7 +103,7 @@ class Recommender:
       known_users: that `user` knows.
     """
     self.item_ids, self.titles = list(items['ids']), list(items['titles'])
-    self.paths, self.share_names = list(settings['paths']), list(settings['share_names'])
+    self.branches, self.share_names = list(settings['paths']), list(settings['share_names'])
     self.max_length, self.about = settings['max_length'], settings['about']
     self._most_places = settings['most_places']
     self._preferences = settings['preferences']
@@ -183,8 +183,8 @@ class Recommender:
       only: if given, nothing else is recommended.
       without: is not recommended.
       keep_seen: whether items of a user's own history may be recommended.
-      emphasis: `[paths]` or `[users, paths]`, by which the paths' scores are multiplied; 1 is as
-        trained, 0 leaves a path out.
+      emphasis: `[branches]` or `[users, branches]`, multiplies the branches' scores; 1 is as
+        trained, 0 leaves a branch out.
       preferences: by modality, tokens `[users, tokens, width]` and mask `[users, tokens]` of the
         users' own texts.
 
@@ -234,13 +234,13 @@ class Recommender:
       barred if keep_seen else np.unique(np.concatenate([found, barred])) for found in known
     ]
     if emphasis is None:
-      weights = np.ones((len(known), len(self.paths)), np.float32)
+      weights = np.ones((len(known), len(self.branches)), np.float32)
     else:
       weights = self._checked_emphasis(emphasis, len(known))
-    if 'sasrec' in self.paths and len(self.paths) > 1:
+    if 'sasrec' in self.branches and len(self.branches) > 1:
       # It has nothing to say of a user without history.
       is_empty = np.array([not found.size for found in known], bool)
-      weights[is_empty, self.paths.index('sasrec')] = 0
+      weights[is_empty, self.branches.index('sasrec')] = 0
     unknown = [missing for _, missing in looked_up]
     return Asked(known, unknown, left_out, allowed, weights)
 
@@ -301,13 +301,13 @@ class Recommender:
 
   def _checked_emphasis(self, emphasis: Any, count: int) -> np.ndarray:
     try:
-      weights = np.array(np.broadcast_to(emphasis, (count, len(self.paths))), np.float32)
+      weights = np.array(np.broadcast_to(emphasis, (count, len(self.branches))), np.float32)
     except (ValueError, TypeError):
       weights = np.array(np.nan)
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
       raise InputError(
-        f'emphasis={emphasis!r:.80}: must be one number, 0 or more, for each of the paths'
-        f' {", ".join(self.paths)}'
+        f'emphasis={emphasis!r:.80}: must be one number, 0 or more, for each of the branches'
+        f' {", ".join(self.branches)}'
       )
     return weights
 
@@ -327,7 +327,7 @@ class Recommender:
       k: how many.
       left_out: `[any]` int32 a user.
       allowed: `[items + 1]` bool, or None for all.
-      emphasis: `[users, paths]` float32, or None for 1.
+      emphasis: `[users, branches]` float32, or None for 1.
       preferences: as those of `top`.
 
     Returns:
@@ -394,7 +394,7 @@ class Recommender:
     if emphasis is not None and not (emphasis == 1).all():
       emphasis = np.pad(emphasis, ((0, batch - count), (0, 0)))
     else:
-      ones = lambda: np.ones((batch, len(self.paths)), np.float32)
+      ones = lambda: np.ones((batch, len(self.branches)), np.float32)
       emphasis = self._constant(('emphasis', batch), ones)
     if allowed is None:
       allowed = self._constant('allowed', lambda: np.ones(len(self._ids_at), bool))

@@ -28,14 +28,14 @@ from ur4rec_jax.evaluation.cold_items import (
   cold_items_of,
   find_cold_items,
   first_tokens,
-  has_learned_rows,
-  rows_of_nearest,
+  has_pure_item_table,
+  mean_of_nearest,
   warm_items,
-  with_rows_of_nearest,
+  with_mean_of_nearest,
 )
 from ur4rec_jax.inference import scoring
 from ur4rec_jax.inference.recommender import Answer, Ids, Recommender
-from ur4rec_jax.models.ur4rec import PATHS, create_model
+from ur4rec_jax.models.ur4rec import BRANCHES, create_model
 from ur4rec_jax.runs import results
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 
@@ -80,8 +80,8 @@ def load(
   model = create_model(config, dataset.num_items)
   if approximate and not model.is_sum:
     raise InputError(
-      f'approximate: the fusion {model.fusion.kind} ranks each path, and only sums of scores can be'
-      ' searched approximately; leave it out'
+      f'approximate: the fusion {model.fusion.kind} ranks each branch, and only sums of scores'
+      ' can be searched approximately; leave it out'
     )
   items = {'ids': [], 'titles': []}
   for item in iterate_items(config.data_dir):
@@ -121,13 +121,13 @@ class TrainedRecommender(Recommender):
     self._scorer = jax.jit(scoring.make_scorer(model))
     if (cold := cold_items_of(model, dataset)) is not None:
       of_rows = item_arrays['sasrec']
-      of_rows['vectors'] = with_rows_of_nearest(of_rows['vectors'], cold)
+      of_rows['vectors'] = with_mean_of_nearest(of_rows['vectors'], cold)
     self._place(items, item_arrays, about)
 
   def _place(self, items, item_arrays, about) -> None:
     self._item_arrays, self.items = item_arrays, items
     self.settings = {
-      'paths': list(self.model.paths),
+      'paths': list(self.model.branches),
       'share_names': scoring.share_names(self.model, list(self.config.modalities)),
       'max_length': self.config.max_length,
       'preferences': {name: table.tokens.shape[1:] for name, table in self._user_tables.items()},
@@ -394,12 +394,12 @@ class TrainedRecommender(Recommender):
         key: np.zeros((count + 1, *x.shape[1:]), x.dtype) if key == 'item_embedding' else x
         for key, x in tree.items()
       }
-      if name in PATHS
+      if name in BRANCHES
       else tree
       for name, tree in self.params.items()
     }
     new = scoring.item_arrays(create_model(self.config, count), params, features)
-    if has_learned_rows(self.model):
+    if has_pure_item_table(self.model):
       new['sasrec']['vectors'] = self._rows_of(tables)
     joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new[1:]]), self._item_arrays, new)
     items = {'ids': [*self.item_ids, *ids], 'titles': [*self.titles, *titles]}
@@ -408,7 +408,7 @@ class TrainedRecommender(Recommender):
     return larger
 
   def _rows_of(self, tables: dict[str, TokenTable]) -> jax.Array:
-    """`[new items + 1, dim]`: what a path of rows takes new items for."""
+    """`[new items + 1, dim]`: what a branch of rows takes new items for."""
     rows = self._item_arrays['sasrec']['vectors']
     features = {
       name: TokenTable(
@@ -424,7 +424,7 @@ class TrainedRecommender(Recommender):
     new = jnp.broadcast_to(rows[1:].mean(0), (count + 1, rows.shape[1]))  # Without a first token.
     if found is None:
       return new
-    return new.at[found.items - self.dataset.num_items].set(rows_of_nearest(rows, found))
+    return new.at[found.items - self.dataset.num_items].set(mean_of_nearest(rows, found))
 
   def influences(self, history: Ids, items: Ids, users: Sequence[int] | None = None) -> np.ndarray:
     """How much each item of a history speaks for some items.
@@ -432,7 +432,7 @@ class TrainedRecommender(Recommender):
     An influence is by how much the item's score, above the mean of the catalogue, falls when that
     one interaction is left out of the history. It is measured and not read off attention weights,
     which say where a layer looks and not what that does to the score; and it means the same in
-    every path and fusion.
+    every branch and fusion.
 
     Args:
       history: item ids, the oldest first; unknown ones are ignored.

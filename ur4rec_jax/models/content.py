@@ -31,8 +31,8 @@ class Content(NamedTuple):
   pooled: Array
 
 
-class ItemSide(NamedTuple):
-  """A path's side of all items, made once for all users.
+class EncodedItems(NamedTuple):
+  """A branch's side of all items, made once for all users.
 
   Attributes:
     vectors: `[items + 1, dim]`, row 0 for padding; what scores compare users with.
@@ -43,7 +43,7 @@ class ItemSide(NamedTuple):
   content: Content | None
 
 
-def first_rows(
+def initial_item_embeddings(
   features: Mapping[str, TokenTable], dim: int, scale: float, whitening: float, key: Array
 ) -> Array:
   """Makes embeddings to begin with of what each item's first token, the one of the whole, says.

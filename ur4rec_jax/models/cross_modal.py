@@ -37,7 +37,7 @@ class CrossModalBlock(nn.Module):
     memory: Mapping[str, Array] = FrozenDict(),
     *,
     deterministic: bool,
-    wanted: Array | None = None,
+    query_positions: Array | None = None,
   ) -> dict[str, Array]:
     """Returns `tokens` anew, in the same shapes.
 
@@ -47,7 +47,7 @@ class CrossModalBlock(nn.Module):
         tokens]`, the same for every query, or `[rows, queries, tokens]`.
       memory: as `tokens`; seen by them, and stay as they are.
       deterministic: False applies dropout, with the `dropout` key.
-      wanted: `[rows, wanted]`, places of the tokens that are wanted of each modality; None for all.
+      query_positions: `[rows, queries]`, the tokens of each modality to return; None for all.
     """
     dropout = Dropout(self.dropout, deterministic=deterministic)
 
@@ -65,17 +65,19 @@ class CrossModalBlock(nn.Module):
         norm(x, f'{name}_attention_norm'), len(parts) * x.shape[-1], f'{name}_{"_".join(parts)}'
       )
       *query, keys[name], values[name] = map(heads, jnp.split(projected, len(parts), axis=-1))
-      queries[name] = [take_positions(q, wanted) for q in query]
+      queries[name] = [take_positions(q, query_positions) for q in query]
     result = {}
     for name, x in tokens.items():
-      x = take_positions(x, wanted)
+      x = take_positions(x, query_positions)
       others = [other for other in keys if other != name]
       if others:
         join = lambda parts, others=others: jnp.concatenate([parts[o] for o in others], axis=1)
         mask = jnp.concatenate(
           [
             jnp.broadcast_to(
-              take_positions(visible[o], wanted) if visible[o].ndim == 3 else visible[o][:, None],
+              take_positions(visible[o], query_positions)
+              if visible[o].ndim == 3
+              else visible[o][:, None],
               (x.shape[0], x.shape[1], keys[o].shape[1]),
             )
             for o in others

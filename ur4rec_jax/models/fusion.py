@@ -1,8 +1,8 @@
-"""Joining modalities into one vector, and the scores of two paths into one ranking.
+"""Joining modalities into one vector, and the scores of two branches into one ranking.
 
-Paths are joined without ever forming their score matrices where that can be had: a path's score is
-an inner product of a user's and an item's vector, so a weighted sum of scores is the inner product
-of the vectors side by side, the user's scaled by the weights.
+A branch's score is the inner product of a user's and an item's vector. A weighted sum of scores is
+therefore one inner product of the concatenated vectors, the user's scaled by the weights, and no
+score matrix of a single branch is formed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 MODALITY_FUSIONS = ('add', 'concat', 'gated')
-# Weighted sums of scores, and two that need the ranking of each path.
+# Weighted sums of scores, and two that need the ranking of each branch.
 SUMS = ('weighted', 'learned', 'adaptive')
-PATH_FUSIONS = (*SUMS, 'rank', 'cascade')
+BRANCH_FUSIONS = (*SUMS, 'rank', 'cascade')
 CALIBRATIONS = ('standardise', 'log_probability')
 GATES = 'gates'  # Variables that report what a part of the whole counts, on average.
 
@@ -130,27 +130,27 @@ def standard_deviation(users: Array, covariance: Array) -> Array:
   return jnp.sqrt(jnp.maximum(variance, 1e-12))[..., None]
 
 
-class PathFusion(nn.Module):
-  """Joins the scores of several paths.
+class BranchFusion(nn.Module):
+  """Joins the scores of several branches.
 
   Trained weights go to the collection `gates`, divided by their sum, on average over users.
 
   Attributes:
     kind: a weighted sum of scores, `weighted` by constants, `learned` by trained global weights,
       `adaptive` by a small network on the user's states; or `rank` (`reciprocal_rank`), or
-      `cascade`, which ranks the first path's best anew by the second.
-    paths: the paths' names.
-    weights: one constant a path; where `learned` and `adaptive` start.
+      `cascade`, which ranks the first branch's best anew by the second.
+    branches: the branches' names.
+    weights: one constant a branch; where `learned` and `adaptive` start.
     calibration: of sums. `standardise` divides scores by the user's standard deviation over the
-      catalogue; `log_probability` takes them as they are, which is right where each path was
+      catalogue; `log_probability` takes them as they are, which is right where each branch was
       trained by cross-entropy: the sum is then a product of experts (Hinton 2002).
     hidden_dim: width of the network of `adaptive`.
     rank_constant: of `rank`.
-    cascade_size: of `cascade`: how many of the first path's best.
+    cascade_size: of `cascade`: how many of the first branch's best.
   """
 
   kind: str
-  paths: tuple[str, ...]
+  branches: tuple[str, ...]
   weights: tuple[float, ...]
   calibration: str = 'standardise'
   hidden_dim: int = 16
@@ -158,43 +158,47 @@ class PathFusion(nn.Module):
   cascade_size: int = 100
 
   @nn.compact
-  def path_weights(
+  def branch_weights(
     self, users: Mapping[str, Array], covariances: Mapping[str, Array]
   ) -> dict[str, Array]:
-    """Says what each path's scores are multiplied by before they are summed.
+    """Says what each branch's scores are multiplied by before they are summed.
 
     Args:
-      users: by path, `[..., width]`.
-      covariances: by path, `[width, width]` of the items' vectors; for `standardise`.
+      users: by branch, `[..., width]`.
+      covariances: by branch, `[width, width]` of the items' vectors; for `standardise`.
 
     Returns:
-      By path `[..., 1]` or `[1]` float32.
+      By branch `[..., 1]` or `[1]` float32.
     """
     log_weights = jnp.log(jnp.asarray(self.weights, jnp.float32))
     if self.kind == 'learned':
       log_weights = self.param('log_weights', lambda _: log_weights)
     elif self.kind == 'adaptive':
-      # The states are only read: what they are is for the paths' own losses to say.
-      states = jnp.concatenate([jax.lax.stop_gradient(users[path]) for path in self.paths], -1)
+      # The states are only read: what they are is for the branches' own losses to say.
+      states = jnp.concatenate(
+        [jax.lax.stop_gradient(users[branch]) for branch in self.branches], -1
+      )
       h = nn.relu(nn.Dense(self.hidden_dim, name='hidden')(nn.LayerNorm(name='norm')(states)))
-      change = nn.Dense(len(self.paths), kernel_init=nn.initializers.zeros, name='log_weights')(h)
+      change = nn.Dense(len(self.branches), kernel_init=nn.initializers.zeros, name='log_weights')(
+        h
+      )
       log_weights = log_weights + change
     if self.kind != 'weighted':
-      shares = nn.softmax(log_weights).reshape(-1, len(self.paths)).mean(0)
-      for name, share in zip(self.paths, shares, strict=True):
+      shares = nn.softmax(log_weights).reshape(-1, len(self.branches)).mean(0)
+      for name, share in zip(self.branches, shares, strict=True):
         self.sow(GATES, name, share, reduce_fn=_latest)
-    weights = {path: jnp.exp(log_weights[..., i, None]) for i, path in enumerate(self.paths)}
+    weights = {branch: jnp.exp(log_weights[..., i, None]) for i, branch in enumerate(self.branches)}
     if self.calibration == 'standardise':
-      for path in self.paths:
-        weights[path] = weights[path] / standard_deviation(users[path], covariances[path])
+      for branch in self.branches:
+        weights[branch] = weights[branch] / standard_deviation(users[branch], covariances[branch])
     return weights
 
   def __call__(self, users: Mapping[str, Array], items: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Puts the paths' vectors side by side, so that their product is the sum of scores.
+    """Puts the branches' vectors side by side, so that their product is the sum of scores.
 
     Args:
-      users: by path, `[..., width]`.
-      items: by path, `[items, width]`.
+      users: by branch, `[..., width]`.
+      items: by branch, `[items, width]`.
 
     Returns:
       `[..., sum of widths]`, and `[items, sum of widths]`.
@@ -203,26 +207,29 @@ class PathFusion(nn.Module):
     return self.side_by_side(users), self.side_by_side(items)
 
   def side_by_side(self, vectors: Mapping[str, Array]) -> Array:
-    """Joins the paths' `[..., width]` to `[..., sum of widths]`."""
-    return jnp.concatenate([vectors[path] for path in self.paths], -1)
+    """Joins the branches' `[..., width]` to `[..., sum of widths]`."""
+    return jnp.concatenate([vectors[branch] for branch in self.branches], -1)
 
   def covariances(self, items: Mapping[str, Array]) -> dict[str, Array]:
-    """By path `[width, width]`, of items `[items, width]`; none but for `standardise`."""
+    """By branch `[width, width]`, of items `[items, width]`; none but for `standardise`."""
     if self.calibration != 'standardise':
       return {}
-    return {path: covariance(items[path]) for path in self.paths}
+    return {branch: covariance(items[branch]) for branch in self.branches}
 
   def scaled(
     self, users: Mapping[str, Array], covariances: Mapping[str, Array]
   ) -> dict[str, Array]:
-    """Multiplies users' vectors, so that the sum of the paths' inner products is the score.
+    """Multiplies users' vectors, so that the sum of the branches' inner products is the score.
 
     Args:
-      users: by path, `[..., width]`.
+      users: by branch, `[..., width]`.
       covariances: of the items.
     """
-    weights = self.path_weights(users, covariances)
-    return {path: (users[path] * weights[path]).astype(users[path].dtype) for path in self.paths}
+    weights = self.branch_weights(users, covariances)
+    return {
+      branch: (users[branch] * weights[branch]).astype(users[branch].dtype)
+      for branch in self.branches
+    }
 
   def scores(
     self,
@@ -233,8 +240,8 @@ class PathFusion(nn.Module):
     """Scores the catalogue.
 
     Args:
-      users: by path, `[users, width]`.
-      items: by path, `[items, width]`.
+      users: by branch, `[users, width]`.
+      items: by branch, `[items, width]`.
       leave_out: sets what is not to be recommended to -inf in scores `[users, items]`; ranks are
         counted without it.
 
@@ -243,10 +250,12 @@ class PathFusion(nn.Module):
     """
     if self.kind in SUMS:
       return leave_out(inner_products(*self(users, items)))
-    by_path = [leave_out(inner_products(users[path], items[path])) for path in self.paths]
+    by_branch = [
+      leave_out(inner_products(users[branch], items[branch])) for branch in self.branches
+    ]
     if self.kind == 'rank':
-      return leave_out(reciprocal_rank(by_path, self.weights, self.rank_constant))
-    return leave_out(cascade(*by_path, self.cascade_size))
+      return leave_out(reciprocal_rank(by_branch, self.weights, self.rank_constant))
+    return leave_out(cascade(*by_branch, self.cascade_size))
 
 
 def inner_products(users: Array, items: Array) -> Array:
@@ -264,23 +273,23 @@ def places(scores: Array) -> Array:
   return below(scores).astype(jnp.float32)
 
 
-def reciprocal_rank(by_path: Sequence[Array], weights: Sequence[float], constant: float) -> Array:
-  """Reciprocal rank fusion (Cormack et al., SIGIR 2009): sum over paths of w / (constant + rank).
+def reciprocal_rank(by_branch: Sequence[Array], weights: Sequence[float], constant: float) -> Array:
+  """Reciprocal rank fusion (Cormack et al., SIGIR 2009): the sum of w / (constant + rank).
 
   Args:
-    by_path: `[users, items]` scores of each path; items with equal scores share the worst rank.
-    weights: one a path.
+    by_branch: `[users, items]` scores of each branch; items with equal scores share the worst rank.
+    weights: one a branch.
     constant: 60 in the paper; the larger, the less the places at the top differ.
 
   Returns:
     `[users, items]` float32.
   """
-  ranks = [scores.shape[-1] - places(scores) for scores in by_path]
+  ranks = [scores.shape[-1] - places(scores) for scores in by_branch]
   return sum(w / (constant + rank) for w, rank in zip(weights, ranks, strict=True))
 
 
 def cascade(first: Array, second: Array, size: int) -> Array:
-  """Puts the first path's best `size` items in the second path's order, the others behind them.
+  """Puts the first branch's best `size` items in the second branch's order, the others behind them.
 
   Args:
     first: `[users, items]` scores that choose; equal ones at the border are all chosen.

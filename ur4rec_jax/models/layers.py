@@ -56,11 +56,13 @@ def causal_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
   return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
 
 
-def take_positions(x: Array, wanted: Array | None) -> Array:
-  """Takes positions `wanted` `[batch, wanted]` of `x` `[batch, length, ...]`; all with None."""
-  if wanted is None:
+def take_positions(x: Array, query_positions: Array | None) -> Array:
+  """Takes `query_positions` `[batch, queries]` of `x` `[batch, length, ...]`; None takes all."""
+  if query_positions is None:
     return x
-  return jnp.take_along_axis(x, wanted.reshape(*wanted.shape, *[1] * (x.ndim - 2)), axis=1)
+  return jnp.take_along_axis(
+    x, query_positions.reshape(*query_positions.shape, *[1] * (x.ndim - 2)), axis=1
+  )
 
 
 class TokenProjection(nn.Module):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ur4rec_jax.data.features import Preferences, TokenTable
-from ur4rec_jax.models.content import ContentTower, ItemSide
+from ur4rec_jax.models.content import ContentTower, EncodedItems
 from ur4rec_jax.models.user_tower import ProxyTower, UserTower
 
 Array = jax.Array
@@ -77,9 +77,9 @@ class Retriever(nn.Module):
       tower, names = ProxyTower, (*names, 'num_proxies')
     self.user_tower = tower(**{name: getattr(self, name) for name in names})
 
-  def item_side(
+  def encode_items(
     self, features: Mapping[str, TokenTable], *, deterministic: bool = True
-  ) -> ItemSide:
+  ) -> EncodedItems:
     """Makes every item's vector, of length 1, once for all users.
 
     Args:
@@ -90,30 +90,31 @@ class Retriever(nn.Module):
     vectors = content.vectors
     if self.item_id:
       vectors = vectors + self.item_embedding
-    return ItemSide(normalised(vectors), content)
+    return EncodedItems(normalised(vectors), content)
 
-  def user_side(
+  def encode_users(
     self,
-    items: ItemSide,
+    items: EncodedItems,
     item_ids: Array,
     segment_ids: Array,
     preferences: Preferences | None = None,
     backbone: Array | None = None,
     *,
     deterministic: bool = True,
-    wanted: Array | None = None,
+    query_positions: Array | None = None,
   ) -> tuple[Array, Array | None]:
     """Encodes every prefix of every history.
 
     Args:
-      items: from `item_side`.
+      items: from `encode_items`.
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: what users' own texts tell; None if there are none.
-      backbone: `[batch, length, width]`, states of the sequence path, which `proxies` read; of
-        the `wanted` positions, if not all are.
+      backbone: `[batch, length, width]`, states of the sequence branch, which `proxies` read; of
+        `query_positions` alone, if they are given.
       deterministic: False applies dropout, with the `dropout` key.
-      wanted: `[batch, wanted]` positions, if not all are; the last layers are spared the others.
+      query_positions: `[batch, queries]` positions to encode, or None for all. The last layers
+        compute nothing for the others.
 
     Returns:
       `[batch, length, dim]`, whose inner product with an item's vector is its score, in nats; and
@@ -129,6 +130,6 @@ class Retriever(nn.Module):
       preferences,
       backbone,
       deterministic=deterministic,
-      wanted=wanted,
+      query_positions=query_positions,
     )
     return normalised(users) * jnp.exp(-self.log_temperature).astype(users.dtype), retrieved

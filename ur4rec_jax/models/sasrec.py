@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from ur4rec_jax.data.features import TokenTable
-from ur4rec_jax.models.content import ContentTower, ItemSide
+from ur4rec_jax.models.content import ContentTower, EncodedItems
 from ur4rec_jax.models.layers import Dropout, causal_attention, masked_attention, take_positions
 
 Array = jax.Array
@@ -67,28 +67,30 @@ class Attention(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, h: Array, mask: Array, wanted: Array | None = None) -> Array:
+  def __call__(self, h: Array, mask: Array, query_positions: Array | None = None) -> Array:
     """Mixes `h` `[batch, length, dim]` under a causal `mask` `[batch, length, length]`.
 
     Returns:
-      `[batch, length, dim]`, or `[batch, wanted, dim]` of positions `wanted` `[batch, wanted]`.
+      `[batch, length, dim]`, or `[batch, queries, dim]` for `query_positions` `[batch, queries]`.
     """
     batch, _, dim = h.shape
     heads = self.num_heads, dim // self.num_heads
     kernel = self.param('kernel', nn.initializers.lecun_normal(), (dim, 3 * dim))
     bias = self.param('bias', nn.initializers.zeros, (3 * dim,))
     h, kernel, bias = promote_dtype(h, kernel, bias, dtype=self.dtype)
-    if wanted is None:
+    if query_positions is None:
       # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
       both = (h.reshape(-1, dim) @ kernel + bias).reshape(*h.shape[:2], 3, *heads)
       return causal_attention(*jnp.moveaxis(both, 2, 0), mask).reshape(h.shape)
     # q . (W_k x + b_k) = W_k' q . x but for what all x share, and a mean of W_v x + b_v is W_v of
     # the mean: for a few queries that is two products a query instead of two an item.
     of_query, of_key, of_value = jnp.moveaxis(kernel.reshape(dim, 3, *heads), 1, 0)
-    query = take_positions(h, wanted).reshape(-1, dim) @ of_query.reshape(dim, dim) + bias[:dim]
+    query = (
+      take_positions(h, query_positions).reshape(-1, dim) @ of_query.reshape(dim, dim) + bias[:dim]
+    )
     query = jnp.einsum('qhw,dhw->qhd', query.reshape(-1, *heads), of_key) * self.num_heads**0.5
     items = h[:, :, None]
-    visible = jnp.repeat(take_positions(mask, wanted), self.num_heads, axis=1)
+    visible = jnp.repeat(take_positions(mask, query_positions), self.num_heads, axis=1)
     mixed = masked_attention(query.reshape(batch, -1, 1, dim), items, items, visible)
     mixed = jnp.einsum('qhd,dhw->qhw', mixed.reshape(-1, self.num_heads, dim), of_value)
     return mixed.reshape(batch, -1, dim) + bias[2 * dim :]
@@ -115,11 +117,11 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, mask: Array, *, deterministic: bool, wanted: Array | None = None
+    self, x: Array, mask: Array, *, deterministic: bool, query_positions: Array | None = None
   ) -> Array:
     """Maps tokens `x` `[batch * length, dim]` under a causal `mask` `[batch, length, length]`.
 
-    With `wanted` `[batch, wanted]` gives those positions alone, `[batch * wanted, dim]`.
+    With `query_positions` `[batch, queries]`, returns those positions: `[batch * queries, dim]`.
     """
     dropout = Dropout(self.dropout, deterministic=deterministic)
     layer_norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
@@ -127,7 +129,7 @@ class Block(nn.Module):
 
     def attention(h: Array) -> Array:
       mix = Attention(self.num_heads, self.dtype, name='query_key_value')
-      mixed = mix(h.reshape(*mask.shape[:2], self.dim), mask, wanted)
+      mixed = mix(h.reshape(*mask.shape[:2], self.dim), mask, query_positions)
       return dense(self.dim, 'attention_out')(mixed.reshape(-1, self.dim))
 
     def feed_forward(h: Array) -> Array:
@@ -137,8 +139,10 @@ class Block(nn.Module):
     for name, branch in (('attention', attention), ('ffn', feed_forward)):
       norm = layer_norm(f'{name}_norm')
       change = dropout(branch(norm(x) if self.norm == 'pre' else x))
-      if wanted is not None and name == 'attention':
-        x = take_positions(x.reshape(*mask.shape[:2], self.dim), wanted).reshape(-1, self.dim)
+      if query_positions is not None and name == 'attention':
+        x = take_positions(x.reshape(*mask.shape[:2], self.dim), query_positions).reshape(
+          -1, self.dim
+        )
       x = x + change if self.norm == 'pre' else norm(x + change)
     return x
 
@@ -147,7 +151,7 @@ class SASRec(nn.Module):
   """Encodes item sequences; scores are inner products with the same item embeddings.
 
   An item's embedding is a table's row, is made from its texts and pictures, or is the sum of both.
-  Rows begin at random or, with `id_from_content`, as what `content.first_rows` makes of features.
+  The table begins at random or, with `id_from_content`, as `content.initial_item_embeddings`.
 
   Attributes:
     num_items: catalogue size; item ids are 1..num_items, 0 is padding.
@@ -160,7 +164,7 @@ class SASRec(nn.Module):
     norm: `pre` or `post` normalisation.
     item_input: one of `ITEM_INPUTS`.
     item_scale: root mean square of the rows at first.
-    whitening: of what rows begin as, with `id_from_content`; see `first_rows`.
+    whitening: of what rows begin as, with `id_from_content`; see `initial_item_embeddings`.
     content: makes vectors of width `dim` from features; None but for `OF_CONTENT`.
     dtype: computation type; parameters and reductions stay float32.
   """
@@ -181,7 +185,7 @@ class SASRec(nn.Module):
 
   def setup(self):
     normal = nn.initializers.normal
-    if self.has_rows:
+    if self.has_item_table:
       shape = self.num_items + 1, self.dim
       self.item_embedding = self.param('item_embedding', normal(self.item_scale), shape)
     shape = self.max_length, self.dim
@@ -194,13 +198,13 @@ class SASRec(nn.Module):
     self.final_norm = nn.LayerNorm(dtype=self.dtype)
 
   @property
-  def has_rows(self) -> bool:
+  def has_item_table(self) -> bool:
     """Whether it has a table with a row for each item."""
     return self.item_input != 'content'
 
-  def item_side(
+  def encode_items(
     self, features: Mapping[str, TokenTable] | None = None, *, deterministic: bool = True
-  ) -> ItemSide:
+  ) -> EncodedItems:
     """Makes every item's embedding, once for all users.
 
     Args:
@@ -208,34 +212,35 @@ class SASRec(nn.Module):
       deterministic: False applies dropout, with the `dropout` key.
     """
     vectors, content = 0.0, None
-    if self.has_rows:
+    if self.has_item_table:
       vectors += self.item_embedding
     if self.content is not None:
       content = self.content(features, deterministic=deterministic)
       vectors += content.vectors
-    return ItemSide(vectors.astype(self.dtype), content)
+    return EncodedItems(vectors.astype(self.dtype), content)
 
-  def user_side(
+  def encode_users(
     self,
-    items: ItemSide,
+    items: EncodedItems,
     item_ids: Array,
     segment_ids: Array,
     *,
     deterministic: bool = True,
-    wanted: Array | None = None,
+    query_positions: Array | None = None,
   ) -> Array:
     """Encodes every prefix of every sequence.
 
     Args:
-      items: from `item_side`.
+      items: from `encode_items`.
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item; `length` is at
         most `max_length`.
       segment_ids: `[batch, length]` int32, see the module's docstring.
       deterministic: False applies dropout, with the `dropout` key.
-      wanted: `[batch, wanted]` positions, if not all are; the last block is spared the others.
+      query_positions: `[batch, queries]` positions to encode, or None for all. The last block
+        computes nothing for the others.
 
     Returns:
-      `[batch, length, dim]` hidden states, or `[batch, wanted, dim]`; finite but meaningless where
+      `[batch, length, dim]` hidden states, or `[batch, queries, dim]`; finite but meaningless where
       `segment_ids` is 0.
     """
     positions = segment_positions(segment_ids)
@@ -244,6 +249,6 @@ class SASRec(nn.Module):
     x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
     mask = causal_mask(segment_ids)
     for i, block in enumerate(self.blocks, 1):
-      cut = wanted if i == len(self.blocks) else None
-      x = block(x, mask, deterministic=deterministic, wanted=cut)
+      cut = query_positions if i == len(self.blocks) else None
+      x = block(x, mask, deterministic=deterministic, query_positions=cut)
     return self.final_norm(x).reshape(item_ids.shape[0], -1, self.dim)

@@ -1,4 +1,4 @@
-"""UR4Rec: a sequence path and a content path that score the whole catalogue together."""
+"""UR4Rec: a sequence branch and a content branch that score the whole catalogue together."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,23 +11,23 @@ from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.features import Preferences, TokenTable
-from ur4rec_jax.models.content import Content, ContentTower, ItemSide
-from ur4rec_jax.models.fusion import SUMS, PathFusion, inner_products
+from ur4rec_jax.models.content import Content, ContentTower, EncodedItems
+from ur4rec_jax.models.fusion import SUMS, BranchFusion, inner_products
 from ur4rec_jax.models.retriever import Retriever
 from ur4rec_jax.models.sasrec import OF_CONTENT, SASRec
 
 Array = jax.Array
-PATHS = ('sasrec', 'retriever')
+BRANCHES = ('sasrec', 'retriever')
 FUSED = 'fused'
 
 
 class Encoded(NamedTuple):
-  """What losses read: for each path, and for their fusion, two sides whose products are scores.
+  """What losses read: for each branch, and for their fusion, two sides whose products are scores.
 
   Attributes:
-    users: by path, `[batch, length, width]`.
-    items: by path, `[items, width]`, row i of item i + 1.
-    rows: the same of sharded items, where losses read them all: by path `[rows, width]`, this
+    users: by branch, `[batch, length, width]`.
+    items: by branch, `[items, width]`, row i of item i + 1.
+    rows: the same of sharded items, where losses read them all: by branch `[rows, width]`, this
       device's, while `items` are those that the step reads; None elsewhere.
     content: of the items, from the retriever if there is one; None without features.
     retrieved: `[batch, length, proxies, dim]`, of the retriever's proxies; None without them.
@@ -49,12 +49,12 @@ class Encoded(NamedTuple):
 
 
 class UR4Rec(nn.Module):
-  """One or both paths, and how they are joined.
+  """One or both branches, and how they are joined.
 
   Attributes:
-    sasrec: the sequence path, or None.
-    retriever: the content path, or None.
-    fusion: joins their scores; None if there is one path.
+    sasrec: the sequence branch, or None.
+    retriever: the content branch, or None.
+    fusion: joins their scores; None if there is one branch.
     losses: weight of each loss it is trained with; some losses have parameters.
     uncertainty_weighting: whether the weights are learned, from these on.
     temperature: what the learned temperature of `info_nce` and `contrast` starts from.
@@ -62,7 +62,7 @@ class UR4Rec(nn.Module):
 
   sasrec: SASRec | None = None
   retriever: Retriever | None = None
-  fusion: PathFusion | None = None
+  fusion: BranchFusion | None = None
   losses: Mapping[str, float] = FrozenDict()
   uncertainty_weighting: bool = False
   temperature: float = 0.1
@@ -87,77 +87,80 @@ class UR4Rec(nn.Module):
     return (self.sasrec or self.retriever).max_length
 
   @property
-  def paths(self) -> dict[str, nn.Module]:
-    """Its paths by name."""
-    return {name: path for name in PATHS if (path := getattr(self, name)) is not None}
+  def branches(self) -> dict[str, nn.Module]:
+    """Its branches by name."""
+    return {name: branch for name in BRANCHES if (branch := getattr(self, name)) is not None}
 
   @property
   def is_sum(self) -> bool:
-    """Whether scores are sums of the paths' scores, so that shares add up."""
+    """Whether scores are sums of the branches' scores, so that shares add up."""
     return self.fusion is None or self.fusion.kind in SUMS
 
   def for_items(self, num_items: int) -> 'UR4Rec':
     """The same model of a catalogue of another size."""
     return self.clone(
-      **{name: path.clone(num_items=num_items) for name, path in self.paths.items()}
+      **{name: branch.clone(num_items=num_items) for name, branch in self.branches.items()}
     )
 
-  def item_side(
+  def encode_items(
     self, features: Mapping[str, TokenTable], *, deterministic: bool = True
-  ) -> dict[str, ItemSide]:
-    """Makes the items' side of each path, once for all users; features as `ContentTower` reads."""
+  ) -> dict[str, EncodedItems]:
+    """Encodes all items in each branch, once for all users; features as `ContentTower` reads."""
     return {
-      name: path.item_side(features, deterministic=deterministic)
-      for name, path in self.paths.items()
+      name: branch.encode_items(features, deterministic=deterministic)
+      for name, branch in self.branches.items()
     }
 
-  def user_side(
+  def encode_users(
     self,
-    items: Mapping[str, ItemSide],
+    items: Mapping[str, EncodedItems],
     item_ids: Array,
     segment_ids: Array,
     preferences: Preferences | None = None,
     *,
     deterministic: bool = True,
-    wanted: Array | None = None,
+    query_positions: Array | None = None,
   ) -> dict[str, Array]:
-    """Encodes every prefix of every history in each path.
+    """Encodes every prefix of every history in each branch.
 
     Args:
-      items: from `item_side`.
+      items: from `encode_items`.
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: what users' own texts tell, for the retriever; None if there are none.
       deterministic: False applies dropout, with the `dropout` key.
-      wanted: `[batch, wanted]` positions, if not all are; the last layers are spared the others.
+      query_positions: `[batch, queries]` positions to encode, or None for all. The last layers
+        compute nothing for the others.
 
     Returns:
-      By path `[batch, length, width]`, or `[batch, wanted, width]`.
+      By branch `[batch, length, width]`, or `[batch, queries, width]`.
     """
-    return self._user_side(items, item_ids, segment_ids, preferences, deterministic, wanted)[0]
+    return self._encode_users(
+      items, item_ids, segment_ids, preferences, deterministic, query_positions
+    )[0]
 
-  def _user_side(
-    self, items, item_ids, segment_ids, preferences, deterministic, wanted=None
+  def _encode_users(
+    self, items, item_ids, segment_ids, preferences, deterministic, query_positions=None
   ) -> tuple[dict[str, Array], Array | None]:
-    """Returns `user_side`, and what the retriever's proxies found."""
+    """Returns `encode_users`, and what the retriever's proxies found."""
     users, retrieved = {}, None
     if self.sasrec is not None:
-      users['sasrec'] = self.sasrec.user_side(
+      users['sasrec'] = self.sasrec.encode_users(
         items['sasrec'],
         item_ids,
         segment_ids,
         deterministic=deterministic,
-        wanted=wanted,
+        query_positions=query_positions,
       )
     if self.retriever is not None:
-      users['retriever'], retrieved = self.retriever.user_side(
+      users['retriever'], retrieved = self.retriever.encode_users(
         items['retriever'],
         item_ids,
         segment_ids,
         preferences,
         users.get('sasrec'),
         deterministic=deterministic,
-        wanted=wanted,
+        query_positions=query_positions,
       )
     return users, retrieved
 
@@ -171,17 +174,17 @@ class UR4Rec(nn.Module):
     deterministic: bool = True,
     take: Callable[[Array], Array] | None = None,
   ) -> Encoded:
-    """Does both for training; the fusion, if it is a sum, is one more path.
+    """Does both for training; the fusion, if it is a sum, is one more branch.
 
     With `take`, `features` and item tables are this device's rows; it takes those out of an array
     `[rows, ...]` that histories and losses number, on all devices the same.
     """
-    sides = self.item_side(features, deterministic=deterministic)
+    sides = self.encode_items(features, deterministic=deterministic)
     rows = None
     if take is not None:
       rows = {name: side.vectors for name, side in sides.items()}
       sides = jax.tree.map(take, sides)
-    users, retrieved = self._user_side(sides, item_ids, segment_ids, preferences, deterministic)
+    users, retrieved = self._encode_users(sides, item_ids, segment_ids, preferences, deterministic)
     items = _vectors(sides)
     if self.fusion is not None and self.is_sum:
       users[FUSED], items[FUSED] = self.fusion(users, items)
@@ -200,8 +203,8 @@ class UR4Rec(nn.Module):
       self.log_variances,
     )
 
-  def covariances(self, items: Mapping[str, ItemSide]) -> dict[str, Array]:
-    """What `scaled_users` has to know of all items, by path; for sums of several paths."""
+  def covariances(self, items: Mapping[str, EncodedItems]) -> dict[str, Array]:
+    """What `scaled_users` has to know of all items, by branch; for sums of several branches."""
     if self.fusion is None or not self.is_sum:
       return {}
     return self.fusion.covariances(_vectors(items))
@@ -209,21 +212,21 @@ class UR4Rec(nn.Module):
   def scaled_users(
     self, users: Mapping[str, Array], covariances: Mapping[str, Array]
   ) -> dict[str, Array]:
-    """Multiplies users so that scores are sums of inner products, as `PathFusion.scaled` does."""
+    """Multiplies users so that scores are sums of inner products, as `BranchFusion.scaled` does."""
     return dict(users) if self.fusion is None else self.fusion.scaled(users, covariances)
 
   def scores(
     self,
     users: Mapping[str, Array],
-    items: Mapping[str, ItemSide],
+    items: Mapping[str, EncodedItems],
     leave_out: Callable[[Array], Array] = lambda scores: scores,
   ) -> Array:
     """Scores the whole catalogue.
 
     Args:
-      users: by path, `[users, width]`: positions of `user_side`.
-      items: from `item_side`.
-      leave_out: see `PathFusion.scores`.
+      users: by branch, `[users, width]`: positions of `encode_users`.
+      items: from `encode_items`.
+      leave_out: see `BranchFusion.scores`.
 
     Returns:
       `[users, items]` float32, column i of item i + 1.
@@ -235,31 +238,31 @@ class UR4Rec(nn.Module):
     return leave_out(inner_products(states, vectors[name]))
 
 
-def _vectors(items: Mapping[str, ItemSide]) -> dict[str, Array]:
+def _vectors(items: Mapping[str, EncodedItems]) -> dict[str, Array]:
   return {name: side.vectors[1:] for name, side in items.items()}
 
 
 def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
-  """Builds the model that the config's `paths`, `sasrec`, `retriever` and others describe."""
+  """Builds the model that the config's `branches`, `sasrec`, `retriever` and others describe."""
   dtype = jnp.dtype(config.dtype)
   common = {'num_items': num_items, 'max_length': config.max_length, 'dtype': dtype}
   content = lambda dim: ContentTower(dim, dtype=dtype, **config.content)
-  paths = {}
-  if 'sasrec' in config.paths:
+  branches = {}
+  if 'sasrec' in config.branches:
     tower = content(config.sasrec.dim) if config.sasrec.item_input in OF_CONTENT else None
-    paths['sasrec'] = SASRec(content=tower, **common, **config.sasrec)
-  if 'retriever' in config.paths:
-    paths['retriever'] = Retriever(
+    branches['sasrec'] = SASRec(content=tower, **common, **config.sasrec)
+  if 'retriever' in config.branches:
+    branches['retriever'] = Retriever(
       content=content(config.retriever.dim), **common, **config.retriever
     )
-  if len(paths) > 1:
+  if len(branches) > 1:
     fields = {**config.fusion, 'weights': tuple(config.fusion.weights)}
-    paths['fusion'] = PathFusion(paths=tuple(paths), **fields)
+    branches['fusion'] = BranchFusion(branches=tuple(branches), **fields)
   return UR4Rec(
     losses=losses_in_use(config.loss),
     uncertainty_weighting=config.loss.weighting == 'uncertainty',
     temperature=config.loss.temperature,
-    **paths,
+    **branches,
   )
 
 
@@ -269,6 +272,6 @@ def losses_in_use(config: ConfigDict) -> FrozenDict[str, float]:
 
 
 def retrieval_losses(config: ConfigDict) -> dict[str, str]:
-  """Names the retrieval loss of each path, and of their fusion, that has a weight."""
+  """Names the retrieval loss of each branch, and of their fusion, that has a weight."""
   named = {'sasrec': config.name, 'retriever': config.retriever_name, FUSED: config.name}
-  return {path: named[path] for path in losses_in_use(config) if path in named}
+  return {branch: named[branch] for branch in losses_in_use(config) if branch in named}

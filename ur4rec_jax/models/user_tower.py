@@ -110,9 +110,9 @@ class UserTower(nn.Module):
     backbone: Array | None = None,
     *,
     deterministic: bool,
-    wanted: Array | None = None,
+    query_positions: Array | None = None,
   ) -> tuple[Array, None]:
-    """Returns `[batch, length, dim]`, and None; arguments as `Retriever.user_side`."""
+    """Returns `[batch, length, dim]`, and None; arguments as `Retriever.encode_users`."""
     del backbone  # Only `ProxyTower` reads it.
     history = HistoryTokens(self.max_length, self.dim, self.dropout, self.dtype, name='history')
     states, visible = history(content, item_ids, segment_ids, deterministic=deterministic)
@@ -124,18 +124,18 @@ class UserTower(nn.Module):
       mask = visible[name] | jnp.eye(x.shape[1], dtype=bool)
       for i in range(self.num_blocks):
         sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, self.norm, self.dtype
-        cut = wanted if not num_crossings and i == self.num_blocks - 1 else None
+        cut = query_positions if not num_crossings and i == self.num_blocks - 1 else None
         block = Block(*sizes, name=f'{name}_block_{i}')
-        flat = block(flat, mask, deterministic=deterministic, wanted=cut)
+        flat = block(flat, mask, deterministic=deterministic, query_positions=cut)
       states[name] = flat.reshape(x.shape[0], -1, self.dim)
     visible |= memory_visible
     for i in range(num_crossings):
       block = CrossModalBlock(self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{i}')
-      cut = wanted if i == num_crossings - 1 else None
-      states = block(states, visible, memory, deterministic=deterministic, wanted=cut)
+      cut = query_positions if i == num_crossings - 1 else None
+      states = block(states, visible, memory, deterministic=deterministic, query_positions=cut)
     if not (num_crossings or self.num_blocks):
-      states = {name: take_positions(x, wanted) for name, x in states.items()}
-    visible = {name: take_positions(mask, wanted) for name, mask in visible.items()}
+      states = {name: take_positions(x, query_positions) for name, x in states.items()}
+    visible = {name: take_positions(mask, query_positions) for name, mask in visible.items()}
     positions = next(iter(states.values())).shape[:2]
     small = nn.initializers.normal(0.02)
     for name, tokens in memory.items():
@@ -153,7 +153,7 @@ class UserTower(nn.Module):
 
 
 class ProxyTower(nn.Module):
-  """Learned proxies and the sequence path's state ask the user's tokens: UR4Rec's retriever.
+  """Learned proxies and the sequence branch's state ask the user's tokens: UR4Rec's retriever.
 
   K proxy tokens and one made of the state attend to each other, then to the content of the history
   and the user's own texts, then pass a feed-forward network (Zhang, Zhu & Dou, COLING 2025, after
@@ -182,11 +182,11 @@ class ProxyTower(nn.Module):
     backbone: Array,
     *,
     deterministic: bool,
-    wanted: Array | None = None,
+    query_positions: Array | None = None,
   ) -> tuple[Array, Array]:
     """Returns `[batch, length, dim]`, and what each proxy found, `[batch, length, proxies, dim]`.
 
-    Arguments as `Retriever.user_side`.
+    Arguments as `Retriever.encode_users`.
     """
     batch, length = backbone.shape[:2]
     dropout = Dropout(self.dropout, deterministic=deterministic)
@@ -202,7 +202,7 @@ class ProxyTower(nn.Module):
     memory = jnp.concatenate([*memory.values(), *texts[0].values()], axis=1)
     memory = norm('memory_norm')(memory.reshape(-1, self.dim))
     visible = jnp.concatenate([*visible.values(), *texts[1].values()], axis=2)
-    visible = take_positions(visible, wanted)
+    visible = take_positions(visible, query_positions)
     num_queries = self.num_proxies + 1
     has_seen = jnp.repeat(visible.any(-1).reshape(-1), num_queries)[:, None]
     # Every query of a position sees what the position may see.

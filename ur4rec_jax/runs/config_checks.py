@@ -6,10 +6,10 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.models.fusion import CALIBRATIONS, MODALITY_FUSIONS, PATH_FUSIONS, SUMS
+from ur4rec_jax.models.fusion import BRANCH_FUSIONS, CALIBRATIONS, MODALITY_FUSIONS, SUMS
 from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ITEM_INPUTS, NORMS
-from ur4rec_jax.models.ur4rec import PATHS, retrieval_losses
+from ur4rec_jax.models.ur4rec import BRANCHES, retrieval_losses
 from ur4rec_jax.training.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.training.optimizers import GROUPS, SCHEDULES
 from ur4rec_jax.training.stages import ALTERNATIONS, STARTS, stage_config
@@ -25,7 +25,7 @@ _CHOICES = {
   'retriever.norm': NORMS,
   'retriever.fusion': MODALITY_FUSIONS,
   'content.fusion': MODALITY_FUSIONS,
-  'fusion.kind': PATH_FUSIONS,
+  'fusion.kind': BRANCH_FUSIONS,
   'fusion.calibration': CALIBRATIONS,
   'loss.name': RETRIEVAL_LOSSES,
   'loss.retriever_name': RETRIEVAL_LOSSES,
@@ -149,7 +149,7 @@ def check_config(config: ConfigDict) -> None:
   choices_of = _CHOICES | of_stages(_STAGE_CHOICES)
   at_least = _AT_LEAST | of_stages(_STAGE_AT_LEAST)
   above_zero = (*_ABOVE_ZERO, *of_stages({'learning_rate_scale': 0}))
-  others = ('data_dir', 'modalities', 'user_modalities', 'paths')
+  others = ('data_dir', 'modalities', 'user_modalities', 'branches')
   others += ('shuffled_features', 'retriever.item_id', 'fusion.weights')
   others += ('stages', *of_stages({'moving': (), 'losses': (), 'turns': ()}), 'compilation_cache')
   for name in (*choices_of, *at_least, *above_zero, *_BELOW_ONE, *_AT_MOST_ONE, *others):
@@ -180,43 +180,47 @@ def check_config(config: ConfigDict) -> None:
 
 
 def _check_paths(fields: dict[str, Any]) -> None:
-  paths = fields['paths']
-  if not paths or paths != [name for name in PATHS if name in paths]:
-    raise InputError(f'config.paths={paths}: must be some of {", ".join(PATHS)}, in this order')
+  branches = fields['branches']
+  if not branches or branches != [name for name in BRANCHES if name in branches]:
+    raise InputError(
+      f'config.branches={branches}: must be some of {", ".join(BRANCHES)}, in this order'
+    )
   weights = fields['fusion.weights']
-  if len(paths) > 1 and (len(weights) != len(paths) or min(weights) <= 0):
-    raise InputError(f'config.fusion.weights={weights}: must be one number above 0 for each path')
-  reads_content = 'retriever' in paths or fields['sasrec.item_input'] != 'id'
+  if len(branches) > 1 and (len(weights) != len(branches) or min(weights) <= 0):
+    raise InputError(f'config.fusion.weights={weights}: must be one number above 0 for each branch')
+  reads_content = 'retriever' in branches or fields['sasrec.item_input'] != 'id'
   if bool(fields['modalities']) != reads_content:
     raise InputError(
-      f'config.modalities={fields["modalities"]} with config.paths={paths} and '
+      f'config.modalities={fields["modalities"]} with config.branches={branches} and '
       f'config.sasrec.item_input={fields["sasrec.item_input"]}: content needs modalities, and '
       'modalities are for content; add --config.modalities=text, or take a variant that reads '
       'texts, e.g. --config=configs/movielens_100k.py:text'
     )
-  if fields['user_modalities'] and 'retriever' not in paths:
+  if fields['user_modalities'] and 'retriever' not in branches:
     raise InputError(
-      f'config.user_modalities={fields["user_modalities"]} with config.paths={paths}: only the '
-      'retriever reads them; leave them out, or take a variant with a retriever'
+      f'config.user_modalities={fields["user_modalities"]} with config.branches={branches}: only '
+      'the retriever reads them; leave them out, or take a variant with a retriever'
     )
-  if 'retriever' in paths and fields['retriever.query'] == 'proxies' and 'sasrec' not in paths:
+  if (
+    'retriever' in branches and fields['retriever.query'] == 'proxies' and 'sasrec' not in branches
+  ):
     raise InputError(
-      "config.retriever.query='proxies': its queries start from the states of the path sasrec; "
-      "set config.paths=('sasrec', 'retriever')"
+      "config.retriever.query='proxies': its queries start from the states of the branch sasrec; "
+      "set config.branches=('sasrec', 'retriever')"
     )
 
 
 def _check_losses(fields: dict[str, Any]) -> None:
-  paths = fields['paths']
-  has_proxies = 'retriever' in paths and fields['retriever.query'] == 'proxies'
+  branches = fields['branches']
+  has_proxies = 'retriever' in branches and fields['retriever.query'] == 'proxies'
   needs = {
-    **{f'loss.weights.{name}': (name in paths, f'the path {name}') for name in PATHS},
+    **{f'loss.weights.{name}': (name in branches, f'the branch {name}') for name in BRANCHES},
     'loss.weights.fused': (
-      len(paths) > 1 and fields['fusion.kind'] in SUMS,
-      f'two paths and a fusion that is a sum: {", ".join(SUMS)}',
+      len(branches) > 1 and fields['fusion.kind'] in SUMS,
+      f'two branches and a fusion that is a sum: {", ".join(SUMS)}',
     ),
-    'loss.weights.contrast': (has_proxies, "the path retriever with retriever.query='proxies'"),
-    'loss.weights.matching': ('retriever' in paths, 'the path retriever'),
+    'loss.weights.contrast': (has_proxies, "the branch retriever with retriever.query='proxies'"),
+    'loss.weights.matching': ('retriever' in branches, 'the branch retriever'),
     'loss.weights.consistency': (len(fields['modalities']) > 1, 'two modalities'),
     'loss.weights.info_nce': (len(fields['modalities']) > 1, 'two modalities'),
     'loss.weights.diversity': (
@@ -227,24 +231,24 @@ def _check_losses(fields: dict[str, Any]) -> None:
   for name, (is_met, need) in needs.items():
     if fields[name] and not is_met:
       raise InputError(f'config.{name}={fields[name]}: needs {need}; set it to 0')
-  for path in paths:
-    if not (fields[f'loss.weights.{path}'] or fields['loss.weights.fused']):
-      raise InputError(f'config.loss.weights.{path}=0: nothing would train the path {path}')
+  for branch in branches:
+    if not (fields[f'loss.weights.{branch}'] or fields['loss.weights.fused']):
+      raise InputError(f'config.loss.weights.{branch}=0: nothing would train the branch {branch}')
 
 
 def _check_item_rows(config: ConfigDict) -> None:
   rows = config.optimizer.item_rows
   if rows == 'all':
     return
-  for path, name in retrieval_losses(config.loss).items():
+  for branch, name in retrieval_losses(config.loss).items():
     if rows == 'touched' and name == 'softmax':
-      field = 'retriever_name' if path == 'retriever' else 'name'
+      field = 'retriever_name' if branch == 'retriever' else 'name'
       raise InputError(
         f"config.optimizer.item_rows='touched' with config.loss.{field}='softmax', which reads all "
         f'items: take a sampled loss, e.g. --config.loss.{field}=sampled_softmax '
         '--config.loss.num_negatives=1000; or item_rows=sharded, where each device trains its own'
       )
-  is_fused = len(config.paths) > 1 and (rows == 'sharded' or config.loss.weights.fused)
+  is_fused = len(config.branches) > 1 and (rows == 'sharded' or config.loss.weights.fused)
   if is_fused and config.fusion.kind in SUMS and config.fusion.calibration == 'standardise':
     raise InputError(
       f"config.optimizer.item_rows='{rows}' with config.fusion.calibration='standardise', which "
@@ -253,7 +257,7 @@ def _check_item_rows(config: ConfigDict) -> None:
   if is_fused and rows == 'sharded' and config.fusion.kind not in SUMS:
     raise InputError(
       f"config.optimizer.item_rows='sharded' with config.fusion.kind='{config.fusion.kind}', which "
-      f'ranks all items of each path in one place: take {" or ".join(SUMS)}'
+      f'ranks all items of each branch in one place: take {" or ".join(SUMS)}'
     )
 
 

@@ -26,7 +26,10 @@ _TITLES = {
   'grad_norm': ('Gradient norm', 'over all parameters, before clipping'),
   'loss/': ('Losses', 'each before its weight'),
   'weight/': ('Loss weights', 'what the losses are multiplied by'),
-  'gate/': ('Fusion gates', 'share that each path or modality has in the fused whole, on average'),
+  'gate/': (
+    'Fusion gates',
+    'share that each branch or modality has in the fused whole, on average',
+  ),
 }
 
 Point = tuple[float, float]

@@ -49,7 +49,7 @@ def write_results(
 ) -> dict:
   """Evaluates the best parameters, writes `results.json` and files beside it, prints the table.
 
-  Those of each stage are ranked with the paths that the stage trains; the run's are those of the
+  Those of each stage are ranked with the branches that the stage trains; the run's are those of the
   stage with the best validation.
 
   Beside it are `timing.json`, `report.html`, and `test_ranks.npz` with `users`, their index in the
@@ -82,7 +82,7 @@ def write_results(
       {
         'name': stage.name,
         'moving': sorted(stage.moving),
-        'paths': [*stage.config.paths],
+        'paths': [*stage.config.branches],
         'steps': end - went.start,
         'best_step': went.best_step,
         'best_epoch': went.best_epoch,
@@ -156,7 +156,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
 def restore_best(
   config: ConfigDict, workdir: str, dataset: Dataset, tables: Tables
 ) -> tuple[Stage, PyTree]:
-  """Reads the best parameters of a run, and the stage whose paths rank with them.
+  """Reads the best parameters of a run, and the stage whose branches rank with them.
 
   Raises:
     InputError: the run has not been validated yet.
@@ -207,10 +207,10 @@ def rank_held_out(
 
 
 def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
-  """Returns paths, protocol, the metrics of both parts, whole and by popularity, and baselines."""
+  """Returns branches, protocol, metrics of both parts (also by popularity) and baselines."""
   groups = metrics.popularity_groups(dataset.train_part().item_counts())
   return {
-    'model': ' + '.join(config.paths),
+    'model': ' + '.join(config.branches),
     'protocol': evaluate.protocol(dataset, config.evaluation),
     **{part: metrics.ranking_metrics(ranks[part]) for part in evaluate.PARTS},
     'by_popularity': {

@@ -21,7 +21,7 @@ from ur4rec_jax.data.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.errors import DivergenceError, InputError, InterruptedBySignal
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.metrics import ranking_metrics
-from ur4rec_jax.models.content import first_rows
+from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.runs import results
 from ur4rec_jax.runs.checkpoint import Checkpointer
@@ -219,7 +219,7 @@ class TrainLoop:
     restored = self.checkpointer.restore(stored, self.axes)
     if restored is None:
       self.state: TrainState = devices.create(create_padded, self.axes['state'])
-      if 'sasrec' in self.config.paths and self.config.sasrec.item_input == 'id_from_content':
+      if 'sasrec' in self.config.branches and self.config.sasrec.item_input == 'id_from_content':
         self._begin_items_as_content(tables)
       self.best_params = repeat_params(self.state.params, len(self.stages))
       self.progress, self.saved = TrainProgress(), None
@@ -235,7 +235,7 @@ class TrainLoop:
     @jax.jit
     def table(features: dict[str, TokenTable]) -> dict[str, jax.Array]:
       key = jax.random.fold_in(jax.random.key(self.config.seed), 1)
-      rows = first_rows(features, sasrec.dim, sasrec.item_scale, sasrec.whitening, key)
+      rows = initial_item_embeddings(features, sasrec.dim, sasrec.item_scale, sasrec.whitening, key)
       return item_embeddings.padded({name: rows}, self.item_rows)
 
     first_tokens = jax.tree.map(lambda x: x[:, :1], tables.items)
@@ -249,9 +249,9 @@ class TrainLoop:
     self.total_steps = stage.total_steps(self.batches.steps_per_epoch)
     self.validate_every = stage.validate_every_epochs * self.batches.steps_per_epoch
     model = create_model(stage.config, self.dataset.num_items)
-    paths = stage.config.paths
-    if paths not in self.validators:
-      self.validators[paths] = evaluate.make_evaluator(
+    branches = stage.config.branches
+    if branches not in self.validators:
+      self.validators[branches] = evaluate.make_evaluator(
         model,
         self.dataset,
         self.item_ids,
@@ -262,7 +262,7 @@ class TrainLoop:
         self.item_rows,
         self.axes['state'].params,
       )
-    program = paths, stage.losses, stage.moving
+    program = branches, stage.losses, stage.moving
     if program not in self.train_steps:
       self.train_steps[program] = devices.MAPPINGS[self.config.mapping](
         train_step.make_train_step(model, self.tx, self.labels, stage.config, stage.moving),
@@ -349,7 +349,7 @@ class TrainLoop:
     """Ranks the validation items, keeps the parameters if they are the best, and saves."""
     progress, best = self.progress, self.progress.stage
     self.dispatcher.flush()
-    validator = self.validators[self.stage.config.paths]
+    validator = self.validators[self.stage.config.branches]
     ranks = validator(self.state.params, interrupted=self.stop_requested)
     if ranks is None:
       self._save_and_stop(self.stop_requested())

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.sasrec import OF_CONTENT
-from ur4rec_jax.models.ur4rec import FUSED, PATHS, losses_in_use
+from ur4rec_jax.models.ur4rec import BRANCHES, FUSED, losses_in_use
 from ur4rec_jax.training.optimizers import GROUPS, group_of
 from ur4rec_jax.training.train_state import StageState
 
@@ -31,7 +31,7 @@ class Stage:
 
   Attributes:
     name: of the stage.
-    config: the run's, with only the stage's losses, and the paths that these read.
+    config: the run's, with only the stage's losses, and the branches that these read.
     losses: names of those with a weight.
     moving: labels of the parameters that are trained.
     turns: labels that move in each turn; one turn if nothing alternates.
@@ -104,10 +104,10 @@ def stage_numbers(
 
 
 def stage_config(config: ConfigDict, name: str) -> ConfigDict:
-  """Returns the config with only the losses of one stage, and the paths that these read.
+  """Returns the config with only the losses of one stage, and the branches that these read.
 
   Raises:
-    InputError: a loss is unknown or has no inputs in this stage, or none trains a path.
+    InputError: a loss is unknown or has no inputs in this stage, or none trains a branch.
   """
   chosen = config.stage[name].losses
   field = f'config.stage.{name}.losses={tuple(chosen)}'
@@ -119,23 +119,23 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
   losses = [loss for loss in losses_in_use(config.loss) if loss in chosen or ALL in chosen]
   # Proxies read the states of SASRec, so it stands by, frozen or not.
   reads_all = FUSED in losses or ('retriever' in losses and config.retriever.query == 'proxies')
-  paths = tuple(path for path in config.paths if path in losses or reads_all)
-  if not paths:
+  branches = tuple(branch for branch in config.branches if branch in losses or reads_all)
+  if not branches:
     raise InputError(
-      f'{field}: trains no path of config.paths={tuple(config.paths)}; give one of these losses '
-      'a weight in config.loss.weights, or leave the stage out of config.stages'
+      f'{field}: trains no branch of config.branches={tuple(config.branches)}; give one of these '
+      'losses a weight in config.loss.weights, or leave the stage out of config.stages'
     )
   has_content = config.sasrec.item_input in OF_CONTENT
   for loss in losses:
-    is_auxiliary = loss not in (*PATHS, FUSED)
-    if is_auxiliary and 'retriever' not in paths and (loss in OF_RETRIEVER or not has_content):
+    is_auxiliary = loss not in (*BRANCHES, FUSED)
+    if is_auxiliary and 'retriever' not in branches and (loss in OF_RETRIEVER or not has_content):
       raise InputError(
-        f'{field}: {loss} needs vectors that no path of this stage makes; take it out, or add a '
+        f'{field}: {loss} needs vectors that no branch of this stage makes; take it out, or add a '
         'loss of the retriever'
       )
   config = config.copy_and_resolve_references()
   with config.ignore_type():
-    config.paths = paths
+    config.branches = branches
   for loss in config.loss.weights:
     if loss not in losses:
       config.loss.weights[loss] = 0.0
@@ -196,11 +196,15 @@ def _turns(
     moving |= found & reached
   if not moving:
     raise InputError(f'{field}: nothing moves; name groups of {", ".join(GROUPS)}')
-  for path in config.paths:
-    is_used = path in fields.losses or ALL in fields.losses
-    if is_used and config.loss.weights[path] and not any(x.startswith(path + '/') for x in moving):
+  for branch in config.branches:
+    is_used = branch in fields.losses or ALL in fields.losses
+    if (
+      is_used
+      and config.loss.weights[branch]
+      and not any(x.startswith(branch + '/') for x in moving)
+    ):
       raise InputError(
-        f'{field}: no parameter of {path} moves, so its loss trains nothing; take it out of '
+        f'{field}: no parameter of {branch} moves, so its loss trains nothing; take it out of '
         f'config.stage.{stage}.losses'
       )
   if not fields.turns:

@@ -84,12 +84,12 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       `diversity` look at; `diversity`, its kind; and what `make_retrieval_loss` reads.
 
   Returns:
-    `losses(encoded, batch, negatives, num_items, tokens, read)`, with `negatives` by path from
+    `losses(encoded, batch, negatives, num_items, tokens, read)`, with `negatives` by branch from
     `draw_negatives`, `tokens` the number to divide sums over tokens by, and `read` the ids of the
     items that `batch` numbers, where it does: the scalars by name.
   """
   retrieval = {
-    path: make_retrieval_loss(name, config) for path, name in retrieval_losses(config).items()
+    branch: make_retrieval_loss(name, config) for branch, name in retrieval_losses(config).items()
   }
   names = losses_in_use(config)
 
@@ -107,16 +107,16 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
     some = jnp.linspace(0, targets.size - 1, min(config.contrast_items, targets.size), dtype=int)
     some_ids, some_weights = batch.targets.reshape(-1)[some], weights[some]
 
-    def of_path(path: str) -> Array:
-      users = encoded.users[path]
+    def of_branch(branch: str) -> Array:
+      users = encoded.users[branch]
       users = users.reshape(-1, users.shape[-1])
-      if encoded.rows is not None and negatives[path] is None:
+      if encoded.rows is not None and negatives[branch] is None:
         target_ids = read[batch.targets.reshape(-1)]
-        arrays = users, encoded.rows[path], target_ids, weights
+        arrays = users, encoded.rows[branch], target_ids, weights
         loss = losses.softmax_over_devices(*arrays, num_items, config.chunk_size, AXIS)
       else:
-        items = encoded.items[path]
-        loss = retrieval[path](users, items, targets, weights, negatives[path], num_items)
+        items = encoded.items[branch]
+        loss = retrieval[branch](users, items, targets, weights, negatives[branch], num_items)
       return loss / tokens
 
     def info_nce() -> Array:
@@ -167,7 +167,7 @@ def make_losses(config: ConfigDict) -> Callable[..., dict[str, Array]]:
       'info_nce': info_nce,
       'diversity': diversity,
     }
-    return {name: auxiliary[name]() if name in auxiliary else of_path(name) for name in names}
+    return {name: auxiliary[name]() if name in auxiliary else of_branch(name) for name in names}
 
   return all_losses
 
@@ -292,8 +292,8 @@ def make_train_step(
     device's rows of each step, of which the first `num_steps` are taken, and the `numbers` of the
     stage. It gives the new state and per step, `[steps]`: `loss`, the weighted sum, and `loss/NAME`
     each loss if there are several, all means over all devices' tokens; `weight/NAME` what it is
-    multiplied by, where that is learned; `gate/NAME` the share of a path or modality; `grad_norm`;
-    `turn`, whose it was; `finite`, whether loss and gradient are.
+    multiplied by, where that is learned; `gate/NAME` the share of a branch or modality;
+    `grad_norm`; `turn`, whose it was; `finite`, whether loss and gradient are.
   """
   all_losses, loss_weights = make_losses(config.loss), losses_in_use(config.loss)
   moves = jax.tree.map(lambda label: label in moving, labels)
@@ -312,8 +312,8 @@ def make_train_step(
     batch = gather_batch(data.item_ids, plan, config.max_length)
     targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
     negatives = {
-      path: draw_negatives(name, config.loss, targets, data, negatives_key)
-      for path, name in retrieval_losses(config.loss).items()
+      branch: draw_negatives(name, config.loss, targets, data, negatives_key)
+      for branch, name in retrieval_losses(config.loss).items()
     }
     num_items = data.item_counts.size
     params, opt_state, features = state.params, state.opt_state, data.tables.items
@@ -322,8 +322,8 @@ def make_train_step(
     if item_rows != 'all':
       # Padding has negatives of its own, which nothing reads.
       drawn = {
-        path: jnp.where(weights[:, None] > 0, x.items + 1, 0) if x.items.ndim > 1 else x.items + 1
-        for path, x in negatives.items()
+        branch: jnp.where(weights[:, None] > 0, x.items + 1, 0) if x.items.ndim > 1 else x.items + 1
+        for branch, x in negatives.items()
         if x is not None
       }
       read = [batch.item_ids, batch.targets, *drawn.values()]
@@ -331,9 +331,9 @@ def make_train_step(
       batch = batch._replace(
         item_ids=renumber(batch.item_ids, rows), targets=renumber(batch.targets, rows)
       )
-      for path, ids in drawn.items():
+      for branch, ids in drawn.items():
         items = jnp.maximum(renumber(ids, rows) - 1, 0)
-        negatives[path] = negatives[path]._replace(items=items)
+        negatives[branch] = negatives[branch]._replace(items=items)
       take_read = functools.partial(take_rows, rows=rows, item_rows=item_rows)
       if reads_all:
         model_of_step, take = model.for_items(rows_of_device(num_items) - 1), take_read
