@@ -26,7 +26,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   # In validation about as good as the whole softmax, and several times as fast.
   config.loss.name = config.loss.retriever_name = 'sampled_softmax'
   config.loss.num_negatives = 2000
-  config.optimizer.item_rows = 'touched'
+  config.optimizer.item_embeddings = 'touched'
   config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule = 'cosine'
   if variant == 'sasrec':

@@ -12,7 +12,7 @@ def stage(config: ConfigDict, **fields) -> ConfigDict:
   """Returns a stage's knobs: those of the whole run and the usual ones, but for `fields`."""
   whole_run, optimizer = config.get_oneway_ref, config.optimizer.get_oneway_ref
   stage = ConfigDict()
-  stage.moving = ('all',)  # Groups that are trained, retriever, all; or regexes of parameter paths.
+  stage.trainable = ('all',)  # Groups that are trained, retriever, all; or regexes of names.
   stage.losses = ('all',)  # Those of loss.weights that count, where they have a weight.
   stage.num_epochs = whole_run('num_epochs')  # At most so many.
   stage.num_steps = 0  # At most so many optimizer steps instead; 0 for num_epochs.
@@ -21,9 +21,9 @@ def stage(config: ConfigDict, **fields) -> ConfigDict:
   stage.learning_rate_scale = 1.0  # Of optimizer.learning_rate.
   stage.warmup_steps = optimizer('warmup_steps')  # Linear from zero.
   stage.schedule = optimizer('schedule')  # constant, or cosine over the stage.
-  stage.turns = ()  # Of moving, what takes turns, as ('sasrec', 'retriever'); others move always.
-  stage.turn_steps = 50  # Optimizer steps a turn,
-  stage.alternate = 'steps'  # or, if adaptive, without a new low of the loss's moving average.
+  stage.alternation = ()  # Groups that are trained in turn, e.g. ('sasrec', 'retriever').
+  stage.alternation_steps = 50  # Optimizer steps before the next group has its turn,
+  stage.alternation_rule = 'steps'  # Or adaptive: so many steps without a new low of the loss.
   stage.start_next_with = 'best'  # Parameters that go on: best by validation, or last.
   with stage.unlocked():
     stage.update(fields)
@@ -154,19 +154,21 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.clip_norm = 1.0  # Largest gradient norm of a group; 0 for no clipping.
   config.optimizer.b1 = 0.9  # Decay of AdamW's first moment.
   config.optimizer.b2 = 0.999  # Decay of AdamW's second moment.
-  config.optimizer.item_rows = 'all'  # That a step updates: all; touched; or sharded over devices.
+  config.optimizer.item_embeddings = (
+    'all'  # That a step updates: all; touched; or sharded over devices.
+  )
 
   config.stages = ('train',)  # Names of stages below, in order; one may come several times.
   config.stage = ConfigDict()
   config.stage.train = stage(config)
-  config.stage.pretrain_sasrec = stage(config, moving=('sasrec',), losses=('sasrec',))
+  config.stage.pretrain_sasrec = stage(config, trainable=('sasrec',), losses=('sasrec',))
   config.stage.pretrain_retriever = stage(
     config,
-    moving=('retriever', 'loss'),
+    trainable=('retriever', 'loss'),
     losses=('retriever', 'consistency', 'info_nce', 'diversity', 'contrast', 'matching'),
   )
   config.stage.joint_finetune = stage(
-    config, turns=('sasrec', 'retriever'), learning_rate_scale=0.3
+    config, alternation=('sasrec', 'retriever'), learning_rate_scale=0.3
   )
   config.stage.end_to_end = stage(config, learning_rate_scale=0.1)
   if variant != 'sasrec':

@@ -106,7 +106,7 @@ def test_a_sampled_protocol_is_named_beside_its_numbers(run, finished):
 
 @pytest.mark.parametrize(('loss', 'rows'), [('sampled_softmax', 'touched'), ('gbce', 'all')])
 def test_sampled_losses_train(loss, rows, run, tmp_path):
-  flags = (f'--config.loss.name={loss}', f'--config.optimizer.item_rows={rows}')
+  flags = (f'--config.loss.name={loss}', f'--config.optimizer.item_embeddings={rows}')
   flags += ('--config.loss.num_negatives=8', '--config.num_epochs=2')
   done = run(tmp_path / 'run', *flags)
   assert done.returncode == 0, done.stderr

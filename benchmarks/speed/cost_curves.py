@@ -2,7 +2,7 @@
 
   python -m benchmarks.speed.cost_curves
   python -m benchmarks.speed.cost_curves --axes=items --values=10000,1000000 \
-    --config.optimizer.item_rows=all
+    --config.optimizer.item_embeddings=all
 
 One thing grows at a time, the others stay as in `BASE`. Each point is a process of its own that
 makes its data in memory and runs the program's training loop and, for some users, its evaluator:
@@ -35,7 +35,7 @@ BASE = {'users': 10_000, 'items': 10_000, 'length': 50, 'devices': 1}
 SETTINGS = {**measure.SHAPES, 'loss': 'sampled_softmax'}
 STEP_TOKENS = 6_400
 RANKED_USERS, RANKINGS = 640, 3
-OVERRIDES = ('--config.loss.num_negatives=1000', '--config.optimizer.item_rows=touched')
+OVERRIDES = ('--config.loss.num_negatives=1000', '--config.optimizer.item_embeddings=touched')
 
 
 def make_histories(users: int, items: int, length: int) -> tuple[np.ndarray, np.ndarray]:

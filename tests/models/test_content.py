@@ -232,7 +232,7 @@ def test_a_run_begins_with_items_as_their_content(run, encoded, tmp_path, item_r
     '--config.modalities=text',
     '--config.sasrec.item_input=id_from_content',
     '--config.sasrec.item_scale=0.3',
-    f'--config.optimizer.item_rows={item_rows}',
+    f'--config.optimizer.item_embeddings={item_rows}',
     '--config.loss.name=sampled_softmax',
     '--config.optimizer.learning_rate=1e-12',
     '--config.num_epochs=1',

@@ -29,8 +29,8 @@ WRONG = [
   ('patience', 0),
   ('validate_every_epochs', 0),
   ('stage.train.num_steps', -1),
-  ('stage.train.turn_steps', 0),
-  ('stage.train.alternate', 'random'),
+  ('stage.train.alternation_steps', 0),
+  ('stage.train.alternation_rule', 'random'),
   ('stage.train.schedule', 'linear'),
   ('stage.train.start_next_with', 'first'),
   ('stage.train.learning_rate_scale', 0.0),
@@ -77,8 +77,8 @@ WRONG = [
   ('optimizer.learning_rate', 0.0),
   ('optimizer.learning_rate', -1e-3),
   ('optimizer.learning_rate', float('nan')),
-  ('optimizer.item_rows', 'some'),
-  ('optimizer.item_rows', 'touched'),  # The default loss reads them all.
+  ('optimizer.item_embeddings', 'some'),
+  ('optimizer.item_embeddings', 'touched'),  # The default loss reads them all.
   ('optimizer.warmup_steps', -1),
   ('optimizer.weight_decay', -0.1),
   ('optimizer.weight_decay', float('nan')),
@@ -93,7 +93,7 @@ OTHER = {
   'stage.train.num_epochs': 7,
   'stage.train.num_steps': 7,
   'stage.train.patience': 7,
-  'stage.end_to_end.moving': ('sasrec',),  # Not among the run's stages.
+  'stage.end_to_end.trainable': ('sasrec',),  # Not among the run's stages.
   'num_epochs': 7,
   'patience': 3,
   'steps_per_dispatch': 2,
@@ -104,12 +104,12 @@ OTHER = {
   'evaluation.batch_size': 17,
 }
 TOUCHED = {
-  'optimizer.item_rows': 'touched',
+  'optimizer.item_embeddings': 'touched',
   'loss.name': 'bce',
   'loss.retriever_name': 'bce',
   'loss.weights.fused': 1.0,
 }
-SHARDED = {'optimizer.item_rows': 'sharded'}
+SHARDED = {'optimizer.item_embeddings': 'sharded'}
 
 
 def config_with(**fields):

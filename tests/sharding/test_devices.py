@@ -133,7 +133,7 @@ def one_device(run, tmp_path_factory):
 def test_devices_agree(mapping, item_rows, run, one_device, tmp_path):
   """By a loss that reads all items."""
   workdir = tmp_path / 'run'
-  flags = (f'--config.mapping={mapping}', f'--config.optimizer.item_rows={item_rows}')
+  flags = (f'--config.mapping={mapping}', f'--config.optimizer.item_embeddings={item_rows}')
   done = run(workdir, *EXACT, *flags, env=devices(8) | {'JAX_LOG_COMPILES': '1'})
   assert done.returncode == 0, done.stderr
   assert '8 x cpu' in done.stdout
@@ -148,7 +148,7 @@ def on_two_devices(run, encoded, tmp_path_factory):
   """A run whose two devices have all rows of the items; and the flags of it."""
   workdir = tmp_path_factory.mktemp('two_devices') / 'run'
   flags = (*ON_ROWS, f'--config.data_dir={encoded}')
-  done = run(workdir, *flags, '--config.optimizer.item_rows=touched', env=devices(2))
+  done = run(workdir, *flags, '--config.optimizer.item_embeddings=touched', env=devices(2))
   assert done.returncode == 0, done.stderr
   return workdir, flags
 
@@ -156,7 +156,7 @@ def on_two_devices(run, encoded, tmp_path_factory):
 @pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
 def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_devices, tmp_path):
   reference, flags = on_two_devices
-  flags += ('--config.optimizer.item_rows=sharded',)
+  flags += ('--config.optimizer.item_embeddings=sharded',)
   workdir = tmp_path / 'run'
   run_on_two_devices(run, start, workdir, flags, mapping)
   assert_close(workdir, reference, spread=True)
@@ -177,7 +177,7 @@ def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, e
   flags += ('--config.loss.weights.fused=0.5', '--config.loss.weighting=uncertainty')
   done = run(reference, *flags, '--config.loss.chunk_size=50', env=devices(2))
   assert done.returncode == 0, done.stderr
-  flags += ('--config.optimizer.item_rows=sharded',)
+  flags += ('--config.optimizer.item_embeddings=sharded',)
   for mapping in ('pmap', 'shard_map'):
     workdir = tmp_path / mapping
     run_on_two_devices(run, start, workdir, flags, mapping)
@@ -188,7 +188,7 @@ def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, e
 
 def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, tmp_path):
   _, flags = on_two_devices
-  flags += ('--config.optimizer.item_rows=sharded',)
+  flags += ('--config.optimizer.item_embeddings=sharded',)
   workdir = tmp_path / 'run'
   of_one_epoch = (workdir, *flags, '--config.num_epochs=1')
   assert run(*of_one_epoch, env=devices(8)).returncode == 0

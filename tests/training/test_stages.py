@@ -68,13 +68,13 @@ def test_the_default_stages():
   assert tuple(stage.name for stage in made) == DEFAULT
   assert set(jax.tree.leaves(labels)) == {'sasrec', 'user_tower', 'content_tower', 'loss'}
   of_retriever = {'user_tower', 'content_tower', 'loss'}
-  assert [stage.moving for stage in made] == [
+  assert [stage.trainable for stage in made] == [
     {'sasrec'},
     of_retriever,
     {'sasrec'} | of_retriever,
     {'sasrec'} | of_retriever,
   ]
-  assert made[2].turns == ({'sasrec', 'loss'}, of_retriever)
+  assert made[2].alternation == ({'sasrec', 'loss'}, of_retriever)
   assert [stage.config.branches for stage in made] == [
     ('sasrec',),
     ('retriever',),
@@ -95,7 +95,7 @@ def test_the_default_stages_of_other_variants(variant):
 
 def test_sasrec_alone_has_one_stage_of_one_group():
   (stage,), labels = make('sasrec')
-  assert (stage.name, stage.moving, stage.turns) == ('train', {'sasrec'}, ({'sasrec'},))
+  assert (stage.name, stage.trainable, stage.alternation) == ('train', {'sasrec'}, ({'sasrec'},))
   assert set(jax.tree.leaves(labels)) == {'sasrec'}
 
 
@@ -107,21 +107,21 @@ def test_stages_are_dropped_reordered_and_repeated():
 
 
 def test_a_regex_parts_a_group():
-  moving = {'stage.end_to_end.moving': (r'sasrec/blocks_1/.*', 'fusion')}
-  made, labels = make(**moving, **{'stage.end_to_end.losses': ('sasrec',)})
+  trainable = {'stage.end_to_end.trainable': (r'sasrec/blocks_1/.*', 'fusion')}
+  made, labels = make(**trainable, **{'stage.end_to_end.losses': ('sasrec',)})
   names = labels_by_name(labels)
   upper = {name for name in names if name.startswith('sasrec/blocks_1/')}
-  assert {names[name] for name in upper} == set(made[3].moving)
+  assert {names[name] for name in upper} == set(made[3].trainable)
   assert len({label for label in names.values() if label.startswith('sasrec')}) == 2
-  assert not {names[name] for name in names.keys() - upper} & made[3].moving
-  assert made[0].moving == {'sasrec', 'sasrec-1'}
+  assert not {names[name] for name in names.keys() - upper} & made[3].trainable
+  assert made[0].trainable == {'sasrec', 'sasrec-1'}
 
 
 def test_learned_weights_of_losses_move_only_with_their_loss():
   made, labels = make(**{'loss.weighting': 'uncertainty'})
   names = labels_by_name(labels)
-  assert names['log_variance_sasrec'] not in made[1].moving
-  assert names['log_variance_retriever'] in made[1].moving
+  assert names['log_variance_sasrec'] not in made[1].trainable
+  assert names['log_variance_retriever'] in made[1].trainable
 
 
 REFUSED = [
@@ -130,13 +130,16 @@ REFUSED = [
     "'pretrain' is no stage; known: end_to_end, joint_finetune",
   ),
   ({'stages': ()}, 'needs at least one'),
-  ({'stage.end_to_end.moving': ('towers',)}, "'towers' is none of the groups .* and .* matches no"),
-  ({'stage.end_to_end.moving': ('sasrec/(',)}, 'is no regular expression'),
-  ({'stage.end_to_end.moving': ('.*',)}, "matches every parameter; say 'all'"),
-  ({'stage.end_to_end.moving': ()}, 'nothing moves'),
-  ({'stage.end_to_end.moving': ('fusion',)}, 'nothing moves'),
-  ({'stage.end_to_end.moving': ('sasrec',)}, 'no parameter of retriever moves'),
-  ({'stage.pretrain_sasrec.moving': ('sasrec', 'retriever')}, 'no loss .* reaches retriever'),
+  (
+    {'stage.end_to_end.trainable': ('towers',)},
+    "'towers' is none of the groups .* and .* matches no",
+  ),
+  ({'stage.end_to_end.trainable': ('sasrec/(',)}, 'is no regular expression'),
+  ({'stage.end_to_end.trainable': ('.*',)}, "matches every parameter; say 'all'"),
+  ({'stage.end_to_end.trainable': ()}, 'nothing moves'),
+  ({'stage.end_to_end.trainable': ('fusion',)}, 'nothing moves'),
+  ({'stage.end_to_end.trainable': ('sasrec',)}, 'no parameter of retriever moves'),
+  ({'stage.pretrain_sasrec.trainable': ('sasrec', 'retriever')}, 'no loss .* reaches retriever'),
   ({'stage.pretrain_sasrec.losses': ('hinge',)}, "'hinge' is no loss; known: all, "),
   ({'stage.pretrain_sasrec.losses': ('fused',)}, 'trains no branch'),
   ({'stage.pretrain_sasrec.losses': ()}, 'trains no branch'),
@@ -146,9 +149,9 @@ REFUSED = [
     {'stage.pretrain_sasrec.losses': ('sasrec', 'matching'), 'loss.weights.matching': 1.0},
     'matching needs vectors',
   ),
-  ({'stage.joint_finetune.turns': ('sasrec',)}, 'two entries or more'),
-  ({'stage.joint_finetune.turns': ('sasrec', 'fusion')}, 'each with something that moves'),
-  ({'stage.joint_finetune.turns': ('sasrec', 'sasrec/blocks_0/.*')}, 'in two turns'),
+  ({'stage.joint_finetune.alternation': ('sasrec',)}, 'two entries or more'),
+  ({'stage.joint_finetune.alternation': ('sasrec', 'fusion')}, 'each with something that moves'),
+  ({'stage.joint_finetune.alternation': ('sasrec', 'sasrec/blocks_0/.*')}, 'in two turns'),
 ]
 
 
@@ -162,10 +165,10 @@ def test_an_impossible_stage_is_refused(fields, told):
 # --- Turns ---
 
 
-def turns_of(losses, alternate='steps', turn_steps=3, num_turns=2) -> list[int]:
+def turns_of(losses, alternation_rule='steps', alternation_steps=3, num_turns=2) -> list[int]:
   """Whose turn each step was."""
-  fields = {'stage.joint_finetune.alternate': alternate}
-  made, labels = make(**fields, **{'stage.joint_finetune.turn_steps': turn_steps})
+  fields = {'stage.joint_finetune.alternation_rule': alternation_rule}
+  made, labels = make(**fields, **{'stage.joint_finetune.alternation_steps': alternation_steps})
   numbers = stages.stage_numbers(made[2], labels, steps_per_epoch=5, max_turns=2)
   numbers = numbers._replace(num_turns=np.int32(num_turns))
   step = jax.jit(functools.partial(stages.after_step, numbers=numbers))
@@ -269,7 +272,7 @@ def by_group(workdir, step: int) -> dict[str, dict[str, np.ndarray]]:
 def test_a_stage_changes_its_own_groups_and_no_bit_of_others(before, stage, whole):
   ends = ends_of_stages(whole)
   was, now = by_group(whole, ends[before]), by_group(whole, ends[stage])
-  moving = {'user_tower', 'content_tower'} if stage == 'pretrain_retriever' else set(was)
+  trainable = {'user_tower', 'content_tower'} if stage == 'pretrain_retriever' else set(was)
   assert set(was) == {'sasrec', 'user_tower', 'content_tower'}
   for group in was:
     assert was[group].keys() == now[group].keys()
@@ -277,7 +280,7 @@ def test_a_stage_changes_its_own_groups_and_no_bit_of_others(before, stage, whol
     same = [np.array_equal(was[group][name], now[group][name]) for name in was[group]]
     counts = [name for name in was[group] if name.endswith("['count']")]
     assert len(counts) == 1
-    if group in moving:
+    if group in trainable:
       # A gate over one modality has no gradient.
       assert not any(s for s, name in zip(same, was[group], strict=True) if 'gate' not in name)
     else:
@@ -382,8 +385,8 @@ def test_pmap_equals_shard_map(run_staged, tmp_path):
   flags = (
     "--config.stages=('pretrain_sasrec',)",
     '--config.stage.pretrain_sasrec.num_epochs=2',
-    "--config.stage.pretrain_sasrec.turns=('sasrec/item_embedding','sasrec/blocks_0/.*')",
-    '--config.stage.pretrain_sasrec.turn_steps=1',
+    "--config.stage.pretrain_sasrec.alternation=('sasrec/item_embedding','sasrec/blocks_0/.*')",
+    '--config.stage.pretrain_sasrec.alternation_steps=1',
   )
   two_devices = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
   for mapping in ('pmap', 'shard_map'):
@@ -409,7 +412,7 @@ def test_a_run_that_cannot_save_in_time_ends_itself(start_staged, tmp_path):
 
 
 def test_a_refused_stage_leaves_nothing(start_staged, tmp_path):
-  process = start_staged(tmp_path / 'run', '--config.stage.end_to_end.moving=("towers",)')
+  process = start_staged(tmp_path / 'run', '--config.stage.end_to_end.trainable=("towers",)')
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 2
   assert "'towers' is none of the groups" in stderr

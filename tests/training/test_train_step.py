@@ -227,7 +227,9 @@ class Trainer:
     numbers = stages.stage_numbers(stage, labels, steps_per_epoch=100, max_turns=1)
     self.numbers = jax.tree.map(jnp.asarray, numbers)
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
-    self.step = train_step.make_train_step(self.model, self.tx, labels, stage.config, stage.moving)
+    self.step = train_step.make_train_step(
+      self.model, self.tx, labels, stage.config, stage.trainable
+    )
     self.mapped = devices.pmap(self.step, in_axes=(None, None, 0, None, None), donate_argnums=(0,))
     self.data = devices.replicate(all_data())
     self.initial = jax.device_get(self.create(seed=0))
@@ -524,7 +526,7 @@ def on_rows(item_rows: str, loss: str, name: str) -> Trainer:
   sasrec = SASRec(NUM_ITEMS, MAX_LENGTH, dim=8, num_blocks=1, num_heads=2, ffn_dim=8, dropout=0.0)
   rate = 0.5 if name == 'sgd' else 0.01
   return Trainer(
-    UR4Rec(sasrec), loss, name=name, learning_rate=rate, clip_norm=0.1, item_rows=item_rows
+    UR4Rec(sasrec), loss, name=name, learning_rate=rate, clip_norm=0.1, item_embeddings=item_rows
   )
 
 

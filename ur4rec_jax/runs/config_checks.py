@@ -34,7 +34,7 @@ _CHOICES = {
   'loss.diversity': DIVERSITIES,
   'optimizer.name': ('adamw', 'sgd'),
   'optimizer.schedule': SCHEDULES,
-  'optimizer.item_rows': ('all', 'touched', 'sharded'),
+  'optimizer.item_embeddings': ('all', 'touched', 'sharded'),
   'evaluation.candidates': ('all', 'uniform', 'popularity'),
   'transfer_guard': ('disallow', 'log', 'allow'),
 }
@@ -93,14 +93,18 @@ _ABOVE_ZERO = (
   'checkpoint.grace_seconds',
 )
 # The same for each record of config.stage.
-_STAGE_CHOICES = {'schedule': SCHEDULES, 'alternate': ALTERNATIONS, 'start_next_with': STARTS}
+_STAGE_CHOICES = {
+  'schedule': SCHEDULES,
+  'alternation_rule': ALTERNATIONS,
+  'start_next_with': STARTS,
+}
 _STAGE_AT_LEAST = {
   'num_epochs': 1,
   'num_steps': 0,
   'validate_every_epochs': 1,
   'patience': 1,
   'warmup_steps': 0,
-  'turn_steps': 1,
+  'alternation_steps': 1,
 }
 _AT_MOST_ONE = ('loss.calibration', 'sasrec.whitening')
 _BELOW_ONE = (
@@ -151,7 +155,11 @@ def check_config(config: ConfigDict) -> None:
   above_zero = (*_ABOVE_ZERO, *of_stages({'learning_rate_scale': 0}))
   others = ('data_dir', 'modalities', 'user_modalities', 'branches')
   others += ('shuffled_features', 'retriever.item_id', 'fusion.weights')
-  others += ('stages', *of_stages({'moving': (), 'losses': (), 'turns': ()}), 'compilation_cache')
+  others += (
+    'stages',
+    *of_stages({'trainable': (), 'losses': (), 'alternation': ()}),
+    'compilation_cache',
+  )
   for name in (*choices_of, *at_least, *above_zero, *_BELOW_ONE, *_AT_MOST_ONE, *others):
     if name not in fields:
       raise InputError(f'config.{name} is missing; configs/default.py has every field')
@@ -237,27 +245,28 @@ def _check_losses(fields: dict[str, Any]) -> None:
 
 
 def _check_item_rows(config: ConfigDict) -> None:
-  rows = config.optimizer.item_rows
+  rows = config.optimizer.item_embeddings
   if rows == 'all':
     return
   for branch, name in retrieval_losses(config.loss).items():
     if rows == 'touched' and name == 'softmax':
       field = 'retriever_name' if branch == 'retriever' else 'name'
       raise InputError(
-        f"config.optimizer.item_rows='touched' with config.loss.{field}='softmax', which reads all "
-        f'items: take a sampled loss, e.g. --config.loss.{field}=sampled_softmax '
-        '--config.loss.num_negatives=1000; or item_rows=sharded, where each device trains its own'
+        f"config.optimizer.item_embeddings='touched' with config.loss.{field}='softmax', which "
+        f'reads all items: take a sampled loss, e.g. --config.loss.{field}=sampled_softmax '
+        '--config.loss.num_negatives=1000; or item_embeddings=sharded, where each device trains '
+        'its own'
       )
   is_fused = len(config.branches) > 1 and (rows == 'sharded' or config.loss.weights.fused)
   if is_fused and config.fusion.kind in SUMS and config.fusion.calibration == 'standardise':
     raise InputError(
-      f"config.optimizer.item_rows='{rows}' with config.fusion.calibration='standardise', which "
-      'reads all items: set config.fusion.calibration=log_probability'
+      f"config.optimizer.item_embeddings='{rows}' with config.fusion.calibration='standardise', "
+      'which reads all items: set config.fusion.calibration=log_probability'
     )
   if is_fused and rows == 'sharded' and config.fusion.kind not in SUMS:
     raise InputError(
-      f"config.optimizer.item_rows='sharded' with config.fusion.kind='{config.fusion.kind}', which "
-      f'ranks all items of each branch in one place: take {" or ".join(SUMS)}'
+      f"config.optimizer.item_embeddings='sharded' with config.fusion.kind='{config.fusion.kind}', "
+      f'which ranks all items of each branch in one place: take {" or ".join(SUMS)}'
     )
 
 

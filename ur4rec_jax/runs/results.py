@@ -70,7 +70,7 @@ def write_results(
   """
   best, records = progress.best_stage, []
   placed = devices.replicate(dataset.item_ids), tables
-  item_rows = config.optimizer.item_rows
+  item_rows = config.optimizer.item_embeddings
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
   for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
     parts = evaluate.PARTS if i == best else ('test',)
@@ -81,7 +81,7 @@ def write_results(
     records.append(
       {
         'name': stage.name,
-        'moving': sorted(stage.moving),
+        'moving': sorted(stage.trainable),
         'paths': [*stage.config.branches],
         'steps': end - went.start,
         'best_step': went.best_step,
@@ -166,7 +166,7 @@ def restore_best(
   tx = optimizers.create_optimizer(config.optimizer, labels)
   shapes = jax.eval_shape(
     lambda: padded(
-      create_train_state(create(config), tx, config.seed, tables), config.optimizer.item_rows
+      create_train_state(create(config), tx, config.seed, tables), config.optimizer.item_embeddings
     )
   )
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)

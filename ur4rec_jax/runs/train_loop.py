@@ -187,7 +187,7 @@ class TrainLoop:
         f'{devices.device_count()} devices cannot share equally; make it larger'
       )
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
-    self.item_rows = config.optimizer.item_rows
+    self.item_rows = config.optimizer.item_embeddings
     item_embeddings.check_devices(self.item_rows)
     self._restore_or_create(tables)
     tables = tables._replace(items=item_embeddings.padded_features(tables.items, self.item_rows))
@@ -262,15 +262,15 @@ class TrainLoop:
         self.item_rows,
         self.axes['state'].params,
       )
-    program = branches, stage.losses, stage.moving
+    program = branches, stage.losses, stage.trainable
     if program not in self.train_steps:
       self.train_steps[program] = devices.MAPPINGS[self.config.mapping](
-        train_step.make_train_step(model, self.tx, self.labels, stage.config, stage.moving),
+        train_step.make_train_step(model, self.tx, self.labels, stage.config, stage.trainable),
         in_axes=(self.axes['state'], self.data_axes, 0, None, None),
         donate_argnums=(0,),
         out_axes=(self.axes['state'], None),
       )
-    max_turns = max(len(stage.turns) for stage in self.stages)
+    max_turns = max(len(stage.alternation) for stage in self.stages)
     numbers = stage_numbers(stage, self.labels, self.batches.steps_per_epoch, max_turns)
     self.bar.close()
     if devices.is_main_process():
@@ -462,7 +462,7 @@ class _Dispatcher:
     self._pending = None
     metrics = {name: values[:count] for name, values in jax.device_get(metrics).items()}
     finite = metrics.pop('finite')
-    if len(self._stage.turns) == 1:
+    if len(self._stage.alternation) == 1:
       metrics.pop('turn')
     if not finite.all():
       raise DivergenceError(

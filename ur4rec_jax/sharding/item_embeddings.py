@@ -30,8 +30,8 @@ def check_devices(item_rows: str) -> None:
   """Raises InputError if sharded tables cannot be shared by the devices there are."""
   if item_rows == 'sharded' and _MULTIPLE % device_count():
     raise InputError(
-      f"config.optimizer.item_rows='sharded' on {device_count()} devices: their number must divide "
-      f'{_MULTIPLE}'
+      f"config.optimizer.item_embeddings='sharded' on {device_count()} devices: their number must "
+      f'divide {_MULTIPLE}'
     )
 
 

@@ -33,17 +33,17 @@ class Stage:
     name: of the stage.
     config: the run's, with only the stage's losses, and the branches that these read.
     losses: names of those with a weight.
-    moving: labels of the parameters that are trained.
-    turns: labels that move in each turn; one turn if nothing alternates.
+    trainable: labels of the parameters that are trained.
+    alternation: labels that move in each turn; one turn if nothing alternates.
   """
 
   name: str
   config: ConfigDict
   losses: tuple[str, ...]
-  moving: frozenset[str]
-  turns: tuple[frozenset[str], ...]
-  alternate: str
-  turn_steps: int
+  trainable: frozenset[str]
+  alternation: tuple[frozenset[str], ...]
+  alternation_rule: str
+  alternation_steps: int
   num_epochs: int
   num_steps: int
   validate_every_epochs: int
@@ -59,7 +59,7 @@ class Stage:
 
   def __str__(self) -> str:
     """Names the stage and what moves, e.g. `joint_finetune: sasrec | content_tower+user_tower`."""
-    return f'{self.name}: {" | ".join("+".join(sorted(turn)) for turn in self.turns)}'
+    return f'{self.name}: {" | ".join("+".join(sorted(turn)) for turn in self.alternation)}'
 
 
 class StageNumbers(NamedTuple):
@@ -70,19 +70,19 @@ class StageNumbers(NamedTuple):
     warmup_steps: `[]` int32.
     total_steps: `[]` int32.
     is_cosine: `[]` bool, or the rate is constant.
-    turns: by label `[turns]` bool, whether it moves; rows that no turn needs are at the end.
+    alternation: by label `[turns]` bool, whether it moves; rows that no turn needs are at the end.
     num_turns: `[]` int32.
-    turn_steps: `[]` int32.
-    is_adaptive: `[]` bool, or a turn has `turn_steps`.
+    alternation_steps: `[]` int32.
+    is_adaptive: `[]` bool, or a turn has `alternation_steps`.
   """
 
   learning_rate: Array
   warmup_steps: Array
   total_steps: Array
   is_cosine: Array
-  turns: dict[str, Array]
+  alternation: dict[str, Array]
   num_turns: Array
-  turn_steps: Array
+  alternation_steps: Array
   is_adaptive: Array
 
 
@@ -90,16 +90,16 @@ def stage_numbers(
   stage: Stage, labels: PyTree, steps_per_epoch: int, max_turns: int
 ) -> StageNumbers:
   """Returns the numbers of a stage; `max_turns` is that of the run's stages."""
-  turns = [*stage.turns, *stage.turns[:1] * (max_turns - len(stage.turns))]
+  turns = [*stage.alternation, *stage.alternation[:1] * (max_turns - len(stage.alternation))]
   return StageNumbers(
     np.float32(stage.config.optimizer.learning_rate * stage.learning_rate_scale),
     np.int32(stage.warmup_steps),
     np.int32(stage.total_steps(steps_per_epoch)),
     np.bool_(stage.schedule == 'cosine'),
     {label: np.array([label in turn for turn in turns]) for label in set(jax.tree.leaves(labels))},
-    np.int32(len(stage.turns)),
-    np.int32(stage.turn_steps),
-    np.bool_(stage.alternate == 'adaptive'),
+    np.int32(len(stage.alternation)),
+    np.int32(stage.alternation_steps),
+    np.bool_(stage.alternation_rule == 'adaptive'),
   )
 
 
@@ -167,7 +167,7 @@ def make_stages(
   }
   labels, kinds = {}, {}
   for name in names:
-    moves_in = tuple(name in turn for stage_turns in turns.values() for turn in stage_turns)
+    moves_in = tuple(name in turn for alternation in turns.values() for turn in alternation)
     known = kinds.setdefault(group_of(name), {})
     number = known.setdefault(moves_in, len(known))
     labels[name] = group_of(name) + f'-{number}' * bool(number)
@@ -177,8 +177,8 @@ def make_stages(
     plain = [field.name for field in dataclasses.fields(Stage)[5:]]
     fields = {field: config.stage[name][field] for field in plain}
     losses = tuple(losses_in_use(configs[name].loss))
-    moving = frozenset.union(*labelled)
-    stages.append(Stage(name, configs[name], losses, moving, labelled, **fields))
+    trainable = frozenset.union(*labelled)
+    stages.append(Stage(name, configs[name], losses, trainable, labelled, **fields))
   return stages, jax.tree.unflatten(jax.tree.structure(shapes), [labels[name] for name in names])
 
 
@@ -187,36 +187,36 @@ def _turns(
 ) -> tuple[set[str], ...]:
   """Returns the parameters that move in each turn of a stage whose losses reach some of all."""
   fields = config.stage[stage]
-  field = f'config.stage.{stage}.moving={tuple(fields.moving)}'
-  moving = set()
-  for entry in fields.moving:
+  field = f'config.stage.{stage}.trainable={tuple(fields.trainable)}'
+  trainable = set()
+  for entry in fields.trainable:
     found = _matching(entry, names, field)
     if found and not found & reached:
       raise InputError(f'{field}: no loss of the stage reaches {entry}; add one or take it out')
-    moving |= found & reached
-  if not moving:
+    trainable |= found & reached
+  if not trainable:
     raise InputError(f'{field}: nothing moves; name groups of {", ".join(GROUPS)}')
   for branch in config.branches:
     is_used = branch in fields.losses or ALL in fields.losses
     if (
       is_used
       and config.loss.weights[branch]
-      and not any(x.startswith(branch + '/') for x in moving)
+      and not any(x.startswith(branch + '/') for x in trainable)
     ):
       raise InputError(
         f'{field}: no parameter of {branch} moves, so its loss trains nothing; take it out of '
         f'config.stage.{stage}.losses'
       )
-  if not fields.turns:
-    return (moving,)
-  field = f'config.stage.{stage}.turns={tuple(fields.turns)}'
-  turns = [_matching(entry, names, field) & moving for entry in fields.turns]
+  if not fields.alternation:
+    return (trainable,)
+  field = f'config.stage.{stage}.alternation={tuple(fields.alternation)}'
+  turns = [_matching(entry, names, field) & trainable for entry in fields.alternation]
   if len(turns) < 2 or not all(turns):
     raise InputError(f'{field}: needs two entries or more, each with something that moves')
   turning = set.union(*turns)
   if len(turning) < sum(map(len, turns)):
     raise InputError(f'{field}: a parameter is in two turns')
-  return tuple(turn | (moving - turning) for turn in turns)
+  return tuple(turn | (trainable - turning) for turn in turns)
 
 
 def _matching(entry: str, names: list[str], field: str) -> set[str]:
@@ -249,14 +249,14 @@ def _names(tree: PyTree) -> list[str]:
 def after_step(state: StageState, loss: Array, numbers: StageNumbers) -> StageState:
   """Counts a step and decides, on the device, whose turn the next one is.
 
-  The turn changes after `turn_steps`; if that is adaptive, once the moving average of the loss,
-  over about as many steps, has not reached a new low for so long.
+  The turn changes after `alternation_steps`. If the rule is adaptive, it changes once the moving
+  average of the loss, over about as many steps, has not reached a new low for so long.
   """
-  change = (loss - state.average) / numbers.turn_steps
+  change = (loss - state.average) / numbers.alternation_steps
   average = jnp.where(jnp.isfinite(state.average), state.average + change, loss)
   falls = (average < state.lowest) & numbers.is_adaptive
   waited = jnp.where(falls, 0, state.waited + 1)
-  is_over = waited >= numbers.turn_steps
+  is_over = waited >= numbers.alternation_steps
   return StageState(
     step=state.step + 1,
     turn=(state.turn + is_over) % numbers.num_turns,

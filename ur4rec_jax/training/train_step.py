@@ -273,7 +273,7 @@ def make_train_step(
   tx: optax.GradientTransformationExtraArgs,
   labels: PyTree,
   config: ConfigDict,
-  moving: frozenset[str],
+  trainable: frozenset[str],
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
   """Builds the step that is mapped over devices: several optimizer steps in one dispatch.
 
@@ -285,7 +285,7 @@ def make_train_step(
     tx: optimizer, from `create_optimizer`.
     labels: of the parameters, see `make_stages`.
     config: of the stage.
-    moving: labels that are trained in it.
+    trainable: labels that are trained in it.
 
   Returns:
     `train_step(state, data, plan, num_steps, numbers)` with `plan` `[steps, rows, slots]`, this
@@ -296,8 +296,8 @@ def make_train_step(
     `grad_norm`; `turn`, whose it was; `finite`, whether loss and gradient are.
   """
   all_losses, loss_weights = make_losses(config.loss), losses_in_use(config.loss)
-  moves = jax.tree.map(lambda label: label in moving, labels)
-  item_rows = config.optimizer.item_rows
+  moves = jax.tree.map(lambda label: label in trainable, labels)
+  item_rows = config.optimizer.item_embeddings
   # Of sharded items then each device trains its own, all of them.
   reads_all = item_rows == 'sharded' and 'softmax' in retrieval_losses(config.loss).values()
   norm = global_norm_of_parts if reads_all else optax.tree.norm
@@ -378,7 +378,7 @@ def make_train_step(
       opt_state,
       params,
       learning_rate=learning_rate_at(state.stage.step, *numbers[:4]),
-      active={label: by_turn[state.stage.turn] for label, by_turn in numbers.turns.items()},
+      active={label: by_turn[state.stage.turn] for label, by_turn in numbers.alternation.items()},
       norm=norm,
     )
     params = optax.apply_updates(params, updates)
