@@ -18,11 +18,13 @@ import numpy as np
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.models.content import initial_item_embeddings
-from ur4rec_jax.sharding.item_embeddings import put_rows, take_rows
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 Array = jax.Array
 NEAREST = 2  # Whose rows are averaged.
 _AT_ONCE = 1024  # Cold items that are compared with all others.
+
+_WHOLE = ItemEmbeddings('all', 0)  # Whole tables; the number of items does not matter here.
 
 
 class ColdItems(NamedTuple):
@@ -108,12 +110,20 @@ def cold_items_of(model: Any, dataset: Dataset) -> ColdItems | None:
   return find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)
 
 
-def mean_of_nearest(rows: Array, cold: ColdItems, item_rows: str = 'all') -> Array:
-  """`[cold items, dim]`, from the rows `[items + 1, dim]` of all, or sharded ones."""
-  found = take_rows(rows, cold.nearest.reshape(-1), item_rows)
+def mean_of_nearest(table: Array, cold: ColdItems, embeddings: ItemEmbeddings = _WHOLE) -> Array:
+  """Returns the mean embedding of each cold item's nearest neighbours, `[cold items, dim]`.
+
+  Args:
+    table: item embeddings `[items + 1, dim]`, or this device's rows if they are sharded.
+    cold: the cold items and their neighbours.
+    embeddings: the policy for item tables.
+  """
+  found = embeddings.take(table, cold.nearest.reshape(-1))
   return found.reshape(*cold.nearest.shape, -1).mean(1)
 
 
-def with_mean_of_nearest(rows: Array, cold: ColdItems, item_rows: str = 'all') -> Array:
-  """Puts them into the rows `[items + 1, dim]` of all, or into sharded ones."""
-  return put_rows(rows, cold.items, mean_of_nearest(rows, cold, item_rows), item_rows)
+def with_mean_of_nearest(
+  table: Array, cold: ColdItems, embeddings: ItemEmbeddings = _WHOLE
+) -> Array:
+  """Returns the item embeddings with those of cold items replaced; see `mean_of_nearest`."""
+  return embeddings.put(table, cold.items, mean_of_nearest(table, cold, embeddings))

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
-from ur4rec_jax.data.features import TokenTable, load_features, load_with_features, read_tables
+from ur4rec_jax.data.features import TokenTable, load_features
 from ur4rec_jax.encoders.text import encode_like
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.cold_items import (
@@ -36,7 +36,7 @@ from ur4rec_jax.evaluation.cold_items import (
 from ur4rec_jax.inference import scoring
 from ur4rec_jax.inference.recommender import Answer, Ids, Recommender
 from ur4rec_jax.models.ur4rec import BRANCHES, create_model
-from ur4rec_jax.runs import results
+from ur4rec_jax.runs.open_run import open_run, restore_best
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 
 TEXT = 'text'
@@ -71,11 +71,11 @@ def load(
     raise InputError(f'{path}: cannot be read ({error!r})') from error
   if data_dir is not None:
     config.data_dir = str(data_dir)
-  dataset = load_with_features(config)
+  run = open_run(config)
+  dataset, tables = run.dataset, run.tables
   check_workdir(str(workdir), config, dataset)
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
   keep_compiled_programs(str(workdir), config)
-  stage, params = results.restore_best(config, str(workdir), dataset, tables)
+  stage, params = restore_best(run, str(workdir))
   config, params = stage.config, jax.device_get(params)
   model = create_model(config, dataset.num_items)
   if approximate and not model.is_sum:

@@ -27,8 +27,8 @@ class Encoded(NamedTuple):
   Attributes:
     users: by branch, `[batch, length, width]`.
     items: by branch, `[items, width]`, row i of item i + 1.
-    rows: the same of sharded items, where losses read them all: by branch `[rows, width]`, this
-      device's, while `items` are those that the step reads; None elsewhere.
+    own_items: by branch `[rows, width]`, this device's rows of sharded item vectors, for a loss
+      over the whole catalogue; `items` then has only the items that the step reads. None elsewhere.
     content: of the items, from the retriever if there is one; None without features.
     retrieved: `[batch, length, proxies, dim]`, of the retriever's proxies; None without them.
     log_temperature: `[]`, of the contrasts `info_nce` and `contrast`.
@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
 
   users: dict[str, Array]
   items: dict[str, Array]
-  rows: dict[str, Array] | None = None
+  own_items: dict[str, Array] | None = None
   content: Content | None = None
   retrieved: Array | None = None
   log_temperature: Array | None = None
@@ -180,21 +180,21 @@ class UR4Rec(nn.Module):
     `[rows, ...]` that histories and losses number, on all devices the same.
     """
     sides = self.encode_items(features, deterministic=deterministic)
-    rows = None
+    own_items = None
     if take is not None:
-      rows = {name: side.vectors for name, side in sides.items()}
+      own_items = {name: side.vectors for name, side in sides.items()}
       sides = jax.tree.map(take, sides)
     users, retrieved = self._encode_users(sides, item_ids, segment_ids, preferences, deterministic)
     items = _vectors(sides)
     if self.fusion is not None and self.is_sum:
       users[FUSED], items[FUSED] = self.fusion(users, items)
-      if rows is not None:
-        rows[FUSED] = self.fusion.side_by_side(rows)
+      if own_items is not None:
+        own_items[FUSED] = self.fusion.side_by_side(own_items)
     contents = [side.content for side in sides.values() if side.content is not None]
     return Encoded(
       users,
       items,
-      rows,
+      own_items,
       contents[-1] if contents else None,
       retrieved,
       self.log_temperature,

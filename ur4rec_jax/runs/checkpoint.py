@@ -78,6 +78,7 @@ class Checkpointer:
 
   def __init__(self, workdir: str, max_to_keep: int):
     """Opens the folder and sets damaged newest steps aside, with a warning."""
+    self.workdir = workdir
     self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._damaged = self._folder.with_name('damaged_checkpoints')
     try:

@@ -1,61 +1,95 @@
-"""What a run reports: JSON lines, TensorBoard, a progress bar or plain lines."""
+"""What a run reports while it trains: JSON lines, TensorBoard curves, a bar or plain lines."""
 
 import json
 import os
 import pathlib
+import socket
 import sys
 import time
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from ur4rec_jax.errors import StorageError
+from ur4rec_jax.training.stages import Stage
 
-# tensorboardX loads torch wherever it is installed, which takes seconds and serves nothing here.
-if has_no_torch := 'torch' not in sys.modules:
-  sys.modules['torch'] = None
-import tensorboardX
+METRICS = 'metrics.jsonl'
 
-if has_no_torch:
-  del sys.modules['torch']
+
+class Curves:
+  """Writes TensorBoard files in `WORKDIR/tensorboard`, in the calling thread.
+
+  A write that fails is an error of the run. Writers with a thread and a queue of their own would
+  block the run instead once the disk is full.
+  """
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    """Opens a new file; points of earlier files after `step` are not shown any more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}'
+    self._writer = RecordWriter(open(folder / name, 'ab'))  # noqa: SIM115
+    self._write(Event(wall_time=time.time(), file_version='brain.Event:2'))
+    start = SessionLog(status=SessionLog.START)
+    self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+  def add(self, step: int, values: dict[str, float]) -> None:
+    """Adds a point to the curve of each value."""
+    points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+
+  def _write(self, event: Event) -> None:
+    self._writer.write(event.SerializeToString())
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
 
 
 class MetricWriter:
-  """Appends scalars to `WORKDIR/metrics.jsonl` and to TensorBoard files in `WORKDIR/tensorboard`.
+  """Appends scalars to `WORKDIR/metrics.jsonl` and to TensorBoard.
 
-  The JSON lines hold nothing that depends on the clock, so that a resumed run has the same ones
-  as an undisturbed run; speeds go to TensorBoard.
+  The JSON lines hold nothing that depends on the clock, so a resumed run writes the same lines as
+  an undisturbed run. Speeds go to TensorBoard.
   """
 
   def __init__(self, workdir: str, step: int, size: int):
-    """Opens the files at a resumed place.
+    """Opens the files where a run goes on.
 
     Args:
       workdir: the run's folder.
       step: last step that is kept.
       size: bytes of `metrics.jsonl` that are kept, from `position` when `step` was saved.
+
+    Raises:
+      StorageError: a file cannot be written. Every other method raises it, too.
     """
-    path = pathlib.Path(workdir) / 'metrics.jsonl'
+    self._path = pathlib.Path(workdir) / METRICS
     try:
-      self._lines = open(path, 'ab')  # noqa: SIM115
+      self._lines = open(self._path, 'ab')  # noqa: SIM115
       if self._lines.tell() > size:
         self._lines.truncate(size)
-      self._tensorboard = tensorboardX.SummaryWriter(
-        str(pathlib.Path(workdir) / 'tensorboard'), purge_step=step + 1
-      )
+      self._curves = Curves(pathlib.Path(workdir) / 'tensorboard', step)
     except OSError as error:
-      raise StorageError(f'cannot write to {path}: {error.strerror}') from error
+      raise self._storage_error(error) from error
 
   def write(self, step: int, stage: str, values: dict[str, float]) -> None:
     """Adds one line `{"step", "stage", **values}` and a TensorBoard point for each value."""
     line = {'step': step, 'stage': stage, **values}
-    self._lines.write(json.dumps(line).encode() + b'\n')
-    self._lines.flush()
-    self.write_timing(step, stage, values)
+    try:
+      self._lines.write(json.dumps(line).encode() + b'\n')
+      self._lines.flush()
+    except OSError as error:
+      raise self._storage_error(error) from error
+    self.write_curves(step, stage, values)
 
-  def write_timing(self, step: int, stage: str, values: dict[str, float]) -> None:
+  def write_curves(self, step: int, stage: str, values: dict[str, float]) -> None:
     """Adds TensorBoard points only, for values that differ from run to run."""
-    for name, value in values.items():
-      self._tensorboard.add_scalar(f'{stage}/{name}', value, step)
+    try:
+      self._curves.add(step, {f'{stage}/{name}': value for name, value in values.items()})
+    except OSError as error:
+      raise self._storage_error(error) from error
 
   def position(self) -> int:
     """Makes all lines durable and returns the size of `metrics.jsonl`."""
@@ -63,12 +97,18 @@ class MetricWriter:
       self._lines.flush()
       os.fsync(self._lines.fileno())
     except OSError as error:
-      raise StorageError(f'cannot write {self._lines.name}: {error.strerror}') from error
+      raise self._storage_error(error) from error
     return self._lines.tell()
 
   def close(self) -> None:
     self._lines.close()
-    self._tensorboard.close()
+    self._curves.close()
+
+  def _storage_error(self, error: OSError) -> StorageError:
+    return StorageError(
+      f'cannot write {self._path} or the curves beside it: {error.strerror}; make room and start '
+      'the same command again to go on from the last checkpoint'
+    )
 
 
 class Progress:
@@ -89,7 +129,7 @@ class Progress:
     self._description = description
 
   def update(self, step: int, **status: str) -> None:
-    """Moves to `step` and shows `status` beside the bar, until it is replaced."""
+    """Moves to `step` and shows `status` beside the bar until the next update."""
     self._bar.set_postfix(status, refresh=False)
     self._bar.update(step - self._done)
     self._done = step
@@ -108,11 +148,67 @@ class Progress:
     self._bar.close()
 
 
-class Silent:
-  """Takes the place of both in the processes of a run that report nothing."""
+class Reporter:
+  """Everything that a training loop reports, in the one process that writes and prints."""
 
-  def __getattr__(self, name: str):
-    return lambda *args, **kwargs: 0
+  def __init__(self, writer: MetricWriter):
+    """Takes over an open writer and closes it at the end."""
+    self._writer, self._bar = writer, None
+    self._stage, self._first_step = '', 0
+
+  def begin_stage(self, stage: Stage, first_step: int, total: int, done: int) -> None:
+    """Starts a new bar.
+
+    Args:
+      stage: that begins or goes on.
+      first_step: step of the run at which the stage began.
+      total: steps that the stage may take.
+      done: steps that it has taken.
+    """
+    if self._bar is not None:
+      self._bar.close()
+    self._stage, self._first_step = stage.name, first_step
+    self._bar = Progress(str(stage), total, done)
+
+  def trained(self, step: int, values: dict[str, float], speed: float) -> None:
+    """Reports the mean metrics of a dispatch that ended at `step`; `speed` in sequences/s."""
+    self._writer.write(step, self._stage, values)
+    self._writer.write_curves(step, self._stage, {'sequences_per_second': speed})
+    shown = {'loss': f'{values["loss"]:.4f}', 'speed': f'{speed:.0f} sequences/s'}
+    self._bar.update(step - self._first_step, **shown)
+
+  def validated(self, step: int, values: dict[str, float], message: str) -> None:
+    """Reports a validation."""
+    self._writer.write(step, self._stage, {f'valid/{name}': x for name, x in values.items()})
+    self._bar.line(message)
+
+  def position(self) -> int:
+    """Makes `metrics.jsonl` durable and returns its size."""
+    return self._writer.position()
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+    self._writer.close()
+
+
+class NullReporter:
+  """Reports nothing: for the other processes of a run, and for benchmarks."""
+
+  def begin_stage(self, stage: Stage, first_step: int, total: int, done: int) -> None:
+    pass
+
+  def trained(self, step: int, values: dict[str, float], speed: float) -> None:
+    pass
+
+  def validated(self, step: int, values: dict[str, float], message: str) -> None:
+    pass
+
+  def position(self) -> int:
+    return 0
+
+  def close(self) -> None:
+    pass
 
 
 def _clock(seconds: float) -> str:

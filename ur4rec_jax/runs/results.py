@@ -1,4 +1,4 @@
-"""The numbers of a finished run: `results.json`, the table, and `--mode=evaluate`."""
+"""The metrics of a finished run: `results.json`, the printed table, and `--mode=evaluate`."""
 
 import io
 import json
@@ -9,73 +9,51 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset
-from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.evaluation import evaluate, metrics
+from ur4rec_jax.evaluation import metrics
+from ur4rec_jax.evaluation.baselines import baseline_metrics
+from ur4rec_jax.evaluation.evaluate import PARTS, EvalData, make_evaluator, protocol
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.runs.checkpoint import Checkpointer, write_file
-from ur4rec_jax.runs.config_checks import check_config
+from ur4rec_jax.runs.checkpoint import write_file
+from ur4rec_jax.runs.open_run import Run, open_run, restore_best
 from ur4rec_jax.runs.report import write_report
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.sharding.item_embeddings import padded, row_axes, unpadded
-from ur4rec_jax.training import optimizers
-from ur4rec_jax.training.stages import Stage, make_stages
-from ur4rec_jax.training.train_state import (
-  TrainProgress,
-  create_train_state,
-  parameter_shapes,
-  params_of_stage,
-  saved_tree,
-)
+from ur4rec_jax.training.train_state import TrainProgress, params_of_stage
 
 PyTree = Any
 
 
 def write_results(
-  config: ConfigDict,
-  workdir: str,
-  dataset: Dataset,
-  tables: Tables,
-  stages: list[Stage],
-  progress: TrainProgress,
-  best_params: PyTree,
-  num_parameters: int,
+  run: Run, workdir: str, progress: TrainProgress, best_params: PyTree, data: EvalData
 ) -> dict:
   """Evaluates the best parameters, writes `results.json` and files beside it, prints the table.
 
-  Those of each stage are ranked with the branches that the stage trains; the run's are those of the
-  stage with the best validation.
+  Every stage's best parameters are ranked with the branches that the stage trains. The run's
+  metrics are those of the stage with the best validation.
 
-  Beside it are `timing.json`, `report.html`, and `test_ranks.npz` with `users`, their index in the
-  dataset, and `ranks`, int32, for tests of one run against another that pair the users.
+  The files beside it are `timing.json`, `report.html`, and `test_ranks.npz` with `users`, their
+  index in the dataset, and `ranks`, int32, which paired tests between two runs need.
 
   Args:
-    config: the run's config.
+    run: that was trained.
     workdir: where to write.
-    dataset: all interactions.
-    tables: tokens of items and users, on the devices as training has them.
-    stages: of the run.
-    progress: how they went.
-    best_params: of all stages, `[stages, ...]` each.
-    num_parameters: of the model.
+    progress: how the stages went.
+    best_params: of all stages, `[stages, ...]` each, on the devices.
+    data: what the evaluation reads, on the devices.
 
   Returns:
     The contents of `results.json`.
   """
-  best, records = progress.best_stage, []
-  placed = devices.replicate(dataset.item_ids), tables
-  item_rows = config.optimizer.item_embeddings
+  dataset, best, records = run.dataset, progress.best_stage, []
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
-  for i, (stage, went, end) in enumerate(zip(stages, progress.stages, ends, strict=True)):
-    parts = evaluate.PARTS if i == best else ('test',)
-    params = params_of_stage(best_params, i)
-    ranks = rank_held_out(stage.config, dataset, *placed, params, parts, item_rows)
+  for i, (stage, went, end) in enumerate(zip(run.stages, progress.stages, ends, strict=True)):
+    parts = PARTS if i == best else ('test',)
+    ranks = rank_held_out(stage.config, data, params_of_stage(best_params, i), parts)
     if i == best:
       best_ranks, scores = ranks, _scores(stage.config, dataset, ranks)
     records.append(
@@ -103,11 +81,11 @@ def write_results(
     **scores,
     'best_stage': best,
     'stages': records,
-    'parameters': num_parameters,
-    'seed': config.seed,
+    'parameters': sum(x.size for x in jax.tree.leaves(run.shapes.params)),
+    'seed': run.config.seed,
     'git': _git_version(),
   }
-  # Apart from the results, which are the same whenever and wherever the run is repeated.
+  # Kept apart from the results, which are the same whenever and wherever the run is repeated.
   timing = {
     'device': devices.describe_devices(),
     'seconds': round(progress.seconds, 1),
@@ -137,94 +115,55 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   Raises:
     InputError: the folder holds no run or another one.
   """
-  check_config(config)
-  dataset = load_with_features(config)
-  if not check_workdir(workdir, config, dataset, free=('evaluation.',)):
+  run = open_run(config)
+  if not check_workdir(workdir, config, run.dataset, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   keep_compiled_programs(workdir, config)
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
-  stage, params = restore_best(config, workdir, dataset, tables)
-  placed = devices.replicate((dataset.item_ids, tables))
-  ranks = rank_held_out(stage.config, dataset, *placed, params, evaluate.PARTS)
-  results = _scores(stage.config, dataset, ranks)
+  stage, params = restore_best(run, workdir)
+  ranks = rank_held_out(stage.config, run.on_devices(), params, PARTS)
+  results = _scores(stage.config, run.dataset, ranks)
   if devices.is_main_process():
     print(results_table(results), file=sys.stderr)
     print(json.dumps(results))
   return results
 
 
-def restore_best(
-  config: ConfigDict, workdir: str, dataset: Dataset, tables: Tables
-) -> tuple[Stage, PyTree]:
-  """Reads the best parameters of a run, and the stage whose branches rank with them.
-
-  Raises:
-    InputError: the run has not been validated yet.
-  """
-  create = lambda config: create_model(config, dataset.num_items)
-  stages, labels = make_stages(config, lambda of: parameter_shapes(create(of), tables))
-  tx = optimizers.create_optimizer(config.optimizer, labels)
-  shapes = jax.eval_shape(
-    lambda: padded(
-      create_train_state(create(config), tx, config.seed, tables), config.optimizer.item_embeddings
-    )
-  )
-  checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
-  try:
-    restored = checkpointer.restore(saved_tree(shapes, len(stages)))
-  finally:
-    checkpointer.close()
-  best = TrainProgress.from_json(restored[1]).best_stage if restored else None
-  if best is None:
-    raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
-  params = params_of_stage(restored[0]['best_params'], best)
-  return stages[best], unpadded(params, dataset.num_items)
-
-
 def rank_held_out(
-  config: ConfigDict,
-  dataset: Dataset,
-  item_ids: jax.Array,
-  tables: Tables,
-  params: PyTree,
-  parts: Sequence[str],
-  item_rows: str = 'all',
+  config: ConfigDict, data: EvalData, params: PyTree, parts: Sequence[str]
 ) -> dict[str, np.ndarray]:
   """Returns the ranks of the held-out items by part, in the users' order.
 
-  `item_ids`, `tables` and `params` are on the devices, as `item_rows` says.
+  Args:
+    config: says which branches rank, and how they are joined.
+    data: what the evaluation reads, on the devices.
+    params: on the devices, as `data.embeddings` says.
+    parts: of `PARTS`.
   """
-  model = create_model(config, dataset.num_items)
-  placed = dataset, item_ids, tables
-  axes = row_axes(params, item_rows)
+  model = create_model(config, data.dataset.num_items)
+  data = data._replace(params_axes=data.embeddings.axes(params))
   with jax.transfer_guard(config.transfer_guard):
-    return {
-      part: evaluate.make_evaluator(
-        model, *placed, part, config.evaluation, config.mapping, item_rows, axes
-      )(params)
-      for part in parts
-    }
+    return {part: make_evaluator(model, data, part, config.evaluation)(params) for part in parts}
 
 
 def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
-  """Returns branches, protocol, metrics of both parts (also by popularity) and baselines."""
+  """Returns the model's name, the protocol, metrics of both parts by popularity, and baselines."""
   groups = metrics.popularity_groups(dataset.train_part().item_counts())
   return {
     'model': ' + '.join(config.branches),
-    'protocol': evaluate.protocol(dataset, config.evaluation),
-    **{part: metrics.ranking_metrics(ranks[part]) for part in evaluate.PARTS},
+    'protocol': protocol(dataset, config.evaluation),
+    **{part: metrics.ranking_metrics(ranks[part]) for part in PARTS},
     'by_popularity': {
       part: metrics.metrics_by_group(ranks[part], groups[dataset.held_out(part)[1]])
-      for part in evaluate.PARTS
+      for part in PARTS
     },
-    'baselines': evaluate.baseline_metrics(dataset, 'test', config.evaluation),
+    'baselines': baseline_metrics(dataset, 'test', config.evaluation),
   }
 
 
 def results_table(results: dict) -> str:
-  """Formats test metrics beside both baselines, one row each, under the protocol's name.
+  """Formats the test metrics beside both baselines, under the name of the protocol.
 
-  A last line has the test NDCG@10 by popularity of the held-out item.
+  The last line has the test NDCG@10 by popularity of the held-out item.
   """
   stages = results.get('stages', [])
   stages = stages if len(stages) > 1 else []

@@ -1,183 +1,317 @@
-"""Steps on the rows of the items that they read alone, and item tables spread over devices.
+"""Item embeddings: which rows of the item tables a step reads, updates and holds on which device.
 
-The ids of a step's histories, targets and negatives become numbers of a small catalogue, made of
-their rows of the item tables and of the tables' moments; the step runs on that one as it is, and
-the rows go back. Items that a step does not read keep parameters and moments (lazy Adam), and cost
-nothing. Where tables are sharded, each device holds as many rows, gives those that it has to all
-others, and takes back its own. A loss that reads all items is formed where their rows are; then all
-rows are updated, each on its device.
+An item table is an array with one row for each item: a parameter called `item_embedding`, or its
+moments in the optimizer state. `ItemEmbeddings` is the policy for all of them:
+
+- `all`: every device holds whole tables, and every step updates all rows.
+- `touched`: every device holds whole tables, and a step updates only the rows of the items that it
+  reads. The others keep parameters and moments (lazy Adam) and cost nothing.
+- `sharded`: the rows are spread over the devices. A step that reads some items collects their rows
+  from all devices and updates them as `touched` does. A loss over the whole catalogue is computed
+  on each device for its own rows, and then all rows are updated, each on its device.
+
+Training numbers the items that a step reads from 1, in the order of their ids, and runs the model
+on that small catalogue.
 """
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.sharding.devices import AXIS, device_count
 
 Array = jax.Array
 PyTree = Any
-ITEM_TABLE = 'item_embedding'  # The last name in the path of a parameter with a row an item.
-# Sharded tables have a multiple of so many rows, which as many devices can share; so what is saved
-# does not depend on their number.
+POLICIES = ('all', 'touched', 'sharded')
+ITEM_TABLE = 'item_embedding'  # The last part of an item table's name.
+# A sharded table is stored with a multiple of this many rows. The number of devices must divide it,
+# and what is stored does not depend on that number.
 _MULTIPLE = 64
-NOBODY = np.iinfo(np.int32).max  # A number beyond every end.
+NOWHERE = np.iinfo(np.int32).max  # An index beyond every end, which scatter and gather drop.
 
 
-def check_devices(item_rows: str) -> None:
-  """Raises InputError if sharded tables cannot be shared by the devices there are."""
-  if item_rows == 'sharded' and _MULTIPLE % device_count():
-    raise InputError(
-      f"config.optimizer.item_embeddings='sharded' on {device_count()} devices: their number must "
-      f'divide {_MULTIPLE}'
-    )
+@dataclasses.dataclass(frozen=True)
+class ItemEmbeddings:
+  """The policy for item tables, see the module's docstring.
+
+  Attributes:
+    policy: one of `POLICIES`.
+    num_items: catalogue size; item ids are 1..num_items, and row i is the row of item i.
+  """
+
+  policy: str
+  num_items: int
+
+  @property
+  def is_sharded(self) -> bool:
+    """Whether each device holds only its own rows."""
+    return self.policy == 'sharded'
+
+  @property
+  def axis(self) -> int | None:
+    """The dimension along which item features are spread over devices; None if they are whole."""
+    return 0 if self.is_sharded else None
+
+  @property
+  def items_on_device(self) -> int:
+    """The catalogue size for a model that holds this device's rows."""
+    if not self.is_sharded:
+      return self.num_items
+    return _padded_length(self.num_items + 1) // device_count() - 1
+
+  def check_devices(self) -> None:
+    """Raises InputError if the devices cannot share the rows equally."""
+    if self.is_sharded and _MULTIPLE % device_count():
+      raise InputError(
+        f"config.optimizer.item_embeddings='sharded' on {device_count()} devices: their number "
+        f'must divide {_MULTIPLE}'
+      )
+
+  def axes(self, tree: PyTree, axis: int = 0) -> PyTree:
+    """Returns the dimension of each array that is spread over devices: `axis`, or None if whole."""
+    return _map_item_tables(lambda x: axis if self.is_sharded else None, tree, lambda x: None)
+
+  def pad(self, tree: PyTree) -> PyTree:
+    """Appends rows of zeros to every item table, up to the number of rows that is stored."""
+    return _map_item_tables(_pad(jnp), tree) if self.is_sharded else tree
+
+  def unpad(self, tree: PyTree) -> PyTree:
+    """Undoes `pad`."""
+    return _map_item_tables(lambda x: x[: self.num_items + 1], tree)
+
+  def pad_features(self, tables: PyTree) -> PyTree:
+    """Pads NumPy features `[items + 1, ...]` like item tables."""
+    return jax.tree.map(_pad(np), tables) if self.is_sharded else tables
+
+  def take(self, table: Array, ids: Array) -> Array:
+    """Looks up rows by item id, inside a mapped function.
+
+    Args:
+      table: `[items + 1, ...]`, or this device's part of a sharded one.
+      ids: `[rows]` int32; an id that is no item's gives zeros.
+
+    Returns:
+      `[rows, ...]`, on every device, whichever device holds the rows.
+    """
+    found = jnp.take(table, self._rows_of(table, ids), axis=0, mode='fill', fill_value=0)
+    if not self.is_sharded:
+      return found
+    summable = jnp.promote_types(found.dtype, jnp.int8)  # Bool cannot be summed.
+    return jax.lax.psum(found.astype(summable), AXIS).astype(found.dtype)
+
+  def put(self, table: Array, ids: Array, new: Array) -> Array:
+    """Replaces rows by item id in a table `[items + 1, ...]` or this device's part of one."""
+    return table.at[self._rows_of(table, ids)].set(new, mode='drop')
+
+  def _rows_of(self, table: Array, ids: Array) -> Array:
+    return index_from(self.first_item(table), ids) if self.is_sharded else ids
+
+  def first_item(self, table: Array) -> Array | int:
+    """Returns the item id of the first row that this device holds."""
+    return jax.lax.axis_index(AXIS) * len(table) if self.is_sharded else 0
+
+  def read(self, ids: Array) -> Array:
+    """Lists the items that the steps of all devices read.
+
+    Args:
+      ids: `[ids]` int32 item ids that this device's step reads; 0 stands for no item.
+
+    Returns:
+      `[rows]` int32, ascending, the same on each device: 0, each id once, and `NOWHERE` as padding.
+    """
+    everywhere = jax.lax.all_gather(ids, AXIS, tiled=True)
+    size = min(everywhere.size, self.num_items) + 1
+    with_padding = jnp.concatenate([jnp.zeros(1, everywhere.dtype), everywhere])
+    return jnp.unique(with_padding, size=size, fill_value=NOWHERE)
+
+  def for_step(self, ids: Sequence[Array], needs_catalogue: bool) -> 'StepTables':
+    """Prepares the item tables of one training step, inside a mapped function.
+
+    Args:
+      ids: int32 arrays of the item ids that this device's step reads; 0 stands for no item.
+      needs_catalogue: whether a loss needs the embeddings of all items.
+    """
+    if self.policy == 'all':
+      return StepTables(self)
+    read = self.read(jnp.concatenate([x.reshape(-1) for x in ids]))
+    return PartTables(self, read) if needs_catalogue else ReadTables(self, read)
+
+  # The next four let ranking be written once: each is the identity if tables are whole.
+
+  def gather_queries(self, queries: PyTree) -> PyTree:
+    """Collects the queries of all devices, as each device ranks all of them among its own items."""
+    return jax.lax.all_gather(queries, AXIS, tiled=True) if self.is_sharded else queries
+
+  def first_query(self, count: int) -> Array | int:
+    """Returns the index of this device's first of `count` queries among those of all devices."""
+    return jax.lax.axis_index(AXIS) * count if self.is_sharded else 0
+
+  def sum_parts(self, x: Array) -> Array:
+    """Sums what each device computed from its own items."""
+    return jax.lax.psum(x, AXIS) if self.is_sharded else x
+
+  def sum_own_queries(self, x: Array) -> Array:
+    """Sums over devices and keeps the entries of this device's queries."""
+    return jax.lax.psum_scatter(x, AXIS, tiled=True) if self.is_sharded else x
 
 
-def rows_of_device(num_items: int) -> int:
-  """Rows that each device has of a sharded table `[items + 1, ...]`."""
-  return -(-(num_items + 1) // _MULTIPLE) * _MULTIPLE // device_count()
+@dataclasses.dataclass(frozen=True)
+class StepTables:
+  """Whole item tables in one training step; the subclasses have only a part of the rows.
+
+  Attributes:
+    embeddings: the policy.
+  """
+
+  embeddings: ItemEmbeddings
+
+  @property
+  def num_items(self) -> int:
+    """The catalogue size for the model in this step."""
+    return self.embeddings.num_items
+
+  def renumber(self, ids: Array) -> Array:
+    """Turns item ids into the step's own numbers; 0 stays 0."""
+    return ids
+
+  def take(self, tree: PyTree) -> PyTree:
+    """Returns parameters or optimizer state with the rows that the step updates."""
+    return tree
+
+  def take_features(self, features: PyTree) -> PyTree:
+    """Returns item features with the rows that the model encodes."""
+    return features
+
+  @property
+  def lookup(self) -> Callable[[Array], Array] | None:
+    """Selects the items that the step numbers from encoded ones; None if both are the same."""
+    return None
+
+  def put_back(self, old: PyTree, new: PyTree) -> PyTree:
+    """Undoes `take`: returns `new` with its rows put into the item tables of `old`."""
+    del old
+    return new
+
+  def mean_over_devices(self, gradients: PyTree, is_trainable: PyTree) -> PyTree:
+    """Averages the devices' gradients of trainable parameters; the others are zeros already."""
+    mean = lambda g, trains: jax.lax.pmean(g, AXIS) if trains else g
+    return jax.tree.map(mean, gradients, is_trainable)
+
+  def norm(self, gradients: PyTree) -> Array:
+    """Returns the global L2 norm of a tree of gradients."""
+    return optax.tree.norm(gradients)
 
 
-def feature_axis(item_rows: str) -> int | None:
-  """As `row_axes`, of the items' features, which are all sharded or none."""
-  return 0 if item_rows == 'sharded' else None
+@dataclasses.dataclass(frozen=True)
+class ReadTables(StepTables):
+  """Item tables cut down to the items that the steps of all devices read.
+
+  Attributes:
+    embeddings: the policy.
+    read: `[rows]` int32 item ids, from `ItemEmbeddings.read`.
+  """
+
+  read: Array
+
+  @property
+  def num_items(self) -> int:
+    return self.read.size - 1
+
+  def renumber(self, ids: Array) -> Array:
+    return renumber(ids, self.read)
+
+  def take(self, tree: PyTree) -> PyTree:
+    return _map_item_tables(self._take_rows, tree)
+
+  def take_features(self, features: PyTree) -> PyTree:
+    return jax.tree.map(self._take_rows, features)
+
+  def _take_rows(self, table: Array) -> Array:
+    return self.embeddings.take(table, self.read)
+
+  def put_back(self, old: PyTree, new: PyTree) -> PyTree:
+    put = lambda x, rows: self.embeddings.put(x, self.read, rows)
+    return _map_item_tables(put, old, lambda x, changed: changed, new)
 
 
-def row_axes(tree: PyTree, item_rows: str, axis: int = 0) -> PyTree:
-  """Says along which dimension every array is sharded: `axis` for item tables, None for others."""
+@dataclasses.dataclass(frozen=True)
+class PartTables(StepTables):
+  """This device's rows of sharded item tables, all of which the step updates.
 
-  def axis_of(path: tuple, _: Any) -> int | None:
-    return axis if item_rows == 'sharded' and _is_item_table(path) else None
+  Attributes:
+    embeddings: the policy.
+    read: `[rows]` int32 ids of the items in histories and targets.
+  """
 
-  return jax.tree_util.tree_map_with_path(axis_of, tree)
+  read: Array
 
+  @property
+  def num_items(self) -> int:
+    return self.embeddings.items_on_device
 
-def padded(tree: PyTree, item_rows: str) -> PyTree:
-  """Gives every item table as many rows as it is stored with; those added are zeros."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: _pad(x, jnp) if item_rows == 'sharded' and _is_item_table(path) else x, tree
-  )
+  def renumber(self, ids: Array) -> Array:
+    return renumber(ids, self.read)
 
+  @property
+  def lookup(self) -> Callable[[Array], Array]:
+    return lambda table: self.embeddings.take(table, self.read)
 
-def unpadded(tree: PyTree, num_items: int) -> PyTree:
-  """Undoes `padded`."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: x[: num_items + 1] if _is_item_table(path) else x, tree
-  )
+  def mean_over_devices(self, gradients: PyTree, is_trainable: PyTree) -> PyTree:
+    # An item table's gradient is this device's rows, already summed over the devices' tokens.
+    mean = lambda g, trains: jax.lax.pmean(g, AXIS) if trains else g
+    part = lambda g, trains: g / jax.lax.axis_size(AXIS) if trains else g
+    return _map_item_tables(part, gradients, mean, is_trainable)
+
+  def norm(self, gradients: PyTree) -> Array:
+    squares = {True: jnp.zeros(()), False: jnp.zeros(())}
+    for path, x in jax.tree_util.tree_leaves_with_path(gradients):
+      squares[_is_item_table(path)] += jnp.square(x).sum(dtype=jnp.float32)
+    return jnp.sqrt(squares[False] + jax.lax.psum(squares[True], AXIS))
 
 
 def with_placeholders(params: PyTree, num_items: int) -> PyTree:
-  """Puts zeros of the size that a model declares for item tables that nothing here reads."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: jnp.zeros((num_items + 1, *x.shape[1:])) if _is_item_table(path) else x, params
-  )
+  """Replaces item tables that a model declares but never reads by zeros `[num_items + 1, ...]`."""
+  return _map_item_tables(lambda x: jnp.zeros((num_items + 1, *x.shape[1:])), params)
 
 
-def padded_features(tables: PyTree, item_rows: str) -> PyTree:
-  """Gives tables of features `[items + 1, ...]`, NumPy, as many rows as item tables have."""
-  return jax.tree.map(lambda x: _pad(x, np), tables) if item_rows == 'sharded' else tables
+def renumber(ids: Array, read: Array) -> Array:
+  """Turns ids `[...]` that are among `read` into their positions there; 0 stays 0."""
+  return jnp.searchsorted(read, ids).astype(ids.dtype)
 
 
-def _pad(x: Array, numpy: Any) -> Array:
-  return numpy.pad(x, ((0, -len(x) % _MULTIPLE), *[(0, 0)] * (x.ndim - 1)))
+def index_from(first: Array | int, ids: Array) -> Array:
+  """Returns the index of ids in rows that begin with item `first`, `NOWHERE` for smaller ids."""
+  index = ids - first
+  return jnp.where(index >= 0, index, NOWHERE)  # A negative index would count from the end.
 
 
-def find_rows(item_ids: Array, num_items: int) -> Array:
-  """Lists the items that the steps of all devices read, once each.
+def _map_item_tables(
+  function: Callable, tree: PyTree, otherwise: Callable = lambda x, *rest: x, *rest: PyTree
+) -> PyTree:
+  """Maps `function` over the item tables of a tree, and `otherwise` over its other arrays."""
 
-  Args:
-    item_ids: `[ids]` int32 that this device's step reads, from 1; 0 where there is none.
-    num_items: catalogue size.
+  def apply(path: tuple, *arrays: Array) -> Any:
+    return (function if _is_item_table(path) else otherwise)(*arrays)
 
-  Returns:
-    `[rows]` int32, ascending, the same on each device: 0, the ids, and a number of nobody as often
-    as ids come twice.
-  """
-  everywhere = jax.lax.all_gather(item_ids, AXIS, tiled=True)
-  size = min(everywhere.size, num_items) + 1
-  with_padding = jnp.concatenate([jnp.zeros(1, everywhere.dtype), everywhere])
-  return jnp.unique(with_padding, size=size, fill_value=NOBODY)
-
-
-def renumber(item_ids: Array, rows: Array) -> Array:
-  """Turns ids `[...]` that are among `rows` into their places there; 0 stays 0."""
-  return jnp.searchsorted(rows, item_ids).astype(item_ids.dtype)
-
-
-def take_rows(table: Array, rows: Array, item_rows: str) -> Array:
-  """Takes rows of a table `[items + 1, ...]`; zeros where `rows` names nobody.
-
-  Of a sharded table, `[rows of this device, ...]`, every device gets them, whoever has them.
-  """
-  found = jnp.take(table, _places(table, rows, item_rows), axis=0, mode='fill', fill_value=0)
-  if item_rows != 'sharded':
-    return found
-  summable = jnp.promote_types(found.dtype, jnp.int8)  # Which bool is not.
-  return jax.lax.psum(found.astype(summable), AXIS).astype(found.dtype)
-
-
-def put_rows(table: Array, rows: Array, new: Array, item_rows: str) -> Array:
-  """Puts `new` at `rows` into a table `[items + 1, ...]`, or a device's part of a sharded one."""
-  return table.at[_places(table, rows, item_rows)].set(new, mode='drop')
-
-
-def take_item_tables(tree: PyTree, rows: Array, item_rows: str) -> PyTree:
-  """Cuts every item table in parameters or optimizer state down to `rows`."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: take_rows(x, rows, item_rows) if _is_item_table(path) else x, tree
-  )
-
-
-def put_item_tables(tree: PyTree, rows: Array, new: PyTree, item_rows: str) -> PyTree:
-  """Returns `new` with its item tables, of `rows` alone, put into those of `tree`."""
-
-  def put(path: tuple, old: Array, x: Array) -> Array:
-    return put_rows(old, rows, x, item_rows) if _is_item_table(path) else x
-
-  return jax.tree_util.tree_map_with_path(put, tree, new)
-
-
-def mean_over_devices(gradients: PyTree, moves: PyTree, has_parts: bool) -> PyTree:
-  """Averages the devices' gradients of all that `moves`.
-
-  Args:
-    gradients: of parameters.
-    moves: bool for each; of what does not, gradients are zeros.
-    has_parts: whether those of item tables are this device's rows, summed over devices already.
-  """
-
-  def mean(path: tuple, g: Array, is_moving: bool) -> Array:
-    if not is_moving:
-      return g
-    if has_parts and _is_item_table(path):
-      return g / jax.lax.axis_size(AXIS)
-    return jax.lax.pmean(g, AXIS)
-
-  return jax.tree_util.tree_map_with_path(mean, gradients, moves)
-
-
-def global_norm_of_parts(tree: PyTree) -> Array:
-  """Returns `optax.tree.norm` of a tree of which each device has its rows of item tables."""
-  squares = [jnp.zeros(()), jnp.zeros(())]
-  for path, x in jax.tree_util.tree_leaves_with_path(tree):
-    squares[_is_item_table(path)] += jnp.square(x).sum(dtype=jnp.float32)
-  return jnp.sqrt(squares[False] + jax.lax.psum(squares[True], AXIS))
-
-
-def places_from(first: Array, ids: Array) -> Array:
-  """Where ids are in rows of which the first is of id `first`; beyond every end if before it."""
-  places = ids - first
-  return jnp.where(places >= 0, places, NOBODY)  # Negative ones would count from the end.
-
-
-def _places(table: Array, rows: Array, item_rows: str) -> Array:
-  """Where `rows` are in this device's part of a table; beyond its end if they are elsewhere."""
-  return (
-    places_from(jax.lax.axis_index(AXIS) * len(table), rows) if item_rows == 'sharded' else rows
-  )
+  return jax.tree_util.tree_map_with_path(apply, tree, *rest)
 
 
 def _is_item_table(path: tuple) -> bool:
   return jax.tree_util.keystr(path[-1:], simple=True) == ITEM_TABLE
+
+
+def _padded_length(rows: int) -> int:
+  return -(-rows // _MULTIPLE) * _MULTIPLE
+
+
+def _pad(numpy: Any) -> Callable[[Array], Array]:
+  def pad(x: Array) -> Array:
+    return numpy.pad(x, ((0, _padded_length(len(x)) - len(x)), *[(0, 0)] * (x.ndim - 1)))
+
+  return pad

@@ -1,24 +1,20 @@
 """Training losses: pure functions, reduced in float32.
 
-The losses of a user's next item are weighted sums over flat arrays of tokens. `hidden`
-`[tokens, dim]` are user states, `item_vectors` `[num_items, dim]` the catalogue (row i is item id
-i + 1), `targets` `[tokens]` rows of the catalogue, `weights` `[tokens]` 1 for a real token and 0
-for padding. Each returns the sum over tokens; the caller divides by the global count, so that a
-result does not depend on how tokens are spread over devices.
+Losses over sampled items (`bpr`, `bce`, `gbce`, `sampled_softmax`) are weighted sums over flat
+arrays of tokens; `weights` `[tokens]` are 1 for a real token and 0 for padding. The caller divides
+by the number of tokens on all devices, so a result does not depend on how tokens are spread over
+devices. `catalogue_softmax.py` has the cross-entropy over the whole catalogue.
 
-The losses of vectors, from `consistency` on, are weighted means over the rows they are given, and 0
-where no row counts. What a mask or a weight of 0 leaves out may hold anything, NaN too. Vectors may
-have any length; those of length 0 have a cosine of 0 with all others.
+Losses over vectors (from `consistency` on) are weighted means over their rows, and 0 if no row
+counts. Entries with a mask or weight of 0 may hold anything, even NaN. Vectors may have any length;
+a vector of length 0 has a cosine of 0 with all others.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
-
-from ur4rec_jax.sharding.item_embeddings import places_from
 
 Array = jax.Array
 RETRIEVAL_LOSSES = ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce')
@@ -79,9 +75,9 @@ def sampled_softmax(
 ) -> Array:
   """Cross-entropy whose partition sum is estimated from shared negatives.
 
-  The target stands in the sum for certain, so it is not corrected; each negative stands for
-  1 / (expected times it is drawn) items (Bengio & Senecal 2008; Khrylchenko et al. 2025). A
-  negative that is the token's own target is left out.
+  The target is always in the sum, so it is not corrected. Each negative represents
+  1 / (expected number of times that it is drawn) items (Bengio & Senecal 2008; Khrylchenko et al.
+  2025). A negative that equals the token's own target is left out.
 
   Args:
     positive: `[tokens]` logits of the targets.
@@ -96,194 +92,6 @@ def sampled_softmax(
   corrected = jnp.where(is_target, -jnp.inf, negative - log_expected_count)
   log_sum = jnp.logaddexp(positive, jax.nn.logsumexp(corrected, axis=-1))
   return ((log_sum - positive) * weights).sum()
-
-
-def _matmul(a: Array, b: Array) -> Array:
-  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def plain_softmax(hidden: Array, item_vectors: Array, targets: Array, weights: Array) -> Array:
-  """Cross-entropy over the whole catalogue, written plainly; the reference for `softmax`."""
-  logits = _matmul(hidden, item_vectors.T)
-  target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-  return ((jax.nn.logsumexp(logits, axis=-1) - target_logits) * weights).sum()
-
-
-def _chunks(x: Array, chunk_size: int) -> Array:
-  """Reshapes `[tokens, ...]` to `[chunks, chunk_size, ...]`, zeros at the end."""
-  padding = [(0, -x.shape[0] % chunk_size)] + [(0, 0)] * (x.ndim - 1)
-  return jnp.pad(x, padding).reshape(-1, chunk_size, *x.shape[1:])
-
-
-def chunked_sum(loss: Callable[..., Array], chunk_size: int, *arrays: Array) -> Array:
-  """Sums `loss(*chunk)` over chunks of tokens, keeping one chunk's intermediate values at a time.
-
-  Args:
-    loss: maps `[chunk_size, ...]` arrays to a scalar; zero for tokens that are all zeros.
-    chunk_size: tokens a chunk.
-    *arrays: `[tokens, ...]`.
-
-  Returns:
-    Scalar.
-  """
-  if chunk_size >= arrays[0].shape[0]:
-    return loss(*arrays)
-  chunk_loss = jax.checkpoint(lambda chunk: loss(*chunk))
-  chunks = tuple(_chunks(x, chunk_size) for x in arrays)
-  return jax.lax.map(chunk_loss, chunks).sum()
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def softmax(
-  hidden: Array, item_vectors: Array, targets: Array, weights: Array, chunk_size: int
-) -> Array:
-  """Cross-entropy over the whole catalogue in memory of `chunk_size * num_items`.
-
-  The gradient is formed in the forward pass while a chunk's logits are at hand, so logits are
-  computed once and never kept.
-
-  Args:
-    hidden: `[tokens, dim]`.
-    item_vectors: `[num_items, dim]`.
-    targets: `[tokens]` int32 rows of `item_vectors`.
-    weights: `[tokens]`.
-    chunk_size: tokens a chunk; the last chunk is padded.
-
-  Returns:
-    Scalar sum over tokens.
-  """
-  return _softmax_forward(hidden, item_vectors, targets, weights, chunk_size)[0]
-
-
-def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
-  tokens, dim = hidden.shape
-  chunk_size = min(chunk_size, tokens)
-
-  def step(item_gradient, chunk):
-    h, target, weight = chunk
-    logits = _matmul(h, item_vectors.T)
-    top = logits.max(-1, keepdims=True)
-    unnormalised = jnp.exp(logits - top)
-    total = unnormalised.sum(-1, keepdims=True)
-    target_vectors = item_vectors[target]
-    target_logits = jnp.take_along_axis(logits, target[:, None], axis=1)
-    losses = (jnp.log(total) + top - target_logits)[:, 0]
-    # d loss / d logits = softmax - onehot. The row scales go onto the narrow [chunk, dim] factors:
-    # at [chunk, num_items] every extra pass over memory costs as much as a product.
-    unnormalised = unnormalised.astype(h.dtype)
-    hidden_gradient = weight[:, None] * (
-      _matmul(unnormalised, item_vectors) / total - target_vectors
-    )
-    item_gradient += _matmul(unnormalised.T, (h * (weight[:, None] / total)).astype(h.dtype))
-    item_gradient = item_gradient.at[target].add(-weight[:, None] * h)
-    return item_gradient, ((losses * weight).sum(), hidden_gradient.astype(h.dtype))
-
-  item_gradient, (losses, hidden_gradient) = jax.lax.scan(
-    step,
-    jnp.zeros(item_vectors.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in (hidden, targets, weights)),
-  )
-  hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
-  return losses.sum(), (hidden_gradient, item_gradient.astype(item_vectors.dtype))
-
-
-def _softmax_backward(chunk_size, residuals, cotangent):
-  del chunk_size
-  hidden_gradient, item_gradient = residuals
-  scale = lambda g: (g * cotangent).astype(g.dtype)
-  return scale(hidden_gradient), scale(item_gradient), None, None
-
-
-softmax.defvjp(_softmax_forward, _softmax_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def softmax_over_devices(
-  hidden: Array,
-  item_rows: Array,
-  target_ids: Array,
-  weights: Array,
-  num_items: int,
-  chunk_size: int,
-  axis: str,
-) -> Array:
-  """Cross-entropy over a catalogue whose rows are spread over devices (vocabulary-parallel).
-
-  Each device multiplies the tokens of all with its own items and sends two numbers a token to the
-  others; neither the catalogue nor logits ever meet in one place (Shoeybi et al., Megatron-LM,
-  2019, section 3). As in `softmax`, gradients are formed in the forward pass. They are those of the
-  sum over devices of what this returns, which must weigh the same in the objective of each.
-
-  Args:
-    hidden: `[tokens, dim]`, this device's.
-    item_rows: `[rows, dim]`, this device's; those of all, one after the other, are of items 0, 1,
-      ..., of which 0 and those from `num_items` + 1 on are none.
-    target_ids: `[tokens]` item ids, this device's.
-    weights: `[tokens]`, this device's.
-    num_items: catalogue size.
-    chunk_size: tokens whose logits are in memory at once.
-    axis: name of the devices' axis.
-
-  Returns:
-    Scalar sum over this device's tokens.
-  """
-  arrays = hidden, item_rows, target_ids, weights
-  return _softmax_over_devices_forward(*arrays, num_items, chunk_size, axis)[0]
-
-
-def _softmax_over_devices_forward(
-  hidden, item_rows, target_ids, weights, num_items, chunk_size, axis
-):
-  own_tokens, dim = hidden.shape
-  rows, device = item_rows.shape[0], jax.lax.axis_index(axis)
-  ids = device * rows + jnp.arange(rows)
-  is_item = (ids > 0) & (ids <= num_items)
-  of_all = jax.lax.all_gather((hidden, target_ids, weights), axis, tiled=True)
-  tokens = of_all[0].shape[0]
-  chunk_size = min(chunk_size, tokens)
-
-  def step(item_gradient, chunk):
-    h, target, weight = chunk
-    place = places_from(ids[0], target)  # Beyond the end where another device has the target.
-    logits = jnp.where(is_item, _matmul(h, item_rows.T), jnp.finfo(jnp.float32).min)
-    top = logits.max(-1)
-    unnormalised = jnp.where(is_item, jnp.exp(logits - top[:, None]), 0)
-    target_logit = logits.at[jnp.arange(len(h)), place].get(mode='fill', fill_value=0)
-    target_vectors = item_rows.at[place].get(mode='fill', fill_value=0)
-    tops, totals, target_logits = jax.lax.all_gather(
-      (top, unnormalised.sum(-1), target_logit), axis
-    )
-    highest = tops.max(0)
-    total = (totals * jnp.exp(tops - highest)).sum(0)
-    losses = jnp.log(total) + highest - target_logits.sum(0)
-    # What makes these exponentials probabilities goes onto the narrow factors, as in `softmax`.
-    share = (jnp.exp(top - highest) / total)[:, None]
-    weight = weight[:, None]
-    unnormalised = unnormalised.astype(h.dtype)
-    of_items = share * _matmul(unnormalised, item_rows)
-    hidden_gradient = weight * (of_items - target_vectors)
-    item_gradient += _matmul(unnormalised.T, (h * (weight * share)).astype(h.dtype))
-    item_gradient = item_gradient.at[place].add(-weight * h, mode='drop')
-    return item_gradient, (losses * weight[:, 0], hidden_gradient)
-
-  item_gradient, (losses, hidden_gradient) = jax.lax.scan(
-    step,
-    jnp.zeros(item_rows.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in of_all),
-  )
-  hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
-  hidden_gradient = jax.lax.psum_scatter(hidden_gradient, axis, tiled=True)
-  own = jax.lax.dynamic_slice_in_dim(losses.reshape(-1), device * own_tokens, own_tokens)
-  gradients = hidden_gradient.astype(hidden.dtype), item_gradient.astype(item_rows.dtype)
-  return own.sum(), gradients
-
-
-def _softmax_over_devices_backward(num_items, chunk_size, axis, residuals, cotangent):
-  del num_items, axis
-  return _softmax_backward(chunk_size, residuals, cotangent)
-
-
-softmax_over_devices.defvjp(_softmax_over_devices_forward, _softmax_over_devices_backward)
 
 
 def _at_least_float32(x: Array) -> Array:
@@ -305,7 +113,7 @@ def _mean(losses: Array, weights: Array) -> Array:
 
 def _sum_of_cosines(units: Array) -> Array:
   """Sums the cosines of all pairs of `[..., vectors, dim]`, each pair once."""
-  # |sum of u|^2 holds every pair twice, and every vector with itself.
+  # |sum of u|^2 counts every pair twice and every vector with itself once.
   return (jnp.square(units.sum(-2)).sum(-1) - jnp.square(units).sum((-2, -1))) / 2
 
 
@@ -328,15 +136,15 @@ def consistency(vectors: Array, present: Array) -> Array:
 def info_nce(a: Array, b: Array, ids: Array, weights: Array, log_temperature: Array) -> Array:
   """Symmetric InfoNCE (van den Oord et al. 2018, eq. 4; CLIP: Radford et al. 2021, fig. 3).
 
-  Row i of `a` shall find row i of `b` among all rows of `b`, and the other way round; the logits
-  are cosine / temperature. With several vectors a row of `a`, the best of them counts (BLIP-2: Li
-  et al. 2023; UR4Rec: Zhang, Zhu & Dou, COLING 2025).
+  Row i of `a` must find row i of `b` among all rows of `b`, and the other way round. The logits are
+  cosine / temperature. If a row of `a` has several vectors, the best one counts (BLIP-2: Li et al.
+  2023; UR4Rec: Zhang, Zhu & Dou, COLING 2025).
 
   Args:
     a: `[batch, dim]` or `[batch, vectors, dim]`.
     b: `[batch, dim]`.
     ids: `[batch]`; rows with the same id are not each other's negatives.
-    weights: `[batch]`, 0 for rows that are neither rows nor negatives.
+    weights: `[batch]`, 0 for rows that count neither as rows nor as negatives.
     log_temperature: scalar.
 
   Returns:
@@ -367,8 +175,9 @@ def _negative_logdet(units: Array) -> Array:
 
 
 def _negative_distance(units: Array) -> Array:
-  # Through differences: 2 - 2 cosine has no correct digit left where two vectors are near. Without
-  # the distances to themselves: compiled, they need not be exact zeros, and have wild gradients.
+  # Computed from differences, because 2 - 2 cosine loses all digits if two vectors are close. A
+  # vector's distance to itself is left out: compiled code may not return an exact zero for it, and
+  # its gradient would be arbitrary.
   first, second = jnp.triu_indices(units.shape[-2], 1)
   return -optax.safe_norm(units[:, first] - units[:, second], 0, axis=-1).mean(-1)
 
@@ -382,9 +191,9 @@ DIVERSITIES = tuple(_DIVERSITIES)
 
 
 def diversity(vectors: Array, weights: Array, kind: str) -> Array:
-  """How alike the vectors of a row are; lower is more diverse.
+  """Measures how similar the vectors of a row are; lower is more diverse.
 
-  With u the vectors at length 1, K of them, the kinds are
+  With u the K vectors of a row, scaled to length 1, the kinds are
     cosine: mean over pairs of u_i . u_j;
     logdet: -log det(u u^T + .001 I) / K, as in determinantal point processes (Kulesza & Taskar
       2012);

@@ -6,7 +6,7 @@ counts the calls while it is off.)
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +49,28 @@ def decay_mask(params) -> dict:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def learning_rate_at(
-  step: Array, learning_rate: Array, warmup_steps: Array, total_steps: Array, is_cosine: Array
-) -> Array:
-  """Linear warmup over `warmup_steps`, then constant, or cosine down to zero at `total_steps`."""
-  warmup = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1))
-  progress = (step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1)
+class RateSchedule(NamedTuple):
+  """The numbers of a learning rate schedule.
+
+  Attributes:
+    peak: `[]` float32, learning rate after warmup.
+    warmup_steps: `[]` int32.
+    total_steps: `[]` int32, the step at which a cosine reaches zero.
+    is_cosine: `[]` bool; False keeps the rate constant after warmup.
+  """
+
+  peak: Array
+  warmup_steps: Array
+  total_steps: Array
+  is_cosine: Array
+
+
+def learning_rate_at(step: Array, rate: RateSchedule) -> Array:
+  """Returns the learning rate of a step: linear warmup, then constant or a cosine down to zero."""
+  warmup = jnp.minimum(1.0, (step + 1) / jnp.maximum(rate.warmup_steps, 1))
+  progress = (step - rate.warmup_steps) / jnp.maximum(rate.total_steps - rate.warmup_steps, 1)
   cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-  return learning_rate * warmup * jnp.where(is_cosine, cosine, 1.0)
+  return rate.peak * warmup * jnp.where(rate.is_cosine, cosine, 1.0)
 
 
 def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransformationExtraArgs:

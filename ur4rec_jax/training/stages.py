@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.sasrec import OF_CONTENT
 from ur4rec_jax.models.ur4rec import BRANCHES, FUSED, losses_in_use
-from ur4rec_jax.training.optimizers import GROUPS, group_of
+from ur4rec_jax.training.optimizers import GROUPS, RateSchedule, group_of
 from ur4rec_jax.training.train_state import StageState
 
 Array = jax.Array
@@ -63,23 +63,20 @@ class Stage:
 
 
 class StageNumbers(NamedTuple):
-  """How stages differ in numbers only; those that differ in nothing else share a compiled step.
+  """The numbers of a stage that the compiled step reads.
+
+  Stages that differ only in these numbers share one compiled step.
 
   Attributes:
-    learning_rate: `[]` float32, after warmup.
-    warmup_steps: `[]` int32.
-    total_steps: `[]` int32.
-    is_cosine: `[]` bool, or the rate is constant.
-    alternation: by label `[turns]` bool, whether it moves; rows that no turn needs are at the end.
+    rate: the schedule of the learning rate.
+    alternation: by label `[turns]` bool, whether it is trained in that turn. Every stage of a run
+      has the same number of turns here; those beyond `num_turns` are not used.
     num_turns: `[]` int32.
     alternation_steps: `[]` int32.
-    is_adaptive: `[]` bool, or a turn has `alternation_steps`.
+    is_adaptive: `[]` bool; False gives every turn `alternation_steps` steps.
   """
 
-  learning_rate: Array
-  warmup_steps: Array
-  total_steps: Array
-  is_cosine: Array
+  rate: RateSchedule
   alternation: dict[str, Array]
   num_turns: Array
   alternation_steps: Array
@@ -91,11 +88,14 @@ def stage_numbers(
 ) -> StageNumbers:
   """Returns the numbers of a stage; `max_turns` is that of the run's stages."""
   turns = [*stage.alternation, *stage.alternation[:1] * (max_turns - len(stage.alternation))]
-  return StageNumbers(
+  rate = RateSchedule(
     np.float32(stage.config.optimizer.learning_rate * stage.learning_rate_scale),
     np.int32(stage.warmup_steps),
     np.int32(stage.total_steps(steps_per_epoch)),
     np.bool_(stage.schedule == 'cosine'),
+  )
+  return StageNumbers(
+    rate,
     {label: np.array([label in turn for turn in turns]) for label in set(jax.tree.leaves(labels))},
     np.int32(len(stage.alternation)),
     np.int32(stage.alternation_steps),

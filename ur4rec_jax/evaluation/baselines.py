@@ -1,0 +1,41 @@
+"""Baselines without training, ranked under the same protocol as the model."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.evaluation import metrics
+from ur4rec_jax.evaluation.queries import make_queries
+
+
+def baseline_metrics(dataset: Dataset, part: str, config: ConfigDict) -> dict[str, dict]:
+  """Ranks held-out items by training popularity, and in random order.
+
+  Returns:
+    `{'popularity': metrics, 'random': metrics}`.
+  """
+  queries = make_queries(dataset, part, config)
+  popularity = dataset.train_part().item_counts()
+  popularity[0] = -1  # Below every item.
+  sorted_popularity = np.sort(popularity[1:])
+  rng = np.random.default_rng(config.seed)
+  popularity_ranks, random_ranks = [], []
+  for target, start, length, candidates in zip(
+    queries.targets, queries.starts, queries.lengths, queries.candidates, strict=True
+  ):
+    level = popularity[target]
+    if candidates.size:
+      rivals = candidates[(candidates > 0) & (candidates != target)]
+      num_rivals, not_worse = len(rivals), int((popularity[rivals] >= level).sum())
+    else:
+      out = np.union1d(dataset.item_ids[start : start + length], target)
+      num_rivals = dataset.num_items - len(out)
+      not_worse = dataset.num_items - int(np.searchsorted(sorted_popularity, level))
+      not_worse -= int((popularity[out] >= level).sum())
+    popularity_ranks.append(1 + not_worse)
+    # In a random order every rank of the target is equally likely.
+    random_ranks.append(int(rng.integers(1, num_rivals + 2)))
+  return {
+    'popularity': metrics.ranking_metrics(np.array(popularity_ranks)),
+    'random': metrics.ranking_metrics(np.array(random_ranks)),
+  }

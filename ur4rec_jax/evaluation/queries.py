@@ -1,0 +1,135 @@
+"""Which held-out items are ranked for which users, packed into equal batches for the devices.
+
+Everything here is NumPy in host memory.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.input_pipeline import Plan, assign, pack, plan_rows
+from ur4rec_jax.sharding import devices
+
+Array = jax.Array
+
+
+class Queries(NamedTuple):
+  """Held-out items to rank, and the history before each. Arrays are `[users]` unless said.
+
+  Attributes:
+    users: index of the user in the dataset.
+    targets: the held-out item id.
+    starts: index into `Dataset.item_ids` of the user's first interaction.
+    lengths: interactions before the target.
+    candidates: `[users, candidates]` item ids to rank against; `[users, 0]` for all items.
+  """
+
+  users: np.ndarray
+  targets: np.ndarray
+  starts: np.ndarray
+  lengths: np.ndarray
+  candidates: np.ndarray
+
+
+class EvalBatch(NamedTuple):
+  """The queries that one device ranks at once; empty users pad every batch to the same number.
+
+  Attributes:
+    plan: `[rows, slots]`, the users' latest interactions.
+    slots: `[users]` index of the user's slot in the flattened rows.
+    targets: `[users]` item ids, 0 for an empty user.
+    seen_starts: `[users]` index of the user's first interaction.
+    seen_lengths: `[users]` number of interactions before the target.
+    candidates: `[users, candidates]`, see `Queries`.
+  """
+
+  plan: Plan
+  slots: np.ndarray | Array
+  targets: np.ndarray | Array
+  seen_starts: np.ndarray | Array
+  seen_lengths: np.ndarray | Array
+  candidates: np.ndarray | Array
+
+
+def make_queries(dataset: Dataset, part: str, config: ConfigDict) -> Queries:
+  """Lists the users to evaluate on `part` with their held-out item.
+
+  Args:
+    dataset: all interactions.
+    part: `valid` or `test`.
+    config: `candidates`: `all`, or `uniform` or `popularity` to draw `num_candidates` others
+      that the user never has, with `seed`.
+  """
+  users, targets = dataset.held_out(part)
+  starts, lengths = dataset.offsets[users], dataset.split.held_out[part][users]
+  candidates = np.zeros((len(users), 0), np.int32)
+  if config.candidates != 'all':
+    candidates = _draw_candidates(dataset, users, config)
+  return Queries(users, targets, starts, lengths, candidates)
+
+
+def _draw_candidates(dataset: Dataset, users: np.ndarray, config: ConfigDict) -> np.ndarray:
+  """Draws distinct items the user never has, `[users, num_candidates]`, 0 where there are none."""
+  rng = np.random.default_rng(config.seed)
+  weights = np.ones(dataset.num_items)
+  if config.candidates == 'popularity':
+    weights = dataset.train_part().item_counts()[1:].astype(float)
+  candidates = np.zeros((len(users), config.num_candidates), np.int32)
+  with np.errstate(divide='ignore'):
+    log_weights = np.log(weights)
+  for row, user in zip(candidates, users, strict=True):
+    # Gumbel top-k: a draw without replacement in proportion to the weights.
+    keys = log_weights + rng.gumbel(size=dataset.num_items)
+    keys[dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]] - 1] = -np.inf
+    best = np.argsort(-keys)[: config.num_candidates]
+    best = best[np.isfinite(keys[best])]
+    row[: len(best)] = best + 1
+  return candidates
+
+
+def make_batches(
+  queries: Queries, max_length: int, users_per_batch: int
+) -> tuple[EvalBatch, np.ndarray]:
+  """Packs the users into equal batches; their number is a multiple of the device count.
+
+  Args:
+    queries: whom to evaluate.
+    max_length: tokens a row; longer histories lose their oldest interactions.
+    users_per_batch: about how many users a batch has.
+
+  Returns:
+    An `EvalBatch` whose arrays have a leading dimension `[batches]`, and `[batches, users]`, the
+    index of each entry in `queries`, -1 if it is empty.
+  """
+  lengths = np.minimum(queries.lengths, max_length)
+  slots = pack(lengths, max_length)
+  users = assign(slots, lengths, np.arange(len(lengths)))
+  # Spread rows with many users evenly; the order changes no rank.
+  users = users[np.random.default_rng(0).permutation(len(users))]
+  rows_per_batch = min(len(users), max(1, round(len(users) * users_per_batch / len(lengths))))
+  num_batches = -(-len(users) // rows_per_batch)
+  num_batches += -num_batches % devices.device_count()
+  starts = queries.starts + queries.lengths - lengths
+  plan = plan_rows(users, queries.users, starts, lengths, num_batches * rows_per_batch)
+  by_batch = lambda x: x.reshape(num_batches, rows_per_batch, -1)
+  users = by_batch(np.pad(users, ((0, len(plan.lengths) - len(users)), (0, 0)), constant_values=-1))
+  capacity = int((users >= 0).sum((1, 2)).max())
+  members = np.full((num_batches, capacity), -1, np.int64)
+  slots_of = np.zeros((num_batches, capacity), np.int32)
+  for batch in range(num_batches):
+    filled = np.flatnonzero(users[batch] >= 0)
+    members[batch, : len(filled)] = users[batch].flat[filled]
+    slots_of[batch, : len(filled)] = filled
+  lookup = lambda x: np.where(members >= 0, x[members], 0).astype(np.int32)
+  batches = EvalBatch(
+    Plan(*map(by_batch, plan)),
+    slots_of,
+    lookup(queries.targets),
+    lookup(queries.starts),
+    lookup(queries.lengths),
+    queries.candidates[members],
+  )
+  return batches, members

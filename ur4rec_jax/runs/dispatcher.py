@@ -1,0 +1,94 @@
+"""Sends training steps to the devices and reads their metrics one dispatch later."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ur4rec_jax.data.input_pipeline import Plan, TrainBatches
+from ur4rec_jax.errors import DivergenceError
+from ur4rec_jax.runs.metric_writers import NullReporter, Reporter
+from ur4rec_jax.sharding import devices
+from ur4rec_jax.training.stages import StageNumbers
+from ur4rec_jax.training.train_data import TrainData
+from ur4rec_jax.training.train_state import TrainState
+
+
+@dataclasses.dataclass
+class Dispatcher:
+  """Keeps the devices busy: they get their next steps before the host reads the last metrics.
+
+  Attributes:
+    train_step: the mapped step of the stage.
+    data: what training reads, on the devices.
+    numbers: of the stage, on the devices.
+    batches: all batches.
+    max_steps: steps in one dispatch.
+    reporter: gets the mean metrics of each dispatch.
+    loss: mean over the last dispatch that was read.
+    speed: its sequences a second.
+  """
+
+  train_step: Callable
+  data: TrainData
+  numbers: StageNumbers
+  batches: TrainBatches
+  max_steps: int
+  reporter: Reporter | NullReporter
+  loss: float = float('nan')
+  speed: float = float('nan')
+
+  def __post_init__(self):
+    self._epoch, self._plan = -1, None
+    self._pending: tuple[int, int, dict[str, Any]] | None = None
+    self._last_read = 0.0
+
+  def run(self, state: TrainState, step: int, border: int) -> tuple[TrainState, int]:
+    """Trains `max_steps` from `step` on, or fewer: to the end of the epoch or to step `border`."""
+    epoch, offset = divmod(step, self.batches.steps_per_epoch)
+    if epoch != self._epoch:
+      self._epoch, self._plan = epoch, self.batches.epoch(epoch)
+    count = min(self.max_steps, self.batches.steps_per_epoch - offset, border - step)
+    # Padded, so that a shorter dispatch needs no second program; the step ignores the padding.
+    padding = ((0, self.max_steps - count), (0, 0), (0, 0))
+    plan = Plan(*(np.pad(x[offset : offset + count], padding) for x in self._plan))
+    state, metrics = self.train_step(
+      state,
+      self.data,
+      devices.shard(devices.split(plan, axis=1)),
+      devices.replicate(np.int32(count)),
+      self.numbers,
+    )
+    if self._pending is None:  # The first call compiled, others followed a validation.
+      self._last_read = time.monotonic()
+    self.flush()
+    self._pending = (step + count, count, metrics)
+    return state, step + count
+
+  def flush(self) -> None:
+    """Waits for the last dispatch and reports it.
+
+    Raises:
+      DivergenceError: its loss or gradients are not finite.
+    """
+    if self._pending is None:
+      return
+    step, count, metrics = self._pending
+    self._pending = None
+    metrics = {name: values[:count] for name, values in jax.device_get(metrics).items()}
+    finite = metrics.pop('finite')
+    if not finite.all():
+      raise DivergenceError(
+        'the loss or its gradient is not finite at step '
+        f'{step - count + int(np.argmin(finite)) + 1}; lower config.optimizer.learning_rate or '
+        'set config.optimizer.clip_norm. Nothing after the last checkpoint was kept'
+      )
+    values = {name: float(x.mean(dtype=np.float64)) for name, x in metrics.items()}
+    now = time.monotonic()
+    users = count * self.batches.users / self.batches.steps_per_epoch
+    self.loss, self.speed = values['loss'], users / (now - self._last_read)
+    self._last_read = now
+    self.reporter.trained(step, values, self.speed)

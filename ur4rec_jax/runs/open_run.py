@@ -1,0 +1,138 @@
+"""Opens a run: everything that training, evaluation, recommending and benchmarks read of it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables, load_with_features, read_tables
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation.evaluate import PARTS, EvalData
+from ur4rec_jax.models.ur4rec import UR4Rec, create_model
+from ur4rec_jax.runs.checkpoint import Checkpointer
+from ur4rec_jax.runs.config_checks import check_config
+from ur4rec_jax.sharding import devices
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
+from ur4rec_jax.training import optimizers
+from ur4rec_jax.training.stages import Stage, make_stages
+from ur4rec_jax.training.train_state import (
+  TrainProgress,
+  TrainState,
+  create_train_state,
+  parameter_shapes,
+  params_of_stage,
+  saved_tree,
+)
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A config with the data that it names.
+
+  Attributes:
+    config: the whole run's config; each stage has its own.
+    dataset: all interactions, with features.
+    tables: tokens of items and users, in host memory.
+    stages: of training, in order.
+    labels: tree with the label of each parameter, see `make_stages`.
+  """
+
+  config: ConfigDict
+  dataset: Dataset
+  tables: Tables
+  stages: list[Stage]
+  labels: PyTree
+
+  @property
+  def embeddings(self) -> ItemEmbeddings:
+    """The policy for item tables in training."""
+    return ItemEmbeddings(self.config.optimizer.item_embeddings, self.dataset.num_items)
+
+  @functools.cached_property
+  def tx(self) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of all stages."""
+    return optimizers.create_optimizer(self.config.optimizer, self.labels)
+
+  @functools.cached_property
+  def shapes(self) -> TrainState:
+    """Shapes of the training state, without padding of item tables."""
+    return jax.eval_shape(self.create_state)
+
+  def model(self, stage: Stage | None = None) -> UR4Rec:
+    """Builds the model of a stage, or of the whole run."""
+    return create_model(stage.config if stage else self.config, self.dataset.num_items)
+
+  def create_state(self) -> TrainState:
+    """Initialises the training state from the seed; can be compiled."""
+    return create_train_state(self.model(), self.tx, self.config.seed, self.tables)
+
+  def stored(self) -> dict[str, PyTree]:
+    """Returns the shapes of a checkpoint's arrays, see `saved_tree`."""
+    padded = jax.eval_shape(lambda: self.embeddings.pad(self.create_state()))
+    return saved_tree(padded, len(self.stages))
+
+  def on_devices(self) -> EvalData:
+    """Copies what an evaluation reads onto each device, with whole item tables."""
+    item_ids, tables = devices.replicate((self.dataset.item_ids, self.tables))
+    whole = ItemEmbeddings('all', self.dataset.num_items)
+    return EvalData(self.dataset, item_ids, tables, whole, mapping=self.config.mapping)
+
+
+def open_run(config: ConfigDict) -> Run:
+  """Checks a config and loads the data that it names.
+
+  Raises:
+    InputError: the config is impossible, the data are missing or damaged, or they do not fit.
+  """
+  check_config(config)
+  dataset = load_with_features(config)
+  _check_dataset(config, dataset)
+  return make_run(config, dataset)
+
+
+def make_run(config: ConfigDict, dataset: Dataset) -> Run:
+  """Builds a run on a dataset in memory; InputError if a stage is impossible."""
+  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  stages, labels = make_stages(
+    config, lambda of: parameter_shapes(create_model(of, dataset.num_items), tables)
+  )
+  return Run(config, dataset, tables, stages, labels)
+
+
+def _check_dataset(config: ConfigDict, dataset: Dataset) -> None:
+  if dataset.num_items < 2 or len(dataset.lengths) < 2:
+    raise InputError(
+      f'config.data_dir={config.data_dir}: {len(dataset.lengths)} users and {dataset.num_items} '
+      'items; a recommender needs at least 2 of each'
+    )
+  for part in PARTS:
+    if not (dataset.split.held_out[part] >= 0).any():
+      raise InputError(
+        f'config.data_dir={config.data_dir}: split {dataset.split_name} has no {part} users; '
+        'leave_one_out needs users with 3 interactions, time needs users before and after it'
+      )
+
+
+def restore_best(run: Run, workdir: str) -> tuple[Stage, PyTree]:
+  """Reads a run's best parameters, and the stage that they are from.
+
+  Raises:
+    InputError: the run has not been validated yet.
+  """
+  checkpointer = Checkpointer(workdir, run.config.checkpoint.max_to_keep)
+  try:
+    restored = checkpointer.restore(run.stored())
+  finally:
+    checkpointer.close()
+  best = TrainProgress.from_json(restored[1]).best_stage if restored else None
+  if best is None:
+    raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')
+  params = params_of_stage(restored[0]['best_params'], best)
+  return run.stages[best], run.embeddings.unpad(params)

@@ -1,0 +1,65 @@
+"""What a run says of itself before it trains: parameters, data, batches, devices, features."""
+
+from typing import Any
+
+import jax
+
+from ur4rec_jax.data.input_pipeline import TrainBatches
+from ur4rec_jax.runs.open_run import Run
+from ur4rec_jax.sharding import devices
+from ur4rec_jax.training.train_state import TrainProgress
+
+PyTree = Any
+
+
+def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str:
+  """Returns the lines that training prints first."""
+  counts, config = run.dataset.info['counts'], run.config
+  filled = batches.tokens / (batches.steps_per_epoch * batches.rows * config.max_length)
+  lines = [
+    parameter_table(run.shapes.params, run.labels),
+    '',
+    f'data     {run.dataset.info["name"]}: {counts["users"]:,} users, {counts["items"]:,} items, '
+    f'{counts["interactions"]:,} interactions, split {run.dataset.split_name} '
+    f'{run.dataset.split_hash}',
+    f'batches  {batches.steps_per_epoch} an epoch of {batches.rows} rows x {config.max_length} '
+    f'tokens, {filled:.0%} filled, {batches.users / batches.steps_per_epoch:.0f} users each',
+    f'devices  {devices.describe_devices()}, jax {jax.__version__}',
+    *_feature_lines(run),
+  ]
+  if len(run.stages) > 1:
+    lines.append(f'stages   {", ".join(map(str, run.stages))}')
+  if progress.step:
+    name = run.stages[len(progress.stages) - 1].name
+    lines.append(f'resuming from step {progress.step}, in stage {name}')
+  return '\n'.join(lines)
+
+
+def _feature_lines(run: Run) -> list[str]:
+  lines = []
+  for of, features in run.dataset.all_features.items():
+    for name, found in features.items():
+      rows, tokens, width = found.shape
+      origin = found.origin
+      marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
+      marks += ' (shuffled)' * origin['is_shuffled']
+      marks += f' (first {found.max_tokens} read)' * bool(found.max_tokens)
+      lines.append(
+        f'features {of} {name}: {rows:,} x {tokens} tokens x {width}, {origin["encoder"]}{marks}, '
+        f'{origin["fingerprint"][:16]}'
+      )
+  return lines
+
+
+def parameter_table(params: PyTree, labels: PyTree) -> str:
+  """Lists every parameter with its shape, size and label, and the total size."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  rows = [
+    (jax.tree_util.keystr(path, simple=True, separator='/'), str(x.shape), x.size, label)
+    for (path, x), label in zip(leaves, jax.tree.leaves(labels), strict=True)
+  ]
+  rows.append(('total', '', sum(row[2] for row in rows), ''))
+  width = max(len(row[0]) for row in rows)
+  return '\n'.join(
+    f'{name:<{width}}  {shape:>14} {size:>12,}  {label}' for name, shape, size, label in rows
+  )

@@ -1,0 +1,50 @@
+"""Stops a run on SIGTERM and SIGINT at a moment when it can be saved."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+from ur4rec_jax.sharding import devices
+
+
+@contextlib.contextmanager
+def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
+  """Yields a function that returns the signal that asks the run to stop, or 0.
+
+  After SIGTERM the process ends itself when `grace_seconds` are over, saved or not. Python handles
+  a signal only after the call that it is in, and compiling may take longer than a scheduler waits.
+  """
+  received = []
+  old = {
+    number: signal.signal(number, lambda number, frame: received.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT)
+  }
+  noticed, notify = os.pipe()  # The signal's number arrives here even during a long call.
+  os.set_blocking(notify, False)
+  signal.set_wakeup_fd(notify)
+  is_over = threading.Event()
+
+  def end_in_time():
+    while number := os.read(noticed, 1):
+      if number[0] == signal.SIGTERM and not is_over.wait(grace_seconds):
+        print(
+          f'SIGTERM: no save within config.checkpoint.grace_seconds={grace_seconds}; start the '
+          'same command again to go on from the last checkpoint',
+          file=sys.stderr,
+          flush=True,
+        )
+        os._exit(128 + signal.SIGTERM)
+
+  threading.Thread(target=end_in_time, daemon=True).start()
+  try:
+    # All processes of a run must get the same answer, or one would wait for the others.
+    yield lambda: int(devices.any_process(bool(received))) and (received or [signal.SIGTERM])[0]
+  finally:
+    is_over.set()
+    signal.set_wakeup_fd(-1)
+    os.close(notify)
+    for number, handler in old.items():
+      signal.signal(number, handler)

@@ -1,0 +1,202 @@
+"""Cross-entropy over the whole catalogue in little memory, on one device or spread over several.
+
+`hidden` `[tokens, dim]` are user states, `item_vectors` `[num_items, dim]` the catalogue (row i is
+item id i + 1), `targets` `[tokens]` rows of the catalogue, `weights` `[tokens]` 1 for a real token
+and 0 for padding. Each function returns the sum over tokens, in float32.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ur4rec_jax.sharding.devices import AXIS
+from ur4rec_jax.sharding.item_embeddings import index_from
+
+Array = jax.Array
+
+
+def _matmul(a: Array, b: Array) -> Array:
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def plain_softmax(hidden: Array, item_vectors: Array, targets: Array, weights: Array) -> Array:
+  """Cross-entropy over the whole catalogue, written plainly; the reference for `softmax`."""
+  logits = _matmul(hidden, item_vectors.T)
+  target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+  return ((jax.nn.logsumexp(logits, axis=-1) - target_logits) * weights).sum()
+
+
+def _chunks(x: Array, chunk_size: int) -> Array:
+  """Reshapes `[tokens, ...]` to `[chunks, chunk_size, ...]`, zeros at the end."""
+  padding = [(0, -x.shape[0] % chunk_size)] + [(0, 0)] * (x.ndim - 1)
+  return jnp.pad(x, padding).reshape(-1, chunk_size, *x.shape[1:])
+
+
+def chunked_sum(loss: Callable[..., Array], chunk_size: int, *arrays: Array) -> Array:
+  """Sums `loss(*chunk)` over chunks of tokens, with one chunk's intermediate values in memory.
+
+  Args:
+    loss: maps `[chunk_size, ...]` arrays to a scalar; zero for tokens that are all zeros.
+    chunk_size: tokens a chunk.
+    *arrays: `[tokens, ...]`.
+
+  Returns:
+    Scalar.
+  """
+  if chunk_size >= arrays[0].shape[0]:
+    return loss(*arrays)
+  chunk_loss = jax.checkpoint(lambda chunk: loss(*chunk))
+  chunks = tuple(_chunks(x, chunk_size) for x in arrays)
+  return jax.lax.map(chunk_loss, chunks).sum()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def softmax(
+  hidden: Array, item_vectors: Array, targets: Array, weights: Array, chunk_size: int
+) -> Array:
+  """Cross-entropy over the whole catalogue in memory for `chunk_size * num_items` logits.
+
+  The forward pass computes the gradient while it has a chunk's logits, so logits are computed once
+  and never stored.
+
+  Args:
+    hidden: `[tokens, dim]`.
+    item_vectors: `[num_items, dim]`.
+    targets: `[tokens]` int32 rows of `item_vectors`.
+    weights: `[tokens]`.
+    chunk_size: tokens a chunk; the last chunk is padded.
+
+  Returns:
+    Scalar sum over tokens.
+  """
+  return _softmax_forward(hidden, item_vectors, targets, weights, chunk_size)[0]
+
+
+def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
+  tokens, dim = hidden.shape
+  chunk_size = min(chunk_size, tokens)
+
+  def step(item_gradient, chunk):
+    h, target, weight = chunk
+    logits = _matmul(h, item_vectors.T)
+    top = logits.max(-1, keepdims=True)
+    unnormalised = jnp.exp(logits - top)
+    total = unnormalised.sum(-1, keepdims=True)
+    target_vectors = item_vectors[target]
+    target_logits = jnp.take_along_axis(logits, target[:, None], axis=1)
+    losses = (jnp.log(total) + top - target_logits)[:, 0]
+    # d loss / d logits = softmax - onehot. The row scales go onto the narrow [chunk, dim] factors:
+    # at [chunk, num_items] every extra pass over memory costs as much as a product.
+    unnormalised = unnormalised.astype(h.dtype)
+    hidden_gradient = weight[:, None] * (
+      _matmul(unnormalised, item_vectors) / total - target_vectors
+    )
+    item_gradient += _matmul(unnormalised.T, (h * (weight[:, None] / total)).astype(h.dtype))
+    item_gradient = item_gradient.at[target].add(-weight[:, None] * h)
+    return item_gradient, ((losses * weight).sum(), hidden_gradient.astype(h.dtype))
+
+  item_gradient, (losses, hidden_gradient) = jax.lax.scan(
+    step,
+    jnp.zeros(item_vectors.shape, jnp.float32),
+    tuple(_chunks(x, chunk_size) for x in (hidden, targets, weights)),
+  )
+  hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
+  return losses.sum(), (hidden_gradient, item_gradient.astype(item_vectors.dtype))
+
+
+def _softmax_backward(chunk_size, residuals, cotangent):
+  del chunk_size
+  hidden_gradient, item_gradient = residuals
+  scale = lambda g: (g * cotangent).astype(g.dtype)
+  return scale(hidden_gradient), scale(item_gradient), None, None
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def softmax_over_devices(
+  hidden: Array,
+  item_rows: Array,
+  target_ids: Array,
+  weights: Array,
+  num_items: int,
+  chunk_size: int,
+) -> Array:
+  """Cross-entropy over a catalogue that is spread over devices (vocabulary-parallel).
+
+  Each device multiplies the tokens of all devices with its own items and sends two numbers a token
+  to the others. Neither the catalogue nor the logits are ever collected on one device (Shoeybi et
+  al., Megatron-LM, 2019, section 3). The forward pass computes the gradients, as `softmax` does.
+  They are the gradients of the sum of the returned values over devices, so each device's value must
+  have the same weight in the objective.
+
+  Args:
+    hidden: `[tokens, dim]`, this device's.
+    item_rows: `[rows, dim]`, this device's. The rows of all devices, in order, belong to ids 0, 1,
+      ...; id 0 and ids above `num_items` are not items.
+    target_ids: `[tokens]` item ids, this device's.
+    weights: `[tokens]`, this device's.
+    num_items: catalogue size.
+    chunk_size: tokens whose logits are in memory at once.
+
+  Returns:
+    Scalar sum over this device's tokens.
+  """
+  arrays = hidden, item_rows, target_ids, weights
+  return _softmax_over_devices_forward(*arrays, num_items, chunk_size)[0]
+
+
+def _softmax_over_devices_forward(hidden, item_rows, target_ids, weights, num_items, chunk_size):
+  own_tokens, dim = hidden.shape
+  rows, device = item_rows.shape[0], jax.lax.axis_index(AXIS)
+  ids = device * rows + jnp.arange(rows)
+  is_item = (ids > 0) & (ids <= num_items)
+  of_all = jax.lax.all_gather((hidden, target_ids, weights), AXIS, tiled=True)
+  tokens = of_all[0].shape[0]
+  chunk_size = min(chunk_size, tokens)
+
+  def step(item_gradient, chunk):
+    h, target, weight = chunk
+    row = index_from(ids[0], target)  # Beyond the end if another device has the target.
+    logits = jnp.where(is_item, _matmul(h, item_rows.T), jnp.finfo(jnp.float32).min)
+    top = logits.max(-1)
+    unnormalised = jnp.where(is_item, jnp.exp(logits - top[:, None]), 0)
+    target_logit = logits.at[jnp.arange(len(h)), row].get(mode='fill', fill_value=0)
+    target_vectors = item_rows.at[row].get(mode='fill', fill_value=0)
+    tops, totals, target_logits = jax.lax.all_gather(
+      (top, unnormalised.sum(-1), target_logit), AXIS
+    )
+    highest = tops.max(0)
+    total = (totals * jnp.exp(tops - highest)).sum(0)
+    losses = jnp.log(total) + highest - target_logits.sum(0)
+    # The factor that turns exponentials into probabilities scales the narrow arrays, as above.
+    share = (jnp.exp(top - highest) / total)[:, None]
+    weight = weight[:, None]
+    unnormalised = unnormalised.astype(h.dtype)
+    of_items = share * _matmul(unnormalised, item_rows)
+    hidden_gradient = weight * (of_items - target_vectors)
+    item_gradient += _matmul(unnormalised.T, (h * (weight * share)).astype(h.dtype))
+    item_gradient = item_gradient.at[row].add(-weight * h, mode='drop')
+    return item_gradient, (losses * weight[:, 0], hidden_gradient)
+
+  item_gradient, (losses, hidden_gradient) = jax.lax.scan(
+    step,
+    jnp.zeros(item_rows.shape, jnp.float32),
+    tuple(_chunks(x, chunk_size) for x in of_all),
+  )
+  hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
+  hidden_gradient = jax.lax.psum_scatter(hidden_gradient, AXIS, tiled=True)
+  own = jax.lax.dynamic_slice_in_dim(losses.reshape(-1), device * own_tokens, own_tokens)
+  gradients = hidden_gradient.astype(hidden.dtype), item_gradient.astype(item_rows.dtype)
+  return own.sum(), gradients
+
+
+def _softmax_over_devices_backward(num_items, chunk_size, residuals, cotangent):
+  del num_items
+  return _softmax_backward(chunk_size, residuals, cotangent)
+
+
+softmax_over_devices.defvjp(_softmax_over_devices_forward, _softmax_over_devices_backward)

@@ -1,0 +1,249 @@
+"""What training minimises: the losses of a batch, by name.
+
+To add a loss, write it in `losses.py`, add an entry to `AUXILIARY`, and give it a weight in
+`config.loss.weights`.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
+from ur4rec_jax.training import catalogue_softmax, losses
+from ur4rec_jax.training.negatives import ByBranch
+
+Array = jax.Array
+
+
+class LossInputs(NamedTuple):
+  """What losses read besides the model's output.
+
+  Attributes:
+    rows: `[tokens]` int32, the step's number of each target from 1, 0 for padding.
+    target_ids: `[tokens]` int32, item ids of the targets, 0 for padding.
+    negatives: by branch; None where the loss reads the whole catalogue.
+    num_tokens: `[]` float32, the number by which sums over tokens are divided.
+  """
+
+  rows: Array
+  target_ids: Array
+  negatives: ByBranch
+  num_tokens: Array
+
+  @property
+  def targets(self) -> Array:
+    """`[tokens]` int32 from 0, rows of the step's item vectors."""
+    return jnp.maximum(self.rows - 1, 0)
+
+  @property
+  def weights(self) -> Array:
+    """`[tokens]` float32, 1 for a token with a target and 0 for padding."""
+    return (self.rows > 0).astype(jnp.float32)
+
+
+class Sample(NamedTuple):
+  """The tokens that losses over vectors look at.
+
+  They lie at even distances in the batch, so items appear in them as often as they are consumed.
+
+  Attributes:
+    tokens: `[sample]` indices of tokens.
+    rows: `[sample]` int32, the step's number of their targets from 1, 0 for padding.
+    targets: `[sample]` int32 from 0, rows of the step's item vectors.
+    weights: `[sample]` float32.
+  """
+
+  tokens: Array
+  rows: Array
+  targets: Array
+  weights: Array
+
+
+def make_losses(
+  config: ConfigDict, num_items: int
+) -> Callable[[Encoded, LossInputs], dict[str, Array]]:
+  """Builds the losses that have a weight.
+
+  Args:
+    config: `config.loss`.
+    num_items: size of the whole catalogue.
+
+  Returns:
+    `losses(encoded, inputs)`, which returns the scalars by name: for a branch the sum over this
+      device's tokens divided by `inputs.num_tokens`, for the others a mean over a sample of tokens.
+  """
+  retrieval = {
+    branch: functools.partial(
+      _branch_loss,
+      branch=branch,
+      loss=make_retrieval_loss(name, config, num_items),
+      over_devices=functools.partial(
+        catalogue_softmax.softmax_over_devices, num_items=num_items, chunk_size=config.chunk_size
+      ),
+    )
+    for branch, name in retrieval_losses(config).items()
+  }
+  names = losses_in_use(config)
+
+  def all_losses(encoded: Encoded, inputs: LossInputs) -> dict[str, Array]:
+    count = inputs.targets.size
+    tokens = jnp.linspace(0, count - 1, min(config.contrast_items, count), dtype=int)
+    parts = inputs.rows, inputs.targets, inputs.weights
+    sample = Sample(tokens, *(x[tokens] for x in parts))
+    return {
+      name: retrieval[name](encoded, inputs)
+      if name in retrieval
+      else AUXILIARY[name](encoded, sample, config)
+      for name in names
+    }
+
+  return all_losses
+
+
+def _branch_loss(
+  encoded: Encoded, inputs: LossInputs, *, branch: str, loss: Callable, over_devices: Callable
+) -> Array:
+  """Returns the mean retrieval loss of a branch over the tokens of all devices."""
+  users = encoded.users[branch]
+  users = users.reshape(-1, users.shape[-1])
+  negatives = inputs.negatives[branch]
+  if encoded.own_items is not None and negatives is None:
+    total = over_devices(users, encoded.own_items[branch], inputs.target_ids, inputs.weights)
+  else:
+    total = loss(users, encoded.items[branch], inputs.targets, inputs.weights, negatives)
+  return total / inputs.num_tokens
+
+
+def consistency(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
+  """Makes the modalities of an item alike, see `losses.consistency`."""
+  del sample, config
+  return losses.consistency(encoded.content.modalities[1:], encoded.content.present[1:])
+
+
+def info_nce(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
+  """Makes two modalities of an item more alike than those of different items."""
+  del config
+  vectors = encoded.content.modalities[sample.rows]
+  present = encoded.content.present[sample.rows]
+  pairs = list(itertools.combinations(range(present.shape[1]), 2))
+  values = [
+    losses.info_nce(
+      vectors[:, a],
+      vectors[:, b],
+      sample.rows,
+      sample.weights * present[:, a] * present[:, b],
+      encoded.log_temperature,
+    )
+    for a, b in pairs
+  ]
+  return sum(values) / len(pairs)
+
+
+def diversity(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
+  """Makes the pooled vectors of an item's modality differ, see `losses.diversity`."""
+  pooled = encoded.content.pooled[sample.rows]
+  present = encoded.content.present[sample.rows] * sample.weights[:, None]
+  flat = pooled.reshape(-1, *pooled.shape[2:])
+  return losses.diversity(flat, present.reshape(-1), config.diversity)
+
+
+def contrast(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
+  """Lets one of a user's proxies find the target among the targets of the sample."""
+  del config
+  retrieved = encoded.retrieved.reshape(-1, *encoded.retrieved.shape[2:])[sample.tokens]
+  target_vectors = encoded.items['retriever'][sample.targets]
+  return losses.info_nce(
+    retrieved, target_vectors, sample.rows, sample.weights, encoded.log_temperature
+  )
+
+
+def matching(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
+  """Tells a user's own target from the target of the next user in the sample.
+
+  The other user's target is a negative that is about as popular as the user's own.
+  """
+  del config
+  users = encoded.users['retriever']
+  users = users.reshape(-1, users.shape[-1])[sample.tokens]
+  matched = encoded.items['retriever'][sample.targets]
+  mismatched = jnp.roll(matched, 1, axis=0)
+  is_other = jnp.roll(sample.rows, 1) != sample.rows
+  scores = [(users * items).sum(-1, dtype=jnp.float32) for items in (matched, mismatched)]
+  return losses.matching_bce(
+    encoded.matching_scale * jnp.concatenate(scores) + encoded.matching_bias,
+    jnp.repeat(jnp.array([1, 0]), len(sample.rows)),
+    jnp.concatenate([sample.weights, sample.weights * is_other * jnp.roll(sample.weights, 1)]),
+  )
+
+
+AUXILIARY = {
+  'consistency': consistency,
+  'info_nce': info_nce,
+  'diversity': diversity,
+  'contrast': contrast,
+  'matching': matching,
+}
+
+
+def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callable[..., Array]:
+  """Builds a retrieval loss.
+
+  Args:
+    name: `softmax`, `sampled_softmax`, `bce`, `bpr` or `gbce`.
+    config: `config.loss`: `num_negatives`, `calibration`, `chunk_size`.
+    num_items: size of the whole catalogue.
+
+  Returns:
+    `loss(hidden, item_vectors, targets, weights, negatives)`, the scalar sum over tokens. Shapes
+      are those of `catalogue_softmax.py`; `negatives` come from `draw_negatives`.
+  """
+
+  def sampled_for_each_token(hidden, item_vectors, targets, weights, negatives):
+    pairwise = {
+      'bpr': losses.bpr,
+      'bce': losses.bce,
+      'gbce': lambda *logits: losses.gbce(*logits, num_items, config.calibration),
+    }[name]
+
+    def loss(hidden, targets, negatives, weights):
+      positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
+      negative = jnp.einsum(
+        'td,tnd->tn', hidden, item_vectors[negatives], preferred_element_type=jnp.float32
+      )
+      return pairwise(positive, negative, weights)
+
+    # Each negative needs its vector in memory. This takes about as much as logits over 2,000 items.
+    chunk_size = max(1, 32 * config.chunk_size // config.num_negatives)
+    return catalogue_softmax.chunked_sum(
+      loss, chunk_size, hidden, targets, negatives.items, weights
+    )
+
+  def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives):
+    negative_vectors = item_vectors[negatives.items]
+
+    def loss(hidden, targets, weights):
+      positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
+      negative = jnp.matmul(hidden, negative_vectors.T, preferred_element_type=jnp.float32)
+      is_target = targets[:, None] == negatives.items
+      return losses.sampled_softmax(
+        positive, negative, weights, negatives.log_expected_count, is_target
+      )
+
+    return catalogue_softmax.chunked_sum(loss, config.chunk_size, hidden, targets, weights)
+
+  def whole_catalogue(hidden, item_vectors, targets, weights, negatives):
+    del negatives
+    return catalogue_softmax.softmax(hidden, item_vectors, targets, weights, config.chunk_size)
+
+  return {
+    'bpr': sampled_for_each_token,
+    'bce': sampled_for_each_token,
+    'gbce': sampled_for_each_token,
+    'sampled_softmax': sampled_for_all_tokens,
+    'softmax': whole_catalogue,
+  }[name]

@@ -1,0 +1,40 @@
+"""What training reads of a dataset; nothing that is held out is in it."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.features import Tables, preference_starts
+
+
+class TrainData(NamedTuple):
+  """What every device holds during training.
+
+  Attributes:
+    item_ids: `[training interactions]` int32, 1-based, user after user.
+    item_counts: `[num_items]` float32, the number of training interactions of each item.
+    tables: tokens of items and users.
+    preference_starts: `[num_users]` int32, from `features.preference_starts`.
+  """
+
+  item_ids: jax.Array
+  item_counts: jax.Array
+  tables: Tables
+  preference_starts: jax.Array
+
+
+def make_train_data(train_part: Dataset, tables: Tables) -> TrainData:
+  """Collects the arrays in host memory.
+
+  Args:
+    train_part: from `Dataset.train_part`.
+    tables: tokens of items and users.
+  """
+  return TrainData(
+    train_part.item_ids,
+    train_part.item_counts()[1:].astype(np.float32),
+    tables,
+    preference_starts(train_part),
+  )
