@@ -13,16 +13,14 @@ import json
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks.quality.accuracy import name_of_results, seeds_of, store_beside
-from ur4rec_jax.data.dataset import Dataset
-from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.runs import results
+from ur4rec_jax.runs.open_run import Run, open_run, restore_best
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import Stage
 from ur4rec_jax.training.train_state import PyTree
@@ -44,44 +42,43 @@ WAYS = {
 }
 
 
-def load_finished(workdir: pathlib.Path) -> tuple[Stage, PyTree, Dataset, Tables]:
-  """The best stage of a finished run, its parameters, and the data and features of the run.
+def load_finished(workdir: pathlib.Path) -> tuple[Run, Stage, PyTree]:
+  """Opens a finished run.
+
+  Returns:
+    The run, its best stage, and the parameters of that stage.
 
   Raises:
     InputError: there is no finished run.
   """
   if not (workdir / 'results.json').exists():
     raise InputError(f'{workdir}: no finished run here')
-  config = ConfigDict(json.loads((workdir / 'config.json').read_text())['config'])
-  dataset = load_with_features(config)
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
-  return *results.restore_best(config, str(workdir), dataset, tables), dataset, tables
+  run = open_run(ConfigDict(json.loads((workdir / 'config.json').read_text())['config']))
+  return run, *restore_best(run, str(workdir))
 
 
 def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
   """Validation and test NDCG@10 of a finished run by the name of the way.
 
   Raises:
-    InputError: there is no finished run, or its best stage ranks by something else than the
-      weighted sum of two paths.
+    InputError: there is no finished run, or its best stage does not rank by the weighted sum of two
+      branches.
   """
-  stage, params, dataset, tables = load_finished(workdir)
+  run, stage, params = load_finished(workdir)
   config = stage.config
   if len(config.branches) < 2 or config.fusion.kind != 'weighted':
     raise InputError(
-      f'{workdir}: not a run of two paths whose best stage ranks by the weighted sum of both'
+      f'{workdir}: not a run of two branches whose best stage ranks by the weighted sum of both'
     )
-  placed = devices.replicate((dataset.item_ids, tables, params))
-  found = {}
+  data, params, found = run.on_devices(), devices.replicate(params), {}
   for name, changes in WAYS.items():
-    if config.retriever.query == 'proxies' and 'sasrec' not in changes.get(
-      'branches', config.branches
-    ):
-      continue  # Proxies ask with SASRec's state.
+    branches = changes.get('branches', config.branches)
+    if config.retriever.query == 'proxies' and 'sasrec' not in branches:
+      continue  # The proxies need SASRec's states.
     changed = ConfigDict(config.to_dict())
     with changed.ignore_type():
       changed.update_from_flattened_dict(changes)
-    ranks = results.rank_held_out(changed, dataset, *placed, evaluate.PARTS)
+    ranks = results.rank_held_out(changed, data, params, evaluate.PARTS)
     found[name] = {part: ranking_metrics(of)['ndcg@10'] for part, of in ranks.items()}
   return found
 

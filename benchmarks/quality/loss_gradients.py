@@ -27,49 +27,47 @@ from ml_collections import ConfigDict
 
 from benchmarks.quality.accuracy import name_of_results, store_beside
 from benchmarks.quality.fusions import load_finished
-from ur4rec_jax.data.dataset import Dataset
-from ur4rec_jax.data.features import Tables
-from ur4rec_jax.data.input_pipeline import TrainBatches, gather_batch, gather_preferences
+from ur4rec_jax.data.input_pipeline import gather_batch, gather_preferences
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models.fusion import GATES
-from ur4rec_jax.models.ur4rec import BRANCHES, create_model, losses_in_use, retrieval_losses
-from ur4rec_jax.training import train_step
+from ur4rec_jax.models.ur4rec import BRANCHES, losses_in_use
+from ur4rec_jax.runs.open_run import Run
+from ur4rec_jax.runs.train_loop import make_batches
+from ur4rec_jax.training.negatives import draw_all_negatives
+from ur4rec_jax.training.objective import LossInputs, make_losses
+from ur4rec_jax.training.stages import Stage
+from ur4rec_jax.training.train_data import make_train_data
 from ur4rec_jax.training.train_state import PyTree, create_train_state
 
 BATCHES = 16
 
 
 def measure(
-  config: ConfigDict, dataset: Dataset, tables: Tables, places: Mapping[str, PyTree]
+  run: Run, stage: Stage, params_by_name: Mapping[str, PyTree]
 ) -> dict[str, dict[str, dict[str, float]]]:
-  """By place and loss its `value`, `weight`, `length` of the weighted gradient and `cosine`.
+  """Measures every loss at several parameters.
 
   Args:
-    config: of the run.
-    dataset: with features.
-    tables: they, read.
-    places: parameters at which gradients are taken, by name.
+    run: with features.
+    stage: whose losses are measured.
+    params_by_name: parameters at which gradients are taken.
+
+  Returns:
+    By name and loss its `value`, `weight`, `length` of the weighted gradient and `cosine`.
   """
-  train_part = dataset.train_part()
-  data = jax.device_put(train_step.make_train_data(train_part, tables))
-  batches = TrainBatches(
-    train_part,
-    max_length=config.max_length,
-    batch_size=config.batch_size,
-    crop=config.crop,
-    seed=config.seed,
-  )
-  model, all_losses = create_model(config, dataset.num_items), train_step.make_losses(config.loss)
+  config = stage.config
+  data = jax.device_put(make_train_data(run.dataset.train_part(), run.tables))
+  batches = make_batches(run)
+  model, all_losses = run.model(stage), make_losses(config.loss, run.dataset.num_items)
 
   @jax.jit
   def losses_and_gradients(params, plan, key):
     dropout_key, negatives_key = jax.random.split(key)
     batch = gather_batch(data.item_ids, plan, config.max_length)
-    targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
-    negatives = {
-      branch: train_step.draw_negatives(name, config.loss, targets, data, negatives_key)
-      for branch, name in retrieval_losses(config.loss).items()
-    }
+    target_ids = batch.targets.reshape(-1)
+    targets = jnp.maximum(target_ids - 1, 0)
+    negatives = draw_all_negatives(config.loss, targets, data, negatives_key)
+    tokens = jnp.maximum((target_ids > 0).sum(), 1)
 
     def values(params):
       encoded, _ = model.apply(
@@ -83,8 +81,7 @@ def measure(
         method='encode',
         mutable=(GATES,),
       )
-      tokens = jnp.maximum((batch.targets > 0).sum(), 1)
-      return all_losses(encoded, batch, negatives, dataset.num_items, tokens)
+      return all_losses(encoded, LossInputs(target_ids, target_ids, negatives, tokens))
 
     return values(params), jax.jacrev(values)(params)
 
@@ -97,7 +94,8 @@ def measure(
     return jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *of_batches)
 
   return {
-    place: _compare(config, params, *mean_over_batches(params)) for place, params in places.items()
+    place: _compare(config, params, *mean_over_batches(params))
+    for place, params in params_by_name.items()
   }
 
 
@@ -112,16 +110,16 @@ def _compare(
     name: weights[name] * np.concatenate([x.reshape(-1) for x in jax.tree.leaves(gradient)])
     for name, gradient in gradients.items()
   }
-  of_paths = sum(weighted[name] for name in BRANCHES if name in weighted)
+  of_branches = sum(weighted[name] for name in BRANCHES if name in weighted)
   found = {}
   for name, gradient in weighted.items():
     length = np.linalg.norm(gradient)
-    beside = np.linalg.norm(of_paths[gradient != 0])  # Of the same parameters.
+    beside = np.linalg.norm(of_branches[gradient != 0])  # Of the same parameters.
     found[name] = {
       'value': float(values[name]),
       'weight': float(weights[name]),
       'length': float(length / beside),
-      'cosine': float(gradient @ of_paths / (length * beside)),
+      'cosine': float(gradient @ of_branches / (length * beside)),
     }
   return found
 
@@ -132,10 +130,10 @@ def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]
   Raises:
     InputError: there is no finished run.
   """
-  stage, best, dataset, tables = load_finished(workdir)
-  model = create_model(stage.config, dataset.num_items)
-  first = create_train_state(model, optax.identity(), stage.config.seed, tables).params
-  return measure(stage.config, dataset, tables, {'first': first, 'best': best})
+  run, stage, best = load_finished(workdir)
+  optimizer = optax.identity()
+  first = create_train_state(run.model(stage), optimizer, stage.config.seed, run.tables).params
+  return measure(run, stage, {'first': first, 'best': best})
 
 
 @exit_on_reported_error

@@ -3,12 +3,10 @@
 import ast
 import contextlib
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,7 +14,6 @@ from benchmarks.speed.measure import Clock, answer_requests
 from configs import default
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset
-from ur4rec_jax.data.features import read_tables
 from ur4rec_jax.data.input_pipeline import Plan
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.evaluation import evaluate
@@ -24,10 +21,11 @@ from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.runs.checkpoint import Checkpointer
 from ur4rec_jax.runs.config_checks import check_config
-from ur4rec_jax.runs.train_loop import TrainLoop
+from ur4rec_jax.runs.metric_writers import NullReporter
+from ur4rec_jax.runs.open_run import make_run
+from ur4rec_jax.runs.train_loop import TrainLoop, make_batches, restore_or_create
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.training.stages import make_stages, stage_numbers
-from ur4rec_jax.training.train_state import parameter_shapes
+from ur4rec_jax.training.stages import stage_numbers
 
 
 def make_dataset(item_ids: np.ndarray, offsets: np.ndarray, num_items: int) -> Dataset:
@@ -68,14 +66,11 @@ def make_config(settings: dict[str, Any]) -> ConfigDict:
 
 
 def make_loop(config: ConfigDict, dataset: Dataset, workdir: str) -> TrainLoop:
-  """The program's training loop, at its start; nothing stops it and it saves nothing by itself."""
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
-  stages, labels = make_stages(
-    config, lambda of: parameter_shapes(create_model(of, dataset.num_items), tables)
-  )
+  """The program's training loop at its start; it reports and saves nothing."""
+  run = make_run(config, dataset)
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
-  with contextlib.redirect_stdout(sys.stderr):  # It describes itself.
-    return TrainLoop(config, workdir, dataset, tables, stages, labels, checkpointer, lambda: 0)
+  start = restore_or_create(run, checkpointer)
+  return TrainLoop(run, make_batches(run), start, checkpointer, NullReporter())
 
 
 def train(loop: TrainLoop, num_steps: int) -> None:
@@ -90,17 +85,11 @@ def train(loop: TrainLoop, num_steps: int) -> None:
 
 def make_evaluator(loop: TrainLoop, dataset: Dataset, part: str) -> Callable[[], np.ndarray]:
   """A function that ranks the held-out items of a part of a dataset, the loop's or another."""
-  config = loop.config
-  item_ids = loop.item_ids if dataset is loop.dataset else devices.replicate(dataset.item_ids)
-  evaluator = evaluate.make_evaluator(
-    create_model(config, dataset.num_items),
-    dataset,
-    item_ids,
-    loop.data.tables,
-    part,
-    config.evaluation,
-    config.mapping,
-  )
+  config, data = loop.config, loop.eval_data
+  if dataset is not loop.run.dataset:
+    data = data._replace(dataset=dataset, item_ids=devices.replicate(dataset.item_ids))
+  model = create_model(config, dataset.num_items)
+  evaluator = evaluate.make_evaluator(model, data, part, config.evaluation)
 
   def rank() -> np.ndarray:
     with jax.transfer_guard(config.transfer_guard):
@@ -114,7 +103,7 @@ def step_program(loop: TrainLoop) -> tuple[Callable, tuple]:
   (step,) = loop.train_steps.values()
   count, batches = loop.config.steps_per_dispatch, loop.batches
   plan = Plan(*(np.resize(x, (count, *x.shape[1:])) for x in batches.epoch(0)))
-  numbers = stage_numbers(loop.stage, loop.labels, batches.steps_per_epoch, 1)
+  numbers = stage_numbers(loop.stage, loop.run.labels, batches.steps_per_epoch, 1)
   placed = devices.replicate((np.int32(count), numbers))
   return step, (loop.state, loop.data, devices.shard(devices.split(plan, axis=1)), *placed)
 

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset
-from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.evaluation.queries import make_queries
 
 BORDERS = {'valid_from': 40, 'test_from': 70}
 ALL_ITEMS = ConfigDict({'candidates': 'all', 'seed': 0})
@@ -47,7 +47,7 @@ def test_nothing_from_a_border_on_is_trained_on_or_given_as_history():
   shown = dataclasses.replace(dataset, item_ids=timestamps)
   assert np.array_equal(np.sort(shown.train_part().item_ids), np.sort(timestamps[timestamps < 40]))
   for part, border in (('valid', 40), ('test', 70)):
-    queries = evaluate.make_queries(shown, part, ALL_ITEMS)
+    queries = make_queries(shown, part, ALL_ITEMS)
     assert len(queries.users) > 10
     assert (queries.targets >= border).all()
     for start, length in zip(queries.starts, queries.lengths, strict=True):

@@ -9,7 +9,8 @@ from ur4rec_jax.data.features import Tables, TokenTable, load_with_features, rea
 from ur4rec_jax.evaluation import cold_items, evaluate
 from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.sharding import devices, item_embeddings
+from ur4rec_jax.sharding import devices
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 from ur4rec_jax.training.train_state import parameter_shapes
 
 DIM = 8
@@ -71,21 +72,18 @@ def test_cold_items_are_ranked_by_the_rows_of_their_nearest(encoded, rows):
   )
 
   def rank(model, dataset, tables, params, rows='all'):
-    axes = item_embeddings.row_axes(params, rows)
-    tables = tables._replace(items=item_embeddings.padded_features(tables.items, rows))
-    features = Tables(item_embeddings.feature_axis(rows), None)
-    evaluator = evaluate.make_evaluator(
-      model,
+    embeddings = ItemEmbeddings(rows, dataset.num_items)
+    axes = embeddings.axes(params)
+    tables = tables._replace(items=embeddings.pad_features(tables.items))
+    data = evaluate.EvalData(
       dataset,
       devices.replicate(dataset.item_ids),
-      devices.place(tables, features),
-      'test',
-      config.evaluation,
-      'pmap',
-      rows,
+      devices.place(tables, Tables(embeddings.axis, None)),
+      embeddings,
       axes,
     )
-    return evaluator(devices.place(jax.device_get(item_embeddings.padded(params, rows)), axes))
+    evaluator = evaluate.make_evaluator(model, data, 'test', config.evaluation)
+    return evaluator(devices.place(jax.device_get(embeddings.pad(params)), axes))
 
   ranks = rank(model, dataset, tables, params, rows)
   cold = cold_items.cold_items_of(model, dataset)

@@ -15,12 +15,15 @@ from ur4rec_jax.data.features import Tables
 from ur4rec_jax.data.input_pipeline import gather_batch
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation import evaluate, ranking
+from ur4rec_jax.evaluation.baselines import baseline_metrics
 from ur4rec_jax.evaluation.metrics import ranking_metrics
+from ur4rec_jax.evaluation.queries import make_batches, make_queries
 from ur4rec_jax.models.content import EncodedItems
 from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import UR4Rec
 from ur4rec_jax.sharding import devices
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 NUM_ITEMS = 25
 MAX_LENGTH = 6
@@ -55,9 +58,9 @@ def history(dataset: Dataset, user: int) -> np.ndarray:
 
 
 def run(model, dataset, part, config, params=None, mapping='pmap', **options):
-  evaluator = evaluate.make_evaluator(
-    model, dataset, devices.replicate(dataset.item_ids), Tables({}, {}), part, config, mapping
-  )
+  item_ids, embeddings = devices.replicate(dataset.item_ids), ItemEmbeddings('all', NUM_ITEMS)
+  data = evaluate.EvalData(dataset, item_ids, Tables({}, {}), embeddings, mapping=mapping)
+  evaluator = evaluate.make_evaluator(model, data, part, config)
   return evaluator(devices.replicate(params or {}), **options)
 
 
@@ -109,7 +112,7 @@ class Poisoned(Oracle):
 @pytest.mark.parametrize('part', PARTS)
 def test_queries_hold_out_the_last_or_the_one_before(part):
   dataset = make_dataset([[1, 2, 3, 4], [5], [6, 7], [8, 9, 10]])
-  queries = evaluate.make_queries(dataset, part, make_config())
+  queries = make_queries(dataset, part, make_config())
   np.testing.assert_array_equal(queries.users, [0, 3])
   np.testing.assert_array_equal(queries.targets, [4, 10] if part == 'test' else [3, 9])
   np.testing.assert_array_equal(queries.starts, [0, 7])
@@ -132,7 +135,7 @@ def test_candidates_are_distinct_items_the_user_never_has(candidates):
   dataset = mixed_dataset()
   train = set(dataset.train_part().item_ids.tolist())
   drawable = train if candidates == 'popularity' else set(range(1, NUM_ITEMS + 1))
-  queries = evaluate.make_queries(dataset, 'valid', make_config(candidates))
+  queries = make_queries(dataset, 'valid', make_config(candidates))
   assert queries.candidates.shape == (len(queries.users), 7)
   for user, row in zip(queries.users, queries.candidates, strict=True):
     free = drawable - set(history(dataset, user).tolist())
@@ -146,7 +149,7 @@ def test_candidates_are_distinct_items_the_user_never_has(candidates):
 def test_candidates_follow_their_seed_and_not_the_part(candidates):
   def draw(part, seed):
     config = make_config(candidates, seed=seed)
-    return evaluate.make_queries(mixed_dataset(), part, config).candidates
+    return make_queries(mixed_dataset(), part, config).candidates
 
   np.testing.assert_array_equal(draw('valid', 0), draw('valid', 0))
   np.testing.assert_array_equal(draw('valid', 0), draw('test', 0))
@@ -158,7 +161,7 @@ def test_candidates_are_drawn_evenly_or_by_training_popularity(candidates, share
   """Everybody but one has item 1 only; item 2 is in training nine times as often as item 3."""
   histories = [[1, 1, 1]] * 2000 + [[2] * 9 + [3, 1, 1]]
   dataset = make_dataset(histories, num_items=3)
-  queries = evaluate.make_queries(dataset, 'test', make_config(candidates, num_candidates=1))
+  queries = make_queries(dataset, 'test', make_config(candidates, num_candidates=1))
   drawn = queries.candidates[:2000]
   assert set(drawn.ravel().tolist()) == {2, 3}
   assert abs((drawn == 2).mean() - share) < 4 * np.sqrt(share * (1 - share) / 2000)
@@ -175,32 +178,32 @@ def test_protocol_names_what_a_number_depends_on():
   assert sampled['candidates'] == 'target + 99 popularity (seed 5)'
 
 
-@pytest.mark.parametrize('users_per_share', [1, 7, 1000])
-def test_shares_hold_every_user_once_with_the_newest_token(users_per_share):
+@pytest.mark.parametrize('users_per_batch', [1, 7, 1000])
+def test_batches_hold_every_user_once_with_the_newest_token(users_per_batch):
   dataset = mixed_dataset()
-  queries = evaluate.make_queries(dataset, 'test', make_config('uniform'))
-  shares, members = evaluate.make_shares(queries, MAX_LENGTH, users_per_share)
+  queries = make_queries(dataset, 'test', make_config('uniform'))
+  batches, members = make_batches(queries, MAX_LENGTH, users_per_batch)
   assert len(members) % devices.device_count() == 0
   np.testing.assert_array_equal(np.sort(members[members >= 0]), np.arange(len(queries.users)))
-  for i, share_members in enumerate(members):
-    share = jax.tree.map(lambda x, i=i: x[i], shares)
-    batch = jax.tree.map(np.asarray, gather_batch(dataset.item_ids, share.plan, MAX_LENGTH))
-    for entry, query in enumerate(share_members):
+  for i, batch_members in enumerate(members):
+    batch = jax.tree.map(lambda x, i=i: x[i], batches)
+    rows = jax.tree.map(np.asarray, gather_batch(dataset.item_ids, batch.plan, MAX_LENGTH))
+    for entry, query in enumerate(batch_members):
       if query < 0:
-        assert share.targets[entry] == share.seen_lengths[entry] == 0
+        assert batch.targets[entry] == batch.seen_lengths[entry] == 0
         continue
       seen = history(dataset, queries.users[query])[:-1]
       length = min(len(seen), MAX_LENGTH)
-      row, slot = divmod(int(share.slots[entry]), share.plan.lengths.shape[1])
-      tokens = batch.item_ids[row][batch.segment_ids[row] == slot + 1]
+      row, slot = divmod(int(batch.slots[entry]), batch.plan.lengths.shape[1])
+      tokens = rows.item_ids[row][rows.segment_ids[row] == slot + 1]
       np.testing.assert_array_equal(tokens, seen[-length:])
-      assert batch.users[row, slot] == queries.users[query]
-      assert share.targets[entry] == queries.targets[query]
-      assert (share.seen_starts[entry], share.seen_lengths[entry]) == (
+      assert rows.users[row, slot] == queries.users[query]
+      assert batch.targets[entry] == queries.targets[query]
+      assert (batch.seen_starts[entry], batch.seen_lengths[entry]) == (
         dataset.offsets[queries.users[query]],
         len(seen),
       )
-      np.testing.assert_array_equal(share.candidates[entry], queries.candidates[query])
+      np.testing.assert_array_equal(batch.candidates[entry], queries.candidates[query])
 
 
 @functools.cache
@@ -231,7 +234,7 @@ def sasrec():
 
 def plain_ranks(dataset, part, config, score_all) -> np.ndarray:
   """Full ranking as one would explain it."""
-  drawn = iter(evaluate.make_queries(dataset, part, config).candidates.tolist())
+  drawn = iter(make_queries(dataset, part, config).candidates.tolist())
   ranks = []
   for user in range(len(dataset.lengths)):
     items = history(dataset, user).tolist()
@@ -341,7 +344,7 @@ def test_popularity_baseline_equals_a_plain_loop(part, candidates):
     for item in items[:-2] if len(items) >= 3 else items:
       counts[item] += 1
   ranks = plain_ranks(dataset, part, config, lambda before: counts)
-  popularity = evaluate.baseline_metrics(dataset, part, config)['popularity']
+  popularity = baseline_metrics(dataset, part, config)['popularity']
   assert popularity == ranking_metrics(ranks)
 
 
@@ -350,18 +353,18 @@ def test_random_baseline_is_near_chance():
   rng = np.random.default_rng(0)
   users = 4000
   dataset = make_dataset([rng.permutation(60)[:5] + 1 for _ in range(users)], num_items=60)
-  chance = evaluate.baseline_metrics(dataset, 'test', make_config())['random']
+  chance = baseline_metrics(dataset, 'test', make_config())['random']
   assert abs(chance['mean_rank'] - 57 / 2) < 4 * np.sqrt((56**2 - 1) / 12 / users)
   assert abs(chance['hit@10'] - 10 / 56) < 4 * np.sqrt(10 / 56 * 46 / 56 / users)
   config = make_config('uniform', num_candidates=9)
-  chance = evaluate.baseline_metrics(dataset, 'test', config)['random']
+  chance = baseline_metrics(dataset, 'test', config)['random']
   assert abs(chance['mean_rank'] - 5.5) < 4 * np.sqrt((10**2 - 1) / 12 / users)
   assert chance['hit@10'] == 1
 
 
 def test_random_baseline_follows_its_seed():
   def random(seed):
-    return evaluate.baseline_metrics(mixed_dataset(), 'test', make_config(seed=seed))['random']
+    return baseline_metrics(mixed_dataset(), 'test', make_config(seed=seed))['random']
 
   assert random(0) == random(0)
   assert random(0) != random(1)

@@ -7,6 +7,7 @@ import pytest
 
 from ur4rec_jax.evaluation import ranking
 from ur4rec_jax.sharding.devices import AXIS
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_rank_among_all_items(target, seen, rank):
   items = jnp.array([*seen, 4, 6], jnp.int32)
   no_candidates = jnp.zeros((1, 0), jnp.int32)
   targets = jnp.array([target])
-  scores = ranking.leave_out_seen(scores, targets, users, items)
+  scores = ranking.leave_out_seen(scores, targets, ranking.Seen(users, items))
   ranks = ranking.rank_by_scores(scores, targets, no_candidates)
   np.testing.assert_array_equal(ranks, [rank])
 
@@ -55,15 +56,15 @@ def test_rank_among_candidates_leaves_out_fill_and_the_target(target, candidates
 def test_each_users_own_seen_items_are_left_out():
   scores = jnp.tile(jnp.array([4.0, 3.0, 2.0, 1.0]), (3, 1))
   targets = jnp.array([4, 4, 3])
-  seen_users, seen_items = jnp.array([0, 2, 2, 3]), jnp.array([1, 1, 2, 3])
+  seen = ranking.Seen(jnp.array([0, 2, 2, 3]), jnp.array([1, 1, 2, 3]))
   no_candidates = jnp.zeros((3, 0), jnp.int32)
-  scores = ranking.leave_out_seen(scores, targets, seen_users, seen_items)
+  scores = ranking.leave_out_seen(scores, targets, seen)
   ranks = ranking.rank_by_scores(scores, targets, no_candidates)
   np.testing.assert_array_equal(ranks, [3, 4, 1])
 
 
 def catalogue(num_users: int, num_items: int = 60, width: int = 64):
-  """Users and items by path, the last rows of which are no items, and the ranks to be had.
+  """Users and items by branch (the last rows are not items), and the expected ranks.
 
   Vectors come three times, so that a target has equals in other parts and its own; row 0 and the
   rows beyond the catalogue would be the best.
@@ -88,18 +89,19 @@ def catalogue(num_users: int, num_items: int = 60, width: int = 64):
   return halves(users), halves(rows), targets, seen, ranks
 
 
-def listed(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Users and items of `rank_by_products`, with two entries more, of nobody."""
+def listed(seen: np.ndarray) -> ranking.Seen:
+  """The pairs for `rank_by_products`, and two pairs that belong to no user."""
   users = np.repeat(np.arange(len(seen) + 1), [*[seen.shape[1]] * len(seen), 2])
-  return users.astype(np.int32), np.append(seen.ravel(), [1, 2]).astype(np.int32)
+  items = np.append(seen.ravel(), [1, 2]).astype(np.int32)
+  return ranking.Seen(users.astype(np.int32), items)
 
 
 @pytest.mark.parametrize('at_once', [7, 30, 1000])
 def test_parts_of_the_catalogue_count_as_the_whole_does(at_once, monkeypatch):
   monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', at_once)
   users, items, targets, seen, expected = catalogue(num_users=5)
-  rank = jax.jit(functools.partial(ranking.rank_by_products, num_items=60, item_rows='all'))
-  ranks, finite = rank(users, items, jnp.asarray(targets), *map(jnp.asarray, listed(seen)))
+  rank = jax.jit(functools.partial(ranking.rank_by_products, embeddings=ItemEmbeddings('all', 60)))
+  ranks, finite = rank(users, items, jnp.asarray(targets), jax.tree.map(jnp.asarray, listed(seen)))
   np.testing.assert_array_equal(ranks, expected)
   assert finite
 
@@ -111,9 +113,10 @@ def test_devices_with_a_part_of_the_catalogue_each_rank_as_one_does(at_once, mon
   users, items, targets, seen, expected = catalogue(num_users=6)
   by_device = lambda x: jnp.asarray(x).reshape(3, -1, *x.shape[1:])
   users, items, targets = jax.tree.map(by_device, (users, items, targets))
-  seen = [jnp.stack(x) for x in zip(*map(listed, seen.reshape(3, 2, -1)), strict=True)]
-  rank = functools.partial(ranking.rank_by_products, num_items=60, item_rows='sharded')
-  ranks, finite = jax.jit(jax.vmap(rank, axis_name=AXIS))(users, items, targets, *seen)
+  seen = jax.tree.map(lambda *x: jnp.stack(x), *map(listed, seen.reshape(3, 2, -1)))
+  embeddings = ItemEmbeddings('sharded', 60)
+  rank = functools.partial(ranking.rank_by_products, embeddings=embeddings)
+  ranks, finite = jax.jit(jax.vmap(rank, axis_name=AXIS))(users, items, targets, seen)
   np.testing.assert_array_equal(ranks.ravel(), expected)
   assert finite.all()
 
@@ -122,8 +125,8 @@ def test_devices_with_a_part_of_the_catalogue_each_rank_as_one_does(at_once, mon
 def test_a_score_that_is_not_finite_is_told(at_once, monkeypatch):
   monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', at_once)
   items = jnp.ones((21, 4)).at[15, 2].set(jnp.nan)
-  nobody = jnp.array([5]), jnp.array([1])
+  nobody = ranking.Seen(jnp.array([5]), jnp.array([1]))
   _, finite = ranking.rank_by_products(
-    {'a': jnp.ones((2, 4))}, {'a': items}, jnp.array([3, 4]), *nobody, 20, 'all'
+    {'a': jnp.ones((2, 4))}, {'a': items}, jnp.array([3, 4]), nobody, ItemEmbeddings('all', 20)
   )
   assert not finite

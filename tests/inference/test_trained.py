@@ -9,12 +9,14 @@ from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.evaluation.queries import make_queries
 from ur4rec_jax.sharding import devices
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 
 def all_places(recommender, part: str = 'test'):
   """For each user with a held-out item: the whole catalogue in order, after what came before."""
-  queries = evaluate.make_queries(recommender.dataset, part, recommender.config.evaluation)
+  queries = make_queries(recommender.dataset, part, recommender.config.evaluation)
   ids = recommender.dataset.item_ids
   histories = [
     ids[start : start + length]
@@ -30,15 +32,10 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   recommender, tables = make(shop, name)
   queries, (ids, scores, shares) = all_places(recommender)
   places = (ids == queries.targets[:, None]).argmax(1) + 1
-  evaluator = evaluate.make_evaluator(
-    recommender.model,
-    recommender.dataset,
-    devices.replicate(recommender.dataset.item_ids),
-    devices.replicate(tables),
-    'test',
-    recommender.config.evaluation,
-    'pmap',
-  )
+  dataset, config = recommender.dataset, recommender.config
+  placed = devices.replicate((dataset.item_ids, tables))
+  data = evaluate.EvalData(dataset, *placed, ItemEmbeddings('all', dataset.num_items))
+  evaluator = evaluate.make_evaluator(recommender.model, data, 'test', config.evaluation)
   ranks = evaluator(devices.replicate(recommender.params))
   starts = zip(queries.starts, queries.lengths, queries.targets, strict=True)
   is_new = np.array([t not in recommender.dataset.item_ids[s : s + n] for s, n, t in starts])

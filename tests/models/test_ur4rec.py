@@ -12,9 +12,10 @@ from tests.helpers.features import make_features
 from ur4rec_jax.data.features import Preferences, Tables, TokenTable
 from ur4rec_jax.data.input_pipeline import Batch
 from ur4rec_jax.models.retriever import normalised
-from ur4rec_jax.models.ur4rec import create_model, retrieval_losses
-from ur4rec_jax.sharding.item_embeddings import renumber, take_item_tables, take_rows
-from ur4rec_jax.training import losses, train_step
+from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings, ReadTables
+from ur4rec_jax.training import catalogue_softmax, losses, negatives, objective
+from ur4rec_jax.training.train_data import TrainData
 from ur4rec_jax.training.train_state import parameter_shapes
 
 ITEMS, LENGTH = 7, 6
@@ -110,14 +111,15 @@ def test_a_catalogue_of_some_items_has_their_vectors():
     for branch, side in model.apply({'params': params}, features, method='encode_items').items()
   }
   whole = vectors(model, params, features)
+  tables = ReadTables(ItemEmbeddings('touched', ITEMS), rows)
   some = vectors(
     model.for_items(4),
-    take_item_tables(params, rows, 'touched'),
-    jax.tree.map(lambda table: take_rows(table, rows, 'touched'), features),
+    tables.take(params),
+    tables.take_features(features),
   )
   for branch in whole:
     np.testing.assert_allclose(some[branch][:4], whole[branch][rows[:4]], atol=1e-6)
-  assert renumber(jnp.array([5, 0, 2]), rows).tolist() == [2, 0, 1]
+  assert tables.renumber(jnp.array([5, 0, 2])).tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize('kind', ['weighted', 'learned', 'adaptive', 'rank', 'cascade'])
@@ -315,22 +317,20 @@ ALL_LOSSES = {
 
 
 def all_losses(config, model, features, batch):
-  compute = train_step.make_losses(config.loss)
-  tokens = (batch.targets > 0).sum().astype(jnp.float32)
-  targets = jnp.maximum(batch.targets - 1, 0).reshape(-1)
+  compute = objective.make_losses(config.loss, ITEMS)
+  target_ids = batch.targets.reshape(-1)
 
   def values(params):
     encoded = model.apply(
       {'params': params}, features, batch.item_ids, batch.segment_ids, method='encode'
     )
-    data = train_step.TrainData(
+    data = TrainData(
       jnp.arange(1, ITEMS + 1), jnp.ones(ITEMS), Tables(features, {}), jnp.zeros(0, jnp.int32)
     )
-    negatives = {
-      branch: train_step.draw_negatives(name, config.loss, targets, data, jax.random.key(0))
-      for branch, name in retrieval_losses(config.loss).items()
-    }
-    return compute(encoded, batch, negatives, ITEMS, tokens), encoded
+    targets = jnp.maximum(target_ids - 1, 0)
+    drawn = negatives.draw_all_negatives(config.loss, targets, data, jax.random.key(0))
+    tokens = (target_ids > 0).sum().astype(jnp.float32)
+    return compute(encoded, objective.LossInputs(target_ids, target_ids, drawn, tokens)), encoded
 
   return values
 
@@ -380,7 +380,7 @@ def test_losses_are_what_they_are_called():
   found, encoded = all_losses(config, model, features, batch)(params)
   targets, weights = batch.targets[0] - 1, (batch.targets[0] > 0).astype(jnp.float32)
   for branch in ('sasrec', 'retriever', 'fused'):
-    expected = losses.plain_softmax(
+    expected = catalogue_softmax.plain_softmax(
       encoded.users[branch][0], encoded.items[branch], jnp.maximum(targets, 0), weights
     )
     np.testing.assert_allclose(found[branch], expected / 5, rtol=1e-4)

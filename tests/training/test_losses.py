@@ -8,7 +8,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
-from ur4rec_jax.training import losses
+from ur4rec_jax.sharding.devices import AXIS
+from ur4rec_jax.training import catalogue_softmax, losses
 
 TOKENS, DIM, NUM_ITEMS, NEGATIVES = 13, 6, 17, 4
 
@@ -40,7 +41,7 @@ def value_and_gradients(loss, hidden, item_vectors, *rest):
 
 @functools.cache
 def softmax_in_chunks(chunk_size: int):
-  return functools.partial(losses.softmax, chunk_size=chunk_size)
+  return functools.partial(catalogue_softmax.softmax, chunk_size=chunk_size)
 
 
 def test_bpr_equals_its_formula():
@@ -123,7 +124,7 @@ def test_sampled_softmax_over_every_item_once_is_the_full_softmax():
   inputs = catalogue_inputs()
   everything = sampled_over(jnp.arange(NUM_ITEMS), jnp.ones(NUM_ITEMS))
   value, gradients = value_and_gradients(everything, *inputs)
-  expected, expected_gradients = value_and_gradients(losses.plain_softmax, *inputs)
+  expected, expected_gradients = value_and_gradients(catalogue_softmax.plain_softmax, *inputs)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for actual, wanted in zip(gradients, expected_gradients, strict=True):
     np.testing.assert_allclose(actual, wanted, atol=1e-5)
@@ -161,7 +162,7 @@ def test_sampled_softmax_with_many_negatives_is_near_the_full_softmax():
   drawn = jax.random.randint(jax.random.key(2), (many,), 0, NUM_ITEMS)
   loss = sampled_over(drawn, jnp.full(many, many / NUM_ITEMS))
   value, gradients = value_and_gradients(loss, *inputs)
-  expected, expected_gradients = value_and_gradients(losses.plain_softmax, *inputs)
+  expected, expected_gradients = value_and_gradients(catalogue_softmax.plain_softmax, *inputs)
   np.testing.assert_allclose(value, expected, rtol=0.01)
   for actual, wanted in zip(gradients, expected_gradients, strict=True):
     assert np.linalg.norm(actual - wanted) < 0.03 * np.linalg.norm(wanted)
@@ -216,14 +217,14 @@ def test_plain_softmax_equals_its_formula():
   for h, t, w in zip(*map(np.asarray, (hidden, targets, weights)), strict=True):
     scores = np.asarray(item_vectors, np.float64) @ h
     expected -= w * np.log(np.exp(scores[t]) / np.exp(scores).sum())
-  actual = losses.plain_softmax(hidden, item_vectors, targets, weights)
+  actual = catalogue_softmax.plain_softmax(hidden, item_vectors, targets, weights)
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def test_plain_softmax_has_the_gradients_of_finite_differences():
   """In float32, as its logits are: hence the wide step and tolerance."""
   hidden, item_vectors, targets, weights = catalogue_inputs()
-  loss = lambda h, v: losses.plain_softmax(h, v, targets, weights)
+  loss = lambda h, v: catalogue_softmax.plain_softmax(h, v, targets, weights)
   check_grads(loss, (hidden, item_vectors), 1, ['rev'], atol=2e-2, rtol=2e-2, eps=1e-2)
 
 
@@ -234,18 +235,18 @@ def test_softmax_over_devices_equals_plain_softmax(chunk_size):
   hidden, item_vectors, targets, weights = catalogue_inputs()
   hidden, targets, weights = (jnp.stack([x, x[::-1], x]) for x in (hidden, targets, weights))
   flat = hidden.reshape(-1, hidden.shape[-1]), item_vectors, targets.ravel(), weights.ravel()
-  expected, expected_gradients = value_and_gradients(losses.plain_softmax, *flat)
+  expected, expected_gradients = value_and_gradients(catalogue_softmax.plain_softmax, *flat)
   rows = jnp.concatenate([jnp.full((1, item_vectors.shape[1]), 9.0), item_vectors])
   rows = jnp.pad(rows, ((0, -len(rows) % num_devices + num_devices), (0, 0)), constant_values=9.0)
   rows = rows.reshape(num_devices, -1, rows.shape[1])
 
   def of_device(hidden, rows, target_ids, weights):
-    loss = lambda h, v: losses.softmax_over_devices(
-      h, v, target_ids, weights, NUM_ITEMS, chunk_size, 'devices'
+    loss = lambda h, v: catalogue_softmax.softmax_over_devices(
+      h, v, target_ids, weights, NUM_ITEMS, chunk_size
     )
     return jax.value_and_grad(loss, (0, 1))(hidden, rows)
 
-  mapped = jax.jit(jax.vmap(of_device, axis_name='devices'))
+  mapped = jax.jit(jax.vmap(of_device, axis_name=AXIS))
   values, (of_hidden, of_rows) = mapped(hidden, rows, targets + 1, weights)
   np.testing.assert_allclose(values.sum(), expected, rtol=1e-5)
   np.testing.assert_allclose(of_hidden.reshape(flat[0].shape), expected_gradients[0], atol=1e-5)
@@ -259,7 +260,7 @@ def test_softmax_over_devices_equals_plain_softmax(chunk_size):
 def test_softmax_equals_plain_softmax(chunk_size):
   inputs = catalogue_inputs()
   value, gradients = value_and_gradients(softmax_in_chunks(chunk_size), *inputs)
-  expected, expected_gradients = value_and_gradients(losses.plain_softmax, *inputs)
+  expected, expected_gradients = value_and_gradients(catalogue_softmax.plain_softmax, *inputs)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for actual, wanted in zip(gradients, expected_gradients, strict=True):
     np.testing.assert_allclose(actual, wanted, atol=1e-5)
@@ -273,7 +274,9 @@ def test_softmax_carries_the_cotangent(dtype):
   softmax = softmax_in_chunks(5)
   objective = lambda loss: lambda *args: jnp.tanh(loss(*args) / 50) * -70
   value, gradients = value_and_gradients(objective(softmax), *inputs)
-  expected, expected_gradients = value_and_gradients(objective(losses.plain_softmax), *inputs)
+  expected, expected_gradients = value_and_gradients(
+    objective(catalogue_softmax.plain_softmax), *inputs
+  )
   np.testing.assert_allclose(value, expected, rtol=tolerance)
   for actual, wanted in zip(gradients, expected_gradients, strict=True):
     assert actual.dtype == dtype
@@ -286,7 +289,7 @@ def test_softmax_in_bfloat16_is_near_float32():
   exact = [hidden.astype(jnp.float32), item_vectors.astype(jnp.float32), targets, weights]
   softmax = softmax_in_chunks(5)
   value, gradients = value_and_gradients(softmax, hidden, item_vectors, targets, weights)
-  expected, expected_gradients = value_and_gradients(losses.plain_softmax, *exact)
+  expected, expected_gradients = value_and_gradients(catalogue_softmax.plain_softmax, *exact)
   assert value.dtype == jnp.float32
   np.testing.assert_allclose(value, expected, rtol=0.01)
   for actual, wanted in zip(gradients, expected_gradients, strict=True):
@@ -299,7 +302,7 @@ def test_softmax_with_large_logits_equals_plain_softmax(scale):
   inputs = catalogue_inputs(scale)
   softmax = softmax_in_chunks(4)
   value, gradients = value_and_gradients(softmax, *inputs)
-  expected, expected_gradients = value_and_gradients(losses.plain_softmax, *inputs)
+  expected, expected_gradients = value_and_gradients(catalogue_softmax.plain_softmax, *inputs)
   assert np.abs(inputs[0] @ inputs[1].T).max() > 1e3
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for actual, wanted in zip(gradients, expected_gradients, strict=True):
@@ -332,11 +335,11 @@ def test_chunked_sum_equals_the_whole(chunk_size):
   hidden, item_vectors, targets, weights = catalogue_inputs()
 
   def whole(hidden, item_vectors):
-    return losses.plain_softmax(hidden, item_vectors, targets, weights)
+    return catalogue_softmax.plain_softmax(hidden, item_vectors, targets, weights)
 
   def chunked(hidden, item_vectors):
-    loss = lambda h, t, w: losses.plain_softmax(h, item_vectors, t, w)
-    return losses.chunked_sum(loss, chunk_size, hidden, targets, weights)
+    loss = lambda h, t, w: catalogue_softmax.plain_softmax(h, item_vectors, t, w)
+    return catalogue_softmax.chunked_sum(loss, chunk_size, hidden, targets, weights)
 
   value, gradients = value_and_gradients(chunked, hidden, item_vectors)
   expected, expected_gradients = value_and_gradients(whole, hidden, item_vectors)

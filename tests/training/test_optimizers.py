@@ -19,9 +19,8 @@ def make_config(**fields):
 
 def rate_at(config, step: int, total_steps: int):
   is_cosine = config.schedule == 'cosine'
-  return optimizers.learning_rate_at(
-    step, config.learning_rate, config.warmup_steps, total_steps, is_cosine
-  )
+  rate = optimizers.RateSchedule(config.learning_rate, config.warmup_steps, total_steps, is_cosine)
+  return optimizers.learning_rate_at(step, rate)
 
 
 def take_steps(config, params, gradients, total_steps: int = 10):

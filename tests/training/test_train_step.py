@@ -15,7 +15,16 @@ from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import Encoded, UR4Rec
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.training import losses, optimizers, stages, train_step
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
+from ur4rec_jax.training import (
+  catalogue_softmax,
+  negatives,
+  objective,
+  optimizers,
+  stages,
+  train_step,
+)
+from ur4rec_jax.training.train_data import TrainData
 from ur4rec_jax.training.train_state import TrainState, create_train_state, parameter_shapes
 
 NUM_ITEMS = 20
@@ -42,22 +51,19 @@ def loss_inputs(tokens: int = 11, dim: int = 4):
   return hidden, item_vectors, targets, weights
 
 
-def train_data(counts) -> train_step.TrainData:
+def train_data(counts) -> TrainData:
   item_ids = np.repeat(np.arange(1, len(counts) + 1), counts).astype(np.int32)
   counts = jnp.asarray(counts, jnp.float32)
-  return train_step.TrainData(
-    jnp.asarray(item_ids), counts, Tables({}, {}), jnp.zeros(0, jnp.int32)
-  )
+  return TrainData(jnp.asarray(item_ids), counts, Tables({}, {}), jnp.zeros(0, jnp.int32))
 
 
 def retrieval_loss(name: str, config):
   """`loss(hidden, item_vectors, targets, weights, data, key)`, which draws its own negatives."""
-  compute = train_step.make_retrieval_loss(name, config)
 
   def loss(hidden, item_vectors, targets, weights, data, key):
-    negatives = train_step.draw_negatives(name, config, targets, data, key)
-    num_items = data.item_counts.size
-    return compute(hidden, item_vectors, targets, weights, negatives, num_items)
+    compute = objective.make_retrieval_loss(name, config, data.item_counts.size)
+    drawn = negatives.draw_negatives(name, config, targets, data, key)
+    return compute(hidden, item_vectors, targets, weights, drawn)
 
   return loss
 
@@ -143,7 +149,7 @@ def test_sampled_softmax_with_many_negatives_is_near_softmax(negatives):
   sampled = jax.jit(retrieval_loss(config.name, config))(
     hidden, item_vectors, targets, weights, data, jax.random.key(0)
   )
-  exact = losses.plain_softmax(hidden, item_vectors, targets, weights)
+  exact = catalogue_softmax.plain_softmax(hidden, item_vectors, targets, weights)
   np.testing.assert_allclose(sampled, exact, rtol=0.01)
 
 
@@ -187,13 +193,11 @@ def training_part() -> Dataset:
   return make_dataset(histories, NUM_ITEMS).train_part()
 
 
-def all_data() -> train_step.TrainData:
+def all_data() -> TrainData:
   train = training_part()
   counts = np.bincount(train.item_ids, minlength=NUM_ITEMS + 1)[1:].astype(np.float32)
   starts = preference_starts(train)
-  return train_step.TrainData(
-    *map(jnp.asarray, (train.item_ids, counts)), Tables({}, {}), jnp.asarray(starts)
-  )
+  return TrainData(*map(jnp.asarray, (train.item_ids, counts)), Tables({}, {}), jnp.asarray(starts))
 
 
 class Lookup(nn.Module):
@@ -227,9 +231,8 @@ class Trainer:
     numbers = stages.stage_numbers(stage, labels, steps_per_epoch=100, max_turns=1)
     self.numbers = jax.tree.map(jnp.asarray, numbers)
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
-    self.step = train_step.make_train_step(
-      self.model, self.tx, labels, stage.config, stage.trainable
-    )
+    embeddings = ItemEmbeddings(config.optimizer.item_embeddings, NUM_ITEMS)
+    self.step = train_step.make_train_step(self.model, self.tx, labels, stage, embeddings)
     self.mapped = devices.pmap(self.step, in_axes=(None, None, 0, None, None), donate_argnums=(0,))
     self.data = devices.replicate(all_data())
     self.initial = jax.device_get(self.create(seed=0))
@@ -298,7 +301,7 @@ def padded_reference(model, params, plan: Plan):
     hidden = encoded.users['sasrec'].reshape(-1, 8)
     weights = (targets > 0).astype(jnp.float32).reshape(-1)
     rows = jnp.maximum(targets - 1, 0).reshape(-1)
-    total = losses.plain_softmax(hidden, encoded.items['sasrec'], rows, weights)
+    total = catalogue_softmax.plain_softmax(hidden, encoded.items['sasrec'], rows, weights)
     return total / (targets > 0).sum()
 
   return objective(params)
