@@ -1,10 +1,10 @@
-"""What each trick of the training step is worth: the same training, with one of them undone.
+"""Measures what each optimization of the training step is worth, by training without it.
 
   python -m benchmarks.speed.optimizations --data_dir=data/ml-1m-sequences --loss=softmax
 
-Every row is a process of its own that puts the plain way in the place of one trick and times the
-program's training loop; the first row, and the last one again, has them all. The last line is JSON;
-`--json` prints only that.
+Every row is a process that replaces one optimization by the plain way and times the program's
+training loop. The first row has all optimizations, and so has the last one, as a check. The last
+line is JSON; `--json` prints only that.
 """
 
 import argparse
@@ -23,27 +23,27 @@ from benchmarks.speed import measure, ur4rec_side
 from ur4rec_jax.data import input_pipeline
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models import layers, sasrec
-from ur4rec_jax.training import losses
+from ur4rec_jax.training import catalogue_softmax
 
 ALL = 'nothing'
-STEPS = 8  # That are timed at once.
+STEPS = 8  # Timed together.
 
 
 def one_user_a_row(lengths: np.ndarray, row_length: int) -> np.ndarray:
-  """Does what `input_pipeline.pack` does, with padding."""
+  """Replaces `input_pipeline.pack`: one user a row, with padding."""
   del row_length
   return np.sort(lengths).astype(np.int32)[:, None]
 
 
 def plain_softmax(*arrays_and_chunk_size) -> jax.Array:
-  """Does what `losses.softmax` does, with all logits at once."""
-  return losses.plain_softmax(*arrays_and_chunk_size[:-1])
+  """Replaces `catalogue_softmax.softmax`: all logits are in memory at once."""
+  return catalogue_softmax.plain_softmax(*arrays_and_chunk_size[:-1])
 
 
-# By trick: where it is, and the plain way to put in its place.
+# By optimization: the function, and the plain function that replaces it.
 PLAIN = {
   'users packed into rows': (input_pipeline, 'pack', one_user_a_row),
-  'softmax in chunks, its gradient formed with it': (losses, 'softmax', plain_softmax),
+  'softmax in chunks, its gradient formed with it': (catalogue_softmax, 'softmax', plain_softmax),
   'attention in causal blocks': (sasrec, 'causal_attention', layers.masked_attention),
   'dropout by 8 random bits': (sasrec, 'Dropout', nn.Dropout),
 }
@@ -52,7 +52,7 @@ ROWS = (ALL, *PLAIN, *FLAGS, f'{ALL}, again')
 
 
 def measure_one(name: str, settings: dict[str, Any], data: str, rounds: int) -> dict[str, float]:
-  """Speed and memory with the trick `name` undone; this is what its process does."""
+  """Measures speed and memory without the optimization `name`, in a process of its own."""
   if name in PLAIN:
     setattr(*PLAIN[name])
   with np.load(data) as found:
