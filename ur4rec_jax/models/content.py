@@ -1,4 +1,4 @@
-"""Frozen token embeddings of items -> content vectors."""
+"""Turns the frozen token embeddings of items into content vectors."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,12 +16,12 @@ Array = jax.Array
 
 
 class Content(NamedTuple):
-  """What is known of items from their texts, pictures, ...; modalities in the order of their names.
+  """Item vectors made from texts, pictures and other modalities, in the order of their names.
 
   Attributes:
-    vectors: `[items + 1, dim]`, the modalities joined; zeros for an item without any.
-    modalities: `[items + 1, modalities, dim]`, each alone; zeros where it is missing.
-    present: `[items + 1, modalities]` bool.
+    vectors: `[items + 1, dim]`, all modalities joined; zeros for an item without any.
+    modalities: `[items + 1, modalities, dim]`, each modality alone; zeros where it is missing.
+    present: `[items + 1, modalities]` bool, whether the item has the modality.
     pooled: `[items + 1, modalities, pooled vectors, hidden_dim]`, before the last dense layer.
   """
 
@@ -32,11 +32,12 @@ class Content(NamedTuple):
 
 
 class EncodedItems(NamedTuple):
-  """A branch's side of all items, made once for all users.
+  """All items as one branch encodes them, once for all users.
 
   Attributes:
-    vectors: `[items + 1, dim]`, row 0 for padding; what scores compare users with.
-    content: what the vectors were made from; None if only from ids.
+    vectors: `[items + 1, dim]`, row 0 for padding. A score is the inner product of a user's vector
+      and an item's.
+    content: the content that the vectors were made from; None if they were made from ids alone.
   """
 
   vectors: Array
@@ -46,20 +47,20 @@ class EncodedItems(NamedTuple):
 def initial_item_embeddings(
   features: Mapping[str, TokenTable], dim: int, scale: float, whitening: float, key: Array
 ) -> Array:
-  """Makes embeddings to begin with of what each item's first token, the one of the whole, says.
+  """Makes initial item embeddings from each item's first token, which stands for the whole content.
 
-  They are the principal components of all modalities side by side, each centred and of the same
-  mean square, whitened and turned at random. Items without content get normal random numbers. That
-  ids learn better from there, Harte et al. found ("Leveraging Large Language Models for Sequential
-  Recommendation", RecSys 2023, section 3.3); they do not whiten.
+  They are the principal components of all modalities side by side, each modality centred and scaled
+  to the same mean square, then whitened and rotated at random. Items without content get normal
+  random numbers. Embeddings of ids learn better from such a start (Harte et al., "Leveraging Large
+  Language Models for Sequential Recommendation", RecSys 2023, section 3.3, without whitening).
 
   Args:
     features: by modality, tables with `items + 1` rows, row 0 masked.
-    dim: width.
-    scale: root mean square of them all.
-    whitening: 0 leaves components as large as they are, 1 makes all equally large: then what tells
-      few items apart counts as much as what parts the catalogue in two.
-    key: of what is random.
+    dim: width of the embeddings.
+    scale: root mean square of all values.
+    whitening: 0 keeps the variances of the components, 1 makes them equal. Then a direction that
+      tells a few items apart counts as much as one that splits the catalogue in two.
+    key: random key.
 
   Returns:
     `[items + 1, dim]` float32.
@@ -74,9 +75,9 @@ def initial_item_embeddings(
   rows = jnp.concatenate(parts, axis=1)
   variances, directions = (x[..., -dim:] for x in jnp.linalg.eigh(rows.T @ rows))  # Ascending.
   directions *= jnp.maximum(variances, 1e-6 * variances[-1] + 1e-12) ** (-whitening / 2)
-  turn_key, absent_key = jax.random.split(key)
-  turn = nn.initializers.orthogonal()(turn_key, (directions.shape[1], dim))
-  rows = rows @ directions @ turn
+  rotation_key, absent_key = jax.random.split(key)
+  rotation = nn.initializers.orthogonal()(rotation_key, (directions.shape[1], dim))
+  rows = rows @ directions @ rotation
   is_there = rows.any(1, keepdims=True)
   mean_square = (rows**2).sum() / jnp.maximum(is_there.sum() * dim, 1)
   rows *= scale * jax.lax.rsqrt(jnp.maximum(mean_square, 1e-12))
@@ -84,15 +85,15 @@ def initial_item_embeddings(
 
 
 class ContentTower(nn.Module):
-  """Projects each modality's tokens, lets modalities attend to each other, pools and joins them.
+  """Encodes the content of items: project tokens, attend across modalities, pool, join.
 
   Attributes:
     dim: width of the vectors.
     hidden_dim: width in which tokens are compared.
     dropout: rate on hidden tokens.
-    cross_modal_blocks: layers of attention between modalities; nothing where there is only one.
+    cross_modal_blocks: layers of attention between modalities; not used with one modality.
     num_heads: attention heads in them; divides `hidden_dim`.
-    pooled_vectors: vectors that a modality's tokens are pooled into.
+    pooled_vectors: number of vectors into which the tokens of a modality are pooled.
     fusion: `add`, `concat` or `gated`, see `ModalityFusion`.
     dtype: computation type; parameters and reductions stay float32.
   """
@@ -108,7 +109,7 @@ class ContentTower(nn.Module):
 
   @nn.compact
   def __call__(self, features: Mapping[str, TokenTable], *, deterministic: bool) -> Content:
-    """Returns the content of all items from tables with `items + 1` rows each."""
+    """Encodes all items from tables with `items + 1` rows each."""
     names = sorted(features)
     masks = {name: features[name].mask for name in names}
     rows = len(masks[names[0]])
@@ -124,7 +125,7 @@ class ContentTower(nn.Module):
         tokens = block(tokens, masks, deterministic=deterministic)
     pool = lambda name: AttentionPool(self.pooled_vectors, self.dtype, name=f'{name}_attention')
     pooled = {name: pool(name)(tokens[name], masks[name]) for name in names}
-    # As small as the item embeddings that these may join.
+    # As small as the item embeddings to which these vectors may be added.
     small = nn.initializers.normal(0.02)
     vectors = jnp.stack(
       [

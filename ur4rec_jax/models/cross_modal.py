@@ -1,4 +1,4 @@
-"""Attention between token sets of several modalities, and pooling of a set into vectors."""
+"""Attention between the tokens of several modalities, and pooling of tokens into vectors."""
 
 from collections.abc import Mapping
 
@@ -13,15 +13,15 @@ Array = jax.Array
 
 
 class CrossModalBlock(nn.Module):
-  """Lets every modality's tokens attend to the tokens of all others, then a feed-forward network.
+  """Lets the tokens of every modality attend to those of all others; then a feed-forward network.
 
-  Text attends to pictures and pictures to text (Lu et al., ViLBERT, NeurIPS 2019, with any number
-  of modalities). Both branches are normalised at their input and added to the tokens, so a token
-  with nothing to see keeps what it was.
+  Text attends to pictures and pictures to text (Lu et al., ViLBERT, NeurIPS 2019, here for any
+  number of modalities). Both sublayers normalise their input and add their output to the tokens, so
+  a token that may attend to nothing keeps its value.
 
   Attributes:
     num_heads: attention heads; divides the tokens' width.
-    dropout: rate on both branches' outputs.
+    dropout: rate on the outputs of both sublayers.
     dtype: computation type; parameters and reductions stay float32.
   """
 
@@ -39,20 +39,20 @@ class CrossModalBlock(nn.Module):
     deterministic: bool,
     query_positions: Array | None = None,
   ) -> dict[str, Array]:
-    """Returns `tokens` anew, in the same shapes.
+    """Returns the new tokens, in the shapes of `tokens`.
 
     Args:
       tokens: by modality, `[rows, tokens, dim]`; the number of tokens may differ.
-      visible: by modality, those of `memory` too, which of its tokens the others may see: `[rows,
-        tokens]`, the same for every query, or `[rows, queries, tokens]`.
-      memory: as `tokens`; seen by them, and stay as they are.
+      visible: by modality, also those in `memory`: which of its tokens other modalities may attend
+        to, `[rows, tokens]` for all queries alike or `[rows, queries, tokens]`.
+      memory: tokens of the same form, which are attended to and do not change.
       deterministic: False applies dropout, with the `dropout` key.
       query_positions: `[rows, queries]`, the tokens of each modality to return; None for all.
     """
     dropout = Dropout(self.dropout, deterministic=deterministic)
 
     def dense(x: Array, width: int, name: str) -> Array:
-      # Flat, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, dim].
+      # Flattened, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, dim].
       flat = nn.Dense(width, dtype=self.dtype, name=name)(x.reshape(-1, x.shape[-1]))
       return flat.reshape(*x.shape[:-1], width)
 
@@ -93,7 +93,7 @@ class CrossModalBlock(nn.Module):
 
 
 class AttentionPool(nn.Module):
-  """Pools a token set into K vectors, each an average under its own softmax over the tokens.
+  """Pools tokens into K vectors; each is an average weighted by its own softmax over the tokens.
 
   Attributes:
     num_vectors: K.
@@ -107,7 +107,7 @@ class AttentionPool(nn.Module):
   def __call__(self, tokens: Array, mask: Array) -> Array:
     """Returns `[rows, num_vectors, dim]` from `[rows, tokens, dim]` and `[rows, tokens]`.
 
-    A row without tokens gives the average of its masked ones: finite, and for the caller to drop.
+    A row whose tokens are all masked gives their average, which is finite; the caller ignores it.
     """
     rows, num_tokens, dim = tokens.shape
     logits = nn.Dense(self.num_vectors, dtype=self.dtype, name='logits')(tokens.reshape(-1, dim))

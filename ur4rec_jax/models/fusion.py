@@ -1,4 +1,4 @@
-"""Joining modalities into one vector, and the scores of two branches into one ranking.
+"""Joins modalities into one vector, and the scores of two branches into one ranking.
 
 A branch's score is the inner product of a user's and an item's vector. A weighted sum of scores is
 therefore one inner product of the concatenated vectors, the user's scaled by the weights, and no
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 Array = jax.Array
 MODALITY_FUSIONS = ('add', 'concat', 'gated')
-# Weighted sums of scores, and two that need the ranking of each branch.
+# The first are weighted sums of scores; the others need the ranking of each branch.
 SUMS = ('weighted', 'learned', 'adaptive')
 BRANCH_FUSIONS = (*SUMS, 'rank', 'cascade')
 CALIBRATIONS = ('standardise', 'log_probability')
-GATES = 'gates'  # Variables that report what a part of the whole counts, on average.
+GATES = 'gates'  # The collection of mean weights that are reported while training.
 
 
 def _latest(_, new: Array) -> Array:
@@ -25,13 +25,14 @@ def _latest(_, new: Array) -> Array:
 
 
 class ModalityFusion(nn.Module):
-  """Joins the vectors of the modalities that are present into one.
+  """Joins the vectors of the modalities that an item or user has into one vector.
 
   Attributes:
-    kind: `add` sums them; `concat` is a dense layer over them side by side, zeros where absent;
-      `gated` averages them under gates that are computed from all of them and sum to 1 over those
-      present (Arevalo et al., Gated Multimodal Units, 2017, with a softmax for any number).
-    names: of the modalities; if several, their mean gates go to the collection `gates`.
+    kind: `add` sums the vectors; `concat` applies a dense layer to their concatenation, with zeros
+      for missing ones; `gated` averages them with weights that are computed from all of them and
+      sum to 1 over those present (Arevalo et al., Gated Multimodal Units, 2017, here with a softmax
+      for any number of modalities).
+    names: of the modalities. If there are several, their mean weights go to the collection `gates`.
     dtype: computation type; gates are float32.
   """
 
@@ -41,7 +42,7 @@ class ModalityFusion(nn.Module):
 
   @nn.compact
   def __call__(self, vectors: Array, present: Array) -> Array:
-    """Returns `[rows, dim]`, zeros where nothing is present.
+    """Returns `[rows, dim]`, zeros for a row without any modality.
 
     Args:
       vectors: `[rows, modalities, dim]`.
@@ -65,18 +66,18 @@ class ModalityFusion(nn.Module):
 
 
 def modality_parts(kind: str, params: Mapping, vectors: Array, present: Array) -> Array:
-  """Cuts what `ModalityFusion` gives into what each modality adds to it.
+  """Splits the output of `ModalityFusion` into the contributions of the modalities.
 
-  The bias of `concat`, which belongs to no modality, is shared out among those present.
+  The bias of `concat` belongs to no modality, so it is divided equally among those present.
 
   Args:
-    kind: as `ModalityFusion`'s, whose `params` these are.
+    kind: of the `ModalityFusion`.
     params: its parameters; empty for `add`.
     vectors: `[rows, modalities, dim]`.
     present: `[rows, modalities]` bool.
 
   Returns:
-    `[rows, modalities, dim]`; the sum over modalities is what it gives.
+    `[rows, modalities, dim]`, whose sum over modalities is the output.
   """
   rows, modalities, dim = vectors.shape
   vectors = jnp.where(present[..., None], vectors, 0)
@@ -92,14 +93,14 @@ def modality_parts(kind: str, params: Mapping, vectors: Array, present: Array) -
 
 
 def gates(logits: Array, present: Array) -> Array:
-  """Softmax over the modalities that are present.
+  """Computes a softmax over the modalities that are present.
 
   Args:
     logits: `[rows, modalities]`.
     present: `[rows, modalities]` bool.
 
   Returns:
-    `[rows, modalities]` float32, zeros where absent; each row sums to 1, or 0 if nothing is there.
+    `[rows, modalities]` float32, zeros where absent. A row sums to 1, or to 0 without modalities.
   """
   lowest = jnp.finfo(jnp.float32).min
   weights = nn.softmax(jnp.where(present, logits.astype(jnp.float32), lowest))
@@ -107,16 +108,16 @@ def gates(logits: Array, present: Array) -> Array:
 
 
 def covariance(items: Array) -> Array:
-  """Covariance `[dim, dim]` float32 of item vectors `[items, dim]`."""
+  """Returns the covariance `[dim, dim]` float32 of item vectors `[items, dim]`."""
   centred = (items - items.mean(0, dtype=jnp.float32)).astype(jnp.float32)
   return centred.T @ centred / items.shape[0]
 
 
 def standard_deviation(users: Array, covariance: Array) -> Array:
-  """Standard deviation of each user's scores over the catalogue, without the scores.
+  """Returns the standard deviation of each user's scores over the catalogue.
 
-  The variance of u.v over items v is u' C u with C the covariance of the item vectors. (The mean
-  is the same for all items of a user and changes no ranking.)
+  It needs no scores: the variance of u.v over items v is u' C u, with C the covariance of the item
+  vectors. (The mean is the same for all items of a user and changes no ranking.)
 
   Args:
     users: `[..., dim]`.
@@ -133,20 +134,21 @@ def standard_deviation(users: Array, covariance: Array) -> Array:
 class BranchFusion(nn.Module):
   """Joins the scores of several branches.
 
-  Trained weights go to the collection `gates`, divided by their sum, on average over users.
+  Learned weights are reported in the collection `gates`, as shares of their sum, averaged over
+  users.
 
   Attributes:
-    kind: a weighted sum of scores, `weighted` by constants, `learned` by trained global weights,
-      `adaptive` by a small network on the user's states; or `rank` (`reciprocal_rank`), or
-      `cascade`, which ranks the first branch's best anew by the second.
-    branches: the branches' names.
-    weights: one constant a branch; where `learned` and `adaptive` start.
+    kind: a weighted sum of scores, `weighted` by constants, `learned` by trained weights for all
+      users, `adaptive` by a small network on the user's states; or `rank` (see `reciprocal_rank`);
+      or `cascade`, where the second branch orders the best items of the first.
+    branches: names of the branches.
+    weights: a constant for each branch, from which `learned` and `adaptive` start.
     calibration: of sums. `standardise` divides scores by the user's standard deviation over the
-      catalogue; `log_probability` takes them as they are, which is right where each branch was
+      catalogue. `log_probability` takes scores as they are, which is right if each branch was
       trained by cross-entropy: the sum is then a product of experts (Hinton 2002).
     hidden_dim: width of the network of `adaptive`.
     rank_constant: of `rank`.
-    cascade_size: of `cascade`: how many of the first branch's best.
+    cascade_size: of `cascade`: how many of the first branch's best items.
   """
 
   kind: str
@@ -161,7 +163,7 @@ class BranchFusion(nn.Module):
   def branch_weights(
     self, users: Mapping[str, Array], covariances: Mapping[str, Array]
   ) -> dict[str, Array]:
-    """Says what each branch's scores are multiplied by before they are summed.
+    """Returns the factors by which the branches' scores are multiplied before they are summed.
 
     Args:
       users: by branch, `[..., width]`.
@@ -174,7 +176,7 @@ class BranchFusion(nn.Module):
     if self.kind == 'learned':
       log_weights = self.param('log_weights', lambda _: log_weights)
     elif self.kind == 'adaptive':
-      # The states are only read: what they are is for the branches' own losses to say.
+      # No gradient flows into the states: only the branches' own losses train them.
       states = jnp.concatenate(
         [jax.lax.stop_gradient(users[branch]) for branch in self.branches], -1
       )
@@ -194,7 +196,7 @@ class BranchFusion(nn.Module):
     return weights
 
   def __call__(self, users: Mapping[str, Array], items: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Puts the branches' vectors side by side, so that their product is the sum of scores.
+    """Concatenates the branches' vectors, so that their inner product is the sum of scores.
 
     Args:
       users: by branch, `[..., width]`.
@@ -207,11 +209,11 @@ class BranchFusion(nn.Module):
     return self.side_by_side(users), self.side_by_side(items)
 
   def side_by_side(self, vectors: Mapping[str, Array]) -> Array:
-    """Joins the branches' `[..., width]` to `[..., sum of widths]`."""
+    """Concatenates the branches' `[..., width]` to `[..., sum of widths]`."""
     return jnp.concatenate([vectors[branch] for branch in self.branches], -1)
 
   def covariances(self, items: Mapping[str, Array]) -> dict[str, Array]:
-    """By branch `[width, width]`, of items `[items, width]`; none but for `standardise`."""
+    """Returns by branch the covariance of items `[items, width]`; {} unless `standardise`."""
     if self.calibration != 'standardise':
       return {}
     return {branch: covariance(items[branch]) for branch in self.branches}
@@ -219,7 +221,7 @@ class BranchFusion(nn.Module):
   def scaled(
     self, users: Mapping[str, Array], covariances: Mapping[str, Array]
   ) -> dict[str, Array]:
-    """Multiplies users' vectors, so that the sum of the branches' inner products is the score.
+    """Scales users' vectors, so that the sum of the branches' inner products is the score.
 
     Args:
       users: by branch, `[..., width]`.
@@ -242,8 +244,8 @@ class BranchFusion(nn.Module):
     Args:
       users: by branch, `[users, width]`.
       items: by branch, `[items, width]`.
-      leave_out: sets what is not to be recommended to -inf in scores `[users, items]`; ranks are
-        counted without it.
+      leave_out: sets scores `[users, items]` of items that may not be recommended to -inf; the
+        ranks of `rank` and `cascade` are counted without them.
 
     Returns:
       `[users, items]` float32.
@@ -259,12 +261,12 @@ class BranchFusion(nn.Module):
 
 
 def inner_products(users: Array, items: Array) -> Array:
-  """Scores `[users, items]` float32 from `[users, width]` and `[items, width]`."""
+  """Returns scores `[users, items]` float32 from `[users, width]` and `[items, width]`."""
   return jnp.matmul(users, items.T, preferred_element_type=jnp.float32)
 
 
-def places(scores: Array) -> Array:
-  """Counts for each item how many of the row score lower: 0 is last, equal scores share a place.
+def count_below(scores: Array) -> Array:
+  """Counts for each item how many items of the row score lower; 0 is the lowest score.
 
   Args:
     scores: `[users, items]`.
@@ -278,27 +280,27 @@ def reciprocal_rank(by_branch: Sequence[Array], weights: Sequence[float], consta
 
   Args:
     by_branch: `[users, items]` scores of each branch; items with equal scores share the worst rank.
-    weights: one a branch.
-    constant: 60 in the paper; the larger, the less the places at the top differ.
+    weights: one for each branch.
+    constant: 60 in the paper; the larger, the less the top ranks differ.
 
   Returns:
     `[users, items]` float32.
   """
-  ranks = [scores.shape[-1] - places(scores) for scores in by_branch]
+  ranks = [scores.shape[-1] - count_below(scores) for scores in by_branch]
   return sum(w / (constant + rank) for w, rank in zip(weights, ranks, strict=True))
 
 
 def cascade(first: Array, second: Array, size: int) -> Array:
-  """Puts the first branch's best `size` items in the second branch's order, the others behind them.
+  """Orders the first branch's best `size` items by the second branch, the others after them.
 
   Args:
-    first: `[users, items]` scores that choose; equal ones at the border are all chosen.
-    second: `[users, items]` scores that order the chosen.
-    size: how many are chosen.
+    first: `[users, items]` scores that choose items; items that tie at the border are all chosen.
+    second: `[users, items]` scores that order the chosen items.
+    size: number of chosen items.
 
   Returns:
     `[users, items]` float32.
   """
   size = min(size, first.shape[-1])
   border = jax.lax.top_k(first, size)[0][:, -1:]
-  return jnp.where(first >= border, first.shape[-1] + places(second), places(first))
+  return jnp.where(first >= border, first.shape[-1] + count_below(second), count_below(first))

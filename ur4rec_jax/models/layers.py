@@ -5,25 +5,25 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-QUERY_BLOCK = 64  # Queries that see keys up to the last of them.
+QUERY_BLOCK = 64  # Queries in a block; they are compared only with keys up to the last of them.
 
 
 def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
   """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-  Dividing after the value product instead of before halves the forward time on CPU: normalised
-  weights are never written out.
+  The division by the total follows the product with the values. On CPU this halves the time of the
+  forward pass, because normalised weights are never written to memory.
 
   Args:
     query: `[batch, queries, heads, width]`; `key` and `value` alike with their own length.
-    mask: `[batch, queries, keys]`, True where query i may see key j.
+    mask: `[batch, queries, keys]`, True where query i may attend to key j.
 
   Returns:
-    `[batch, queries, heads, width]` in the type of `value`; an average of all values for a query
-    that may see nothing.
+    `[batch, queries, heads, width]` in the type of `value`. A query that may see nothing gets the
+    average of all values.
   """
   scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
-  # Finite, so that a row with nothing to see gives an average instead of NaN.
+  # A finite number, so that a query without visible keys gives an average instead of NaN.
   scores = jnp.where(mask[:, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
   weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
   total = weights.sum(-1)
@@ -34,14 +34,14 @@ def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
 
 
 def causal_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  """Does what `masked_attention` does, without most of what a causal mask would only blank out.
+  """Computes `masked_attention` for a causal mask, without most of the masked scores.
 
   Args:
     query: `[batch, length, heads, width]`; `key` and `value` alike.
     mask: `[batch, length, length]`, False wherever a query comes before the key.
   """
   length = query.shape[1]
-  if not isinstance(length, int):  # exported programs take any length: it has no blocks to count
+  if not isinstance(length, int):  # Exported programs take any length, so blocks cannot be counted.
     return masked_attention(query, key, value, mask)
   ends = range(QUERY_BLOCK, length + QUERY_BLOCK, QUERY_BLOCK)
   blocks = [
@@ -66,10 +66,10 @@ def take_positions(x: Array, query_positions: Array | None) -> Array:
 
 
 class TokenProjection(nn.Module):
-  """Projects frozen tokens into the space of the model: dense, layer norm, GELU, dropout.
+  """Projects frozen tokens to the width of the model: dense, layer norm, GELU, dropout.
 
   Attributes:
-    dim: width of the space.
+    dim: width of the output.
     dropout: rate.
     dtype: computation type; parameters and reductions stay float32.
   """
@@ -81,7 +81,7 @@ class TokenProjection(nn.Module):
   @nn.compact
   def __call__(self, tokens: Array, *, deterministic: bool) -> Array:
     """Returns `[..., dim]` from `[..., width]`."""
-    # Flat, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, width].
+    # Flattened, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, width].
     flat = tokens.astype(self.dtype).reshape(-1, tokens.shape[-1])
     h = nn.LayerNorm(dtype=self.dtype, name='norm')(
       nn.Dense(self.dim, dtype=self.dtype, name='dense')(flat)
@@ -91,7 +91,7 @@ class TokenProjection(nn.Module):
 
 
 class Dropout(nn.Module):
-  """Dropout (Srivastava et al. 2014) on 8 random bits a value; `nn.Dropout` draws 32.
+  """Dropout (Srivastava et al. 2014) with 8 random bits a value instead of 32 as in `nn.Dropout`.
 
   Attributes:
     rate: share of values set to zero, to the nearest 1/256.
@@ -103,7 +103,7 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, deterministic: bool | None = None) -> Array:
-    """Zeroes values of `x` `[...]` at random and scales up the others."""
+    """Sets values of `x` `[...]` to zero at random and scales up the others."""
     deterministic = nn.merge_param('deterministic', self.deterministic, deterministic)
     dropped = min(round(self.rate * 256), 255)
     if deterministic or not dropped:

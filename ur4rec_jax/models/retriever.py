@@ -1,4 +1,4 @@
-"""The multimodal preference retriever: what a user likes, against what items are about."""
+"""The multimodal preference retriever: compares what a user likes with what items are about."""
 
 import math
 from collections.abc import Mapping
@@ -22,27 +22,28 @@ def normalised(x: Array) -> Array:
 
 
 class Retriever(nn.Module):
-  """Scores items by the cosine of a user's and an item's vector over a learned temperature.
+  """Scores items by the cosine of a user's and an item's vector, over a learned temperature.
 
-  An item is its content plus an embedding of its id; a user is what the content of the history,
-  with the items' vectors if they have ids, and the user's own texts tell.
+  An item's vector is made from its content and, optionally, an embedding of its id. A user's vector
+  is made from the items of the history and from the user's own texts.
 
   Attributes:
     num_items: catalogue size.
     max_length: longest history.
-    content: makes item vectors, of width `dim`.
-    dim: width of both sides' vectors.
-    query: how the user's tokens are read: `user`, see `UserTower`, or `proxies`, see `ProxyTower`.
-    num_blocks: transformer blocks, a modality with `user`.
+    content: makes item vectors of width `dim`.
+    dim: width of user and item vectors.
+    query: the tower that reads the user's tokens: `user` for `UserTower`, `proxies` for
+      `ProxyTower`.
+    num_blocks: transformer blocks; `UserTower` has so many for each modality.
     num_heads: attention heads; divides `dim`.
     ffn_dim: width of the hidden feed-forward layer.
     dropout: rate on history tokens and inside the blocks.
-    norm: `pre` or `post` normalisation in the blocks, of `user`.
+    norm: `pre` or `post` normalisation in the blocks of `UserTower`.
     cross_modal_blocks: layers in which the modalities of the history attend to each other.
     fusion: how a user's modalities are joined: `add`, `concat` or `gated`.
-    num_proxies: learned queries, of `proxies`.
-    item_id: whether items get an embedding of their id, which histories read, too.
-    temperature: what the learned temperature starts from.
+    num_proxies: learned queries of `ProxyTower`.
+    item_id: whether items have an embedding of their id, in histories too.
+    temperature: initial value of the learned temperature.
     dtype: computation type; parameters and reductions stay float32.
   """
 
@@ -80,7 +81,7 @@ class Retriever(nn.Module):
   def encode_items(
     self, features: Mapping[str, TokenTable], *, deterministic: bool = True
   ) -> EncodedItems:
-    """Makes every item's vector, of length 1, once for all users.
+    """Encodes all items as vectors of length 1, once for all users.
 
     Args:
       features: by modality, tables with `items + 1` rows.
@@ -109,16 +110,16 @@ class Retriever(nn.Module):
       items: from `encode_items`.
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
-      preferences: what users' own texts tell; None if there are none.
-      backbone: `[batch, length, width]`, states of the sequence branch, which `proxies` read; of
+      preferences: tokens of the users' own texts, or None.
+      backbone: `[batch, length, width]` states of the sequence branch, which `ProxyTower` reads; of
         `query_positions` alone, if they are given.
       deterministic: False applies dropout, with the `dropout` key.
       query_positions: `[batch, queries]` positions to encode, or None for all. The last layers
         compute nothing for the others.
 
     Returns:
-      `[batch, length, dim]`, whose inner product with an item's vector is its score, in nats; and
-      what each proxy retrieved, `[batch, length, proxies, dim]`, or None with the query `user`.
+      `[batch, length, dim]`, whose inner product with an item's vector is the score, in nats; and
+      what each proxy retrieved, `[batch, length, proxies, dim]`, or None without proxies.
     """
     content = items.content
     if self.item_id:

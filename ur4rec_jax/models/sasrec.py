@@ -1,8 +1,8 @@
 """SASRec: self-attentive sequential recommendation (Kang & McAuley, ICDM 2018).
 
-The module sees token rows in which several users may stand side by side, told apart by
-`segment_ids` (0 is padding). Attention is causal and never crosses a segment, so a packed row,
-a left-padded row and a right-padded row give each user the same hidden states.
+A row of tokens may hold several users side by side, told apart by `segment_ids` (0 is padding).
+Attention is causal and never crosses a segment, so a user gets the same hidden states in a packed,
+a left-padded and a right-padded row.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from ur4rec_jax.models.layers import Dropout, causal_attention, masked_attention
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
-OF_CONTENT = ('content', 'id+content')  # Those that read features whenever items are made.
+OF_CONTENT = ('content', 'id+content')  # These read features whenever items are encoded.
 NORMS = ('pre', 'post')
 
 
 def segment_positions(segment_ids: Array) -> Array:
-  """Counts each token's place in its segment from the segment's end: 0 is the newest item.
+  """Counts each token's position from the end of its segment: 0 is the newest item.
 
   Args:
     segment_ids: `[batch, length]`, equal along one user's contiguous tokens, 0 for padding.
@@ -41,9 +41,9 @@ def segment_positions(segment_ids: Array) -> Array:
 
 
 def causal_mask(segment_ids: Array) -> Array:
-  """True where a token may see another: at or before it, in the same segment.
+  """Returns True where a token may attend to another: at or before it, in the same segment.
 
-  Padding may see padding, so that no row is empty; nothing reads it.
+  Padding may attend to padding, so that no row of the mask is empty. Nothing reads the result.
 
   Args:
     segment_ids: `[batch, length]`.
@@ -56,7 +56,7 @@ def causal_mask(segment_ids: Array) -> Array:
 
 
 class Attention(nn.Module):
-  """Causal self-attention; queries, keys and values come of one kernel `[dim, 3 * dim]`.
+  """Causal self-attention; queries, keys and values share one kernel `[dim, 3 * dim]`.
 
   Attributes:
     num_heads: attention heads; divides the width.
@@ -79,11 +79,12 @@ class Attention(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (3 * dim,))
     h, kernel, bias = promote_dtype(h, kernel, bias, dtype=self.dtype)
     if query_positions is None:
-      # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
+      # Flattened: XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
       both = (h.reshape(-1, dim) @ kernel + bias).reshape(*h.shape[:2], 3, *heads)
       return causal_attention(*jnp.moveaxis(both, 2, 0), mask).reshape(h.shape)
-    # q . (W_k x + b_k) = W_k' q . x but for what all x share, and a mean of W_v x + b_v is W_v of
-    # the mean: for a few queries that is two products a query instead of two an item.
+    # q . (W_k x + b_k) = (W_k' q) . x, up to a term that is equal for all x, and a mean of
+    # W_v x + b_v is W_v times the mean of x, plus b_v. A few queries then need two products each,
+    # instead of two for every item.
     of_query, of_key, of_value = jnp.moveaxis(kernel.reshape(dim, 3, *heads), 1, 0)
     query = (
       take_positions(h, query_positions).reshape(-1, dim) @ of_query.reshape(dim, dim) + bias[:dim]
@@ -103,8 +104,8 @@ class Block(nn.Module):
     dim: width of the residual stream.
     num_heads: attention heads; divides `dim`.
     ffn_dim: width of the hidden feed-forward layer.
-    dropout: rate on both branches' outputs and inside the feed-forward network.
-    norm: `pre` normalises each branch's input, `post` each sum.
+    dropout: rate on the outputs of both sublayers and inside the feed-forward network.
+    norm: `pre` normalises the input of each sublayer, `post` each sum.
     dtype: computation type; parameters and reductions stay float32.
   """
 
@@ -136,9 +137,9 @@ class Block(nn.Module):
       h = dropout(nn.relu(dense(self.ffn_dim, 'ffn_in')(h)))
       return dense(self.dim, 'ffn_out')(h)
 
-    for name, branch in (('attention', attention), ('ffn', feed_forward)):
+    for name, sublayer in (('attention', attention), ('ffn', feed_forward)):
       norm = layer_norm(f'{name}_norm')
-      change = dropout(branch(norm(x) if self.norm == 'pre' else x))
+      change = dropout(sublayer(norm(x) if self.norm == 'pre' else x))
       if query_positions is not None and name == 'attention':
         x = take_positions(x.reshape(*mask.shape[:2], self.dim), query_positions).reshape(
           -1, self.dim
@@ -150,7 +151,7 @@ class Block(nn.Module):
 class SASRec(nn.Module):
   """Encodes item sequences; scores are inner products with the same item embeddings.
 
-  An item's embedding is a table's row, is made from its texts and pictures, or is the sum of both.
+  An item embedding is a row of a table, or is made from texts and pictures, or is the sum of both.
   The table begins at random or, with `id_from_content`, as `content.initial_item_embeddings`.
 
   Attributes:
@@ -163,9 +164,10 @@ class SASRec(nn.Module):
     dropout: rate on embeddings and inside the blocks.
     norm: `pre` or `post` normalisation.
     item_input: one of `ITEM_INPUTS`.
-    item_scale: root mean square of the rows at first.
-    whitening: of what rows begin as, with `id_from_content`; see `initial_item_embeddings`.
-    content: makes vectors of width `dim` from features; None but for `OF_CONTENT`.
+    item_scale: root mean square of the table at the start.
+    whitening: of the initial table with `id_from_content`, see `initial_item_embeddings`.
+    content: makes vectors of width `dim` from features; None unless `item_input` is one of
+      `OF_CONTENT`.
     dtype: computation type; parameters and reductions stay float32.
   """
 
@@ -205,10 +207,10 @@ class SASRec(nn.Module):
   def encode_items(
     self, features: Mapping[str, TokenTable] | None = None, *, deterministic: bool = True
   ) -> EncodedItems:
-    """Makes every item's embedding, once for all users.
+    """Encodes all items, once for all users.
 
     Args:
-      features: by modality, tables with `items + 1` rows; needed for `OF_CONTENT` alone.
+      features: by modality, tables with `items + 1` rows; only read for `OF_CONTENT`.
       deterministic: False applies dropout, with the `dropout` key.
     """
     vectors, content = 0.0, None
@@ -244,7 +246,7 @@ class SASRec(nn.Module):
       `segment_ids` is 0.
     """
     positions = segment_positions(segment_ids)
-    # Flat, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
+    # Flattened, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
     x = items.vectors[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
     x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
     mask = causal_mask(segment_ids)

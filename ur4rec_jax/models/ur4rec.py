@@ -22,7 +22,7 @@ FUSED = 'fused'
 
 
 class Encoded(NamedTuple):
-  """What losses read: for each branch, and for their fusion, two sides whose products are scores.
+  """What losses read: users and items of each branch and of their fusion; products are scores.
 
   Attributes:
     users: by branch, `[batch, length, width]`.
@@ -30,10 +30,11 @@ class Encoded(NamedTuple):
     own_items: by branch `[rows, width]`, this device's rows of sharded item vectors, for a loss
       over the whole catalogue; `items` then has only the items that the step reads. None elsewhere.
     content: of the items, from the retriever if there is one; None without features.
-    retrieved: `[batch, length, proxies, dim]`, of the retriever's proxies; None without them.
-    log_temperature: `[]`, of the contrasts `info_nce` and `contrast`.
-    matching_scale: `[]`, what scores are multiplied by to be logits of `matching`,
-    matching_bias: `[]`, and what is added to them.
+    retrieved: `[batch, length, proxies, dim]`, what each proxy of the retriever found; None without
+      proxies.
+    log_temperature: `[]`, of the losses `info_nce` and `contrast`.
+    matching_scale: `[]`, factor that turns scores into logits of the loss `matching`.
+    matching_bias: `[]`, added to these logits.
     log_variances: by loss, `[]`, of uncertainty weighting.
   """
 
@@ -49,15 +50,15 @@ class Encoded(NamedTuple):
 
 
 class UR4Rec(nn.Module):
-  """One or both branches, and how they are joined.
+  """One or both branches, and the fusion that joins them.
 
   Attributes:
     sasrec: the sequence branch, or None.
     retriever: the content branch, or None.
     fusion: joins their scores; None if there is one branch.
-    losses: weight of each loss it is trained with; some losses have parameters.
-    uncertainty_weighting: whether the weights are learned, from these on.
-    temperature: what the learned temperature of `info_nce` and `contrast` starts from.
+    losses: weight of each loss in training; some losses have parameters.
+    uncertainty_weighting: whether the weights are learned, starting from these.
+    temperature: initial value of the learned temperature of `info_nce` and `contrast`.
   """
 
   sasrec: SASRec | None = None
@@ -73,7 +74,7 @@ class UR4Rec(nn.Module):
     if 'info_nce' in self.losses or 'contrast' in self.losses:
       self.log_temperature = constant('log_temperature', math.log(self.temperature))
     if 'matching' in self.losses:
-      # Scores that a softmax over the catalogue likes are too far apart for a choice of two.
+      # Scores that suit a softmax over the catalogue are too large for a binary decision.
       self.matching_scale = constant('matching_scale', 1.0)
       self.matching_bias = constant('matching_bias', 0.0)
     weighted = self.losses if self.uncertainty_weighting else {}
@@ -83,21 +84,21 @@ class UR4Rec(nn.Module):
 
   @property
   def max_length(self) -> int:
-    """Longest history that it reads."""
+    """The longest history that the model reads."""
     return (self.sasrec or self.retriever).max_length
 
   @property
   def branches(self) -> dict[str, nn.Module]:
-    """Its branches by name."""
+    """The model's branches by name."""
     return {name: branch for name in BRANCHES if (branch := getattr(self, name)) is not None}
 
   @property
   def is_sum(self) -> bool:
-    """Whether scores are sums of the branches' scores, so that shares add up."""
+    """Whether the score is a sum of the branches' scores."""
     return self.fusion is None or self.fusion.kind in SUMS
 
   def for_items(self, num_items: int) -> 'UR4Rec':
-    """The same model of a catalogue of another size."""
+    """Returns the same model for a catalogue of another size."""
     return self.clone(
       **{name: branch.clone(num_items=num_items) for name, branch in self.branches.items()}
     )
@@ -127,7 +128,7 @@ class UR4Rec(nn.Module):
       items: from `encode_items`.
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
-      preferences: what users' own texts tell, for the retriever; None if there are none.
+      preferences: tokens of the users' own texts, for the retriever, or None.
       deterministic: False applies dropout, with the `dropout` key.
       query_positions: `[batch, queries]` positions to encode, or None for all. The last layers
         compute nothing for the others.
@@ -174,10 +175,16 @@ class UR4Rec(nn.Module):
     deterministic: bool = True,
     take: Callable[[Array], Array] | None = None,
   ) -> Encoded:
-    """Does both for training; the fusion, if it is a sum, is one more branch.
+    """Encodes items and users for training; a fusion that is a sum counts as one more branch.
 
-    With `take`, `features` and item tables are this device's rows; it takes those out of an array
-    `[rows, ...]` that histories and losses number, on all devices the same.
+    Args:
+      features: by modality, token tables of the items that the model encodes.
+      item_ids: `[batch, length]` int32, numbers of the items in histories, 0 for padding.
+      segment_ids: `[batch, length]` int32, see `sasrec`.
+      preferences: tokens of the users' own texts, or None.
+      deterministic: False applies dropout, with the `dropout` key.
+      take: if this device encodes only its own rows of sharded items, selects from an array
+        `[rows, ...]` those that histories and losses number; the same on all devices.
     """
     sides = self.encode_items(features, deterministic=deterministic)
     own_items = None
@@ -204,7 +211,7 @@ class UR4Rec(nn.Module):
     )
 
   def covariances(self, items: Mapping[str, EncodedItems]) -> dict[str, Array]:
-    """What `scaled_users` has to know of all items, by branch; for sums of several branches."""
+    """Returns what `scaled_users` needs of all items, by branch; {} unless branches are summed."""
     if self.fusion is None or not self.is_sum:
       return {}
     return self.fusion.covariances(_vectors(items))
@@ -212,7 +219,7 @@ class UR4Rec(nn.Module):
   def scaled_users(
     self, users: Mapping[str, Array], covariances: Mapping[str, Array]
   ) -> dict[str, Array]:
-    """Multiplies users so that scores are sums of inner products, as `BranchFusion.scaled` does."""
+    """Scales users so that scores are sums of inner products, see `BranchFusion.scaled`."""
     return dict(users) if self.fusion is None else self.fusion.scaled(users, covariances)
 
   def scores(
@@ -224,7 +231,7 @@ class UR4Rec(nn.Module):
     """Scores the whole catalogue.
 
     Args:
-      users: by branch, `[users, width]`: positions of `encode_users`.
+      users: by branch, `[users, width]`, from `encode_users`.
       items: from `encode_items`.
       leave_out: see `BranchFusion.scores`.
 
@@ -243,7 +250,7 @@ def _vectors(items: Mapping[str, EncodedItems]) -> dict[str, Array]:
 
 
 def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
-  """Builds the model that the config's `branches`, `sasrec`, `retriever` and others describe."""
+  """Builds the model that a config describes."""
   dtype = jnp.dtype(config.dtype)
   common = {'num_items': num_items, 'max_length': config.max_length, 'dtype': dtype}
   content = lambda dim: ContentTower(dim, dtype=dtype, **config.content)
@@ -267,11 +274,11 @@ def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
 
 
 def losses_in_use(config: ConfigDict) -> FrozenDict[str, float]:
-  """Weights of the losses that `config.weights` does not leave out by a zero."""
+  """Returns the weights above zero in `config.weights`, by loss."""
   return FrozenDict({name: weight for name, weight in config.weights.items() if weight})
 
 
 def retrieval_losses(config: ConfigDict) -> dict[str, str]:
-  """Names the retrieval loss of each branch, and of their fusion, that has a weight."""
+  """Returns the name of each retrieval loss that has a weight, by branch; `fused` is the fusion."""
   named = {'sasrec': config.name, 'retriever': config.retriever_name, FUSED: config.name}
   return {branch: named[branch] for branch in losses_in_use(config) if branch in named}

@@ -1,4 +1,4 @@
-"""What a user likes, from the content of the history and from the user's own texts."""
+"""Encodes what a user likes, from the content of the history and the user's own texts."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class HistoryTokens(nn.Module):
-  """The history as one token an item and modality: its content, and its place.
+  """Turns a history into one token for each item and modality: content plus position.
 
   Attributes: see `Retriever`.
   """
@@ -29,9 +29,10 @@ class HistoryTokens(nn.Module):
   def __call__(
     self, content: Content, item_ids: Array, segment_ids: Array, *, deterministic: bool
   ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns by modality `[batch, length, dim]`, and who may see them, `[batch, length, length]`.
+    """Returns tokens `[batch, length, dim]` and a mask `[batch, length, length]` by modality.
 
-    A padded item, and one without the modality, is seen by nobody.
+    The mask says which positions may attend to a token. No position attends to padding or to an
+    item without the modality.
     """
     flat_ids = item_ids.reshape(-1)
     position_embedding = self.param(
@@ -50,7 +51,7 @@ class HistoryTokens(nn.Module):
 
 
 class PreferenceTokens(nn.Module):
-  """The users' own texts in the space of the history's tokens.
+  """Projects the tokens of the users' own texts to the width of the history's tokens.
 
   Attributes: see `Retriever`.
   """
@@ -63,9 +64,9 @@ class PreferenceTokens(nn.Module):
   def __call__(
     self, preferences: Preferences | None, segment_ids: Array, *, deterministic: bool
   ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns by modality all users' tokens of a row, and which of them each position may see.
+    """Returns by modality the tokens of all users in a row, and which a position may attend to.
 
-    That is `[batch, segments * tokens, dim]` and `[batch, length, segments * tokens]`.
+    The shapes are `[batch, segments * tokens, dim]` and `[batch, length, segments * tokens]`.
     """
     tokens, visible = {}, {}
     for name, (values, mask) in (preferences.tables if preferences else {}).items():
@@ -82,9 +83,9 @@ class PreferenceTokens(nn.Module):
 class UserTower(nn.Module):
   """Encodes every prefix of a history from the content of its items and the user's own texts.
 
-  Per modality a causal transformer, then layers in which the modalities attend to each other and
-  to the texts, then one vector a modality and position, joined. The texts' tokens are only seen:
-  one that looked at the history would tell its end to its beginning.
+  A causal transformer reads each modality. Then the modalities attend to each other and to the
+  user's texts, and each position's vectors are joined into one. The text tokens never attend to the
+  history: they would carry its end back to its beginning.
 
   Attributes: see `Retriever`.
   """
@@ -153,12 +154,12 @@ class UserTower(nn.Module):
 
 
 class ProxyTower(nn.Module):
-  """Learned proxies and the sequence branch's state ask the user's tokens: UR4Rec's retriever.
+  """Queries the user's tokens with learned proxies and the sequence branch's state, as UR4Rec does.
 
-  K proxy tokens and one made of the state attend to each other, then to the content of the history
-  and the user's own texts, then pass a feed-forward network (Zhang, Zhu & Dou, COLING 2025, after
-  BLIP-2's Q-Former, Li et al. 2023). There the query is a candidate among a few to be ranked again;
-  here it is the user's state, so that one vector scores the whole catalogue.
+  K proxy tokens and one token made from the state attend to each other, then to the content of the
+  history and the user's own texts, then pass a feed-forward network (Zhang, Zhu & Dou, COLING 2025,
+  after BLIP-2's Q-Former, Li et al. 2023). In the paper the query is one of a few candidates to be
+  reranked. Here it is the user's state, so that one vector scores the whole catalogue.
 
   Attributes: see `Retriever`.
   """
@@ -205,7 +206,7 @@ class ProxyTower(nn.Module):
     visible = take_positions(visible, query_positions)
     num_queries = self.num_proxies + 1
     has_seen = jnp.repeat(visible.any(-1).reshape(-1), num_queries)[:, None]
-    # Every query of a position sees what the position may see.
+    # Every query of a position may attend to what the position may attend to.
     visible = jnp.repeat(visible, num_queries, axis=1)
     together = jnp.ones((batch * length, num_queries, num_queries), bool)
 

@@ -1,7 +1,7 @@
-"""The only file that knows devices: placement, the mapped step and its twin, several processes.
+"""Devices and processes: placement of arrays, `pmap` and its twin `shard_map`, joining processes.
 
-A step is a pure function of one device's share that names its axis `AXIS`. All arrays given to a
-mapped step and coming out of it live on this process's own devices.
+Other files use devices only through this one, and through collectives over the axis `AXIS` inside
+mapped functions. All inputs and outputs of a mapped function live on this process's own devices.
 """
 
 import atexit
@@ -23,14 +23,14 @@ from ur4rec_jax.errors import LostProcessError, ReportedError
 
 AXIS = 'batch'
 PyTree = Any
-# Where a process does not notice in its next collective that another has died, as on GPUs and TPUs,
-# jax ends it this long after the other's last heartbeat; its own default is 100.
+# On GPUs and TPUs a collective does not always fail when another process has died. Then jax ends
+# this process so many seconds after the last heartbeat of the other; its own default is 100.
 _HEARTBEAT_SECONDS = 30
-# At its end a process waits for the others to come there; if one does not, the first waits again,
-# as its end aborts those that are not over.
+# At its end a process waits this long for the others. If one does not come, the first process waits
+# a little longer, because its own end aborts the others.
 _LEAVE_SECONDS = 5
 _HEAD_START_SECONDS = 2
-# What the errors of a collective, of the coordinator and of a barrier say when a process is gone.
+# Words in the errors of collectives, the coordinator and barriers after a process has died.
 _LOST = re.compile('Gloo|NCCL|coordination|heartbeat|barrier', re.IGNORECASE)
 
 
@@ -42,7 +42,7 @@ def joined_processes() -> Iterator[None]:
   environment; on SLURM and Cloud TPU `JAX_COORDINATOR_ADDRESS=auto` lets jax find all three.
 
   Raises:
-    LostProcessError: another process has died, which none can go on without.
+    LostProcessError: another process has died.
   """
   address = os.environ.get('JAX_COORDINATOR_ADDRESS')
   if not address:
@@ -51,7 +51,7 @@ def joined_processes() -> Iterator[None]:
   if jax.config.jax_platforms == 'cpu':
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   if address == 'auto':
-    del os.environ['JAX_COORDINATOR_ADDRESS']  # Which jax would take for an address.
+    del os.environ['JAX_COORDINATOR_ADDRESS']  # jax would take the word for an address.
     found = ()
   else:
     found = (address, *(int(os.environ[f'JAX_{name}']) for name in ('NUM_PROCESSES', 'PROCESS_ID')))
@@ -70,7 +70,7 @@ def joined_processes() -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-  """An error and what led to it, as far as it comes from elsewhere."""
+  """Yields an error and its causes, without the errors that this project raises itself."""
   while error:
     if not isinstance(error, ReportedError):
       yield error
@@ -78,12 +78,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _leave(exit_code: int) -> None:
-  """Ends this process so that none loses the coordinator, which is the first's, before it ends."""
+  """Ends this process; the first one, which is the coordinator, ends last."""
   try:
     client = jax._src.distributed.global_state.client
     client.wait_at_barrier('leave', timeout_in_ms=1000 * _LEAVE_SECONDS)
     jax.distributed.shutdown()
-  except Exception:  # One is gone: no handshake is left, only the others' head start.
+  except Exception:  # A process has died, so no barrier works; give the others a head start.
     if is_main_process():
       time.sleep(_HEAD_START_SECONDS)
   sys.stdout.flush()
@@ -91,17 +91,17 @@ def _leave(exit_code: int) -> None:
 
 
 def device_count() -> int:
-  """Number of devices over all processes."""
+  """Returns the number of devices of all processes."""
   return jax.device_count()
 
 
 def is_main_process() -> bool:
-  """True in the one process that prints and writes files."""
+  """Returns True in the one process that prints and writes files."""
   return jax.process_index() == 0
 
 
 def describe_devices() -> str:
-  """Devices for people, e.g. `8 x NVIDIA H100 in 2 processes`."""
+  """Describes the devices, e.g. `8 x NVIDIA H100 in 2 processes`."""
   processes = jax.process_count()
   device = jax.devices()[0]
   cores = f' ({os.cpu_count()} cores)' if device.platform == 'cpu' else ''
@@ -126,7 +126,7 @@ def replicate(tree: PyTree) -> PyTree:
 
 
 def split(tree: PyTree, axis: int) -> PyTree:
-  """Cuts dimension `axis` of every array into one equal share a device.
+  """Cuts dimension `axis` of every array into equal parts, one for each device.
 
   Args:
     tree: NumPy arrays `[..., rows, ...]`; `rows` is a multiple of `device_count()`.
@@ -139,7 +139,7 @@ def split(tree: PyTree, axis: int) -> PyTree:
 
 
 def shard(tree: PyTree) -> PyTree:
-  """Places one leading slice of every array on each device, this process's on its own.
+  """Places one slice of every array on each device of this process.
 
   Args:
     tree: NumPy arrays `[devices, ...]`, the same on every process.
@@ -153,10 +153,10 @@ def shard(tree: PyTree) -> PyTree:
 
 
 def place(tree: PyTree, axes: PyTree) -> PyTree:
-  """Places NumPy arrays: whole on each device where `axes` has None, cut into its rows where 0.
+  """Places NumPy arrays: whole on each device if their entry in `axes` is None, cut if it is 0.
 
   Args:
-    tree: arrays, of which those to cut have a multiple of `device_count()` rows.
+    tree: arrays; those to be cut have a multiple of `device_count()` rows.
     axes: 0 or None for each array, or for all of a subtree.
 
   Returns:
@@ -168,15 +168,15 @@ def place(tree: PyTree, axes: PyTree) -> PyTree:
 
 
 def create(function: Callable[[], PyTree], axes: PyTree) -> PyTree:
-  """Runs `function` compiled, so that each device makes its part of what comes out.
+  """Runs `function` compiled, so that each device computes only its part of the result.
 
   Args:
     function: pure, without arguments.
-    axes: for each array it gives, or for all of a subtree, 0 if its rows are to be cut, a multiple
-      of `device_count()`; None if it is to be whole on each device.
+    axes: for each resulting array, or for a whole subtree: 0 if its rows are cut, whose number is a
+      multiple of `device_count()`; None if it is whole on each device.
 
   Returns:
-    What `place` would.
+    The result, placed as by `place`.
   """
   return to_local(jax.jit(function, out_shardings=_map_axes(_sharding, axes))(), axes)
 
@@ -221,7 +221,7 @@ def with_shardings(tree: PyTree, axes: PyTree) -> PyTree:
 
 
 def any_process(flag: bool) -> bool:
-  """True in every process if `flag` is in any; a barrier when there are several."""
+  """Returns True in every process if `flag` is True in any; a barrier between processes."""
   if jax.process_count() == 1:
     return flag
   with jax.transfer_guard('allow'):
@@ -229,7 +229,7 @@ def any_process(flag: bool) -> bool:
 
 
 def on_each_device(function: Callable) -> Callable:
-  """Compiles a function of what `replicate` placed, to run whole on each local device."""
+  """Compiles a function of replicated arrays, which runs whole on each local device."""
   return jax.jit(function, out_shardings=NamedSharding(_local_mesh(), PartitionSpec()))
 
 
@@ -239,17 +239,17 @@ def pmap(
   """Maps `step` over all devices.
 
   Args:
-    step: pure function of one device's share, free to use `jax.lax` collectives over `AXIS`.
+    step: pure function of one device's part, which may use `jax.lax` collectives over `AXIS`.
     in_axes: for each argument, or each array in it, 0 if it comes from `shard`, None if from
       `replicate`.
     donate_argnums: arguments whose memory the outputs take over.
-    out_axes: the same for what it returns: None for what is equal on each device, 0 for what is
-      each device's own.
+    out_axes: the same for the outputs: None if an output is equal on each device, 0 if each device
+      has its own.
 
   Returns:
     The compiled function, whose outputs are placed like its inputs.
   """
-  # Flat, because pmap over several processes wants axes that can be hashed, which dicts cannot.
+  # Flattened, because pmap over several processes hashes the axes, and dicts cannot be hashed.
   axes, structure = jax.tree.flatten(out_axes, is_leaf=lambda x: x is None)
   mapped = jax.pmap(
     lambda *args: tuple(structure.flatten_up_to(step(*args))),
@@ -264,9 +264,9 @@ def pmap(
 def shard_map(
   step: Callable, in_axes: Sequence[PyTree], donate_argnums: Sequence[int], out_axes: PyTree = None
 ) -> Callable:
-  """Does what `pmap` does, spelled with `jax.shard_map`; both give the same parameters.
+  """Maps `step` like `pmap`, written with `jax.shard_map`; both give the same parameters.
 
-  `check_vma=False` because with it a `pmean` of gradients is one sum too many.
+  With `check_vma=True`, `pmean` of gradients would sum them over devices once more.
   """
   in_axes = tuple(in_axes)
   in_specs, out_specs = _map_axes(_spec, in_axes), _map_axes(_spec, out_axes)
@@ -289,7 +289,7 @@ MAPPINGS = {'pmap': pmap, 'shard_map': shard_map}
 
 
 def _over_processes(tree: PyTree, axes: PyTree) -> PyTree:
-  """Views local arrays, of which dimension `axes` counts local devices, as counting all devices."""
+  """Views local arrays, whose dimension in `axes` counts local devices, as counting all devices."""
   if jax.process_count() == 1:
     return tree
   view = multihost_utils.host_local_array_to_global_array
@@ -313,7 +313,7 @@ def _spec(axis: int | None) -> PartitionSpec:
 
 
 def _map_axes(function: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
-  """Maps over axes, of which None is one, and the arrays or subtrees that each is of."""
+  """Maps over axes, where None is a leaf too, together with the arrays or subtrees they belong to."""
   return jax.tree.map(function, axes, *trees, is_leaf=lambda x: x is None)
 
 

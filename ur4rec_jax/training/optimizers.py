@@ -1,8 +1,8 @@
-"""AdamW for each group of parameters, of which only the active ones change; or SGD to compare with.
+"""AdamW, or SGD for comparison, with a separate optimizer for each group of parameters.
 
-A group that is not active keeps its parameters, moments and counts, bit for bit. (Not by a learning
-rate of 0 or by zero gradients: both let the moments decay. Nor by `optax.conditionally_mask`, which
-counts the calls while it is off.)
+Only active groups change. An inactive group keeps its parameters, moments and counts, bit for bit.
+A learning rate of 0 or zero gradients would not do this, as both let the moments decay, and
+`optax.conditionally_mask` counts calls while it is off.
 """
 
 import re
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 Array = jax.Array
 PyTree = Any
-# What a parameter's path begins with says its group; the first that fits.
+# A parameter belongs to the first group whose pattern its name begins with.
 GROUPS = {
   'sasrec': re.compile(r'sasrec/'),
   'user_tower': re.compile(r'retriever/(user_tower/|log_temperature$)'),
@@ -29,10 +29,10 @@ _NO_DECAY = re.compile(r'(bias|scale|embedding)$')
 
 
 def group_of(name: str) -> str:
-  """Returns the group of a parameter by its path, `a/b/c`.
+  """Returns the group of a parameter by its name, `a/b/c`.
 
   Raises:
-    ValueError: it has none; `GROUPS` has to name it.
+    ValueError: no group in `GROUPS` has it.
   """
   for group, pattern in GROUPS.items():
     if pattern.match(name):
@@ -41,7 +41,7 @@ def group_of(name: str) -> str:
 
 
 def decay_mask(params) -> dict:
-  """Marks with True the parameters that weight decay applies to."""
+  """Returns a tree with True for the parameters that weight decay applies to."""
 
   def decays(path, _):
     return not _NO_DECAY.search(jax.tree_util.keystr(path, simple=True, separator='/'))
@@ -78,12 +78,13 @@ def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransf
 
   Args:
     config: `config.optimizer`.
-    labels: of the parameters, a tree from `stages.make_stages`; those with the same label are
-      clipped together, by their global norm, and move together.
+    labels: tree with the label of each parameter, from `stages.make_stages`. Parameters with the
+      same label are trained together, and clipped together by their global norm.
 
   Returns:
     An optimizer whose `update` takes three more arguments: `learning_rate`; `active`, by label
-    whether it moves; and `norm`, that of a tree of gradients, of which a device may have a part.
+    whether it is trained; and `norm`, a function from gradients to their norm, as a device may
+    have only a part of them.
   """
 
   def of_label(label: str) -> optax.GradientTransformationExtraArgs:
@@ -100,7 +101,7 @@ def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransf
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-  """Does what `optax.clip_by_global_norm` does, by a given norm."""
+  """Clips like `optax.clip_by_global_norm`, with the norm function that `update` is given."""
 
   def update(updates, state, params=None, *, norm=optax.tree.norm, **extra_args):
     length = norm(updates)

@@ -1,4 +1,4 @@
-"""Stages of training as data: which parameters move, under which losses, for how long."""
+"""Stages of training as data: which parameters are trained, with which losses, for how long."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ from ur4rec_jax.training.train_state import StageState
 Array = jax.Array
 PyTree = Any
 ALL = 'all'
-OF_RETRIEVER = ('contrast', 'matching')  # Losses that read its vectors, not only content.
+OF_RETRIEVER = ('contrast', 'matching')  # Losses that need the retriever's own vectors.
 ALTERNATIONS = ('steps', 'adaptive')
 STARTS = ('best', 'last')
 _TOWERS = {'retriever': ('user_tower', 'content_tower')}
@@ -27,14 +27,14 @@ _TOWERS = {'retriever': ('user_tower', 'content_tower')}
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage; fields that are not explained are those of `config.stage.NAME`.
+  """One stage; fields without an explanation are those of `config.stage.NAME`.
 
   Attributes:
     name: of the stage.
-    config: the run's, with only the stage's losses, and the branches that these read.
-    losses: names of those with a weight.
+    config: the run's config with only the stage's losses and the branches that they read.
+    losses: names of the losses with a weight.
     trainable: labels of the parameters that are trained.
-    alternation: labels that move in each turn; one turn if nothing alternates.
+    alternation: labels that are trained in each turn; one turn if nothing alternates.
   """
 
   name: str
@@ -54,11 +54,11 @@ class Stage:
   start_next_with: str
 
   def total_steps(self, steps_per_epoch: int) -> int:
-    """Returns the most steps that the stage may take."""
+    """Returns the largest number of steps that the stage may take."""
     return self.num_steps or self.num_epochs * steps_per_epoch
 
   def __str__(self) -> str:
-    """Names the stage and what moves, e.g. `joint_finetune: sasrec | content_tower+user_tower`."""
+    """Names the stage and its groups, e.g. `joint_finetune: sasrec | content_tower+user_tower`."""
     return f'{self.name}: {" | ".join("+".join(sorted(turn)) for turn in self.alternation)}'
 
 
@@ -86,7 +86,7 @@ class StageNumbers(NamedTuple):
 def stage_numbers(
   stage: Stage, labels: PyTree, steps_per_epoch: int, max_turns: int
 ) -> StageNumbers:
-  """Returns the numbers of a stage; `max_turns` is that of the run's stages."""
+  """Returns the numbers of a stage; `max_turns` is the most turns of any stage of the run."""
   turns = [*stage.alternation, *stage.alternation[:1] * (max_turns - len(stage.alternation))]
   rate = RateSchedule(
     np.float32(stage.config.optimizer.learning_rate * stage.learning_rate_scale),
@@ -104,7 +104,7 @@ def stage_numbers(
 
 
 def stage_config(config: ConfigDict, name: str) -> ConfigDict:
-  """Returns the config with only the losses of one stage, and the branches that these read.
+  """Returns the config with only the losses of one stage and the branches that they read.
 
   Raises:
     InputError: a loss is unknown or has no inputs in this stage, or none trains a branch.
@@ -117,7 +117,7 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
         f'{field}: {loss!r} is no loss; known: {", ".join((ALL, *config.loss.weights))}'
       )
   losses = [loss for loss in losses_in_use(config.loss) if loss in chosen or ALL in chosen]
-  # Proxies read the states of SASRec, so it stands by, frozen or not.
+  # Proxies read the states of SASRec, so that branch is needed even if it is frozen.
   reads_all = FUSED in losses or ('retriever' in losses and config.retriever.query == 'proxies')
   branches = tuple(branch for branch in config.branches if branch in losses or reads_all)
   if not branches:
@@ -145,15 +145,15 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
 def make_stages(
   config: ConfigDict, parameters: Callable[[ConfigDict], PyTree]
 ) -> tuple[list[Stage], PyTree]:
-  """Reads a config's stages, and parts the parameters so that each stage moves whole parts.
+  """Reads a config's stages, and labels the parameters so that each stage trains whole labels.
 
   Args:
     config: see `configs/default.py`.
-    parameters: gives the shapes of the parameters of a config's model.
+    parameters: returns the shapes of the parameters of a config's model.
 
   Returns:
-    The stages in order; and a tree with the label of each parameter: its group, with a number where
-    stages move only part of the group.
+    The stages in order; and a tree with the label of each parameter: its group, with a number if
+    some stages train only a part of the group.
 
   Raises:
     InputError: a stage is impossible; the message names the field and says why.
@@ -185,7 +185,14 @@ def make_stages(
 def _turns(
   config: ConfigDict, stage: str, names: list[str], reached: set[str]
 ) -> tuple[set[str], ...]:
-  """Returns the parameters that move in each turn of a stage whose losses reach some of all."""
+  """Returns the parameters that are trained in each turn of a stage.
+
+  Args:
+    config: of the run.
+    stage: name of the stage.
+    names: of all parameters.
+    reached: names of the parameters that the losses of the stage reach.
+  """
   fields = config.stage[stage]
   field = f'config.stage.{stage}.trainable={tuple(fields.trainable)}'
   trainable = set()
@@ -220,12 +227,12 @@ def _turns(
 
 
 def _matching(entry: str, names: list[str], field: str) -> set[str]:
-  """Returns the parameters that a group's name, or a regex over parameter paths, stands for."""
+  """Returns the parameters that a group's name, or a regex over parameter names, stands for."""
   if entry == ALL:
     return set(names)
   groups = _TOWERS.get(entry, (entry,))
   if set(groups) <= GROUPS.keys():
-    return {name for name in names if group_of(name) in groups}  # A model may have none of them.
+    return {name for name in names if group_of(name) in groups}  # May be empty for this model.
   try:
     found = {name for name in names if re.fullmatch(entry, name)}
   except re.error as error:
@@ -247,7 +254,7 @@ def _names(tree: PyTree) -> list[str]:
 
 
 def after_step(state: StageState, loss: Array, numbers: StageNumbers) -> StageState:
-  """Counts a step and decides, on the device, whose turn the next one is.
+  """Counts a step and decides, on the device, which group the next step trains.
 
   The turn changes after `alternation_steps`. If the rule is adaptive, it changes once the moving
   average of the loss, over about as many steps, has not reached a new low for so long.

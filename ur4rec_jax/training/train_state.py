@@ -20,14 +20,14 @@ NEVER = -1
 
 
 class StageState(NamedTuple):
-  """Where a stage is, `[]` each; all but `step` only change where groups take turns.
+  """The position in a stage. All fields are `[]`; all but `step` change only if groups alternate.
 
   Attributes:
     step: int32, steps of this stage.
-    turn: int32, whose turn it is.
+    turn: int32, index of the group that is trained.
     average: float32, moving average of the loss.
-    lowest: float32, the lowest it has been in this turn.
-    waited: int32, steps since this turn began or, if that is what counts, since the lowest.
+    lowest: float32, lowest average in this turn.
+    waited: int32, steps since the turn began or, with the adaptive rule, since the lowest average.
   """
 
   step: jax.Array
@@ -38,7 +38,7 @@ class StageState(NamedTuple):
 
 
 def start_of_stage() -> StageState:
-  """Returns where every stage starts."""
+  """Returns the position at which every stage starts."""
   zero, infinity = np.int32(0), np.float32(np.inf)
   return StageState(zero, zero, infinity, infinity, zero)
 
@@ -51,7 +51,7 @@ class TrainState(flax.struct.PyTreeNode):
     params: the model's parameters.
     opt_state: the optimizer's state.
     root_key: `[2]` uint32, never changes; step n uses `fold_in(root_key, n)`.
-    stage: where the stage is.
+    stage: position in the current stage.
   """
 
   step: jax.Array
@@ -62,12 +62,12 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def parameter_shapes(model: nn.Module, tables: Tables) -> PyTree:
-  """Returns the tree of the model's parameters, shapes only; arguments as `create_train_state`."""
+  """Returns the shapes of the model's parameters; arguments as in `create_train_state`."""
   return jax.eval_shape(lambda: _initial_parameters(model, tables, jax.random.key(0)))
 
 
 def _initial_parameters(model: nn.Module, tables: Tables, key: jax.Array) -> PyTree:
-  # Only shapes matter: under jit or eval_shape, what is computed from these zeros is dropped.
+  # Only shapes matter: under jit or eval_shape, values computed from these zeros are dropped.
   empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tables)
   ones, zeros = jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
   preferences = gather_preferences(empty.users, Batch(ones, ones, ones, ones, zeros))
@@ -80,12 +80,12 @@ def create_train_state(
   seed: int,
   tables: Tables,
 ) -> TrainState:
-  """Initialises parameters and optimizer, on the default device, from one seed.
+  """Initialises parameters and optimizer from one seed, on the default device.
 
   Args:
     model: has `encode`, see `UR4Rec`.
     tx: optimizer.
-    seed: of parameters and of everything random in training.
+    seed: of the parameters and of all randomness in training.
     tables: tokens of items and users; only their shapes matter.
   """
 
@@ -103,12 +103,12 @@ def create_train_state(
 
 @dataclasses.dataclass
 class StageProgress:
-  """How a stage went.
+  """The outcome of a stage so far.
 
   Attributes:
     start: step of the run at which it began.
     best_step: step of the run at the stage's best validation.
-    best_epoch: epochs of the stage by then.
+    best_epoch: epochs of the stage at that step.
     valid: metrics of that validation; None before the first.
   """
 
@@ -124,9 +124,9 @@ class TrainProgress:
 
   Attributes:
     step: optimizer steps taken.
-    stages: those that have begun; the last one is going on.
-    validated_step: step of the last validation in this stage, `NEVER` before one; the very first
-      parameters need none.
+    stages: those that have begun; the last one is the current one.
+    validated_step: step of the last validation in this stage, `NEVER` before one. The first
+      stage starts validated, as its initial parameters need no validation.
     metrics_size: bytes of `metrics.jsonl` written so far.
     seconds: time spent training and validating, over all starts.
   """
@@ -154,24 +154,24 @@ class TrainProgress:
 
 
 def saved_tree(state: TrainState, num_stages: int) -> dict[str, PyTree]:
-  """Returns the shapes of a checkpoint's arrays: the state, and each stage's best parameters."""
+  """Returns the shapes of a checkpoint's arrays: the state and the best parameters by stage."""
   stacked = lambda x: jax.ShapeDtypeStruct((num_stages, *x.shape), x.dtype)
   return {'state': state, 'best_params': jax.tree.map(stacked, state.params)}
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def repeat_params(params: PyTree, num_stages: int) -> PyTree:
-  """Returns `[stages, ...]` of the same parameters."""
+  """Stacks the same parameters to `[stages, ...]`."""
   return jax.tree.map(lambda x: jnp.stack([x] * num_stages), params)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def put_params(best_params: PyTree, params: PyTree, stage: jax.Array) -> PyTree:
-  """Replaces one stage's parameters among those of all, `[stages, ...]` each."""
+  """Replaces the parameters of one stage in stacked parameters `[stages, ...]`."""
   return jax.tree.map(lambda best, x: best.at[stage].set(x), best_params, params)
 
 
 @jax.jit
 def params_of_stage(best_params: PyTree, stage: jax.Array) -> PyTree:
-  """Returns one stage's parameters of those of all, `[stages, ...]` each."""
+  """Returns the parameters of one stage from stacked parameters `[stages, ...]`."""
   return jax.tree.map(lambda best: best[stage], best_params)
