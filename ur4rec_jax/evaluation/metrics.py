@@ -7,21 +7,21 @@ POPULARITY_GROUPS = ('head', 'torso', 'tail', 'cold')
 
 
 def gains(ranks: np.ndarray, k: int) -> np.ndarray:
-  """Each user's ndcg@k: 1 / log2(rank + 1) if rank <= k, else 0; the ideal gain is 1."""
+  """Returns each user's ndcg@k: 1 / log2(rank + 1) if rank <= k, else 0."""
   return np.where(ranks <= k, 1 / np.log2(ranks + 1.0), 0)
 
 
 def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
   """Averages hit@k, ndcg@k, mrr and mean rank over users.
 
-  With one relevant item, hit@k is 1 if rank <= k, ndcg@k is as `gains` has it, and mrr is 1 / rank
-  over the full list.
+  Each user has one relevant item: hit@k is 1 if rank <= k, ndcg@k is the gain of `gains`, and mrr is
+  1 / rank over the full list.
 
   Args:
     ranks: `[users]` integers, 1 is the top.
 
   Returns:
-    Metric name to value, with `users`, their number.
+    Metrics by name, and `users`, the number of users.
 
   Raises:
     ValueError: no users, or a rank below 1.
@@ -38,9 +38,10 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
 def popularity_groups(counts: np.ndarray) -> np.ndarray:
   """Groups items by popularity.
 
-  The most popular items that together have a third of all interactions are the head, the next third
-  is the torso, the last the tail; items without interactions are cold. An item that lies across a
-  border belongs to the more popular group; of equally popular items the first is the more popular.
+  The most popular items, with a third of all interactions, are the head; the items with the next
+  third are the torso, those with the last third the tail. Items without interactions are cold. An
+  item across a border belongs to the more popular group. Of equally popular items the first counts
+  as more popular.
 
   Args:
     counts: `[items]` training interactions of each, not all 0.
@@ -51,12 +52,12 @@ def popularity_groups(counts: np.ndarray) -> np.ndarray:
   order = np.argsort(-counts, kind='stable')
   more_popular = np.cumsum(counts[order]) - counts[order]
   groups = np.empty(len(counts), np.int64)
-  groups[order] = 3 * more_popular // counts.sum()  # 3 where all the others have everything.
+  groups[order] = 3 * more_popular // counts.sum()  # Cold items get 3: all others come first.
   return groups
 
 
 def metrics_by_group(ranks: np.ndarray, groups: np.ndarray) -> dict[str, dict[str, float]]:
-  """Computes the metrics of each popularity group of users apart.
+  """Computes the metrics of each popularity group of users.
 
   Args:
     ranks: `[users]`, see `ranking_metrics`.

@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: Orbax saves, a manifest of hashes proves, restore falls back.
+"""Checkpoints: Orbax saves them, a manifest of hashes proves them, damaged ones are set aside.
 
-Orbax alone restores a file with a flipped byte in silence and takes an empty step folder for the
-latest step. Here a step counts only if its manifest, written last, matches every file.
+Orbax alone restores a file with a flipped byte without an error, and takes an empty step folder for
+the latest step. Here a step counts only if its manifest, which is written last, matches every file.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def _hashes(folder: pathlib.Path) -> dict[str, str]:
 
 
 def find_damage(folder: pathlib.Path) -> str | None:
-  """Says what is wrong with a step's folder, or None if it is whole."""
+  """Returns what is wrong with the folder of a step, or None if it is complete."""
   try:
     expected = json.loads((folder / _MANIFEST).read_text())
   except FileNotFoundError:
@@ -63,10 +63,10 @@ def find_damage(folder: pathlib.Path) -> str | None:
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
-  """Has small arrays that all devices hold written by one of them.
+  """Makes one device write small arrays that all devices hold.
 
-  By default each writes a part of every array, and the cut of each shape on each device is compiled
-  for that: seconds, before the first save of a process.
+  By default each device writes a part of every array. Cutting each shape on each device has to be
+  compiled, which takes seconds before the first save of a process.
   """
   arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
   registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
@@ -77,7 +77,7 @@ class Checkpointer:
   """Saves and restores steps in `WORKDIR/checkpoints`, keeping the latest ones."""
 
   def __init__(self, workdir: str, max_to_keep: int):
-    """Opens the folder and sets damaged newest steps aside, with a warning."""
+    """Opens the folder; newest steps that are damaged are moved aside with a warning."""
     self.workdir = workdir
     self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
     self._damaged = self._folder.with_name('damaged_checkpoints')
@@ -87,7 +87,7 @@ class Checkpointer:
       raise StorageError(f'cannot write to {self._folder}: {error.strerror}') from error
     if devices.is_main_process():
       self._set_damaged_aside()
-    devices.any_process(False)  # The others wait.
+    devices.any_process(False)  # A barrier: the other processes wait.
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
@@ -102,7 +102,7 @@ class Checkpointer:
     return sorted((int(p.name) for p in self._folder.iterdir() if p.name.isdigit()), reverse=True)
 
   def _set_damaged_aside(self) -> None:
-    """Moves steps out of the way until the newest one is whole."""
+    """Moves steps away until the newest one is complete."""
     for step in self._steps():
       folder = self._folder / str(step)
       damage = find_damage(folder)
@@ -122,7 +122,7 @@ class Checkpointer:
 
   @property
   def latest_step(self) -> int | None:
-    """The newest whole step, or None."""
+    """The newest complete step, or None."""
     return self._manager.latest_step()
 
   def save(self, step: int, tree: PyTree, progress: dict, axes: PyTree = None) -> None:
@@ -132,7 +132,7 @@ class Checkpointer:
       step: number of optimizer steps taken; saving the same step again replaces it.
       tree: arrays, as mapped steps give them.
       progress: JSON-serialisable host state.
-      axes: which arrays are sharded, see `parallel.to_global`.
+      axes: which arrays are sharded, see `devices.to_global`.
 
     Raises:
       StorageError: the disk is full or not writable; earlier steps stay good.
@@ -161,7 +161,7 @@ class Checkpointer:
   def _reserve(self, size: int) -> None:
     """Raises OSError if there is no room for arrays of `size` bytes.
 
-    Orbax would find out too, but with tracebacks from several threads around the message.
+    Orbax would fail too, but with tracebacks from several threads around the message.
     """
     path = self._folder / f'reserved.tmp-{os.getpid()}'
     try:
@@ -175,11 +175,11 @@ class Checkpointer:
 
     Args:
       tree: arrays or shapes of the structure that was saved, on any number of devices.
-      axes: along which dimension arrays are to be sharded; None for whole on each device.
+      axes: the dimension along which each array is sharded; None if it is whole on each device.
 
     Returns:
-      The tree on this process's devices, see `parallel.to_local`, and the progress; None without a
-      step.
+      The tree on this process's devices, see `devices.to_local`, and the progress; None if there is
+      no step.
     """
     step = self.latest_step
     if step is None:
@@ -195,5 +195,5 @@ class Checkpointer:
     return devices.to_local(restored.state, axes), restored.progress
 
   def close(self) -> None:
-    """Finishes whatever is being written."""
+    """Finishes pending writes."""
     self._manager.close()

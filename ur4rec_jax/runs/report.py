@@ -1,7 +1,4 @@
-"""The page of a finished run, `WORKDIR/report.html`: what it learned, when, and from what.
-
-Made of the files that the run wrote, and of nothing else.
-"""
+"""Writes the page of a finished run, `WORKDIR/report.html`, from the files in its folder alone."""
 
 import itertools
 import json
@@ -20,12 +17,12 @@ _TEMPLATE = Path(__file__).with_name('report.html')
 _METRICS = ('ndcg@10', 'hit@10', 'ndcg@20', 'hit@20', 'mrr', 'mean_rank')
 _CURVE_POINTS = 250
 _TITLES = {
-  'loss': ('Training loss', 'the sum that is minimised, weighted; its losses differ by stage'),
+  'loss': ('Training loss', 'the weighted sum that is minimised; stages have different losses'),
   'valid/ndcg@10': ('Validation NDCG@10', 'ringed: the best of each stage'),
   'valid/hit@10': ('Validation Hit@10', 'of all validation users'),
   'grad_norm': ('Gradient norm', 'over all parameters, before clipping'),
-  'loss/': ('Losses', 'each before its weight'),
-  'weight/': ('Loss weights', 'what the losses are multiplied by'),
+  'loss/': ('Losses', 'each without its weight'),
+  'weight/': ('Loss weights', 'the learned factors of the losses'),
   'gate/': (
     'Fusion gates',
     'share that each branch or modality has in the fused whole, on average',
@@ -36,7 +33,7 @@ Point = tuple[float, float]
 
 
 class Span(NamedTuple):
-  """The steps of a stage."""
+  """The steps of one stage."""
 
   name: str
   start: int
@@ -114,7 +111,7 @@ def report_page(
 
 
 def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, dict[str, str], bool]]:
-  """Rows of the test table: name, validation NDCG@10, values, whether it is the run's result."""
+  """Returns the rows of the test table: name, validation NDCG@10, values, whether it is the best."""
   best = results.get('best_stage', len(results['stages']) - 1)
   number = lambda metric, value: f'{value:.1f}' if metric == 'mean_rank' else f'{value:.4f}'
   cells = lambda values: {metric: number(metric, values[metric]) for metric in _METRICS}
@@ -128,7 +125,7 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, dict[str, str],
 def _curve_plots(
   lines: Sequence[dict[str, Any]], results: dict[str, Any], spans: Sequence[Span]
 ) -> list[dict[str, Any]]:
-  """A plot for each value that was measured over time, those with a common prefix in one."""
+  """Makes a plot for each metric over time; metrics with a common prefix share one."""
   found: dict[str, list[tuple[str, Point]]] = {}
   for line in lines:
     for name, value in line.items():
@@ -151,7 +148,7 @@ def _curve_plots(
 
 
 def _lines(measured: Sequence[tuple[str, Point]]) -> list[list[Point]]:
-  """One line a stage, as what is measured may not be the same in the next, of means of a few."""
+  """Splits measurements into one line for each stage, and averages neighbouring points."""
   width = -(-len(measured) // _CURVE_POINTS)
   lines = []
   for _, group in itertools.groupby(measured, key=lambda item: item[0]):
@@ -168,12 +165,12 @@ def curve_plot(
   spans: Sequence[Span],
   dots: Sequence[tuple[float, float, str]] = (),
 ) -> dict[str, Any]:
-  """Values over the steps, above the stages in which they were measured."""
+  """Plots values over the steps, with the stages as bands."""
   values = [y for curve in curves for line in curve.lines for _, y in line]
   values += [y for _, y, _ in dots]
   low = min(values) - 0.04 * (max(values) - min(values) or abs(max(values)))
   if min(values) >= 0 and low <= 0.5 * max(values):
-    low = 0  # Near enough to show.
+    low = 0  # Close enough to be shown.
   bands = [
     (span.start, span.end, 'odd' if i % 2 else 'even', str(i + 1) if len(spans) > 1 else '')
     for i, span in enumerate(spans)
@@ -194,7 +191,7 @@ def curve_plot(
 
 
 def popularity_plot(groups: dict[str, dict[str, float]]) -> dict[str, Any]:
-  """NDCG@10 of the test users by the popularity of the item that they are tested with."""
+  """Plots the NDCG@10 of test users by the popularity of their test item."""
   scores = [(name, values['ndcg@10'], values['users']) for name, values in groups.items()]
   bars = [
     Bar(i - 0.35, i + 0.35, score, f'{name}: {score:.4f}, {users:,} users')
@@ -213,7 +210,7 @@ def popularity_plot(groups: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def _features(features: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-  """What the embeddings are and where they come from."""
+  """Lists the embeddings and where they come from."""
   rows = []
   for of, by_name in features.items():
     for name, origin in by_name.items():

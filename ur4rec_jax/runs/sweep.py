@@ -1,8 +1,8 @@
-"""Several runs, one after the other, to one table: seeds, and variants of a config.
+"""Sweeps: several runs in turn, over seeds and variants of a config, summarised in one table.
 
-A member is a variant, which overrides some fields, with one seed. Its run is in
-`WORKDIR/VARIANT/seedN`, or `WORKDIR/seedN` if it overrides nothing else, and is resumed like any
-other; a finished one is not run again.
+A member of a sweep is a variant, which overrides some fields, with one seed. Its run is in
+`WORKDIR/VARIANT/seedN`, or in `WORKDIR/seedN` if it overrides nothing but the seed. It resumes like
+any other run, and a finished member is not run again.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ from ur4rec_jax.runs.workdir import is_started_with
 from ur4rec_jax.sharding import devices
 
 METRIC = 'ndcg@10'
-FLIPS = 10_000  # Of signs, in the permutation test.
+FLIPS = 10_000  # Random sign flips in the permutation test.
 _NAME_LENGTH = 100
 _TABLE_METRICS = (METRIC, 'hit@10', 'mrr')
 
 
 class Member(NamedTuple):
-  """One run: its variant's name, the fields that it overrides beside the seed, and its config."""
+  """One run: the name of its variant, the fields that it overrides, without seed, and its config."""
 
   variant: str
   overrides: dict[str, Any]
@@ -65,7 +65,7 @@ def run_sweep(
   finished, diverged, summary = [], [], {}
   for number, member in enumerate(members, 1):
     folder = pathlib.Path(workdir) / member.name
-    # All processes must do the same, even if one does not see a shared file yet.
+    # All processes must agree, even if one of them does not see a shared file yet.
     must_run = devices.any_process(not is_finished(folder, member.config))
     if devices.is_main_process():
       state = '' if must_run else ', finished before'
@@ -146,14 +146,14 @@ def make_members(
 
 
 def _variant_name(fields: dict[str, Any]) -> str:
-  """Names a folder; a name that is cut or changed ends with a hash of what it stands for."""
+  """Returns a folder name for a variant; a shortened or changed name ends with a hash."""
   full = ','.join(f'{field}={value}' for field, value in fields.items())
   name = re.sub(r'[^\w.,=+-]+', '-', full)[:_NAME_LENGTH]
   return name if name == full else f'{name}-{hashlib.sha256(full.encode()).hexdigest()[:8]}'
 
 
 def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
-  """Whether a run with this config has written its results in `folder`."""
+  """Returns whether a run with this config has written its results in `folder`."""
   return (folder / 'results.json').exists() and is_started_with(folder, config)
 
 
@@ -164,7 +164,7 @@ def read_run(folder: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def measured_on(run: dict[str, Any]) -> tuple[str, ...]:
-  """The data, split and protocol of a `results.json`; only equal ones can be compared."""
+  """Returns data, split and protocol of a `results.json`; only runs with equal ones compare."""
   return run['dataset']['name'], run['dataset']['split_hash'], *run['protocol'].values()
 
 
@@ -214,12 +214,12 @@ def summarise(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> dict
 
 
 def spread(values: Sequence[float]) -> float | None:
-  """Standard deviation over seeds; None for a single one."""
+  """Returns the standard deviation over seeds; None for a single seed."""
   return statistics.stdev(values) if len(values) > 1 else None
 
 
 def relative_gain(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
-  """Gain of the mean of `ours` over that of `theirs`; None over 0."""
+  """Returns the relative gain of the mean of `ours` over that of `theirs`; None if that is 0."""
   return statistics.mean(ours) / statistics.mean(theirs) - 1 if any(theirs) else None
 
 
@@ -228,7 +228,7 @@ def ranks_p_value(ours: np.ndarray, theirs: np.ndarray) -> float:
 
   Args:
     ours: `[seeds, users]` ranks of the test users' items.
-    theirs: the same of what they are compared with; seeds may be more or fewer.
+    theirs: `[seeds, users]` ranks to compare with; the number of seeds may differ.
   """
   return paired_p_value(gains(ours, 10).mean(axis=0) - gains(theirs, 10).mean(axis=0))
 
@@ -240,12 +240,12 @@ def paired_p_value(differences: np.ndarray) -> float:
     differences: `[users]`.
 
   Returns:
-    About the share of all sign patterns under which the mean is as far from 0 as it is.
+    An estimate of the share of sign patterns whose mean is at least as far from 0.
   """
-  differences = differences[differences != 0]  # Whose sign makes no difference.
+  differences = differences[differences != 0]  # The sign of 0 makes no difference.
   rng = np.random.default_rng(0)
   total = differences.sum()
-  least = abs(total) * (1 - 1e-9)  # Sums in another order are equal up to rounding.
+  least = abs(total) * (1 - 1e-9)  # Sums in another order differ by rounding.
   as_far = 0
   for _ in range(FLIPS // 100):
     kept = rng.integers(0, 2, (100, len(differences)), np.int8)
@@ -254,7 +254,7 @@ def paired_p_value(differences: np.ndarray) -> float:
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-  """Formats `summarise`'s numbers, a row for each variant."""
+  """Formats the result of `summarise`, one row for each variant."""
   rows = [['variant', 'seeds', *_TABLE_METRICS, 'gain', 'p', f'{METRIC} of each seed']]
   scores = {member['name']: member['test'][METRIC] for member in summary['members']}
   for variant in summary['variants']:

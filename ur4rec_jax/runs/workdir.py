@@ -1,4 +1,4 @@
-"""The folder of a run: what it was started with, and that only one process trains in it."""
+"""The folder of a run: its config, a lock for one process, and compiled programs."""
 
 import fcntl
 import json
@@ -50,7 +50,7 @@ def check_workdir(
 
 
 def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
-  """Whether the run in `workdir`, if there is one, was last started with just this config."""
+  """Returns whether the run in `workdir` was last started with exactly this config."""
   path = pathlib.Path(workdir) / 'config.json'
   as_json = json.loads(json.dumps(config.to_dict()))
   return path.exists() and json.loads(path.read_text())['config'] == as_json

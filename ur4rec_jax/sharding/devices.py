@@ -313,7 +313,7 @@ def _spec(axis: int | None) -> PartitionSpec:
 
 
 def _map_axes(function: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
-  """Maps over axes, where None is a leaf too, together with the arrays or subtrees they belong to."""
+  """Maps over axes, where None is a leaf too, and the arrays or subtrees they belong to."""
   return jax.tree.map(function, axes, *trees, is_leaf=lambda x: x is None)
 
 
