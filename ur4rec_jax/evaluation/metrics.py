@@ -14,7 +14,7 @@ def gains(ranks: np.ndarray, k: int) -> np.ndarray:
 def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
   """Averages hit@k, ndcg@k, mrr and mean rank over users.
 
-  Each user has one relevant item: hit@k is 1 if rank <= k, ndcg@k is the gain of `gains`, and mrr is
+  Each user has one relevant item: hit@k is 1 if rank <= k, ndcg@k comes from `gains`, and mrr is
   1 / rank over the full list.
 
   Args:

@@ -153,6 +153,61 @@ class UserTower(nn.Module):
     return join(side_by_side, has_seen).reshape(*positions, self.dim), None
 
 
+class ProxyBlock(nn.Module):
+  """One layer of `ProxyTower`: self-attention, cross-attention and a feed-forward network.
+
+  The queries of a position attend to each other, then to the user's tokens. Every sublayer
+  normalises its input and adds its output.
+
+  Attributes:
+    dim: width of queries and tokens.
+    num_heads: attention heads; divides `dim`.
+    ffn_dim: width of the hidden feed-forward layer.
+    dropout: rate on the outputs of the sublayers.
+    dtype: computation type; parameters and reductions stay float32.
+    num_queries: queries of each position.
+  """
+
+  dim: int
+  num_heads: int
+  ffn_dim: int
+  dropout: float
+  dtype: jnp.dtype
+  num_queries: int
+
+  @nn.compact
+  def __call__(self, x: Array, memory: Array, visible: Array, *, deterministic: bool) -> Array:
+    """Returns the new queries.
+
+    Args:
+      x: `[batch * length * queries, dim]`.
+      memory: `[batch * tokens, dim]`, the users' tokens, normalised.
+      visible: `[batch, length * queries, tokens]`, which tokens a query may attend to.
+      deterministic: False applies dropout, with the `dropout` key.
+    """
+    dropout = Dropout(self.dropout, deterministic=deterministic)
+    dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
+    norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
+    heads = lambda x, rows: x.reshape(rows, -1, self.num_heads, self.dim // self.num_heads)
+    batch, positions = visible.shape[0], x.shape[0] // self.num_queries
+
+    own = dense(3 * self.dim, 'self_query_key_value')(norm('self_norm')(x))
+    own = (heads(part, positions) for part in jnp.split(own, 3, axis=-1))
+    together = jnp.ones((positions, self.num_queries, self.num_queries), bool)
+    own = masked_attention(*own, together).reshape(x.shape)
+    x = x + dropout(dense(self.dim, 'self_out')(own))
+
+    query = dense(self.dim, 'cross_query')(norm('cross_norm')(x))
+    keys = jnp.split(dense(2 * self.dim, 'cross_key_value')(memory), 2, axis=-1)
+    found = masked_attention(heads(query, batch), *(heads(k, batch) for k in keys), visible)
+    found = dropout(dense(self.dim, 'cross_out')(found.reshape(x.shape)))
+    # A query without a visible token would get the average of all tokens.
+    x = x + jnp.where(visible.any(-1).reshape(-1)[:, None], found, 0)
+
+    h = dense(self.ffn_dim, 'ffn_in')(norm('ffn_norm')(x))
+    return x + dropout(dense(self.dim, 'ffn_out')(nn.gelu(h)))
+
+
 class ProxyTower(nn.Module):
   """Queries the user's tokens with learned proxies and the sequence branch's state, as UR4Rec does.
 
@@ -190,10 +245,8 @@ class ProxyTower(nn.Module):
     Arguments as `Retriever.encode_users`.
     """
     batch, length = backbone.shape[:2]
-    dropout = Dropout(self.dropout, deterministic=deterministic)
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
     norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=name)
-    heads = lambda x, rows: x.reshape(rows, -1, self.num_heads, self.dim // self.num_heads)
     sizes = self.dim, self.dropout, self.dtype
     history = HistoryTokens(self.max_length, *sizes, name='history')
     memory, visible = history(content, item_ids, segment_ids, deterministic=deterministic)
@@ -205,27 +258,17 @@ class ProxyTower(nn.Module):
     visible = jnp.concatenate([*visible.values(), *texts[1].values()], axis=2)
     visible = take_positions(visible, query_positions)
     num_queries = self.num_proxies + 1
-    has_seen = jnp.repeat(visible.any(-1).reshape(-1), num_queries)[:, None]
     # Every query of a position may attend to what the position may attend to.
     visible = jnp.repeat(visible, num_queries, axis=1)
-    together = jnp.ones((batch * length, num_queries, num_queries), bool)
 
     proxies = self.param('proxies', nn.initializers.normal(0.02), (self.num_proxies, self.dim))
     state = dense(self.dim, 'backbone')(backbone.reshape(-1, backbone.shape[-1]))
     x = jnp.broadcast_to(proxies.astype(self.dtype), (batch * length, *proxies.shape))
     x = jnp.concatenate([x, state[:, None]], axis=1).reshape(-1, self.dim)
     for i in range(self.num_blocks):
-      own = dense(3 * self.dim, f'self_query_key_value_{i}')(norm(f'self_norm_{i}')(x))
-      own = (heads(part, batch * length) for part in jnp.split(own, 3, axis=-1))
-      own = masked_attention(*own, together).reshape(x.shape)
-      x = x + dropout(dense(self.dim, f'self_out_{i}')(own))
-      query = dense(self.dim, f'cross_query_{i}')(norm(f'cross_norm_{i}')(x))
-      keys = jnp.split(dense(2 * self.dim, f'cross_key_value_{i}')(memory), 2, axis=-1)
-      found = masked_attention(heads(query, batch), *(heads(k, batch) for k in keys), visible)
-      found = dropout(dense(self.dim, f'cross_out_{i}')(found.reshape(x.shape)))
-      x = x + jnp.where(has_seen, found, 0)
-      h = dense(self.ffn_dim, f'ffn_in_{i}')(norm(f'ffn_norm_{i}')(x))
-      x = x + dropout(dense(self.dim, f'ffn_out_{i}')(nn.gelu(h)))
+      sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, self.dtype
+      block = ProxyBlock(*sizes, num_queries, name=f'block_{i}')
+      x = block(x, memory, visible, deterministic=deterministic)
     retrieved = norm('final_norm')(x).reshape(batch, length, num_queries, self.dim)[:, :, :-1]
     joined = dense(self.dim, 'joined')(retrieved.reshape(batch * length, -1))
     return joined.reshape(batch, length, self.dim), retrieved

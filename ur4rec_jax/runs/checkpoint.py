@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ur4rec_jax.errors import StorageError
+from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.sharding import devices
 
 PyTree = Any
@@ -60,6 +60,14 @@ def find_damage(folder: pathlib.Path) -> str | None:
     if found[name] != expected.get(name):
       return f'{name} has changed since it was written'
   return None
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each array by its name."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape) for path, x in leaves
+  }
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -180,10 +188,14 @@ class Checkpointer:
     Returns:
       The tree on this process's devices, see `devices.to_local`, and the progress; None if there is
       no step.
+
+    Raises:
+      InputError: the step holds arrays of other names or shapes.
     """
     step = self.latest_step
     if step is None:
       return None
+    self._check_arrays(step, tree)
     template = devices.with_shardings(tree, axes)
     restore_args = ocp.checkpoint_utils.construct_restore_args(template)
     restored = self._manager.restore(
@@ -193,6 +205,21 @@ class Checkpointer:
       ),
     )
     return devices.to_local(restored.state, axes), restored.progress
+
+  def _check_arrays(self, step: int, tree: PyTree) -> None:
+    """Raises InputError unless a step holds arrays of the names and shapes in `tree`."""
+    with ocp.PyTreeCheckpointer() as reader:
+      stored = _shapes(reader.metadata(self._folder / str(step) / 'state').item_metadata.tree)
+    expected = _shapes(tree)
+    differing = sorted(name for name in stored | expected if stored.get(name) != expected.get(name))
+    if differing:
+      name = differing[0]
+      raise InputError(
+        f'{self._folder / str(step)}: holds arrays of another model: {name} is '
+        f'{stored.get(name, "missing")} there and {expected.get(name, "missing")} here, as are '
+        f'{len(differing) - 1} others. Another version of the program wrote it, or files were '
+        'exchanged; go on with that version, or train again in another --workdir'
+      )
 
   def close(self) -> None:
     """Finishes pending writes."""

@@ -111,7 +111,7 @@ def report_page(
 
 
 def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, dict[str, str], bool]]:
-  """Returns the rows of the test table: name, validation NDCG@10, values, whether it is the best."""
+  """Returns the rows of the test table: name, validation NDCG@10, values, whether it is best."""
   best = results.get('best_stage', len(results['stages']) - 1)
   number = lambda metric, value: f'{value:.1f}' if metric == 'mean_rank' else f'{value:.4f}'
   cells = lambda values: {metric: number(metric, values[metric]) for metric in _METRICS}

@@ -32,7 +32,7 @@ _TABLE_METRICS = (METRIC, 'hit@10', 'mrr')
 
 
 class Member(NamedTuple):
-  """One run: the name of its variant, the fields that it overrides, without seed, and its config."""
+  """One run: the name of its variant, the fields that it overrides, and its config."""
 
   variant: str
   overrides: dict[str, Any]
