@@ -58,7 +58,7 @@ def measure(
   config = stage.config
   data = jax.device_put(make_train_data(run.dataset.train_part(), run.tables))
   batches = make_batches(run)
-  model, all_losses = run.model(stage), make_losses(config.loss, run.dataset.num_items)
+  model, all_losses = run.model_of(stage), make_losses(config.loss, run.dataset.num_items)
 
   @jax.jit
   def losses_and_gradients(params, plan, key):
@@ -132,7 +132,7 @@ def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]
   """
   run, stage, best = load_finished(workdir)
   optimizer = optax.identity()
-  first = create_train_state(run.model(stage), optimizer, stage.config.seed, run.tables).params
+  first = create_train_state(run.model_of(stage), optimizer, stage.config.seed, run.tables).params
   return measure(run, stage, {'first': first, 'best': best})
 
 

@@ -89,7 +89,7 @@ def make_evaluator(loop: TrainLoop, dataset: Dataset, part: str) -> Callable[[],
   if dataset is not loop.run.dataset:
     data = data._replace(dataset=dataset, item_ids=devices.replicate(dataset.item_ids))
   model = create_model(config, dataset.num_items)
-  evaluator = evaluate.make_evaluator(model, data, part, config.evaluation)
+  evaluator = evaluate.make_evaluator(model, data, part)
 
   def rank() -> np.ndarray:
     with jax.transfer_guard(config.transfer_guard):

@@ -77,12 +77,13 @@ def test_cold_items_are_ranked_by_the_rows_of_their_nearest(encoded, rows):
     tables = tables._replace(items=embeddings.pad_features(tables.items))
     data = evaluate.EvalData(
       dataset,
+      config.evaluation,
       devices.replicate(dataset.item_ids),
       devices.place(tables, Tables(embeddings.axis, None)),
       embeddings,
       axes,
     )
-    evaluator = evaluate.make_evaluator(model, data, 'test', config.evaluation)
+    evaluator = evaluate.make_evaluator(model, data, 'test')
     return evaluator(devices.place(jax.device_get(embeddings.pad(params)), axes))
 
   ranks = rank(model, dataset, tables, params, rows)

@@ -59,8 +59,8 @@ def history(dataset: Dataset, user: int) -> np.ndarray:
 
 def run(model, dataset, part, config, params=None, mapping='pmap', **options):
   item_ids, embeddings = devices.replicate(dataset.item_ids), ItemEmbeddings('all', NUM_ITEMS)
-  data = evaluate.EvalData(dataset, item_ids, Tables({}, {}), embeddings, mapping=mapping)
-  evaluator = evaluate.make_evaluator(model, data, part, config)
+  data = evaluate.EvalData(dataset, config, item_ids, Tables({}, {}), embeddings, mapping=mapping)
+  evaluator = evaluate.make_evaluator(model, data, part)
   return evaluator(devices.replicate(params or {}), **options)
 
 

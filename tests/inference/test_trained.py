@@ -34,8 +34,10 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   places = (ids == queries.targets[:, None]).argmax(1) + 1
   dataset, config = recommender.dataset, recommender.config
   placed = devices.replicate((dataset.item_ids, tables))
-  data = evaluate.EvalData(dataset, *placed, ItemEmbeddings('all', dataset.num_items))
-  evaluator = evaluate.make_evaluator(recommender.model, data, 'test', config.evaluation)
+  data = evaluate.EvalData(
+    dataset, config.evaluation, *placed, ItemEmbeddings('all', dataset.num_items)
+  )
+  evaluator = evaluate.make_evaluator(recommender.model, data, 'test')
   ranks = evaluator(devices.replicate(recommender.params))
   starts = zip(queries.starts, queries.lengths, queries.targets, strict=True)
   is_new = np.array([t not in recommender.dataset.item_ids[s : s + n] for s, n, t in starts])

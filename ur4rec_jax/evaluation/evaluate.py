@@ -38,6 +38,8 @@ class EvalData(NamedTuple):
 
   Attributes:
     dataset: all interactions.
+    config: `config.evaluation`: the fields that `protocol` names, and `batch_size`, the users that a
+      device ranks at once.
     item_ids: `dataset.item_ids` on the devices.
     tables: tokens of items and users, on the devices.
     embeddings: the policy for item tables and item features.
@@ -47,6 +49,7 @@ class EvalData(NamedTuple):
   """
 
   dataset: Dataset
+  config: ConfigDict
   item_ids: Array
   tables: Tables
   embeddings: ItemEmbeddings
@@ -85,25 +88,21 @@ def protocol(dataset: Dataset, config: ConfigDict) -> dict[str, str]:
   }
 
 
-def make_evaluator(
-  model: nn.Module, data: EvalData, part: str, config: ConfigDict
-) -> Callable[..., np.ndarray | None]:
+def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[..., np.ndarray | None]:
   """Prepares the evaluation of one part, with everything that it reads on the devices.
 
   Args:
     model: see `UR4Rec`.
     data: what to evaluate on.
     part: `valid` or `test`.
-    config: `config.evaluation`: `batch_size`, users that a device ranks at once, and the fields
-      that `protocol` names.
 
   Returns:
     `evaluator(params, interrupted=lambda: False)`: the ranks of the held-out items as `[users]`
     int32, in the order of `Dataset.held_out`, or None once `interrupted()` is True. It raises
     DivergenceError if a score is not finite.
   """
-  queries = make_queries(data.dataset, part, config)
-  batches, members = make_batches(queries, model.max_length, config.batch_size)
+  queries = make_queries(data.dataset, part, data.config)
+  batches, members = make_batches(queries, model.max_length, data.config.batch_size)
   seen_capacity = int(batches.seen_lengths.sum(-1).max())
   rank = devices.MAPPINGS[data.mapping](
     make_eval_step(model, data.embeddings, seen_capacity),

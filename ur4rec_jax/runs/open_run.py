@@ -65,13 +65,18 @@ class Run:
     """Shapes of the training state, without padding of item tables."""
     return jax.eval_shape(self.create_state)
 
-  def model(self, stage: Stage | None = None) -> UR4Rec:
-    """Builds the model of a stage, or of the whole run."""
-    return create_model(stage.config if stage else self.config, self.dataset.num_items)
+  @functools.cached_property
+  def model(self) -> UR4Rec:
+    """The model of the whole run; a stage may train only a part of it, see `model_of`."""
+    return create_model(self.config, self.dataset.num_items)
+
+  def model_of(self, stage: Stage) -> UR4Rec:
+    """Builds the part of the model that a stage trains."""
+    return create_model(stage.config, self.dataset.num_items)
 
   def create_state(self) -> TrainState:
     """Initialises the training state from the seed; can be compiled."""
-    return create_train_state(self.model(), self.tx, self.config.seed, self.tables)
+    return create_train_state(self.model, self.tx, self.config.seed, self.tables)
 
   def stored(self) -> dict[str, PyTree]:
     """Returns the shapes of a checkpoint's arrays, see `saved_tree`."""
@@ -82,7 +87,9 @@ class Run:
     """Copies what an evaluation reads onto each device, with whole item tables."""
     item_ids, tables = devices.replicate((self.dataset.item_ids, self.tables))
     whole = ItemEmbeddings('all', self.dataset.num_items)
-    return EvalData(self.dataset, item_ids, tables, whole, mapping=self.config.mapping)
+    return EvalData(
+      self.dataset, self.config.evaluation, item_ids, tables, whole, mapping=self.config.mapping
+    )
 
 
 def open_run(config: ConfigDict) -> Run:

@@ -142,7 +142,7 @@ def rank_held_out(
   model = create_model(config, data.dataset.num_items)
   data = data._replace(params_axes=data.embeddings.axes(params))
   with jax.transfer_guard(config.transfer_guard):
-    return {part: make_evaluator(model, data, part, config.evaluation)(params) for part in parts}
+    return {part: make_evaluator(model, data, part)(params) for part in parts}
 
 
 def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:

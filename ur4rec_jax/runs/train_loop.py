@@ -192,6 +192,7 @@ class TrainLoop:
     self.data = devices.place(train_data, self.data_axes)
     self.eval_data = EvalData(
       run.dataset,
+      self.config.evaluation,
       devices.replicate(run.dataset.item_ids),
       self.data.tables,
       run.embeddings,
@@ -209,9 +210,7 @@ class TrainLoop:
     self.validate_every = stage.validate_every_epochs * self.batches.steps_per_epoch
     branches = stage.config.branches
     if branches not in self.validators:
-      self.validators[branches] = make_evaluator(
-        self.run.model(stage), self.eval_data, 'valid', self.config.evaluation
-      )
+      self.validators[branches] = make_evaluator(self.run.model_of(stage), self.eval_data, 'valid')
     max_turns = max(len(stage.alternation) for stage in self.run.stages)
     numbers = stage_numbers(stage, self.run.labels, self.batches.steps_per_epoch, max_turns)
     self.reporter.begin_stage(
@@ -231,7 +230,7 @@ class TrainLoop:
     alternates = len(stage.alternation) > 1
     program = stage.config.branches, stage.losses, stage.trainable, alternates
     if program not in self.train_steps:
-      model, embeddings = self.run.model(stage), self.run.embeddings
+      model, embeddings = self.run.model_of(stage), self.run.embeddings
       self.train_steps[program] = devices.MAPPINGS[self.config.mapping](
         make_train_step(model, self.run.tx, self.run.labels, stage, embeddings),
         in_axes=(self.axes['state'], self.data_axes, 0, None, None),
