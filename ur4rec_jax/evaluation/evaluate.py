@@ -38,8 +38,8 @@ class EvalData(NamedTuple):
 
   Attributes:
     dataset: all interactions.
-    config: `config.evaluation`: the fields that `protocol` names, and `batch_size`, the users that a
-      device ranks at once.
+    config: `config.evaluation`: the fields that `protocol` names, and `batch_size`, the users that
+      a device ranks at once.
     item_ids: `dataset.item_ids` on the devices.
     tables: tokens of items and users, on the devices.
     embeddings: the policy for item tables and item features.
