@@ -111,3 +111,12 @@ def _is_alive(pid: int) -> bool:
   except PermissionError:
     pass
   return True
+
+
+def shipped_configs() -> dict[str, Path]:
+  """Returns the config files of this project by name, e.g. `movielens_1m`."""
+  package = Path(__file__).parent
+  # An installed wheel has them inside the package, a checkout beside it.
+  folders = (package / 'configs', package.parent / 'configs')
+  folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+  return {path.stem: path for path in sorted(folder.glob('[!_]*.py'))}

@@ -9,7 +9,6 @@ import hashlib
 import json
 import pathlib
 import re
-import runpy
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.checkpoint import write_file
 from ur4rec_jax.runs.config_checks import check_config, flatten
+from ur4rec_jax.runs.config_files import call_function
 from ur4rec_jax.runs.workdir import is_started_with
 from ur4rec_jax.sharding import devices
 
@@ -102,12 +102,9 @@ def load_grid(place: str) -> list[dict[str, Any]]:
   path, _, name = place.partition(':')
   name = name or 'get_hyper'
   try:
-    found = runpy.run_path(path)
-  except (OSError, SyntaxError) as error:
-    raise InputError(f'--sweep={place}: {path} cannot be read: {error}') from error
-  if not callable(found.get(name)):
-    raise InputError(f'--sweep={place}: {path} has no function {name}')
-  grid = found[name]()
+    grid = call_function(path, name)
+  except InputError as error:
+    raise InputError(f'--sweep={place}: {error}') from error
   if not isinstance(grid, list | tuple) or not grid or not all(isinstance(x, dict) for x in grid):
     raise InputError(
       f"--sweep={place}: {name} must return a list of dicts such as {{'sasrec.dropout': 0.5}}"
