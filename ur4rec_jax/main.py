@@ -1,4 +1,4 @@
-"""Trains or evaluates the model that a config describes.
+r"""Trains or evaluates the model that a config describes.
 
   python -m ur4rec_jax.main --config=NAME[:VARIANT] --workdir=DIR [--mode=train|evaluate] \
     [--config.a.b=value ...] [--seeds=0,1,2] [--sweep=FILE.py:FUNCTION]
@@ -33,7 +33,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, or the name of a config of this project; `:VARIANT` may follow.'
 )
 flags.FLAGS['config'].parser = _ConfigParser()
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; resumed if it was started.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run is kept; resumed if it was started.')
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
 _SEEDS = flags.DEFINE_list('seeds', [], 'Trains once with each, in WORKDIR/seedN, to one table.')
 _SWEEP = flags.DEFINE_string(
