@@ -219,8 +219,7 @@ def test_a_run_of_the_previous_version_does_not_go_on_with_another_config(run, s
 
 
 def test_a_run_of_the_previous_version_is_loaded(started_before, finished):
-  histories = [['S0-1', 'S0-2']]
   old, new = (ur4rec_jax.load(folder) for folder in (started_before, finished))
-  users = old.user_ids[:3] if hasattr(old, 'user_ids') else histories
-  assert old.recommend(users, k=5).equals(new.recommend(users, k=5))
+  history = old.items['ids'][:3]
+  assert old.recommend(history, k=5).equals(new.recommend(history, k=5))
   assert load_finished(started_before)[0].config.branches == ('sasrec',)

@@ -144,7 +144,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     ),
     'sasrec.item_input': Knob(
       'id',
-      'Item vectors: an id embedding, one that starts from content, content alone, or id plus content.',
+      'Item vectors: id embeddings, the same started from content, content alone, or their sum.',
       choices=ITEM_INPUTS,
     ),
     'sasrec.item_scale': Knob(
@@ -161,7 +161,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'retriever.dim': Knob(64, 'Width of user and item vectors.', at_least=1),
     'retriever.query': Knob(
       'user',
-      'User vector: from a transformer for each modality, or from the learned queries of the paper.',
+      'User vector: from a transformer for each modality, or from learned queries as in the paper.',
       choices=QUERIES,
     ),
     'retriever.num_blocks': Knob(
@@ -591,8 +591,8 @@ def page() -> str:
     '',
     *(f'- `{name}`' for name, knob in KNOBS.items() if knob.may_change),
     '',
-    'The last stage may also get another `patience`, and another `num_epochs` or `num_steps` unless',
-    'its learning rate falls by a cosine, which depends on the number of steps.',
+    'The last stage may also get another `patience`, and another `num_epochs` or `num_steps` if its',
+    'learning rate does not fall by a cosine, which depends on the number of steps.',
   ]
   return '\n'.join(lines) + '\n'
 
