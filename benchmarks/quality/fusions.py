@@ -23,6 +23,7 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.runs import results
+from ur4rec_jax.runs.knobs import from_stored
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import Stage
 from ur4rec_jax.training.train_state import PyTree
@@ -52,7 +53,7 @@ def load_finished(workdir: pathlib.Path) -> tuple[Stage, PyTree, Dataset, Tables
   """
   if not (workdir / 'results.json').exists():
     raise InputError(f'{workdir}: no finished run here')
-  config = ConfigDict(json.loads((workdir / 'config.json').read_text())['config'])
+  config = from_stored(json.loads((workdir / 'config.json').read_text())['config'])
   dataset = load_with_features(config)
   tables = read_tables(dataset, jnp.dtype(config.dtype))
   return *results.restore_best(config, str(workdir), dataset, tables), dataset, tables

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.files import shipped_configs
+from ur4rec_jax.runs.knobs import no_such_field
 
 
 def load_config(place: str) -> ConfigDict:
@@ -74,17 +75,12 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
     fields: dotted names.
 
   Raises:
-    InputError: it lacks one; the message names the nearest.
+    InputError: it lacks one; the message names the nearest, or the new name.
   """
   known = [*_names(config)]
   for field in fields:
-    if field in known:
-      continue
-    leaf = field.rpartition('.')[2]
-    nearest = [x for x in known if x.rpartition('.')[2] == leaf]  # The field of another part.
-    nearest = nearest or difflib.get_close_matches(field, known, n=1)
-    hint = f'; did you mean config.{" or config.".join(nearest[:5])}?' if nearest else ''
-    raise InputError(f'config.{field}: no such field{hint}')
+    if field not in known:
+      raise InputError(f'config.{no_such_field(field, known)}')
 
 
 def _names(config: ConfigDict, prefix: str = '') -> Iterator[str]:

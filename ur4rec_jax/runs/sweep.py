@@ -22,6 +22,7 @@ from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.checkpoint import write_file
 from ur4rec_jax.runs.config_checks import check_config, flatten
 from ur4rec_jax.runs.config_files import call_function
+from ur4rec_jax.runs.knobs import no_such_field
 from ur4rec_jax.runs.workdir import is_started_with
 from ur4rec_jax.sharding import devices
 
@@ -126,8 +127,10 @@ def make_members(
       raise InputError('seeds are given by --seeds and by the sweep; leave one out')
     fields = {field: value for field, value in overrides.items() if field != 'seed'}
     variant = _variant_name(fields)
-    if unknown := fields.keys() - flatten(config.to_dict()).keys():
-      raise InputError(f'the sweep overrides {", ".join(sorted(unknown))}: no such field')
+    known = flatten(config.to_dict())
+    if unknown := [field for field in fields if field not in known]:
+      told = '; '.join(no_such_field(field, known) for field in unknown)
+      raise InputError(f'the sweep overrides {told}')
     for seed in seeds or [overrides.get('seed', config.seed)]:
       changed = config.copy_and_resolve_references()
       try:

@@ -13,6 +13,7 @@ from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.runs.checkpoint import write_file
 from ur4rec_jax.runs.config_checks import check_unchanged
+from ur4rec_jax.runs.knobs import from_stored
 from ur4rec_jax.sharding import devices
 
 _NO_CACHE = 'none'
@@ -45,15 +46,17 @@ def check_workdir(
       f'{workdir} holds a run on dataset {started["dataset"]}, but config.data_dir='
       f'{config.data_dir} is {dataset.identity()}; use another --workdir'
     )
-  check_unchanged(started['config'], config.to_dict(), workdir, free)
+  check_unchanged(from_stored(started['config']).to_dict(), config.to_dict(), workdir, free)
   return True
 
 
 def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
   """Whether the run in `workdir`, if there is one, was last started with just this config."""
   path = pathlib.Path(workdir) / 'config.json'
-  as_json = json.loads(json.dumps(config.to_dict()))
-  return path.exists() and json.loads(path.read_text())['config'] == as_json
+  if not path.exists():
+    return False
+  started = from_stored(json.loads(path.read_text())['config'])
+  return started.to_dict() == json.loads(json.dumps(config.to_dict()))
 
 
 def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
