@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import DivergenceError, InputError
 from ur4rec_jax.evaluation.metrics import gains
+from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
-from ur4rec_jax.runs.checkpoint import write_file
 from ur4rec_jax.runs.config_checks import check_config, flatten
 from ur4rec_jax.runs.workdir import is_started_with
 from ur4rec_jax.sharding import devices
