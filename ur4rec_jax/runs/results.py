@@ -17,8 +17,9 @@ from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate, metrics
+from ur4rec_jax.files import write_file
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.runs.checkpoint import Checkpointer, write_file
+from ur4rec_jax.runs.checkpoint import Checkpointer
 from ur4rec_jax.runs.config_checks import check_config
 from ur4rec_jax.runs.report import write_report
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs

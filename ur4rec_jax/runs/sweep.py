@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import DivergenceError, InputError
 from ur4rec_jax.evaluation.metrics import gains
+from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
-from ur4rec_jax.runs.checkpoint import write_file
 from ur4rec_jax.runs.config_checks import check_config, flatten
 from ur4rec_jax.runs.config_files import call_function
 from ur4rec_jax.runs.knobs import no_such_field
