@@ -9,12 +9,12 @@ python -m ur4rec_jax.main --config=configs/amazon_beauty.py:text --workdir=runs/
 
 from ml_collections import ConfigDict
 
-from configs import default
+from ur4rec_jax import default_config
 
 
 def get_config(variant: str = 'sasrec') -> ConfigDict:
-  """Returns the config of a model variant, see `configs/default.py`."""
-  config = default.get_config(variant)
+  """Returns the config of a model variant, see `ur4rec_jax.default_config`."""
+  config = default_config(variant)
   config.data_dir = 'data/amazon_beauty'
   config.max_length = 50
   config.batch_size = 128

@@ -6,12 +6,12 @@ python -m ur4rec_jax.main --config=configs/movielens_1m.py --workdir=runs/moviel
 
 from ml_collections import ConfigDict
 
-from configs import default
+from ur4rec_jax import default_config
 
 
 def get_config(variant: str = 'sasrec') -> ConfigDict:
-  """Returns the config of a model variant, see `configs/default.py`."""
-  config = default.get_config(variant)
+  """Returns the config of a model variant, see `ur4rec_jax.default_config`."""
+  config = default_config(variant)
   config.data_dir = 'data/movielens_1m'
   config.max_length = 200
   config.batch_size = 64

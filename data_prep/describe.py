@@ -58,7 +58,7 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
     Path(data_dir).resolve().name, info, figures, shown, histories, items, images
   )
   with files.disk_errors(out, '--out'):
-    files.write_file(out, page.encode())
+    files.write_file(out, page)
   rows = [
     ('dataset', f'{info["name"]}, in {data_dir}'),
     *shown,

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv and installs this project into it.
+# Sourced by the other scripts: makes .venv and installs this project into it, with the versions
+# that were tested together.
 
 install_into_venv() { # install_into_venv REQUIREMENT, e.g. '.[test]'
   local python=${PYTHON:-} candidate
@@ -17,5 +18,6 @@ install_into_venv() { # install_into_venv REQUIREMENT, e.g. '.[test]'
   fi
   [[ -x .venv/bin/python ]] || "$python" -m venv .venv
   echo "installing into .venv ($(.venv/bin/python --version))"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable "$1"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --constraint launch/constraints.txt --editable "$1"
 }

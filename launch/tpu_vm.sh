@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One run on all hosts of a Cloud TPU VM, started from your own machine:
 #   bash launch/tpu_vm.sh TPU_NAME ZONE --config=configs/movielens_1m.py --workdir=/mnt/shared/runs/1m
-# The hosts need this folder as ~/ur4rec_jax with an environment in .venv (`pip install -e .
-# 'jax[tpu]'`), and a file system that all of them see at /mnt/shared, such as Filestore, for data
+# The hosts need this folder as ~/ur4rec_jax with an environment in .venv (`pip install -e
+# '.[tpu]'`), and a file system that all of them see at /mnt/shared, such as Filestore, for data
 # and workdir. The loop starts the run again as long as that helps:
 #   2, 3, 4   wrong input, divergence, storage: stops, as a person must look
 #   others    told to stop (143), a host died or went into maintenance: the run goes on

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -136,18 +138,94 @@ def test_divergence_stops_the_run_and_keeps_the_good_checkpoint(run, tmp_path):
   assert not [p for p in (tmp_path / 'other/checkpoints').iterdir() if p.name.isdigit()]
 
 
-def test_unknown_field(run, tmp_path):
-  done = run(tmp_path / 'run', '--config.sasrec.dims=32')
-  assert done.returncode != 0
-  assert 'dims' in done.stderr
+# Runs the program on many command lines after one import, each in a process of its own.
+MANY = """
+import json, os, sys
+from ur4rec_jax import main
+codes = []
+for number, flags in enumerate(json.load(sys.stdin)):
+  child = os.fork()
+  if not child:
+    for stream in (1, 2):
+      os.dup2(os.open(f'{number}.{stream}', os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv[1:] = flags
+    main.main()
+    sys.exit()
+  codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+GOOD = ('--config=synthetic', '--workdir=run')
+MISTAKES = {
+  # What is typed, and what the message must contain.
+  (): ['--config is missing'],
+  ('--workdir=run',): ['--config is missing'],
+  ('--config=synthetic',): ['--workdir is missing'],
+  (*GOOD, '--config.sasrec.dims=3'): ['config.sasrec.dims: no such field', 'sasrec.dim?'],
+  (*GOOD, '--config.paths=x'): ['config.paths', 'now named branches'],
+  (*GOOD, '--config.optimizer.item_rows=all'): ['now named optimizer.item_embeddings'],
+  (*GOOD, '--noconfig.shufled_features'): ['shuffled_features?'],
+  (*GOOD, '--config.batch_size=many'): ['config.batch_size', 'many'],
+  (*GOOD, '--config.stage=3'): ['config.stage'],
+  (*GOOD, '--config.sasrec=3'): ['config.sasrec'],
+  (*GOOD, '--config.seed'): ['config.seed'],
+  (*GOOD, '--workdr=other'): ['workdr', 'workdir'],
+  (*GOOD, '--mode=trian'): ['--mode=trian', 'evaluate'],
+  (*GOOD, '--seeds=1,1'): ['--seeds=1,1', '0,1,2'],
+  (*GOOD, '--seeds=one'): ['--seeds=one', '0,1,2'],
+  (*GOOD, '--mode=evaluate', '--seeds=1'): ['--mode=evaluate'],
+  (*GOOD, 'train'): ["unexpected argument 'train'"],
+  ('--config.seed=1', *GOOD): ['config.seed'],
+  ('--config=synthetic:bert', '--workdir=run'): ["unknown model variant 'bert'", 'multimodal'],
+  ('--config=synthetik', '--workdir=run'): ['synthetik', 'did you mean synthetic?'],
+  ('--config=configs/movielens.py', '--workdir=run'): ['configs/movielens.py', 'movielens_1m'],
+  ('--config=.', '--workdir=run'): ['no such file'],
+  ('--config=imports.py', '--workdir=run'): ['imports.py, line 2', "No module named 'nothing'"],
+  ('--config=raises.py', '--workdir=run'): ['raises.py, line 2', "KeyError: 'dim'"],
+  ('--config=syntax.py', '--workdir=run'): ['syntax.py', 'line 1'],
+  ('--config=empty.py', '--workdir=run'): ['empty.py has no function get_config'],
+  ('--config=number.py', '--workdir=run'): ['number.py', 'must return a ConfigDict, not 3'],
+  ('--config=number.py:text', '--workdir=run'): ['number.py', 'takes 0 positional arguments'],
+  (*GOOD, '--sweep=nothing.py'): ['--sweep=nothing.py', 'cannot be read'],
+  (*GOOD, '--sweep=imports.py'): ['--sweep=imports.py', 'line 2'],
+}
+FILES = {
+  'imports.py': '\nimport nothing\n',
+  'raises.py': 'def get_config():\n  return {}["dim"]\n',
+  'syntax.py': 'def get_config(:\n',
+  'empty.py': '',
+  'number.py': 'def get_config():\n  return 3\n',
+}
+
+
+def test_mistakes_end_with_one_message_and_code_2(environment, tmp_path):
+  for name, content in FILES.items():
+    (tmp_path / name).write_text(content)
+  done = subprocess.run(
+    [sys.executable, '-c', MANY],
+    input=json.dumps([*MISTAKES, ['--help']]),
+    env=environment,
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  *codes, code_of_help = json.loads(done.stdout)
+  for number, (flags, words) in enumerate(MISTAKES.items()):
+    message = (tmp_path / f'{number}.2').read_text()
+    assert codes[number] == 2, (flags, message)
+    assert message.startswith('error: '), flags
+    assert message.count('\n') == 1, (flags, message)
+    for word in words:
+      assert word in message, flags
+  assert code_of_help == 0
+  assert '--workdir' in (tmp_path / f'{len(codes)}.1').read_text()
   assert not (tmp_path / 'run').exists()
 
 
-def test_wrong_type(run, tmp_path):
-  done = run(tmp_path / 'run', '--config.batch_size=many')
-  assert done.returncode != 0
-  assert 'config.batch_size' in done.stderr
-  assert 'many' in done.stderr
+def test_unknown_field(run, tmp_path):
+  done = run(tmp_path / 'run', '--config.sasrec.dims=32')
+  assert_refused(done, 'config.sasrec.dims', 'sasrec.dim?')
   assert not (tmp_path / 'run').exists()
 
 
@@ -169,11 +247,9 @@ def test_impossible_values(flag, words, run, tmp_path):
 
 def test_unknown_config_file_and_variant(run, tmp_path):
   done = run(tmp_path / 'run', f'--config={ROOT}/configs/nothing.py')
-  assert done.returncode != 0
-  assert 'nothing.py' in done.stderr
+  assert_refused(done, 'nothing.py')
   done = run(tmp_path / 'run', f'--config={ROOT}/configs/synthetic.py:bert')
-  assert done.returncode != 0
-  assert "unknown model variant 'bert'" in done.stderr
+  assert_refused(done, "unknown model variant 'bert'")
 
 
 def test_a_folder_that_is_no_dataset(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -283,7 +284,8 @@ def test_the_service_keeps_to_its_openapi(address, tmp_path):
 def browser():
   """Chromium, which must be on the machine."""
   if CHROMIUM is None:
-    pytest.skip('no chromium on this machine: the page was not tried in a browser')
+    missing = pytest.fail if os.environ.get('UR4REC_TEST_BROWSER') == 'required' else pytest.skip
+    missing('no chromium on this machine: the page was not tried in a browser')
   from playwright.sync_api import sync_playwright
 
   with sync_playwright() as playwright:

@@ -1,11 +1,24 @@
 """A sequential recommender: `ur4rec_jax.load(workdir)` gives a trained model ready to use."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from ur4rec_jax.inference.trained import load
+  from ur4rec_jax.runs.knobs import default_config, default_stage
+
+__all__ = ['default_config', 'default_stage', 'load']
+
+# These are imported when they are used: they are slow to import, and an export needs only a part.
+_MODULES = {
+  'load': 'ur4rec_jax.inference.trained',
+  'default_config': 'ur4rec_jax.runs.knobs',
+  'default_stage': 'ur4rec_jax.runs.knobs',
+}
 
 
 def __getattr__(name: str) -> Any:
-  if name != 'load':
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  from ur4rec_jax.inference.trained import load  # Slow to import, and most need only a part.
-
-  return load
+  if name not in _MODULES:
+    known = ', '.join(_MODULES)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}; it has {known}')
+  return getattr(importlib.import_module(_MODULES[name]), name)

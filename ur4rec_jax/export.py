@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import exported
 from ur4rec_jax.inference.trained import TrainedRecommender, load
-from ur4rec_jax.runs.checkpoint import write_file
 
 PLATFORMS = ('cpu', 'cuda')
 

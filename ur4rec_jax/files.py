@@ -1,4 +1,4 @@
-"""A folder or file that is there whole or not at all, whenever the program is stopped."""
+"""Atomic writes and locks: a file or folder is complete or absent, whenever the program stops."""
 
 import contextlib
 import ctypes
@@ -9,34 +9,114 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ur4rec_jax.errors import InputError
+import filelock
+
+from ur4rec_jax.errors import InputError, StorageError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def write_file(path: str | Path, content: str | bytes) -> None:
+  """Writes a file, or replaces it in one step.
+
+  After a kill or a power cut the file holds either its old or its new content.
+
+  Args:
+    path: the file; its folder must exist.
+    content: text is stored as UTF-8.
+
+  Raises:
+    StorageError: the file cannot be written; an old file stays as it was.
+  """
+  path = Path(path)
+  draft = path.with_name(f'{path.name}.incomplete-{os.getpid()}')
+  try:
+    with draft.open('wb') as file:
+      file.write(content.encode() if isinstance(content, str) else content)
+      file.flush()
+      os.fsync(file.fileno())
+    draft.replace(path)
+    _sync_folder(path.parent)
+  except OSError as error:
+    raise StorageError(f'cannot write {path}: {error.strerror or error}') from error
+  finally:
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_process(lock_file: str | Path, message: str) -> Iterator[None]:
+  """Lets one process at a time run the block.
+
+  The lock is gone when the process ends, even if it was killed.
+
+  Args:
+    lock_file: the file that is locked; it is removed at the end.
+    message: error message when another process holds the lock.
+
+  Raises:
+    InputError: another process holds the lock.
+    OSError: the lock file cannot be written.
+  """
+  lock_file = Path(lock_file).absolute()  # The block may change the working directory.
+  lock = filelock.FileLock(lock_file)
+  try:
+    lock.acquire(blocking=False)
+  except filelock.Timeout as error:
+    raise InputError(message) from error
+  try:
+    yield
+  finally:
+    # Removed before the release: nobody else can hold the lock on this file yet.
+    with contextlib.suppress(OSError):
+      lock_file.unlink()
+    lock.release()
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path, flag: str = '--data_dir') -> Iterator[None]:
+  """Turns an `OSError` of the block into an `InputError` that names the way out.
+
+  Args:
+    target: the file or folder that is written.
+    flag: the command-line flag that chose `target`.
+  """
+  try:
+    yield
+  except OSError as error:
+    # `write_file` wraps the error of the system, which holds the error number.
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    way_out = 'free some space' if cause.errno in DISK_FULL else 'make its folder writable'
+    raise InputError(
+      f'{target}: cannot be written ({cause.strerror or cause}); {way_out} or give another {flag}'
+    ) from error
+
+
 @contextlib.contextmanager
 def scratch_folder(target: Path, purpose: str = 'raw') -> Iterator[Path]:
-  """Gives an empty sibling folder, which is removed when the block ends.
+  """Creates an empty folder beside `target` and removes it when the block ends.
 
-  A killed program leaves it, called TARGET.PURPOSE-PID, for `clean_up` to remove.
+  The folder is called TARGET.PURPOSE-PID. If the program is killed, the folder stays until
+  `clean_up` removes it.
   """
   folder = target.with_name(f'{target.name}.{purpose}-{os.getpid()}')
-  made = [parent for parent in folder.parents if not parent.exists()]
+  created = [parent for parent in folder.parents if not parent.exists()]
   try:
     folder.mkdir(parents=True)
     yield folder
   finally:
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # they hold the target, if all went well
-      for parent in made:
+    # Parents that hold the finished target are not empty and stay.
+    with contextlib.suppress(OSError):
+      for parent in created:
         parent.rmdir()
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-  """Gives an empty sibling folder to fill, which becomes `target` if the block ends well.
+  """Creates an empty folder that becomes `target` if the block ends without an error.
 
-  An old `target` stays until then.
+  An old `target` stays in place until then.
   """
   with scratch_folder(target, 'incomplete') as folder:
     yield folder
@@ -44,11 +124,14 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def clean_up(target: Path) -> None:
-  """Removes what killed programs left; puts back a folder whose replacement was cut short."""
+  """Removes folders that killed programs left beside `target`.
+
+  If a program was killed while it replaced `target`, the old folder is put back.
+  """
   pattern = re.compile(re.escape(target.name) + r'\.(raw|incomplete|replaced)-(\d+)')
   for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
     match = pattern.fullmatch(path.name)
-    # This process has nothing lying about yet: a folder with its number is of an earlier one.
+    # This process has created nothing yet, so a folder with its number belongs to an earlier one.
     if not match or (int(match[2]) != os.getpid() and _is_alive(int(match[2]))):
       continue
     if match[1] == 'replaced' and not target.exists():
@@ -57,31 +140,8 @@ def clean_up(target: Path) -> None:
       shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def disk_errors(target: Path, flag: str = '--data_dir') -> Iterator[None]:
-  """Turns an `OSError` into an `InputError` that says what to do about it; `flag` set `target`."""
-  try:
-    yield
-  except OSError as error:
-    way_out = 'free some space' if error.errno in DISK_FULL else 'make its place writable'
-    raise InputError(
-      f'{target}: cannot be written ({error.strerror or error}); {way_out} or give another {flag}'
-    ) from error
-
-
-def write_file(target: Path, content: bytes) -> None:
-  """Writes a file or replaces it."""
-  part = target.with_name(f'{target.name}.incomplete-{os.getpid()}')
-  try:
-    part.write_bytes(content)
-    part.replace(target)
-  except BaseException:
-    part.unlink(missing_ok=True)
-    raise
-
-
 def move_in(folder: Path, target: Path) -> None:
-  """Makes a complete folder the `target`, in place of an old one."""
+  """Renames a complete folder to `target` and removes the folder that was there before."""
   if target.exists() and any(target.iterdir()):
     if _exchange(folder, target):
       shutil.rmtree(folder, ignore_errors=True)
@@ -95,12 +155,21 @@ def move_in(folder: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-  """Swaps two folders in one step, where the system can: then neither is ever missing."""
+  """Swaps two folders in one step, so that neither is ever missing; False if unsupported."""
   swap = getattr(ctypes.CDLL(None), 'renameat2', None)
   here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
   return swap is not None and not swap(
     here, os.fsencode(first), here, os.fsencode(second), exchange
   )
+
+
+def _sync_folder(folder: Path) -> None:
+  """Forces the names in a folder to the disk: a rename is lost in a power cut otherwise."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def _is_alive(pid: int) -> bool:
@@ -111,3 +180,12 @@ def _is_alive(pid: int) -> bool:
   except PermissionError:
     pass
   return True
+
+
+def shipped_configs() -> dict[str, Path]:
+  """Returns the config files of this project by name, e.g. `movielens_1m`."""
+  package = Path(__file__).parent
+  # An installed wheel has them inside the package, a checkout beside it.
+  folders = (package / 'configs', package.parent / 'configs')
+  folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+  return {path.stem: path for path in sorted(folder.glob('[!_]*.py'))}

@@ -1,45 +1,87 @@
-"""Trains or evaluates the model that a config describes.
+r"""Trains or evaluates the model that a config describes.
 
-python -m ur4rec_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train|evaluate] \
-  [--config.a.b=value ...] [--seeds=0,1,2] [--sweep=FILE.py:FUNCTION]
+  python -m ur4rec_jax.main --config=NAME[:VARIANT] --workdir=DIR [--mode=train|evaluate] \
+    [--config.a.b=value ...] [--seeds=0,1,2] [--sweep=FILE.py:FUNCTION]
+
+NAME is a config file or the name of a config of this project, such as movielens_1m.
 """
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+import re
+import sys
 
-from ur4rec_jax.errors import exit_on_reported_error
-from ur4rec_jax.runs import results, sweep, train_loop
-from ur4rec_jax.sharding import devices
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.runs.config_files import check_fields, load_config
+
+
+class _ConfigParser(flags.ArgumentParser):
+  """Loads the config that `--config` names, and checks the fields that other flags set."""
+
+  def parse(self, argument: str) -> ConfigDict:
+    config = load_config(argument)
+    fields = [re.fullmatch(r'--?(?:no)?config\.([^=]+)(?:=.*)?', x, re.S) for x in sys.argv]
+    check_fields(config, [field[1] for field in fields if field])
+    return config.lock()
+
+  def flag_type(self) -> str:
+    return 'config'
+
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Config file, `configs/NAME.py` or `configs/NAME.py:VARIANT`.'
+  'config', None, 'Config file, or the name of a config of this project; `:VARIANT` may follow.'
 )
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is kept; resumed if it was started.')
+flags.FLAGS['config'].parser = _ConfigParser()
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run is kept; resumed if it was started.')
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
 _SEEDS = flags.DEFINE_list('seeds', [], 'Trains once with each, in WORKDIR/seedN, to one table.')
 _SWEEP = flags.DEFINE_string(
   'sweep', None, 'FILE.py:FUNCTION that lists variants of the config; FUNCTION may be left out.'
 )
+_HELP = flags.DEFINE_bool('help', False, 'Shows this.', short_name='h')
 
 
-def _check_seeds(seeds: list[str]) -> bool:
-  return all(seed.isdecimal() for seed in seeds) and len(set(seeds)) == len(seeds)
+def _parse_flags() -> None:
+  """Parses the command line.
 
-
-flags.register_validator('seeds', _check_seeds, 'must be different whole numbers, e.g. 0,1,2')
+  Raises:
+    InputError: a flag is unknown, missing or impossible. absl itself would end the process with
+      exit code 1, after which launchers start the run again.
+  """
+  try:
+    _, *others = flags.FLAGS(sys.argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(error) from error
+  if _HELP.value:
+    print(__doc__, flags.FLAGS.module_help(sys.modules[__name__]))
+    sys.exit()
+  if others:
+    raise InputError(f'unexpected argument {others[0]!r}; flags are written --name=value')
+  if _CONFIG.value is None:
+    raise InputError('--config is missing: a config file or a name such as movielens_1m')
+  if not _WORKDIR.value:
+    raise InputError('--workdir is missing: the folder in which the run is kept')
+  seeds = _SEEDS.value
+  if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
+    raise InputError(f'--seeds={",".join(seeds)}: must be different whole numbers, e.g. 0,1,2')
+  if _MODE.value != 'train' and (seeds or _SWEEP.value):
+    raise InputError(f'--mode={_MODE.value}: takes no --seeds and no --sweep; name one run')
 
 
 @exit_on_reported_error
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Joins the other processes, if any, and does what `--mode` says."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  logging.use_absl_handler()
+  _parse_flags()
   logging.set_verbosity(logging.WARNING)  # Libraries tell much at INFO.
-  is_sweep = bool(_SEEDS.value or _SWEEP.value)
-  if is_sweep and _MODE.value != 'train':
-    raise app.UsageError(f'--mode={_MODE.value} is of one run, without --seeds and --sweep')
+
+  # These take seconds to import, and a wrong flag should be answered at once.
+  from ur4rec_jax.runs import results, sweep, train_loop
+  from ur4rec_jax.sharding import devices
+
   with devices.joined_processes():
-    if is_sweep:
+    if _SEEDS.value or _SWEEP.value:
       seeds = [int(seed) for seed in _SEEDS.value]
       sweep.run_sweep(_CONFIG.value, _WORKDIR.value, seeds, _SWEEP.value)
     elif _MODE.value == 'train':
@@ -49,5 +91,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  main()

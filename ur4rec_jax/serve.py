@@ -1,6 +1,6 @@
 """A small HTTP service over an exported folder: recommendations as JSON, and a page to try them.
 
-  pip install '.[serve]'
+  pip install 'ur4rec-jax[serve]'      # in a checkout: pip install -e '.[serve]'
   python -m ur4rec_jax.serve --export=shop-model --port=8000
 
 Needs jax and NumPy of what the model needs, and nothing of training. Requests are ranked together
@@ -34,7 +34,7 @@ try:
   from prometheus_client import Counter, Gauge, Histogram, generate_latest
   from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 except ImportError as error:
-  sys.exit(f"error: {error.name} is not installed; pip install '.[serve]'")
+  sys.exit(f"error: {error.name} is not installed; pip install 'ur4rec-jax[serve]'")
 
 MOST_BYTES = 1 << 20  # Of a request's body.
 MOST_IDS = 1000  # In a history or a filter.

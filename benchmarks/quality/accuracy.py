@@ -28,7 +28,7 @@ import numpy as np
 
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.evaluation.metrics import POPULARITY_GROUPS
-from ur4rec_jax.runs.checkpoint import write_file
+from ur4rec_jax.files import write_file
 from ur4rec_jax.runs.sweep import (
   FLIPS,
   mean_and_spread,

@@ -33,7 +33,8 @@ from benchmarks.robustness.small_runs import (
   in_a_save,
   lines,
 )
-from tests.helpers.runs import ROOT
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _in_first_compile(workdir: pathlib.Path) -> bool:

@@ -29,11 +29,11 @@ from configs import movielens_1m
 from ur4rec_jax.data.dataset import read_interactions
 from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.errors import exit_on_reported_error
+from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import scoring
 from ur4rec_jax.inference.recommender import Recommender
 from ur4rec_jax.inference.trained import load
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.runs.checkpoint import write_file
 
 ROOT = pathlib.Path(__file__).parents[2]
 STORED, PAGE = ROOT / 'benchmarks/results/inference/latency.json', ROOT / 'docs' / 'inference.md'

@@ -289,7 +289,7 @@ def report(flags: argparse.Namespace, lines: Sequence[str], result: dict[str, An
   if not flags.json:
     print(*lines, sep='\n')
   if flags.out:
-    from ur4rec_jax.runs.checkpoint import write_file
+    from ur4rec_jax.files import write_file
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_file(RESULTS / f'{flags.out}.json', json.dumps(result, indent=1) + '\n')

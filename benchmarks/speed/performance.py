@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from benchmarks.quality.accuracy import README, markdown_table, put_between_marks
 from benchmarks.speed.measure import RESULTS, ROOT
 from ur4rec_jax.errors import InputError, exit_on_reported_error
-from ur4rec_jax.runs.checkpoint import write_file
+from ur4rec_jax.files import write_file
 
 PAGE = ROOT / 'docs' / 'performance.md'
 MISSING = 'not measured yet'

@@ -28,8 +28,8 @@ import numpy as np
 from benchmarks.quality.accuracy import put_between_marks
 from benchmarks.speed.measure import ROOT, machine, memory_megabytes
 from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import exported
-from ur4rec_jax.runs.checkpoint import write_file
 
 STORED, PAGE = ROOT / 'benchmarks/results/inference/load.json', ROOT / 'docs' / 'inference.md'
 CLIENTS = 128  # That measure the capacity.

@@ -7,11 +7,9 @@ settings and inputs are the same.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,21 +158,15 @@ def write(
 def _workplace(target: Path) -> Iterator[Path]:
   """Gives the folder of work in progress, to one program at a time."""
   draft = target.with_name(f'{target.name}.incomplete')
-  draft.mkdir(parents=True, exist_ok=True)
-  lock = os.open(draft, os.O_RDONLY)
-  try:
+  target.parent.mkdir(parents=True, exist_ok=True)
+  taken = f'{target}: another program makes these features now; wait until it ends'
+  with files.only_process(target.with_name(f'{target.name}.lock'), taken):
+    draft.mkdir(exist_ok=True)
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      is_there = os.path.samestat(os.fstat(lock), os.stat(draft))
-    except (BlockingIOError, FileNotFoundError):
-      is_there = False
-    if not is_there:
-      raise InputError(f'{target}: another program makes these features now; wait until it ends')
-    yield draft
-  finally:
-    os.close(lock)
-    with contextlib.suppress(OSError):  # It stays if there is work in it.
-      draft.rmdir()
+      yield draft
+    finally:
+      with contextlib.suppress(OSError):  # It stays if there is work in it.
+        draft.rmdir()
 
 
 def _settings(source: Source, form: Form, projection: Projection | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ A store is a folder beside the prepared one, so that building the data anew neve
 """
 
 import collections
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -80,6 +80,7 @@ class Store:
     self._offsets: dict[bytes, int] = {}
     self._failures: dict[bytes, Failures] = {}
     self._files: dict[str, int] = {}
+    self._lock = contextlib.ExitStack()
     self._is_dirty = False
     self._synced = time.monotonic()
     if not read_only:
@@ -135,21 +136,16 @@ class Store:
     self.sync()
     for descriptor in self._files.values():
       os.close(descriptor)
-    if self._files:
-      os.close(self._lock)
+    self._lock.close()
 
   def _open(self) -> None:
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-      try:
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        os.close(self._lock)
-        raise InputError(
-          f'{self.folder}: another process is writing to this store; wait for it, stop it, or give'
-          ' another --store'
-        ) from error
+      taken = (
+        f'{self.folder}: another process is writing to this store; wait for it, stop it, or give'
+        ' another --store'
+      )
+      self._lock.enter_context(files.only_process(self.folder / _LOCK, taken))
       flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
       self._files = {name: os.open(self.folder / name, flags, 0o644) for name in (ANSWERS, FAILED)}
       for descriptor in self._files.values():
@@ -210,19 +206,6 @@ class Store:
       bool(record.get('is_final')),
     )
     self.cost += record.get('cost') or 0.0
-
-
-def write_durably(path: Path, content: str) -> None:
-  """Replaces a small file so that a kill or a power cut leaves the old one or the new one."""
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', encoding='utf-8') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-  folder = os.open(path.parent, os.O_RDONLY)
-  os.fsync(folder)
-  os.close(folder)
 
 
 def _digest(key: str) -> bytes:

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data_prep.llm_text import answers, costs, llm_calls, prompts
+from data_prep.llm_text import costs, llm_calls, prompts
 from data_prep.llm_text.llm_calls import Answer, RefusedField, Rejected, Settings, Unanswered
 from data_prep.llm_text.llm_online import ATTEMPTS, BudgetReached
+from ur4rec_jax import files
 from ur4rec_jax.errors import InputError, ReportedError
 
 FOLDER = 'batches'
@@ -145,8 +146,8 @@ class Batches:
     tag = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime())}-{secrets.token_hex(4)}'
     size = num_requests = 0
     promised = 0.0
-    files = [self._path(tag, name).open('w', encoding='utf-8') for name in ('requests', 'keys')]
-    with files[0] as requests, files[1] as keys:
+    drafts = [self._path(tag, name).open('w', encoding='utf-8') for name in ('requests', 'keys')]
+    with drafts[0] as requests, drafts[1] as keys:
       while num_requests < self._max_requests:
         line, entry, most = self._left_over or next(work, (None, None, 0.0))
         self._left_over = None
@@ -160,7 +161,7 @@ class Batches:
         keys.write(entry)
         promised += most
         num_requests += 1
-      for file in files:
+      for file in drafts:
         file.flush()
         os.fsync(file.fileno())
     if num_requests < (_FEWEST_FOR_BUDGET if self._is_full else 1):
@@ -310,7 +311,7 @@ class Batches:
         path.unlink()
 
   def _write_state(self, state: dict[str, Any]) -> None:
-    answers.write_durably(self._path(state['tag'], 'state'), json.dumps(state, indent=1) + '\n')
+    files.write_file(self._path(state['tag'], 'state'), json.dumps(state, indent=1) + '\n')
 
   def _path(self, tag: str, name: str) -> Path:
     return self._folder / (f'{tag}.json' if name == 'state' else f'{tag}.{name}.jsonl')

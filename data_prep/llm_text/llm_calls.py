@@ -1,15 +1,14 @@
 """What every call to a provider needs: settings, one judgement of errors, reading a reply."""
 
 import dataclasses
-import email.utils
 import importlib
 import os
 import re
-import time
 import urllib.parse
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from data_prep import retry_after
 from data_prep.llm_text import prompts
 from ur4rec_jax.errors import InputError
 
@@ -183,7 +182,10 @@ def judge(error: Exception, provider: ModuleType, settings: Settings) -> Excepti
   if _NO_CREDIT.search(message) or status == 402:
     return InputError(f'{where} wants to be paid first: {message}')
   if status in RETRIED or status >= 500:
-    return Unanswered(f'the server answers {status}', _retry_after(error.response.headers))
+    asked = error.response.headers.get('retry-after', '')
+    return Unanswered(
+      f'the server answers {status}', retry_after.seconds_to_wait(asked, MAX_RETRY_AFTER)
+    )
   if status in (401, 403):
     return InputError(f'{where} does not accept the key in {provider.KEY} ({status}): {message}')
   if status == 404:
@@ -217,15 +219,3 @@ def _message(error: Any) -> str:
   body = error.body if isinstance(error.body, dict) else {}
   inner = body.get('error') if isinstance(body.get('error'), dict) else body
   return f'{inner.get("message") or error.message} {inner.get("code") or ""}'
-
-
-def _retry_after(headers: Any) -> float | None:
-  value = headers.get('retry-after', '')
-  try:
-    seconds = float(value)
-  except ValueError:
-    try:
-      seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError):
-      return None
-  return min(max(seconds, 0.0), MAX_RETRY_AFTER)

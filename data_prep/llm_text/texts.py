@@ -1,6 +1,5 @@
 """Texts about items and users in the prepared folder: written, imported, exported."""
 
-import contextlib
 import json
 import os
 from collections import Counter
@@ -142,16 +141,8 @@ def write_json(data_dir: str | Path, kind: str, path: str | Path) -> int:
   """
   path = Path(path)
   texts = {row['original_id']: row['text'] for row in iterate_texts(data_dir, kind) if row['text']}
-  draft = path.with_name(f'{path.name}.incomplete-{os.getpid()}')
-  try:
-    draft.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-    draft.replace(path)
-  except OSError as error:
-    with contextlib.suppress(OSError):
-      draft.unlink(missing_ok=True)
-    raise InputError(
-      f'{path}: cannot be written ({error.strerror}); make its place writable, or give another'
-    ) from error
+  with files.disk_errors(path, '--export'):
+    files.write_file(path, json.dumps(texts, indent=2, ensure_ascii=False) + '\n')
   return len(texts)
 
 

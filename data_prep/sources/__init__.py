@@ -10,6 +10,7 @@ import pyarrow as pa
 from data_prep.prepared.prepare import Raw
 from data_prep.prepared.tfds_writer import Origin
 from data_prep.sources import amazon, amazon_reviews, interactions, movielens, raw_files, synthetic
+from ur4rec_jax.files import shipped_configs
 
 
 class Source(NamedTuple):
@@ -166,9 +167,9 @@ SOURCES = {
 def training_command(metadata: Mapping[str, Any], data_dir: str | Path, variant: str = '') -> str:
   """The command that trains on a prepared folder, with the config of its source if there is one."""
   config = metadata['source'].removeprefix('multimodal_')
-  if not (Path(__file__).parents[2] / 'configs' / f'{config}.py').exists():
+  if config not in shipped_configs():
     config = 'default'
   return (
-    f'python -m ur4rec_jax.main --config=configs/{config}.py{":" * bool(variant)}{variant}'
+    f'python -m ur4rec_jax.main --config={config}{":" * bool(variant)}{variant}'
     f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}'
   )

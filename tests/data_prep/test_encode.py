@@ -921,7 +921,7 @@ encode.main(['--data_dir={data_dir}', '--modality=text'])
 """
   done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 2
-  assert done.stderr.startswith("error: torch is not installed; pip install -e '.[encode]'")
+  assert done.stderr.startswith("error: torch is not installed; pip install 'ur4rec-jax[encode]'")
 
 
 def test_torch_stays_out_until_it_is_needed():

@@ -1,7 +1,9 @@
 """What starts runs elsewhere is valid and knows the exit codes; several processes work together."""
 
+import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +15,12 @@ import yaml
 from benchmarks.robustness.small_runs import lines
 from tests.helpers.runs import ROOT, wait_for
 from ur4rec_jax import errors
+from ur4rec_jax.files import shipped_configs
 
 LAUNCH = ROOT / 'launch'
-NEEDS_PERSON = [
-  error.exit_code for error in (errors.InputError, errors.DivergenceError, errors.StorageError)
-]
+NEEDS_PERSON = [code for code, told in errors.EXIT_CODES.items() if code and not told.restart]
+GOES_ON = [code for code, told in errors.EXIT_CODES.items() if told.restart]
+MISTYPED = '--config.sasrec.dims=32'
 
 
 def record(required: str, **properties) -> dict:
@@ -143,7 +146,7 @@ def test_jobsets_are_valid_and_agree_with_themselves(path):
   assert (rule['action'], rule['onJobFailureReasons']) == ('FailJobSet', ['PodFailurePolicy'])
   volumes = {volume['name'] for volume in spec['template']['spec']['volumes']}
   assert {mount['name'] for mount in container['volumeMounts']} == volumes
-  assert (ROOT / container['args'][1].partition('/opt/ur4rec/')[2]).is_file()
+  assert container['args'][1].removeprefix('--config=') in shipped_configs()
 
 
 def test_a_wrong_jobset_is_noticed():
@@ -179,7 +182,28 @@ def calls(scheduler, script, *flags, **env) -> tuple[int, list[str]]:
   return done.returncode, (scheduler / 'calls').read_text().splitlines()
 
 
-@pytest.mark.parametrize('code', [0, *NEEDS_PERSON, 5, 134, 137, 143])
+def test_the_table_has_every_exit_code():
+  kinds = [errors.InputError, errors.DivergenceError, errors.StorageError, errors.LostProcessError]
+  known = {cls for cls in errors.ReportedError.__subclasses__() if 'exit_code' in vars(cls)}
+  assert known <= set(kinds)
+  for kind in kinds:
+    assert errors.EXIT_CODES[kind.exit_code].restart == (kind is errors.LostProcessError)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    code = errors.InterruptedBySignal('stopped', number).exit_code
+    assert errors.EXIT_CODES[code].restart
+
+
+@pytest.mark.parametrize('path', sorted(LAUNCH.glob('*')), ids=lambda path: path.name)
+def test_comments_of_launchers_name_the_codes_of_the_table(path):
+  """`2, 3, 4   wrong input, ...` stands in the comments of some."""
+  if not path.is_file():
+    return
+  for line in path.read_text().splitlines():
+    if line.startswith('#   2'):
+      assert line.split('   ')[1] == ', '.join(map(str, NEEDS_PERSON))
+
+
+@pytest.mark.parametrize('code', [0, *NEEDS_PERSON, *GOES_ON, 134])
 def test_slurm_queues_again_what_may_go_on(code, scheduler):
   env = {'CODE': str(code), 'SLURM_JOB_ID': '77'}
   returned, (srun, *others) = calls(scheduler, 'slurm.sh', '--workdir=a b', **env)
@@ -192,7 +216,9 @@ def test_slurm_queues_again_what_may_go_on(code, scheduler):
   assert returned == code
 
 
-@pytest.mark.parametrize(('code', 'attempts'), [(0, 1), (2, 1), (143, 20)])
+@pytest.mark.parametrize(
+  ('code', 'attempts'), [(0, 1), *((code, 1) for code in NEEDS_PERSON), (5, 20), (143, 20)]
+)
 def test_tpu_vm_starts_again_what_may_go_on(code, attempts, scheduler):
   flags = ('pod', 'zone-a', '--workdir=a b')
   returned, made = calls(scheduler, 'tpu_vm.sh', *flags, CODE=str(code))
@@ -200,6 +226,57 @@ def test_tpu_vm_starts_again_what_may_go_on(code, attempts, scheduler):
   assert len(started) == attempts
   assert started[0].endswith(r'-m ur4rec_jax.main --workdir=a\ b')
   assert returned == code
+
+
+def pretend(scheduler, name, script) -> None:
+  """Makes `name` a program that notes its call and then does what `script` says."""
+  path = scheduler / name
+  path.write_text(f'#!/bin/bash\necho "{name} $*" >> {scheduler}/calls\n{script}\n')
+  path.chmod(0o755)
+
+
+def test_slurm_does_not_queue_a_mistyped_flag_again(scheduler):
+  pretend(scheduler, 'srun', 'while [[ $1 == --* ]]; do shift; done\nexec "$@"')
+  env = {'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'SLURM_JOB_ID': '77'}
+  flags = ('--config=synthetic', f'--workdir={scheduler}/run', MISTYPED)
+  returned, made = calls(scheduler, 'slurm.sh', *flags, **env)
+  assert returned == errors.InputError.exit_code
+  assert [call.split()[0] for call in made] == ['srun']
+
+
+def test_tpu_vm_does_not_start_a_mistyped_flag_again(scheduler):
+  python = scheduler / 'ur4rec_jax/.venv/bin/python'
+  python.parent.mkdir(parents=True)
+  pretend(python.parent, 'python', f'exec {sys.executable} "$@"')
+  pretend(scheduler, 'gcloud', 'for x; do [[ $x == --command=* ]] && exec bash -c "${x#*=}"; done')
+  env = {'PYTHONPATH': str(ROOT), 'HOME': str(scheduler)}
+  flags = ('pod', 'zone-a', '--config=synthetic', f'--workdir={scheduler}/run', MISTYPED)
+  returned, made = calls(scheduler, 'tpu_vm.sh', *flags, **env)
+  assert returned == errors.InputError.exit_code
+  assert [call.split()[0] for call in made] == ['gcloud']
+
+
+@pytest.mark.parametrize('path', sorted(LAUNCH.glob('jobset_*.yaml')), ids=lambda path: path.name)
+def test_a_jobset_fails_at_a_mistyped_flag(path, environment, tmp_path):
+  """The pod's command, with the entry point of the Dockerfile, ends with a code of its rule."""
+  (job,) = yaml.safe_load(path.read_text())['spec']['replicatedJobs']
+  spec = job['template']['spec']
+  (container,) = spec['template']['spec']['containers']
+  (entry,) = re.findall(r'^ENTRYPOINT (.*)$', (LAUNCH / 'Dockerfile').read_text(), re.M)
+  _, *options = json.loads(entry)
+  words = [sys.executable, *options, *container['args'], MISTYPED]
+  done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, timeout=60)
+  (rule,) = spec['podFailurePolicy']['rules']
+  assert done.returncode in rule['onExitCodes']['values'], done.stderr
+  assert b'config.sasrec.dims' in done.stderr
+
+
+def test_local_processes_end_at_a_mistyped_flag(pair, tmp_path):
+  script = pair(tmp_path / 'run', MISTYPED)
+  _, stderr = script.communicate(timeout=120)
+  assert script.returncode == errors.InputError.exit_code
+  assert 'config.sasrec.dims' in stderr
+  assert 'start the same command again' not in stderr
 
 
 @pytest.fixture(scope='module')

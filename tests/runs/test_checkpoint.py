@@ -1,18 +1,15 @@
 """Damaged checkpoints are detected, named, and passed over."""
 
-import resource
 import shutil
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.robustness.small_runs import load_arrays
-from tests.helpers.runs import PROGRAM, ROOT
+from tests.helpers.runs import PROGRAM
 from ur4rec_jax.errors import StorageError
-from ur4rec_jax.runs.checkpoint import Checkpointer, find_damage, write_file
+from ur4rec_jax.runs.checkpoint import Checkpointer, find_damage
 
 TREE = {'a': jnp.arange(1000, dtype=jnp.float32), 'b': jnp.zeros((), jnp.int32)}
 
@@ -118,23 +115,6 @@ def test_saving_a_step_again_replaces_it(tmp_path):
   checkpointer.save(1, TREE, {'try': 2})
   checkpointer.close()
   assert restore(tmp_path)[1] == {'try': 2}
-
-
-def test_write_file_leaves_the_old_file_when_it_fails(tmp_path):
-  path = tmp_path / 'results.json'
-  write_file(path, 'old')
-  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-  code = (
-    'import pathlib, resource, signal, sys; from ur4rec_jax.runs.checkpoint import write_file;'
-    'signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
-    f'resource.setrlimit(resource.RLIMIT_FSIZE, (100, {limit[1]}));'
-    f'write_file(pathlib.Path({str(path)!r}), "x" * 1000)'
-  )
-  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode != 0
-  assert f'cannot write {path}' in done.stderr
-  assert path.read_text() == 'old'
-  assert [p.name for p in tmp_path.iterdir()] == ['results.json']
 
 
 def test_an_unwritable_folder_is_a_clear_error(tmp_path):

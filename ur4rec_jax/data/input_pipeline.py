@@ -202,7 +202,7 @@ def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
     zero_unless_filled(item_ids[target_index]),
     zero_unless_filled(slot + 1),
     zero_unless_filled(target_index),
-    plan.users,
+    jnp.asarray(plan.users),
   )
 
 

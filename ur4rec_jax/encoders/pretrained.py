@@ -87,8 +87,8 @@ def _sha256(folder: Path) -> str:
 
 def missing_extra(error: ImportError) -> InputError:
   return InputError(
-    f"{error.name} is not installed; pip install -e '.[encode]', or encode with what is built in:"
-    ' --encoder=hashing for texts, --encoder=color for pictures'
+    f"{error.name} is not installed; pip install 'ur4rec-jax[encode]', or encode with what is built"
+    ' in: --encoder=hashing for texts, --encoder=color for pictures'
   )
 
 

@@ -36,6 +36,7 @@ from ur4rec_jax.evaluation.cold_items import (
 from ur4rec_jax.inference import scoring
 from ur4rec_jax.inference.recommender import Answer, Ids, Recommender
 from ur4rec_jax.models.ur4rec import BRANCHES, create_model
+from ur4rec_jax.runs.knobs import from_stored
 from ur4rec_jax.runs.open_run import open_run, restore_best
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 
@@ -66,7 +67,7 @@ def load(
       f' --config=configs/NAME.py --workdir={workdir}'
     )
   try:
-    config = ConfigDict(json.loads(path.read_text())['config'])
+    config = from_stored(json.loads(path.read_text())['config'])
   except (ValueError, LookupError, TypeError) as error:
     raise InputError(f'{path}: cannot be read ({error!r})') from error
   if data_dir is not None:

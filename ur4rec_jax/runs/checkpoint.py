@@ -16,24 +16,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.files import write_file
 from ur4rec_jax.sharding import devices
 
 PyTree = Any
 _MANIFEST = 'manifest.json'
-
-
-def write_file(path: pathlib.Path, content: str | bytes) -> None:
-  """Replaces a file whole or not at all."""
-  temporary = path.with_name(f'{path.name}.tmp-{os.getpid()}')
-  try:
-    with open(temporary, 'wb') as f:
-      f.write(content.encode() if isinstance(content, str) else content)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, path)
-  except OSError as error:
-    temporary.unlink(missing_ok=True)
-    raise StorageError(f'cannot write {path}: {error.strerror}') from error
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, str]:

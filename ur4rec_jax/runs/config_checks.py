@@ -4,132 +4,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.models.fusion import BRANCH_FUSIONS, CALIBRATIONS, MODALITY_FUSIONS, SUMS
-from ur4rec_jax.models.retriever import QUERIES
-from ur4rec_jax.models.sasrec import ITEM_INPUTS, NORMS
+from ur4rec_jax.models.fusion import SUMS
 from ur4rec_jax.models.ur4rec import BRANCHES, retrieval_losses
-from ur4rec_jax.training.losses import DIVERSITIES, RETRIEVAL_LOSSES
-from ur4rec_jax.training.optimizers import GROUPS, SCHEDULES
-from ur4rec_jax.training.stages import ALTERNATIONS, STARTS, stage_config
+from ur4rec_jax.runs.knobs import KNOBS, knobs_of, no_such_field
+from ur4rec_jax.training.stages import stage_config
 
-_CHOICES = {
-  'split': splits.NAMES,
-  'crop': ('last', 'random'),
-  'mapping': ('pmap', 'shard_map'),
-  'dtype': ('float32', 'bfloat16'),
-  'sasrec.item_input': ITEM_INPUTS,
-  'sasrec.norm': NORMS,
-  'retriever.query': QUERIES,
-  'retriever.norm': NORMS,
-  'retriever.fusion': MODALITY_FUSIONS,
-  'content.fusion': MODALITY_FUSIONS,
-  'fusion.kind': BRANCH_FUSIONS,
-  'fusion.calibration': CALIBRATIONS,
-  'loss.name': RETRIEVAL_LOSSES,
-  'loss.retriever_name': RETRIEVAL_LOSSES,
-  'loss.negatives': ('uniform', 'popularity'),
-  'loss.weighting': ('fixed', 'uncertainty'),
-  'loss.diversity': DIVERSITIES,
-  'optimizer.name': ('adamw', 'sgd'),
-  'optimizer.schedule': SCHEDULES,
-  'optimizer.item_embeddings': ('all', 'touched', 'sharded'),
-  'evaluation.candidates': ('all', 'uniform', 'popularity'),
-  'transfer_guard': ('disallow', 'log', 'allow'),
-}
-_AT_LEAST = {
-  'seed': 0,
-  'evaluation.seed': 0,
-  'max_item_tokens': 0,
-  'max_length': 1,
-  'batch_size': 1,
-  'num_epochs': 1,
-  'patience': 1,
-  'validate_every_epochs': 1,
-  'steps_per_dispatch': 1,
-  'checkpoint.every_validations': 1,
-  'checkpoint.max_to_keep': 1,
-  'sasrec.dim': 1,
-  'sasrec.num_blocks': 1,
-  'sasrec.num_heads': 1,
-  'sasrec.ffn_dim': 1,
-  'retriever.dim': 1,
-  'retriever.num_blocks': 0,
-  'retriever.num_heads': 1,
-  'retriever.ffn_dim': 1,
-  'retriever.cross_modal_blocks': 0,
-  'retriever.num_proxies': 1,
-  'content.hidden_dim': 1,
-  'content.cross_modal_blocks': 0,
-  'content.num_heads': 1,
-  'content.pooled_vectors': 1,
-  'fusion.hidden_dim': 1,
-  'fusion.rank_constant': 0,
-  'fusion.cascade_size': 1,
-  'loss.contrast_items': 2,
-  'loss.weights.sasrec': 0,
-  'loss.weights.retriever': 0,
-  'loss.weights.fused': 0,
-  'loss.weights.consistency': 0,
-  'loss.weights.info_nce': 0,
-  'loss.weights.diversity': 0,
-  'loss.weights.contrast': 0,
-  'loss.weights.matching': 0,
-  'loss.num_negatives': 1,
-  'loss.chunk_size': 1,
-  'evaluation.num_candidates': 1,
-  'evaluation.batch_size': 1,
-  'optimizer.warmup_steps': 0,
-  'optimizer.weight_decay': 0,
-  'optimizer.clip_norm': 0,
-}
-_ABOVE_ZERO = (
-  'optimizer.learning_rate',
-  *(f'optimizer.learning_rate_scales.{group}' for group in GROUPS),
-  'sasrec.item_scale',
-  'retriever.temperature',
-  'loss.temperature',
-  'checkpoint.grace_seconds',
-)
-# The same for each record of config.stage.
-_STAGE_CHOICES = {
-  'schedule': SCHEDULES,
-  'alternation_rule': ALTERNATIONS,
-  'start_next_with': STARTS,
-}
-_STAGE_AT_LEAST = {
-  'num_epochs': 1,
-  'num_steps': 0,
-  'validate_every_epochs': 1,
-  'patience': 1,
-  'warmup_steps': 0,
-  'alternation_steps': 1,
-}
-_AT_MOST_ONE = ('loss.calibration', 'sasrec.whitening')
-_BELOW_ONE = (
-  'sasrec.dropout',
-  'retriever.dropout',
-  'content.dropout',
-  'optimizer.b1',
-  'optimizer.b2',
-)
 _DIVIDES = (
   ('sasrec.num_heads', 'sasrec.dim'),
   ('retriever.num_heads', 'retriever.dim'),
   ('content.num_heads', 'content.hidden_dim'),
-)
-# These change neither what is computed nor what is stored, or only how far training goes.
-_CHANGEABLE = (
-  'data_dir',
-  'compilation_cache',
-  'steps_per_dispatch',
-  'mapping',
-  'transfer_guard',
-  'checkpoint.every_validations',
-  'checkpoint.max_to_keep',
-  'checkpoint.grace_seconds',
-  'evaluation.batch_size',
 )
 
 
@@ -145,49 +29,34 @@ def flatten(config: dict, prefix: str = '') -> dict[str, Any]:
 
 
 def check_config(config: ConfigDict) -> None:
-  """Raises InputError, naming the field and what it may be, if a field is missing or impossible."""
-  fields = flatten(config.to_dict())
-  of_stages = lambda rules: {
-    f'stage.{n}.{f}': rule for n in config.stage for f, rule in rules.items()
-  }
-  choices_of = _CHOICES | of_stages(_STAGE_CHOICES)
-  at_least = _AT_LEAST | of_stages(_STAGE_AT_LEAST)
-  above_zero = (*_ABOVE_ZERO, *of_stages({'learning_rate_scale': 0}))
-  others = ('data_dir', 'modalities', 'user_modalities', 'branches')
-  others += ('shuffled_features', 'retriever.item_id', 'fusion.weights')
-  others += (
-    'stages',
-    *of_stages({'trainable': (), 'losses': (), 'alternation': ()}),
-    'compilation_cache',
-  )
-  for name in (*choices_of, *at_least, *above_zero, *_BELOW_ONE, *_AT_MOST_ONE, *others):
+  """Raises InputError, naming the field and what it may be, if a config cannot work.
+
+  A field may be unknown, missing or impossible by itself (`knobs.KNOBS`), or not fit the others.
+  """
+  if not isinstance(config.get('stage'), ConfigDict):
+    raise InputError('config.stage is missing; it holds a record for each stage')
+  knobs, fields = knobs_of(config), flatten(config.to_dict())
+  for name in fields:
+    if name not in knobs:
+      raise InputError(f'config.{no_such_field(name, knobs)}')
+  for name, knob in knobs.items():
     if name not in fields:
-      raise InputError(f'config.{name} is missing; configs/default.py has every field')
-  for name, choices in choices_of.items():
-    if fields[name] not in choices:
-      raise InputError(f'config.{name}={fields[name]!r}: must be one of {", ".join(choices)}')
-  for name, least in at_least.items():
-    if not fields[name] >= least:
-      raise InputError(f'config.{name}={fields[name]}: must be at least {least}')
-  for name in above_zero:
-    if not fields[name] > 0:
-      raise InputError(f'config.{name}={fields[name]}: must be above 0')
-  for name in _BELOW_ONE:
-    if not 0 <= fields[name] < 1:
-      raise InputError(f'config.{name}={fields[name]}: must be in [0, 1)')
-  for name in _AT_MOST_ONE:
-    if not 0 <= fields[name] <= 1:
-      raise InputError(f'config.{name}={fields[name]}: must be in [0, 1]')
+      raise InputError(
+        f'config.{name} is missing; a config file starts from ur4rec_jax.default_config(), '
+        'which has every field'
+      )
+    if problem := knob.problem(fields[name]):
+      raise InputError(f'config.{name}={fields[name]!r}: {problem}')
   for name, width in _DIVIDES:
     if fields[width] % fields[name]:
       raise InputError(f'config.{name}={fields[name]}: must divide config.{width}={fields[width]}')
-  _check_paths(fields)
+  _check_branches(fields)
   _check_losses(fields)
-  _check_item_rows(config)
+  _check_item_embeddings(config)
   _check_stages(config)
 
 
-def _check_paths(fields: dict[str, Any]) -> None:
+def _check_branches(fields: dict[str, Any]) -> None:
   branches = fields['branches']
   if not branches or branches != [name for name in BRANCHES if name in branches]:
     raise InputError(
@@ -244,12 +113,12 @@ def _check_losses(fields: dict[str, Any]) -> None:
       raise InputError(f'config.loss.weights.{branch}=0: nothing would train the branch {branch}')
 
 
-def _check_item_rows(config: ConfigDict) -> None:
-  rows = config.optimizer.item_embeddings
-  if rows == 'all':
+def _check_item_embeddings(config: ConfigDict) -> None:
+  policy = config.optimizer.item_embeddings
+  if policy == 'all':
     return
   for branch, name in retrieval_losses(config.loss).items():
-    if rows == 'touched' and name == 'softmax':
+    if policy == 'touched' and name == 'softmax':
       field = 'retriever_name' if branch == 'retriever' else 'name'
       raise InputError(
         f"config.optimizer.item_embeddings='touched' with config.loss.{field}='softmax', which "
@@ -257,13 +126,13 @@ def _check_item_rows(config: ConfigDict) -> None:
         '--config.loss.num_negatives=1000; or item_embeddings=sharded, where each device trains '
         'its own'
       )
-  is_fused = len(config.branches) > 1 and (rows == 'sharded' or config.loss.weights.fused)
+  is_fused = len(config.branches) > 1 and (policy == 'sharded' or config.loss.weights.fused)
   if is_fused and config.fusion.kind in SUMS and config.fusion.calibration == 'standardise':
     raise InputError(
-      f"config.optimizer.item_embeddings='{rows}' with config.fusion.calibration='standardise', "
+      f"config.optimizer.item_embeddings='{policy}' with config.fusion.calibration='standardise', "
       'which reads all items: set config.fusion.calibration=log_probability'
     )
-  if is_fused and rows == 'sharded' and config.fusion.kind not in SUMS:
+  if is_fused and policy == 'sharded' and config.fusion.kind not in SUMS:
     raise InputError(
       f"config.optimizer.item_embeddings='sharded' with config.fusion.kind='{config.fusion.kind}', "
       f'which ranks all items of each branch in one place: take {" or ".join(SUMS)}'
@@ -293,8 +162,8 @@ def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str,
   """
   before, now = flatten(started), flatten(current)
   fixed = set(before) | set(now)
-  fixed -= set(_CHANGEABLE)
-  fixed -= {'num_epochs', 'patience'}  # What counts is what the stages take over from them.
+  fixed -= {name for name, knob in KNOBS.items() if knob.may_change}
+  fixed -= {'num_epochs', 'patience'}  # The stages follow them, and those are compared below.
   last = f'stage.{now["stages"][-1]}'
   if now['stages'].count(now['stages'][-1]) == 1:  # It is the only stage that cannot have ended.
     fixed.discard(f'{last}.patience')

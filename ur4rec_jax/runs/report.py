@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ur4rec_jax.files import write_file
 from ur4rec_jax.page import Bar, Curve, plot, render, round_ticks
-from ur4rec_jax.runs.checkpoint import write_file
 from ur4rec_jax.runs.config_checks import flatten
 
 PAGE = 'report.html'

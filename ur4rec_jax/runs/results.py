@@ -17,8 +17,8 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import metrics
 from ur4rec_jax.evaluation.baselines import baseline_metrics
 from ur4rec_jax.evaluation.evaluate import PARTS, EvalData, make_evaluator, protocol
+from ur4rec_jax.files import write_file
 from ur4rec_jax.models.ur4rec import create_model
-from ur4rec_jax.runs.checkpoint import write_file
 from ur4rec_jax.runs.open_run import Run, open_run, restore_best
 from ur4rec_jax.runs.report import write_report
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs

@@ -9,7 +9,6 @@ import hashlib
 import json
 import pathlib
 import re
-import runpy
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,9 +18,11 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import DivergenceError, InputError
 from ur4rec_jax.evaluation.metrics import gains
+from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
-from ur4rec_jax.runs.checkpoint import write_file
 from ur4rec_jax.runs.config_checks import check_config, flatten
+from ur4rec_jax.runs.config_files import call_function
+from ur4rec_jax.runs.knobs import no_such_field
 from ur4rec_jax.runs.workdir import is_started_with
 from ur4rec_jax.sharding import devices
 
@@ -102,12 +103,9 @@ def load_grid(place: str) -> list[dict[str, Any]]:
   path, _, name = place.partition(':')
   name = name or 'get_hyper'
   try:
-    found = runpy.run_path(path)
-  except (OSError, SyntaxError) as error:
-    raise InputError(f'--sweep={place}: {path} cannot be read: {error}') from error
-  if not callable(found.get(name)):
-    raise InputError(f'--sweep={place}: {path} has no function {name}')
-  grid = found[name]()
+    grid = call_function(path, name)
+  except InputError as error:
+    raise InputError(f'--sweep={place}: {error}') from error
   if not isinstance(grid, list | tuple) or not grid or not all(isinstance(x, dict) for x in grid):
     raise InputError(
       f"--sweep={place}: {name} must return a list of dicts such as {{'sasrec.dropout': 0.5}}"
@@ -129,8 +127,10 @@ def make_members(
       raise InputError('seeds are given by --seeds and by the sweep; leave one out')
     fields = {field: value for field, value in overrides.items() if field != 'seed'}
     variant = _variant_name(fields)
-    if unknown := fields.keys() - flatten(config.to_dict()).keys():
-      raise InputError(f'the sweep overrides {", ".join(sorted(unknown))}: no such field')
+    known = flatten(config.to_dict())
+    if unknown := [field for field in fields if field not in known]:
+      told = '; '.join(no_such_field(field, known) for field in unknown)
+      raise InputError(f'the sweep overrides {told}')
     for seed in seeds or [overrides.get('seed', config.seed)]:
       changed = config.copy_and_resolve_references()
       try:

@@ -1,6 +1,7 @@
 """The folder of a run: its config, a lock for one process, and compiled programs."""
 
-import fcntl
+import atexit
+import contextlib
 import json
 import pathlib
 import shlex
@@ -11,12 +12,15 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.runs.checkpoint import write_file
+from ur4rec_jax.files import only_process, write_file
 from ur4rec_jax.runs.config_checks import check_unchanged
+from ur4rec_jax.runs.knobs import from_stored
 from ur4rec_jax.sharding import devices
 
 _NO_CACHE = 'none'
-_locks = []  # Open files; the locks end with the process, however it ends.
+# Locks that this process holds until it ends.
+_locks = contextlib.ExitStack()
+atexit.register(_locks.close)
 
 
 def check_workdir(
@@ -45,15 +49,17 @@ def check_workdir(
       f'{workdir} holds a run on dataset {started["dataset"]}, but config.data_dir='
       f'{config.data_dir} is {dataset.identity()}; use another --workdir'
     )
-  check_unchanged(started['config'], config.to_dict(), workdir, free)
+  check_unchanged(from_stored(started['config']).to_dict(), config.to_dict(), workdir, free)
   return True
 
 
 def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
   """Returns whether the run in `workdir` was last started with exactly this config."""
   path = pathlib.Path(workdir) / 'config.json'
-  as_json = json.loads(json.dumps(config.to_dict()))
-  return path.exists() and json.loads(path.read_text())['config'] == as_json
+  if not path.exists():
+    return False
+  started = from_stored(json.loads(path.read_text())['config'])
+  return started.to_dict() == json.loads(json.dumps(config.to_dict()))
 
 
 def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
@@ -72,16 +78,12 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not devices.is_main_process():
       return
-    lock = open(folder / 'lock', 'w')  # noqa: SIM115
+    taken = (
+      f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'
+    )
+    _locks.enter_context(only_process(folder / 'lock', taken))
   except OSError as error:
     raise StorageError(f'cannot write to --workdir {workdir}: {error.strerror}') from error
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    raise InputError(
-      f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'
-    ) from error
-  _locks.append(lock)
   if not is_started_with(folder, config):
     (folder / 'results.json').unlink(missing_ok=True)
   command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from data_prep.llm_text import answers, prompts
@@ -127,11 +125,3 @@ def test_a_key_follows_from_all_that_shapes_the_answer(change, is_same):
   first = answers.make_key(**request)
   assert (answers.make_key(**(request | change)) == first) == is_same
   assert len(bytes.fromhex(first)) == 32
-
-
-def test_a_small_file_is_replaced_as_a_whole(tmp_path):
-  path = tmp_path / 'state.json'
-  answers.write_durably(path, json.dumps({'a': 1}))
-  answers.write_durably(path, json.dumps({'a': 2}))
-  assert json.loads(path.read_text()) == {'a': 2}
-  assert list(tmp_path.iterdir()) == [path]

@@ -457,7 +457,7 @@ def test_the_program_builds_refuses_and_leaves_nothing_half_built(run_build, wri
   flags += [f'--data_dir={tmp_path / "data"}']
   result = run_build(*flags)
   assert (result.returncode, result.stderr) == (0, '')
-  for part in ('user = user_id', 'title = title', 'never_interacted 1', 'configs/default.py'):
+  for part in ('user = user_id', 'title = title', 'never_interacted 1', '--config=default'):
     assert part in result.stdout
   before = (tmp_path / 'data/dataset.json').read_bytes()
   write(ROWS + 'a,x,soon,1\n')

@@ -1,0 +1,131 @@
+"""Tells whether a folder already holds the wanted dataset, by options and hashes of raw data."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep import sources
+from data_prep.prepared import prepare
+from data_prep.sources import archives
+from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, load_dataset
+from ur4rec_jax.errors import InputError
+
+
+def find_same(
+  data_dir: Path, source: str, wanted: dict[str, Any], overwrite: bool
+) -> dict[str, Any] | None:
+  """Looks for the wanted dataset in a folder.
+
+  Args:
+    data_dir: the folder; may be missing.
+    source: name of the source.
+    wanted: `options` and `raw_sha256` of the wanted dataset.
+    overwrite: whether another dataset may be replaced.
+
+  Returns:
+    Its dataset.json; None if the dataset has to be built.
+
+  Raises:
+    InputError: the folder holds another dataset or other files, or the dataset is damaged.
+  """
+  old = _existing(data_dir)
+  if old is None or overwrite:
+    return None
+  _check_same(data_dir, old, source, wanted)
+  _check_sound(data_dir)
+  return old
+
+
+def _existing(data_dir: Path) -> dict[str, Any] | None:
+  """Reads the dataset.json of a prepared folder; None if the folder is missing or empty."""
+  if not data_dir.exists():
+    return None
+  if not data_dir.is_dir():
+    raise InputError(f'{data_dir}: is a file; give another --data_dir')
+  if not any(data_dir.iterdir()):
+    return None
+  try:
+    metadata = json.loads((data_dir / METADATA).read_text(encoding='utf-8'))
+    if {'source', 'options', 'counts', 'format_version'} <= metadata.keys():
+      return metadata
+  except (OSError, ValueError, AttributeError):
+    pass
+  raise InputError(
+    f'{data_dir}: holds files but no prepared dataset, and is left alone; give another --data_dir'
+  )
+
+
+def _check_same(data_dir: Path, old: dict[str, Any], source: str, wanted: dict[str, Any]) -> None:
+  wanted = {'format_version': FORMAT_VERSION, 'source': source, **wanted}
+  for field, value in wanted.items():
+    if old.get(field) != value:
+      raise InputError(
+        f'{data_dir}: holds another dataset: its {field} is {_compact(old.get(field))}, asked for'
+        f' is {_compact(value)}; pass --overwrite to replace it, or give another --data_dir'
+      )
+
+
+def _check_sound(data_dir: Path) -> None:
+  try:
+    load_dataset(data_dir)
+  except InputError as error:
+    raise InputError(
+      f'{data_dir}: the interactions are not those of {METADATA}, or cannot be read; pass'
+      ' --overwrite to build it again'
+    ) from error
+
+
+def _compact(value: Any) -> str:
+  """Formats a value of dataset.json for an error message."""
+  if isinstance(value, dict):
+    return (
+      ' '.join(f'{k}={str(v)[:16]}' for k, v in value.items() if v not in (None, False)) or 'none'
+    )
+  return str(value)
+
+
+def fingerprints(
+  paths: list[Path], spec: sources.Source, parameters: Mapping[str, Any]
+) -> dict[str, str]:
+  """Returns the SHA-256 of each raw file by its name, and one of all pictures together."""
+  root = os.path.commonpath([path.parent for path in paths])
+  found = {os.path.relpath(path, root): _file_hash(path) for path in paths}
+  for name in spec.paths:
+    if parameters[name] is not None and Path(parameters[name]).is_file():
+      found[name] = _file_hash(Path(parameters[name]))
+  # The hash of an archive covers the pictures in it.
+  inside = archives.is_archive(paths[0]) and parameters.get('images') is None
+  return found | picture_fingerprint([] if inside else spec.pictures(paths, parameters))
+
+
+def _file_hash(path: Path) -> str:
+  try:
+    with path.open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
+
+
+def picture_fingerprint(paths: list[Path]) -> dict[str, str]:
+  """Hashes the content of pictures; sizes and times would miss changes or see false ones."""
+  digest = hashlib.sha256()
+  for path in paths:
+    digest.update(f'{path.name}\0{_file_hash(path)}\0'.encode())
+  return {'pictures': digest.hexdigest()} if paths else {}
+
+
+def table_fingerprint(raw: prepare.Raw) -> str:
+  """Returns the SHA-256 of a table in memory."""
+  digest = hashlib.sha256()
+  for ids in (raw.users, raw.items):
+    digest.update('\0'.join(ids.dictionary.to_pylist()).encode())
+    digest.update(np.asarray(ids.indices).astype('<i4').tobytes())
+  for column in (raw.timestamps, raw.ratings):
+    digest.update(b'' if column is None else np.ascontiguousarray(column).tobytes())
+  digest.update(repr((raw.ticks_per_second, raw.table, raw.notes)).encode())
+  return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""The command `ur4rec` lists its commands, starts the programs, and refuses an unknown name."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.runs import ROOT
+from ur4rec_jax import cli, errors
+
+
+def ur4rec(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, '-m', 'ur4rec_jax.cli', *arguments],
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+@pytest.mark.parametrize('arguments', [(), ('--help',), ('-h',)], ids=str)
+def test_it_lists_its_commands(arguments):
+  done = ur4rec(*arguments)
+  assert done.returncode == 0
+  lines = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith('  ')]
+  assert lines == [[name, command.summary] for name, command in cli.COMMANDS.items()]
+  assert all(len(line) <= 80 for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+  ('typed', 'word'), [('trian', 'did you mean train?'), ('zzz', 'known are build, ')]
+)
+def test_an_unknown_command(typed, word):
+  done = ur4rec(typed)
+  assert done.returncode == errors.InputError.exit_code == 2
+  assert f'ur4rec {typed}: no such command' in done.stderr
+  assert word in done.stderr
+
+
+def test_listing_imports_no_program():
+  code = "import sys; from ur4rec_jax.cli import main; main(); print('jax' in sys.modules)"
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.stdout.splitlines()[-1] == 'False'
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_every_command_has_a_program(name):
+  source = pathlib.Path(importlib.util.find_spec(cli.COMMANDS[name].module).origin)
+  assert '\ndef main(' in source.read_text()
+
+
+def test_a_command_is_its_program(tmp_path):
+  done = ur4rec('evaluate', '--config=synthetic', f'--workdir={tmp_path}/run', cwd=tmp_path)
+  assert done.returncode == 2
+  assert 'data_dir data/synthetic: no such folder' in done.stderr
+  done = ur4rec('describe', '--data_dr=x', cwd=tmp_path)
+  assert done.returncode == 2
+  assert 'usage: ur4rec describe' in done.stderr
+
+
+def test_folders_of_the_user_hide_no_package(tmp_path):
+  """`ur4rec` puts the folder it is started in last, so a `data_prep` there is not imported."""
+  (tmp_path / 'data_prep').mkdir()
+  (tmp_path / 'data_prep/__init__.py').write_text('raise SystemExit("of the user")')
+  code = f"import sys; sys.path[:1] = ['{ROOT}']; sys.argv[1:] = ['describe', '--help']\n"
+  code += 'from ur4rec_jax.cli import main; main()'
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0, done.stderr
+  assert '--data_dir' in done.stdout

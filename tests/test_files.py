@@ -1,0 +1,139 @@
+"""Files are written whole or not at all, and a lock keeps other processes out."""
+
+import contextlib
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.helpers.runs import ROOT
+from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.files import disk_errors, only_process, write_file
+
+
+@pytest.mark.parametrize(
+  ('content', 'stored'), [('Grüße 世界\n', 'Grüße 世界\n'.encode()), (b'\0\xff', b'\0\xff')]
+)
+def test_write_file_replaces_text_and_bytes_and_leaves_no_draft(tmp_path, content, stored):
+  path = tmp_path / 'file'
+  for _ in range(2):
+    write_file(path, content)
+    assert path.read_bytes() == stored
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_file_leaves_the_old_file_when_it_fails(tmp_path):
+  path = tmp_path / 'results.json'
+  write_file(path, 'old')
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  code = (
+    'import pathlib, resource, signal, sys; from ur4rec_jax.files import write_file;'
+    'signal.signal(signal.SIGXFSZ, signal.SIG_IGN);'
+    f'resource.setrlimit(resource.RLIMIT_FSIZE, (100, {limit[1]}));'
+    f'write_file(pathlib.Path({str(path)!r}), "x" * 1000)'
+  )
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode != 0
+  assert f'cannot write {path}' in done.stderr
+  assert path.read_text() == 'old'
+  assert [p.name for p in tmp_path.iterdir()] == ['results.json']
+
+
+def test_write_file_killed_at_any_step_leaves_one_of_the_two_contents(tmp_path):
+  path = tmp_path / 'state.json'
+  write_file(path, 'old')
+  steps = ('open', 'os.rename', 'os.remove')  # Names of audit events.
+  seen = set()
+  for number in range(1, 9):
+    child = os.fork()
+    if not child:
+      done = 0
+
+      def count(event, arguments, number=number):
+        nonlocal done
+        done += event in steps
+        if event in steps and done == number:
+          os.kill(os.getpid(), signal.SIGKILL)
+
+      sys.addaudithook(count)
+      write_file(path, 'new')
+      os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    seen.add(path.read_text())
+    assert seen <= {'old', 'new'}
+    if not status:
+      break
+    write_file(path, 'old')
+  assert number > 3
+  assert (status, seen) == (0, {'old', 'new'})
+
+
+def test_disk_errors_say_what_to_do_about_a_failed_write(tmp_path):
+  target = tmp_path / 'none' / 'file'
+  with (
+    pytest.raises(
+      InputError, match=r'file: cannot be written \(No such file .*\); make .* another --out'
+    ),
+    disk_errors(target, '--out'),
+  ):
+    write_file(target, b'')
+  with pytest.raises(StorageError, match='cannot write'):
+    write_file(target, b'')
+  with pytest.raises(InputError, match='free some space'), disk_errors(target):
+    raise OSError(28, 'No space left on device')
+
+
+def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
+  lock = tmp_path / 'lock'
+  hold = (
+    'import sys, time; from ur4rec_jax.files import only_process\n'
+    'with only_process(sys.argv[1], "taken"): print("held", flush=True); time.sleep(60)'
+  )
+  holder = subprocess.Popen(
+    [sys.executable, '-c', hold, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  try:
+    assert holder.stdout.readline() == 'held\n'
+    with pytest.raises(InputError, match='taken'), only_process(lock, 'taken'):
+      pass
+    assert lock.exists()
+  finally:
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+  # The killed process has left the file; the lock itself is free.
+  assert lock.exists()
+  # A second lock in the same process is refused too.
+  with (
+    only_process(lock, 'taken'),
+    pytest.raises(InputError, match='taken'),
+    only_process(lock, 'taken'),
+  ):
+    pass
+  assert not lock.exists()
+
+
+def test_never_two_holders_while_lock_files_come_and_go(tmp_path):
+  holders, most, gains = [], [], []
+
+  def work():
+    for _ in range(200):
+      with contextlib.suppress(InputError), only_process(tmp_path / 'lock', ''):
+        holders.append(None)
+        most.append(len(holders))
+        gains.append(None)
+        holders.pop()
+
+  threads = [threading.Thread(target=work) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert max(most) == 1
+  assert len(gains) > 4
+  assert not list(pathlib.Path(tmp_path).iterdir())
