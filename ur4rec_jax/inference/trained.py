@@ -74,7 +74,7 @@ def load(
     config.data_dir = str(data_dir)
   run = open_run(config)
   dataset, tables = run.dataset, run.tables
-  check_workdir(str(workdir), config, dataset)
+  check_workdir(str(workdir), run)
   keep_compiled_programs(str(workdir), config)
   stage, params = restore_best(run, str(workdir))
   config, params = stage.config, jax.device_get(params)

@@ -8,6 +8,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.fusion import SUMS
 from ur4rec_jax.models.ur4rec import BRANCHES, retrieval_losses
 from ur4rec_jax.runs.knobs import KNOBS, knobs_of, no_such_field
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 from ur4rec_jax.training.stages import stage_config
 
 _DIVIDES = (
@@ -114,11 +115,11 @@ def _check_losses(fields: dict[str, Any]) -> None:
 
 
 def _check_item_embeddings(config: ConfigDict) -> None:
-  policy = config.optimizer.item_embeddings
-  if policy == 'all':
+  embeddings = ItemEmbeddings(config.optimizer.item_embeddings, num_items=0)
+  if not embeddings.is_partial:
     return
   for branch, name in retrieval_losses(config.loss).items():
-    if policy == 'touched' and name == 'softmax':
+    if not embeddings.is_sharded and name == 'softmax':
       field = 'retriever_name' if branch == 'retriever' else 'name'
       raise InputError(
         f"config.optimizer.item_embeddings='touched' with config.loss.{field}='softmax', which "
@@ -126,13 +127,13 @@ def _check_item_embeddings(config: ConfigDict) -> None:
         '--config.loss.num_negatives=1000; or item_embeddings=sharded, where each device trains '
         'its own'
       )
-  is_fused = len(config.branches) > 1 and (policy == 'sharded' or config.loss.weights.fused)
+  is_fused = len(config.branches) > 1 and (embeddings.is_sharded or config.loss.weights.fused)
   if is_fused and config.fusion.kind in SUMS and config.fusion.calibration == 'standardise':
     raise InputError(
-      f"config.optimizer.item_embeddings='{policy}' with config.fusion.calibration='standardise', "
+      f"config.optimizer.item_embeddings='{embeddings.policy}' with config.fusion.calibration='standardise', "
       'which reads all items: set config.fusion.calibration=log_probability'
     )
-  if is_fused and policy == 'sharded' and config.fusion.kind not in SUMS:
+  if is_fused and embeddings.is_sharded and config.fusion.kind not in SUMS:
     raise InputError(
       f"config.optimizer.item_embeddings='sharded' with config.fusion.kind='{config.fusion.kind}', "
       f'which ranks all items of each branch in one place: take {" or ".join(SUMS)}'

@@ -19,6 +19,7 @@ from ur4rec_jax.models.fusion import BRANCH_FUSIONS, CALIBRATIONS, MODALITY_FUSI
 from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ITEM_INPUTS, NORMS
 from ur4rec_jax.sharding.devices import MAPPINGS
+from ur4rec_jax.sharding.item_embeddings import POLICIES
 from ur4rec_jax.training.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.training.optimizers import SCHEDULES
 from ur4rec_jax.training.stages import ALTERNATIONS, STARTS
@@ -327,7 +328,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'optimizer.item_embeddings': Knob(
       'all',
       'Item embeddings that a step updates: all, those it read, or all with a part on each device.',
-      choices=('all', 'touched', 'sharded'),
+      choices=POLICIES,
     ),
   },
   'Evaluation': {

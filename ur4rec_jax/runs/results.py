@@ -116,7 +116,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     InputError: the folder holds no run or another one.
   """
   run = open_run(config)
-  if not check_workdir(workdir, config, run.dataset, free=('evaluation.',)):
+  if not check_workdir(workdir, run, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   keep_compiled_programs(workdir, config)
   stage, params = restore_best(run, workdir)

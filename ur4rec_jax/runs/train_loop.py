@@ -24,7 +24,7 @@ from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.runs.results import write_results
 from ur4rec_jax.runs.run_summary import run_summary
 from ur4rec_jax.runs.stop_requests import stop_requests
-from ur4rec_jax.runs.workdir import claim_workdir, keep_compiled_programs
+from ur4rec_jax.runs.workdir import claim_workdir
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ITEM_TABLE
 from ur4rec_jax.training.stages import Stage, stage_numbers
@@ -64,8 +64,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
   run = open_run(config)
   run.embeddings.check_devices()
   batches = make_batches(run)
-  claim_workdir(workdir, config, run.dataset)
-  keep_compiled_programs(workdir, config)
+  claim_workdir(workdir, run)
   with (
     contextlib.closing(Checkpointer(workdir, config.checkpoint.max_to_keep)) as checkpointer,
     stop_requests(config.checkpoint.grace_seconds) as stop_requested,

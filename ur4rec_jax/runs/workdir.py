@@ -10,69 +10,84 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.files import only_process, write_file
 from ur4rec_jax.runs.config_checks import check_unchanged
 from ur4rec_jax.runs.knobs import from_stored
+from ur4rec_jax.runs.open_run import Run
 from ur4rec_jax.sharding import devices
 
+CONFIG = 'config.json'
 _NO_CACHE = 'none'
 # Locks that this process holds until it ends.
 _locks = contextlib.ExitStack()
 atexit.register(_locks.close)
 
 
-def check_workdir(
-  workdir: str, config: ConfigDict, dataset: Dataset, free: tuple[str, ...] = ()
-) -> bool:
-  """Checks that the run in `workdir` is one on this dataset with this config.
+def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
+  """Reads the config that a run was last started with.
+
+  Raises:
+    InputError: the folder holds no run, or its config.json is damaged.
+  """
+  path = pathlib.Path(workdir) / CONFIG
+  if not path.is_file():
+    raise InputError(
+      f'--workdir {workdir}: no run here (no {CONFIG}); train one: python -m ur4rec_jax.main'
+      f' --config=configs/NAME.py --workdir={workdir}'
+    )
+  try:
+    return from_stored(json.loads(path.read_text())['config'])
+  except (ValueError, LookupError, TypeError) as error:
+    raise InputError(f'{path}: cannot be read ({error!r})') from error
+
+
+def check_workdir(workdir: str, run: Run, free: tuple[str, ...] = ()) -> bool:
+  """Checks that the run in `workdir` has this dataset and this config.
 
   Args:
     workdir: the run's folder.
-    config: config now.
-    dataset: dataset now.
+    run: as it is now.
     free: config fields whose names start with one of these may differ.
 
   Returns:
-    Whether there is a run.
+    Whether the folder holds a run.
 
   Raises:
     InputError: it is another run; the message names the dataset or the field.
   """
-  path = pathlib.Path(workdir) / 'config.json'
+  path = pathlib.Path(workdir) / CONFIG
   if not path.exists():
     return False
-  started = json.loads(path.read_text())
-  if started['dataset'] != dataset.identity():
+  started, now = json.loads(path.read_text())['dataset'], run.dataset.identity()
+  if started != now:
     raise InputError(
-      f'{workdir} holds a run on dataset {started["dataset"]}, but config.data_dir='
-      f'{config.data_dir} is {dataset.identity()}; use another --workdir'
+      f'{workdir} holds a run on dataset {started}, but config.data_dir='
+      f'{run.config.data_dir} is {now}; use another --workdir'
     )
-  check_unchanged(from_stored(started['config']).to_dict(), config.to_dict(), workdir, free)
+  check_unchanged(stored_config(workdir).to_dict(), run.config.to_dict(), workdir, free)
   return True
 
 
 def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
   """Returns whether the run in `workdir` was last started with exactly this config."""
-  path = pathlib.Path(workdir) / 'config.json'
-  if not path.exists():
+  if not (pathlib.Path(workdir) / CONFIG).exists():
     return False
-  started = from_stored(json.loads(path.read_text())['config'])
-  return started.to_dict() == json.loads(json.dumps(config.to_dict()))
+  return stored_config(workdir).to_dict() == json.loads(json.dumps(config.to_dict()))
 
 
-def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
-  """Checks the folder, locks it against other processes, and notes the config in `config.json`.
+def claim_workdir(workdir: str, run: Run) -> None:
+  """Checks the folder, locks it against other processes, and writes the config to `config.json`.
 
-  Results of the same run with another config, such as fewer epochs, are removed: what is there is
-  of the config that is there.
+  It also makes `WORKDIR/compiled` the cache of compiled programs. Results of the same run with
+  another config, such as fewer epochs, are removed, so that results always belong to the config.
 
   Raises:
     InputError: the folder holds another run, or a process is training in it.
     StorageError: the folder cannot be written.
   """
-  check_workdir(workdir, config, dataset)
+  check_workdir(workdir, run)
+  keep_compiled_programs(workdir, run.config)
   folder = pathlib.Path(workdir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,11 +99,12 @@ def claim_workdir(workdir: str, config: ConfigDict, dataset: Dataset) -> None:
     _locks.enter_context(only_process(folder / 'lock', taken))
   except OSError as error:
     raise StorageError(f'cannot write to --workdir {workdir}: {error.strerror}') from error
-  if not is_started_with(folder, config):
+  if not is_started_with(folder, run.config):
     (folder / 'results.json').unlink(missing_ok=True)
   command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
-  content = {'dataset': dataset.identity(), 'command': command, 'config': config.to_dict()}
-  write_file(folder / 'config.json', json.dumps(content, indent=2) + '\n')
+  identity, config = run.dataset.identity(), run.config.to_dict()
+  content = {'dataset': identity, 'command': command, 'config': config}
+  write_file(folder / CONFIG, json.dumps(content, indent=2) + '\n')
 
 
 def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:

@@ -54,6 +54,11 @@ class ItemEmbeddings:
     return self.policy == 'sharded'
 
   @property
+  def is_partial(self) -> bool:
+    """Whether a step works with only a part of the rows."""
+    return self.policy != 'all'
+
+  @property
   def axis(self) -> int | None:
     """The dimension along which item features are spread over devices; None if they are whole."""
     return 0 if self.is_sharded else None
@@ -137,7 +142,7 @@ class ItemEmbeddings:
       ids: int32 arrays of the item ids that this device's step reads; 0 stands for no item.
       needs_catalogue: whether a loss needs the embeddings of all items.
     """
-    if self.policy == 'all':
+    if not self.is_partial:
       return StepTables(self)
     read = self.read(jnp.concatenate([x.reshape(-1) for x in ids]))
     return PartTables(self, read) if needs_catalogue else ReadTables(self, read)
