@@ -130,8 +130,9 @@ def _check_item_embeddings(config: ConfigDict) -> None:
   is_fused = len(config.branches) > 1 and (embeddings.is_sharded or config.loss.weights.fused)
   if is_fused and config.fusion.kind in SUMS and config.fusion.calibration == 'standardise':
     raise InputError(
-      f"config.optimizer.item_embeddings='{embeddings.policy}' with config.fusion.calibration='standardise', "
-      'which reads all items: set config.fusion.calibration=log_probability'
+      f"config.optimizer.item_embeddings='{embeddings.policy}' with "
+      "config.fusion.calibration='standardise', which reads all items: set "
+      'config.fusion.calibration=log_probability'
     )
   if is_fused and embeddings.is_sharded and config.fusion.kind not in SUMS:
     raise InputError(
