@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import sources
+from data_prep import identity, sources
 from data_prep.flags import Parser
-from data_prep.prepared import identity, pictures, prepare, tfds_writer
+from data_prep.prepared import pictures, prepare, tfds_writer
 from data_prep.sources import archives, download, interactions, raw_files
 from data_prep.sources import items as item_tables
 from ur4rec_jax import files
