@@ -31,6 +31,7 @@ from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.inference import scoring
 from ur4rec_jax.inference.recommender import Recommender
+from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.inference.trained import load
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.runs.checkpoint import write_file
@@ -80,14 +81,14 @@ def _recommender(model, params, arrays, max_length, approximate) -> Recommender:
   count = len(next(iter(arrays.values()))['vectors']) - 1
   ids = [str(i) for i in range(1, count + 1)]
   catalogue = scoring.catalogue_arrays(model, arrays, approximate)
-  settings = {
-    'paths': list(model.branches),
-    'share_names': scoring.share_names(model, names),
-    'max_length': max_length,
-    'preferences': {},
-    'most_places': scoring.CANDIDATES if approximate else None,
-    'about': {},
-  }
+  settings = Settings(
+    branches=list(model.branches),
+    share_names=scoring.share_names(model, names),
+    max_length=max_length,
+    preferences={},
+    most_k=scoring.CANDIDATES if approximate else None,
+    about={},
+  )
   return Recommender(
     jax.jit(scoring.make_program(model)),
     {'params': params, 'items': arrays, **catalogue},

@@ -29,6 +29,7 @@ from benchmarks.quality.accuracy import put_between_marks
 from benchmarks.speed.measure import ROOT, machine, memory_megabytes
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.inference import exported
+from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.runs.checkpoint import write_file
 
 STORED, PAGE = ROOT / 'benchmarks/results/inference/load.json', ROOT / 'docs' / 'inference.md'
@@ -249,7 +250,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     'memory_mb': memory,
     'exit_code': process.returncode,
     'items': len(items['ids']),
-    'paths': manifest['settings']['paths'],
+    'paths': Settings.from_manifest(manifest['settings']).branches,
     **machine(),
   }
 

@@ -9,6 +9,7 @@ from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.inference.query import CheckedQuery
 from ur4rec_jax.sharding import devices
 
 
@@ -22,7 +23,7 @@ def all_places(recommender, part: str = 'test'):
   ]
   preferences = recommender.preferences_of(queries.users)
   k = len(recommender.item_ids)
-  return queries, recommender.rank(histories, k, histories, preferences=preferences)
+  return queries, recommender.rank(CheckedQuery(histories, k, histories, preferences=preferences))
 
 
 @pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'bfloat16'])
@@ -95,10 +96,10 @@ def test_filters_and_weights_of_branches(shop):
   seen = recommender.answer([history], 60, keep_seen=True).items[0]
   assert sorted(seen) == sorted(ids)
   assert len(recommender.answer([history], 60).items[0]) == 57
-  retriever = recommender.answer([history], 10, emphasis=[0, 1])
+  retriever = recommender.answer([history], 10, weights=[0, 1])
   assert np.abs(retriever.shares[0][:, 0]).max() == 0
   assert retriever.items[0] != plain
-  both = recommender.answer([history] * 2, 10, emphasis=[[1, 1], [0, 1]])
+  both = recommender.answer([history] * 2, 10, weights=[[1, 1], [0, 1]])
   assert both.items == [plain, retriever.items[0]]
 
 
@@ -300,11 +301,16 @@ def test_the_approximate_search_is_exact_where_it_looks_at_everything(shop):
     ({'k': 2.0}, r'k=2\.0'),
     ({'k': True}, 'k=True'),
     ({'only': ['nothing']}, 'only: none of its 1 items'),
-    ({'emphasis': [1]}, None),
-    ({'emphasis': [1, -1]}, 'emphasis='),
-    ({'emphasis': [1, 2, 3]}, 'emphasis='),
-    ({'emphasis': ['a', 'b']}, 'emphasis='),
-    ({'emphasis': [float('nan'), 1]}, 'emphasis='),
+    ({'weights': [1]}, None),
+    ({'weights': [1, -1]}, 'weights='),
+    ({'weights': [1, 2, 3]}, 'weights='),
+    ({'weights': ['a', 'b']}, 'weights='),
+    ({'weights': [float('nan'), 1]}, 'weights='),
+    ({'emphasis': [1, 1]}, 'emphasis: this option is now called weights'),
+    (
+      {'without_seen': True},
+      'without_seen: there is no such option; the options are only, without',
+    ),
   ],
 )
 def test_bad_input_is_named(shop, arguments, message):
