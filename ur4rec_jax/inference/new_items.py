@@ -1,15 +1,22 @@
-"""Reads items that the training data do not have: their ids, titles and content."""
+"""Reads and encodes items that the training data do not have, from their content."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from ur4rec_jax.data.dataset import iterate_items
+from ur4rec_jax.data.dataset import Dataset, iterate_items
 from ur4rec_jax.data.features import Features, TokenTable, load_features
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation import cold_items
+from ur4rec_jax.inference import scoring
+from ur4rec_jax.models.ur4rec import BRANCHES, UR4Rec, create_model
 
 # Features can be compared only if these fields of info.json are equal.
 _SAME_FIELDS = ('encoder', 'width', 'projection', 'is_normalised')
@@ -96,3 +103,78 @@ def _read_npz(path: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItem
     # Encoders never give a token of zeros, so zeros mark a missing token.
     tables[name] = TokenTable(tokens.astype(np.float32), tokens.any(2))
   return NewItems(ids, [str(title) for title in arrays.get('titles', ids)], tables)
+
+
+class NewItemEncoder:
+  """Encodes new items with a trained model."""
+
+  def __init__(self, config: ConfigDict, dataset: Dataset, model: UR4Rec, params: Any):
+    """Keeps the trained model.
+
+    Args:
+      config: config of the run.
+      dataset: the data that the model was trained on.
+      model: the model.
+      params: its parameters.
+    """
+    self._config, self._dataset = config, dataset
+    self._model, self._params = model, params
+
+  def encode(
+    self, tables: Mapping[str, TokenTable], item_arrays: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Encodes new items.
+
+    Args:
+      tables: the content of the new items by modality.
+      item_arrays: the arrays of the catalogue, from `scoring.item_arrays`.
+
+    Returns:
+      The same arrays for the new items, `new items + 1` rows each, row 0 for padding.
+    """
+    count = len(next(iter(tables.values())).mask)
+    features = {
+      name: TokenTable(
+        np.pad(table.tokens, ((1, 0), (0, 0), (0, 0))).astype(jnp.dtype(self._config.dtype)),
+        np.pad(table.mask, ((1, 0), (0, 0))),
+      )
+      for name, table in tables.items()
+    }
+    # A new item has no embedding of its id: zeros add nothing to its content.
+    params = {
+      name: {
+        key: np.zeros((count + 1, *x.shape[1:]), x.dtype) if key == 'item_embedding' else x
+        for key, x in tree.items()
+      }
+      if name in BRANCHES
+      else tree
+      for name, tree in self._params.items()
+    }
+    arrays = scoring.item_arrays(create_model(self._config, count), params, features)
+    if cold_items.has_pure_item_table(self._model):
+      embeddings = item_arrays['sasrec']['vectors']
+      arrays['sasrec']['vectors'] = self._mean_of_nearest(embeddings, tables)
+    return arrays
+
+  @functools.cached_property
+  def _first_tokens(self) -> dict[str, TokenTable]:
+    return cold_items.first_tokens(self._dataset)
+
+  def _mean_of_nearest(self, embeddings: jax.Array, tables: Mapping[str, TokenTable]) -> jax.Array:
+    """Returns `[new items + 1, dim]`: the mean embedding of the items with the nearest content."""
+    count, num_items = len(next(iter(tables.values())).mask), self._dataset.num_items
+    features = {
+      name: TokenTable(
+        np.concatenate([known.tokens, tables[name].tokens[:, :1]]),
+        np.concatenate([known.mask, tables[name].mask[:, :1]]),
+      )
+      for name, known in self._first_tokens.items()
+    }
+    is_new = np.repeat([False, True], [num_items + 1, count])
+    is_warm = np.pad(cold_items.warm_items(self._dataset), (0, count))
+    found = cold_items.find_cold_items(features, is_new, is_warm, self._model.sasrec.dim)
+    # An item without a first token has no nearest items and gets the mean of all.
+    new = jnp.broadcast_to(embeddings[1:].mean(0), (count + 1, embeddings.shape[1]))
+    if found is None:
+      return new
+    return new.at[found.items - num_items].set(cold_items.mean_of_nearest(embeddings, found))

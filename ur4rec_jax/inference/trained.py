@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,21 +31,13 @@ from ur4rec_jax.data.features import (
 )
 from ur4rec_jax.encoders.text import encode_like
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.evaluation.cold_items import (
-  cold_items_of,
-  find_cold_items,
-  first_tokens,
-  has_pure_item_table,
-  mean_of_nearest,
-  warm_items,
-  with_mean_of_nearest,
-)
-from ur4rec_jax.inference import scoring
-from ur4rec_jax.inference.new_items import NewItems, read_new_items
+from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
+from ur4rec_jax.inference import frames, scoring
+from ur4rec_jax.inference.new_items import NewItemEncoder, NewItems, read_new_items
 from ur4rec_jax.inference.query import Answer, CheckedQuery, Ids, Query, UserTokens, make_query
 from ur4rec_jax.inference.recommender import Recommender
 from ur4rec_jax.inference.stored_format import Settings
-from ur4rec_jax.models.ur4rec import BRANCHES, UR4Rec, create_model
+from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 from ur4rec_jax.runs import results
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 
@@ -149,6 +141,7 @@ class TrainedRecommender(Recommender):
     self.model, self.params = model, trained.params
     self.program = jax.jit(scoring.make_program(model))
     self._scorer = jax.jit(scoring.make_scorer(model))
+    self._new_items = NewItemEncoder(self.config, self.dataset, model, trained.params)
     self._user_tables = trained.tables.users if model.retriever is not None else {}
     settings = Settings(
       branches=list(model.branches),
@@ -228,9 +221,9 @@ class TrainedRecommender(Recommender):
     Raises:
       InputError: an argument is wrong, or a user is unknown.
     """
-    names, histories, is_one = self._users_of(history, user)
-    users = None if user is None else [self._user_index(name) for name in names]
-    answer = self.ask(make_query(histories, k, options), users, preference)
+    histories = self._histories(history, user)
+    users = None if user is None else [self._user_index(name) for name in histories.users]
+    answer = self.ask(make_query(histories.items, k, options), users, preference)
     lost = [name for unknown in answer.unknown for name in unknown]
     if lost:
       warnings.warn(
@@ -238,46 +231,18 @@ class TrainedRecommender(Recommender):
         f' {lost[0]!r}',
         stacklevel=2,
       )
-    columns = self.columns(answer)
-    if not is_one:
-      column = [name for name, items in zip(names, answer.items, strict=True) for _ in items]
-      columns = {'user': column, **columns}
-    try:
-      import pandas as pd
-    except ImportError as error:
-      raise InputError('pandas is not installed; pip install pandas, or call .answer') from error
-    return pd.DataFrame(columns)
+    return frames.to_frame(answer, self.share_names, histories)
 
-  def _users_of(self, history: Any, user: Any) -> tuple[list[Any], list[Ids], bool]:
-    """Returns the users' names and histories, and whether the call is about a single user."""
+  def _histories(self, history: Any, user: Any) -> frames.Histories:
     if history is not None and user is not None:
       raise InputError('history and user exclude each other; leave one out')
     if user is not None:
       is_one = isinstance(user, str | int | np.integer)
       names = [user] if is_one else list(user)
-      return names, [self.history(name) for name in names], is_one
+      return frames.Histories(names, [self.history(name) for name in names], is_one)
     if history is None:  # The preference alone describes the user.
-      return [''], [[]], True
-    if hasattr(history, 'columns'):
-      history = _histories_of_frame(history)
-    if isinstance(history, Mapping):
-      return list(history), list(history.values()), False
-    if isinstance(history, str | bytes) or not hasattr(history, '__iter__'):
-      raise InputError(f'history: must be a list of item ids, not {history!r:.80}')
-    history = list(history)
-    is_one = all(isinstance(x, str | int | float) or not hasattr(x, '__iter__') for x in history)
-    return ([''], [history], True) if is_one else (list(range(len(history))), history, False)
-
-  def columns(self, answer: Answer) -> dict[str, Any]:
-    """Returns an answer as flat columns, one user after the other."""
-    shares = np.concatenate([np.zeros((0, len(self.share_names)), np.float32), *answer.shares])
-    return {
-      'rank': [i for items in answer.items for i in range(1, len(items) + 1)],
-      'item': [item for items in answer.items for item in items],
-      'title': [title for titles in answer.titles for title in titles],
-      'score': np.concatenate([np.zeros(0, np.float32), *answer.scores]),
-      **{name: shares[:, i] for i, name in enumerate(self.share_names)},
-    }
+      return frames.Histories([''], [[]], True)
+    return frames.read_histories(history)
 
   def answer(
     self,
@@ -397,7 +362,7 @@ class TrainedRecommender(Recommender):
 
   def _with_items(self, new: NewItems) -> 'TrainedRecommender':
     """Returns a copy with more items. It shares the compiled programs with this recommender."""
-    arrays = self._arrays_of(new)
+    arrays = self._new_items.encode(new.tables, self._item_arrays)
     joined = jax.tree.map(
       lambda old, more: jnp.concatenate([old, more[1:]]), self._item_arrays, arrays
     )
@@ -405,56 +370,6 @@ class TrainedRecommender(Recommender):
     larger = copy.copy(self)
     larger._set_catalogue(items, joined, self.settings)
     return larger
-
-  def _arrays_of(self, new: NewItems) -> dict[str, Any]:
-    """Encodes new items: `scoring.item_arrays` with `new items + 1` rows, row 0 for padding."""
-    count = len(new.ids)
-    dtype = jnp.dtype(self.config.dtype)
-    features = {
-      name: TokenTable(
-        np.pad(table.tokens, ((1, 0), (0, 0), (0, 0))).astype(dtype),
-        np.pad(table.mask, ((1, 0), (0, 0))),
-      )
-      for name, table in new.tables.items()
-    }
-    # A new item has no embedding of its id: zeros add nothing to its content.
-    params = {
-      name: {
-        key: np.zeros((count + 1, *x.shape[1:]), x.dtype) if key == 'item_embedding' else x
-        for key, x in tree.items()
-      }
-      if name in BRANCHES
-      else tree
-      for name, tree in self.params.items()
-    }
-    arrays = scoring.item_arrays(create_model(self.config, count), params, features)
-    if has_pure_item_table(self.model):
-      arrays['sasrec']['vectors'] = self._embeddings_of_nearest(new.tables)
-    return arrays
-
-  @functools.cached_property
-  def _first_tokens(self) -> dict[str, TokenTable]:
-    return first_tokens(self.dataset)
-
-  def _embeddings_of_nearest(self, tables: dict[str, TokenTable]) -> jax.Array:
-    """Returns `[new items + 1, dim]`: the mean embedding of the items with the nearest content."""
-    embeddings = self._item_arrays['sasrec']['vectors']
-    features = {
-      name: TokenTable(
-        np.concatenate([known.tokens, tables[name].tokens[:, :1]]),
-        np.concatenate([known.mask, tables[name].mask[:, :1]]),
-      )
-      for name, known in self._first_tokens.items()
-    }
-    count = len(next(iter(tables.values())).mask)
-    is_new = np.repeat([False, True], [self.dataset.num_items + 1, count])
-    is_warm = np.pad(warm_items(self.dataset), (0, count))
-    found = find_cold_items(features, is_new, is_warm, self.model.sasrec.dim)
-    # An item without a first token has no nearest items and gets the mean of all.
-    new = jnp.broadcast_to(embeddings[1:].mean(0), (count + 1, embeddings.shape[1]))
-    if found is None:
-      return new
-    return new.at[found.items - self.dataset.num_items].set(mean_of_nearest(embeddings, found))
 
   def influences(self, history: Ids, items: Ids, users: Sequence[int] | None = None) -> np.ndarray:
     """Measures how much each item of a history raises the scores of some items.
@@ -485,19 +400,6 @@ class TrainedRecommender(Recommender):
       scores.append(np.asarray(found)[: len(part)])
     scores = np.concatenate(scores)
     return scores[0] - scores[1:]
-
-
-def _histories_of_frame(frame: Any) -> dict[Any, list]:
-  """Turns a DataFrame with one row per interaction into histories by user."""
-  missing = [name for name in ('user', 'item') if name not in frame.columns]
-  if missing:
-    raise InputError(
-      f'history: the DataFrame has no column {missing[0]!r}, only {", ".join(map(str, frame))};'
-      ' rename yours to user, item and, for the order, timestamp'
-    )
-  if 'timestamp' in frame.columns:
-    frame = frame.sort_values('timestamp', kind='stable')
-  return frame.groupby('user', sort=False)['item'].agg(list).to_dict()
 
 
 def _encode(features: Features, text: str) -> tuple[np.ndarray, np.ndarray]:
