@@ -84,9 +84,8 @@ def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
       query = _query([recommender.history(name) for name in part], flags)
       answer = recommender.ask(query, users=range(start, start + len(part)))
       counts = [len(items) for items in answer.items]
-      table = pa.table(
-        {'user': np.repeat(part, counts), **columns(answer, recommender.share_names)}
-      )
+      found = frames.columns(answer, recommender.share_names)
+      table = pa.table({'user': np.repeat(part, counts), **found})
       writer = writer or pq.ParquetWriter(draft, table.schema)
       writer.write_table(table)
       rows += len(table)
