@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.inference import frames
 from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.trained import TrainedRecommender, load

@@ -189,7 +189,7 @@ def main() -> None:
   add = parser.add_argument
   add(
     '--workdir',
-    help='a trained run to measure with the histories of its users; the result is not stored',
+    help='a trained run to measure with its users; the result is not stored',
   )
   add('--data_dir', help='prepared MovieLens-1M, or the data of --workdir if they have moved')
   add('--calls', type=int, default=1000, help='calls per row of the table')
