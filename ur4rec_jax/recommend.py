@@ -48,17 +48,18 @@ def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[s
     history = [] if flags.history is None else _ids(flags.history)
   answer = recommender.ask(_query([history], flags), users, flags.preference)
   (unknown,) = answer.unknown
-  rows = recommender.recommendations(answer)
-  if flags.explain and rows:
-    reasons = explain(recommender, history, [row['item'] for row in rows], users, flags.preference)
-    for row, reason in zip(rows, reasons, strict=True):
-      row |= reason
+  recommendations = recommender.recommendations(answer)
+  if flags.explain and recommendations:
+    items = [found['item'] for found in recommendations]
+    reasons = explain(recommender, history, items, users, flags.preference)
+    for found, reason in zip(recommendations, reasons, strict=True):
+      found |= reason
   known = len(history) - len(unknown)
   return {
     'user': flags.user,
     'history': {'items': known, 'read': min(known, recommender.max_length)},
     'unknown': unknown,
-    'recommendations': rows,
+    'recommendations': recommendations,
   }
 
 
@@ -124,13 +125,13 @@ def as_text(found: dict[str, Any], share_names: list[str]) -> str:
     found: the result.
     share_names: names of the shares.
   """
-  rows = found['recommendations']
-  if not rows:
+  recommendations = found['recommendations']
+  if not recommendations:
     return 'no item is left to recommend; --keep_seen allows items of the history, too'
-  width = max(len(row['item']) for row in rows)
+  width = max(len(row['item']) for row in recommendations)
   columns = ''.join(f'{name:>{max(len(name) + 2, 10)}}' for name in ('score', *share_names))
   lines = [f'{"":3} {"item":<{width}}{columns}  title']
-  for row in rows:
+  for row in recommendations:
     values = {'score': row['score'], **row['shares']}
     cells = ''.join(f'{value:>{max(len(name) + 2, 10)}.4f}' for name, value in values.items())
     lines.append(f'{row["rank"]:>3} {row["item"]:<{width}}{cells}  {row["title"]}')

@@ -13,7 +13,7 @@ from ur4rec_jax.inference.query import CheckedQuery
 from ur4rec_jax.sharding import devices
 
 
-def all_places(recommender, part: str = 'test'):
+def full_ranking(recommender, part: str = 'test'):
   """For each user with a held-out item: the whole catalogue in order, after what came before."""
   queries = evaluate.make_queries(recommender.dataset, part, recommender.config.evaluation)
   ids = recommender.dataset.item_ids
@@ -29,8 +29,8 @@ def all_places(recommender, part: str = 'test'):
 @pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'bfloat16'])
 def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   recommender, tables = make(shop, name)
-  queries, (ids, scores, shares) = all_places(recommender)
-  places = (ids == queries.targets[:, None]).argmax(1) + 1
+  queries, (ids, scores, shares) = full_ranking(recommender)
+  positions = (ids == queries.targets[:, None]).argmax(1) + 1
   evaluator = evaluate.make_evaluator(
     recommender.model,
     recommender.dataset,
@@ -44,7 +44,7 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   starts = zip(queries.starts, queries.lengths, queries.targets, strict=True)
   is_new = np.array([t not in recommender.dataset.item_ids[s : s + n] for s, n, t in starts])
   assert is_new.sum() > 50
-  np.testing.assert_array_equal(places[is_new], ranks[is_new])
+  np.testing.assert_array_equal(positions[is_new], ranks[is_new])
   assert (np.diff(np.where(np.isfinite(scores), scores, -1e9), axis=1) <= 0).all()
 
   names = recommender.share_names

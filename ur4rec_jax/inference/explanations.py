@@ -78,9 +78,9 @@ def _text_matches(
   features = recommender.dataset.features.get(TEXT)
   if features is None or features.is_shuffled or '0' not in features.info['token_meaning']:
     return [None] * len(items)
-  rows = [recommender.lookup([item])[0][0] - 1 for item in items]
+  rows = (recommender.lookup(items, 'items')[0] - 1).tolist()
   # Items that were added after training have features, but their texts are not stored.
-  stored = {row for row in (*rows, *(known - 1)) if row < recommender.dataset.num_items}
+  stored = {row for row in (*rows, *(known - 1).tolist()) if row < recommender.dataset.num_items}
   about_items = _stored_sentences(recommender, 'item', features, sorted(stored))
   about_user = _user_sentences(recommender, users, preference)
   if about_user is None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -29,7 +28,7 @@ from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.recommender import Recommender
 
 MOST_FOUND = 20  # Results of a search.
-_PAGE = pathlib.Path(__file__).with_name('serve.html')
+_PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
 _PAGE_HEADERS = {
   'Content-Security-Policy': "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline';"
   " style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none';"
@@ -72,20 +71,17 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
   return app
 
 
-@dataclasses.dataclass
 class Service:
-  """Answers requests about one recommender.
+  """The handlers of all routes that need the recommender."""
 
-  Attributes:
-    recommender: the recommender.
-    batcher: ranks requests together.
-  """
+  def __init__(self, recommender: Recommender, batcher: Batcher):
+    """Prepares the searches.
 
-  recommender: Recommender
-  batcher: Batcher
-
-  def __post_init__(self):
-    recommender = self.recommender
+    Args:
+      recommender: the recommender to serve.
+      batcher: a batcher of the same recommender.
+    """
+    self._recommender, self._batcher = recommender, batcher
     names = zip(recommender.titles, recommender.item_ids, strict=True)
     self._find_items = make_search([f'{title} {item}' for title, item in names])
     users = recommender.known_users
@@ -94,8 +90,8 @@ class Service:
 
   async def recommend(self, question: Any) -> JSONResponse:
     """Answers a question of `http_schema.make_question`."""
-    recommender = self.recommender
-    history, texts = question.history, self.batcher.no_texts
+    recommender = self._recommender
+    history, texts = question.history, self._batcher.no_texts
     try:
       if question.user is not None:
         history, texts = recommender.user(question.user)
@@ -113,7 +109,7 @@ class Service:
     except InputError as error:  # The schema checked the rest, so ids must be unknown.
       raise HTTPException(404, str(error)) from error
     only = None if question.only is None else tuple(question.only)
-    answer = await self.batcher.answer(Job(query, only))
+    answer = await self._batcher.answer(Job(query, only))
     known = len(query.histories[0])
     return JSONResponse(
       {
@@ -135,14 +131,14 @@ class Service:
   async def history(self, user: Search) -> list[Item]:
     """Returns the items of a known user, the oldest first."""
     try:
-      known, _ = self.recommender.lookup(self.recommender.user(user)[0])
+      known, _ = self._recommender.lookup(self._recommender.user(user)[0])
     except InputError as error:
       raise HTTPException(404, str(error)) from error
     return [self._item(number - 1) for number in known]
 
   async def health(self) -> Health:
     """Describes the served model. It answers as soon as the service can recommend."""
-    recommender = self.recommender
+    recommender = self._recommender
     return Health(
       status='ok',
       dataset=recommender.about.get('dataset', {}).get('name', ''),
@@ -151,11 +147,11 @@ class Service:
       paths=recommender.branches,
       share_names=recommender.share_names,
       max_length=recommender.max_length,
-      most_k=self.batcher.most_k,
+      most_k=self._batcher.most_k,
     )
 
   def _item(self, index: int) -> dict[str, str]:
-    return {'item': self.recommender.item_ids[index], 'title': self.recommender.titles[index]}
+    return {'item': self._recommender.item_ids[index], 'title': self._recommender.titles[index]}
 
 
 async def metrics() -> str:
@@ -165,7 +161,7 @@ async def metrics() -> str:
 
 async def page() -> HTMLResponse:
   """Returns the page."""
-  return HTMLResponse(_PAGE.read_bytes(), headers=_PAGE_HEADERS)
+  return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
 
 
 def make_search(texts: Sequence[str]) -> Callable[[str], list[int]]:
