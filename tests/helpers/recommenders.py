@@ -1,4 +1,4 @@
-"""Recommenders of every variant with random parameters, without training."""
+"""Makes recommenders of every variant with random parameters, without training."""
 
 import functools
 
@@ -44,7 +44,7 @@ VARIANTS = {
 
 @functools.cache
 def make(data, name: str, approximate: bool = False):
-  """A recommender of the variant with parameters of ordinary size, and its tables."""
+  """Returns a recommender of the variant, with random parameters, and its tables."""
   variant, fields = VARIANTS[name]
   config = default.get_config(variant)
   config.update(SMALL)
