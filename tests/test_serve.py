@@ -124,7 +124,7 @@ def test_requests_at_once_are_answered_as_by_the_trainer_and_nothing_is_compiled
     user = question.pop('user', None)
     history = question.pop('history', None) or recommender.history(user)
     if weights := question.pop('weights', None):
-      question['emphasis'] = [weights[branch] for branch in recommender.branches]
+      question['weights'] = [weights[branch] for branch in recommender.branches]
     rows = None if user is None else [recommender.users[user]]
     check(found, recommender.answer([history], users=rows, **question), recommender)
     assert found['user'] == user
@@ -341,7 +341,7 @@ def test_the_page_recommends_by_user_by_titles_and_by_weights(
   users = list(recommender.users)
   shown({'user': users[0]})
   # By keyboard alone: the second user that is found.
-  page.get_by_label('User of the data').focus()
+  page.get_by_label('Known user').focus()
   page.keyboard.type(users[33][:-1])
   first = f'{users[33][:-1]}0'
   page.wait_for_function('x => document.querySelector("#user-0")?.textContent === x', arg=first)

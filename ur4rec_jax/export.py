@@ -1,8 +1,8 @@
-"""Writes a trained model into one folder that runs with jax and NumPy alone, on CPU and CUDA.
+"""Exports a trained model to one folder, for machines with only jax and NumPy, on CPU and CUDA.
 
   python -m ur4rec_jax.export --workdir=runs/shop --out=shop-model
 
-`ur4rec_jax.exported.load` opens the folder; docs/inference.md says what is in it.
+`ur4rec_jax.exported.load` opens the folder; docs/inference.md describes its files.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
 from ur4rec_jax.files import write_file
-from ur4rec_jax.inference import exported
+from ur4rec_jax.inference import exported, stored_format
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
 PLATFORMS = ('cpu', 'cuda')
@@ -30,19 +30,20 @@ PLATFORMS = ('cpu', 'cuda')
 def export(
   recommender: TrainedRecommender, out: str | pathlib.Path, with_users: bool = False
 ) -> dict[str, Any]:
-  """Writes the folder, whole or not at all.
+  """Writes the folder. After an error nothing is left of it.
 
   Args:
-    recommender: from `ur4rec_jax.load`.
-    out: a folder that is not there yet.
-    with_users: whether to add the users of the data, so that their ids can be asked for.
+    recommender: a recommender from `ur4rec_jax.load`.
+    out: the folder to write, which must not exist.
+    with_users: whether to add the users of the data with their histories, so that requests can
+      give a user's id.
 
   Returns:
     The manifest.
 
   Raises:
-    InputError: there is something at `out`.
-    StorageError: it cannot be written.
+    InputError: `out` exists.
+    StorageError: the folder cannot be written.
   """
   out = pathlib.Path(out)
   if out.exists():
@@ -66,9 +67,9 @@ def export(
     'platforms': list(PLATFORMS),
     'files': {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()},
     'dtypes': dtypes,
-    'settings': recommender.settings,
+    'settings': recommender.settings.to_manifest(),
   }
-  manifest = json.loads(json.dumps(manifest))  # Tuples as they are read again.
+  manifest = json.loads(json.dumps(manifest))  # Tuples become lists, as when the file is read.
   draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
   try:
     draft.mkdir(parents=True)
@@ -84,7 +85,7 @@ def export(
 
 
 def _pack(arrays: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
-  """Makes an archive; NumPy's know no bfloat16: its bits are stored, and `dtypes` says so."""
+  """Makes a .npz archive. NumPy cannot store bfloat16, so `dtypes` notes whose bits it stores."""
   dtypes |= {name: x.dtype.name for name, x in arrays.items() if x.dtype.kind == 'V'}
   archive = io.BytesIO()
   np.savez(archive, **{n: x.view(np.uint16) if n in dtypes else x for n, x in arrays.items()})
@@ -92,7 +93,7 @@ def _pack(arrays: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
 
 
 def _users(recommender: TrainedRecommender) -> dict[str, np.ndarray]:
-  """What `exported.Users` is read from."""
+  """Returns the arrays from which `exported.load` makes the known users."""
   names = list(recommender.users)
   texts = recommender.preferences_of(range(len(names)))
   return {
@@ -105,27 +106,27 @@ def _users(recommender: TrainedRecommender) -> dict[str, np.ndarray]:
 
 
 def _program(recommender: TrainedRecommender, arrays: Any) -> bytearray:
-  """Lowers the program for any number of users, any lengths and any k."""
+  """Lowers the program for any number of users, length of histories, excluded items and k."""
   settings = recommender.settings
-  most = settings['most_places'] or len(recommender.item_ids) + 1
-  users, length, barred, places = jax.export.symbolic_shape(
-    'users, length, barred, places',
-    constraints=[f'length <= {settings["max_length"]}', f'places <= {most}'],
+  most = settings.most_k or len(recommender.item_ids) + 1
+  users, length, excluded, k = jax.export.symbolic_shape(
+    'users, length, excluded, k',
+    constraints=[f'length <= {settings.max_length}', f'k <= {most}'],
   )
   shape = jax.ShapeDtypeStruct
   queries = {
-    'history': shape((users, length), jnp.int32),
-    'left_out': shape((users, barred), jnp.int32),
-    'allowed': shape((len(recommender.item_ids) + 1,), jnp.bool),
-    'emphasis': shape((users, len(recommender.branches)), jnp.float32),
-    'preferences': {
+    stored_format.HISTORY: shape((users, length), jnp.int32),
+    stored_format.EXCLUDED: shape((users, excluded), jnp.int32),
+    stored_format.ALLOWED: shape((len(recommender.item_ids) + 1,), jnp.bool),
+    stored_format.WEIGHTS: shape((users, len(recommender.branches)), jnp.float32),
+    stored_format.PREFERENCES: {
       name: {
         'tokens': shape((users, tokens, width), jnp.float32),
         'mask': shape((users, tokens), jnp.bool),
       }
-      for name, (tokens, width) in settings['preferences'].items()
+      for name, (tokens, width) in settings.preferences.items()
     },
-    'places': shape((places,), jnp.int8),
+    stored_format.POSITIONS: shape((k,), jnp.int8),
   }
   shapes = jax.tree.map(lambda x: shape(x.shape, x.dtype), arrays)
   return jax.export.export(recommender.program, platforms=PLATFORMS)(shapes, queries).serialize()
@@ -133,15 +134,15 @@ def _program(recommender: TrainedRecommender, arrays: Any) -> bytearray:
 
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
-  """Reads the flags, exports, and says what was written."""
+  """Reads the flags, exports, and prints what was written."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
-  add('--out', required=True, help='folder to write')
-  add('--data_dir', help="the run's prepared data, if they have moved")
-  add('--add_items', help='prepared folder or .npz file of new items, which are appended')
+  add('--out', required=True, help='folder to write; it must not exist')
+  add('--data_dir', help="folder of the run's prepared data, if it has moved since training")
+  add('--add_items', help='prepared folder or .npz file of new items to append to the catalogue')
   add('--users', action='store_true', help='add the users of the data and their histories')
   add('--approximate', action='store_true', help='search large catalogues approximately')
   flags = parser.parse_args(argv)

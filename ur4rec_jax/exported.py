@@ -1,4 +1,4 @@
-"""The documented short name of `ur4rec_jax.inference.exported`: `exported.load('shop-model')`."""
+"""Short name of `ur4rec_jax.inference.exported`: `exported.load('shop-model')`."""
 
 from ur4rec_jax.inference.exported import load
 from ur4rec_jax.inference.recommender import Answer, Recommender

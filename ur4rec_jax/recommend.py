@@ -1,11 +1,11 @@
-"""Recommends with a trained model: to a user of its data, to a new one, or to all.
+"""Recommends items with a trained model: to a user of its data, to a new user, or to all users.
 
   python -m ur4rec_jax.recommend --workdir=runs/shop --user=u042
   python -m ur4rec_jax.recommend --workdir=runs/shop --history=S0-1,S3-7 --explain
   python -m ur4rec_jax.recommend --workdir=runs/shop --preference="Short, dark science fiction."
   python -m ur4rec_jax.recommend --workdir=runs/shop --all_users --out=top.parquet
 
-docs/inference.md says what the shares of a score are, and more.
+docs/inference.md describes all flags and the shares of a score.
 """
 
 import argparse
@@ -21,50 +21,60 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.inference import frames
 from ur4rec_jax.inference.explanations import explain
+from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
-_CHUNK = 4096  # Users in memory at once.
+_CHUNK = 4096  # Users whose recommendations are in memory at once.
 
 
 def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[str, Any]:
-  """Recommends to the user that the flags describe.
+  """Recommends items to the user that the flags describe.
+
+  Args:
+    recommender: the recommender.
+    flags: the flags of the command.
 
   Returns:
-    `user`, `history` (how many items, how many are read), `unknown` items of the history, and
-    `recommendations`: `rank`, `item`, `title`, `score`, `shares` and, with `--explain`, what
-    `explain` gives.
+    `user`; `history` with the number of known items and of items that the model reads; `unknown`
+    items of the history; and `recommendations`, each with `rank`, `item`, `title`, `score`,
+    `shares` and, with `--explain`, the result of `explain`.
   """
   users = None
   if flags.user is not None:
     history, users = recommender.history(flags.user), [recommender.users[flags.user]]
   else:
     history = [] if flags.history is None else _ids(flags.history)
-  answer = recommender.answer(
-    [history], flags.k, users=users, preference=flags.preference, **_options(flags)
-  )
+  answer = recommender.ask(_query([history], flags), users, flags.preference)
   (unknown,) = answer.unknown
-  rows = recommender.rows(answer)
-  if flags.explain and rows:
-    reasons = explain(recommender, history, [row['item'] for row in rows], users, flags.preference)
-    for row, reason in zip(rows, reasons, strict=True):
-      row |= reason
+  recommendations = recommender.recommendations(answer)
+  if flags.explain and recommendations:
+    items = [found['item'] for found in recommendations]
+    reasons = explain(recommender, history, items, users, flags.preference)
+    for found, reason in zip(recommendations, reasons, strict=True):
+      found |= reason
   known = len(history) - len(unknown)
   return {
     'user': flags.user,
     'history': {'items': known, 'read': min(known, recommender.max_length)},
     'unknown': unknown,
-    'recommendations': rows,
+    'recommendations': recommendations,
   }
 
 
 def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
-  """Writes recommendations to every user of the data into a Parquet file, whole or not at all.
+  """Writes recommendations for every user of the data to a Parquet file.
+
+  The file appears when it is complete.
+
+  Args:
+    recommender: the recommender.
+    flags: the flags of the command.
 
   Returns:
     The number of rows.
   """
-  recommender.check_k(flags.k)
   out, names = pathlib.Path(flags.out), list(recommender.users)
   draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
   rows, writer = 0, None
@@ -73,14 +83,11 @@ def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
       range(0, len(names), _CHUNK), unit_scale=_CHUNK, unit='user', disable=not sys.stderr.isatty()
     ):
       part = names[start : start + _CHUNK]
-      answer = recommender.answer(
-        [recommender.history(name) for name in part],
-        flags.k,
-        users=range(start, start + len(part)),
-        **_options(flags),
-      )
+      query = _query([recommender.history(name) for name in part], flags)
+      answer = recommender.ask(query, users=range(start, start + len(part)))
       counts = [len(items) for items in answer.items]
-      table = pa.table({'user': np.repeat(part, counts), **recommender.columns(answer)})
+      found = frames.columns(answer, recommender.share_names)
+      table = pa.table({'user': np.repeat(part, counts), **found})
       writer = writer or pq.ParquetWriter(draft, table.schema)
       writer.write_table(table)
       rows += len(table)
@@ -93,14 +100,14 @@ def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
   return rows
 
 
-def _options(flags: argparse.Namespace) -> dict[str, Any]:
+def _query(histories: list[list[str]], flags: argparse.Namespace) -> Query:
   only = None if flags.only is None else _ids(flags.only)
   without = () if flags.without is None else _ids(flags.without)
-  return {'only': only, 'without': without, 'keep_seen': flags.keep_seen}
+  return Query(histories, flags.k, only, without, flags.keep_seen)
 
 
 def _ids(text: str) -> list[str]:
-  """Ids by commas, or, if `text` names a file, one a line."""
+  """Reads ids that are separated by commas, or, if `text` names a file, one id per line of it."""
   if os.path.isfile(text):
     try:
       lines = pathlib.Path(text).read_text(encoding='utf-8').splitlines()
@@ -112,14 +119,19 @@ def _ids(text: str) -> list[str]:
 
 
 def as_text(found: dict[str, Any], share_names: list[str]) -> str:
-  """What a person reads of `to_one`."""
-  rows = found['recommendations']
-  if not rows:
-    return 'nothing is left to recommend; --keep_seen recommends items of the history, too'
-  width = max(len(row['item']) for row in rows)
+  """Formats the result of `to_one` as a table.
+
+  Args:
+    found: the result.
+    share_names: names of the shares.
+  """
+  recommendations = found['recommendations']
+  if not recommendations:
+    return 'no item is left to recommend; --keep_seen allows items of the history, too'
+  width = max(len(row['item']) for row in recommendations)
   columns = ''.join(f'{name:>{max(len(name) + 2, 10)}}' for name in ('score', *share_names))
   lines = [f'{"":3} {"item":<{width}}{columns}  title']
-  for row in rows:
+  for row in recommendations:
     values = {'score': row['score'], **row['shares']}
     cells = ''.join(f'{value:>{max(len(name) + 2, 10)}.4f}' for name, value in values.items())
     lines.append(f'{row["rank"]:>3} {row["item"]:<{width}}{cells}  {row["title"]}')
@@ -136,19 +148,19 @@ def _flags() -> argparse.ArgumentParser:
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
-  add('--data_dir', help="the run's prepared data, if they have moved")
-  add('--user', help='a user of the data, by original id; all of the history is read')
-  add('--history', help='item ids by commas, the oldest first, or a file with one a line')
-  add('--preference', help='what the user likes, in words; alone, or beside one of the two')
+  add('--data_dir', help="folder of the run's prepared data, if it has moved since training")
+  add('--user', help='original id of a user of the data; the whole history is used')
+  add('--history', help='item ids with commas between them, the oldest first, or a file of ids')
+  add('--preference', help='what the user likes, in words; alone or with --user or --history')
   add('--all_users', action='store_true', help='recommend to every user of the data')
-  add('--out', help='Parquet file for --all_users')
-  add('--k', type=int, default=10, help='how many items')
-  add('--only', help='recommend only these: ids by commas, or a file with one a line')
-  add('--without', help='do not recommend these')
-  add('--keep_seen', action='store_true', help="recommend items of the user's history, too")
-  add('--add_items', help='prepared folder or .npz file with features of new items')
+  add('--out', help='Parquet file to write with --all_users')
+  add('--k', type=int, default=10, help='number of items to recommend')
+  add('--only', help='recommend only these items: ids with commas between them, or a file of ids')
+  add('--without', help='do not recommend these items: ids, or a file of ids')
+  add('--keep_seen', action='store_true', help="allow items of the user's own history, too")
+  add('--add_items', help='prepared folder or .npz file of new items to append to the catalogue')
   add('--approximate', action='store_true', help='search large catalogues approximately')
-  add('--explain', action='store_true', help='say which items and texts speak for each item')
+  add('--explain', action='store_true', help='show the items and texts that support each item')
   add('--json', action='store_true', help='print one JSON object')
   return parser
 
@@ -180,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
   if flags.add_items:
     before = len(recommender.item_ids)
     recommender, known = recommender.add_items(flags.add_items)
-    say(f'added {len(recommender.item_ids) - before} items; {len(known)} were there already')
+    say(f'added {len(recommender.item_ids) - before} items; {len(known)} were already known')
   if flags.all_users:
     rows = to_all(recommender, flags)
     say(f'{flags.out}: {rows:,} rows, {len(recommender.users):,} users')

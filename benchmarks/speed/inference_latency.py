@@ -1,14 +1,14 @@
-"""Measures how long one user waits, from item ids to the top 10; writes docs/inference.md's table.
+"""Measures how long one user waits for the best 10 items; writes the table of docs/inference.md.
 
   python -m benchmarks.speed.inference_latency --data_dir=data/movielens_1m  # random parameters
   python -m benchmarks.speed.inference_latency --workdir=RUN       # a trained run and its users
   python -m benchmarks.speed.inference_latency --only_tables       # only writes the table again
 
-One process, one user at a time: original ids go in, original ids, titles, scores and shares come
-out (`Recommender.top`). What was measured is kept in benchmarks/inference_latency.json.
+One process recommends to one user at a time with `Recommender.top`: original ids go in; original
+ids, titles, scores and shares come out. benchmarks/results/inference/latency.json keeps the result.
 
-Without a run, parameters and features are random, of MovieLens-1M's shapes: histories of three
-lengths, and those of the users of the prepared data at `--data_dir`.
+Without a run, parameters and features are random and have the shapes of MovieLens-1M. The histories
+have three lengths, and with `--data_dir` also those of the users of that prepared data.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import scoring
 from ur4rec_jax.inference.recommender import Recommender
+from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.inference.trained import load
 from ur4rec_jax.models.ur4rec import create_model
 
@@ -39,14 +40,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 STORED, PAGE = ROOT / 'benchmarks/results/inference/latency.json', ROOT / 'docs' / 'inference.md'
 ITEMS, MILLION = 3706, 1_000_000
 TOKENS = {'text': (9, 384), 'image': (10, 512)}
-# Targets of the median in milliseconds, on 2 cores.
+# Targets for the median in milliseconds, on 2 cores.
 TARGETS = {'sasrec': 1.0, 'text': 1.5, 'multimodal': 2.0}
 MILLION_TARGET = 40.0
 WARM_UP = 20
 
 
 def make_recommender(variant: str) -> Recommender:
-  """The variant of configs/movielens_1m.py with random parameters and features."""
+  """Makes a recommender of a variant of configs/movielens_1m.py with random parameters."""
   config = movielens_1m.get_config(variant)
   model, rng = create_model(config, ITEMS), np.random.default_rng(0)
   features = {}
@@ -62,7 +63,7 @@ def make_recommender(variant: str) -> Recommender:
 
 
 def make_million(vectors: np.ndarray, approximate: bool) -> Recommender:
-  """SASRec with a block of width 64 over the given item vectors, `[items + 1, 64]`."""
+  """Makes a SASRec with one block over the given item vectors, `[items + 1, 64]`."""
   config = movielens_1m.get_config('sasrec')
   config.sasrec.update({'dim': vectors.shape[1], 'ffn_dim': vectors.shape[1], 'num_blocks': 1})
   ones = np.ones((1, 1), np.int32)
@@ -80,14 +81,14 @@ def _recommender(model, params, arrays, max_length, approximate) -> Recommender:
   count = len(next(iter(arrays.values()))['vectors']) - 1
   ids = [str(i) for i in range(1, count + 1)]
   catalogue = scoring.catalogue_arrays(model, arrays, approximate)
-  settings = {
-    'paths': list(model.branches),
-    'share_names': scoring.share_names(model, names),
-    'max_length': max_length,
-    'preferences': {},
-    'most_places': scoring.CANDIDATES if approximate else None,
-    'about': {},
-  }
+  settings = Settings(
+    branches=list(model.branches),
+    share_names=scoring.share_names(model, names),
+    max_length=max_length,
+    preferences={},
+    most_k=scoring.CANDIDATES if approximate else None,
+    about={},
+  )
   return Recommender(
     jax.jit(scoring.make_program(model)),
     {'params': params, 'items': arrays, **catalogue},
@@ -99,8 +100,8 @@ def _recommender(model, params, arrays, max_length, approximate) -> Recommender:
 def waits(
   recommender: Recommender, histories: Sequence[Sequence[str]], calls: int
 ) -> dict[str, float]:
-  """Milliseconds of single calls: minimum, median and 99th percentile."""
-  for i in range(WARM_UP):  # All the lengths that are measured are compiled here.
+  """Measures single calls in milliseconds: minimum, median and 99th percentile."""
+  for i in range(WARM_UP):  # Compiles the programs for all lengths that are measured.
     recommender.top([histories[i % len(histories)]])
   for history in histories:
     recommender.top([history])
@@ -125,19 +126,19 @@ def random_histories(length: int, count: int = 20) -> list[list[str]]:
 
 
 def users_histories(data_dir: str, count: int = 1000) -> list[list[str]]:
-  """Histories of users chosen at random, with the ids that `make_recommender` gives."""
+  """Returns histories of random users in the ids of `make_recommender`."""
   data = read_interactions(data_dir)
   users = np.random.default_rng(0).choice(len(data.user_ids), count, replace=False)
   return [[*map(str, data.item_ids[data.offsets[user] : data.offsets[user + 1]])] for user in users]
 
 
 def measure_million(calls: int, spectrum: str) -> list[dict[str, Any]]:
-  """Exact and approximate search of a million items, and how much of the exact top 10 it finds.
+  """Measures the exact and the approximate search of a million items, and the latter's recall.
 
   Args:
-    calls: to measure.
-    spectrum: of the item vectors: `flat`, equally long in all directions, the worst case; or
-      `decaying`, the k-th direction 1 / k, as principal components of trained vectors fall off.
+    calls: number of calls to measure.
+    spectrum: `flat` for item vectors that vary equally in all directions, which is the worst case;
+      `decaying` for a variation of 1 / k in the k-th direction, similar to trained vectors.
   """
   rng = np.random.default_rng(0)
   vectors = rng.standard_normal((MILLION + 1, 64), np.float32)
@@ -163,7 +164,7 @@ def measure_million(calls: int, spectrum: str) -> list[dict[str, Any]]:
 
 
 def table(stored: dict[str, Any]) -> str:
-  """The rows as Markdown."""
+  """Formats the stored result as a Markdown table."""
   lines = ['| | history | p50 ms | p99 ms | target p50 | recall@10 |', '| --- ' * 6 + '|']
   for row in stored['rows']:
     cells = [row['what'], row['length'], f'{row["p50"]:.2f}', f'{row["p99"]:.2f}']
@@ -175,22 +176,25 @@ def table(stored: dict[str, Any]) -> str:
 
 
 def write_tables() -> None:
-  """Puts the stored figures between their marks in docs/inference.md."""
+  """Writes the stored result between its marks in docs/inference.md."""
   put_between_marks(PAGE, 'latency', table(json.loads(STORED.read_text())))
 
 
 @exit_on_reported_error
 def main() -> None:
-  """Measures what the flags name and writes the table."""
+  """Reads the flags, measures, and writes the table."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
-  add('--workdir', help='a trained run, measured with the histories of its users; not stored')
-  add('--data_dir', help='prepared MovieLens-1M; of a run, if its data have moved')
-  add('--calls', type=int, default=1000, help='single calls a row')
-  add('--skip_million', action='store_true', help='leave out the catalogue of a million items')
-  add('--only_tables', action='store_true', help='measure nothing')
+  add(
+    '--workdir',
+    help='a trained run to measure with its users; the result is not stored',
+  )
+  add('--data_dir', help='prepared MovieLens-1M, or the data of --workdir if they have moved')
+  add('--calls', type=int, default=1000, help='calls per row of the table')
+  add('--skip_million', action='store_true', help='do not measure the catalogue of a million items')
+  add('--only_tables', action='store_true', help='measure nothing, only write the table')
   flags = parser.parse_args()
   if flags.workdir:
     recommender = load(flags.workdir, flags.data_dir)

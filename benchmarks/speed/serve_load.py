@@ -1,13 +1,13 @@
-"""Loads the service with four times what it can answer, and then stops it under that load.
+"""Sends the service four times the requests that it can answer, and stops it under that load.
 
   python -m benchmarks.speed.serve_load --export=shop-model --seconds=60 --p99_ms=1000
 
-Measures first how many requests a second are answered when a fixed number of clients ask again as
-soon as they have an answer; then chooses `--queue` so that the wanted p99 follows: a sixth of
-what is answered in that time, because refusing the others costs time, too. Requests of the
-overload are sent at random times that do not wait for answers, and waits count from those times.
-The service is a process of its own. The last line is one JSON object; the exit code is 1 if a
-promise was broken.
+The benchmark first measures the capacity: how many requests per second are answered when a fixed
+number of clients ask again as soon as they have an answer. It then sets `--queue` to a sixth of the
+requests that are answered within the stated p99; refusing the other requests costs time, too. Under
+overload, requests are sent at random times without waiting for answers, and each wait counts from
+the time at which the request was due. The service is a separate process. The last line of output is
+one JSON object. The exit code is 1 if a promise was broken.
 """
 
 import argparse
@@ -30,18 +30,19 @@ from benchmarks.speed.measure import ROOT, machine, memory_megabytes
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import exported
+from ur4rec_jax.inference.stored_format import Settings
 
 STORED, PAGE = ROOT / 'benchmarks/results/inference/load.json', ROOT / 'docs' / 'inference.md'
-CLIENTS = 128  # That measure the capacity.
-CONNECTIONS = 600  # Of the overload.
-OVERLOAD = 4
-QUEUE = 256  # While the capacity is measured.
+CLIENTS = 128  # Clients that measure the capacity.
+CONNECTIONS = 600  # Connections under overload.
+OVERLOAD = 4  # Requests sent under overload, relative to the capacity.
+QUEUE = 256  # `--queue` while the capacity is measured.
 DRAIN_SECONDS = 10
 K = 10
 
 
 class Client(asyncio.Protocol):
-  """One connection that sends one request after the other; it knows just enough of HTTP."""
+  """One connection that sends one request after the other with a minimum of HTTP."""
 
   def __init__(self, load: 'Load'):
     self._load, self._buffer = load, b''
@@ -72,7 +73,7 @@ class Client(asyncio.Protocol):
 
 
 class Load:
-  """Sends requests and counts what comes back."""
+  """Sends requests and counts the answers."""
 
   def __init__(self, port: int, requests: list[bytes]):
     self._port, self._requests = port, requests
@@ -83,7 +84,7 @@ class Load:
     self.keep_asking_until = 0.0
 
   async def connect(self, connections: int) -> None:
-    """Opens connections, as a proxy keeps them."""
+    """Opens connections and keeps them open, as a proxy does."""
     loop = asyncio.get_running_loop()
     for _ in range(connections):
       _, client = await loop.create_connection(lambda: Client(self), '127.0.0.1', self._port)
@@ -121,7 +122,7 @@ class Load:
 
   @property
   def open(self) -> int:
-    """Requests that were sent and have no answer yet."""
+    """Number of requests that were sent and have no answer yet."""
     done = sum(n for key, n in self.counts.items() if isinstance(key, int))
     return self.counts['sent'] - done - self.counts['closed without answer']
 
@@ -133,7 +134,7 @@ class Load:
 
 
 async def measure_capacity(port: int, requests: list[bytes], seconds: float) -> float:
-  """Answers a second to `CLIENTS` that ask without pause."""
+  """Returns the answers per second to `CLIENTS` clients that ask without pause."""
   load = Load(port, requests)
   await load.connect(CLIENTS)
   start = time.perf_counter()
@@ -152,7 +153,7 @@ async def overload(
   """Sends `rate` requests a second, and SIGTERM to the service one second before the end.
 
   Returns:
-    The load, and the memory of the service in MB, ten times.
+    The load, and ten measurements of the service's memory in MB.
   """
   load, memory, rng = Load(port, requests), [], np.random.default_rng(0)
   await load.connect(CONNECTIONS)
@@ -189,7 +190,7 @@ def start_service(folder: str, batch: int, queue: int, cache: str) -> tuple[subp
 
 
 def make_requests(folder: str) -> list[bytes]:
-  """Requests with random histories of 1 to 100 items."""
+  """Makes requests with random histories of 1 to 100 items."""
   ids = json.loads((pathlib.Path(folder) / 'items.json').read_text())['ids']
   rng, requests = np.random.default_rng(0), []
   for _ in range(500):
@@ -204,7 +205,7 @@ def make_requests(folder: str) -> list[bytes]:
 
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
-  """Runs both parts."""
+  """Measures the capacity, then the overload."""
   with tempfile.TemporaryDirectory() as cache:
     process, port = start_service(flags.export, flags.batch, QUEUE, cache)
     requests = make_requests(flags.export)
@@ -249,13 +250,13 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     'memory_mb': memory,
     'exit_code': process.returncode,
     'items': len(items['ids']),
-    'paths': manifest['settings']['paths'],
+    'paths': Settings.from_manifest(manifest['settings']).branches,
     **machine(),
   }
 
 
 def broken_promises(found: dict[str, Any]) -> list[str]:
-  """Names what did not hold."""
+  """Returns the names of the promises that were broken."""
   return [
     name
     for name, is_kept in {
@@ -271,7 +272,7 @@ def broken_promises(found: dict[str, Any]) -> list[str]:
 
 
 def sentence(found: dict[str, Any]) -> str:
-  """What was measured, in words."""
+  """Describes the result in a sentence for docs/inference.md."""
   answered = found['accepted'] - found['accepted_without_answer']
   return (
     f'On {found["cores"]} cores that the service and its clients shared ({found["items"]:,} items, '
@@ -285,17 +286,17 @@ def sentence(found: dict[str, Any]) -> str:
 
 @exit_on_reported_error
 def main() -> None:
-  """Measures and prints."""
+  """Reads the flags, measures, and prints the result."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
   add('--export', required=True, help='folder that ur4rec_jax.export wrote')
-  add('--seconds', type=float, default=60, help='of overload')
-  add('--capacity_seconds', type=float, default=10)
-  add('--batch', type=int, default=64, help='that of the service')
-  add('--p99_ms', type=float, default=1000, help='that answered requests are to stay below')
-  add('--keep', action='store_true', help='store it, and what docs/inference.md says of it')
+  add('--seconds', type=float, default=60, help='seconds of overload')
+  add('--capacity_seconds', type=float, default=10, help='seconds of measuring the capacity')
+  add('--batch', type=int, default=64, help='--batch of the service')
+  add('--p99_ms', type=float, default=1000, help='promised 99th percentile of the wait, in ms')
+  add('--keep', action='store_true', help='store the result and write it to docs/inference.md')
   flags = parser.parse_args()
   found = measure(flags)
   for name, value in found.items():

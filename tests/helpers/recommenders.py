@@ -1,4 +1,4 @@
-"""Recommenders of every variant with random parameters, without training."""
+"""Makes recommenders of every variant with random parameters, without training."""
 
 import functools
 
@@ -9,8 +9,7 @@ import optax
 from configs import default
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.data.features import load_with_features, read_tables
-from ur4rec_jax.inference import scoring
-from ur4rec_jax.inference.trained import TrainedRecommender
+from ur4rec_jax.inference.trained import TrainedModel, TrainedRecommender
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.training.train_state import create_train_state
 
@@ -45,7 +44,7 @@ VARIANTS = {
 
 @functools.cache
 def make(data, name: str, approximate: bool = False):
-  """A recommender of the variant with parameters of ordinary size, and its tables."""
+  """Returns a recommender of the variant, with random parameters, and its tables."""
   variant, fields = VARIANTS[name]
   config = default.get_config(variant)
   config.update(SMALL)
@@ -61,8 +60,5 @@ def make(data, name: str, approximate: bool = False):
   for item in read_items(data):
     items['ids'].append(item['original_id'])
     items['titles'].append(item['title'])
-  arrays = jax.jit(functools.partial(scoring.item_arrays, model))(params, tables.items)
-  found = TrainedRecommender(
-    config, model, params, dataset, tables.users, items, arrays, approximate, {}
-  )
-  return found, tables
+  trained = TrainedModel(config, dataset, tables, model, params, items, {})
+  return TrainedRecommender(trained, approximate), tables

@@ -10,11 +10,12 @@ from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.queries import make_queries
+from ur4rec_jax.inference.query import CheckedQuery
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 
-def all_places(recommender, part: str = 'test'):
+def full_ranking(recommender, part: str = 'test'):
   """For each user with a held-out item: the whole catalogue in order, after what came before."""
   queries = make_queries(recommender.dataset, part, recommender.config.evaluation)
   ids = recommender.dataset.item_ids
@@ -24,14 +25,14 @@ def all_places(recommender, part: str = 'test'):
   ]
   preferences = recommender.preferences_of(queries.users)
   k = len(recommender.item_ids)
-  return queries, recommender.rank(histories, k, histories, preferences=preferences)
+  return queries, recommender.rank(CheckedQuery(histories, k, histories, preferences=preferences))
 
 
 @pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'bfloat16'])
 def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   recommender, tables = make(shop, name)
-  queries, (ids, scores, shares) = all_places(recommender)
-  places = (ids == queries.targets[:, None]).argmax(1) + 1
+  queries, (ids, scores, shares) = full_ranking(recommender)
+  positions = (ids == queries.targets[:, None]).argmax(1) + 1
   dataset, config = recommender.dataset, recommender.config
   placed = devices.replicate((dataset.item_ids, tables))
   data = evaluate.EvalData(
@@ -42,7 +43,7 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   starts = zip(queries.starts, queries.lengths, queries.targets, strict=True)
   is_new = np.array([t not in recommender.dataset.item_ids[s : s + n] for s, n, t in starts])
   assert is_new.sum() > 50
-  np.testing.assert_array_equal(places[is_new], ranks[is_new])
+  np.testing.assert_array_equal(positions[is_new], ranks[is_new])
   assert (np.diff(np.where(np.isfinite(scores), scores, -1e9), axis=1) <= 0).all()
 
   names = recommender.share_names
@@ -94,10 +95,10 @@ def test_filters_and_weights_of_branches(shop):
   seen = recommender.answer([history], 60, keep_seen=True).items[0]
   assert sorted(seen) == sorted(ids)
   assert len(recommender.answer([history], 60).items[0]) == 57
-  retriever = recommender.answer([history], 10, emphasis=[0, 1])
+  retriever = recommender.answer([history], 10, weights=[0, 1])
   assert np.abs(retriever.shares[0][:, 0]).max() == 0
   assert retriever.items[0] != plain
-  both = recommender.answer([history] * 2, 10, emphasis=[[1, 1], [0, 1]])
+  both = recommender.answer([history] * 2, 10, weights=[[1, 1], [0, 1]])
   assert both.items == [plain, retriever.items[0]]
 
 
@@ -299,11 +300,16 @@ def test_the_approximate_search_is_exact_where_it_looks_at_everything(shop):
     ({'k': 2.0}, r'k=2\.0'),
     ({'k': True}, 'k=True'),
     ({'only': ['nothing']}, 'only: none of its 1 items'),
-    ({'emphasis': [1]}, None),
-    ({'emphasis': [1, -1]}, 'emphasis='),
-    ({'emphasis': [1, 2, 3]}, 'emphasis='),
-    ({'emphasis': ['a', 'b']}, 'emphasis='),
-    ({'emphasis': [float('nan'), 1]}, 'emphasis='),
+    ({'weights': [1]}, None),
+    ({'weights': [1, -1]}, 'weights='),
+    ({'weights': [1, 2, 3]}, 'weights='),
+    ({'weights': ['a', 'b']}, 'weights='),
+    ({'weights': [float('nan'), 1]}, 'weights='),
+    ({'emphasis': [1, 1]}, 'emphasis: this option is now called weights'),
+    (
+      {'without_seen': True},
+      'without_seen: there is no such option; the options are only, without',
+    ),
   ],
 )
 def test_bad_input_is_named(shop, arguments, message):

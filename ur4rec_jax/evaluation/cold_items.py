@@ -1,8 +1,8 @@
-"""Items that training never sees get the rows of the items that are most like them.
+"""Gives cold items, which training never sees, the embeddings of the items most like them.
 
-To a branch of learned rows such an item is nothing but a wrong answer, whenever the loss compares
-with it; its own row says nothing else. The rows of the nearest items by content stand in for it
-(the nearest-neighbour mapping of Gantner et al., "Learning attribute-to-feature mappings for
+A branch that only learns embeddings of ids meets a cold item only as a negative, so its embedding
+carries no other information. The mean embedding of the items with the nearest content is a better
+guess (the nearest-neighbour mapping of Gantner et al., "Learning attribute-to-feature mappings for
 cold-start recommendations", ICDM 2010).
 """
 
@@ -21,18 +21,18 @@ from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 Array = jax.Array
-NEAREST = 2  # Whose rows are averaged.
-_AT_ONCE = 1024  # Cold items that are compared with all others.
+NEAREST = 2  # Number of items whose embeddings are averaged.
+_AT_ONCE = 1024  # Cold items in one comparison with all warm items.
 
 _WHOLE = ItemEmbeddings('all', 0)  # Whole tables; the number of items does not matter here.
 
 
 class ColdItems(NamedTuple):
-  """Cold items that have content, and whom they are like; NumPy.
+  """Cold items that have content, and the warm items nearest to them; NumPy.
 
   Attributes:
     items: `[cold items]` int32 item ids.
-    nearest: `[cold items, NEAREST]` int32, of items that training sees.
+    nearest: `[cold items, NEAREST]` int32 ids of items that training sees.
   """
 
   items: np.ndarray
@@ -40,13 +40,13 @@ class ColdItems(NamedTuple):
 
 
 def has_pure_item_table(model: Any) -> bool:
-  """Whether a model has a branch that knows items by learned rows alone, without content."""
+  """Tells whether a model has a branch that knows items by their id alone, without content."""
   sasrec = getattr(model, 'sasrec', None)
   return sasrec is not None and sasrec.content is None
 
 
 def first_tokens(dataset: Dataset) -> dict[str, TokenTable]:
-  """By modality, what `find_cold_items` reads of the items: tables `[items + 1, 1, width]`."""
+  """Returns the content that `find_cold_items` compares: tables `[items + 1, 1, width]`."""
   return {
     name: dataclasses.replace(found, max_tokens=1).table()
     for name, found in dataset.features.items()
@@ -54,23 +54,23 @@ def first_tokens(dataset: Dataset) -> dict[str, TokenTable]:
 
 
 def warm_items(dataset: Dataset) -> np.ndarray:
-  """`[items + 1]` bool: whether training sees the item."""
+  """Returns `[items + 1]` bool: whether training sees the item."""
   return dataset.train_part().item_counts() > 0
 
 
 def find_cold_items(
   features: Mapping[str, TokenTable], is_cold: np.ndarray, is_warm: np.ndarray, dim: int
 ) -> ColdItems | None:
-  """Finds each cold item's nearest warm items, by the cosine of `initial_item_embeddings`.
+  """Finds each cold item's nearest warm items by the cosine of `initial_item_embeddings`.
 
   Args:
-    features: from `first_tokens`.
-    is_cold: `[items + 1]` bool, which items are to be found others for.
-    is_warm: `[items + 1]` bool, among which; from `warm_items`.
-    dim: width in which items are compared.
+    features: the result of `first_tokens`.
+    is_cold: `[items + 1]` bool, the items to find neighbours for.
+    is_warm: `[items + 1]` bool, the items that may be neighbours, from `warm_items`.
+    dim: width of the vectors that are compared.
 
   Returns:
-    None if no cold item has content, or hardly a warm one.
+    None if no cold item or fewer than `NEAREST` warm items have content.
   """
   if not features:
     return None
@@ -80,20 +80,21 @@ def find_cold_items(
   if not cold.size or warm.size < NEAREST:
     return None
   directions = _directions(jax.device_put(dict(features)), dim)
-  # As many at a time, the last ones again, so that there is one program.
+  # Every comparison has the same number of items, so that a single program is compiled. The last
+  # one therefore repeats some items of the one before.
   count = min(_AT_ONCE, cold.size)
   nearest = np.zeros((cold.size, NEAREST), np.int32)
   for start in range(0, cold.size, count):
     start = min(start, cold.size - count)
-    asked = jax.device_put((cold[start : start + count], warm))
-    nearest[start : start + count] = warm[jax.device_get(_nearest(directions, *asked))]
+    compared = jax.device_put((cold[start : start + count], warm))
+    nearest[start : start + count] = warm[jax.device_get(_nearest(directions, *compared))]
   return ColdItems(cold, nearest)
 
 
 @functools.partial(jax.jit, static_argnames='dim')
 def _directions(features: dict[str, TokenTable], dim: int) -> Array:
-  rows = initial_item_embeddings(features, dim, 1.0, 1.0, jax.random.key(0))
-  return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+  embeddings = initial_item_embeddings(features, dim, 1.0, 1.0, jax.random.key(0))
+  return embeddings / jnp.maximum(jnp.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
 
 
 @jax.jit
@@ -102,9 +103,17 @@ def _nearest(directions: Array, cold: Array, warm: Array) -> Array:
 
 
 def cold_items_of(model: Any, dataset: Dataset) -> ColdItems | None:
-  """Finds those that training on a dataset leaves cold; None for a model without use for them."""
+  """Finds the items that training on a dataset leaves cold.
+
+  Args:
+    model: the model.
+    dataset: its training data.
+
+  Returns:
+    None if there are no such items or the model scores them by their content.
+  """
   is_warm = warm_items(dataset)
-  # Features are read whole, so only where there is somebody to find.
+  # Features are only read if there is a cold item, because they are read whole.
   if not has_pure_item_table(model) or is_warm[1:].all():
     return None
   return find_cold_items(first_tokens(dataset), ~is_warm, is_warm, model.sasrec.dim)

@@ -1,1 +1,1 @@
-"""Recommending with a trained or exported model, from Python and over HTTP."""
+"""Recommends items with a trained or exported model, from Python and over HTTP."""

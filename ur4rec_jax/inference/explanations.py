@@ -1,15 +1,28 @@
-"""Why an item was recommended: the items of the history and the texts that speak for it."""
+"""Explains a recommendation: items of the history and sentences that support it."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ur4rec_jax.data.features import Features
 from ur4rec_jax.encoders import text
-from ur4rec_jax.inference.recommender import Ids
+from ur4rec_jax.inference.query import Ids
 from ur4rec_jax.inference.trained import TEXT, TrainedRecommender
 
 _MOST_REASONS = 3
+
+
+class _Sentences(NamedTuple):
+  """Sentences about an item or a user, and their embeddings.
+
+  Attributes:
+    texts: the sentences.
+    vectors: `[sentences, width]`, of length 1.
+  """
+
+  texts: list[str]
+  vectors: np.ndarray
 
 
 def explain(
@@ -19,95 +32,115 @@ def explain(
   users: Sequence[int] | None = None,
   preference: str | None = None,
 ) -> list[dict[str, Any]]:
-  """Gives the reasons for each of some items.
+  """Explains why items were recommended to a user.
 
   Args:
-    recommender: that recommended them.
-    history: item ids, the oldest first.
-    items: what was recommended.
-    users: the index of the user in the training data, in a list, or None.
-    preference: what the user said.
+    recommender: the recommender that recommended them.
+    history: the user's item ids, the oldest first.
+    items: ids of the recommended items.
+    users: a list with the user's index in the training data, or None.
+    preference: the preference that was given, or None.
 
   Returns:
-    For each item `because`, the items of the history with most influence (see
-    `TrainedRecommender.influences`), and `text`: the sentence about the item and the one of the
-    user that are most alike, and their cosine in the space of the frozen encoder; None where the
-    model reads no texts, or the sentences are not known. The sentences of the user are those of
-    the preference, of what was written about the user, or else of the items of the history.
+    One dict per item. `because` has the items of the history with the most influence, see
+    `TrainedRecommender.influences`. `text` has the sentence about the item and the sentence about
+    the user that are most alike, and their cosine in the space of the frozen encoder; it is None if
+    the model reads no texts or there are no sentences. The user's sentences are those of the
+    preference, or those that were written about the user, or those about the items of the history.
   """
-  known, _ = recommender.lookup(history)
-  known = known[-recommender.max_length :]
+  known = recommender.lookup(history)[0][-recommender.max_length :]
   influences = recommender.influences(history, items, users)
-  matches = _matches(recommender, known, items, users, preference)
+  matches = _text_matches(recommender, known, items, users, preference)
   reasons = []
-  for at in range(len(items)):
-    best = np.argsort(-influences[:, at], kind='stable')[:_MOST_REASONS]
+  for column, match in enumerate(matches):
+    strongest = np.argsort(-influences[:, column], kind='stable')[:_MOST_REASONS]
     because = [
       {
         'item': recommender.item_ids[known[i] - 1],
         'title': recommender.titles[known[i] - 1],
-        'influence': float(influences[i, at]),
+        'influence': float(influences[i, column]),
       }
-      for i in best
-      if influences[i, at] > 0
+      for i in strongest
+      if influences[i, column] > 0
     ]
-    reasons.append({'because': because, 'text': matches[at]})
+    reasons.append({'because': because, 'text': match})
   return reasons
 
 
-def _matches(recommender, known, items, users, preference) -> list[dict[str, Any] | None]:
-  nothing = [None] * len(items)
+def _text_matches(
+  recommender: TrainedRecommender,
+  known: np.ndarray,
+  items: Sequence[str],
+  users: Sequence[int] | None,
+  preference: str | None,
+) -> list[dict[str, Any] | None]:
+  """Returns the best pair of sentences for each item."""
   features = recommender.dataset.features.get(TEXT)
   if features is None or features.is_shuffled or '0' not in features.info['token_meaning']:
-    return nothing
-  data_dir = recommender.config.data_dir
-  wanted = [recommender.lookup([item])[0][0] - 1 for item in items]
-  last = recommender.dataset.num_items
-  rows = sorted({i for i in (*wanted, *(known - 1)) if i < last})
-  sentences = dict(_chosen(text.texts(data_dir, 'item', features.shape[1] - 1), rows))
-  vectors = dict(zip(rows, _sentence_vectors(features, rows), strict=True))
-  own = recommender.dataset.user_features.get(TEXT)
-  if preference is not None:
-    source = own or features
-    tokens, mask = text.encode_like(source.folder, source.info, preference)
-    theirs = text.split(preference)[: len(tokens) - 1]
-    of_user = _unit(tokens[1:][mask[1:]])
-  elif own is not None and users is not None and own.rows(users)[1].any():
-    written = text.texts(data_dir, 'user', own.shape[1] - 1)
-    ((_, theirs),) = _chosen(written, list(users))
-    theirs, of_user = theirs[1:], _sentence_vectors(own, list(users))[0]
-  else:
-    seen = [i for i in dict.fromkeys((known - 1).tolist()) if i < last and len(vectors[i])]
-    if not seen:
-      return nothing
-    theirs = [sentence for i in seen for sentence in sentences[i][1:]]
-    of_user = np.concatenate([vectors[i] for i in seen])
-  found = []
-  for i in wanted:
-    if i >= last or not len(vectors[i]) or of_user.shape[1:] != vectors[i].shape[1:]:
-      found.append(None)
-      continue
-    cosines = vectors[i] @ of_user.T
-    one, other = np.unravel_index(cosines.argmax(), cosines.shape)
-    found.append(
-      {
-        'item': sentences[i][1:][one],
-        'user': theirs[other],
-        'cosine': float(cosines[one, other]),
-      }
+    return [None] * len(items)
+  rows = (recommender.lookup(items, 'items')[0] - 1).tolist()
+  # Items that were added after training have features, but their texts are not stored.
+  stored = {row for row in (*rows, *(known - 1).tolist()) if row < recommender.dataset.num_items}
+  about_items = _stored_sentences(recommender, 'item', features, sorted(stored))
+  about_user = _user_sentences(recommender, users, preference)
+  if about_user is None:
+    in_history = [
+      about_items[row]
+      for row in dict.fromkeys((known - 1).tolist())
+      if row in about_items and len(about_items[row].vectors)
+    ]
+    if not in_history:
+      return [None] * len(items)
+    about_user = _Sentences(
+      [sentence for found in in_history for sentence in found.texts],
+      np.concatenate([found.vectors for found in in_history]),
     )
-  return found
+  return [_best_pair(about_items.get(row), about_user) for row in rows]
 
 
-def _chosen(texts: Iterable[list[str]], rows: list[int]) -> list[tuple[int, list[str]]]:
-  wanted = set(rows)
-  return [(i, found) for i, found in enumerate(texts) if i in wanted]
+def _user_sentences(
+  recommender: TrainedRecommender, users: Sequence[int] | None, preference: str | None
+) -> _Sentences | None:
+  """Returns the sentences of the preference, or those that were written about the user."""
+  written = recommender.dataset.user_features.get(TEXT)
+  if preference is not None:
+    source = written or recommender.dataset.features[TEXT]
+    tokens, mask = text.encode_like(source.folder, source.info, preference)
+    return _Sentences(text.split(preference)[: len(tokens) - 1], _unit(tokens[1:][mask[1:]]))
+  if written is not None and users is not None and written.rows(users)[1].any():
+    (user,) = users
+    return _stored_sentences(recommender, 'user', written, [user])[user]
+  return None
 
 
-def _sentence_vectors(features: Any, rows: list[int]) -> list[np.ndarray]:
-  """For each row `[sentences, width]`, of length 1: token 0 is of the whole text."""
+def _stored_sentences(
+  recommender: TrainedRecommender, of: str, features: Features, rows: list[int]
+) -> dict[int, _Sentences]:
+  """Reads the sentences about some items or users by their row."""
+  chosen = set(rows)
+  stored = text.texts(recommender.config.data_dir, of, features.shape[1] - 1)
+  # Token 0 and the first text stand for the whole text, not for a sentence.
+  texts = {row: parts[1:] for row, parts in enumerate(stored) if row in chosen}
   tokens, mask = features.rows(np.array(rows, int))
-  return [_unit(t[1:][m[1:]]) for t, m in zip(tokens, mask, strict=True)]
+  return {
+    row: _Sentences(texts[row], _unit(t[1:][m[1:]]))
+    for row, t, m in zip(rows, tokens, mask, strict=True)
+  }
+
+
+def _best_pair(about_item: _Sentences | None, about_user: _Sentences) -> dict[str, Any] | None:
+  """Returns the two most similar sentences, None if there are none or other encoders made them."""
+  if about_item is None or not len(about_item.vectors):
+    return None
+  if about_item.vectors.shape[1:] != about_user.vectors.shape[1:]:
+    return None
+  cosines = about_item.vectors @ about_user.vectors.T
+  i, j = np.unravel_index(cosines.argmax(), cosines.shape)
+  return {
+    'item': about_item.texts[i],
+    'user': about_user.texts[j],
+    'cosine': float(cosines[i, j]),
+  }
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

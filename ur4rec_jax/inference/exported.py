@@ -1,7 +1,7 @@
 """Opens a folder that `ur4rec_jax.export` wrote.
 
-Needs only jax, NumPy and flatbuffers (with which jax stores programs), so it runs in a process that
-has none of the packages that training needs.
+This needs only jax, NumPy and flatbuffers, in which jax stores programs. The packages that training
+needs may be missing.
 
   from ur4rec_jax import exported
 
@@ -23,18 +23,23 @@ import numpy as np
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.inference.recommender import Recommender, Users
+from ur4rec_jax.inference.stored_format import Settings
 
 FORMAT_VERSION = 1
 MANIFEST, PROGRAM, ARRAYS, ITEMS = 'manifest.json', 'program.bin', 'arrays.npz', 'items.json'
-USERS = 'users.npz'  # Only if asked for.
+USERS = 'users.npz'  # Only folders that were exported with --users have it.
+_AGAIN = 'export it again: python -m ur4rec_jax.export --workdir=DIR --out=FOLDER'
 
 
 def load(folder: str | pathlib.Path) -> Recommender:
-  """Opens what `ur4rec_jax.export` wrote.
+  """Opens an exported folder.
+
+  Args:
+    folder: the folder that `ur4rec_jax.export` wrote.
 
   Raises:
-    InputError: it is no such folder, a file is missing or has changed, or it is of a version or
-      for a device that this process has not.
+    InputError: this is not an exported folder, a file is missing or has changed, or the folder
+      needs another version of this package or of jax, or another device.
   """
   folder = pathlib.Path(folder)
   manifest = _read_manifest(folder)
@@ -42,8 +47,8 @@ def load(folder: str | pathlib.Path) -> Recommender:
   written, here = manifest['jax'], jax.__version__
   if _version(here) < _version(written):
     raise InputError(
-      f'{folder}: was exported with jax {written}, which jax {here} may not read; install jax'
-      f' {written} or newer'
+      f'{folder}: was exported with jax {written}, and the older jax {here} may fail to read it;'
+      f' install jax {written} or newer'
     )
   device = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
   if device not in manifest['platforms']:
@@ -52,29 +57,38 @@ def load(folder: str | pathlib.Path) -> Recommender:
       ' JAX_PLATFORMS=cpu, or export it again for this device'
     )
   program = jax.jit(jax.export.deserialize(bytearray(contents[PROGRAM])).call)
-  arrays: dict[str, Any] = {'params': {}, 'items': {}, 'covariances': {}, 'sketch': {}}
-  for name, values in _unpack(contents[ARRAYS], manifest).items():
-    *parents, last = name.split('/')
-    tree = arrays
-    for parent in parents:
-      tree = tree.setdefault(parent, {})
-    tree[last] = values
+  arrays = _as_tree(_unpack(contents[ARRAYS], manifest))
+  settings = Settings.from_manifest(manifest['settings'])
   users = None
   if USERS in contents:
-    found = _unpack(contents[USERS], manifest)
-    users = Users(
-      {name: i for i, name in enumerate(found['ids'].tolist())},
-      found['offsets'],
-      found['items'],
-      {
-        name: (found[f'tokens/{name}'], found[f'mask/{name}'])
-        for name in manifest['settings']['preferences']
-      },
-    )
-  return Recommender(program, arrays, json.loads(contents[ITEMS]), manifest['settings'], users)
+    users = _users(_unpack(contents[USERS], manifest), settings)
+  return Recommender(program, arrays, json.loads(contents[ITEMS]), settings, users)
+
+
+def _as_tree(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Turns arrays by path (`items/sasrec/vectors`) into nested dicts."""
+  # Folders without covariances or a sketch store nothing for them, but the program expects a dict.
+  tree: dict[str, Any] = {'params': {}, 'items': {}, 'covariances': {}, 'sketch': {}}
+  for path, values in flat.items():
+    *parents, name = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = values
+  return tree
+
+
+def _users(arrays: Mapping[str, np.ndarray], settings: Settings) -> Users:
+  return Users(
+    {name: i for i, name in enumerate(arrays['ids'].tolist())},
+    arrays['offsets'],
+    arrays['items'],
+    {name: (arrays[f'tokens/{name}'], arrays[f'mask/{name}']) for name in settings.preferences},
+  )
 
 
 def _unpack(archive: bytes, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Reads an archive; the manifest names the types, such as bfloat16, that NumPy cannot store."""
   with np.load(io.BytesIO(archive), allow_pickle=False) as file:
     return {
       name: values.view(manifest['dtypes'].get(name, values.dtype)) for name, values in file.items()
@@ -83,27 +97,26 @@ def _unpack(archive: bytes, manifest: Mapping[str, Any]) -> dict[str, np.ndarray
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / MANIFEST
-  again = 'export it again: python -m ur4rec_jax.export --workdir=DIR --out=FOLDER'
   if not path.is_file():
-    raise InputError(f'{folder}: no exported model (no {MANIFEST}); {again}')
+    raise InputError(f'{folder}: no exported model (no {MANIFEST}); {_AGAIN}')
   try:
     content = path.read_text(encoding='utf-8')
     manifest = json.loads(content)
     version = manifest['format_version']
     del manifest['sha256']
   except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-    raise InputError(f'{path}: cannot be read ({error!r}); {again}') from error
+    raise InputError(f'{path}: cannot be read ({error!r}); {_AGAIN}') from error
   if content != manifest_text(manifest):
-    raise InputError(f'{path}: has changed since it was written; {again}')
+    raise InputError(f'{path}: has changed since it was written; {_AGAIN}')
   if version != FORMAT_VERSION:
     raise InputError(
-      f'{path}: is of format {version}, this version reads {FORMAT_VERSION}; {again}'
+      f'{path}: is of format {version}, this version reads {FORMAT_VERSION}; {_AGAIN}'
     )
   return manifest
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
-  """What the manifest's file holds: the manifest, and its own SHA-256."""
+  """Returns the content of the manifest's file: the manifest with its own SHA-256."""
   digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
   return json.dumps({**manifest, 'sha256': digest}, indent=2) + '\n'
 

@@ -1,7 +1,7 @@
-"""The trained model as one pure function from histories to the best items, and what it reads.
+"""The trained model as one pure function from histories to the best items.
 
-Everything is plain dicts of arrays, so that `jax.export` can store the function and nothing but jax
-and NumPy is needed to call it.
+The function takes and returns plain dicts of arrays. `jax.export` can therefore store it, and
+calling it needs only jax and NumPy.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ur4rec_jax.data.features import Preferences, TokenTable
+from ur4rec_jax.inference import stored_format
 from ur4rec_jax.models.content import Content, EncodedItems
 from ur4rec_jax.models.fusion import (
   cascade,
@@ -25,23 +26,26 @@ from ur4rec_jax.models.ur4rec import BRANCHES, UR4Rec
 Array = jax.Array
 PyTree = Any
 ID = 'id'
-# The approximate search compares so many directions of item vectors, a share of all, and then
-# scores so many candidates exactly.
+# The approximate search projects item vectors on this share of their directions, takes the best
+# candidates there, and scores them exactly. It cannot find more items than it has candidates.
 SKETCHED_SHARE = 1 / 4
-CANDIDATES = 1024  # The most items that it can give.
+CANDIDATES = 1024
 
 
 def _has_id(branch: SASRec | Retriever) -> bool:
-  """Whether a branch's item vectors are made of an embedding of the id, too."""
+  """Tells whether a branch's item vectors contain an embedding of the item's id."""
   return branch.item_id if isinstance(branch, Retriever) else branch.has_item_table
 
 
 def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:
-  """Names what each branch's item vectors are made of: modalities, then the id; {} if of one thing.
+  """Names the parts of which item vectors are sums: the modalities, then the id.
 
   Args:
-    model: whose items.
-    modalities: of the items.
+    model: the model.
+    modalities: names of the items' modalities.
+
+  Returns:
+    Names by branch. Branches whose item vectors have a single part are missing.
   """
   names = {}
   for name, branch in model.branches.items():
@@ -53,7 +57,14 @@ def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:
 
 
 def share_names(model: UR4Rec, modalities: list[str]) -> list[str]:
-  """Names the columns of shares: each branch, then in sums what its item vectors are made of."""
+  """Names the columns of shares: each branch, followed by the parts of its item vectors.
+
+  The parts are named only if the score is a sum.
+
+  Args:
+    model: the model.
+    modalities: names of the items' modalities.
+  """
   parts = part_names(model, modalities) if model.is_sum else {}
   return [
     column
@@ -63,54 +74,56 @@ def share_names(model: UR4Rec, modalities: list[str]) -> list[str]:
 
 
 def item_arrays(model: UR4Rec, params: PyTree, features: dict[str, TokenTable]) -> dict[str, Any]:
-  """Makes what is stored of each item.
+  """Encodes items into the arrays that scoring needs.
 
   Args:
-    model: trained on these items, or on others with an id embedding for each of these.
-    params: its parameters.
-    features: by modality, tables with `items + 1` rows.
+    model: a model of as many items as `features` has.
+    params: its parameters, with one id embedding for each of these items.
+    features: content by modality, tables with `items + 1` rows.
 
   Returns:
-    By branch `vectors` `[items + 1, width]`; where there is content, `modalities` and `present` of
-    the retriever as `Content` has them, and `parts`, `[items + 1, parts, width]` in the order of
-    `part_names`, whose sum `vectors` is.
+    By branch `vectors` `[items + 1, width]`. For a retriever with content also `modalities` and
+    `present` as in `Content`. For branches in `part_names` also `parts` `[items + 1, parts, width]`
+    in that order, which sum to `vectors`.
   """
-  sides = model.apply({'params': params}, features, method='encode_items')
+  encoded = model.apply({'params': params}, features, method='encode_items')
   names = part_names(model, list(features))
   arrays = {}
-  for branch, side in sides.items():
-    arrays[branch] = {'vectors': side.vectors}
+  for branch, encoded_items in encoded.items():
+    vectors, content = encoded_items.vectors, encoded_items.content
+    arrays[branch] = {'vectors': vectors}
     if branch == 'retriever':
-      arrays[branch] |= {'modalities': side.content.modalities, 'present': side.content.present}
+      arrays[branch] |= {'modalities': content.modalities, 'present': content.present}
     if branch in names:
       tower = getattr(model, branch).content
       fusion = params[branch]['content'].get('fusion', {})
-      parts = modality_parts(tower.fusion, fusion, side.content.modalities, side.content.present)
+      parts = modality_parts(tower.fusion, fusion, content.modalities, content.present)
       if ID in names[branch]:
         parts = jnp.concatenate([parts, params[branch]['item_embedding'][:, None]], axis=1)
-      if branch == 'retriever':  # Whose vectors have length 1.
+      if branch == 'retriever':  # Its vectors have length 1, so the parts are scaled alike.
         lengths = jnp.linalg.norm(parts.sum(1).astype(jnp.float32), axis=-1)
         parts = parts / jnp.maximum(lengths, 1e-6)[:, None, None]
-      arrays[branch]['parts'] = parts.astype(side.vectors.dtype)
+      arrays[branch]['parts'] = parts.astype(vectors.dtype)
   return arrays
 
 
 def catalogue_arrays(
   model: UR4Rec, items: dict[str, Any], approximate: bool = False
 ) -> dict[str, Any]:
-  """Makes what depends on all items together.
+  """Computes the arrays that depend on all items together.
 
   Args:
-    model: whose items.
-    items: from `item_arrays`.
+    model: the model.
+    items: the result of `item_arrays`.
     approximate: whether to prepare the approximate search.
 
   Returns:
-    `covariances` by branch, where the fusion standardises; `sketch` by branch, for the approximate
-    search: `rotation` `[width, directions]`, and `items` `[directions, items + 1]` in it.
+    `covariances` by branch, if the fusion standardises scores, and `sketch` by branch for the
+    approximate search: `rotation` `[width, directions]`, and `items` `[directions, items + 1]`, the
+    rotated item vectors.
   """
-  sides = {branch: _side(of_branch) for branch, of_branch in items.items()}
-  arrays = {'covariances': model.covariances(sides), 'sketch': {}}
+  encoded = {branch: _encoded_items(of_branch) for branch, of_branch in items.items()}
+  arrays = {'covariances': model.covariances(encoded), 'sketch': {}}
   for branch, of_branch in items.items():
     if approximate:
       vectors = of_branch['vectors'][1:]
@@ -123,7 +136,12 @@ def catalogue_arrays(
 
 
 def user_params(model: UR4Rec, params: PyTree) -> PyTree:
-  """Leaves out the parameters that only make item vectors."""
+  """Returns the parameters without those that only encode items.
+
+  Args:
+    model: the model.
+    params: its parameters.
+  """
   of_items = ('content', 'item_embedding')
   return {
     name: {key: x for key, x in tree.items() if key not in of_items} if name in BRANCHES else tree
@@ -133,35 +151,36 @@ def user_params(model: UR4Rec, params: PyTree) -> PyTree:
 
 
 def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Array]]:
-  """Builds the function that ranks.
+  """Builds the function that ranks the catalogue.
 
   Args:
-    model: trained.
+    model: a trained model.
 
   Returns:
-    `program(arrays, queries)`. `arrays` holds `params` of `user_params`, `items` of `item_arrays`
-    and what `catalogue_arrays` gives. `queries` holds
+    `program(arrays, queries)`. `arrays` holds the `params` of `user_params`, the `items` of
+    `item_arrays`, and the result of `catalogue_arrays`. `queries` has the names of `stored_format`:
 
-    - `history` `[batch, length]` int32 item ids, the newest last, 0 before the oldest,
-    - `left_out` `[batch, any]` int32 item ids that are not to be recommended, 0 for none,
-    - `allowed` `[items + 1]` bool, which items may be recommended to anybody,
-    - `emphasis` `[batch, branches]` float32, by which branch scores are multiplied: 1 as trained,
-    - `preferences`, by modality `tokens` `[batch, tokens, width]` and `mask` `[batch, tokens]`,
-    - `places` `[k]` of any type: its length is the number of items to return.
+    - HISTORY `[batch, length]` int32 item numbers, the newest last, 0 before the oldest,
+    - EXCLUDED `[batch, excluded]` int32 items that must not be recommended to the user, 0 for none,
+    - ALLOWED `[items + 1]` bool, the items that may be recommended to anybody,
+    - WEIGHTS `[batch, branches]` float32, factors of the branches' scores; 1 scores as trained,
+    - PREFERENCES by modality, `tokens` `[batch, tokens, width]` and `mask` `[batch, tokens]`,
+    - POSITIONS `[k]` of any type; only its length is used, as the number of items to return.
 
-    It gives item ids `[batch, k]` int32, the best first, their scores, -inf where nothing is left,
-    and what adds up to the scores, `[batch, k, shares]` in the order of `share_names`. With the
-    fusion `cascade` these are the branches' own scores, which do not add up.
+    The function returns item numbers `[batch, k]` int32, the best first; their scores `[batch, k]`,
+    -inf where no item is left; and shares `[batch, k, shares]` in the order of `share_names`, which
+    sum to the scores. With the fusion `cascade`, shares are the branches' own scores and have no
+    such sum.
   """
 
   def program(arrays: dict, queries: dict) -> tuple[Array, Array, Array]:
     users = _users(model, arrays, queries)
     scores, by_branch, users = _scores(model, arrays, queries, users)
-    k = queries['places'].shape[0]
+    k = queries[stored_format.POSITIONS].shape[0]
     if arrays['sketch']:
       rough, ids = jax.lax.top_k(scores, min(CANDIDATES, scores.shape[1]))
       exact = sum(
-        _of_items(x, arrays['items'][branch]['vectors'], ids) for branch, x in users.items()
+        _scores_of_chosen(x, arrays['items'][branch]['vectors'], ids) for branch, x in users.items()
       )
       best, order = jax.lax.top_k(jnp.where(rough > -jnp.inf, exact, -jnp.inf), k)
       ids = jnp.take_along_axis(ids, order, axis=1)
@@ -173,9 +192,14 @@ def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Ar
 
 
 def make_scorer(model: UR4Rec) -> Callable[[dict, dict, Array], Array]:
-  """Builds `scorer(arrays, queries, ids)`: scores of given items above the catalogue's mean.
+  """Builds the function that scores chosen items relative to the mean of the catalogue.
 
-  It takes what `make_program`'s function takes, and `[ids]` item ids; gives `[batch, ids]`.
+  Args:
+    model: a trained model.
+
+  Returns:
+    `scorer(arrays, queries, ids)`. The first two arguments are those of `make_program`'s function,
+    the third has item numbers `[ids]`. It returns `[batch, ids]` float32.
   """
 
   def scorer(arrays: dict, queries: dict, ids: Array) -> Array:
@@ -189,21 +213,21 @@ def make_scorer(model: UR4Rec) -> Callable[[dict, dict, Array], Array]:
 
 
 def _users(model: UR4Rec, arrays: dict, queries: dict) -> dict[str, Array]:
-  """By branch `[batch, width]`: each user's state after the whole history."""
-  history = queries['history']
+  """Returns each user's state after the whole history: `[batch, width]` by branch."""
+  history = queries[stored_format.HISTORY]
   newest = jnp.arange(history.shape[1]) == history.shape[1] - 1
-  # Without a history there is still one position, which sees the preference alone.
+  # A user without history still gets one position, at which the model sees only the preference.
   segments = ((history > 0) | newest).astype(jnp.int32)
   preferences = None
-  if queries['preferences']:
+  if queries[stored_format.PREFERENCES]:
     tables = {
       name: TokenTable(table['tokens'][:, None], table['mask'][:, None])
-      for name, table in queries['preferences'].items()
+      for name, table in queries[stored_format.PREFERENCES].items()
     }
     preferences = Preferences(tables, segments > 0)
   users = model.apply(
     {'params': _with_placeholders(model, arrays['params'])},
-    {branch: _side(items) for branch, items in arrays['items'].items()},
+    {branch: _encoded_items(items) for branch, items in arrays['items'].items()},
     history,
     segments,
     preferences,
@@ -213,7 +237,7 @@ def _users(model: UR4Rec, arrays: dict, queries: dict) -> dict[str, Array]:
   return {branch: x[:, -1] for branch, x in users.items()}
 
 
-def _side(items: dict[str, Array]) -> EncodedItems:
+def _encoded_items(items: dict[str, Array]) -> EncodedItems:
   content = None
   if 'modalities' in items:
     content = Content(None, items['modalities'], items['present'], None)
@@ -221,7 +245,10 @@ def _side(items: dict[str, Array]) -> EncodedItems:
 
 
 def _with_placeholders(model: UR4Rec, params: PyTree) -> PyTree:
-  """Puts zeros for parameters that modules declare and nothing here reads; XLA drops them."""
+  """Adds zeros for the id embeddings, which modules declare but scoring never reads.
+
+  XLA removes them from the compiled program.
+  """
   params = dict(params)
   for name, branch in model.branches.items():
     if _has_id(branch):
@@ -233,23 +260,27 @@ def _with_placeholders(model: UR4Rec, params: PyTree) -> PyTree:
 def _scores(
   model: UR4Rec, arrays: dict, queries: dict, users: dict[str, Array]
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-  """Scores `[batch, items + 1]`, by branch what made them, and the users scaled to it.
+  """Scores the catalogue.
 
-  With a sketch the scores of the branches are those in the sketch.
+  Returns:
+    Scores `[batch, items + 1]`, -inf for items that must not be recommended; the scores of each
+    branch; and the users, scaled so that their inner products with items are these scores. If there
+    is a sketch, scores are those of the sketch.
   """
-  emphasis = {branch: queries['emphasis'][:, i, None] for i, branch in enumerate(users)}
-  rows = jnp.arange(queries['history'].shape[0])[:, None]
+  weights = {branch: queries[stored_format.WEIGHTS][:, i, None] for i, branch in enumerate(users)}
+  rows = jnp.arange(queries[stored_format.HISTORY].shape[0])[:, None]
 
-  def leave_out(scores: Array) -> Array:
-    # Row 0 is no item, so that it takes what pads `left_out`, too.
-    scores = scores.at[rows, queries['left_out']].set(-jnp.inf).at[:, 0].set(-jnp.inf)
-    return jnp.where(queries['allowed'], scores, -jnp.inf)
+  def exclude(scores: Array) -> Array:
+    # Column 0 is no item, so it may take the zeros that pad the excluded items.
+    excluded = queries[stored_format.EXCLUDED]
+    scores = scores.at[rows, excluded].set(-jnp.inf).at[:, 0].set(-jnp.inf)
+    return jnp.where(queries[stored_format.ALLOWED], scores, -jnp.inf)
 
   if model.is_sum:
     users = model.apply(
       {'params': arrays['params']}, users, arrays['covariances'], method='scaled_users'
     )
-    users = {branch: (x * emphasis[branch]).astype(x.dtype) for branch, x in users.items()}
+    users = {branch: (x * weights[branch]).astype(x.dtype) for branch, x in users.items()}
   by_branch = {}
   for branch, x in users.items():
     if arrays['sketch']:
@@ -258,36 +289,36 @@ def _scores(
     else:
       by_branch[branch] = inner_products(x, arrays['items'][branch]['vectors'])
   if model.is_sum:
-    return leave_out(sum(by_branch.values())), by_branch, users
+    return exclude(sum(by_branch.values())), by_branch, users
   if model.fusion.kind == 'rank':
     weighted = {
       branch: reciprocal_rank(
-        [leave_out(by_branch[branch])], [emphasis[branch] * constant], model.fusion.rank_constant
+        [exclude(by_branch[branch])], [weights[branch] * constant], model.fusion.rank_constant
       )
       for branch, constant in zip(users, model.fusion.weights, strict=True)
     }
-    return leave_out(sum(weighted.values())), weighted, users
-  # Times 0 and below, a branch has no say; by how much a branch is stressed makes no difference.
-  stressed = [leave_out(by_branch[branch] * jnp.sign(emphasis[branch])) for branch in users]
-  return leave_out(cascade(*stressed, model.fusion.cascade_size)), by_branch, users
+    return exclude(sum(weighted.values())), weighted, users
+  # The cascade compares ranks, so a weight can only switch a branch on or off.
+  switched = [exclude(by_branch[branch] * jnp.sign(weights[branch])) for branch in users]
+  return exclude(cascade(*switched, model.fusion.cascade_size)), by_branch, users
 
 
-def _of_items(users: Array, vectors: Array, ids: Array) -> Array:
-  """Inner products `[batch, ids]` of users `[batch, width]` with chosen items' vectors."""
+def _scores_of_chosen(users: Array, vectors: Array, ids: Array) -> Array:
+  """Returns inner products `[batch, ids]` of users `[batch, width]` with chosen items."""
   return jnp.einsum('bd,bkd->bk', users, vectors[ids], preferred_element_type=jnp.float32)
 
 
 def _shares(
   model: UR4Rec, arrays: dict, users: dict[str, Array], by_branch: dict[str, Array], ids: Array
 ) -> Array:
-  """What the branches, and in sums the parts of their item vectors, add to scores of `ids`."""
+  """Returns `[batch, ids, shares]`: what branches, and parts of item vectors, add to the scores."""
   shares = []
   for branch, x in users.items():
     items = arrays['items'][branch]
     if not model.is_sum:
       shares.append(jnp.take_along_axis(by_branch[branch], ids, axis=1)[..., None])
       continue
-    shares.append(_of_items(x, items['vectors'], ids)[..., None])
+    shares.append(_scores_of_chosen(x, items['vectors'], ids)[..., None])
     if 'parts' in items:
       chosen = items['parts'][ids]
       parts = jnp.einsum('bd,bkpd->bkp', x, chosen, preferred_element_type=jnp.float32)

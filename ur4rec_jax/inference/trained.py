@@ -1,4 +1,4 @@
-"""A trained run in use from Python: DataFrames in and out, users, preferences, new items.
+"""Recommends with a trained run: DataFrames in and out, known users, preferences, new items.
 
 import ur4rec_jax
 
@@ -12,8 +12,8 @@ import functools
 import json
 import pathlib
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +21,49 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
-from ur4rec_jax.data.features import TokenTable, load_features
+from ur4rec_jax.data.features import (
+  Features,
+  Tables,
+  TokenTable,
+  load_features,
+)
 from ur4rec_jax.encoders.text import encode_like
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.evaluation.cold_items import (
-  cold_items_of,
-  find_cold_items,
-  first_tokens,
-  has_pure_item_table,
-  mean_of_nearest,
-  warm_items,
-  with_mean_of_nearest,
-)
-from ur4rec_jax.inference import scoring
-from ur4rec_jax.inference.recommender import Answer, Ids, Recommender
-from ur4rec_jax.models.ur4rec import BRANCHES, create_model
-from ur4rec_jax.runs.knobs import from_stored
+from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
+from ur4rec_jax.inference import frames, scoring
+from ur4rec_jax.inference.new_items import NewItemEncoder, NewItems, read_new_items
+from ur4rec_jax.inference.query import Answer, CheckedQuery, Ids, Query, UserTokens, make_query
+from ur4rec_jax.inference.recommender import Recommender
+from ur4rec_jax.inference.stored_format import Settings
+from ur4rec_jax.models.ur4rec import UR4Rec
 from ur4rec_jax.runs.open_run import open_run, restore_best
-from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
+from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs, stored_config
 
 TEXT = 'text'
-_PREFERENCE = '\0preference'  # The id of a sentence that is read as an item; no item has it.
-_EXPLAINED_AT_ONCE = 64  # Histories.
+_PREFERENCE = '\0preference'  # Id of a preference that is read as an item; no real item has it.
+_EXPLAINED_AT_ONCE = 64  # Histories in one batch when influences are measured.
+
+
+class TrainedModel(NamedTuple):
+  """A trained model and the data that it was trained on.
+
+  Attributes:
+    config: config of the run.
+    dataset: the prepared data.
+    tables: content of the items and users.
+    model: the model.
+    params: its best parameters, NumPy.
+    items: `ids` and `titles` of the catalogue.
+    about: dataset, config and, after the end of the run, protocol and metrics.
+  """
+
+  config: ConfigDict
+  dataset: Dataset
+  tables: Tables
+  model: UR4Rec
+  params: Any
+  items: dict[str, list[str]]
+  about: dict[str, Any]
 
 
 def load(
@@ -53,98 +74,89 @@ def load(
   """Opens the best parameters of a run.
 
   Args:
-    workdir: a folder that training wrote.
-    data_dir: where its prepared data lie now; None for where they lay.
+    workdir: the folder that training wrote.
+    data_dir: the folder of the prepared data, if it has moved since training.
     approximate: whether to search large catalogues approximately, see docs/inference.md.
 
   Raises:
-    InputError: the folder holds no run, or its data are missing or others.
+    InputError: the folder holds no run, or its data are missing or have changed.
   """
-  path = pathlib.Path(workdir) / 'config.json'
-  if not path.is_file():
-    raise InputError(
-      f'--workdir {workdir}: no run here (no {path.name}); train one: python -m ur4rec_jax.main'
-      f' --config=configs/NAME.py --workdir={workdir}'
-    )
-  try:
-    config = from_stored(json.loads(path.read_text())['config'])
-  except (ValueError, LookupError, TypeError) as error:
-    raise InputError(f'{path}: cannot be read ({error!r})') from error
+  return TrainedRecommender(_open_model(workdir, data_dir), approximate)
+
+
+def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None) -> TrainedModel:
+  config = stored_config(workdir)
   if data_dir is not None:
     config.data_dir = str(data_dir)
   run = open_run(config)
-  dataset, tables = run.dataset, run.tables
   check_workdir(str(workdir), run)
   keep_compiled_programs(str(workdir), config)
   stage, params = restore_best(run, str(workdir))
-  config, params = stage.config, jax.device_get(params)
-  model = create_model(config, dataset.num_items)
-  if approximate and not model.is_sum:
-    raise InputError(
-      f'approximate: the fusion {model.fusion.kind} ranks each branch, and only sums of scores'
-      ' can be searched approximately; leave it out'
-    )
   items = {'ids': [], 'titles': []}
   for item in iterate_items(config.data_dir):
     items['ids'].append(item['original_id'])
     items['titles'].append(item['title'])
-  arrays = jax.jit(functools.partial(scoring.item_arrays, model))(params, tables.items)
-  about = {'dataset': dataset.identity(), 'config': config.to_dict()}
+  about = {'dataset': run.dataset.identity(), 'config': stage.config.to_dict()}
   finished = pathlib.Path(workdir) / 'results.json'
   if finished.is_file():
     found = json.loads(finished.read_text())
     about |= {name: found[name] for name in ('protocol', 'valid', 'test', 'seed')}
-  return TrainedRecommender(
-    config, model, params, dataset, tables.users, items, arrays, approximate, about
-  )
+  model, params = run.model_of(stage), jax.device_get(params)
+  return TrainedModel(stage.config, run.dataset, run.tables, model, params, items, about)
 
 
 class TrainedRecommender(Recommender):
-  """Adds to `Recommender` what needs the training data and the whole model."""
+  """A recommender that has the training data and the whole model."""
 
-  def __init__(
-    self,
-    config: ConfigDict,
-    model: Any,
-    params: Any,
-    dataset: Dataset,
-    user_tables: dict[str, TokenTable],
-    items: Mapping[str, Sequence[str]],
-    item_arrays: dict[str, Any],
-    approximate: bool,
-    about: dict[str, Any],
-  ):
-    """Takes what `load` reads; into `item_arrays` of `scoring.item_arrays` it puts cold items."""
-    self.config, self.model, self.params, self.dataset = config, model, params, dataset
-    self._user_tables = user_tables if model.retriever is not None else {}
-    self._approximate = approximate
+  def __init__(self, trained: TrainedModel, approximate: bool = False):
+    """Encodes the catalogue.
+
+    Args:
+      trained: the model and its data.
+      approximate: whether to search large catalogues approximately.
+
+    Raises:
+      InputError: the model's scores cannot be searched approximately.
+    """
+    model = trained.model
+    if approximate and not model.is_sum:
+      raise InputError(
+        f'approximate: the fusion {model.fusion.kind} ranks each branch, and only sums of scores'
+        ' can be searched approximately; leave it out'
+      )
+    # The record itself is not kept: the content of all items would fill the memory.
+    self.config, self.dataset = trained.config, trained.dataset
+    self.model, self.params = model, trained.params
     self.program = jax.jit(scoring.make_program(model))
     self._scorer = jax.jit(scoring.make_scorer(model))
-    if (cold := cold_items_of(model, dataset)) is not None:
-      of_rows = item_arrays['sasrec']
-      of_rows['vectors'] = with_mean_of_nearest(of_rows['vectors'], cold)
-    self._place(items, item_arrays, about)
+    self._new_items = NewItemEncoder(self.config, self.dataset, model, trained.params)
+    self._user_tables = trained.tables.users if model.retriever is not None else {}
+    settings = Settings(
+      branches=list(model.branches),
+      share_names=scoring.share_names(model, list(self.config.modalities)),
+      max_length=self.config.max_length,
+      preferences={name: table.tokens.shape[1:] for name, table in self._user_tables.items()},
+      most_k=scoring.CANDIDATES if approximate else None,
+      about=trained.about,
+    )
+    encode = jax.jit(functools.partial(scoring.item_arrays, model))
+    item_arrays = encode(trained.params, trained.tables.items)
+    if (cold := cold_items_of(model, trained.dataset)) is not None:
+      sasrec = item_arrays['sasrec']
+      sasrec['vectors'] = with_mean_of_nearest(sasrec['vectors'], cold)
+    self._set_catalogue(trained.items, item_arrays, settings)
 
-  def _place(self, items, item_arrays, about) -> None:
-    self._item_arrays, self.items = item_arrays, items
-    self.settings = {
-      'paths': list(self.model.branches),
-      'share_names': scoring.share_names(self.model, list(self.config.modalities)),
-      'max_length': self.config.max_length,
-      'preferences': {name: table.tokens.shape[1:] for name, table in self._user_tables.items()},
-      'most_places': scoring.CANDIDATES if self._approximate else None,
-      'about': about,
-    }
+  def _set_catalogue(
+    self, items: dict[str, list[str]], item_arrays: dict[str, Any], settings: Settings
+  ) -> None:
+    self.items, self._item_arrays = items, item_arrays
+    approximate = settings.most_k is not None
     self.arrays = {
       'params': scoring.user_params(self.model, self.params),
       'items': item_arrays,
-      **scoring.catalogue_arrays(self.model, item_arrays, self._approximate),
+      **scoring.catalogue_arrays(self.model, item_arrays, approximate),
     }
-    super().__init__(self.program, self.arrays, items, self.settings)
-
-  @functools.cached_property
-  def _first_tokens(self) -> dict[str, TokenTable]:
-    return first_tokens(self.dataset)
+    super().__init__(self.program, self.arrays, items, settings)
 
   @functools.cached_property
   def users(self) -> dict[str, int]:
@@ -152,7 +164,11 @@ class TrainedRecommender(Recommender):
     return {name: i for i, name in enumerate(read_interactions(self.config.data_dir).user_ids)}
 
   def history(self, user: str | int) -> list[str]:
-    """All items of a user of the training data, the oldest first; InputError if there is none."""
+    """Returns all items of a user of the training data, the oldest first.
+
+    Raises:
+      InputError: there is no such user.
+    """
     index = self._user_index(user)
     start, end = self.dataset.offsets[index : index + 2]
     return [self.item_ids[i - 1] for i in self.dataset.item_ids[start:end]]
@@ -161,8 +177,8 @@ class TrainedRecommender(Recommender):
     index = self.users.get(str(user))
     if index is None:
       raise InputError(
-        f'user {str(user)!r}: is not in {self.config.data_dir}, whose first is'
-        f' {next(iter(self.users))!r}; a new user is recommended to by a history or a preference'
+        f'user {str(user)!r}: is not in {self.config.data_dir}, whose first user is'
+        f' {next(iter(self.users))!r}; give a history or a preference for a new user'
       )
     return index
 
@@ -175,27 +191,27 @@ class TrainedRecommender(Recommender):
     preference: str | None = None,
     **options: Any,
   ) -> Any:
-    """Recommends to one user or many.
+    """Recommends items to one user or to many.
 
     Args:
-      history: a list of item ids, the oldest first; or of many users: a list of lists, a dict of
-        lists by user, or a DataFrame with the columns `user` and `item`, whose rows are in order of
-        time, or in that of a column `timestamp` if there is one.
-      k: how many items.
-      user: instead of a history, a user of the training data, or a list of them.
-      preference: what the user likes, in words; for one user.
-      **options: `only`, `without`, `keep_seen` and `emphasis` of `Recommender.top`.
+      history: for one user a list of item ids, the oldest first. For many users a list of lists, a
+        dict of lists by user, or a DataFrame with the columns `user` and `item`, whose rows are
+        sorted by the column `timestamp` if there is one.
+      k: number of items to recommend to each user.
+      user: a user of the training data or a list of them, instead of a history.
+      preference: what the user likes, in words; used for all users of the call.
+      **options: `only`, `without`, `keep_seen` and `weights` of `Query`.
 
     Returns:
-      A pandas DataFrame with a row a user and item: `user` (if there are many), `rank`, `item`,
-      `title`, `score`, and a column for each of `share_names`.
+      A pandas DataFrame with one row per user and item: `user` (if there are many), `rank`, `item`,
+      `title`, `score`, and one column for each of `share_names`.
 
     Raises:
-      InputError: as `Recommender.top` does, or a user is unknown.
+      InputError: an argument is wrong, or a user is unknown.
     """
-    names, histories, is_one = self._who(history, user)
-    users = None if user is None else [self._user_index(name) for name in names]
-    answer = self.answer(histories, k, users=users, preference=preference, **options)
+    histories = self._histories(history, user)
+    users = None if user is None else [self._user_index(name) for name in histories.users]
+    answer = self.ask(make_query(histories.items, k, options), users, preference)
     lost = [name for unknown in answer.unknown for name in unknown]
     if lost:
       warnings.warn(
@@ -203,46 +219,18 @@ class TrainedRecommender(Recommender):
         f' {lost[0]!r}',
         stacklevel=2,
       )
-    columns = self.columns(answer)
-    if not is_one:
-      rows = [name for name, items in zip(names, answer.items, strict=True) for _ in items]
-      columns = {'user': rows, **columns}
-    try:
-      import pandas as pd
-    except ImportError as error:
-      raise InputError('pandas is not installed; pip install pandas, or call .answer') from error
-    return pd.DataFrame(columns)
+    return frames.to_frame(answer, self.share_names, histories)
 
-  def _who(self, history: Any, user: Any) -> tuple[list[Any], list[Ids], bool]:
-    """Names of the users, their histories, and whether it is one who was asked for alone."""
-    if (history is None) == (user is None):
-      if history is None:
-        return [''], [[]], True  # Told by the preference alone.
+  def _histories(self, history: Any, user: Any) -> frames.Histories:
+    if history is not None and user is not None:
       raise InputError('history and user exclude each other; leave one out')
     if user is not None:
       is_one = isinstance(user, str | int | np.integer)
       names = [user] if is_one else list(user)
-      return names, [self.history(name) for name in names], is_one
-    if hasattr(history, 'columns'):
-      history = _histories(history)
-    if isinstance(history, Mapping):
-      return list(history), list(history.values()), False
-    if isinstance(history, str | bytes) or not hasattr(history, '__iter__'):
-      raise InputError(f'history: must be a list of item ids, not {history!r:.80}')
-    history = list(history)
-    is_one = all(isinstance(x, str | int | float) or not hasattr(x, '__iter__') for x in history)
-    return ([''], [history], True) if is_one else (list(range(len(history))), history, False)
-
-  def columns(self, answer: Answer) -> dict[str, Any]:
-    """Returns an answer as flat columns, all users one after the other."""
-    shares = np.concatenate([np.zeros((0, len(self.share_names)), np.float32), *answer.shares])
-    return {
-      'rank': [i for items in answer.items for i in range(1, len(items) + 1)],
-      'item': [item for items in answer.items for item in items],
-      'title': [title for titles in answer.titles for title in titles],
-      'score': np.concatenate([np.zeros(0, np.float32), *answer.scores]),
-      **{name: shares[:, i] for i, name in enumerate(self.share_names)},
-    }
+      return frames.Histories(names, [self.history(name) for name in names], is_one)
+    if history is None:  # The preference alone describes the user.
+      return frames.Histories([''], [[]], True)
+    return frames.read_histories(history)
 
   def answer(
     self,
@@ -253,42 +241,65 @@ class TrainedRecommender(Recommender):
     preference: str | None = None,
     **options: Any,
   ) -> Answer:
-    """Does what `recommend` does without pandas.
+    """Recommends items without pandas: lists in, lists and arrays out.
 
     Args:
-      histories: a list of item ids a user.
-      k: how many items.
-      users: their indices in the training data, whose own texts are read.
-      preference: a text for all of them, instead.
-      **options: as those of `recommend`.
+      histories: one list of item ids per user, the oldest item first.
+      k: number of items to recommend to each user.
+      users: the users' indices in the training data, if the model should read their own texts.
+      preference: what the users like, in words; replaces their own texts.
+      **options: `only`, `without`, `keep_seen` and `weights` of `Query`.
+
+    Raises:
+      InputError: an argument is wrong.
     """
-    self.check_k(k)
-    preferences = {} if users is None else self.preferences_of(users)
+    return self.ask(make_query(histories, k, options), users, preference)
+
+  def ask(
+    self, query: Query, users: Sequence[int] | None = None, preference: str | None = None
+  ) -> Answer:
+    """Answers a query.
+
+    Args:
+      query: the query.
+      users: the users' indices in the training data, if the model should read their own texts.
+      preference: what the users like, in words; replaces their own texts.
+
+    Raises:
+      InputError: an argument is wrong.
+    """
+    if users is not None:
+      query = dataclasses.replace(query, preferences=self.preferences_of(users))
     if preference is None:
-      return self.top(histories, k, preferences=preferences, **options)
+      return super().ask(query)
+    self.check_k(query.k)
     if not isinstance(preference, str):
       raise InputError(f'preference: must be a text, not {preference!r:.80}')
-    if TEXT in self._user_tables:
-      features = load_features(self.config.data_dir, 'user', TEXT, self.dataset.split_hash)
-      preferences[TEXT] = tuple(
-        np.repeat(x[None], len(histories), axis=0) for x in _encode(features, preference)
-      )
-      return self.top(histories, k, preferences=preferences, **options)
-    return self._with_sentence(preference, histories, k, preferences, options)
+    if TEXT not in self._user_tables:
+      return self._ask_with_preference_as_item(query, preference)
+    features = load_features(self.config.data_dir, 'user', TEXT, self.dataset.split_hash)
+    count = len(query.histories)
+    tokens, mask = (np.repeat(x[None], count, axis=0) for x in _encode(features, preference))
+    preferences = {**(query.preferences or {}), TEXT: (tokens, mask)}
+    return super().ask(dataclasses.replace(query, preferences=preferences))
 
-  def preferences_of(self, users: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns the tokens of users' own texts, as `top` takes them, by their index in the data."""
+  def preferences_of(self, users: Sequence[int]) -> UserTokens:
+    """Returns the users' own texts.
+
+    Args:
+      users: the users' indices in the training data.
+    """
     rows = np.asarray(users, int)
     return {
       name: (table.tokens[rows], table.mask[rows]) for name, table in self._user_tables.items()
     }
 
-  def _with_sentence(self, preference, histories, k, preferences, options) -> Answer:
-    """Reads a preference as an item with that text, the oldest of each history."""
+  def _ask_with_preference_as_item(self, query: Query, preference: str) -> Answer:
+    """Puts an item with the preference as its text before each history."""
     if TEXT not in self.config.modalities:
       raise InputError(
-        'preference: this model reads no texts, so that words tell it nothing; train a variant that'
-        ' does, e.g. --config=configs/default.py:text, or give a history'
+        'preference: this model reads no texts, so it cannot use words; train a variant that reads'
+        ' texts, e.g. --config=configs/default.py:text, or give a history'
       )
     tokens, mask = _encode(self.dataset.features[TEXT], preference)
     tables = {
@@ -296,179 +307,88 @@ class TrainedRecommender(Recommender):
       for name, features in self.dataset.features.items()
     }
     tables[TEXT] = TokenTable(tokens[None], mask[None])
-    reader = self._with_items([_PREFERENCE], ['the preference'], tables)
-    histories = [[_PREFERENCE, *list(h)[-self.max_length + 1 :]] for h in histories]
-    options['without'] = [*options.get('without', ()), _PREFERENCE]
-    return reader.top(histories, k, preferences=preferences, **options)
+    larger = self._with_items(NewItems([_PREFERENCE], ['the preference'], tables))
+    # The model reads the latest `max_length` items, and the preference must be one of them.
+    latest = [list(history)[-self.max_length + 1 :] for history in query.histories]
+    query = dataclasses.replace(
+      query,
+      histories=[[_PREFERENCE, *history] for history in latest],
+      without=[*query.without, _PREFERENCE],
+    )
+    return larger.ask(query)
 
   def add_items(self, source: str | pathlib.Path) -> tuple['TrainedRecommender', list[str]]:
-    """Appends items that training has not seen, from their content.
+    """Appends items that training has not seen, described by their content.
 
     Args:
       source: a prepared folder with features from the same encoders, or a .npz file with `ids`
-        `[n]`, maybe `titles` `[n]`, and for each modality of the model `[n, tokens, width]` or
-        `[n, width]`.
+        `[items]`, optionally `titles` `[items]`, and for each modality of the model
+        `[items, tokens, width]` or `[items, width]`.
 
     Returns:
-      A recommender that knows them too, and the ids that were there already and stay as they are.
+      A recommender with the new items, and the ids of those that the catalogue already had; they
+      stay as they are.
 
     Raises:
-      InputError: the model knows items by id only, or the features are of other kinds.
+      InputError: the model knows items by their id only, or the features are of other kinds.
     """
-    modalities = list(self.config.modalities)
-    if not modalities:
+    if not self.config.modalities:
       raise InputError(
-        'add_items: this model knows items by their id only, and has nothing to say of new ones;'
-        ' train a variant that reads content, e.g. --config=configs/default.py:text'
+        'add_items: this model knows items by their id only, so it cannot score new ones; train a'
+        ' variant that reads content, e.g. --config=configs/default.py:text'
       )
-    source = pathlib.Path(source)
-    if source.is_dir():
-      ids, titles, tables = self._prepared_items(source, modalities)
-    else:
-      ids, titles, tables = self._table_of_items(source, modalities)
-    known = [name for name in ids if name in self._place_of]
-    new = np.array([i for i, name in enumerate(ids) if name not in self._place_of], int)
-    tables = {name: TokenTable(t.tokens[new], t.mask[new]) for name, t in tables.items()}
-    has_content = np.any([table.mask.any(1) for table in tables.values()], axis=0)
+    modalities = {name: self.dataset.features[name] for name in self.config.modalities}
+    found = read_new_items(source, modalities)
+    is_known = np.array([name in self._number_of for name in found.ids], bool)
+    known = found.select(np.flatnonzero(is_known)).ids
+    new = found.select(np.flatnonzero(~is_known))
+    has_content = np.any([table.mask.any(1) for table in new.tables.values()], axis=0)
     if not has_content.all():
-      first = ids[new[int(np.argmin(has_content))]]
+      first = new.ids[int(np.argmin(has_content))]
       raise InputError(f'{source}: item {first!r} has no features; leave it out, or encode it')
-    if not len(new):
-      return self, known
-    return self._with_items([ids[i] for i in new], [titles[i] for i in new], tables), known
+    return (self._with_items(new) if new.ids else self), known
 
-  def _prepared_items(self, folder: pathlib.Path, modalities: list[str]):
-    items = list(iterate_items(folder))
-    tables = {}
-    for name in modalities:
-      features, ours = load_features(folder, 'item', name), self.dataset.features[name]
-      for field in ('encoder', 'width', 'projection', 'is_normalised'):
-        if features.info[field] != ours.info[field]:
-          raise InputError(
-            f'{features.folder}: differs in {field} from {ours.folder}, on which the model was'
-            ' trained; encode the new items with the same encoder and flags'
-          )
-      features = dataclasses.replace(features, max_tokens=ours.max_tokens)
-      tables[name] = TokenTable(*(x[1:] for x in features.table()))
-    return [item['original_id'] for item in items], [item['title'] for item in items], tables
-
-  def _table_of_items(self, path: pathlib.Path, modalities: list[str]):
-    try:
-      with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    except (OSError, ValueError, EOFError) as error:
-      raise InputError(
-        f'add_items {path}: is neither a prepared folder nor a readable .npz file ({error})'
-      ) from error
-    for name in ('ids', *modalities):
-      if name not in arrays or len(arrays[name]) != len(arrays['ids']):
-        raise InputError(f'{path}: must hold {name!r}, with an entry for each of the ids')
-    ids = [str(name) for name in arrays['ids']]
-    if len(set(ids)) < len(ids):
-      raise InputError(f'{path}: an id is there twice; remove one of the two')
-    tables = {}
-    for name in modalities:
-      tokens = arrays[name] if arrays[name].ndim == 3 else arrays[name][:, None]
-      width = self.dataset.features[name].shape[2]
-      if tokens.ndim != 3 or tokens.shape[2] != width or not np.isfinite(tokens).all():
-        raise InputError(f'{path}: {name} must be finite, [items, tokens, {width}]')
-      tokens = tokens[:, : self.dataset.features[name].max_tokens or None]
-      # No token is all zeros: where there are zeros, there is none.
-      tables[name] = TokenTable(tokens.astype(np.float32), tokens.any(2))
-    return ids, [str(title) for title in arrays.get('titles', ids)], tables
-
-  def _with_items(
-    self, ids: list[str], titles: list[str], tables: dict[str, TokenTable]
-  ) -> 'TrainedRecommender':
-    """A copy that knows more items, row i of the tables of the i-th."""
-    count = len(ids)
-    dtype = jnp.dtype(self.config.dtype)
-    features = {
-      name: TokenTable(
-        np.pad(table.tokens, ((1, 0), (0, 0), (0, 0))).astype(dtype),
-        np.pad(table.mask, ((1, 0), (0, 0))),
-      )
-      for name, table in tables.items()
-    }
-    params = {
-      name: {
-        key: np.zeros((count + 1, *x.shape[1:]), x.dtype) if key == 'item_embedding' else x
-        for key, x in tree.items()
-      }
-      if name in BRANCHES
-      else tree
-      for name, tree in self.params.items()
-    }
-    new = scoring.item_arrays(create_model(self.config, count), params, features)
-    if has_pure_item_table(self.model):
-      new['sasrec']['vectors'] = self._rows_of(tables)
-    joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new[1:]]), self._item_arrays, new)
-    items = {'ids': [*self.item_ids, *ids], 'titles': [*self.titles, *titles]}
+  def _with_items(self, new: NewItems) -> 'TrainedRecommender':
+    """Returns a copy with more items. It shares the compiled programs with this recommender."""
+    arrays = self._new_items.encode(new.tables, self._item_arrays)
+    joined = jax.tree.map(
+      lambda old, more: jnp.concatenate([old, more[1:]]), self._item_arrays, arrays
+    )
+    items = {'ids': [*self.item_ids, *new.ids], 'titles': [*self.titles, *new.titles]}
     larger = copy.copy(self)
-    larger._place(items, joined, self.about)
+    larger._set_catalogue(items, joined, self.settings)
     return larger
 
-  def _rows_of(self, tables: dict[str, TokenTable]) -> jax.Array:
-    """`[new items + 1, dim]`: what a branch of rows takes new items for."""
-    rows = self._item_arrays['sasrec']['vectors']
-    features = {
-      name: TokenTable(
-        np.concatenate([known.tokens, tables[name].tokens[:, :1]]),
-        np.concatenate([known.mask, tables[name].mask[:, :1]]),
-      )
-      for name, known in self._first_tokens.items()
-    }
-    count = len(next(iter(tables.values())).mask)
-    is_new = np.repeat([False, True], [self.dataset.num_items + 1, count])
-    is_warm = np.pad(warm_items(self.dataset), (0, count))
-    found = find_cold_items(features, is_new, is_warm, self.model.sasrec.dim)
-    new = jnp.broadcast_to(rows[1:].mean(0), (count + 1, rows.shape[1]))  # Without a first token.
-    if found is None:
-      return new
-    return new.at[found.items - self.dataset.num_items].set(mean_of_nearest(rows, found))
-
   def influences(self, history: Ids, items: Ids, users: Sequence[int] | None = None) -> np.ndarray:
-    """How much each item of a history speaks for some items.
+    """Measures how much each item of a history raises the scores of some items.
 
-    An influence is by how much the item's score, above the mean of the catalogue, falls when that
-    one interaction is left out of the history. It is measured and not read off attention weights,
-    which say where a layer looks and not what that does to the score; and it means the same in
-    every branch and fusion.
+    The influence is the fall of the item's score, above the mean of the catalogue, when that one
+    interaction is left out of the history. Attention weights would only say where a layer looks,
+    not how that changes the score. The influence means the same in every branch and fusion.
 
     Args:
       history: item ids, the oldest first; unknown ones are ignored.
-      items: of the catalogue.
-      users: the index of the user in the training data, in a list, whose own texts are read.
+      items: ids of catalogue items.
+      users: a list with the user's index in the training data, if the model should read the user's
+        own texts.
 
     Returns:
-      `[history that is read, items]` float32, in the order of the known items of the history.
+      `[history, items]` float32. The rows are the known items of the history that the model reads.
     """
     known = self.lookup(history)[0][-self.max_length :]
-    wanted = self.lookup(items, 'items')[0]
+    numbers = self.lookup(items, 'items')[0]
     histories = [known, *(np.delete(known, i) for i in range(len(known)))]
     scores = []
     for start in range(0, len(histories), _EXPLAINED_AT_ONCE):
       part = histories[start : start + _EXPLAINED_AT_ONCE]
       preferences = {} if users is None else self.preferences_of([*users] * len(part))
       nothing = [np.zeros(0, np.int32)] * len(part)
-      queries = self.queries(part, nothing, preferences=preferences)
-      scores.append(np.asarray(self._scorer(self._arrays, queries, wanted))[: len(part)])
+      query = CheckedQuery(part, 1, nothing, preferences=preferences)
+      found = self._scorer(self._arrays, self.program_inputs(query), numbers)
+      scores.append(np.asarray(found)[: len(part)])
     scores = np.concatenate(scores)
     return scores[0] - scores[1:]
 
 
-def _histories(frame: Any) -> dict[Any, list]:
-  """Turns a DataFrame with a row an interaction into histories by user."""
-  missing = [name for name in ('user', 'item') if name not in frame.columns]
-  if missing:
-    raise InputError(
-      f'history: the DataFrame has no column {missing[0]!r}, only {", ".join(map(str, frame))};'
-      ' rename yours to user, item and, for the order, timestamp'
-    )
-  if 'timestamp' in frame.columns:
-    frame = frame.sort_values('timestamp', kind='stable')
-  return frame.groupby('user', sort=False)['item'].agg(list).to_dict()
-
-
-def _encode(features: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
+def _encode(features: Features, text: str) -> tuple[np.ndarray, np.ndarray]:
   return encode_like(features.folder, features.info, text)

@@ -1,0 +1,197 @@
+"""The routes of the HTTP service: recommendations as JSON, and a page to try them."""
+
+import asyncio
+import contextlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import fastapi
+import numpy as np
+from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from prometheus_client import generate_latest
+
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.inference.batcher import Batcher, Job
+from ur4rec_jax.inference.http_schema import (
+  MOST_CHARACTERS,
+  Health,
+  Item,
+  Problem,
+  Recommendations,
+  make_question,
+  problem,
+)
+from ur4rec_jax.inference.query import Query
+from ur4rec_jax.inference.recommender import Recommender
+
+MOST_FOUND = 20  # Results of a search.
+_PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
+_PAGE_HEADERS = {
+  'Content-Security-Policy': "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline';"
+  " style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none';"
+  " frame-ancestors 'none'"
+}
+Search = Annotated[str, fastapi.Query(max_length=MOST_CHARACTERS)]
+
+
+def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
+  """Builds the ASGI application.
+
+  Args:
+    recommender: the recommender to serve.
+    batcher: a batcher of the same recommender.
+  """
+
+  @contextlib.asynccontextmanager
+  async def lifespan(_):
+    running = asyncio.create_task(batcher.run())
+    yield
+    running.cancel()
+
+  app = FastAPI(title='ur4rec_jax', lifespan=lifespan, docs_url=None, redoc_url=None)
+  app.add_exception_handler(RequestValidationError, _on_bad_request)
+  service = Service(recommender, batcher)
+  Question = make_question(recommender.branches, batcher.most_k)
+
+  # The fields of a question depend on the model, so its type is only known here.
+  @app.post('/recommend', responses=_problems(400, 404, 408, 413, 422, 503))
+  async def recommend(question: Question) -> Recommendations:
+    """Returns the best items."""
+    return await service.recommend(question)
+
+  app.get('/items', responses=_problems(422, 503))(service.items)
+  app.get('/users', responses=_problems(422, 503))(service.users)
+  app.get('/history', responses=_problems(404, 422, 503))(service.history)
+  app.get('/health')(service.health)
+  app.get('/metrics', response_class=PlainTextResponse)(metrics)
+  app.get('/', include_in_schema=False)(page)
+  return app
+
+
+class Service:
+  """The handlers of all routes that need the recommender."""
+
+  def __init__(self, recommender: Recommender, batcher: Batcher):
+    """Prepares the searches.
+
+    Args:
+      recommender: the recommender to serve.
+      batcher: a batcher of the same recommender.
+    """
+    self._recommender, self._batcher = recommender, batcher
+    names = zip(recommender.titles, recommender.item_ids, strict=True)
+    self._find_items = make_search([f'{title} {item}' for title, item in names])
+    users = recommender.known_users
+    self._user_names = [] if users is None else list(users.index)
+    self._find_users = make_search(self._user_names)
+
+  async def recommend(self, question: Any) -> JSONResponse:
+    """Answers a question of `http_schema.make_question`."""
+    recommender = self._recommender
+    history, texts = question.history, self._batcher.no_texts
+    try:
+      if question.user is not None:
+        history, texts = recommender.user(question.user)
+      query = recommender.check(
+        Query(
+          [history],
+          question.k,
+          question.only,
+          question.without,
+          question.keep_seen,
+          [getattr(question.weights, branch) for branch in recommender.branches],
+          texts,
+        )
+      )
+    except InputError as error:  # The schema checked the rest, so ids must be unknown.
+      raise HTTPException(404, str(error)) from error
+    only = None if question.only is None else tuple(question.only)
+    answer = await self._batcher.answer(Job(query, only))
+    known = len(query.histories[0])
+    return JSONResponse(
+      {
+        'user': question.user,
+        'history': {'items': known, 'read': min(known, recommender.max_length)},
+        'unknown': answer.unknown[0],
+        'recommendations': recommender.recommendations(answer),
+      }
+    )
+
+  def items(self, search: Search = '') -> list[Item]:
+    """Finds items by a part of their title or id; upper and lower case are the same."""
+    return [self._item(i) for i in self._find_items(search)]
+
+  def users(self, search: Search = '') -> list[str]:
+    """Finds known users by a part of their id; upper and lower case are the same."""
+    return [self._user_names[i] for i in self._find_users(search)]
+
+  async def history(self, user: Search) -> list[Item]:
+    """Returns the items of a known user, the oldest first."""
+    try:
+      known, _ = self._recommender.lookup(self._recommender.user(user)[0])
+    except InputError as error:
+      raise HTTPException(404, str(error)) from error
+    return [self._item(number - 1) for number in known]
+
+  async def health(self) -> Health:
+    """Describes the served model. It answers as soon as the service can recommend."""
+    recommender = self._recommender
+    return Health(
+      status='ok',
+      dataset=recommender.about.get('dataset', {}).get('name', ''),
+      items=len(recommender.item_ids),
+      users=len(self._user_names),
+      paths=recommender.branches,
+      share_names=recommender.share_names,
+      max_length=recommender.max_length,
+      most_k=self._batcher.most_k,
+    )
+
+  def _item(self, index: int) -> dict[str, str]:
+    return {'item': self._recommender.item_ids[index], 'title': self._recommender.titles[index]}
+
+
+async def metrics() -> str:
+  """Returns the metrics in the format of Prometheus."""
+  return PlainTextResponse(generate_latest())
+
+
+async def page() -> HTMLResponse:
+  """Returns the page."""
+  return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+
+
+def make_search(texts: Sequence[str]) -> Callable[[str], list[int]]:
+  """Builds a function that returns the indices of the first texts that contain a part.
+
+  Args:
+    texts: the texts to search; upper and lower case are the same.
+  """
+  lines = [text.casefold().replace('\n', ' ') for text in texts]
+  whole = '\n'.join(lines)  # One scan of one string is fast enough for a million titles.
+  ends = np.cumsum([len(line) + 1 for line in lines])
+
+  def search(part: str) -> list[int]:
+    part, found, at = part.casefold().replace('\n', ' '), [], 0
+    while len(found) < MOST_FOUND and lines and (at := whole.find(part, at)) >= 0:
+      found.append(int(np.searchsorted(ends, at, side='right')))
+      at = int(ends[found[-1]])
+    return found
+
+  return search
+
+
+def _problems(*statuses: int) -> dict[int, dict[str, Any]]:
+  return {status: {'model': Problem} for status in statuses}
+
+
+async def _on_bad_request(_, error: RequestValidationError) -> JSONResponse:
+  """Names the first thing that is wrong with a request."""
+  first = error.errors()[0]
+  if first['type'] == 'json_invalid':
+    return problem(400, f'the body is no JSON: {first["ctx"]["error"]}')
+  field = '.'.join(str(part)[:80] for part in first['loc'][1:])
+  return problem(422, f'{field}: {first["msg"]}' if field else first['msg'])

@@ -1,0 +1,117 @@
+"""The JSON of the HTTP service: requests, answers and errors."""
+
+from typing import Annotated
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+
+from ur4rec_jax.inference.batcher import MOST_IDS
+
+MOST_WEIGHT = 100
+MOST_CHARACTERS = 256  # In an id or a search.
+
+# JSON has a single type of numbers, so 3.0 is a whole number, too.
+Whole = Annotated[
+  int, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
+]
+ItemId = Annotated[str, Field(max_length=MOST_CHARACTERS)] | Whole
+Ids = list[ItemId]
+
+
+class Strict(BaseModel):
+  """Refuses conversions, unknown fields and NaN."""
+
+  model_config = ConfigDict(strict=True, extra='forbid', allow_inf_nan=False)
+
+
+class Problem(BaseModel):
+  """Says what went wrong and how to correct it."""
+
+  detail: str
+
+
+class Item(BaseModel):
+  """An item of the catalogue."""
+
+  item: str
+  title: str
+
+
+class Recommended(Item):
+  """A recommended item; its shares are what each branch adds to the score."""
+
+  rank: int
+  score: float
+  shares: dict[str, float]
+
+
+class Recommendations(BaseModel):
+  """The best items for a user.
+
+  `history` has the number of known items and the number of items that the model reads. `unknown`
+  has the items that are not in the catalogue; they were ignored.
+  """
+
+  user: str | None
+  history: dict[str, int]
+  unknown: list[str]
+  recommendations: list[Recommended]
+
+
+class Health(BaseModel):
+  """The served model and its limits; `paths` are its branches."""
+
+  status: str
+  dataset: str
+  items: int
+  users: int
+  paths: list[str]
+  share_names: list[str]
+  max_length: int
+  most_k: int
+
+
+def make_question(branches: list[str], most_k: int) -> type[BaseModel]:
+  """Builds the model of a request to /recommend.
+
+  Args:
+    branches: names of the model's branches.
+    most_k: the most items that a request can ask for.
+  """
+  weight = (float, Field(1.0, ge=0, le=MOST_WEIGHT))
+  Weights = create_model('Weights', __base__=Strict, **dict.fromkeys(branches, weight))
+
+  class Question(Strict):
+    """Asks for the best items for a history, the oldest item first, or for a known user.
+
+    `weights` multiply the scores of the branches: 1 scores as trained, 0 switches a branch off.
+    """
+
+    model_config = ConfigDict(
+      json_schema_extra={'oneOf': [{'required': ['history']}, {'required': ['user']}]}
+    )
+    history: Ids = Field(None, min_length=1, max_length=MOST_IDS)
+    user: str = Field(None, max_length=MOST_CHARACTERS)
+    k: Whole = Field(min(10, most_k), ge=1, le=most_k)
+    only: Ids = Field(None, min_length=1, max_length=MOST_IDS)
+    without: Ids = Field((), max_length=MOST_IDS)
+    keep_seen: bool = False
+    weights: Weights = Weights()
+
+    @model_validator(mode='after')
+    def _one_of_two(self):
+      if len(self.model_fields_set & {'history', 'user'}) != 1:
+        raise ValueError('give one of history and user')
+      return self
+
+  return Question
+
+
+def problem(status: int, detail: str) -> JSONResponse:
+  """Makes an error response.
+
+  Args:
+    status: HTTP status.
+    detail: what went wrong and how to correct it.
+  """
+  return JSONResponse(Problem(detail=detail).model_dump(), status)

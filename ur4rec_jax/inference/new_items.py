@@ -1,0 +1,180 @@
+"""Reads and encodes items that the training data do not have, from their content."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ur4rec_jax.data.dataset import Dataset, iterate_items
+from ur4rec_jax.data.features import Features, TokenTable, load_features
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation import cold_items
+from ur4rec_jax.inference import scoring
+from ur4rec_jax.models.ur4rec import BRANCHES, UR4Rec, create_model
+
+# Features can be compared only if these fields of info.json are equal.
+_SAME_FIELDS = ('encoder', 'width', 'projection', 'is_normalised')
+
+
+class NewItems(NamedTuple):
+  """Items with their content.
+
+  Attributes:
+    ids: original ids.
+    titles: titles.
+    tables: content by modality; row i belongs to item i, and there is no row for padding.
+  """
+
+  ids: list[str]
+  titles: list[str]
+  tables: dict[str, TokenTable]
+
+  def select(self, indices: np.ndarray) -> 'NewItems':
+    """Returns some of the items.
+
+    Args:
+      indices: `[selected]` int.
+    """
+    return NewItems(
+      [self.ids[i] for i in indices],
+      [self.titles[i] for i in indices],
+      {name: TokenTable(x.tokens[indices], x.mask[indices]) for name, x in self.tables.items()},
+    )
+
+
+def read_new_items(source: str | pathlib.Path, trained_on: Mapping[str, Features]) -> NewItems:
+  """Reads items from a prepared folder or a .npz file.
+
+  Args:
+    source: a prepared folder, or a .npz file with `ids` `[items]`, optionally `titles` `[items]`,
+      and for each modality `[items, tokens, width]` or `[items, width]`.
+    trained_on: the item features by modality that the model was trained on.
+
+  Raises:
+    InputError: the source cannot be read, or its features differ in kind from `trained_on`.
+  """
+  source = pathlib.Path(source)
+  return (_read_folder if source.is_dir() else _read_npz)(source, trained_on)
+
+
+def _read_folder(folder: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItems:
+  items = list(iterate_items(folder))
+  tables = {}
+  for name, ours in trained_on.items():
+    features = load_features(folder, 'item', name)
+    for field in _SAME_FIELDS:
+      if features.info[field] != ours.info[field]:
+        raise InputError(
+          f'{features.folder}: differs in {field} from {ours.folder}, on which the model was'
+          ' trained; encode the new items with the same encoder and flags'
+        )
+    features = dataclasses.replace(features, max_tokens=ours.max_tokens)
+    tables[name] = TokenTable(*(x[1:] for x in features.table()))  # Row 0 is padding.
+  return NewItems([i['original_id'] for i in items], [i['title'] for i in items], tables)
+
+
+def _read_npz(path: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItems:
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      arrays = dict(file)
+  except (OSError, ValueError, EOFError) as error:
+    raise InputError(
+      f'add_items {path}: is neither a prepared folder nor a readable .npz file ({error})'
+    ) from error
+  for name in ('ids', *trained_on):
+    if name not in arrays or len(arrays[name]) != len(arrays['ids']):
+      raise InputError(f'{path}: must hold {name!r}, with an entry for each of the ids')
+  ids = [str(name) for name in arrays['ids']]
+  if len(set(ids)) < len(ids):
+    raise InputError(f'{path}: an id is there twice; remove one of the two')
+  tables = {}
+  for name, features in trained_on.items():
+    tokens = arrays[name] if arrays[name].ndim == 3 else arrays[name][:, None]
+    width = features.shape[2]
+    if tokens.ndim != 3 or tokens.shape[2] != width or not np.isfinite(tokens).all():
+      raise InputError(f'{path}: {name} must be finite, [items, tokens, {width}]')
+    tokens = tokens[:, : features.max_tokens or None]
+    # Encoders never give a token of zeros, so zeros mark a missing token.
+    tables[name] = TokenTable(tokens.astype(np.float32), tokens.any(2))
+  return NewItems(ids, [str(title) for title in arrays.get('titles', ids)], tables)
+
+
+class NewItemEncoder:
+  """Encodes new items with a trained model."""
+
+  def __init__(self, config: ConfigDict, dataset: Dataset, model: UR4Rec, params: Any):
+    """Keeps the trained model.
+
+    Args:
+      config: config of the run.
+      dataset: the data that the model was trained on.
+      model: the model.
+      params: its parameters.
+    """
+    self._config, self._dataset = config, dataset
+    self._model, self._params = model, params
+
+  def encode(
+    self, tables: Mapping[str, TokenTable], item_arrays: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Encodes new items.
+
+    Args:
+      tables: the content of the new items by modality.
+      item_arrays: the arrays of the catalogue, from `scoring.item_arrays`.
+
+    Returns:
+      The same arrays for the new items, `new items + 1` rows each, row 0 for padding.
+    """
+    count = len(next(iter(tables.values())).mask)
+    features = {
+      name: TokenTable(
+        np.pad(table.tokens, ((1, 0), (0, 0), (0, 0))).astype(jnp.dtype(self._config.dtype)),
+        np.pad(table.mask, ((1, 0), (0, 0))),
+      )
+      for name, table in tables.items()
+    }
+    # A new item has no embedding of its id: zeros add nothing to its content.
+    params = {
+      name: {
+        key: np.zeros((count + 1, *x.shape[1:]), x.dtype) if key == 'item_embedding' else x
+        for key, x in tree.items()
+      }
+      if name in BRANCHES
+      else tree
+      for name, tree in self._params.items()
+    }
+    arrays = scoring.item_arrays(create_model(self._config, count), params, features)
+    if cold_items.has_pure_item_table(self._model):
+      embeddings = item_arrays['sasrec']['vectors']
+      arrays['sasrec']['vectors'] = self._mean_of_nearest(embeddings, tables)
+    return arrays
+
+  @functools.cached_property
+  def _first_tokens(self) -> dict[str, TokenTable]:
+    return cold_items.first_tokens(self._dataset)
+
+  def _mean_of_nearest(self, embeddings: jax.Array, tables: Mapping[str, TokenTable]) -> jax.Array:
+    """Returns `[new items + 1, dim]`: the mean embedding of the items with the nearest content."""
+    count, num_items = len(next(iter(tables.values())).mask), self._dataset.num_items
+    features = {
+      name: TokenTable(
+        np.concatenate([known.tokens, tables[name].tokens[:, :1]]),
+        np.concatenate([known.mask, tables[name].mask[:, :1]]),
+      )
+      for name, known in self._first_tokens.items()
+    }
+    is_new = np.repeat([False, True], [num_items + 1, count])
+    is_warm = np.pad(cold_items.warm_items(self._dataset), (0, count))
+    found = cold_items.find_cold_items(features, is_new, is_warm, self._model.sasrec.dim)
+    # An item without a first token has no nearest items and gets the mean of all.
+    new = jnp.broadcast_to(embeddings[1:].mean(0), (count + 1, embeddings.shape[1]))
+    if found is None:
+      return new
+    return new.at[found.items - num_items].set(cold_items.mean_of_nearest(embeddings, found))
