@@ -133,7 +133,7 @@ def as_arrow(data: Any) -> pa.Table:
   """Whatever holds columns as an Arrow table."""
   if isinstance(data, pa.Table):
     return data
-  if hasattr(data, 'with_format') and hasattr(data, 'features'):  # a HuggingFace dataset
+  if hasattr(data, 'with_format') and hasattr(data, 'features'):  # A HuggingFace dataset.
     return data.with_format('arrow')[:]
   if hasattr(data, '__arrow_c_stream__'):
     return pa.table(data)
@@ -217,7 +217,7 @@ def encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
   encoded = []
   for role, name in columns.items():
     column = table[name]
-    if pa.types.is_string_view(column.type):  # what Polars hands over
+    if pa.types.is_string_view(column.type):  # Polars gives this type.
       column = column.cast(pa.large_string())
     if role in ('user', 'item') and not pa.types.is_dictionary(column.type):
       column = column.dictionary_encode()

@@ -109,7 +109,7 @@ def text(value: Any) -> str:
     return ''
   if isinstance(value, list | tuple):
     return ' '.join(filter(None, map(text, value)))
-  # JSON may hold halves of surrogate pairs, which no file can.
+  # JSON may hold halves of surrogate pairs, which UTF-8 files cannot.
   return str(value).encode(errors='replace').decode().strip()
 
 
@@ -195,7 +195,7 @@ def _image(value: Any, folder: Path | None, column: str, where: str) -> Path | s
         fault = f'leads out of {folder}; put the pictures there, or pass --images=FOLDER'
       elif not path.is_file():
         fault = f'is not in {folder}; put it there, pass --images=FOLDER, or leave the field empty'
-    except (OSError, ValueError):  # too long for a path, or a NUL byte
+    except (OSError, ValueError):  # The text is too long for a path, or has a NUL byte.
       fault = 'is no file name; correct it'
   if fault:
     raise InputError(f'{where}: {column} {name!r} {fault}')
