@@ -95,7 +95,7 @@ def _classify(path: Path) -> tuple[int, str]:
 
 
 def read(*files: Path, hub_name: str | None = None, category: str | None = None) -> Raw:
-  """Reads files that `find` found, or those of a category on the hub.
+  """Reads the files from `find`, or a category on the hub.
 
   Args:
     *files: reviews, then metadata; none to read from the hub.
@@ -136,7 +136,7 @@ def _is_parquet(file: File) -> bool:
 
 
 def _reviews(file: File) -> Iterator[pa.Table]:
-  """The columns used, in batches."""
+  """Yields the used columns in batches."""
   if _is_parquet(file):
     for batch in _parquet(file, list(_FIELDS), list(_FIELDS)):
       yield pa.Table.from_batches([batch])
@@ -169,7 +169,7 @@ def _reviews(file: File) -> Iterator[pa.Table]:
 def _read_items(
   wanted: Sequence[str], metadata: Sequence[File]
 ) -> tuple[dict[str, Item], list[str]]:
-  """Metadata of some items; what is missing is told."""
+  """Reads the metadata of some items; notes tell what is missing."""
   records = _parquet_records if _is_parquet(metadata[0]) else _json_records
   numbered = itertools.chain.from_iterable(map(records, metadata))
   if len(metadata) > 1:
@@ -216,7 +216,7 @@ def _parquet(file: Path, needed: list[str], wanted: list[str]) -> Iterator[pa.Re
 
 
 def _lines(file: File) -> Iterator[list[tuple[int, bytes]]]:
-  """Numbered non-empty lines, in batches."""
+  """Yields numbered non-empty lines in batches."""
   number = 1
   for batch in _file_lines(file) if isinstance(file, Path) else _hub_lines(file):
     lines = [(n, line) for n, line in enumerate(batch, number) if line.strip()]
@@ -248,7 +248,7 @@ def _hub_lines(url: str) -> Iterator[list[bytes]]:
 
 
 def _on_the_hub(name: str | None, category: str | None) -> tuple[str, list[str], list[str]]:
-  """Revision, reviews and metadata of a category on the hub.
+  """Returns revision, reviews and metadata of a category on the hub.
 
   The repository's own loading script is no way in: `datasets` runs none since version 4.
   """
@@ -305,7 +305,7 @@ def _item(record: dict[str, Any]) -> Item:
 
 
 def _image(images: Any) -> str | None:
-  """The first picture, which is the main one, at the size nearest to what encoders use."""
+  """Returns the URL of the first, main picture, in the size closest to what encoders use."""
   if isinstance(images, dict):  # Parquet holds a dict of lists.
     columns = {name: values for name, values in images.items() if isinstance(values, list)}
     images = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
