@@ -32,14 +32,14 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
   """Writes the page of a prepared folder.
 
   Args:
-    data_dir: the folder.
-    out: the HTML file to write or replace; None: `PAGE` in the folder.
+    data_dir: prepared folder.
+    out: HTML file to write or replace; None for `PAGE` in the folder.
 
   Returns:
     The summary to print.
 
   Raises:
-    InputError: the folder is not a prepared one, or the page cannot be written.
+    InputError: the folder is no prepared dataset, or the page cannot be written.
   """
   info = read_info(data_dir)
   out = Path(os.path.realpath(out or Path(data_dir) / PAGE))
@@ -78,12 +78,12 @@ def measure(
   Args:
     info: content of dataset.json.
     histories: all interactions.
-    items: `[items]` what is known of each.
+    items: `[items]` metadata.
     images: `[items]` picture files or None.
 
   Returns:
-    `density`; `lengths` of the histories; `popularity`; `ratings`, None where there are none;
-    `known`: what -> how many items have it; `warnings`.
+    `density`; `lengths` of the histories; `popularity`; `ratings`, None without ratings; `known`:
+    number of items with each kind of metadata; `warnings`.
   """
   lengths = np.diff(histories.offsets)
   names = ('min', 'q1', 'median', 'q3', 'max')

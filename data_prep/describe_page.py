@@ -1,7 +1,7 @@
 """Renders the statistics of a dataset as one self-contained HTML page.
 
-Here numbers become coordinates and pictures become data; describe.html is the page, and escapes
-whatever is put into it.
+This module computes coordinates and encodes pictures; the template describe.html holds the page and
+escapes all values.
 """
 
 import base64
@@ -72,7 +72,7 @@ def render(
     figures: see `describe.measure`.
     facts: see `describe.facts`.
     histories: all interactions.
-    items: `[items]` what is known of each.
+    items: `[items]` metadata.
     pictures: `[items]` picture files or None.
   """
   counts = info['counts']
@@ -262,7 +262,7 @@ def sample_cards(
   """Chooses popular, medium and rare items, always the same; items with pictures come first.
 
   Args:
-    items: `[items]` what is known of each.
+    items: `[items]` metadata.
     counts: `[items]` interactions.
     pictures: `[items]` picture files or None.
 

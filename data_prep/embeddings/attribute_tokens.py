@@ -1,7 +1,7 @@
 """Encodes columns of an item table, names and numbers, into one token per item.
 
-Sentence encoders tell little of names: two films with the same actor, or two products of one brand,
-are hardly nearer to each other than any. Here every name has a direction of its own.
+Sentence encoders say little about names: two films with the same actor, or two products of one
+brand, get hardly more similar vectors than others. Here every name has its own direction.
 """
 
 import collections
@@ -31,23 +31,23 @@ def source(
 ) -> tuple[Source, int]:
   """Reads columns of a table and joins them with a prepared folder.
 
-  A column of numbers or dates becomes how near a row's lies, in order, to nine of all. Any other is
-  taken for names: a list, nested or not, or a text parted by `|`, or by commas with a blank after.
-  Each has random signs that depend on column and name alone; a row's names are added up, rare ones
-  with more weight, to length 1.
+  A column of numbers or dates is encoded by rank: nine values tell how close the rank is to nine
+  reference points. Every other column holds names: a list, nested or not, or a text separated by
+  `|`, or by commas followed by a blank. Each name has random signs that depend only on column and
+  name. The names of a row are summed, rare names with more weight, and scaled to length 1.
 
   Args:
-    data_dir: the folder.
+    data_dir: prepared folder.
     of: `item` or `user`.
-    path: CSV, TSV, Parquet or JSON lines.
-    columns: which.
-    id_column: where the original ids are; None to look for it.
+    path: table in CSV, TSV, Parquet or JSON lines.
+    columns: columns to encode.
+    id_column: column of original ids; None recognises it by name.
 
   Returns:
-    What to encode, and how many ids of the table are no items or users of the dataset.
+    The rows to encode, and the number of ids that are not in the dataset.
 
   Raises:
-    InputError: the table cannot be read, or something in it is not what it should be.
+    InputError: the table cannot be read, or a value in it is wrong.
   """
   path = Path(path)
   values = _read(path, columns, id_column)

@@ -24,18 +24,18 @@ def source(
   """Reads a file of features and joins it with a prepared folder.
 
   Args:
-    data_dir: the folder.
+    data_dir: prepared folder.
     of: `item` or `user`.
-    path: the file; `tokens` `[n, tokens, width]` or `embeddings` `[n, width]`, and, but for a .npy
-      file, maybe `mask` `[n, tokens]` and `ids` `[n]`.
-    ids_path: a file with an original id a line, where the other has none.
-    scratch: folder for what has to be unpacked to be mapped into memory.
+    path: file with `tokens` `[n, tokens, width]` or `embeddings` `[n, width]`, and optionally
+      `mask` `[n, tokens]` and `ids` `[n]`; a .npy file holds only one array.
+    ids_path: file with one original id per line, if `path` has no ids.
+    scratch: folder for unpacked arrays, which are then memory-mapped.
 
   Returns:
-    What to encode, and how many ids of the file are no items or users of the dataset.
+    The rows to encode, and the number of ids that are not in the dataset.
 
   Raises:
-    InputError: a file cannot be read, or something in it is not what it should be.
+    InputError: a file cannot be read, or an array in it is wrong.
   """
   path = Path(path)
   arrays = _arrays(path, scratch)
@@ -45,7 +45,7 @@ def source(
   elif 'ids' in arrays:
     ids, where = _plain_ids(path, arrays['ids']), path
   else:
-    raise InputError(f'{path}: says nothing of ids; pass --ids=FILE, with an original id a line')
+    raise InputError(f'{path}: has no ids; pass --ids=FILE with one original id per line')
   if len(ids) != len(tokens):
     raise InputError(f'{where}: has {len(ids):,} ids, but {path.name} {len(tokens):,} rows')
   if mask is not None and (mask.dtype != bool or mask.shape != tokens.shape[:2]):

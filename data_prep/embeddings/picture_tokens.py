@@ -32,15 +32,15 @@ _DIRECTIONS = 8  # Histogram bins of edge directions.
 
 
 class Encoder(NamedTuple):
-  """Turns pictures into tokens.
+  """Encodes pictures into tokens.
 
   Attributes:
-    info: what info.json says of it.
-    width: of a token.
-    grid: how many parts a side gives; 0 for token 0 alone.
-    prepare: turns an RGB picture into an array, in a process of its own.
-    workers: functions from a list of such arrays to `[pictures, tokens, width]`, one a device.
-    batch_size: how many pictures one call gets.
+    info: its record in info.json.
+    width: width of a token.
+    grid: parts per side of a picture; 0 for token 0 only.
+    prepare: converts an RGB picture to an array; runs in another process.
+    workers: functions from a list of such arrays to `[pictures, tokens, width]`, one per device.
+    batch_size: pictures per call of a worker.
   """
 
   info: dict[str, Any]
@@ -55,9 +55,9 @@ def source(data_dir: str | Path, encoder: Encoder, processes: int = 0) -> Source
   """Describes how to encode the pictures of a prepared folder.
 
   Args:
-    data_dir: the folder.
-    encoder: what encodes.
-    processes: how many decode pictures; 0 decodes in this one.
+    data_dir: prepared folder.
+    encoder: picture encoder.
+    processes: processes that decode pictures; 0 decodes in this process.
 
   Raises:
     InputError: the folder is no prepared dataset, or no item has a picture.
@@ -234,16 +234,16 @@ def vision_model(
 
   Args:
     name: see `pretrained.find`.
-    grid: how many parts a side are made of the patches, by their mean.
-    layer: `projected`: the last one, normalised and projected to the space that CLIP shares with
-      texts; `last`: the last one, normalised; or a number: what comes out of that layer, -1 of the
-      last one. None: `projected` where there is such a space, else `last`.
+    grid: parts per side; each part is the mean of its patches.
+    layer: `projected` is the last layer, normalised and projected to the space that CLIP shares
+      with texts; `last` is the last layer, normalised; a number is the output of that layer, -1 of
+      the last one. None chooses `projected` if the model has this space, else `last`.
     device: see `pretrained.devices`.
     precision: see `pretrained.precision`.
-    batch_size: how many pictures are encoded at once.
+    batch_size: pictures encoded at once.
 
   Raises:
-    InputError: the model or the device is not to be had, or the model does not read pictures.
+    InputError: the model or the device is not available, or the model reads no pictures.
   """
   folder, identity = pretrained.find(name)
   places = pretrained.devices(device)
@@ -309,7 +309,7 @@ class _Vision:
   """Encodes decoded pictures into tokens on one device.
 
   Attributes:
-    token_0: what stands for the whole picture: `CLS`, `pooled`, or `mean` of the patches.
+    token_0: kind of the vector of the whole picture: `CLS`, `pooled`, or `mean` of the patches.
   """
 
   def __init__(self, model: Any, device: str, layer: str, grid: int):

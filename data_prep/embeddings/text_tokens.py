@@ -15,9 +15,9 @@ def source(data_dir: str | Path, of: str, encoder: text.Encoder, max_tokens: int
   """Describes how to encode the texts of the items or users of a prepared folder.
 
   Args:
-    data_dir: the folder.
-    of: `item`: title, genres, the text written about it, its own description; `user`: the text
-      written about the user.
+    data_dir: prepared folder.
+    of: `item` for title, genres, written text and description of the items; `user` for the written
+      texts about users.
     encoder: text encoder.
     max_tokens: most sentences with a token of their own.
 

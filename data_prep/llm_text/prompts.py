@@ -107,7 +107,7 @@ def item_prompts(
     skipped: counter of items without a prompt, by reason; it is updated.
 
   Raises:
-    InputError: the folder is no prepared dataset, or says nothing of any item.
+    InputError: the folder is no prepared dataset, or no item has a title, genres or description.
   """
   template = read_template('item', language)
   read_info(data_dir)  # An error if this is no prepared dataset.
@@ -149,11 +149,11 @@ def user_prompts(
 
   Args:
     data_dir: a prepared folder.
-    language: of the answer, one of `LANGUAGES`.
-    split_name: which split's held-out interactions stay unseen.
-    hold_back: share of each user's training interactions, the latest, that stay unseen too.
-    max_history: how many of a user's last different items are shown.
-    skipped: counts, by reason, the users without a prompt.
+    language: language of the answer, one of `LANGUAGES`.
+    split_name: split whose held-out interactions are not shown.
+    hold_back: share of each user's training interactions, the latest ones, that is not shown.
+    max_history: most items of a user in a prompt, the latest distinct ones.
+    skipped: counter of users without a prompt, by reason; it is updated.
 
   Raises:
     InputError: the folder is no prepared dataset, has no such split, or no item has a title or
@@ -210,7 +210,7 @@ def parse_answer(raw: str) -> str:
   """Extracts the text of an answer: plain, or a JSON object that may be fenced or within prose.
 
   Raises:
-    ValueError: there is no text to use, with the reason.
+    ValueError: the answer holds no usable text; the message says why.
   """
   if len(raw) > 2 * MAX_ANSWER:
     raise ValueError(f'too long: {len(raw):,} characters')

@@ -14,14 +14,18 @@ from ur4rec_jax.data import splits
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is to be written.
+  """The texts to write: about which data, and with which model.
 
   Attributes:
     data_dir: prepared folder.
-    kinds: `item`, `user`.
-    settings: backend, model and parameters; of the mock writer too.
-    language, split_name, hold_back, max_history, regenerate: of the prompts.
-    retry_failed: whether failures that were final are tried again.
+    kinds: `item`, `user` or both.
+    settings: backend, model and parameters.
+    language: language of prompts and texts.
+    split_name: see `prompts.user_prompts`.
+    hold_back: see `prompts.user_prompts`.
+    max_history: see `prompts.user_prompts`.
+    regenerate: see `prompts.item_prompts`.
+    retry_failed: whether requests with a final failure are sent again.
   """
 
   data_dir: str

@@ -30,7 +30,7 @@ def write_texts(
 ) -> dict[str, int]:
   """Writes `item_texts` or `user_texts` in one step and replaces an earlier folder.
 
-  Items that `texts` lacks get their own description, if they have one.
+  Items without an entry in `texts` get their description from the dataset, if it has one.
 
   Args:
     data_dir: a prepared folder.
@@ -41,10 +41,11 @@ def write_texts(
       too.
 
   Returns:
-    How many have a text, by source, `without_text` and `unknown_ids`.
+    Number of texts by source, and the counts `without_text` and `unknown_ids`.
 
   Raises:
-    InputError: the folder is no prepared dataset, cannot be written, or the texts are not of it.
+    InputError: the folder is no prepared dataset or cannot be written, or the texts belong to
+      another dataset.
   """
   info = read_info(data_dir)
   if kind == 'user':
@@ -79,15 +80,15 @@ def write_texts(
 def read_json(
   path: str | Path, id_field: str = 'id', text_fields: Sequence[str] = ('text',)
 ) -> dict[str, str]:
-  """Reads texts by id: one object `{"<id>": "text"}`, or in a .jsonl file an object a line.
+  """Reads texts by id: one object `{"<id>": "text"}`, or a .jsonl file with one object per line.
 
   Args:
     path: the file.
-    id_field: where a line has its id; text or a whole number.
-    text_fields: where a line has its text, or the parts of it, a line each; may be missing or null.
+    id_field: field of a line with the id, text or a whole number.
+    text_fields: fields of a line whose texts are joined, one per line; they may be missing or null.
 
   Raises:
-    InputError: the file cannot be read, or something in it is not what it should be.
+    InputError: the file cannot be read, or a value in it is wrong.
   """
   path = Path(path)
   if path.suffix.lower() in ('.jsonl', '.ndjson'):
@@ -134,7 +135,7 @@ def read_json(
 
 
 def write_json(data_dir: str | Path, kind: str, path: str | Path) -> int:
-  """Exports texts as `{"<id>": "text"}`, those of the dataset's own included; returns how many.
+  """Exports all texts as `{"<id>": "text"}`, with the dataset's descriptions; returns the number.
 
   Raises:
     InputError: there are no texts, or the file cannot be written.

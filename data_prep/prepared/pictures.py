@@ -58,13 +58,13 @@ def normalise(data: bytes, image_size: int = IMAGE_SIZE) -> tuple[bytes, str]:
 
   Args:
     data: content of a picture file of one of `FORMATS`.
-    image_size: what the short side is reduced to; nothing is enlarged.
+    image_size: largest short side in pixels; small pictures are not enlarged.
 
   Returns:
     Content and suffix of a JPEG or PNG file: `data` itself if nothing had to be done.
 
   Raises:
-    BadPicture: it is none, damaged, too large or too narrow.
+    BadPicture: the content is no picture, damaged, too large or too narrow.
   """
   if len(data) > MAX_BYTES:
     raise BadPicture(f'has {len(data):,} bytes, more than {MAX_BYTES:,}')
@@ -151,12 +151,12 @@ def store(picture: bytes | Path, folder: Path, name: str, image_size: int) -> di
 
   Args:
     picture: a picture file or its content.
-    folder: the dataset's.
+    folder: folder of the dataset.
     name: file name without suffix, see `file_names`.
     image_size: see `normalise`.
 
   Returns:
-    What the manifest says of it: `bytes` and `sha256` of what came, and `path` and
+    Its record in the manifest: `bytes` and `sha256` of the input, and either `path` and
     `stored_sha256`, or the `reason` why it was rejected.
   """
   facts = {}
@@ -187,13 +187,13 @@ def import_all(
   """Stores the pictures of a new dataset in its folder.
 
   Args:
-    folder: the dataset's.
+    folder: folder of the dataset.
     names: `[items]` original ids.
     images: `[items]` content, file, URL or None.
     image_size: see `normalise`.
 
   Returns:
-    `[items]` paths relative to `folder`, or URLs, '' where there is none; and notes for the user.
+    `[items]` paths relative to `folder`, or URLs, '' without a picture; and notes for the user.
   """
   (folder / FOLDER).mkdir()
 
@@ -225,7 +225,8 @@ def import_all(
 def file_names(names: Sequence[str]) -> Sequence[str]:
   """Chooses file names without suffix: the items' ids if all are plain, else their numbers.
 
-  An id may be `../x`, and two ids may differ in case only, which some file systems do not see.
+  Ids are not always safe names: one may be `../x`, and two may differ only in case, which some
+  file systems ignore.
   """
   plain = all(re.fullmatch(r'[0-9A-Za-z][0-9A-Za-z_-]{0,63}', name) for name in names)
   if plain and len({name.casefold() for name in names}) == len(names):
@@ -258,11 +259,11 @@ def read_manifest(data_dir: Path) -> list[dict[str, Any]]:
 def find(data_dir: str | Path) -> list[Path | None]:
   """Finds the pictures of the items of a prepared dataset.
 
-  A picture counts if the manifest says that it was fetched and the file still is what was stored;
-  placeholders do not count.
+  A picture counts if it was fetched according to the manifest and its file has not changed since.
+  Placeholders do not count.
 
   Returns:
-    `[items]` picture files, entry i is of item i + 1; None where there is none.
+    `[items]` picture files or None; entry i belongs to item i + 1.
   """
   data_dir = Path(data_dir)
   fetched = {r['item']: r for r in read_manifest(data_dir) if r['status'] == FETCHED}

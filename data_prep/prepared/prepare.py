@@ -37,13 +37,19 @@ class Place(NamedTuple):
 class Raw(NamedTuple):
   """Interactions as columns, in file order, and the item table.
 
-  `users`, `items`: `[rows]` original ids, integers or strings. `timestamps`: `[rows]` int64, or
-  None where file order is all there is. `ratings`: `[rows]` float32 or None. `lines`: `[rows]`
-  line numbers in `path`, for messages; or a function that finds the place of a row when asked.
-  `table`: by original id, or None where there is none. `table_is_partial`: whether items may be
-  absent from the table. `ticks_per_second`: unit of `timestamps`; rows are ordered by ticks,
-  prepared data keep whole seconds. `notes`: what the user should know of how the data were read.
-  `read_items`: where the item table is too large to hold, reads those of some items, and notes.
+  Attributes:
+    path: file of the rows, for messages.
+    users: `[rows]` original ids, integers or strings.
+    items: `[rows]` original ids, integers or strings.
+    timestamps: `[rows]` int64, or None if rows are already in time order.
+    ratings: `[rows]` float32 or None.
+    lines: `[rows]` line numbers in `path` for messages, or a function that finds the position of a
+      row.
+    table: metadata by original id, or None.
+    table_is_partial: whether items may be missing in the table.
+    ticks_per_second: unit of `timestamps`; rows are sorted by ticks and stored in whole seconds.
+    notes: notes for the user about how the data was read.
+    read_items: reads the metadata of some items, with notes, if the table does not fit in memory.
   """
 
   path: str
@@ -96,10 +102,16 @@ class Options(NamedTuple):
 class Prepared(NamedTuple):
   """A dataset ready to write: user u (from 0) owns `[offsets[u]:offsets[u + 1]]`.
 
-  `offsets`: `[users + 1]` int64. `item_ids`: `[interactions]` int32, 1-based. `timestamps`:
-  `[interactions]` int64. `ratings`: `[interactions]` float32. `item_names` and `items`: `[items]`,
-  entry i is item i + 1. `dropped`: what -> reason -> count. `splits`: name -> what dataset.json
-  says of it. `notes`: those of `Raw`, and more.
+  Attributes:
+    offsets: `[users + 1]` int64.
+    item_ids: `[interactions]` int32, 1-based.
+    timestamps: `[interactions]` int64.
+    ratings: `[interactions]` float32.
+    item_names: `[items]` original ids; entry i belongs to item i + 1.
+    items: `[items]` metadata.
+    dropped: number of dropped rows, users and items by reason.
+    splits: records of the splits for dataset.json.
+    notes: notes of `Raw` and of the filters.
   """
 
   user_names: list[str]
@@ -211,11 +223,11 @@ def make_splits(
   Args:
     offsets: `[users + 1]`, user u owns `[offsets[u]:offsets[u + 1]]` of the others.
     item_ids: `[interactions]` 1-based.
-    timestamps: `[interactions]` unix seconds, or None where there are none.
+    timestamps: `[interactions]` unix seconds or None.
     time_split: see `Options`.
 
   Raises:
-    InputError: the split asked for by `time_split` is impossible.
+    InputError: `time_split` is impossible for this data.
   """
   records: dict[str, dict[str, Any]] = {splits.LEAVE_ONE_OUT: {}}
   if timestamps is not None:

@@ -39,12 +39,12 @@ def write(
   """Writes pictures, interactions, items and, last, dataset.json into an empty folder.
 
   Args:
-    folder: exists and is empty.
-    data: what to write.
-    origin: name, licence and citation, kept with the data.
-    source: the value of --source.
-    extra: further fields of dataset.json (options, fingerprints of the raw files).
-    image_size: what the short side of a picture is reduced to.
+    folder: existing, empty folder.
+    data: the prepared dataset.
+    origin: name, licence and citation, stored with the data.
+    source: value of --source.
+    extra: further fields of dataset.json (options, hashes of the raw files).
+    image_size: short side of stored pictures in pixels.
 
   Returns:
     The content of dataset.json.
@@ -86,19 +86,19 @@ def write_records(
   origin: Origin,
   metadata: dict[str, Any] | None = None,
 ) -> None:
-  """Writes one TFDS dataset into an empty folder, in order, as TFDS itself would, but faster.
+  """Writes one TFDS dataset into an empty folder, in order; faster than TFDS itself.
 
-  The same examples give the same bytes, in whatever process.
+  The same examples give the same bytes in every process.
 
   Args:
-    folder: to make, `.../NAME/VERSION`.
-    name: of the dataset.
-    split: its only one.
-    features: kinds of the fields.
-    examples: `text`, a list of texts, a number or an array by field.
-    description: what an example is.
-    origin: licence and citation, kept with the data.
-    metadata: what else to keep, in metadata.json.
+    folder: folder to create, `.../NAME/VERSION`.
+    name: name of the dataset.
+    split: name of its only split.
+    features: types of the fields.
+    examples: text, list of texts, number or array by field.
+    description: description of an example.
+    origin: licence and citation, stored with the data.
+    metadata: content of metadata.json.
   """
   folder.mkdir(parents=True)
   count = size = 0

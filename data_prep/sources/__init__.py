@@ -15,13 +15,16 @@ from data_prep.sources import amazon, amazon_reviews, interactions, movielens, r
 class Source(NamedTuple):
   """How to find and read one kind of raw data.
 
-  `files`: patterns as of `raw_files.find_files`, each of which means one file of the raw folder;
-  `read` gets the files in that order; none where data is generated. `archive`: where to download
-  them, a URL listed in checksums.tsv. `parameters`: flags of this source and their defaults, which
-  `read` gets by name. `find`: finds the files in the raw folder where patterns do not say which.
-  `more`: patterns of what else `read` looks for beside the files. `paths`: those of the parameters
-  that are a file or folder, raw data too. `pictures`: the picture files that go with the raw files,
-  which are raw data as well.
+  Attributes:
+    origin: name, licence and citation.
+    files: one pattern per raw file, see `raw_files.find_files`; empty if the data is generated.
+    read: reads the files, in the order of the patterns, with the parameters by name.
+    archive: URL of a downloadable archive, listed in checksums.tsv.
+    parameters: flags of this source and their defaults.
+    find: finds the raw files in a folder if patterns are not enough.
+    more: patterns of further files that `read` looks for beside the raw files.
+    paths: names of the parameters that are files or folders with raw data.
+    pictures: returns the picture files that belong to the raw files.
   """
 
   origin: Origin

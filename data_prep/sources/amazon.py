@@ -145,10 +145,10 @@ def catalogue(
   """Reads items by id, with notes on unusable lines.
 
   Args:
-    path: of the metadata, for messages.
-    records: line numbers and what was parsed from the lines, anything but a dict if nothing.
+    path: file of the metadata, for messages.
+    records: line numbers and parsed lines; a line that is no dict counts as unusable.
     key: field of the id.
-    item: makes an item of a record.
+    item: converts a record to an item.
     wanted: ids to keep; None keeps all.
   """
   table: dict[str, Item] = {}

@@ -5,8 +5,8 @@
   python -m data_prep.build_dataset --source=amazon_reviews --category=All_Beauty \
     --hub_name=McAuley-Lab/Amazon-Reviews-2023 --data_dir=data/all_beauty
 
-A category may be larger than memory. Reviews are read in batches, of which the four columns used
-stay; the metadata is read for the items that are left after filtering.
+A category may be larger than memory. Reviews are read in batches, and only the four used columns
+are kept. Metadata is read only for items that remain after filtering.
 """
 
 import functools
@@ -98,9 +98,9 @@ def read(*files: Path, hub_name: str | None = None, category: str | None = None)
   """Reads the files from `find`, or a category on the hub.
 
   Args:
-    *files: reviews, then metadata; none to read from the hub.
-    hub_name: dataset repository on the hub, laid out as McAuley-Lab/Amazon-Reviews-2023.
-    category: for instance All_Beauty.
+    *files: reviews, then metadata; no files to read from the hub.
+    hub_name: dataset repository on the hub with the layout of McAuley-Lab/Amazon-Reviews-2023.
+    category: name such as All_Beauty.
   """
   notes = []
   if files:
@@ -250,7 +250,7 @@ def _hub_lines(url: str) -> Iterator[list[bytes]]:
 def _on_the_hub(name: str | None, category: str | None) -> tuple[str, list[str], list[str]]:
   """Returns revision, reviews and metadata of a category on the hub.
 
-  The repository's own loading script is no way in: `datasets` runs none since version 4.
+  The files are read directly, because `datasets` runs no loading scripts since version 4.
   """
   if not name or not category:
     raise InputError(f'--{"category" if name else "hub_name"} is missing; pass both, or --raw_dir')

@@ -60,8 +60,8 @@ def open_file(path: Path, limits: Limits = Limits()) -> IO[bytes]:
   """Opens a file for reading, unpacked if it is a `.gz`.
 
   Raises:
-    OSError: it cannot be opened.
-    InputError: when read, the `.gz` turns out damaged or larger than the limits.
+    OSError: the file cannot be opened.
+    InputError: raised while reading, if the `.gz` is damaged or exceeds the limits.
   """
   if path.suffix.lower() not in ('.gz', '.tgz'):
     return path.open('rb')
@@ -85,10 +85,10 @@ def unpack(
 
   Args:
     archive: a zip or tar file.
-    patterns: of names, with the folder directly above where it matters (`image/*`); a member may
-      have `.gz` after it. Hidden files never match.
-    folder: where to put them, by name or by folder and name.
-    limits: of what is unpacked, by what the archive says and by what comes out.
+    patterns: patterns of names, optionally with the parent folder (`image/*`); a member may end in
+      `.gz`. Hidden files never match.
+    folder: target folder; members keep their name, or parent folder and name.
+    limits: limits for the declared and for the real sizes.
 
   Raises:
     InputError: the archive is damaged, too large or unsafe, or nothing in it matches.

@@ -111,8 +111,8 @@ def from_table(data: Any, **parameters: Any) -> Raw:
 
   Args:
     data: the interactions.
-    **parameters: as the flags of `--source=interactions`, e.g. `user_column='customer'`; `items`
-      may itself be such a table.
+    **parameters: flags of `--source=interactions`, e.g. `user_column='customer'`; `items` may be a
+      table in memory, too.
   """
   table = as_arrow(data)
   options = {**PARAMETERS, **parameters}

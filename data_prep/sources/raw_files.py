@@ -32,8 +32,8 @@ def find_files(patterns: Patterns, raw_dir: Path) -> list[Path]:
   """Finds exactly one file per pattern, with or without `.gz`.
 
   Args:
-    patterns: of names; a tuple lists names of which the file has one.
-    raw_dir: their folder, or the file itself if one is all there is.
+    patterns: one pattern per file; a tuple lists alternative names of a file.
+    raw_dir: folder of the files, or the file itself if there is only one.
   """
   wanted = described(patterns)
   try:
@@ -71,7 +71,7 @@ def read_columns(
 ) -> tuple[pa.Table, np.ndarray]:
   """Parses a file without a header line, without a Python loop; also returns line numbers.
 
-  Only when a line does not parse is the file gone through again, line by line, to name it.
+  If a line does not parse, the file is read again, line by line, to name that line.
   """
   raw = read_bytes(path)
   single = delimiter

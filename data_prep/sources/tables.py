@@ -1,6 +1,6 @@
 """Reads CSV, TSV and Parquet files into Arrow columns, without a Python loop over rows.
 
-Only when something is wrong is a file gone through again, row by row, to name the place.
+If a row is wrong, the file is read again, row by row, to name that row.
 """
 
 import csv
@@ -44,9 +44,9 @@ def open_file(path: Path, delimiter: str | None = None) -> File:
   """Detects the format of a file and its column names.
 
   Args:
-    path: a `.parquet`, `.csv` or `.tsv` file, the last two also with `.gz`; or any text file, if
-      there is a delimiter.
-    delimiter: one character; None takes that of the extension.
+    path: `.parquet`, `.csv` or `.tsv` file, the last two also with `.gz`; any text file with a
+      delimiter.
+    delimiter: one character; None chooses it by the extension.
   """
   try:
     if path.stat().st_size == 0:

@@ -26,11 +26,11 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
 
   Args:
     column: text, numbers, dates or timestamps.
-    name: of the column, for messages.
-    where: tells the place of a row.
+    name: name of the column, for messages.
+    where: returns the position of a row, for messages.
 
   Returns:
-    `[rows]` int64 ticks since 1970 and how many of them are a second.
+    `[rows]` int64 ticks since 1970, and the number of ticks per second.
 
   Raises:
     InputError: a time is missing or cannot be read, or the column mixes units.

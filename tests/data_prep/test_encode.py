@@ -491,7 +491,7 @@ def with_value(value, row=1) -> dict:
     (with_value(1e6), [], "'i000', token 1: its values, of 1e+06 at most, do not fit into float16"),
     (offered(ids=('i000', 'i001', 'i000')), [], "the id 'i000' is there twice, at rows 1 and 3"),
     (offered(ids=('x', 'y', 'z')), [], "none of its 3 ids, first 'x', is one of the items"),
-    ({'tokens': offered()['tokens']}, [], 'says nothing of ids; pass --ids=FILE'),
+    ({'tokens': offered()['tokens']}, [], 'has no ids; pass --ids=FILE'),
     ({'ids': np.arange(2), 'tokens': offered()['tokens']}, [], 'has 2 ids, but f.npz 3 rows'),
     ({'ids': np.arange(3) / 2, 'tokens': offered()['tokens']}, [], 'ids are float64 (3,)'),
     ({'ids': offered()['ids']}, [], 'must hold tokens [n, tokens, width] or embeddings'),
