@@ -56,8 +56,7 @@ def write_texts(
   with files.disk_errors(target):
     files.clean_up(target)
     with files.new_folder(target) as folder:
-      tfds_writer.write_records(
-        folder / VERSION,
+      table = tfds_writer.Table(
         target.name,
         f'{kind}s',
         {
@@ -66,13 +65,14 @@ def write_texts(
           'sentences': tfds.features.Sequence(tfds.features.Text()),
           'source': tfds.features.Text(),
         },
-        _rows(data_dir, kind, texts, source, counts),
         f'{info["name"]}: texts about {kind}s, one example each, in the order of the other data;'
         " source is llm, mock, import, dataset (a description of the dataset's own), or empty where"
         ' there is no text. metadata.json says where they come from.',
         tfds_writer.Origin(**{name: info[name] for name in tfds_writer.Origin._fields}),
-        metadata={**origin, 'kind': kind, 'counts': counts},
       )
+      rows = _rows(data_dir, kind, texts, source, counts)
+      metadata = {**origin, 'kind': kind, 'counts': counts}
+      tfds_writer.write_records(folder / VERSION, table, rows, metadata)
       _check_counts(data_dir, kind, texts, counts)
   return dict(counts)
 
