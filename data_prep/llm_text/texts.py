@@ -1,4 +1,4 @@
-"""Texts about items and users in the prepared folder: written, imported, exported."""
+"""Writes, imports and exports the texts of a prepared folder."""
 
 import json
 import os
@@ -28,23 +28,24 @@ from ur4rec_jax.errors import InputError
 def write_texts(
   data_dir: str | Path, kind: str, texts: Mapping[str, str], origin: Mapping[str, Any]
 ) -> dict[str, int]:
-  """Writes `item_texts` or `user_texts`, all or nothing; an earlier one is replaced.
+  """Writes `item_texts` or `user_texts` in one step and replaces an earlier folder.
 
-  Items that `texts` lacks get their own description, if they have one.
+  Items without an entry in `texts` get their description from the dataset, if it has one.
 
   Args:
     data_dir: a prepared folder.
     kind: `item` or `user`.
-    texts: by original id; asked for one at a time, so it need not be in memory.
-    origin: what JSON can hold: provider (`import` for texts made elsewhere), model, prompt
+    texts: by original id; read one at a time, so they need not be in memory.
+    origin: JSON-serialisable: provider (`import` for texts made elsewhere), model, prompt
       version, parameters, time, language, is_mock; for users split_name, split_hash and hold_back
       too.
 
   Returns:
-    How many have a text, by source, `without_text` and `unknown_ids`.
+    Number of texts by source, and the counts `without_text` and `unknown_ids`.
 
   Raises:
-    InputError: the folder is no prepared dataset, cannot be written, or the texts are not of it.
+    InputError: the folder is no prepared dataset or cannot be written, or the texts belong to
+      another dataset.
   """
   info = read_info(data_dir)
   if kind == 'user':
@@ -55,8 +56,7 @@ def write_texts(
   with files.disk_errors(target):
     files.clean_up(target)
     with files.new_folder(target) as folder:
-      tfds_writer.write_records(
-        folder / VERSION,
+      table = tfds_writer.Table(
         target.name,
         f'{kind}s',
         {
@@ -65,13 +65,14 @@ def write_texts(
           'sentences': tfds.features.Sequence(tfds.features.Text()),
           'source': tfds.features.Text(),
         },
-        _rows(data_dir, kind, texts, source, counts),
         f'{info["name"]}: texts about {kind}s, one example each, in the order of the other data;'
         " source is llm, mock, import, dataset (a description of the dataset's own), or empty where"
         ' there is no text. metadata.json says where they come from.',
         tfds_writer.Origin(**{name: info[name] for name in tfds_writer.Origin._fields}),
-        metadata={**origin, 'kind': kind, 'counts': counts},
       )
+      rows = _rows(data_dir, kind, texts, source, counts)
+      metadata = {**origin, 'kind': kind, 'counts': counts}
+      tfds_writer.write_records(folder / VERSION, table, rows, metadata)
       _check_counts(data_dir, kind, texts, counts)
   return dict(counts)
 
@@ -79,15 +80,15 @@ def write_texts(
 def read_json(
   path: str | Path, id_field: str = 'id', text_fields: Sequence[str] = ('text',)
 ) -> dict[str, str]:
-  """Reads texts by id: one object `{"<id>": "text"}`, or in a .jsonl file an object a line.
+  """Reads texts by id: one object `{"<id>": "text"}`, or a .jsonl file with one object per line.
 
   Args:
     path: the file.
-    id_field: where a line has its id; text or a whole number.
-    text_fields: where a line has its text, or the parts of it, a line each; may be missing or null.
+    id_field: field of a line with the id, text or a whole number.
+    text_fields: fields of a line whose texts are joined, one per line; they may be missing or null.
 
   Raises:
-    InputError: the file cannot be read, or something in it is not what it should be.
+    InputError: the file cannot be read, or a value in it is wrong.
   """
   path = Path(path)
   if path.suffix.lower() in ('.jsonl', '.ndjson'):
@@ -134,7 +135,7 @@ def read_json(
 
 
 def write_json(data_dir: str | Path, kind: str, path: str | Path) -> int:
-  """Exports texts as `{"<id>": "text"}`, those of the dataset's own included; returns how many.
+  """Exports all texts as `{"<id>": "text"}`, with the dataset's descriptions; returns the number.
 
   Raises:
     InputError: there are no texts, or the file cannot be written.
@@ -162,7 +163,7 @@ def _check_split(data_dir: str | Path, info: dict[str, Any], origin: Mapping[str
 def _rows(
   data_dir: str | Path, kind: str, texts: Mapping[str, str], source: str, counts: Counter
 ) -> Iterator[dict[str, Any]]:
-  """One row an item or user; `counts` is complete when all have been given."""
+  """Yields one row per item or user; `counts` is complete after the last one."""
   if kind == 'item':
     own = ((item['original_id'], item['description']) for item in iterate_items(data_dir))
   else:

@@ -1,4 +1,4 @@
-"""A prepared dataset -> one folder of TFDS data that reads back without TensorFlow."""
+"""Writes a prepared dataset as TFDS data that can be read without TensorFlow."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from ur4rec_jax.errors import InputError
 
 
 class Origin(NamedTuple):
-  """Where a dataset comes from and what may be done with it."""
+  """Origin and licence of a dataset."""
 
   name: str
   licence: str
@@ -39,12 +39,12 @@ def write(
   """Writes pictures, interactions, items and, last, dataset.json into an empty folder.
 
   Args:
-    folder: exists and is empty.
-    data: what to write.
-    origin: name, licence and citation, kept with the data.
-    source: the value of --source.
-    extra: further fields of dataset.json (options, fingerprints of the raw files).
-    image_size: what the short side of a picture is reduced to.
+    folder: existing, empty folder.
+    data: the prepared dataset.
+    origin: name, licence and citation, stored with the data.
+    source: value of --source.
+    extra: further fields of dataset.json (options, hashes of the raw files).
+    image_size: short side of stored pictures in pixels.
 
   Returns:
     The content of dataset.json.
@@ -76,33 +76,43 @@ def write(
   return metadata
 
 
+class Table(NamedTuple):
+  """One TFDS dataset of a prepared folder.
+
+  Attributes:
+    name: name of the dataset.
+    split: name of its only split.
+    features: types of the fields.
+    description: description of an example.
+    origin: licence and citation, stored with the data.
+  """
+
+  name: str
+  split: str
+  features: dict[str, tfds.features.FeatureConnector]
+  description: str
+  origin: Origin
+
+
 def write_records(
   folder: Path,
-  name: str,
-  split: str,
-  features: dict[str, tfds.features.FeatureConnector],
+  table: Table,
   examples: Iterable[dict[str, Any]],
-  description: str,
-  origin: Origin,
   metadata: dict[str, Any] | None = None,
 ) -> None:
-  """Writes one TFDS dataset into an empty folder, in order, as TFDS itself would, but faster.
+  """Writes one TFDS dataset into an empty folder, in order; faster than TFDS itself.
 
-  The same examples give the same bytes, in whatever process.
+  The same examples give the same bytes in every process.
 
   Args:
-    folder: to make, `.../NAME/VERSION`.
-    name: of the dataset.
-    split: its only one.
-    features: kinds of the fields.
-    examples: `text`, a list of texts, a number or an array by field.
-    description: what an example is.
-    origin: licence and citation, kept with the data.
-    metadata: what else to keep, in metadata.json.
+    folder: folder to create, `.../NAME/VERSION`.
+    table: name, fields and origin of the dataset.
+    examples: text, list of texts, number or array by field.
+    metadata: content of metadata.json.
   """
   folder.mkdir(parents=True)
   count = size = 0
-  path = folder / f'{name}-{split}.array_record-00000-of-00001'
+  path = folder / f'{table.name}-{table.split}.array_record-00000-of-00001'
   with _disk_full_as_os_error():
     writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
     for example in examples:
@@ -114,17 +124,17 @@ def write_records(
     data_dir=folder, template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
   )
   info = tfds.core.SplitInfo(
-    name=split, shard_lengths=[count], num_bytes=size, filename_template=template
+    name=table.split, shard_lengths=[count], num_bytes=size, filename_template=template
   )
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
-    features=tfds.features.FeaturesDict(features),
+    features=tfds.features.FeaturesDict(table.features),
     split_infos=[info],
-    check_data=False,  # Which needs TensorFlow.
-    description=description,
-    homepage=origin.url or None,
-    citation=origin.citation or None,
-    license=origin.licence or None,
+    check_data=False,  # The check would need TensorFlow.
+    description=table.description,
+    homepage=table.origin.url or None,
+    citation=table.origin.citation or None,
+    license=table.origin.licence or None,
     disable_shuffling=True,
     metadata=tfds.core.MetadataDict(metadata) if metadata else None,
   )
@@ -142,7 +152,7 @@ def _serialize(example: dict[str, Any]) -> bytes:
       feature.float_list.value.extend(value.tolist())
     else:
       feature.int64_list.value.extend(np.atleast_1d(value).tolist())
-  # Protocol buffers order a map's fields by a hash that changes from process to process.
+  # The order of fields in a protocol buffer map changes from process to process.
   return record.SerializeToString(deterministic=True)
 
 
@@ -150,7 +160,7 @@ def _serialize(example: dict[str, Any]) -> bytes:
 def _disk_full_as_os_error() -> Iterator[None]:
   try:
     yield
-  except RuntimeError as error:  # What the record writer raises.
+  except RuntimeError as error:  # The record writer raises this on a full disk.
     for code in files.DISK_FULL:
       if os.strerror(code) in str(error):
         raise OSError(code, os.strerror(code)) from error
@@ -159,8 +169,7 @@ def _disk_full_as_os_error() -> Iterator[None]:
 
 def _write_interactions(folder: Path, data: prepare.Prepared, origin: Origin) -> None:
   spans = map(slice, data.offsets[:-1], data.offsets[1:])
-  write_records(
-    folder / 'interactions' / VERSION,
+  table = Table(
     'interactions',
     'users',
     {
@@ -169,25 +178,25 @@ def _write_interactions(folder: Path, data: prepare.Prepared, origin: Origin) ->
       'timestamps': tfds.features.Tensor(shape=(None,), dtype=np.int64),
       'ratings': tfds.features.Tensor(shape=(None,), dtype=np.float32),
     },
-    (
-      {
-        'user_id': name,
-        'item_ids': data.item_ids[span],
-        'timestamps': data.timestamps[span],
-        'ratings': data.ratings[span],
-      }
-      for name, span in zip(data.user_names, spans, strict=True)
-    ),
     f'{origin.name}: one example a user, the whole history in time order;'
     ' item_ids are 1-based positions in the items dataset.',
     origin,
   )
+  examples = (
+    {
+      'user_id': name,
+      'item_ids': data.item_ids[span],
+      'timestamps': data.timestamps[span],
+      'ratings': data.ratings[span],
+    }
+    for name, span in zip(data.user_names, spans, strict=True)
+  )
+  write_records(folder / 'interactions' / VERSION, table, examples)
 
 
 def _write_items(folder: Path, data: prepare.Prepared, images: list[str], origin: Origin) -> None:
   columns = zip(data.item_names, data.items, images, strict=True)
-  write_records(
-    folder / 'items' / VERSION,
+  table = Table(
     'items',
     'items',
     {
@@ -198,21 +207,22 @@ def _write_items(folder: Path, data: prepare.Prepared, images: list[str], origin
       'description': tfds.features.Text(),
       'image': tfds.features.Text(),
     },
-    (
-      {
-        'item_id': i + 1,
-        'original_id': name,
-        'title': item.title,
-        'genres': list(item.genres),
-        'description': item.description,
-        'image': image,
-      }
-      for i, (name, item, image) in enumerate(columns)
-    ),
     f'{origin.name}: one example an item, in the order of item_id (1-based);'
     " image is a path relative to the dataset's folder, or the URL of a picture not fetched.",
     origin,
   )
+  examples = (
+    {
+      'item_id': i + 1,
+      'original_id': name,
+      'title': item.title,
+      'genres': list(item.genres),
+      'description': item.description,
+      'image': image,
+    }
+    for i, (name, item, image) in enumerate(columns)
+  )
+  write_records(folder / 'items' / VERSION, table, examples)
 
 
 def _hash(names: list[str]) -> str:
@@ -220,7 +230,7 @@ def _hash(names: list[str]) -> str:
 
 
 def _verify(folder: Path, data: prepare.Prepared) -> None:
-  """Reads back what was written: a failing disk must not leave a dataset that looks complete."""
+  """Reads the written data back, so that a failing disk cannot leave a broken dataset unnoticed."""
   stored = read_interactions(folder)
   same = stored.user_ids == data.user_names and all(
     np.array_equal(getattr(stored, name), getattr(data, name))

@@ -1,4 +1,4 @@
-"""Raw formats -> columns. A new source is one `read` function and one entry in `SOURCES`."""
+"""Readers of raw data. A new source is one `read` function and one entry in `SOURCES`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,13 +16,16 @@ from ur4rec_jax.files import shipped_configs
 class Source(NamedTuple):
   """How to find and read one kind of raw data.
 
-  `files`: patterns as of `raw_files.find_files`, each of which means one file of the raw folder;
-  `read` gets the files in that order; none where data is generated. `archive`: where to download
-  them, a URL listed in checksums.tsv. `parameters`: flags of this source and their defaults, which
-  `read` gets by name. `find`: finds the files in the raw folder where patterns do not say which.
-  `more`: patterns of what else `read` looks for beside the files. `paths`: those of the parameters
-  that are a file or folder, raw data too. `pictures`: the picture files that go with the raw files,
-  which are raw data as well.
+  Attributes:
+    origin: name, licence and citation.
+    files: one pattern per raw file, see `raw_files.find_files`; empty if the data is generated.
+    read: reads the files, in the order of the patterns, with the parameters by name.
+    archive: URL of a downloadable archive, listed in checksums.tsv.
+    parameters: flags of this source and their defaults.
+    find: finds the raw files in a folder if patterns are not enough.
+    more: patterns of further files that `read` looks for beside the raw files.
+    paths: names of the parameters that are files or folders with raw data.
+    pictures: returns the picture files that belong to the raw files.
   """
 
   origin: Origin
@@ -37,7 +40,7 @@ class Source(NamedTuple):
 
 
 def read_sequences(path: Path) -> Raw:
-  """Reads "user item" lines; a user's lines are in the order of time, repeats are events."""
+  """Reads "user item" lines; the lines of a user are in time order and may repeat an item."""
   columns = {'user': pa.string(), 'item': pa.string()}
   table, lines = raw_files.read_columns(path, ' ', columns)
   return Raw(
@@ -165,7 +168,7 @@ SOURCES = {
 
 
 def training_command(metadata: Mapping[str, Any], data_dir: str | Path, variant: str = '') -> str:
-  """The command that trains on a prepared folder, with the config of its source if there is one."""
+  """Returns the command that trains on a prepared folder, with the config of its source."""
   config = metadata['source'].removeprefix('multimodal_')
   if config not in shipped_configs():
     config = 'default'

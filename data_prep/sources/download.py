@@ -22,15 +22,15 @@ def fetch(
 
   Args:
     url: address of the archive, listed in `checksums_file`.
-    files: names of the files wanted, whatever folder of the archive they are in.
-    folder: where to put them.
+    files: names of the needed files, in any folder of the archive.
+    folder: target folder.
     checksums_file: lines of url, size, sha256 and file name, tab-separated.
 
   Returns:
-    Paths of the files, in the order asked for.
+    Paths of the files, in the order of `files`.
   """
   by_hand = f'download and unpack it by hand and pass --raw_dir=FOLDER with {", ".join(files)}'
-  # TFDS retries for minutes before it gives up; an unreachable host is known in seconds.
+  # TFDS retries for minutes; this check finds an unreachable host within seconds.
   try:
     request = urllib.request.Request(url, method='HEAD')
     urllib.request.urlopen(request, timeout=20).close()

@@ -491,7 +491,7 @@ def with_value(value, row=1) -> dict:
     (with_value(1e6), [], "'i000', token 1: its values, of 1e+06 at most, do not fit into float16"),
     (offered(ids=('i000', 'i001', 'i000')), [], "the id 'i000' is there twice, at rows 1 and 3"),
     (offered(ids=('x', 'y', 'z')), [], "none of its 3 ids, first 'x', is one of the items"),
-    ({'tokens': offered()['tokens']}, [], 'says nothing of ids; pass --ids=FILE'),
+    ({'tokens': offered()['tokens']}, [], 'has no ids; pass --ids=FILE'),
     ({'ids': np.arange(2), 'tokens': offered()['tokens']}, [], 'has 2 ids, but f.npz 3 rows'),
     ({'ids': np.arange(3) / 2, 'tokens': offered()['tokens']}, [], 'ids are float64 (3,)'),
     ({'ids': offered()['ids']}, [], 'must hold tokens [n, tokens, width] or embeddings'),
@@ -750,7 +750,7 @@ def test_a_killed_replacement_leaves_the_old_features(many):
 def test_an_interrupted_run_says_what_to_do(many):
   process = start_and_kill(many, number=signal.SIGINT)
   assert process.returncode == 130
-  assert process.stderr.read() == 'stopped; what is done is kept, and the same command goes on\n'
+  assert process.stderr.read() == 'stopped; finished work is kept, and the same command continues\n'
 
 
 def test_damaged_and_changed_shards_of_a_killed_run_are_made_again(many):
@@ -896,7 +896,7 @@ def test_a_name_that_cannot_be_had_says_how_to_get_it(build):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--modality=../x'], 'must be a name of small letters'),
+    (['--modality=../x'], 'must be a name of lower-case letters'),
     (['--modality=audio'], 'pass --import=FILE'),
     (['--modality=image', '--of=user'], 'users have no pictures'),
     (['--modality=text', '--ids=f'], '--item_id_column are about --import'),
