@@ -222,4 +222,4 @@ def test_a_run_of_the_previous_version_is_loaded(started_before, finished):
   old, new = (ur4rec_jax.load(folder) for folder in (started_before, finished))
   history = old.items['ids'][:3]
   assert old.recommend(history, k=5).equals(new.recommend(history, k=5))
-  assert load_finished(started_before)[0].config.branches == ('sasrec',)
+  assert [*load_finished(started_before)[0].config.branches] == ['sasrec']

@@ -591,7 +591,7 @@ def page() -> str:
     '',
     *(f'- `{name}`' for name, knob in KNOBS.items() if knob.may_change),
     '',
-    'The last stage may also get another `patience`, and another `num_epochs` or `num_steps` if its',
+    'The last stage may get another `patience`, and another `num_epochs` or `num_steps` if its',
     'learning rate does not fall by a cosine, which depends on the number of steps.',
   ]
   return '\n'.join(lines) + '\n'
