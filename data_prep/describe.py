@@ -6,17 +6,16 @@ The page is one HTML file without scripts and without links out of it: plots, sp
 some items with picture and text. It goes to describe.html in the folder, or to --out.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from data_prep import describe_page
 from data_prep.describe_page import percent
+from data_prep.flags import Parser
 from data_prep.prepared import pictures
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
@@ -237,19 +236,14 @@ def _part(number: int, total: int) -> str:
 
 
 @exit_on_reported_error
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
   """Reads the flags, writes the page and prints the summary."""
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = Parser(__doc__)
   parser.add_argument('--data_dir', required=True, help='prepared folder to describe')
   parser.add_argument(
-    '--out', help=f'HTML file to write or replace; left out, {PAGE} in the prepared folder'
+    '--out', help=f'HTML file to write or replace; without it {PAGE} in the prepared folder'
   )
-  logging.set_verbosity(logging.WARNING)  # TFDS tells of each file it opens
-  print(describe(**vars(parser.parse_args())))
+  print(describe(**vars(parser.parse(argv))))
 
 
 if __name__ == '__main__':

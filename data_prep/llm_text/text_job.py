@@ -133,23 +133,24 @@ class Recorder:
     self.answered = 0
     self.tokens = [0, 0]
     self.cost = 0.0
-    self._job, self._store, self._price, self._bar = job, store, price, bar
+    self._job = job
+    self.store, self.price, self.bar = store, price, bar
 
   def answer(self, key: str, prompt: prompts.Prompt, answer: llm_calls.Answer) -> None:
     """Stores an answer."""
-    if key in self._store:  # A batch that was read before the program was killed.
+    if key in self.store:  # A batch that was read before the program was killed.
       return
-    self._store.add(self._record(key, prompt, answer.tokens) | {'text': answer.text})
+    self.store.add(self._record(key, prompt, answer.tokens) | {'text': answer.text})
     self.failures.pop(key, None)
     self.answered += 1
-    self._bar.update()
+    self.bar.update()
 
   def failure(self, key: str, prompt: prompts.Prompt, error: Exception) -> None:
     """Writes down a failure."""
     is_final = isinstance(error, llm_calls.Rejected)
     tokens = error.tokens if is_final else (0, 0)
     failed = {'reason': error.reason, 'is_final': is_final}
-    self._store.add_failure(self._record(key, prompt, tokens) | failed)
+    self.store.add_failure(self._record(key, prompt, tokens) | failed)
     self.failures[key] = error
 
   @property
@@ -163,11 +164,11 @@ class Recorder:
     return not all(isinstance(e, llm_calls.Rejected) for e in self.failures.values())
 
   def _record(self, key: str, prompt: prompts.Prompt, tokens: tuple[int, int]) -> dict[str, Any]:
-    cost = self._price.cost(tokens) if self._price else None
+    cost = self.price.cost(tokens) if self.price else None
     self.cost += cost or 0.0
     self.tokens = [total + new for total, new in zip(self.tokens, tokens, strict=True)]
-    if self._price:
-      self._bar.set_postfix_str(f'${self._store.cost + (cost or 0.0):.4f}', refresh=False)
+    if self.price:
+      self.bar.set_postfix_str(f'${self.store.cost + (cost or 0.0):.4f}', refresh=False)
     settings = self._job.settings
     return {
       'key': key,

@@ -266,7 +266,6 @@ def test_a_key_is_nowhere(data_dir, tmp_path):
           f'--base_url={server.url}{path}',
           f'--store={store}',
           '--kind=users',
-          '--verbosity=1',
           **{key: canary, f'{key.split("_")[0]}_LOG': 'debug'},
         )
         assert result.returncode == {'wrong': 2, 'right': 0}[name], result.stderr
@@ -321,7 +320,7 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, Program]:
     ('wrong key', 'does not accept the key in OPENAI_API_KEY (401)'),
     ('unknown model', 'check --model=gpt-99'),
     ('no network', 'cannot be reached'),
-    ('budget of 0', '--max_cost must be above 0, not 0; --dry_run tells the cost'),
+    ('budget of 0', '--max_cost must be above 0, not 0; --dry_run shows the cost'),
     ('no price', 'the price of local is unknown; give --input_price'),
     ('no titles', 'no item has a title'),
     ('no data', 'no such folder'),

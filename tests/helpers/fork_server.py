@@ -6,7 +6,6 @@ environment, output and exit code, and take signals.
 
 import multiprocessing
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,8 +55,6 @@ def _main(flags: Sequence[str], environment: Mapping[str, str], outputs: Sequenc
   os.environ.update(environment)
   for descriptor, path in zip((1, 2), outputs, strict=True):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-  from absl import app
-
   from data_prep import generate_text
 
-  app.run(generate_text.main, argv=[sys.argv[0], *flags])
+  generate_text.main([*flags])

@@ -362,10 +362,9 @@ def test_without_the_library_the_way_out_is_pip(tmp_path):
   # None makes Python find no such module.
   program = """
 import sys
-from absl import app
 from data_prep import build_dataset
 sys.modules['datasets'] = None
-app.run(build_dataset.main)
+build_dataset.main()
 """
   flags = ['--source=amazon_reviews', f'--data_dir={tmp_path}/data', *CATEGORY]
   words = [sys.executable, '-c', program, *flags]
