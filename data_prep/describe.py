@@ -1,9 +1,9 @@
-"""Prints what is in a prepared folder, and writes a page to look at it.
+"""Prints a summary of a prepared folder and writes an HTML page about it.
 
   python -m data_prep.describe --data_dir=data/ml-1m
 
-The page is one HTML file without scripts and without links out of it: plots, splits, warnings, and
-some items with picture and text. It goes to describe.html in the folder, or to --out.
+The page is one file without scripts and external links. It shows plots, splits, warnings and some
+items with picture and text. It is written to describe.html in the folder, or to --out.
 """
 
 import os
@@ -23,9 +23,9 @@ from ur4rec_jax.data.dataset import Dataset, Interactions, read_info, read_inter
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 
 PAGE = 'describe.html'
-FEW = 5  # an item with fewer interactions is rare: ids alone teach little about it
-_MAX_LISTED_RATINGS = 12  # distinct values; more are summed up
-_DAY = 86_400  # seconds
+FEW = 5  # An item with fewer interactions counts as rare.
+_MAX_LISTED_RATINGS = 12  # If there are more distinct ratings, only their range is shown.
+_DAY = 86_400  # Seconds.
 
 
 def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
@@ -73,7 +73,7 @@ def measure(
   items: Sequence[dict[str, Any]],
   images: Sequence[Path | None],
 ) -> dict[str, Any]:
-  """Computes the figures that dataset.json does not hold.
+  """Computes statistics that dataset.json does not contain.
 
   Args:
     info: content of dataset.json.
@@ -117,7 +117,7 @@ def measure(
 def _popularity(counts: np.ndarray) -> dict[str, float]:
   ordered = np.sort(counts)
   number, total = len(ordered), ordered.sum()
-  # Rounded up, in whole numbers: 0.01 * 700 is more than 7.
+  # Whole numbers, because 0.01 * 700 in floats is more than 7.
   top = lambda percents: float(ordered[-number * percents // 100 :].sum() / total)
   ranks = np.arange(1, number + 1)
   return {
@@ -155,7 +155,7 @@ def _order_warnings(info: dict[str, Any], histories: Interactions) -> list[str]:
 
 def _repeat_warnings(histories: Interactions) -> list[str]:
   lengths = np.diff(histories.offsets)
-  # One number a (user, item) pair.
+  # Each (user, item) pair becomes one number.
   pairs = np.repeat(np.arange(len(lengths)) << 32, lengths) + histories.item_ids
   pairs.sort()
   repeats = int((pairs[1:] == pairs[:-1]).sum())
@@ -186,7 +186,7 @@ def _unseen_warnings(info: dict[str, Any], histories: Interactions) -> list[str]
 
 
 def facts(info: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]]:
-  """All that is known of a dataset in words, as (what, text)."""
+  """Describes a dataset in rows of (name, text)."""
   counts, known = info['counts'], figures['known']
   lengths, popularity = figures['lengths'], figures['popularity']
   few = popularity['items_with_few']

@@ -1,4 +1,4 @@
-"""Figures of a dataset -> one HTML page that needs nothing but itself.
+"""Renders the statistics of a dataset as one self-contained HTML page.
 
 Here numbers become coordinates and pictures become data; describe.html is the page, and escapes
 whatever is put into it.
@@ -29,7 +29,7 @@ _TIME_TICKS = (
   *(('Y', 1), ('Y', 2), ('Y', 5), ('Y', 10), ('Y', 50)),
 )
 _CURVE_POINTS = 200
-_CARDS = 8  # a group
+_CARDS = 8  # Items per group.
 _PICTURE_SIZE = (160, 240)
 _TITLE_LENGTH, _TEXT_LENGTH, _MAX_GENRES = 120, 180, 3
 
@@ -45,13 +45,13 @@ SPLIT_COUNTS = {
 
 
 def percent(share: float) -> str:
-  """Three digits; 100 % is all of it and nothing less."""
+  """Formats a share with three digits; only a complete share is shown as 100 %."""
   text = f'{100 * share:.3g}'
   return f'{"99.9" if text == "100" and share < 1 else text} %'
 
 
 def date(seconds: int) -> str:
-  """The day of a time."""
+  """Formats unix seconds as a date."""
   return str(np.datetime64(seconds, 's').astype('M8[D]'))
 
 
@@ -64,7 +64,7 @@ def render(
   items: Sequence[dict[str, Any]],
   pictures: Sequence[Path | None],
 ) -> str:
-  """Makes the page.
+  """Renders the page.
 
   Args:
     folder: name of the prepared folder.
@@ -118,7 +118,7 @@ def render(
 
 
 def _split_rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-  """Rows of a table with a column a split."""
+  """Returns the rows of a table with one column per split."""
   borders = {'valid_from': 'validation from', 'test_from': 'test from'}
   rows = [
     (what, [date(record[field]) if field in record else '' for record in records])
@@ -132,7 +132,7 @@ def _split_rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]
 
 
 def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
-  """Histogram of `[users]` history lengths; the longest 1 % share one bar."""
+  """Plots a histogram of `[users]` history lengths; the longest 1 % share one bar."""
   low, high = int(lengths.min()), int(np.ceil(np.quantile(lengths, 0.99)))
   width = -(-(high - low + 1) // _MAX_LENGTH_BARS)
   numbers = np.bincount((lengths - low) // width)
@@ -147,7 +147,7 @@ def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
     name = f'{int(end + 0.5):,}'
     more = f'{name} interactions or more: {rest:,} users'
     bars.append(Bar(end + width, end + 3 * width, rest, more, is_rest=True))
-    # The last bar's own label must not meet another.
+    # No other label may overlap that of the last bar.
     ticks = [tick for tick in ticks if tick[0] < low + 0.85 * (end - low)]
     ticks.append((end + 2 * width, f'≥ {name}'))
   median = float(np.median(lengths))
@@ -163,7 +163,7 @@ def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
 
 
 def popularity_plot(counts: np.ndarray, caption: str) -> dict[str, Any]:
-  """Interactions of an item over its rank, both logarithmic; a few of the `[items]` points."""
+  """Plots interactions per item over its rank, both logarithmic, for a sample of `[items]`."""
   ordered = np.sort(counts)[::-1]
   ranks = np.unique(np.geomspace(1, len(ordered), _CURVE_POINTS).round().astype(int))
   points = np.log10(np.stack([ranks, ordered[ranks - 1]], axis=1))
@@ -181,7 +181,7 @@ def popularity_plot(counts: np.ndarray, caption: str) -> dict[str, Any]:
 
 
 def time_plot(times: np.ndarray, split: dict[str, Any] | None, caption: str) -> dict[str, Any]:
-  """Histogram of `[interactions]` unix seconds, with the borders of the split by time."""
+  """Plots a histogram of `[interactions]` unix seconds and the borders of the split by time."""
   ends = np.array([times.min(), times.max()]).astype('M8[s]')
   for unit, name in _TIME_UNITS.items():  # noqa: B007 the last one serves if all are too fine
     first, last = ends.astype(f'M8[{unit}]').astype(np.int64)
@@ -215,7 +215,7 @@ def time_plot(times: np.ndarray, split: dict[str, Any] | None, caption: str) -> 
 
 
 def rating_plot(ratings: np.ndarray, caption: str) -> dict[str, Any]:
-  """Bars of the distinct `[interactions]` ratings, or a histogram where they are many."""
+  """Plots one bar per distinct value of `[interactions]` ratings, or a histogram of many."""
   values, numbers = np.unique(ratings, return_counts=True)
   if len(values) <= _RATING_BARS:
     names = [f'{value:g}' for value in values]
@@ -236,13 +236,13 @@ def rating_plot(ratings: np.ndarray, caption: str) -> dict[str, Any]:
 
 
 def _log_ticks(high: float) -> Ticks:
-  """Powers of ten up to an exponent."""
+  """Returns the powers of ten up to an exponent."""
   exponents = range(int(high) + 1)
   return [(k, f'{10**k:,}') for k in exponents][:: 1 + len(exponents) // 6]
 
 
 def _time_ticks(first: int, last: int) -> Ticks:
-  """Days, months or years, as many as fit."""
+  """Chooses ticks at days, months or years, as many as fit."""
   for unit, step in _TIME_TICKS:
     dates = np.array([first - 1, last]).astype('M8[s]').astype(f'M8[{unit}]')
     low, high = dates.astype(np.int64) + (1970 if unit == 'Y' else 0)
@@ -250,7 +250,7 @@ def _time_ticks(first: int, last: int) -> Ticks:
     numbers = numbers[numbers % step == 0] - (1970 if unit == 'Y' else 0)
     if len(numbers) * CHARACTER * (len(str(dates[0])) + 2) <= WIDTH - 60:
       break
-  if not len(numbers):  # all within one day
+  if not len(numbers):  # All interactions are on one day.
     return [((first + last) / 2, date(first))]
   dates = numbers.astype(f'M8[{unit}]')
   return [(int(at.astype('M8[s]').astype(np.int64)), str(at)) for at in dates]
@@ -259,7 +259,7 @@ def _time_ticks(first: int, last: int) -> Ticks:
 def sample_cards(
   items: Sequence[dict[str, Any]], counts: np.ndarray, pictures: Sequence[Path | None]
 ) -> list[dict[str, Any]]:
-  """Chooses popular, middling and rare items, always the same; those with pictures come first.
+  """Chooses popular, medium and rare items, always the same; items with pictures come first.
 
   Args:
     items: `[items]` what is known of each.
@@ -307,12 +307,12 @@ def _times(count: int) -> str:
 
 def _excerpt(text: str, length: int) -> str:
   text = ' '.join(text[: 10 * length].split())
-  # Not textwrap.shorten, which leaves nothing of a text without blanks, as in Chinese.
+  # textwrap.shorten would remove a text without blanks, such as Chinese, completely.
   return text if len(text) <= length else text[:length].rsplit(' ', 1)[0].rstrip('.,;: ') + '…'
 
 
 def _small_picture(path: Path) -> str | None:
-  """A picture as a data URL, None if it is damaged."""
+  """Encodes a picture as a data URL; None if it is damaged."""
   try:
     with Image.open(path, formats=('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')) as image:
       image.draft('RGB', tuple(2 * side for side in _PICTURE_SIZE))
@@ -320,6 +320,6 @@ def _small_picture(path: Path) -> str | None:
     image.thumbnail(_PICTURE_SIZE)
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     image.save(file := io.BytesIO(), 'JPEG', quality=80)
-  except Exception:  # decoders raise whatever the damage leads them to
+  except Exception:  # Damaged files make decoders raise any kind of error.
     return None
   return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'

@@ -1,4 +1,4 @@
-"""Encodes the texts or pictures of a prepared dataset once, into token embeddings for training.
+"""Encodes texts, pictures or other data of a prepared dataset into token embeddings.
 
   python -m data_prep.encode --data_dir=data/shop --modality=text
   python -m data_prep.encode --data_dir=data/shop --modality=image --encoder=facebook/dinov2-small
@@ -6,8 +6,8 @@
   python -m data_prep.encode --data_dir=data/shop --modality=attributes --import=items.csv \\
     --columns=brand,categories
 
-What is written lies in features/item/MODALITY and features/user/MODALITY of the dataset. The same
-command goes on where a killed one was. docs/embeddings.md says more.
+The embeddings are written to features/item/MODALITY and features/user/MODALITY of the dataset. If
+the command is stopped, the same command continues its work. See docs/embeddings.md.
 """
 
 import argparse
@@ -27,8 +27,10 @@ from data_prep.embeddings import (
   feature_files,
   imported_tokens,
   picture_tokens,
+  shard_files,
   text_tokens,
 )
+from data_prep.flags import Parser
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.data.features import load_features, read_features_info
@@ -38,22 +40,22 @@ from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_
 TEXT, IMAGE = 'text', 'image'
 _KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}
 _MOST_REASONS = 5
-_MOST_COMPARED = 100_000  # Items among which neighbours are looked for.
+_MOST_COMPARED = 100_000  # Larger catalogues show neighbours only on request.
 
 
 def encode(data_dir: str | Path, of: str, flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-  """Makes the features of one modality.
+  """Encodes the features of one modality.
 
   Args:
     data_dir: a prepared folder.
     of: `item` or `user`.
-    flags: what the command line says.
+    flags: parsed command line.
 
   Returns:
     The content of info.json, and whether it is new.
 
   Raises:
-    InputError: something cannot be read, encoded or written; nothing that was there changes.
+    InputError: something cannot be read, encoded or written; existing features stay as they were.
   """
   data_dir = Path(os.path.realpath(data_dir))
   dataset = read_info(data_dir)
@@ -124,7 +126,7 @@ def _source(
 def _items_projection(
   data_dir: Path, modality: str, form: feature_files.Form, source: feature_files.Source
 ) -> projection.Projection | None:
-  """What the items' features were projected with: users are to lie in the same space."""
+  """Loads the projection of the items' features, so that users get into the same space."""
   if not form.projects:
     return None
   folder = data_dir / 'features' / 'item' / modality
@@ -145,7 +147,7 @@ def _items_projection(
 def summary(
   info: dict[str, Any], seconds: float | None, data_dir: str | Path, neighbours: list[str]
 ) -> str:
-  """What the user reads at the end."""
+  """Formats a summary for the user."""
   of, counts, encoder = info['of'], info['counts'], info['encoder']
   place = Path(data_dir) / 'features' / of / info['modality']
   notes = [
@@ -208,13 +210,13 @@ def summary(
 def nearest(
   data_dir: str | Path, modality: str, ids: list[str] | None, count: int = 5
 ) -> list[str]:
-  """Says, by token 0 and cosine, which items lie nearest to some.
+  """Lists the items with the most similar features, by the cosine of token 0.
 
   Args:
     data_dir: a prepared folder.
-    modality: of the features.
-    ids: original ids; None for the first three items with features.
-    count: how many neighbours of each.
+    modality: name of the features.
+    ids: original ids; None takes the first three items with features.
+    count: neighbours per item.
 
   Raises:
     InputError: an item is not in the dataset.
@@ -249,69 +251,77 @@ def nearest(
   return lines
 
 
-def _flags() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+def _flags() -> Parser:
+  parser = Parser(__doc__)
   add = parser.add_argument
   add('--data_dir', required=True, help='folder of the prepared dataset')
-  add('--modality', required=True, help='text, image, or a name of your own with --import')
+  add('--modality', required=True, help='text, image, or with --import any name')
   add(
     '--of',
     choices=_KINDS,
-    help='whose features; without it of items, and of users too where there are texts about them',
+    help='whose features; without it those of items, and of users if there are texts about them',
   )
   add(
     '--encoder',
-    help='a folder, a name at the hub, or hashing (texts) and color (pictures), which are built in;'
+    help='folder or hub name of a model, or a built-in encoder: hashing (texts), color (pictures);'
     f' without it {text.DEFAULT} or {picture_tokens.DEFAULT}',
   )
-  add('--max_tokens', type=int, default=8, help='sentences a text that get a token of their own')
-  add('--grid', type=int, default=3, help='parts a side of a picture; 0: the whole picture alone')
-  add('--layer', help='of a vision model: projected, last, or a number such as -2')
+  add('--max_tokens', type=int, default=8, help='most sentences of a text that get a token')
+  add('--grid', type=int, default=3, help='parts per side of a picture; 0: only the whole picture')
+  add('--layer', help='layer of a vision model: projected, last, or a number such as -2')
   add('--import', dest='file', help='.npz, .npy or .safetensors file with features made elsewhere')
   add(
     '--columns',
-    help='of a table to --import, .csv, .tsv, .parquet or .jsonl: the names and numbers to encode',
+    help='columns with names and numbers to encode, if --import is a table (.csv, .tsv, .parquet or'
+    ' .jsonl)',
   )
-  add('--item_id_column', help='of that table; without it the usual names are looked for')
-  add('--ids', help='file with an original id a line, for an --import without ids')
-  add('--split', help='with --import and --of=user: the split whose training part was used')
+  add(
+    '--item_id_column',
+    help='column of ids in that table; without it the usual names work',
+  )
+  add('--ids', help='file with one original id per line, for an --import without ids')
+  add(
+    '--split',
+    help='with --import and --of=user: the split that the features were made for',
+  )
   add(
     '--hold_back',
     type=float,
-    help='as --split: the share of its interactions, the latest of each user, that was not used',
+    help="with --split: the share of each user's training interactions, the latest ones, that the"
+    ' features were not made from',
   )
-  add('--width', type=int, help='project to so many dimensions, by PCA fitted to the items')
+  add('--width', type=int, help='project to this many dimensions, by PCA fitted to the items')
   add('--whiten', action='store_true', help='give all directions the same variance')
-  add('--normalise', action='store_true', help='give every token the length 1')
-  add('--dtype', choices=feature_files.DTYPES, default='float16', help='how tokens are stored')
+  add('--normalise', action='store_true', help='scale every token to length 1')
+  add('--dtype', choices=shard_files.DTYPES, default='float16', help='type of the stored tokens')
   add('--batch_size', type=int, default=64, help='texts or pictures encoded at once')
   add(
     '--precision',
     choices=('auto', 'float32', 'bfloat16'),
     default='auto',
-    help='of the computation; auto: bfloat16 on a GPU that has it',
+    help='type of the computation; auto: bfloat16 on GPUs that support it',
   )
-  add('--device', help='torch devices by commas; without it all GPUs, or the CPU')
+  add('--device', help='torch devices, separated by commas; without it all GPUs, or the CPU')
   add(
     '--workers',
     type=int,
     default=min(8, (os.cpu_count() or 1) - 1),
-    help='processes that decode pictures; 0: none besides this one',
+    help='processes that decode pictures; 0: decode in the main process',
   )
-  add('--rows_per_shard', type=int, help='rows a file, and lost at most when killed')
-  add('--neighbours', help='original ids, by commas, whose nearest items are shown')
-  add('--overwrite', action='store_true', help='replace features that were made otherwise')
+  add('--rows_per_shard', type=int, help='rows per file; a killed program loses at most one file')
+  add('--neighbours', help='original ids, separated by commas, whose nearest items are shown')
+  add(
+    '--overwrite',
+    action='store_true',
+    help='replace features of other settings or inputs',
+  )
   return parser
 
 
 def _check(flags: argparse.Namespace) -> None:
   if not re.fullmatch(r'[a-z0-9][a-z0-9_-]*', flags.modality):
     raise InputError(
-      f'--modality={flags.modality}: must be a name of small letters, digits, - and _'
+      f'--modality={flags.modality}: must be a name of lower-case letters, digits, - and _'
     )
   if flags.file is None and flags.modality not in (TEXT, IMAGE):
     raise InputError(
@@ -341,7 +351,7 @@ def _check(flags: argparse.Namespace) -> None:
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, encodes and prints the summary."""
-  flags = _flags().parse_args(argv)
+  flags = _flags().parse(argv)
   _check(flags)
   of = flags.of or 'item'
   if not flags.of and flags.file is None and flags.modality == TEXT:
@@ -356,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
       print(summary(info, seconds, flags.data_dir, lines), flush=True)
   except KeyboardInterrupt:
     raise InterruptedBySignal(
-      'stopped; what is done is kept, and the same command goes on', signal.SIGINT
+      'stopped; finished work is kept, and the same command continues', signal.SIGINT
     ) from None
 
 

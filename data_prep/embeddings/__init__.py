@@ -1,1 +1,1 @@
-"""Frozen encoders: texts, pictures and imports -> files of token embeddings."""
+"""Encodes texts, pictures, table columns and imported features into files of token embeddings."""

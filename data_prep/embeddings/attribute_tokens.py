@@ -1,4 +1,4 @@
-"""Columns of a table -> one token: who an item was made by, what it is filed under, its numbers.
+"""Encodes columns of an item table, names and numbers, into one token per item.
 
 Sentence encoders tell little of names: two films with the same actor, or two products of one brand,
 are hardly nearer to each other than any. Here every name has a direction of its own.
@@ -22,8 +22,8 @@ from data_prep.embeddings.imported_tokens import original_ids
 from data_prep.sources import items
 from ur4rec_jax.errors import InputError
 
-NAME_WIDTH = 96  # Random signs so wide are almost at right angles to each other.
-_BUMPS = 9  # Numbers that a number is compared with.
+NAME_WIDTH = 96  # Random sign vectors of this width are almost orthogonal.
+_BUMPS = 9  # Reference points that a number is compared with.
 
 
 def source(
@@ -58,7 +58,7 @@ def source(
       f'{path}: none of its {len(values):,} ids, first {next(iter(values))!r}, is one of the {of}s'
       f' of {data_dir}, first {names[0]!r}; give attributes by the ids of the raw data'
     )
-  # Only of items that are there, so that a larger table changes nothing.
+  # Rows of unknown items are left out, so that a larger table gives the same vectors.
   found = [values.get(name, [None] * len(columns)) for name in names]
   parts = [_column(column, [row[at] for row in found], path) for at, column in enumerate(columns)]
   vectors = np.concatenate(parts, axis=1)
@@ -70,7 +70,7 @@ def source(
       elif not vector.any():
         yield Row(name, None, reason=f'nothing in {", ".join(columns)}')
       else:
-        # What rare names weigh depends on all rows, so that the vector is the key.
+        # The weight of a name depends on all rows, so the key has to cover the whole vector.
         yield Row(name, vector, vector.tobytes())
 
   info = {
@@ -100,7 +100,7 @@ def _encode(
 
 
 def _read(path: Path, columns: Sequence[str], id_column: str | None) -> dict[str, list[Any]]:
-  """The values of the columns by original id."""
+  """Reads the values of the columns by original id."""
   present, rows = items.open_table(path)
   for name in columns:
     if name not in present:
@@ -136,7 +136,7 @@ def _column(column: str, values: list[Any], path: Path) -> np.ndarray:
 
 
 def names_of(value: Any) -> list[str]:
-  """The names in a cell, each once and in small letters."""
+  """Returns the distinct names in a cell, in lower case."""
   if isinstance(value, list | tuple):
     found: Iterable[str] = (name for part in value for name in names_of(part))
   else:
@@ -150,7 +150,7 @@ def _numbers(values: list[Any]) -> np.ndarray | None:
   if any(isinstance(value, bool | list | tuple | dict) for value in values):
     return None
   texts = [items.text(value) for value in values]
-  for read in (_day, float):  # What reads as both, such as 20240531, is a number.
+  for read in (_day, float):  # A value that fits both, such as 20240531, is a number.
     with contextlib.suppress(ValueError):
       numbers[:] = [read(text) if text else np.nan for text in texts]
   numbers[np.isinf(numbers)] = np.nan
@@ -158,7 +158,7 @@ def _numbers(values: list[Any]) -> np.ndarray | None:
 
 
 def _day(text: str) -> int:
-  """Counts days; ValueError unless it is a date, 1995-01-31 or, as in MovieLens, 31-Jan-1995."""
+  """Converts a date (1995-01-31, or 31-Jan-1995 as in MovieLens) to days; else ValueError."""
   try:
     return datetime.date.fromisoformat(text[:10]).toordinal()
   except ValueError:
@@ -170,7 +170,7 @@ def _places(numbers: np.ndarray) -> np.ndarray:
   is_there = np.isfinite(numbers)
   known = np.sort(numbers[is_there])
   ends = [np.searchsorted(known, numbers, side) for side in ('left', 'right')]
-  place = (ends[0] + ends[1]) / 2 / len(known)  # Equal numbers are in the same place.
+  place = (ends[0] + ends[1]) / 2 / len(known)  # Equal numbers get the same rank.
   bumps = np.exp(-0.5 * ((place[:, None] - np.linspace(0, 1, _BUMPS)) * (_BUMPS - 1)) ** 2)
   bumps /= np.linalg.norm(bumps, axis=1, keepdims=True)
   return np.where(is_there[:, None], bumps, 0).astype(np.float32)

@@ -1,9 +1,9 @@
-"""Encoded rows -> features/<of>/<modality> in a prepared folder, shard by shard.
+"""Writes features/OF/MODALITY of a prepared folder, shard by shard, so that it can be resumed.
 
-Work in progress lies in a sibling called MODALITY.incomplete: `progress.jsonl` with the settings
-and a line for each shard that is done, `full/` with the shards before they are projected, and
-`ready/`, which becomes the features in one step. A killed program's work is taken up again where
-settings and inputs are the same.
+Unfinished work lies in the folder MODALITY.incomplete beside it: `progress.jsonl` holds the
+settings and one line per finished shard, `full/` the shards before the projection, and `ready/` the
+final shards. `ready/` becomes the features in one step. If a program is killed, the next one with
+the same settings and inputs continues its work.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.embeddings.shard_files import ShardFiles
 from ur4rec_jax import files
-from ur4rec_jax.data.features import FORMAT_VERSION, INFO, decoded, file_name, read_features_info
+from ur4rec_jax.data.features import FORMAT_VERSION, INFO, read_features_info
 from ur4rec_jax.encoders.projection import Moments, Projection
 from ur4rec_jax.errors import InputError
 
-DTYPES = ('float16', 'float32', 'int8')
 MASKED = 'masked.jsonl'
 _PROGRESS = 'progress.jsonl'
-_MIN_SHARD, _MAX_SHARD, _USUAL_SHARDS = 256, 16384, 256  # Rows, rows, shards.
-_LARGEST_FLOAT16 = 65504
+# By default about 256 shards of 256 to 16,384 rows.
+_MIN_SHARD, _MAX_SHARD, _USUAL_SHARDS = 256, 16384, 256
 
 
 class Row(NamedTuple):
-  """What is known of one item or user.
+  """The input of the encoder for one item or user.
 
   Attributes:
     id: original id.
-    content: what the encoder reads, None where there is nothing.
-    key: changes with the content.
-    reason: why there is nothing.
+    content: input of the encoder; None if there is nothing to encode.
+    key: bytes that change when the content changes.
+    reason: why there is nothing to encode.
   """
 
   id: str
@@ -47,18 +47,18 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-  """What is encoded, and how.
+  """The rows to encode, and the function that encodes them.
 
   Attributes:
-    name: of encoder or file, for messages.
-    info: what info.json is to say of where the tokens come from.
-    count: how many rows there are.
-    tokens: how many tokens a row has at most.
-    width: of a token.
-    rows: gives all rows in order.
-    encode: turns rows into `[n, tokens, width]` float32 and `[n, tokens]` bool, and says, by
-      position, why rows with content got no token; calls its second argument with the number of
-      rows that are done since it was last called.
+    name: name of encoder or file, for messages.
+    info: origin of the tokens, for info.json.
+    count: number of rows.
+    tokens: most tokens of a row.
+    width: width of a token.
+    rows: yields all rows in order.
+    encode: takes rows; returns tokens `[n, tokens, width]` float32, their mask `[n, tokens]` bool,
+      and by position the reason why a row with content got no token. It reports progress by calling
+      its second argument with the number of rows finished since the last call.
   """
 
   name: str
@@ -76,11 +76,11 @@ class Form(NamedTuple):
   """How tokens are stored.
 
   Attributes:
-    dtype: one of `DTYPES`.
-    width: what the tokens are projected to, None to leave them as they are.
-    whiten: whether all directions get the same variance.
-    normalise: whether tokens get length 1, before they are projected.
-    rows_per_shard: None for a usual number.
+    dtype: one of `shard_files.DTYPES`.
+    width: width after the projection; None keeps the width of the encoder.
+    whiten: whether the projection gives all directions the same variance.
+    normalise: whether tokens are scaled to length 1 before the projection.
+    rows_per_shard: None chooses a number.
   """
 
   dtype: str = 'float16'
@@ -102,21 +102,21 @@ def write(
   projection: Projection | None = None,
   overwrite: bool = False,
 ) -> tuple[dict[str, Any], bool]:
-  """Encodes and stores all rows, unless that has been done.
+  """Encodes and stores all rows, unless the same features exist already.
 
   Args:
     target: `features/<of>/<modality>` of a prepared folder.
     source: what to encode.
     form: how to store it.
-    projection: to use instead of fitting one to these rows.
-    overwrite: whether features made otherwise may be replaced.
+    projection: fitted projection to use; None fits one to these rows if the form needs it.
+    overwrite: whether other features may be replaced.
 
   Returns:
-    The content of info.json, and whether it is new.
+    The content of info.json, and whether the features are new.
 
   Raises:
-    InputError: other features are there, another program makes them now, what is encoded is
-      not finite, or the disk fails.
+    InputError: the folder holds other features, another program is writing them, an encoded value
+      is not finite, or the disk fails.
   """
   if form.width is not None and form.width > source.width:
     raise InputError(
@@ -128,17 +128,19 @@ def write(
       old = _same(target, source, settings)
       shutil.rmtree(draft)
       return old, False
-    store = draft / ('full' if form.projects else 'ready')
-    records = _encode(draft, store, source, form, settings)
     ready = draft / 'ready'
+    count = -(-source.count // settings['rows_per_shard'])
+    final = ShardFiles(ready, count, form.dtype, source.name)
+    full = ShardFiles(draft / 'full', count, 'float32', source.name) if form.projects else final
+    records = _encode(draft, full, source, form, settings)
     about_projection = None
     if form.projects:
       shutil.rmtree(ready, ignore_errors=True)
       ready.mkdir()
-      projection = projection or _fit(store, records, form, source.name)
+      projection = projection or _fit(full, form)
       projection.save(ready)
       about_projection = projection.info
-      records = _project(store, ready, records, projection, form, source.name)
+      records = _project(full, final, records, projection)
     info = _info(settings, records, about_projection)
     lines = (
       json.dumps({'id': name, 'reason': reason}, ensure_ascii=False) + '\n'
@@ -156,7 +158,7 @@ def write(
 
 @contextlib.contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
-  """Gives the folder of work in progress, to one program at a time."""
+  """Gives the folder of unfinished work, to one program at a time."""
   draft = target.with_name(f'{target.name}.incomplete')
   target.parent.mkdir(parents=True, exist_ok=True)
   taken = f'{target}: another program makes these features now; wait until it ends'
@@ -165,12 +167,13 @@ def _workplace(target: Path) -> Iterator[Path]:
     try:
       yield draft
     finally:
-      with contextlib.suppress(OSError):  # It stays if there is work in it.
+      # A folder with unfinished work is not empty and stays.
+      with contextlib.suppress(OSError):
         draft.rmdir()
 
 
 def _settings(source: Source, form: Form, projection: Projection | None) -> dict[str, Any]:
-  """All that decides what is stored, but for the inputs."""
+  """Returns everything that decides what is stored, except the inputs."""
   few = -(-source.count // _USUAL_SHARDS)
   return {
     **source.info,
@@ -187,7 +190,7 @@ def _settings(source: Source, form: Form, projection: Projection | None) -> dict
 
 
 def _shards(source: Source, settings: dict[str, Any]) -> Iterator[tuple[list[Row], str]]:
-  """Gives the rows of each shard and a hash of them."""
+  """Yields the rows of each shard and their hash."""
   rows = source.rows()
   while shard := list(itertools.islice(rows, settings['rows_per_shard'])):
     digest = hashlib.sha256()
@@ -198,7 +201,7 @@ def _shards(source: Source, settings: dict[str, Any]) -> Iterator[tuple[list[Row
 
 
 def _same(target: Path, source: Source, settings: dict[str, Any]) -> dict[str, Any]:
-  """The info.json that is there, given that it is what would be made."""
+  """Returns the info.json of existing features; InputError if they are other features."""
   way_out = 'pass --overwrite to replace it'
   old = read_features_info(target, way_out)
   for name, value in json.loads(json.dumps(settings)).items():
@@ -223,13 +226,11 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def _encode(
-  draft: Path, store: Path, source: Source, form: Form, settings: dict[str, Any]
+  draft: Path, store: ShardFiles, source: Source, form: Form, settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-  """Writes the shards that are not there yet; returns what is known of each one."""
+  """Encodes and writes the shards that are still missing; returns the records of all shards."""
   done = _progress(draft, settings)
-  store.mkdir(exist_ok=True)
-  dtype = 'float32' if form.projects else form.dtype
-  count = -(-source.count // settings['rows_per_shard'])
+  store.folder.mkdir(exist_ok=True)
   records = []
   label = f'{settings["of"]} {settings["modality"]}'
   with (
@@ -238,7 +239,7 @@ def _encode(
   ):
     for number, (rows, digest) in enumerate(_shards(source, settings)):
       record = done.get(number)
-      if record and record['inputs_sha256'] == digest and _is_sound(store, record, number, count):
+      if record and record['inputs_sha256'] == digest and store.is_sound(number, record):
         bar.update(len(rows))
         records.append(record)
         continue
@@ -252,7 +253,7 @@ def _encode(
         'rows': len(rows),
         'inputs_sha256': digest,
         'masked': masked,
-        **_store(store, number, count, tokens, mask, dtype, source.name, [row.id for row in rows]),
+        **store.write(number, tokens, mask, [row.id for row in rows]),
       }
       log.write(json.dumps(record) + '\n')
       log.flush()
@@ -271,7 +272,7 @@ def _encode(
 
 
 def _masked(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-  """By reason, the most frequent first: how many rows are without a token, and the first id."""
+  """Counts rows without tokens by reason, the most frequent first, each with its first id."""
   found: dict[str, dict[str, Any]] = {}
   for name, reason in itertools.chain.from_iterable(record['masked'] for record in records):
     found.setdefault(reason, {'rows': 0, 'first': name})['rows'] += 1
@@ -279,11 +280,11 @@ def _masked(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _progress(draft: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-  """What an earlier run with the same settings has done, by shard; else removes it."""
+  """Returns the finished shards of an earlier run; removes them if its settings were different."""
   lines = []
   with contextlib.suppress(FileNotFoundError):
     for line in (draft / _PROGRESS).read_bytes().split(b'\n'):
-      with contextlib.suppress(ValueError):  # Half a line of a killed program.
+      with contextlib.suppress(ValueError):  # A killed program may leave half a line.
         lines.append(json.loads(line))
   if lines and lines[0] == {'settings': json.loads(json.dumps(settings))}:
     return {record['shard']: record for record in lines[1:]}
@@ -291,16 +292,6 @@ def _progress(draft: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   (draft / _PROGRESS).write_text(json.dumps({'settings': settings}) + '\n', encoding='utf-8')
   return {}
-
-
-def _is_sound(store: Path, record: dict[str, Any], number: int, count: int) -> bool:
-  try:
-    return all(
-      _file_sha256(store / file_name(kind, number, count)) == wanted
-      for kind, wanted in record['sha256'].items()
-    )
-  except OSError:
-    return False
 
 
 def _check(
@@ -311,9 +302,10 @@ def _check(
   mask: np.ndarray,
   reasons: dict[int, str],
 ) -> list[tuple[str, str]]:
-  """Refuses what is not finite, masks what is zero; returns ids and reasons of rows without token.
+  """Masks zero tokens, in place, and refuses values that are not finite.
 
-  Changes `tokens` and `mask`.
+  Returns:
+    Id and reason of each row without a token.
   """
   bad = mask & ~np.isfinite(tokens).all(-1)
   if bad.any():
@@ -332,86 +324,27 @@ def _check(
   return masked
 
 
-def _store(
-  folder: Path,
-  number: int,
-  count: int,
-  tokens: np.ndarray,
-  mask: np.ndarray,
-  dtype: str,
-  origin: str,
-  names: list[str],
-) -> dict[str, Any]:
-  """Writes the arrays of a shard; returns hashes, sizes and the error made by the dtype."""
-  arrays = {'tokens': tokens, 'mask': mask}
-  if dtype == 'int8':
-    largest = np.abs(tokens).max(-1, initial=0)
-    scale = np.minimum(largest / 127, _LARGEST_FLOAT16).astype(np.float16)
-    steps = tokens / np.where(scale > 0, scale, 1).astype(np.float32)[..., None]
-    arrays |= {'tokens': np.clip(np.rint(steps), -127, 127).astype(np.int8), 'scale': scale}
-    stored = decoded(arrays)
-    is_lost = (largest / 127 > _LARGEST_FLOAT16) | (mask & ~stored.any(-1))
-  else:
-    with np.errstate(over='ignore'):
-      arrays['tokens'] = stored = tokens.astype(dtype)
-    is_lost = ~np.isfinite(stored).all(-1) | (mask & ~stored.any(-1))
-  if is_lost.any():
-    row, token = np.argwhere(is_lost)[0]
-    raise InputError(
-      f'{origin}: {names[row]!r}, token {token}: its values, of'
-      f' {np.abs(tokens[row, token]).max():.3g} at most, do not fit into {dtype};'
-      ' pass --dtype=float32 or --normalise'
-    )
-  squares = [
-    float(np.einsum('ntd,ntd->', array, array, dtype=np.float64))
-    for array in (tokens - stored, tokens)
-  ]
-  record: dict[str, Any] = {'filled': int(mask.sum()), 'squares': squares, 'sha256': {}, 'bytes': 0}
-  for kind, array in arrays.items():
-    path = folder / file_name(kind, number, count)
-    with (part := path.with_suffix('.part')).open('wb') as file:
-      np.save(file, array, allow_pickle=False)
-    record['sha256'][kind] = _file_sha256(part)
-    record['bytes'] += part.stat().st_size
-    part.rename(path)
-  return record
-
-
-def _file_sha256(path: Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _full(store: Path, records: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  for number in range(len(records)):
-    yield tuple(
-      np.load(store / file_name(kind, number, len(records)), mmap_mode=mode)
-      for kind, mode in (('tokens', 'r'), ('mask', None))
-    )
-
-
-def _fit(store: Path, records: list[dict[str, Any]], form: Form, name: str) -> Projection:
+def _fit(store: ShardFiles, form: Form) -> Projection:
   moments = Moments()
-  for tokens, mask in _full(store, records):
-    moments.add(tokens, mask)
-  return moments.projection(form.width, form.whiten, name)
+  for number in range(store.count):
+    moments.add(*store.read(number))
+  return moments.projection(form.width, form.whiten, store.origin)
 
 
 def _project(
-  store: Path,
-  ready: Path,
+  full: ShardFiles,
+  ready: ShardFiles,
   records: list[dict[str, Any]],
   projection: Projection,
-  form: Form,
-  name: str,
 ) -> list[dict[str, Any]]:
+  """Projects all shards of `full` into `ready`; returns their new records."""
   projected = []
-  for number, (tokens, mask) in enumerate(_full(store, records)):
+  for number, record in enumerate(records):
+    tokens, mask = full.read(number)
     few = np.zeros((*mask.shape, projection.width), np.float32)
     few[mask] = projection.apply(tokens[mask])
     names = [f'row {i} of shard {number}' for i in range(len(mask))]
-    stored = _store(ready, number, len(records), few, mask, form.dtype, name, names)
-    projected.append({**records[number], **stored})
+    projected.append({**record, **ready.write(number, few, mask, names)})
   return projected
 
 

@@ -1,4 +1,4 @@
-"""Features made elsewhere, by original id: .npz, .npy or .safetensors; never a pickle."""
+"""Imports features by original id from .npz, .npy or .safetensors files, never from pickles."""
 
 import functools
 import shutil
@@ -15,7 +15,7 @@ from ur4rec_jax.encoders import pretrained
 from ur4rec_jax.errors import InputError
 
 _NAMES = ('tokens', 'embeddings')
-_BLOCK = 4096  # Rows that are copied at once.
+_BLOCK = 4096  # Rows copied at once.
 
 
 def source(
@@ -81,7 +81,7 @@ def source(
 
 
 def original_ids(data_dir: str | Path, of: str) -> list[str]:
-  """The raw data's ids of the items or users of a prepared folder, in its order."""
+  """Returns the original ids of the items or users of a prepared folder, in order."""
   read_info(data_dir)
   if of == 'item':
     return [item['original_id'] for item in iterate_items(data_dir)]
@@ -109,7 +109,7 @@ def _gather(
   is_there = np.zeros(found.shape[:2], bool)
   here = [at for at, row in enumerate(rows) if row.content is not None]
   there = [rows[at].content for at in here]
-  with np.errstate(over='ignore'):  # Becomes infinite, which is refused.
+  with np.errstate(over='ignore'):  # Values that overflow become infinite and are refused later.
     found[here] = tokens[there]
   is_there[here] = True if mask is None else mask[there]
   advance(len(rows))
@@ -137,7 +137,7 @@ def _tokens(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _arrays(path: Path, scratch: Path) -> dict[str, np.ndarray]:
-  """Opens a file; its tokens are mapped into memory, after unpacking where that is needed."""
+  """Opens a file with memory-mapped tokens; a packed file is unpacked first."""
   kinds = {'.npy': _read_npy, '.npz': _read_npz, '.safetensors': _read_safetensors}
   read = kinds.get(path.suffix.lower())
   if read is None:
@@ -148,7 +148,7 @@ def _arrays(path: Path, scratch: Path) -> dict[str, np.ndarray]:
     raise
   except ImportError as error:
     raise pretrained.missing_extra(error) from error
-  except Exception as error:  # Whatever a damaged file makes the readers raise.
+  except Exception as error:  # Damaged files make the readers raise any kind of error.
     reason = next(iter(str(error).splitlines()), repr(error))
     raise InputError(
       f'{path}: cannot be read ({reason}); export it again, without pickle'
@@ -180,7 +180,7 @@ def _read_safetensors(path: Path, scratch: Path) -> dict[str, np.ndarray]:
     arrays = {name: file.get_tensor(name) for name in names & {'ids', 'mask'}}
     kinds = {name: file.get_slice(name).get_dtype() for name in names & set(_NAMES)}
   for name, kind in kinds.items():
-    # NumPy knows no bfloat16, torch does.
+    # NumPy has no bfloat16, so torch reads it.
     with safetensors.safe_open(path, 'pt' if kind == 'BF16' else 'numpy') as file:
       values = file.get_slice(name)
       first = values[:1]

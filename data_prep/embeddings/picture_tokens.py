@@ -1,4 +1,4 @@
-"""Pictures of items -> tokens: token 0 of the whole picture, then a grid of its parts."""
+"""Encodes pictures of items: token 0 is the whole picture, the others a grid of its parts."""
 
 import collections
 import functools
@@ -26,9 +26,9 @@ from ur4rec_jax.errors import InputError
 COLOR = 'color'
 DEFAULT = 'openai/clip-vit-base-patch32'
 PROJECTED, LAST = 'projected', 'last'
-_SIDE = 96  # Pixels of the pictures that the colours are taken of.
-_LEVELS = 4  # Of red, green and blue each, in a histogram.
-_DIRECTIONS = 8  # Of edges.
+_SIDE = 96  # Pictures are reduced to squares of this many pixels a side.
+_LEVELS = 4  # Histogram bins per colour channel.
+_DIRECTIONS = 8  # Histogram bins of edge directions.
 
 
 class Encoder(NamedTuple):
@@ -52,7 +52,7 @@ class Encoder(NamedTuple):
 
 
 def source(data_dir: str | Path, encoder: Encoder, processes: int = 0) -> Source:
-  """Says which items of a prepared folder have a picture, and how it is encoded.
+  """Describes how to encode the pictures of a prepared folder.
 
   Args:
     data_dir: the folder.
@@ -103,20 +103,20 @@ def _rows(data_dir: Path, found: list[Path | None]) -> Iterator[Row]:
 
 
 class _Decoders:
-  """Prepares batches of pictures, some ahead of their use."""
+  """Decodes batches of pictures in other processes, ahead of their use."""
 
   def __init__(self, prepare: Callable[[Image.Image], np.ndarray], processes: int):
     self._prepare, self._processes = prepare, processes
     self._pool: ProcessPoolExecutor | None = None
 
   def arrays(self, batches: list[list[Path]]) -> Iterator[list[np.ndarray | str]]:
-    """Gives each batch's arrays in order; a text says why there is none."""
+    """Yields the arrays of each batch in order; text in place of an array says why it failed."""
     if not self._processes:
       for batch in batches:
         yield _open_all(self._prepare, batch)
       return
     if self._pool is None:
-      # Not forked: torch and its threads do not survive that.
+      # Spawned, because torch's threads do not survive a fork.
       self._pool = ProcessPoolExecutor(
         self._processes, multiprocessing.get_context('spawn'), _follow_parent
       )
@@ -140,7 +140,7 @@ def _result(waiting: Future) -> list[np.ndarray | str]:
 
 
 def _follow_parent() -> None:
-  """Makes a process of the pool end when its parent is killed, and leave Ctrl-C to it."""
+  """Ends a process of the pool when its parent is killed; only the parent handles Ctrl-C."""
 
   def watch() -> None:
     multiprocessing.parent_process().join()
@@ -160,7 +160,7 @@ def _open(prepare: Callable[[Image.Image], np.ndarray], path: Path) -> np.ndarra
   try:
     with Image.open(path) as file:
       return prepare(file.convert('RGB'))
-  except Exception as error:  # Decoders raise whatever the damage leads them to.
+  except Exception as error:  # Damaged files make decoders raise any kind of error.
     return f'its picture cannot be decoded ({error})'
 
 
@@ -194,7 +194,7 @@ def _encode(
 
 
 def color(grid: int) -> Encoder:
-  """Built in, without any learning: colours and edges of the whole picture and of its parts."""
+  """Creates the built-in encoder: statistics of colours and edges, without any learning."""
   info = {'name': COLOR, 'version': 1, 'is_builtin': True, 'grid': grid, 'is_normalised': False}
   width = 6 + _LEVELS**3 + _DIRECTIONS
   return Encoder(info, width, grid, functools.partial(_colors, grid), [np.stack], 256)
@@ -233,13 +233,13 @@ def vision_model(
   """Loads the picture encoder of a transformers model: CLIP, SigLIP, DINOv2, ViT, ResNet, ...
 
   Args:
-    name: see `models.find`.
+    name: see `pretrained.find`.
     grid: how many parts a side are made of the patches, by their mean.
     layer: `projected`: the last one, normalised and projected to the space that CLIP shares with
       texts; `last`: the last one, normalised; or a number: what comes out of that layer, -1 of the
       last one. None: `projected` where there is such a space, else `last`.
-    device: see `models.devices`.
-    precision: see `models.precision`.
+    device: see `pretrained.devices`.
+    precision: see `pretrained.precision`.
     batch_size: how many pictures are encoded at once.
 
   Raises:
@@ -264,7 +264,7 @@ def vision_model(
       local_files_only=True,
       dtype=getattr(torch, precision),
     )
-    # Weights that do not fit are for `check_loaded` to report.
+    # `check_loaded` reports weights that do not fit.
     model, found = load(output_loading_info=True, ignore_mismatched_sizes=True)
     has_space = hasattr(model, 'visual_projection')
     layer = layer or (PROJECTED if has_space else LAST)
@@ -306,7 +306,7 @@ def _pixels(processor: Any, image: Image.Image) -> np.ndarray:
 
 
 class _Vision:
-  """Turns prepared pictures into tokens, on one device.
+  """Encodes decoded pictures into tokens on one device.
 
   Attributes:
     token_0: what stands for the whole picture: `CLS`, `pooled`, or `mean` of the patches.
@@ -334,7 +334,7 @@ class _Vision:
       return torch.cat([part.float() for part in tokens], 1).cpu().numpy()
 
   def _read(self, pixels: Any) -> tuple[Any, Any]:
-    """Gives the whole, `[pictures, width]`, and patches, `[pictures, width, rows, columns]`."""
+    """Returns vectors `[pictures, width]` and patches `[pictures, width, rows, columns]`."""
     is_number = self._layer not in (PROJECTED, LAST)
     found = self._tower(pixel_values=pixels, output_hidden_states=is_number)
     hidden = found.hidden_states[int(self._layer)] if is_number else found.last_hidden_state
@@ -342,13 +342,13 @@ class _Vision:
     if hidden.ndim == 4:  # A convolutional network.
       self.token_0 = 'mean' if pooled is None else 'pooled'
       return hidden.mean((2, 3)) if pooled is None else pooled.flatten(1), hidden
-    # CLIP normalises only what stands for the whole picture; the patches are to be like it.
+    # CLIP normalises only the vector of the whole picture; the patches need the same.
     if hasattr(self._model, 'visual_projection') and not is_number:
       hidden = self._tower.post_layernorm(hidden)
       if self._layer == PROJECTED:
         hidden = self._model.visual_projection(hidden)
     rows, columns = self._patches(pixels.shape[-2:], hidden.shape[1])
-    extra = hidden.shape[1] - rows * columns  # CLS, and the registers of some.
+    extra = hidden.shape[1] - rows * columns  # The CLS token, and register tokens of some models.
     patches = hidden[:, extra:]
     self.token_0 = 'CLS' if extra else 'mean' if pooled is None else 'pooled'
     whole = hidden[:, 0] if extra else patches.mean(1) if pooled is None else pooled
@@ -360,7 +360,7 @@ class _Vision:
       rows, columns = (side // size for side in pixels)
       if rows * columns <= length:
         return rows, columns
-    side = math.isqrt(length)  # Swin and the like merge patches.
+    side = math.isqrt(length)  # Swin and similar models merge patches.
     if side * side != length:
       kind = self._tower.config.model_type
       raise InputError(f'--encoder: cannot tell where the patches of a {kind} model are')

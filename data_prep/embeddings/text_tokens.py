@@ -1,4 +1,4 @@
-"""Texts about items and users -> tokens: one for the whole text, then one for each sentence."""
+"""Encodes texts about items and users: one token for the whole text, then one per sentence."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from ur4rec_jax.encoders import text
 
 
 def source(data_dir: str | Path, of: str, encoder: text.Encoder, max_tokens: int) -> Source:
-  """Says what is known of the items or users of a prepared folder, and how it is encoded.
+  """Describes how to encode the texts of the items or users of a prepared folder.
 
   Args:
     data_dir: the folder.
     of: `item`: title, genres, the text written about it, its own description; `user`: the text
       written about the user.
-    encoder: what encodes.
-    max_tokens: how many sentences get a token of their own.
+    encoder: text encoder.
+    max_tokens: most sentences with a token of their own.
 
   Raises:
     InputError: the folder is no prepared dataset, or there are no texts about its users.

@@ -1,1 +1,1 @@
-"""Texts that an LLM writes about items and users: prompts, asking, storing, writing."""
+"""Generates texts about items and users with an LLM: prompts, requests, storage, output."""

@@ -1,11 +1,11 @@
-"""The store of paid answers: append-only JSON lines that survive being killed at any byte.
+"""Stores paid answers in append-only JSON lines that survive a kill at any byte.
 
-A store is a folder beside the prepared one, so that building the data anew never touches it:
+A store is a folder beside the prepared one, so that rebuilding the data never touches it:
 
-  answers.jsonl   one line an answer
-  failed.jsonl    one line a failed request, with the reason; never taken for an answer
-  batches/        batches that a provider works on, see llm_batch.py
-  lock            held by the one process that writes
+  answers.jsonl   one line per answer
+  failed.jsonl    one line per failed request, with the reason
+  batches/        unfinished batches, see llm_batch.py
+  lock            exists while a process writes
 """
 
 import collections
@@ -24,16 +24,16 @@ from ur4rec_jax.errors import InputError, StorageError
 ANSWERS = 'answers.jsonl'
 FAILED = 'failed.jsonl'
 _LOCK = 'lock'
-_SYNC_SECONDS = 1.0  # One wait for the disk serves all answers of this time.
+_SYNC_SECONDS = 1.0  # Answers are forced to the disk once in this time.
 
 
 class Failures(NamedTuple):
-  """What is known of a request without an answer.
+  """Failed attempts of a request without an answer.
 
   Attributes:
-    attempts: how often it failed.
-    reason: of the last time.
-    is_final: whether asking again is left to the user, as it costs and would likely fail again.
+    attempts: number of failures.
+    reason: reason of the last failure.
+    is_final: whether only --retry_failed repeats the request, since it would likely fail again.
   """
 
   attempts: int
@@ -42,33 +42,33 @@ class Failures(NamedTuple):
 
 
 def make_key(provider: str, model: str, parameters: Mapping[str, Any], prompt: Any) -> str:
-  """Returns the name of a request, equal if and only if everything that shapes the answer is.
+  """Returns the key of a request: a hash of everything that shapes the answer.
 
   Args:
-    provider: e.g. `openai`.
-    model: as the provider calls it.
-    parameters: of the request, beside the prompt.
-    prompt: a `prompts.Prompt`; its id is no part of the key.
+    provider: name of the provider, such as `openai`.
+    model: the provider's name of the model.
+    parameters: other fields of the request.
+    prompt: a `prompts.Prompt`; its id does not change the key.
   """
   request = [provider, model, parameters, prompt.version, prompt.system, prompt.text]
   return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
-  """Answers and failures by key; only where they lie is kept in memory.
+  """Answers and failures by key; memory holds only their positions in the files.
 
   Attributes:
-    unreadable: number of lines that are no records: torn by a kill, or damaged.
-    cost: dollars that all requests of the store have cost so far, as far as that is known.
+    unreadable: number of damaged lines, for example cut off by a kill.
+    cost: known cost in dollars of all requests of the store.
     versions: number of answers by (provider, model, prompt version).
   """
 
   def __init__(self, folder: str | Path, read_only: bool = False):
-    """Opens or makes a store.
+    """Opens or creates a store.
 
     Args:
-      folder: of the store.
-      read_only: changes nothing, and also reads a store that another process writes.
+      folder: folder of the store.
+      read_only: change nothing; works while another process writes.
 
     Raises:
       InputError: another process writes to the store, or it is not writable.
@@ -97,7 +97,7 @@ class Store:
     return len(self._offsets)
 
   def offset(self, key: str) -> int | None:
-    """Returns where an answer lies, for `read`; None if there is none."""
+    """Returns the position of an answer, for `read`; None if there is no answer."""
     return self._offsets.get(_digest(key))
 
   def read(self, offset: int) -> dict[str, Any]:
@@ -107,23 +107,23 @@ class Store:
       return json.loads(file.readline())
 
   def failure(self, key: str) -> Failures | None:
-    """Returns what is known of a request that failed and has no answer."""
+    """Returns the failures of a request without an answer; None if it has not failed."""
     return None if key in self else self._failures.get(_digest(key))
 
   def add(self, record: Mapping[str, Any]) -> None:
-    """Writes an answer; StorageError if that is impossible."""
+    """Appends an answer; StorageError if it cannot be written."""
     if record['key'] not in self:
       self._count_answer(record, self._append(ANSWERS, record))
 
   def add_failure(self, record: Mapping[str, Any]) -> None:
-    """Writes down that a request failed: `key`, `reason`, `is_final`; else as `add`."""
+    """Appends a failure with `key`, `reason` and `is_final`; StorageError as in `add`."""
     self._append(FAILED, record)
     self._count_failure(record)
 
   def sync(self) -> None:
-    """Forces what was written to the disk: a kill needs no such care, a power cut does.
+    """Forces written lines to the disk, so that they survive a power cut.
 
-    Writing does so by itself about once a second.
+    `add` calls this about once a second.
     """
     if self._is_dirty:
       self._is_dirty = False
@@ -132,7 +132,7 @@ class Store:
         os.fsync(descriptor)
 
   def close(self) -> None:
-    """Syncs, and lets other processes write."""
+    """Syncs and releases the lock."""
     self.sync()
     for descriptor in self._files.values():
       os.close(descriptor)
@@ -150,7 +150,7 @@ class Store:
       self._files = {name: os.open(self.folder / name, flags, 0o644) for name in (ANSWERS, FAILED)}
       for descriptor in self._files.values():
         size = os.fstat(descriptor).st_size
-        # The line that a kill has torn ends here, lest the next record becomes a part of it.
+        # Ends a line that a kill has cut off, so that the next record starts on its own line.
         if size and os.pread(descriptor, 1, size - 1) != b'\n':
           _write(descriptor, b'\n')
     except OSError as error:
@@ -175,14 +175,14 @@ class Store:
         offset += len(line)
 
   def _append(self, name: str, record: Mapping[str, Any]) -> int:
-    # A lone surrogate in a text has no UTF-8 form.
+    # Half of a surrogate pair has no UTF-8 form and is replaced.
     line = (json.dumps(record, ensure_ascii=False) + '\n').encode('utf-8', 'replace')
     descriptor = self._files[name]
     offset = os.fstat(descriptor).st_size
     try:
       _write(descriptor, line)
     except OSError as error:
-      way_out = 'free some space' if error.errno in files.DISK_FULL else 'look to the disk'
+      way_out = 'free some space' if error.errno in files.DISK_FULL else 'check the disk'
       raise StorageError(
         f'{self.folder / name}: an answer cannot be written ({error.strerror}); {way_out} and start'
         ' the same command again: all earlier answers are safe'
@@ -209,11 +209,11 @@ class Store:
 
 
 def _digest(key: str) -> bytes:
-  # Half of the key tells requests apart as well, and 100,000 of them take half the memory.
+  # Half of the hash is unique enough and takes half the memory.
   return bytes.fromhex(key)[:16]
 
 
 def _write(descriptor: int, content: bytes) -> None:
-  # One call, unless the disk fills up in its middle.
+  # os.write may write only a part, for example when the disk fills up.
   while content:
     content = content[os.write(descriptor, content) :]

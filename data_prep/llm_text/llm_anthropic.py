@@ -1,4 +1,4 @@
-"""The Messages API and Message Batches of Anthropic; the same functions as in llm_openai.py."""
+"""Anthropic's Messages API and Message Batches, with the same functions as llm_openai.py."""
 
 import json
 from collections.abc import AsyncIterator
@@ -11,7 +11,7 @@ from data_prep.llm_text.llm_calls import Batch, Rejected, Settings
 NAME = 'anthropic'
 KEY = 'ANTHROPIC_API_KEY'
 DEFAULT_MODEL = 'claude-haiku-5-5'
-# A short text needs no thinking, whose tokens are paid like the answer's.
+# Thinking is off: a short text does not need it, and its tokens cost as much as the answer's.
 PARAMETERS = {'max_tokens': 1000, 'thinking': {'type': 'disabled'}}
 MAX_OUTPUT = 'max_tokens'
 OPTIONAL = {
@@ -22,14 +22,14 @@ BATCH_REQUESTS, BATCH_BYTES = 100_000, 256_000_000
 
 
 def client(key: str, base_url: str | None, timeout: float) -> Any:
-  """Returns the SDK's client, which leaves retries to us."""
+  """Creates the SDK's client; its own retries are off, because `llm_online` retries."""
   import anthropic
 
   return anthropic.AsyncAnthropic(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
 
 
 def body(prompt: prompts.Prompt, settings: Settings) -> dict[str, Any]:
-  """Returns a request, without what the server has refused before."""
+  """Returns the body of a request without fields that the server has refused."""
   fields = {
     'model': settings.model,
     'system': prompt.system,
@@ -49,7 +49,7 @@ async def send(client: Any, body: dict[str, Any]) -> str:
 
 
 def content(reply: dict[str, Any]) -> str:
-  """Returns what the model wrote; Rejected if that is no whole answer."""
+  """Returns the text of a reply; Rejected if it is refused or cut off."""
   if reply.get('stop_reason') == 'refusal':
     raise Rejected('refused')
   if reply.get('stop_reason') in ('max_tokens', 'model_context_window_exceeded'):
@@ -58,7 +58,7 @@ def content(reply: dict[str, Any]) -> str:
 
 
 def tokens(reply: dict[str, Any]) -> tuple[int, int]:
-  """Returns the tokens that are paid: input, output."""
+  """Returns the paid (input, output) tokens."""
   usage = reply['usage']
   cached = ('cache_creation_input_tokens', 'cache_read_input_tokens')
   return (
@@ -81,7 +81,7 @@ async def create_batch(client: Any, requests: Path, tag: str) -> str:
 
 
 async def find_batches(client: Any, tag: str, since: float, num_requests: int) -> list[str]:
-  """Returns the batches that may be the one: made since then, with as many requests."""
+  """Returns the ids of newer batches with the same number of requests."""
   del tag
   found = []
   async for batch in client.messages.batches.list(limit=100):
@@ -93,7 +93,7 @@ async def find_batches(client: Any, tag: str, since: float, num_requests: int) -
 
 
 async def poll_batch(client: Any, batch_id: str) -> Batch:
-  """Asks how far a batch is."""
+  """Returns the progress of a batch."""
   batch = await client.messages.batches.retrieve(batch_id)
   counts = batch.request_counts
   return Batch(
@@ -103,7 +103,7 @@ async def poll_batch(client: Any, batch_id: str) -> Batch:
 
 
 async def batch_results(client: Any, batch: Batch, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-  """Yields `key` with `reply`, or with `error` and the `status`, of all requests that ended."""
+  """Yields `key` and `reply`, or `key`, `error` and `status`, of all finished requests."""
   del batch
   async for line in await client.messages.batches.results(batch_id):
     result = line.result

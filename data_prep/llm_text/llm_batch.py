@@ -1,9 +1,9 @@
-"""Batches: submitted, remembered before anything else, collected by this or any later process.
+"""Submits and collects batches; another process can collect what a killed one has submitted.
 
-A batch is known from before it is submitted until its answers are in the store, by three files in
-STORE/batches: TAG.requests.jsonl is what the provider gets, TAG.keys.jsonl says whose requests
-these are, TAG.json is the state. A state without ids was cut short while it was submitted: the
-provider is asked whether it has the batch.
+Three files in STORE/batches describe a batch, from before it is submitted until its answers are in
+the store: TAG.requests.jsonl for the provider, TAG.keys.jsonl with the keys of the requests, and
+TAG.json with the state. A state without ids means that the program was killed while it submitted
+the batch; the next process asks the provider whether the batch exists.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from ur4rec_jax import files
 from ur4rec_jax.errors import InputError, ReportedError
 
 FOLDER = 'batches'
-# The budget is not worn down with ever smaller batches, each of which may take a day.
+# Smaller batches are not worth it when the budget runs out: each may take a day.
 _FEWEST_FOR_BUDGET = 10
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 
@@ -40,18 +40,18 @@ def is_of(state: dict[str, Any], settings: Settings) -> bool:
 
 
 def keys_under_way(store: Path) -> set[str]:
-  """Returns the keys of all requests that are in a batch."""
+  """Returns the keys of all requests in unfinished batches."""
   tags = [state['tag'] for state in read_states(store)]
   return {key for tag in tags for key in _read_keys(store / FOLDER / f'{tag}.keys.jsonl')}
 
 
 class Batches:
-  """Submits, polls and collects.
+  """Submits, polls and collects batches.
 
   Attributes:
-    budget: see `costs.Budget`; what batches under way may cost is promised.
-    num_under_way: batches that the provider works on.
-    num_done: requests that it has finished in them.
+    budget: see `costs.Budget`; it reserves the most that unfinished batches may cost.
+    num_under_way: unfinished batches.
+    num_done: finished requests in unfinished batches.
   """
 
   def __init__(
@@ -80,18 +80,20 @@ class Batches:
     on_failure: Callable[[str, prompts.Prompt, Rejected | Unanswered], None],
     on_poll: Callable[[], None],
   ) -> None:
-    """Asks for every prompt, again for those that come back without an answer.
+    """Sends every prompt; those that come back without an answer go into the next batch.
 
     Args:
-      make_work: gives the prompts that have no answer and are in no batch.
-      poll_seconds: between two looks at the batches.
-      wait: whether to stay until the batches have ended.
-      on_answer, on_failure: take key, prompt (without its texts) and result.
+      make_work: yields the prompts that have no answer and are in no batch.
+      poll_seconds: seconds between two looks at the batches.
+      wait: whether to wait until the batches have ended.
+      on_answer: called with key, prompt (without its texts) and answer.
+      on_failure: called with key, prompt (without its texts) and error.
       on_poll: called after each look.
 
     Raises:
-      BudgetReached: no further request fits, and none is under way.
-      InputError, ReportedError: the provider cannot be asked, or does not take the requests.
+      BudgetReached: no further request fits into the budget, and no batch is unfinished.
+      InputError: the provider refuses the key or the requests.
+      ReportedError: the provider does not answer.
     """
     self._on_answer, self._on_failure = on_answer, on_failure
     self._folder.mkdir(exist_ok=True)
@@ -111,7 +113,7 @@ class Batches:
             raise BudgetReached
           return
         num_answers = await self._collect_all(states, poll_seconds, wait, on_poll)
-        if states or not num_answers:  # Not waited for; or asking again would bring nothing.
+        if states or not num_answers:  # Without waiting, or if another round would bring nothing.
           return
     finally:
       await self._client.close()
@@ -127,7 +129,7 @@ class Batches:
   def _lines(
     self, work: Iterator[tuple[str, prompts.Prompt]]
   ) -> Iterator[tuple[str, prompts.Prompt, float]]:
-    """The requests, as lines of a batch, that the budget allows, and what each may cost."""
+    """Yields the requests that fit into the budget: line, entry of the keys file, highest cost."""
     limit = self._settings.parameters[self._provider.MAX_OUTPUT]
     for key, prompt in work:
       body = self._provider.body(prompt, self._settings)
@@ -142,7 +144,7 @@ class Batches:
       yield line + '\n', json.dumps(entry, ensure_ascii=False) + '\n', most
 
   def _write_requests(self, work: Iterator) -> dict[str, Any] | None:
-    """Writes the next batch's files; None when there is nothing more to ask."""
+    """Writes the files of the next batch; None if no request is left."""
     tag = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime())}-{secrets.token_hex(4)}'
     size = num_requests = 0
     promised = 0.0
@@ -184,7 +186,7 @@ class Batches:
   _left_over: tuple[str, str, float] | None = None
 
   async def _submit(self, state: dict[str, Any], may_exist: bool) -> None:
-    """Submits once: whenever that may have happened unnoticed, the provider is asked first."""
+    """Submits a batch exactly once: in doubt, the provider is asked first whether it exists."""
     tag = state['tag']
     requests = self._path(tag, 'requests')
     search = lambda: self._provider.find_batches(
@@ -204,7 +206,7 @@ class Batches:
           may_exist = True
           await _back_off(reason, attempt)
           continue
-        if not may_exist:  # Nothing was made, for certain.
+        if not may_exist:  # The provider has certainly created no batch.
           self._forget(tag)
         if isinstance(reason, (Rejected, RefusedField)):
           raise InputError(f'the provider does not take the batch: {reason}') from None
@@ -219,7 +221,7 @@ class Batches:
     wait: bool,
     on_poll: Callable[[], None],
   ) -> int:
-    """Takes the batches that have ended out of `states`; returns the number of answers."""
+    """Collects finished batches and removes them from `states`; returns the number of answers."""
     num_answers = 0
     errors = []
     while states:
@@ -254,13 +256,13 @@ class Batches:
       ) from None
 
   async def _collect(self, state: dict[str, Any], batches: dict[str, llm_calls.Batch]) -> int:
-    """Reads what came of a batch, in whatever order; can be done again."""
+    """Reads the results of a batch in any order; a second call does no harm."""
     entries = _read_keys(self._path(state['tag'], 'keys'))
     num_answers = 0
     for batch_id, batch in batches.items():
       async for result in self._provider.batch_results(self._client, batch, batch_id):
         entry = entries.pop(result['key'], None)
-        if entry is None:  # Of another batch, where the right one had to be guessed.
+        if entry is None:  # A guessed batch may be a wrong one.
           continue
         prompt = prompts.Prompt(entry['kind'], entry['id'], entry['prompt'], '', '', {})
         try:
@@ -293,7 +295,7 @@ class Batches:
     return answer
 
   async def _call(self, request: Callable[[], Any]) -> Any:
-    """A request that may be repeated."""
+    """Sends a request that may be repeated, with retries."""
     for attempt in range(1, ATTEMPTS + 1):
       try:
         return await request()
@@ -304,7 +306,7 @@ class Batches:
         await _back_off(reason, attempt)
 
   def _clean_up(self) -> None:
-    """Removes what was written before there was a state."""
+    """Removes files of batches without a state: a program was killed before it submitted them."""
     tags = {state['tag'] for state in read_states(self._store)}
     for path in self._folder.iterdir():
       if path.name.split('.')[0] not in tags:

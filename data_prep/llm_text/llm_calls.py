@@ -1,4 +1,4 @@
-"""What every call to a provider needs: settings, one judgement of errors, reading a reply."""
+"""Shared parts of all calls to a provider: settings, errors, reading replies."""
 
 import dataclasses
 import importlib
@@ -12,23 +12,23 @@ from data_prep import retry_after
 from data_prep.llm_text import prompts
 from ur4rec_jax.errors import InputError
 
-# Of a longer wait that a server asks for, only these seconds are waited.
+# Longest wait in seconds when a server asks for one.
 MAX_RETRY_AFTER = 120.0
-RETRIED = (408, 409, 425, 429)  # And all from 500 on.
+RETRIED = (408, 409, 425, 429)  # Every status from 500 on is retried, too.
 _NO_CREDIT = re.compile('insufficient_quota|credit balance|billing', re.IGNORECASE)
 
 
 @dataclasses.dataclass
 class Settings:
-  """What is asked of which server.
+  """The server, the model and the parameters of requests.
 
   Attributes:
-    backend: `openai` or `anthropic`.
-    model: as the provider calls it.
+    backend: `openai`, `anthropic` or `mock`.
+    model: the provider's name of the model.
     parameters: fields of the request that shape the answer.
-    base_url: of another server that speaks the same language; None: the provider's.
-    timeout: seconds that a reply may take.
-    refused: optional fields that the server does not take; found out in the run.
+    base_url: another server with the same API; None for the provider's.
+    timeout: seconds to wait for a reply.
+    refused: optional fields that the server has refused during the run.
   """
 
   backend: str
@@ -40,7 +40,7 @@ class Settings:
 
 
 class Batch(NamedTuple):
-  """How far a batch is; `error`: why the provider did not take it."""
+  """Progress of a batch; `error` is the reason why the provider refused it."""
 
   is_ended: bool
   num_done: int
@@ -49,18 +49,18 @@ class Batch(NamedTuple):
 
 
 class Answer(NamedTuple):
-  """A text that can be used, and the tokens it took: input, output."""
+  """A usable text and its (input, output) tokens."""
 
   text: str
   tokens: tuple[int, int]
 
 
 class Rejected(Exception):
-  """A request that the server or the model does not answer, however often it is asked.
+  """A request that fails again however often it is sent.
 
   Attributes:
-    reason: for the user.
-    tokens: that it took nevertheless.
+    reason: message for the user.
+    tokens: (input, output) tokens that were paid nevertheless.
   """
 
   def __init__(self, reason: str, tokens: tuple[int, int] = (0, 0)):
@@ -70,21 +70,21 @@ class Rejected(Exception):
 
 
 class BadRequest(Rejected):
-  """The server does not take the request."""
+  """The server refuses the request."""
 
 
 class Unusable(Rejected):
-  """An answer that is paid but no text; asking again may help."""
+  """An answer without a usable text; it is paid, and another try may help."""
 
 
 class Unanswered(Exception):
-  """A request to send again.
+  """A request that got no answer and should be sent again.
 
   Attributes:
-    reason: for the user.
-    wait: seconds that the server asks for, None where it says nothing.
-    is_from_server: whether a server sent this, rather than nobody.
-    may_cost: whether an answer may have been written, and paid, that never arrived.
+    reason: message for the user.
+    wait: seconds that the server asks to wait; None if it does not say.
+    is_from_server: whether a server has replied at all.
+    may_cost: whether an answer may have been paid that never arrived.
   """
 
   def __init__(
@@ -102,14 +102,15 @@ class Unanswered(Exception):
 
 
 class RefusedField(Exception):
-  """The server does not take an optional field of the request, which is now left out."""
+  """The server refuses an optional field; further requests leave it out."""
 
 
 def find_key(provider: ModuleType, settings: Settings) -> str:
-  """Returns the key of the provider, after a look at everything that can be wrong without a call.
+  """Returns the API key, after all checks that need no request.
 
   Raises:
-    InputError: the SDK is not installed, the key is not in the environment, or the address is none.
+    InputError: the SDK is not installed, the key is not in the environment, or --base_url is no
+      address.
   """
   try:
     importlib.import_module(provider.NAME)
@@ -130,24 +131,25 @@ def find_key(provider: ModuleType, settings: Settings) -> str:
     )
   if not key.isascii() or not key.isprintable():
     raise InputError(f'{provider.KEY} holds characters that no key has; export it again')
-  return key or 'none'  # Local servers want some word.
+  return key or 'none'  # Local servers need no key, but the SDK does.
 
 
 def connect(provider: ModuleType, settings: Settings) -> Any:
-  """Returns the SDK's client; raises as `find_key`."""
+  """Creates the SDK's client; raises the errors of `find_key`."""
   return provider.client(find_key(provider, settings), settings.base_url, settings.timeout)
 
 
 def read(provider: ModuleType, reply: Any, estimate: tuple[int, int]) -> Answer:
-  """Takes the text out of a reply.
+  """Reads the text and the tokens of a reply.
 
   Args:
-    provider: whose reply it is.
-    reply: its body.
-    estimate: (input, output) tokens to assume where the reply does not say.
+    provider: module of the provider.
+    reply: body of the reply.
+    estimate: (input, output) tokens to assume if the reply has none.
 
   Raises:
-    Rejected, Unusable: there is no text to use, and why.
+    Rejected: the answer was refused, filtered or cut off.
+    Unusable: the reply holds no usable text.
   """
   try:
     tokens = provider.tokens(reply)
@@ -164,7 +166,7 @@ def read(provider: ModuleType, reply: Any, estimate: tuple[int, int]) -> Answer:
 
 
 def judge(error: Exception, provider: ModuleType, settings: Settings) -> Exception:
-  """Turns an SDK's error into what to do about it.
+  """Converts an error of the SDK into the error that says what to do.
 
   Returns:
     `Unanswered`, `RefusedField`, `Rejected`, or an `InputError` that ends the run.
@@ -199,7 +201,7 @@ def judge(error: Exception, provider: ModuleType, settings: Settings) -> Excepti
 
 
 def refuse(message: str, provider: ModuleType, settings: Settings) -> bool:
-  """Leaves out, from now on, the optional fields that the server complains of."""
+  """Drops optional fields named in an error from further requests; tells if there were any."""
   named = {
     field
     for field, words in provider.OPTIONAL.items()
@@ -210,7 +212,7 @@ def refuse(message: str, provider: ModuleType, settings: Settings) -> bool:
 
 
 def redact(text: str, provider: ModuleType) -> str:
-  """One line without the key: servers may send it back."""
+  """Formats a message as one line without the key, which servers may repeat."""
   key = os.environ.get(provider.KEY, '').strip()
   return ' '.join((text.replace(key, '[key]') if key else text).split())
 

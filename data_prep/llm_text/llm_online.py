@@ -1,4 +1,4 @@
-"""Asks a provider one question at a time, many at once: limits, retries and the budget."""
+"""Sends single requests to a provider, concurrently, with rate limits, retries and a budget."""
 
 import asyncio
 import json
@@ -23,26 +23,26 @@ from ur4rec_jax.errors import InputError, ReportedError
 ATTEMPTS = 10
 PAID_ATTEMPTS = 3
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
-# After so many broken connections in a row, and never an answer, there is no network.
+# After this many broken connections without any answer, the network counts as down.
 _SILENT_ATTEMPTS = 3
-# Requests given up in a row, each after all its attempts: the server is gone.
+# After this many requests in a row without an answer, the server counts as down.
 _GIVEN_UP = 20
-# Requests that the server did not take, and never an answer: something is wrong with all of them.
+# After this many refused requests without any answer, the settings count as wrong.
 _BAD_REQUESTS = 5
-# What a late start may make up for, in seconds; a server's own bucket holds more.
+# Requests that start late may catch up by this many seconds; servers tolerate more.
 _BURST = 0.2
 
 
 class BudgetReached(Exception):
-  """The next request might cost more than is left."""
+  """The next request might exceed the budget."""
 
 
 class Stopped(Exception):
-  """The run was told to stop."""
+  """The user has stopped the run."""
 
 
 class Pace:
-  """Spreads amounts evenly over time, so that a limit a minute is used and not exceeded."""
+  """Spreads requests or tokens evenly over time, below a limit per minute."""
 
   def __init__(self, per_minute: float | None):
     self._seconds_each = 60.0 / per_minute if per_minute else 0.0
@@ -56,16 +56,16 @@ class Pace:
     return max(0.0, start - now)
 
   def give_back(self, amount: float) -> None:
-    """Corrects a booking that was too large, or, below 0, too small."""
+    """Returns a part of a booking that was too large; a negative amount books more."""
     self._next -= amount * self._seconds_each
 
 
 class Online:
-  """One run: shared limits, and what happened.
+  """One run of concurrent requests with shared limits.
 
   Attributes:
     budget: see `costs.Budget`.
-    signal_number: that stopped the run, None while nothing did.
+    signal_number: signal that stopped the run, or None.
   """
 
   def __init__(
@@ -95,16 +95,19 @@ class Online:
     on_answer: Callable[[str, prompts.Prompt, Answer], None],
     on_failure: Callable[[str, prompts.Prompt, Rejected | Unanswered], None],
   ) -> None:
-    """Asks for every prompt; each result is handed on at once, in the order of arrival.
+    """Sends every prompt and passes each result on as soon as it arrives.
 
     Args:
-      work: pulled one by one, whenever a place is free.
-      concurrency: number of places.
-      on_answer, on_failure: take key, prompt and result.
+      work: keys and prompts; the next one is taken when a request can start.
+      concurrency: requests at the same time.
+      on_answer: called with key, prompt and answer.
+      on_failure: called with key, prompt and error.
 
     Raises:
-      BudgetReached, Stopped: what was under way has been waited for and handed on.
-      InputError, ReportedError: the run cannot go on.
+      BudgetReached: the next request might exceed the budget; earlier results are passed on.
+      Stopped: a signal arrived; earlier results are passed on.
+      InputError: the provider refuses the settings, or cannot be reached.
+      ReportedError: the server has stopped answering.
     """
     client = llm_calls.connect(self._provider, self._settings)
     loop = asyncio.get_running_loop()
@@ -123,7 +126,7 @@ class Online:
 
     places = [asyncio.create_task(place()) for _ in range(concurrency)]
     try:
-      # The first error ends the run; places that wait wake up, replies under way are awaited.
+      # The first error ends the run: waiting requests are dropped, running ones are awaited.
       await asyncio.wait(places, return_when=asyncio.FIRST_EXCEPTION)
       self._stop.set()
       results = await asyncio.gather(*places, return_exceptions=True)
@@ -132,14 +135,14 @@ class Online:
         loop.remove_signal_handler(number)
       await client.close()
     errors = [error for error in results if isinstance(error, BaseException)]
-    # `Stopped` may only be what another place's error did to the others.
+    # An error of one request makes the others raise `Stopped`, so the error itself comes first.
     errors.sort(key=lambda error: (isinstance(error, Stopped), isinstance(error, BudgetReached)))
     if errors:
       raise errors[0]
 
   async def _ask(self, client: Any, prompt: prompts.Prompt) -> Answer:
     unanswered = 0
-    paid = []  # Tokens of the answers that were of no use.
+    paid = []  # Tokens of unusable answers, which are paid as well.
     while True:
       try:
         answer = await self._send(client, prompt)
@@ -153,7 +156,7 @@ class Online:
           self._bad_requests += 1
           if self._bad_requests == _BAD_REQUESTS:
             raise InputError(
-              f'{error.reason}; so it went with the first {_BAD_REQUESTS} requests: correct'
+              f'{error.reason}; the first {_BAD_REQUESTS} requests all failed like this: correct'
               ' --parameters, --max_output_tokens or --model'
             ) from None
         paid.append(error.tokens)
@@ -174,14 +177,14 @@ class Online:
           if self._given_up == _GIVEN_UP:
             raise ReportedError(
               f'the server answers nothing any more (last: {error.reason}); all answers so far are'
-              ' stored, and the same command goes on later'
+              ' stored, and the same command continues later'
             ) from None
           raise
         backoff = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**unanswered))
         await self._pause(backoff if error.wait is None else error.wait + 0.1 * backoff)
 
   async def _send(self, client: Any, prompt: prompts.Prompt) -> Answer:
-    """One attempt; its cost is known or assumed when it ends."""
+    """Sends a request once and books its cost, or the most it may have cost."""
     body = self._provider.body(prompt, self._settings)
     limit = self._settings.parameters[self._provider.MAX_OUTPUT]
     most = self._price.cost(costs.most_tokens(body, limit))
@@ -230,7 +233,7 @@ class Online:
   def _on_signal(self, number: int) -> None:
     self.signal_number = number
     self._stop.set()
-    # A second one ends the program at once.
+    # A second signal ends the program at once.
     asyncio.get_running_loop().remove_signal_handler(number)
 
 

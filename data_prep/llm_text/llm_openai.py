@@ -30,14 +30,14 @@ _UNDER_WAY = ('validating', 'in_progress', 'finalizing', 'cancelling')
 
 
 def client(key: str, base_url: str | None, timeout: float) -> Any:
-  """Returns the SDK's client, which leaves retries to us."""
+  """Creates the SDK's client; its own retries are off, because `llm_online` retries."""
   import openai
 
   return openai.AsyncOpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
 
 
 def body(prompt: prompts.Prompt, settings: Settings) -> dict[str, Any]:
-  """Returns a request, without what the server has refused before."""
+  """Returns the body of a request without fields that the server has refused."""
   schema = {'name': 'text', 'strict': True, 'schema': prompts.SCHEMA}
   fields = {
     'model': settings.model,
@@ -48,7 +48,7 @@ def body(prompt: prompts.Prompt, settings: Settings) -> dict[str, Any]:
     'response_format': {'type': 'json_schema', 'json_schema': schema},
     **settings.parameters,
   }
-  if MAX_OUTPUT in settings.refused:  # Servers of the older form.
+  if MAX_OUTPUT in settings.refused:  # Older servers know only the old name of the field.
     fields['max_tokens'] = fields[MAX_OUTPUT]
   return {name: value for name, value in fields.items() if name not in settings.refused}
 
@@ -62,7 +62,7 @@ async def send(client: Any, body: dict[str, Any]) -> str:
 
 
 def content(reply: dict[str, Any]) -> str:
-  """Returns what the model wrote; Rejected if that is no whole answer."""
+  """Returns the text of a reply; Rejected if it is refused, filtered or cut off."""
   choice = reply['choices'][0]
   if choice['message'].get('refusal'):
     raise Rejected('refused')
@@ -74,7 +74,7 @@ def content(reply: dict[str, Any]) -> str:
 
 
 def tokens(reply: dict[str, Any]) -> tuple[int, int]:
-  """Returns the tokens that are paid: input, output."""
+  """Returns the paid (input, output) tokens."""
   return int(reply['usage']['prompt_tokens']), int(reply['usage']['completion_tokens'])
 
 
@@ -96,7 +96,7 @@ async def create_batch(client: Any, requests: Path, tag: str) -> str:
 
 
 async def find_batches(client: Any, tag: str, since: float, num_requests: int) -> list[str]:
-  """Returns the batch that carries the tag, if the provider has it."""
+  """Returns the ids of batches with the tag; [] if the provider has none."""
   del num_requests
   found = []
   async for batch in client.batches.list(limit=100):
@@ -108,7 +108,7 @@ async def find_batches(client: Any, tag: str, since: float, num_requests: int) -
 
 
 async def poll_batch(client: Any, batch_id: str) -> Batch:
-  """Asks how far a batch is."""
+  """Returns the progress of a batch."""
   batch = await client.batches.retrieve(batch_id)
   counts = batch.request_counts
   errors = (batch.errors.data if batch.errors else None) or []
@@ -121,7 +121,7 @@ async def poll_batch(client: Any, batch_id: str) -> Batch:
 
 
 async def batch_results(client: Any, batch: Batch, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-  """Yields `key` with `reply`, or with `error` and the `status`, of all requests that ended."""
+  """Yields `key` and `reply`, or `key`, `error` and `status`, of all finished requests."""
   del batch_id
   for file in batch.files:
     async with client.files.with_streaming_response.content(file) as content:

@@ -1,7 +1,7 @@
-"""What an LLM is asked about items and users, and how its answer is read.
+"""Builds the prompts about items and users, and reads the answers of an LLM.
 
-The words are in templates/: instructions, a line `---`, and the data between its fences. Whatever
-comes from the dataset is cleaned and cannot close the fence; original ids are never in a prompt.
+A file of templates/ holds the instructions, a line `---`, and the data between fences. Data of the
+dataset is cleaned and cannot close the fence. Original ids are never part of a prompt.
 """
 
 import dataclasses
@@ -22,13 +22,14 @@ from ur4rec_jax.encoders.sentences import clean, known_text
 from ur4rec_jax.errors import InputError
 
 LANGUAGES = ('en', 'zh')
-MAX_TITLE = 200  # These and the next three in characters.
+# Longest fields, in characters.
+MAX_TITLE = 200
 MAX_GENRE = 50
 MAX_DESCRIPTION = 2000
 MAX_HISTORY = 6000
 MAX_GENRES = 8
 MAX_ANSWER = 4000
-HAS_DESCRIPTION = 'has a description of its own'  # Why an item has no prompt.
+HAS_DESCRIPTION = 'has a description of its own'  # A reason to skip an item.
 SCHEMA = {
   'type': 'object',
   'properties': {'text': {'type': 'string'}},
@@ -38,7 +39,7 @@ SCHEMA = {
 _TEMPLATES = Path(__file__).parent / 'templates'
 _NO_GENRES = frozenset(('unknown', '(no genres listed)'))
 _UNFENCED = str.maketrans({'<': '‹', '>': '›', '|': '/'})
-# How refusals begin; `I Can't Sleep` and `Sorry, Wrong Number` are films.
+# First words of refusals; the films `I Can't Sleep` and `Sorry, Wrong Number` must not match.
 _REFUSAL = re.compile(
   r"((i['’]?m|i am) )?((very|so|really) )?(sorry|afraid),? (but )?(that )?(i|we|there|this|as)\b"
   r"|i (can['’]?t|cannot|can not|won['’]?t|will not|am unable to|am not able to) (\w+ ){0,2}?"
@@ -53,12 +54,12 @@ _REFUSAL = re.compile(
 
 
 class Prompt(NamedTuple):
-  """One question to an LLM.
+  """One request to an LLM.
 
   Attributes:
     kind: `item` or `user`.
-    id: original id, only for joining the answer; it is sent nowhere.
-    version: names kind, language and, by its hash, the template.
+    id: original id, for joining the answer; it is never sent.
+    version: kind, language and hash of the template.
     system: instructions.
     text: the data, fenced.
     facts: the same data as fields, and the language.
@@ -73,7 +74,7 @@ class Prompt(NamedTuple):
 
 
 class Template(NamedTuple):
-  """A file of templates/ in its two parts; `version` changes with every change to the file."""
+  """The two parts of a file of templates/; `version` changes with the content of the file."""
 
   version: str
   system: str
@@ -81,7 +82,7 @@ class Template(NamedTuple):
 
 
 def read_template(kind: str, language: str) -> Template:
-  """Reads the words around the data; InputError if there are none in that language."""
+  """Reads a template; InputError if the language has none."""
   if language not in LANGUAGES:
     raise InputError(f'language {language!r}: must be one of {", ".join(LANGUAGES)}')
   content = (_TEMPLATES / f'{kind}.{language}.txt').read_text(encoding='utf-8')
@@ -97,19 +98,19 @@ def item_prompts(
   regenerate: bool = False,
   skipped: Counter | None = None,
 ) -> Iterator[Prompt]:
-  """Asks what each item is, one prompt at a time.
+  """Yields a prompt that asks for a description of each item.
 
   Args:
     data_dir: a prepared folder.
-    language: of the answer, one of `LANGUAGES`.
-    regenerate: whether to ask for items that have a description of their own too.
-    skipped: counts, by reason, the items without a prompt.
+    language: language of the answer, one of `LANGUAGES`.
+    regenerate: whether to include items that have a description in the dataset.
+    skipped: counter of items without a prompt, by reason; it is updated.
 
   Raises:
     InputError: the folder is no prepared dataset, or says nothing of any item.
   """
   template = read_template('item', language)
-  read_info(data_dir)  # Says so where this is no prepared dataset.
+  read_info(data_dir)  # An error if this is no prepared dataset.
   skipped = Counter() if skipped is None else skipped
   nothing_known = True
   for item in iterate_items(data_dir):
@@ -144,7 +145,7 @@ def user_prompts(
   max_history: int = 30,
   skipped: Counter | None = None,
 ) -> Iterator[Prompt]:
-  """Asks what each user prefers, from the earlier training interactions and nothing else.
+  """Yields a prompt that asks what each user prefers, from earlier training interactions only.
 
   Args:
     data_dir: a prepared folder.
@@ -169,11 +170,11 @@ def user_prompts(
     raise _nothing_known(data_dir, 'title or genres')
   train_lengths = dataset.split.train_lengths
   lengths = splits.written_from(train_lengths, hold_back)
-  # As if nothing else were there to train on.
+  # Texts may use only the part of the history that is not held back.
   dataset = dataclasses.replace(dataset, split=dataset.split._replace(train_lengths=lengths))
   seen = dataset.train_part()
   ratings = interactions.ratings[dataset.is_train]
-  # A scale of one value, where every interaction counts 1, says nothing.
+  # Ratings with a single value carry no information.
   scale = {'worst': '', 'best': ''}
   if dataset.info['has_ratings'] and len(ratings) and ratings.min() < ratings.max():
     scale = {'worst': f'{ratings.min():g}', 'best': f'{ratings.max():g}'}
@@ -183,7 +184,7 @@ def user_prompts(
       is_held_back = train_lengths[user] > 0
       skipped['all is held back' if is_held_back else 'has no training part'] += 1
       continue
-    latest: dict[int, float] = {}  # Each item once, where the user had it last.
+    latest: dict[int, float] = {}  # Each item once, at its latest position.
     for item_id, rating in zip(seen.item_ids[start:end], ratings[start:end], strict=True):
       latest.pop(item_id, None)
       latest[item_id] = float(rating)
@@ -206,7 +207,7 @@ def user_prompts(
 
 
 def parse_answer(raw: str) -> str:
-  """The text of an answer: of a JSON object, fenced or within prose, or a plain one.
+  """Extracts the text of an answer: plain, or a JSON object that may be fenced or within prose.
 
   Raises:
     ValueError: there is no text to use, with the reason.
@@ -226,13 +227,13 @@ def parse_answer(raw: str) -> str:
 
 
 def split_year(title: str) -> tuple[str, str]:
-  """A title such as `Heat (1995)` without its year, and the year, '' where there is none."""
+  """Splits a title such as `Heat (1995)` into title and year; the year is '' if missing."""
   match = re.fullmatch(r'(.+?)\s*\(((?:1[89]|20)\d\d)\)', title)
   return (match[1], match[2]) if match else (title, '')
 
 
 def _field(text: str, limit: int) -> str:
-  """One line that cannot close the fence, at most `limit` characters."""
+  """Cleans a field: one line that cannot close the fence, of at most `limit` characters."""
   text = ' '.join(clean(text[: 4 * limit]).split()).translate(_UNFENCED)
   return text if len(text) <= limit else text[: limit - 1].rstrip() + '…'
 
@@ -248,7 +249,7 @@ def _history_line(entry: dict[str, Any]) -> str:
 
 
 def _fill(template: str, fields: dict[str, Any]) -> str:
-  """Puts fields in their places at once, so that data cannot hold a place; drops empty lines."""
+  """Fills all fields at once, so that data cannot contain fields, and drops empty lines."""
   lines = []
   for line in template.split('\n'):
     places = re.findall(r'\{(\w+)\}', line)

@@ -37,7 +37,7 @@ class Job:
   def questions(
     self, kind: str, skipped: collections.Counter | None = None
   ) -> Iterator[tuple[str, prompts.Prompt]]:
-    """Yields key and prompt of each item or user to be written about."""
+    """Yields key and prompt of each item or user to write about."""
     if kind == 'item':
       found = prompts.item_prompts(
         self.data_dir, language=self.language, regenerate=self.regenerate, skipped=skipped
@@ -65,7 +65,7 @@ class Job:
     found: collections.Counter | None = None,
     skipped: collections.Counter | None = None,
   ) -> Iterator[tuple[str, prompts.Prompt]]:
-    """Yields what has to be asked, each request once; counts in `found` what has not."""
+    """Yields each missing request once; counts the others in `found`, by reason."""
     found = collections.Counter() if found is None else found
     yielded = set()
     for kind in self.kinds:
@@ -86,7 +86,7 @@ class Job:
 
 @dataclasses.dataclass
 class Plan:
-  """What there is to do: numbers of requests, and tokens and dollars, roughly."""
+  """The missing requests in numbers, with estimated (input, output) tokens."""
 
   requests: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   found: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -96,7 +96,7 @@ class Plan:
 
 
 def make_plan(job: Job, store: answers.Store, under_way: set[str]) -> Plan:
-  """Goes through all prompts without asking anything."""
+  """Counts the missing requests and their tokens without sending anything."""
   plan = Plan()
   for _, prompt in job.work(store, under_way, plan.found, plan.skipped):
     estimate = costs.estimate(prompt)
@@ -107,7 +107,7 @@ def make_plan(job: Job, store: answers.Store, under_way: set[str]) -> Plan:
 
 
 def notes(job: Job, store: answers.Store, plan: Plan) -> list[str]:
-  """What the user should know before paying."""
+  """Returns notes that the user should read before paying."""
   lines = []
   for (provider, model, version), count in sorted(store.versions.items(), key=str):
     is_same = (provider, model) == (job.settings.backend, job.settings.model)
@@ -126,10 +126,10 @@ def notes(job: Job, store: answers.Store, plan: Plan) -> list[str]:
 
 
 class Recorder:
-  """Puts results into the store, and into the progress bar."""
+  """Writes results to the store and shows them in the progress bar."""
 
   def __init__(self, job: Job, store: answers.Store, price: costs.Price | None, bar: tqdm):
-    self.failures: dict[str, Exception] = {}  # By key, of what has not been answered since.
+    self.failures: dict[str, Exception] = {}  # By key, without requests that were answered later.
     self.answered = 0
     self.tokens = [0, 0]
     self.cost = 0.0
@@ -138,7 +138,7 @@ class Recorder:
 
   def answer(self, key: str, prompt: prompts.Prompt, answer: llm_calls.Answer) -> None:
     """Stores an answer."""
-    if key in self.store:  # A batch that was read before the program was killed.
+    if key in self.store:  # A killed program may have stored this answer of a batch already.
       return
     self.store.add(self._record(key, prompt, answer.tokens) | {'text': answer.text})
     self.failures.pop(key, None)
@@ -146,7 +146,7 @@ class Recorder:
     self.bar.update()
 
   def failure(self, key: str, prompt: prompts.Prompt, error: Exception) -> None:
-    """Writes down a failure."""
+    """Stores a failure."""
     is_final = isinstance(error, llm_calls.Rejected)
     tokens = error.tokens if is_final else (0, 0)
     failed = {'reason': error.reason, 'is_final': is_final}
@@ -155,12 +155,12 @@ class Recorder:
 
   @property
   def failed(self) -> collections.Counter:
-    """How many requests failed, by reason."""
+    """Number of failed requests by reason."""
     return collections.Counter(e.reason.partition(':')[0] for e in self.failures.values())
 
   @property
   def may_go_on(self) -> bool:
-    """Whether the same command may bring more answers."""
+    """Whether the same command, started again, may get more answers."""
     return not all(isinstance(e, llm_calls.Rejected) for e in self.failures.values())
 
   def _record(self, key: str, prompt: prompts.Prompt, tokens: tuple[int, int]) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Recorder:
 
 
 class StoredTexts(Mapping[str, str]):
-  """The texts about items or users by id; they stay in the store until asked for."""
+  """Texts about items or users by id, read from the store on access."""
 
   def __init__(self, job: Job, store: answers.Store, kind: str):
     self._store = store

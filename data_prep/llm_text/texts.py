@@ -1,4 +1,4 @@
-"""Texts about items and users in the prepared folder: written, imported, exported."""
+"""Writes, imports and exports the texts of a prepared folder."""
 
 import json
 import os
@@ -28,15 +28,15 @@ from ur4rec_jax.errors import InputError
 def write_texts(
   data_dir: str | Path, kind: str, texts: Mapping[str, str], origin: Mapping[str, Any]
 ) -> dict[str, int]:
-  """Writes `item_texts` or `user_texts`, all or nothing; an earlier one is replaced.
+  """Writes `item_texts` or `user_texts` in one step and replaces an earlier folder.
 
   Items that `texts` lacks get their own description, if they have one.
 
   Args:
     data_dir: a prepared folder.
     kind: `item` or `user`.
-    texts: by original id; asked for one at a time, so it need not be in memory.
-    origin: what JSON can hold: provider (`import` for texts made elsewhere), model, prompt
+    texts: by original id; read one at a time, so they need not be in memory.
+    origin: JSON-serialisable: provider (`import` for texts made elsewhere), model, prompt
       version, parameters, time, language, is_mock; for users split_name, split_hash and hold_back
       too.
 
@@ -162,7 +162,7 @@ def _check_split(data_dir: str | Path, info: dict[str, Any], origin: Mapping[str
 def _rows(
   data_dir: str | Path, kind: str, texts: Mapping[str, str], source: str, counts: Counter
 ) -> Iterator[dict[str, Any]]:
-  """One row an item or user; `counts` is complete when all have been given."""
+  """Yields one row per item or user; `counts` is complete after the last one."""
   if kind == 'item':
     own = ((item['original_id'], item['description']) for item in iterate_items(data_dir))
   else:

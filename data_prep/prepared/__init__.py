@@ -1,1 +1,1 @@
-"""Columns of raw data -> the files of a prepared folder."""
+"""Turns columns of raw data into the files of a prepared folder."""

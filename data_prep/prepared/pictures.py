@@ -1,7 +1,7 @@
-"""Any picture file -> an upright RGB picture of bounded size; and which items have one.
+"""Normalises pictures (upright, RGB, bounded size) and tells which items have one.
 
-A dataset's folder `images` holds the pictures and manifest.jsonl: a line for everything that was
-tried, with its outcome (`status`); lines are only ever added.
+The folder `images` of a dataset holds the pictures and manifest.jsonl. The manifest has one line
+per attempt with its outcome (`status`), and lines are only ever appended.
 """
 
 import hashlib
@@ -27,14 +27,15 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
 IMAGE_SIZE = 256
 MAX_BYTES = 32 << 20
 MAX_PIXELS = 50_000_000
-MIN_SIDE = 8  # less is a tracking pixel, or says "no picture"
-MAX_RATIO = 20  # of the long side to the short one
+MIN_SIDE = 8  # Smaller pictures are tracking pixels or placeholders.
+MAX_RATIO = 20  # Largest ratio of the long side to the short side.
 QUALITY = 90
 FOLDER = 'images'
 MANIFEST = f'{FOLDER}/manifest.jsonl'
 FETCHED, MISSING, REJECTED = 'fetched', 'missing', 'rejected'
-_THREADS = min(8, os.cpu_count() or 1)  # a picture of MAX_PIXELS takes 400 MB while it is decoded
-# How to turn a picture upright, by the orientation that its camera noted.
+# Decoding a picture of MAX_PIXELS takes 400 MB in each thread.
+_THREADS = min(8, os.cpu_count() or 1)
+# How to turn a picture upright, by the orientation in its EXIF data.
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
@@ -44,7 +45,7 @@ _UPRIGHT = {
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
-# Pillow warns of what `_check_sides` refuses.
+# `_check_sides` refuses these pictures, so Pillow's warning is not needed.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 
@@ -79,12 +80,12 @@ def normalise(data: bytes, image_size: int = IMAGE_SIZE) -> tuple[bytes, str]:
     raise BadPicture(f'is no {known} picture; {begin}') from error
   except Image.DecompressionBombError as error:
     raise BadPicture(f'has more than {MAX_PIXELS:,} pixels') from error
-  except Exception as error:  # decoders raise whatever the damage leads them to
+  except Exception as error:  # Damaged files make decoders raise any kind of error.
     raise BadPicture(f'is damaged ({error})') from error
 
 
 def _check_sides(width: int, height: int) -> None:
-  """Looks at what the header says, before anything is decoded."""
+  """Checks the size that the header declares, before anything is decoded."""
   short, long = sorted((width, height))
   if width * height > MAX_PIXELS:
     raise BadPicture(f'has {width} x {height} pixels, more than {MAX_PIXELS:,}')
@@ -97,7 +98,7 @@ def _check_sides(width: int, height: int) -> None:
 def _normalise(image: Image.Image, data: bytes, image_size: int) -> tuple[bytes, str]:
   scale = min(1.0, image_size / min(image.size))
   size = tuple(round(side * scale) for side in image.size)
-  # A JPEG can be decoded at a fraction of its size; twice what is wanted keeps it sharp.
+  # JPEG can be decoded at a fraction of its size; twice the final size keeps it sharp.
   image.draft(image.mode, tuple(2 * side for side in size))
   image.load()
   orientation = _orientation(image)
@@ -105,10 +106,10 @@ def _normalise(image: Image.Image, data: bytes, image_size: int) -> tuple[bytes,
   kept = image.mode == 'RGB' and not has_alpha and scale == 1 and orientation not in _UPRIGHT
   if kept and image.format == 'JPEG':
     return data, '.jpg'
-  is_8_bit = data[24] == 8  # of a PNG; where it has 16, Pillow says RGB too
+  is_8_bit = data[24] == 8  # Pillow reports RGB for PNG files of 16 bits, too.
   if kept and image.format == 'PNG' and is_8_bit and not image.is_animated:
     return data, '.png'
-  if image.mode.startswith('I'):  # 16 bits of grey, which Pillow would cut off at 255
+  if image.mode.startswith('I'):  # Pillow would cut 16-bit grey values off at 255.
     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   elif has_alpha:
     image = image.convert('RGBA')
@@ -124,7 +125,7 @@ def _normalise(image: Image.Image, data: bytes, image_size: int) -> tuple[bytes,
 def _orientation(image: Image.Image) -> int:
   try:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
-  except Exception:  # a damaged note of the camera does not spoil the picture
+  except Exception:  # The picture is usable without its EXIF data.
     return 1
 
 
@@ -134,7 +135,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def placeholder(title: str, image_size: int) -> bytes:
-  """A card with a title, for people; it is a JPEG file and no item's picture."""
+  """Draws a JPEG card with a title, for people to look at; it is never used as a picture."""
   width, height = image_size, image_size * 3 // 2
   hue = hashlib.sha256(title.encode()).digest()[0] * 360 // 256
   image = Image.new('RGB', (width, height), f'hsl({hue}, 30%, 35%)')
@@ -146,7 +147,7 @@ def placeholder(title: str, image_size: int) -> bytes:
 
 
 def store(picture: bytes | Path, folder: Path, name: str, image_size: int) -> dict[str, Any]:
-  """Puts a normalised picture into a dataset's folder, whole or not at all.
+  """Normalises a picture and writes it into the folder of a dataset.
 
   Args:
     picture: a picture file or its content.
@@ -183,7 +184,7 @@ def _read(path: Path) -> bytes:
 def import_all(
   folder: Path, names: Sequence[str], images: Sequence[bytes | Path | str | None], image_size: int
 ) -> tuple[list[str], list[str]]:
-  """Brings the pictures of a new dataset into its folder.
+  """Stores the pictures of a new dataset in its folder.
 
   Args:
     folder: the dataset's.
@@ -222,7 +223,7 @@ def import_all(
 
 
 def file_names(names: Sequence[str]) -> Sequence[str]:
-  """File names without suffix: the items' ids if all are plain, else their numbers.
+  """Chooses file names without suffix: the items' ids if all are plain, else their numbers.
 
   An id may be `../x`, and two ids may differ in case only, which some file systems do not see.
   """
@@ -237,7 +238,7 @@ def manifest_line(record: dict[str, Any]) -> str:
 
 
 def read_manifest(data_dir: Path) -> list[dict[str, Any]]:
-  """The lines of a dataset's manifest; one that a killed program left half written is skipped."""
+  """Reads the manifest of a dataset; a line that a killed program cut off is skipped."""
   try:
     content = (data_dir / MANIFEST).read_bytes()
   except FileNotFoundError:
@@ -255,7 +256,7 @@ def read_manifest(data_dir: Path) -> list[dict[str, Any]]:
 
 
 def find(data_dir: str | Path) -> list[Path | None]:
-  """Which items of a prepared dataset have a picture.
+  """Finds the pictures of the items of a prepared dataset.
 
   A picture counts if the manifest says that it was fetched and the file still is what was stored;
   placeholders do not count.

@@ -1,4 +1,4 @@
-"""Columns of raw interactions -> filtered, ordered, densely indexed users and items."""
+"""Filters raw interactions, puts them in order and gives users and items dense indices."""
 
 import datetime
 import re
@@ -18,16 +18,16 @@ _TIME_SPLIT = '0.8,0.9'
 
 
 class Item(NamedTuple):
-  """What the catalogue knows of one item; an empty value means unknown."""
+  """Metadata of one item; an empty value means unknown."""
 
   title: str = ''
   genres: tuple[str, ...] = ()
   description: str = ''
-  image: bytes | Path | str | None = None  # a picture's content, its file, or a URL to keep
+  image: bytes | Path | str | None = None  # Content of a picture, its file, or a URL.
 
 
 class Place(NamedTuple):
-  """Where a row stands in the raw data, for messages; `unit` is what its file counts in."""
+  """Position of a row in the raw data, for messages; `unit` is `line`, `row` or the like."""
 
   path: str
   number: int
@@ -73,10 +73,16 @@ class Raw(NamedTuple):
 
 
 class Options(NamedTuple):
-  """Filters, of which None and False leave everything in, and the rest that shapes a dataset.
+  """Filters and other choices that shape a dataset.
 
-  `time_split`: two dates, or two shares of the interactions; None: shares where that is possible.
-  `image_size`: pixels that the short side of a picture is reduced to.
+  Attributes:
+    min_rating: drop interactions with a lower rating; None keeps all.
+    k_core: drop users and items with fewer interactions; None keeps all.
+    min_length: drop users with a shorter history; None keeps all.
+    drop_duplicates: keep only the first of equal rows.
+    time_split: borders of the split by time, two dates or two shares of the interactions; None
+      takes the default shares where the data has times.
+    image_size: pixels of the short side of stored pictures.
   """
 
   min_rating: float | None = None
@@ -111,7 +117,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(raw: Raw, options: Options = Options()) -> Prepared:
-  """Filters, puts each user's rows in time order and gives users and items dense indices."""
+  """Filters rows, sorts each user's rows by time and gives users and items dense indices."""
   user_names, users = _encode(raw.users)
   item_names, items = _encode(raw.items)
   unknown = _unknown_items(raw, item_names, items)
@@ -131,7 +137,7 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
       raise InputError('--min_rating: this source has no ratings; leave the flag out')
     rows = rows[raw.ratings[rows] >= options.min_rating]
     ledger.record('min_rating', rows)
-  # The two thresholds undo each other's guarantee, so they go round until neither drops a row.
+  # Dropping users can push items below the threshold and vice versa, so both are repeated.
   while True:
     before = len(rows)
     if options.k_core is not None:
@@ -184,7 +190,7 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
 
 
 def counts(prepared: Prepared) -> dict[str, int | float]:
-  """Sizes of a dataset, as dataset.json keeps them."""
+  """Returns the sizes of a dataset for dataset.json."""
   lengths = np.diff(prepared.offsets)
   return {
     'users': len(lengths),
@@ -200,7 +206,7 @@ def make_splits(
   timestamps: np.ndarray | None,
   time_split: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-  """Describes every split of the interactions: its borders, its hash, and who falls out.
+  """Describes every split of the interactions: borders, hash, and how many users it leaves out.
 
   Args:
     offsets: `[users + 1]`, user u owns `[offsets[u]:offsets[u + 1]]` of the others.
@@ -229,7 +235,7 @@ def make_splits(
       'items_without_training': int(unseen.sum()),
       'hash': splits.split_hash(name, offsets, item_ids, split),
     }
-  # By time there may be nobody with a history before both borders and something after them.
+  # A split by time may leave no user to evaluate.
   by_time = records.get(splits.TIME)
   if by_time and not (by_time['valid_users'] and by_time['test_users']):
     if time_split is not None:
@@ -242,7 +248,7 @@ def make_splits(
 
 
 def _borders(timestamps: np.ndarray, wanted: str) -> tuple[int, int]:
-  """Validation's and test's first second."""
+  """Returns the first seconds of the validation and the test period."""
   try:
     first, second = wanted.split(',')
     if '-' in wanted:
@@ -272,7 +278,7 @@ def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 class _Ledger:
-  """Counts what each filter takes away."""
+  """Counts the rows that each filter drops."""
 
   def __init__(self, users: np.ndarray, items: np.ndarray):
     self._columns = {'users': users, 'items': items}
@@ -295,11 +301,11 @@ class _Ledger:
 
 
 def _encode(ids: np.ndarray | pa.Array) -> tuple[list[str], np.ndarray]:
-  """Distinct ids in their order (by number where all are whole numbers) and `[rows]` indices."""
+  """Returns sorted distinct ids, by number if all are whole numbers, and `[rows]` indices."""
   encoded = pa.array(ids).dictionary_encode()
   names = encoded.dictionary.cast(pa.string()).to_pylist()
   if all(re.fullmatch(r'-?\d+', name) for name in names):
-    # '7' and '007' are two ids with one value, hence the text as second key.
+    # The text is the second key, because '7' and '007' are two ids with one value.
     order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]))
   else:
     order = sorted(range(len(names)), key=names.__getitem__)
@@ -309,7 +315,7 @@ def _encode(ids: np.ndarray | pa.Array) -> tuple[list[str], np.ndarray]:
 
 
 def _unknown_items(raw: Raw, names: list[str], items: np.ndarray) -> int:
-  """Counts items that the item table lacks; an error unless the table may be partial."""
+  """Counts items without a row in the item table; an error unless the table may be partial."""
   if raw.table is None:
     return 0
   unknown = [i for i, name in enumerate(names) if name not in raw.table]
@@ -332,7 +338,7 @@ def _without_duplicates(
   items: np.ndarray,
   drop: bool,
 ) -> np.ndarray:
-  """Indices of rows that do not repeat an earlier row's user, item and time."""
+  """Returns the indices of rows without an earlier row of the same user, item and time."""
   order = np.lexsort((raw.timestamps, items, users))
   repeats = np.zeros(len(order), bool)
   repeats[1:] = True
@@ -340,7 +346,7 @@ def _without_duplicates(
     repeats[1:] &= column[order[1:]] == column[order[:-1]]
   if repeats.any() and not drop:
     at = np.flatnonzero(repeats)
-    at = at[np.argmin(order[at])]  # the first one a reader of the file meets
+    at = at[np.argmin(order[at])]  # The first one in the file.
     first, second = order[at - 1], order[at]
     raise InputError(
       f'{raw.where(first, second)}: the same user'

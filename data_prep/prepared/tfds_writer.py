@@ -1,4 +1,4 @@
-"""A prepared dataset -> one folder of TFDS data that reads back without TensorFlow."""
+"""Writes a prepared dataset as TFDS data that can be read without TensorFlow."""
 
 import contextlib
 import hashlib
@@ -20,7 +20,7 @@ from ur4rec_jax.errors import InputError
 
 
 class Origin(NamedTuple):
-  """Where a dataset comes from and what may be done with it."""
+  """Origin and licence of a dataset."""
 
   name: str
   licence: str
@@ -120,7 +120,7 @@ def write_records(
     data_dir=folder,
     features=tfds.features.FeaturesDict(features),
     split_infos=[info],
-    check_data=False,  # Which needs TensorFlow.
+    check_data=False,  # The check would need TensorFlow.
     description=description,
     homepage=origin.url or None,
     citation=origin.citation or None,
@@ -142,7 +142,7 @@ def _serialize(example: dict[str, Any]) -> bytes:
       feature.float_list.value.extend(value.tolist())
     else:
       feature.int64_list.value.extend(np.atleast_1d(value).tolist())
-  # Protocol buffers order a map's fields by a hash that changes from process to process.
+  # The order of fields in a protocol buffer map changes from process to process.
   return record.SerializeToString(deterministic=True)
 
 
@@ -150,7 +150,7 @@ def _serialize(example: dict[str, Any]) -> bytes:
 def _disk_full_as_os_error() -> Iterator[None]:
   try:
     yield
-  except RuntimeError as error:  # What the record writer raises.
+  except RuntimeError as error:  # The record writer raises this on a full disk.
     for code in files.DISK_FULL:
       if os.strerror(code) in str(error):
         raise OSError(code, os.strerror(code)) from error
@@ -220,7 +220,7 @@ def _hash(names: list[str]) -> str:
 
 
 def _verify(folder: Path, data: prepare.Prepared) -> None:
-  """Reads back what was written: a failing disk must not leave a dataset that looks complete."""
+  """Reads the written data back, so that a failing disk cannot leave a broken dataset unnoticed."""
   stored = read_interactions(folder)
   same = stored.user_ids == data.user_names and all(
     np.array_equal(getattr(stored, name), getattr(data, name))

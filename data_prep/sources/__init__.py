@@ -1,4 +1,4 @@
-"""Raw formats -> columns. A new source is one `read` function and one entry in `SOURCES`."""
+"""Readers of raw data. A new source is one `read` function and one entry in `SOURCES`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
 
 def read_sequences(path: Path) -> Raw:
-  """Reads "user item" lines; a user's lines are in the order of time, repeats are events."""
+  """Reads "user item" lines; the lines of a user are in time order and may repeat an item."""
   columns = {'user': pa.string(), 'item': pa.string()}
   table, lines = raw_files.read_columns(path, ' ', columns)
   return Raw(
@@ -165,7 +165,7 @@ SOURCES = {
 
 
 def training_command(metadata: Mapping[str, Any], data_dir: str | Path, variant: str = '') -> str:
-  """The command that trains on a prepared folder, with the config of its source if there is one."""
+  """Returns the command that trains on a prepared folder, with the config of its source."""
   config = metadata['source'].removeprefix('multimodal_')
   if config not in shipped_configs():
     config = 'default'

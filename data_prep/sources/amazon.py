@@ -1,4 +1,4 @@
-"""Amazon reviews of 2014: the original pair of files, or the same as CSV and JSON lines."""
+"""Reads Amazon reviews of 2014: the original pair of files, or a copy as CSV and JSON lines."""
 
 import ast
 import html
@@ -23,7 +23,7 @@ _FIELDS = {
   'overall': pa.float32(),
   'unixReviewTime': pa.int64(),
 }
-_TEXTS = ('brand', 'price')  # fields that join the description
+_TEXTS = ('brand', 'price')  # Fields that are appended to the description.
 
 
 def read(reviews: Path, metadata: Path) -> Raw:
@@ -104,7 +104,7 @@ def _read_reviews(path: Path) -> pa.Table:
 def check_reviews(
   path: Any, lines: Iterable[tuple[int, str | bytes]], fields: Mapping[str, pa.DataType]
 ) -> None:
-  """Goes through reviews line by line and raises what is wrong with them."""
+  """Reads reviews line by line and raises an error for the first wrong one."""
   for number, line in lines:
     where = f'{path}, line {number}'
     try:
@@ -128,7 +128,7 @@ def check_reviews(
 
 
 def line(path: Path, row: int) -> int:
-  """The line of a row, counted from 0, of JSON lines."""
+  """Returns the line number of a row (from 0) of JSON lines."""
   for index, (number, _) in enumerate(raw_files.utf8_lines(path)):
     if index == row:
       return number
@@ -142,7 +142,7 @@ def catalogue(
   item: Callable[[dict[str, Any]], Item],
   wanted: Container[str] | None = None,
 ) -> tuple[dict[str, Item], list[str]]:
-  """Items by id, and notes on what could not be used.
+  """Reads items by id, with notes on unusable lines.
 
   Args:
     path: of the metadata, for messages.

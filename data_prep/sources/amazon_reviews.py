@@ -1,4 +1,4 @@
-"""Amazon reviews of 2023: JSON lines or Parquet, in files or on the HuggingFace hub.
+"""Reads Amazon reviews of 2023: JSON lines or Parquet, from files or the HuggingFace hub.
 
   python -m data_prep.build_dataset --source=amazon_reviews --raw_dir=raw/all_beauty \
     --data_dir=data/all_beauty
@@ -42,15 +42,15 @@ _METADATA = (
 _ON_THE_HUB = ('raw/review_categories/{}.jsonl', 'raw/meta_categories/meta_{}.jsonl')
 _BATCH_BYTES, _BATCH_LINES = 1 << 23, 1 << 13
 
-File = Path | str  # a URL on the hub
+File = Path | str  # Text is a URL on the hub.
 
 
 def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
-  """Reviews and metadata of one category, wherever in the folder they are."""
+  """Finds the reviews and metadata of one category anywhere in a folder."""
   if parameters.get('hub_name'):
     raise InputError('--hub_name reads from the hub and --raw_dir from files; pass one of them')
   wanted = parameters.get('category')
-  found: tuple[dict[str, list[Path]], ...] = ({}, {})  # reviews and metadata, by category
+  found: tuple[dict[str, list[Path]], ...] = ({}, {})  # Reviews and metadata by category.
   for path in sorted(raw_dir.rglob('*')):
     kind, category = _classify(path)
     if category and wanted in (None, category) and path.is_file():
@@ -83,7 +83,7 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
 
 
 def _classify(path: Path) -> tuple[int, str]:
-  """Whether a file is reviews (0) or metadata (1), and its category; '' for other files."""
+  """Tells if a file holds reviews (0) or metadata (1), and its category; '' for other files."""
   plain = path.name.removesuffix('.gz')
   if plain.endswith('.jsonl'):
     category = plain.removesuffix('.jsonl')
@@ -95,7 +95,7 @@ def _classify(path: Path) -> tuple[int, str]:
 
 
 def read(*files: Path, hub_name: str | None = None, category: str | None = None) -> Raw:
-  """Reads files that `find` found, or those of a category on the hub.
+  """Reads the files from `find`, or a category on the hub.
 
   Args:
     *files: reviews, then metadata; none to read from the hub.
@@ -120,7 +120,7 @@ def read(*files: Path, hub_name: str | None = None, category: str | None = None)
   def locate(row: int) -> Place:
     part = int(np.searchsorted(ends, row, side='right')) - 1
     file, row = reviews[part], row - ends[part]
-    if isinstance(file, str) or _is_parquet(file):  # the hub's lines are not gone through again
+    if isinstance(file, str) or _is_parquet(file):  # Lines from the hub are not read a second time.
       return Place(str(file), row + 1, 'row')
     return Place(str(file), amazon.line(file, row))
 
@@ -136,7 +136,7 @@ def _is_parquet(file: File) -> bool:
 
 
 def _reviews(file: File) -> Iterator[pa.Table]:
-  """The columns used, in batches."""
+  """Yields the used columns in batches."""
   if _is_parquet(file):
     for batch in _parquet(file, list(_FIELDS), list(_FIELDS)):
       yield pa.Table.from_batches([batch])
@@ -169,7 +169,7 @@ def _reviews(file: File) -> Iterator[pa.Table]:
 def _read_items(
   wanted: Sequence[str], metadata: Sequence[File]
 ) -> tuple[dict[str, Item], list[str]]:
-  """Metadata of some items; what is missing is told."""
+  """Reads the metadata of some items; notes tell what is missing."""
   records = _parquet_records if _is_parquet(metadata[0]) else _json_records
   numbered = itertools.chain.from_iterable(map(records, metadata))
   if len(metadata) > 1:
@@ -216,7 +216,7 @@ def _parquet(file: Path, needed: list[str], wanted: list[str]) -> Iterator[pa.Re
 
 
 def _lines(file: File) -> Iterator[list[tuple[int, bytes]]]:
-  """Numbered non-empty lines, in batches."""
+  """Yields numbered non-empty lines in batches."""
   number = 1
   for batch in _file_lines(file) if isinstance(file, Path) else _hub_lines(file):
     lines = [(n, line) for n, line in enumerate(batch, number) if line.strip()]
@@ -243,12 +243,12 @@ def _hub_lines(url: str) -> Iterator[list[bytes]]:
     stream = datasets.load_dataset('text', data_files=[url], split='train', streaming=True)
     for batch in stream.iter(batch_size=_BATCH_LINES):
       yield [line.encode() + b'\n' for line in batch['text']]
-  except Exception as error:  # whatever its layers raise
+  except Exception as error:  # The library raises many kinds of errors.
     raise _hub_error(url, error) from error
 
 
 def _on_the_hub(name: str | None, category: str | None) -> tuple[str, list[str], list[str]]:
-  """Revision, reviews and metadata of a category on the hub.
+  """Returns revision, reviews and metadata of a category on the hub.
 
   The repository's own loading script is no way in: `datasets` runs none since version 4.
   """
@@ -293,7 +293,7 @@ def _item(record: dict[str, Any]) -> Item:
   texts = [items.text(record.get(name)) for name in ('description', 'features')]
   for name in ('store', 'price'):
     value = items.text(record.get(name))
-    if value and value != 'None':  # how Parquet holds a price that is not known
+    if value and value != 'None':  # Parquet files hold unknown prices as 'None'.
       texts.append(f'{name}: {value}')
   genres = items.genres([record.get('main_category'), record.get('categories')])
   return Item(
@@ -305,8 +305,8 @@ def _item(record: dict[str, Any]) -> Item:
 
 
 def _image(images: Any) -> str | None:
-  """The first picture, which is the main one, at the size nearest to what encoders use."""
-  if isinstance(images, dict):  # of lists, as Parquet holds it
+  """Returns the URL of the first, main picture, in the size closest to what encoders use."""
+  if isinstance(images, dict):  # Parquet holds a dict of lists.
     columns = {name: values for name, values in images.items() if isinstance(values, list)}
     images = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
   for picture in images if isinstance(images, list) else ():

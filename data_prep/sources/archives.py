@@ -1,4 +1,4 @@
-"""Archives and `.gz` files from anywhere: only what is needed is unpacked, and within limits."""
+"""Unpacks the needed members of untrusted archives and `.gz` files, within limits."""
 
 import contextlib
 import functools
@@ -27,22 +27,22 @@ _DAMAGED = (
   lzma.LZMAError,
   struct.error,
   EOFError,
-  NotImplementedError,  # a way of packing that Python does not know
+  NotImplementedError,  # A compression method that Python does not support.
 )
 
 
 class Limits(NamedTuple):
-  """What unpacking may take; a file that wants more is a mistake or an attack."""
+  """Limits of unpacking; a file beyond them is a mistake or an attack."""
 
-  members: int = 200_000  # files and folders of an archive; pictures are a few thousand
-  member_bytes: int = 64 << 30  # one file; the largest reviews there are have about 40 GB
-  total_bytes: int = 128 << 30  # all files
-  ratio: int = 200  # unpacked to packed size; raw data are at 2 to 20, and zeros at 1,000
-  any_ratio_bytes: int = 64 << 20  # up to this size the ratio does not matter
+  members: int = 200_000  # Files and folders of an archive; picture archives have a few thousand.
+  member_bytes: int = 64 << 30  # One file; the largest review files have about 40 GB.
+  total_bytes: int = 128 << 30  # All files together.
+  ratio: int = 200  # Unpacked to packed size; raw data have 2 to 20, zeros 1,000.
+  any_ratio_bytes: int = 64 << 20  # Up to this size any ratio is allowed.
 
 
 class _Member(NamedTuple):
-  """A file or folder in an archive; `fault` says why it must not be unpacked."""
+  """A file or folder in an archive; `fault` is the reason not to unpack it, if any."""
 
   name: str
   size: int
@@ -52,7 +52,7 @@ class _Member(NamedTuple):
 
 
 def is_archive(path: Path) -> bool:
-  """Whether a path is a file that `unpack` reads."""
+  """Whether a path is an archive that `unpack` can read."""
   return path.name.lower().endswith(KINDS) and path.is_file()
 
 
@@ -70,7 +70,7 @@ def open_file(path: Path, limits: Limits = Limits()) -> IO[bytes]:
 
 @contextlib.contextmanager
 def unpacked(archive: Path, patterns: tuple[str, ...], folder: Path) -> Iterator[Path]:
-  """Unpacks into a folder; errors about files there, raised in the block, name the archive."""
+  """Unpacks into a folder; errors of the block about its files name the archive instead."""
   try:
     unpack(archive, patterns, folder)
     yield folder
@@ -81,7 +81,7 @@ def unpacked(archive: Path, patterns: tuple[str, ...], folder: Path) -> Iterator
 def unpack(
   archive: Path, patterns: tuple[str, ...], folder: Path, limits: Limits = Limits()
 ) -> None:
-  """Unpacks the members that match, whatever folder of the archive they lie in.
+  """Unpacks all matching members, from any folder of the archive.
 
   Args:
     archive: a zip or tar file.
@@ -131,7 +131,7 @@ def unpack(
 
 
 class _Limited(io.RawIOBase):
-  """Unpacked bytes, as long as they are sound and not too many."""
+  """A stream of unpacked bytes that checks them and enforces the limits."""
 
   def __init__(self, file: IO[bytes], path: Path, limit: int):
     self._file, self._path, self._limit, self._left = file, path, limit, limit
@@ -155,7 +155,7 @@ class _Limited(io.RawIOBase):
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-  """A damaged header is an error: tarfile itself takes it for the end of the archive."""
+  """Raises an error for a damaged header, which tarfile takes for the end of the archive."""
 
   @classmethod
   def fromtarfile(cls, file: tarfile.TarFile) -> tarfile.TarInfo:
@@ -171,7 +171,7 @@ def _zip_members(path: Path, limits: Limits) -> Iterator[_Member]:
   del limits
   with zipfile.ZipFile(path) as content:
     for info in content.infolist():
-      kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the packer keeps no such thing
+      kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the archive does not store file types.
       fault = '' if kind in (0, stat.S_IFREG) else 'is a link or device'
       if info.flag_bits & 1:
         fault = 'is encrypted'
@@ -180,15 +180,15 @@ def _zip_members(path: Path, limits: Limits) -> Iterator[_Member]:
 
 
 def _tar_members(path: Path, limits: Limits) -> Iterator[_Member]:
-  # As a stream: whatever has to be unpacked to reach a member counts, too.
+  # Read as a stream, so that bytes before a member count towards the limits, too.
   with open_file(path, limits) as file:
     with tarfile.open(fileobj=file, mode='r|', tarinfo=_StrictTarInfo) as content:
       while (info := content.next()) is not None:
-        content.members.clear()  # all members at once need not fit in memory
+        content.members.clear()  # The list of all members may not fit in memory.
         fault = '' if info.isreg() and not info.issparse() else 'is a link or device'
         opened = functools.partial(content.extractfile, info)
         yield _Member(info.name, info.size, info.isdir(), fault, opened)
-    while file.read(1 << 20):  # up to the check sum at the end
+    while file.read(1 << 20):  # Reads up to the checksum at the end.
       pass
 
 
@@ -200,7 +200,7 @@ def _safe_name(name: str, where: str) -> PurePosixPath:
 
 
 def _target(name: PurePosixPath, patterns: tuple[str, ...]) -> Path | None:
-  """Where a member goes, None if no pattern matches."""
+  """Returns the target path of a member; None if no pattern matches."""
   if any(part.startswith(('.', '__MACOSX')) for part in name.parts):
     return None
   plain = PurePosixPath(str(name).removesuffix('.gz'))
@@ -211,7 +211,7 @@ def _target(name: PurePosixPath, patterns: tuple[str, ...]) -> Path | None:
 
 
 def _budget(path: Path, limits: Limits) -> int:
-  """How many bytes a packed file may unpack to."""
+  """Returns the most bytes that a packed file may unpack to."""
   by_ratio = max(limits.any_ratio_bytes, limits.ratio * path.stat().st_size)
   return min(limits.total_bytes, by_ratio)
 

@@ -30,7 +30,7 @@ def fetch(
     Paths of the files, in the order asked for.
   """
   by_hand = f'download and unpack it by hand and pass --raw_dir=FOLDER with {", ".join(files)}'
-  # TFDS retries for minutes before it gives up; an unreachable host is known in seconds.
+  # TFDS retries for minutes; this check finds an unreachable host within seconds.
   try:
     request = urllib.request.Request(url, method='HEAD')
     urllib.request.urlopen(request, timeout=20).close()

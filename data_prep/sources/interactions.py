@@ -1,4 +1,4 @@
-"""The user's own interactions: CSV, TSV or Parquet files, or a table in memory.
+"""Reads the user's own interactions: CSV, TSV or Parquet files, or a table in memory.
 
   python -m data_prep.build_dataset --source=interactions --raw_dir=orders.csv --items=goods.csv \
     --data_dir=data/shop
@@ -41,7 +41,7 @@ PARAMETERS: Mapping[str, Any] = {
 
 
 def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
-  """The file, or the files of a folder; the item table and hidden files left out."""
+  """Returns the file, or the files of a folder without the item table and hidden files."""
   if not raw_dir.is_dir():
     if not raw_dir.exists():
       raise InputError(
@@ -74,7 +74,7 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
 
 
 def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path]:
-  """The picture files that the item table names, each once."""
+  """Returns the distinct picture files that the item table names."""
   del files
   if parameters['items'] is None:
     return []
@@ -130,10 +130,10 @@ def from_table(data: Any, **parameters: Any) -> Raw:
 
 
 def as_arrow(data: Any) -> pa.Table:
-  """Whatever holds columns as an Arrow table."""
+  """Converts any kind of table to an Arrow table."""
   if isinstance(data, pa.Table):
     return data
-  if hasattr(data, 'with_format') and hasattr(data, 'features'):  # a HuggingFace dataset
+  if hasattr(data, 'with_format') and hasattr(data, 'features'):  # A HuggingFace dataset.
     return data.with_format('arrow')[:]
   if hasattr(data, '__arrow_c_stream__'):
     return pa.table(data)
@@ -148,7 +148,7 @@ def as_arrow(data: Any) -> pa.Table:
 def choose_columns(
   path: str, names: tuple[str, ...] | list[str], options: Mapping[str, Any], delimiter: str | None
 ) -> dict[str, str]:
-  """Which column plays which role, by flag or by its name; optional roles may be absent."""
+  """Assigns columns to roles, by flag or by name; optional roles may stay without a column."""
   chosen: dict[str, str] = {}
   listed = ', '.join(names)
   for role, known in NAMES.items():
@@ -191,7 +191,7 @@ def choose_columns(
 
 
 def _is_like_time(name: str) -> bool:
-  """Whether a column could be a time: order by file instead must then be asked for."""
+  """Whether a column may hold times, so that the order of the file is used only on request."""
   return bool(re.search(r'time|date|stamp|[_ ]at$|^day$', name, re.IGNORECASE))
 
 
@@ -213,11 +213,11 @@ def _delimiter(value: str | None) -> str | None:
 
 
 def encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
-  """Users and items as numbers into a dictionary: text once an id, not once a row."""
+  """Dictionary-encodes users and items, which stores each id once instead of once per row."""
   encoded = []
   for role, name in columns.items():
     column = table[name]
-    if pa.types.is_string_view(column.type):  # what Polars hands over
+    if pa.types.is_string_view(column.type):  # Polars gives this type.
       column = column.cast(pa.large_string())
     if role in ('user', 'item') and not pa.types.is_dictionary(column.type):
       column = column.dictionary_encode()
@@ -226,7 +226,7 @@ def encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
 
 
 def joined(parts: list[pa.Table], path: str) -> pa.Table:
-  """One table of encoded ones."""
+  """Joins dictionary-encoded tables."""
   try:
     return pa.concat_tables(parts).unify_dictionaries()
   except pa.ArrowInvalid as error:

@@ -1,4 +1,4 @@
-"""An item table in CSV, TSV, Parquet or JSON lines -> what the catalogue knows of each item."""
+"""Reads item tables in CSV, TSV, Parquet or JSON lines."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from ur4rec_jax.errors import InputError
 
 JSON_LINES = ('.jsonl', '.ndjson', '.json')
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
-# Names that say what a column is, in lower case without blanks, dots, dashes and underscores.
+# Usual names of each column, in lower case without blanks, dots, dashes and underscores.
 NAMES = {
   'item_id': 'id item itemid iid product productid article articleid movie movieid book bookid'
   ' track trackid song songid sku asin parentasin business businessid',
@@ -21,7 +21,7 @@ NAMES = {
   'genres': 'genre genres category categories',
   'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
 }
-# Flags of the table and their defaults; None: look for it.
+# Flags of the table and their defaults; None recognises the column by its name.
 PARAMETERS: Mapping[str, Any] = {
   **{f'{role}_column': None for role in NAMES},
   'text_columns': None,
@@ -47,7 +47,7 @@ def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
 
 
 def open_table(path: Path) -> tuple[Sequence[str], Rows]:
-  """The names of the columns of a table, and its rows."""
+  """Returns the column names of a table and its rows."""
   if tables.kind(path) in JSON_LINES:
     rows = list(json_lines(path))
     return list(dict.fromkeys(name for _, row in rows for name in row)), rows
@@ -58,7 +58,7 @@ def open_table(path: Path) -> tuple[Sequence[str], Rows]:
 def from_rows(
   path: str, names: Sequence[str], rows: Rows, *, images: str | Path | None = None, **parameters
 ) -> tuple[dict[str, Item], list[str]]:
-  """Reads an item table whose rows are there already; see `read`."""
+  """Reads an item table from rows in memory; see `read`."""
   options = {**PARAMETERS, **parameters}
   columns = _choose_columns(path, names, options)
   extra = _text_columns(path, names, options['text_columns'])
@@ -99,22 +99,22 @@ def id_column(path: str | Path, names: Sequence[str], wanted: str | None) -> str
 
 
 def pictures(table: Mapping[str, Item]) -> list[Path]:
-  """The picture files of a table's items, each once."""
+  """Returns the distinct picture files of the items of a table."""
   return list({item.image: None for item in table.values() if isinstance(item.image, Path)})
 
 
 def text(value: Any) -> str:
-  """A value of any kind as text, '' for none; the parts of a list are put one after the other."""
+  """Converts a value to text, '' for none; the parts of a list are joined."""
   if value is None or value != value:
     return ''
   if isinstance(value, list | tuple):
     return ' '.join(filter(None, map(text, value)))
-  # JSON may hold halves of surrogate pairs, which no file can.
+  # JSON may hold halves of surrogate pairs, which UTF-8 files cannot.
   return str(value).encode(errors='replace').decode().strip()
 
 
 def genres(value: Any) -> tuple[str, ...]:
-  """Names in a list, nested or not, or in a text separated by `|`; each once."""
+  """Returns the distinct names in a list, nested or not, or in a text separated by `|`."""
   if isinstance(value, list | tuple):
     return tuple(dict.fromkeys(name for part in value for name in genres(part)))
   return tuple(dict.fromkeys(part.strip() for part in text(value).split('|') if part.strip()))
@@ -167,7 +167,7 @@ def _text_columns(path: str, names: Sequence[str], wanted: str | None) -> list[s
 
 
 def original_id(value: Any, column: str, where: str) -> str:
-  """An id as text."""
+  """Converts an id to text; InputError if it is empty or no id."""
   if isinstance(value, bool | float | list | dict):
     raise InputError(f'{where}: {column} is {value!r}; ids are text or whole numbers: correct it')
   name = '' if value is None else str(value)
@@ -177,7 +177,7 @@ def original_id(value: Any, column: str, where: str) -> str:
 
 
 def _image(value: Any, folder: Path | None, column: str, where: str) -> Path | str | None:
-  """A picture file that is there, inside the folder, or a URL as it stands."""
+  """Returns an existing picture file inside the folder, or an unchanged URL."""
   name = text(value)
   if not name:
     return None
@@ -195,7 +195,7 @@ def _image(value: Any, folder: Path | None, column: str, where: str) -> Path | s
         fault = f'leads out of {folder}; put the pictures there, or pass --images=FOLDER'
       elif not path.is_file():
         fault = f'is not in {folder}; put it there, pass --images=FOLDER, or leave the field empty'
-    except (OSError, ValueError):  # too long for a path, or a NUL byte
+    except (OSError, ValueError):  # The text is too long for a path, or has a NUL byte.
       fault = 'is no file name; correct it'
   if fault:
     raise InputError(f'{where}: {column} {name!r} {fault}')
@@ -203,7 +203,7 @@ def _image(value: Any, folder: Path | None, column: str, where: str) -> Path | s
 
 
 def json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
-  """The objects of a file with one a line, and their places."""
+  """Yields the objects of a JSON lines file with their positions."""
   for number, line in raw_files.utf8_lines(path):
     try:
       row = json.loads(line)

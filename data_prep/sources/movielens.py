@@ -1,4 +1,4 @@
-"""MovieLens: the original archives and the "Multimodal_Datasets" folders."""
+"""Reads MovieLens: the original archives and the "Multimodal_Datasets" folders."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -52,7 +52,7 @@ def read_movielens_1m(data: Path, items: Path) -> Raw:
 
 
 def read_multimodal(ratings: Path, movies: Path, texts: Path, *, images: str | None = None) -> Raw:
-  """Reads a folder of "Multimodal_Datasets": as MovieLens-1M, with texts and pictures.
+  """Reads a folder of "Multimodal_Datasets": MovieLens ratings with texts and pictures.
 
   Args:
     ratings: ratings.dat.
@@ -76,7 +76,7 @@ def read_multimodal(ratings: Path, movies: Path, texts: Path, *, images: str | N
 
 
 def _reviews(path: Path) -> Iterator[tuple[str, str]]:
-  """Movie ids and texts; each movie once."""
+  """Reads movie ids and texts, each movie once."""
   rows = spreadsheets.rows(path)
   number, header = next(rows, (0, []))
   names = [item_tables.text(value).lower() for value in header]
@@ -92,7 +92,7 @@ def _reviews(path: Path) -> Iterator[tuple[str, str]]:
     row = [*row, *[None] * (len(names) - len(row))]
     if not any(item_tables.text(value) for value in row):
       continue
-    # A spreadsheet's numbers are floats.
+    # Numbers in spreadsheets are floats.
     name = re.sub(r'\.0+$', '', item_tables.text(row[id_at]))
     where = f'{path}, row {number}'
     if not re.fullmatch(r'\d+', name, re.ASCII):
@@ -108,12 +108,12 @@ def _reviews(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path]:
-  """The picture files that `read_multimodal` finds."""
+  """Returns the picture files that `read_multimodal` uses."""
   return list(_pictures(files[0], parameters['images']).values())
 
 
 def _pictures(ratings: Path, images: str | None) -> dict[str, Path]:
-  """Pictures called by a movie's id, by id; other files are none of our business."""
+  """Finds pictures named after a movie id, by id; other files are ignored."""
   folder = Path(images) if images is not None else ratings.parent / 'image'
   if images is not None and not folder.is_dir():
     raise InputError(f'{images}: no such folder; --images must be the folder with the pictures')
@@ -153,7 +153,7 @@ def read_ratings(path: Path, delimiter: str, table: dict[str, Item]) -> Raw:
 def _add_item(table: dict[str, Item], path: Path, number: int, name: str, item: Item) -> None:
   if not re.fullmatch(r'\d+', name, re.ASCII):
     raise InputError(f'{path}, line {number}: item id is not a whole number: {name!r}; correct it')
-  name = str(int(name))  # as the ratings' integer column reads it
+  name = str(int(name))  # The form that the integer column of ratings has.
   if name in table:
     raise InputError(
       f'{path}, line {number}: item {name} is in the table twice; remove one of the lines'

@@ -1,4 +1,4 @@
-"""Finding raw files and reading plain text ones; every fault names file, line and field."""
+"""Finds raw files and reads text files; every error names file, line and field."""
 
 import fnmatch
 import re
@@ -19,17 +19,17 @@ Patterns = tuple[str | tuple[str, ...], ...]
 
 
 def alternatives(patterns: Patterns) -> list[tuple[str, ...]]:
-  """The names that each of the files may have."""
+  """Returns the possible names of each file."""
   return [(pattern,) if isinstance(pattern, str) else pattern for pattern in patterns]
 
 
 def described(patterns: Patterns) -> str:
-  """The files that patterns mean, in words."""
+  """Describes the files that match patterns, for messages."""
   return ', '.join(' or '.join(names) for names in alternatives(patterns))
 
 
 def find_files(patterns: Patterns, raw_dir: Path) -> list[Path]:
-  """The one file each pattern means, which may have `.gz` after it.
+  """Finds exactly one file per pattern, with or without `.gz`.
 
   Args:
     patterns: of names; a tuple lists names of which the file has one.
@@ -69,7 +69,7 @@ def find_files(patterns: Patterns, raw_dir: Path) -> list[Path]:
 def read_columns(
   path: Path, delimiter: str, columns: dict[str, pa.DataType]
 ) -> tuple[pa.Table, np.ndarray]:
-  """Parses a headerless file without a Python loop; `[rows]` line numbers come with it.
+  """Parses a file without a header line, without a Python loop; also returns line numbers.
 
   Only when a line does not parse is the file gone through again, line by line, to name it.
   """
@@ -77,12 +77,12 @@ def read_columns(
   single = delimiter
   text = raw
   if delimiter == ' ':
-    # Any run of blanks separates; most files need no rewriting.
+    # Fields are separated by any number of blanks; most files need no rewriting.
     if b'\t' in raw or b'  ' in raw or re.search(rb'^ | \r?$', raw, re.MULTILINE):
       text = re.sub(rb'[ \t]+', b' ', raw)
       text = re.sub(rb'^ | (?=\r?$)', b'', text, flags=re.MULTILINE)
   elif len(delimiter) > 1:
-    # The parser knows one-byte delimiters only; a tab must then not occur on its own.
+    # The parser supports one-byte delimiters only, so the delimiter becomes a tab.
     if b'\t' in raw:
       raise _bad_line(path, raw, delimiter, columns, 'a tab in the file')
     single, text = '\t', raw.replace(delimiter.encode(), b'\t')
@@ -107,7 +107,9 @@ def read_columns(
   if not table.num_rows:
     raise InputError(f'{path}: the file is empty; download or export it again')
   lines = np.arange(1, table.num_rows + 1)
-  if raw.count(b'\n') + (not raw.endswith(b'\n')) != table.num_rows:  # empty lines were skipped
+  if (
+    raw.count(b'\n') + (not raw.endswith(b'\n')) != table.num_rows
+  ):  # The parser has skipped empty lines.
     lines = np.flatnonzero([bool(line.strip()) for line in raw.splitlines()]) + 1
   return table, lines
 
@@ -115,7 +117,7 @@ def read_columns(
 def _bad_line(
   path: Path, raw: bytes, delimiter: str, columns: dict[str, pa.DataType], reason: str
 ) -> InputError:
-  """Finds the first line that breaks the format and says what is wrong with it."""
+  """Raises an error for the first line that breaks the format."""
   separator = {'\t': 'a tab', ' ': 'blanks'}.get(delimiter, repr(delimiter))
   expected = f'{len(columns)} columns separated by {separator} ({", ".join(columns)})'
   for number, data in enumerate(raw.splitlines(), 1):
@@ -146,7 +148,7 @@ def _bad_line(
 
 
 def _fault(value: str, kind: pa.DataType) -> str:
-  """What is wrong with a field, '' if nothing is."""
+  """Describes what is wrong with a field; '' if nothing."""
   if pa.types.is_string(kind):
     return '' if value else 'empty'
   if pa.types.is_integer(kind):
@@ -172,7 +174,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-  """Numbered non-empty lines of a text file, UTF-8 if it is that, else latin-1."""
+  """Yields numbered non-empty lines of a text file in UTF-8, or else in Latin-1."""
   raw = read_bytes(path)
   try:
     text = raw.decode()
@@ -180,7 +182,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     text = raw.decode('latin-1')
   for number, line in enumerate(text.split('\n'), 1):
     line = line.removesuffix('\r')
-    # Latin-1 gives every byte a character; the control ones never belong in a title.
+    # Latin-1 accepts every byte, but control characters never belong in a title.
     if control := re.search(r'[\x00-\x08\x0a-\x1f\x7f-\x9f]', line):
       raise InputError(
         f'{path}, line {number}: byte 0x{ord(control[0]):02x} is no text, neither in UTF-8 nor in'
@@ -195,7 +197,7 @@ def shown(line: str) -> str:
 
 
 def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
-  """Numbered non-empty lines of a UTF-8 file, `.gz` or not, without holding all of it."""
+  """Yields numbered non-empty lines of a UTF-8 file, `.gz` or not, as a stream."""
   try:
     with archives.open_file(path) as file:
       for number, data in enumerate(file, 1):

@@ -1,4 +1,4 @@
-"""Rows of the first sheet of an Excel file, or of a CSV file called so; the content decides."""
+"""Reads the first sheet of an Excel file, or a CSV file with an Excel extension."""
 
 import csv
 import io
@@ -14,14 +14,14 @@ _XLS, _XLSX = b'\xd0\xcf\x11\xe0', b'PK\x03\x04'
 
 
 def rows(path: Path) -> Iterator[tuple[int, list[Any]]]:
-  """Rows with their numbers from 1; values are text, numbers or None."""
+  """Yields rows with their numbers from 1; values are text, numbers or None."""
   raw = raw_files.read_bytes(path)
   read = {_XLS: _xls, _XLSX: _xlsx}.get(raw[:4], _csv)
   return enumerate(read(path, raw), 1)
 
 
 def _xls(path: Path, raw: bytes) -> Iterator[list[Any]]:
-  import xlrd  # Only these functions need the Excel readers.
+  import xlrd  # Imported here, because only these functions need it.
 
   try:
     with xlrd.open_workbook(file_contents=raw) as book:

@@ -1,4 +1,4 @@
-"""A generated catalogue and its users, with something to find for every kind of model.
+"""Generates a catalogue and its users, with structure for every kind of model to learn.
 
 An item has a topic, a style, a look and a popularity; words tell its topic and style, the picture
 its topic and look. A user has a taste in each of the three. The next item is, with probability
@@ -27,20 +27,25 @@ LOOKS = (
   ('ring', (60, 240, 240)),
   ('cross', (240, 60, 200)),
 )
-HEAD, EXPONENT = 90.0, 2.3  # popularity: Zipf-Mandelbrot, a flattened head and a long tail
-FOLLOW = 0.08  # probability that the next item is a successor of the last one
+HEAD, EXPONENT = 90.0, 2.3  # Popularity is Zipf-Mandelbrot: a flattened head and a long tail.
+FOLLOW = 0.08  # Probability that the next item is a successor of the last one.
 SUCCESSOR_WEIGHTS = (0.75, 0.25)
-TASTE = (0.3, 0.25, 0.2, 0.15)  # shares of a user's topics; all others share the rest
-LIKED = 10.0  # a liked style or look counts this many times another one
+TASTE = (
+  0.3,
+  0.25,
+  0.2,
+  0.15,
+)  # Shares of a user's favourite topics; the other topics share the rest.
+LIKED = 10.0  # Weight of a liked style or look relative to another one.
 PICTURE_SIZE = 64
-MISSING = 0.04  # share of items without a description, and of items without a picture
+MISSING = 0.04  # Share of items without a description, and without a picture.
 MIN_ITEMS = 4 * NUM_TOPICS
 _FIRST_DAY = 1_577_836_800  # 2020-01-01
 _USERS_AT_ONCE = 256
 
 
 class World(NamedTuple):
-  """The hidden truth, which decides what happens and which a recommender has to find.
+  """The hidden parameters that generate the data and that a recommender has to learn.
 
   `topics`, `styles`, `looks`: `[items]`. `popularity`: `[items]`. `successors`: `[items, 2]`.
   `transition`: `[topics, topics]`, rows sum to 1. `taste`: `[users, topics]`, rows sum to 1.
@@ -82,10 +87,10 @@ def generate(num_users: int = 2000, num_items: int = 1500, seed: int = 0) -> Raw
 
 
 def make_world(num_users: int, num_items: int, seed: int) -> World:
-  """Draws what items are and what users like."""
+  """Draws the properties of items and the tastes of users."""
   rng = np.random.default_rng([seed, 1])
   shares = rng.dirichlet(np.full(NUM_TOPICS, 8.0))
-  # Four items of each topic are certain, so that every topic has successors to offer.
+  # Every topic gets at least four items, so that it has successors to offer.
   topics = np.concatenate(
     [
       np.repeat(np.arange(NUM_TOPICS), MIN_ITEMS // NUM_TOPICS),
@@ -97,7 +102,7 @@ def make_world(num_users: int, num_items: int, seed: int) -> World:
   successors = np.empty((num_items, len(SUCCESSOR_WEIGHTS)), np.int64)
   for topic in range(NUM_TOPICS):
     members = np.flatnonzero(topics == topic)
-    # Neighbours are about equally popular; else following would lift every rare item.
+    # Successors are about equally popular; otherwise they would make rare items popular.
     nearly = np.log(popularity[members]) + rng.normal(0, 0.5, len(members))
     circle = members[np.argsort(nearly)]
     for column, distance in enumerate((1, 2)):
@@ -124,7 +129,7 @@ def make_world(num_users: int, num_items: int, seed: int) -> World:
 
 
 def simulate(world: World, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Lets every user choose; nobody takes an item twice.
+  """Draws the choices of every user; nobody takes an item twice.
 
   Returns:
     `[rows]` users and `[rows]` items, user after user, each in time order.
@@ -149,13 +154,15 @@ def _choose(
   weight = world.popularity * (
     world.style_liking[users][:, world.styles] * world.look_liking[users][:, world.looks]
   )
-  for topic in range(NUM_TOPICS):  # make it the probability of an item given its topic
+  for topic in range(NUM_TOPICS):  # Normalises to the probability of an item given its topic.
     weight[:, world.topics == topic] /= weight[:, world.topics == topic].sum(1, keepdims=True)
   taste = world.taste[users]
   unseen = np.ones(weight.shape, bool)
   history = np.empty((len(users), lengths[0]), np.int64)
   for step in range(lengths[0]):
-    active = np.arange(np.count_nonzero(lengths > step))  # the others are done
+    active = np.arange(
+      np.count_nonzero(lengths > step)
+    )  # The histories of the others are complete.
     last = history[active, step - 1]
     topic = taste[active]
     if step > 0:

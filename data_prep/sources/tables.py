@@ -1,4 +1,4 @@
-"""Files of named columns (CSV, TSV, Parquet) -> Arrow columns, without a Python loop over rows.
+"""Reads CSV, TSV and Parquet files into Arrow columns, without a Python loop over rows.
 
 Only when something is wrong is a file gone through again, row by row, to name the place.
 """
@@ -35,13 +35,13 @@ class File(NamedTuple):
 
 
 def kind(path: Path) -> str:
-  """The extension that tells the format, lower case, `.gz` left out."""
+  """Returns the extension that tells the format, in lower case and without `.gz`."""
   name = path.name.lower().removesuffix('.gz')
   return Path(name).suffix
 
 
 def open_file(path: Path, delimiter: str | None = None) -> File:
-  """Finds out the format of a file and its column names.
+  """Detects the format of a file and its column names.
 
   Args:
     path: a `.parquet`, `.csv` or `.tsv` file, the last two also with `.gz`; or any text file, if
@@ -73,7 +73,7 @@ def open_file(path: Path, delimiter: str | None = None) -> File:
 
 
 def read(file: File, columns: list[str]) -> pa.Table:
-  """Reads some columns; those of text files are strings as they stand there.
+  """Reads some columns; columns of text files are unchanged strings.
 
   Raises:
     InputError: the file is damaged or has no rows.
@@ -98,7 +98,7 @@ def read(file: File, columns: list[str]) -> pa.Table:
 
 
 def place(file: File, row: int) -> Place:
-  """Where a row (from 0) of a file is, in what its readers count."""
+  """Returns the position of a row (from 0) in its file, for messages."""
   if file.delimiter is None:
     return Place(str(file.path), row + 1, 'row')
   for index, (line, _) in enumerate(_rows(file.path, file.delimiter)):
@@ -108,7 +108,7 @@ def place(file: File, row: int) -> Place:
 
 
 def check_rows(file: File) -> None:
-  """Goes through a text file row by row and raises what is wrong with it."""
+  """Reads a text file row by row and raises an error for the first wrong row."""
   line, fields = 0, []
   width = len(file.columns)
   for line, fields in _rows(file.path, file.delimiter):
@@ -133,7 +133,7 @@ def check_rows(file: File) -> None:
 
 
 def records(file: File) -> Iterator[tuple[Place, dict[str, object]]]:
-  """Rows one by one, for tables that become Python objects anyway."""
+  """Yields rows one by one, for tables that become Python objects anyway."""
   if file.delimiter is None:
     number = 0
     for batch in pq.ParquetFile(file.path).iter_batches():
@@ -156,7 +156,7 @@ def _read_text(file: File, columns: list[str]) -> pa.Table:
       ),
       parse_options=arrow_csv.ParseOptions(delimiter=file.delimiter, newlines_in_values=True),
       convert_options=arrow_csv.ConvertOptions(
-        # By position: the names in the file may have blanks around them.
+        # Columns go by position, because names in the file may have blanks around them.
         column_types={str(file.columns.index(name)): pa.string() for name in columns},
         include_columns=[str(file.columns.index(name)) for name in columns],
         null_values=[],
@@ -174,7 +174,7 @@ def _end_row(delimiter: str, width: int) -> bytes:
 
 
 class _WithEnd(io.RawIOBase):
-  """A file without its byte order mark, and with some bytes after its end."""
+  """A file without its byte order mark, with some bytes appended."""
 
   def __init__(self, file: IO[bytes], end: bytes):
     self._file, self._end = file, end
@@ -199,8 +199,8 @@ class _WithEnd(io.RawIOBase):
 
 
 def _rows(path: Path, delimiter: str, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
-  """Non-empty rows with the line they start in; the last one is the end row, if it is reached."""
-  # The end row is as wide as the header: no row of the file is needed to know that.
+  """Yields non-empty rows with their first line; the last one is the end row, if reached."""
+  # The end row is as wide as the header, so its width needs no row of the file.
   with archives.open_file(path) as content:
     header = content.readline().decode('utf-8', 'surrogateescape')
   with archives.open_file(path) as content:
@@ -239,7 +239,7 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 
 
 def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
-  """Index of the first true value, None where there is none; null counts as true."""
+  """Returns the index of the first true or null value; None if there is none."""
   chunks = mask.chunks if isinstance(mask, pa.ChunkedArray) else [mask]
   start = 0
   for chunk in chunks:

@@ -1,4 +1,4 @@
-"""A column of times in any of the usual forms -> whole ticks."""
+"""Converts a column of times in any usual form to whole ticks."""
 
 from collections.abc import Callable
 
@@ -67,7 +67,7 @@ def _text(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
         raise _unlike(column, odd, name, where)
       try:
         values = pc.utf8_trim_whitespace(column).cast(type_).to_numpy()
-      except pa.ArrowInvalid as error:  # more than 64 bits hold
+      except pa.ArrowInvalid as error:  # The number does not fit in 64 bits.
         odd = next(row for row in range(len(column)) if abs(int(column[row].as_py())) >= 2**63)
         raise _unlike(column, odd, name, where) from error
       return read(values, name, where)
@@ -126,7 +126,7 @@ def _unix(values: np.ndarray, name: str, where: Where) -> tuple[np.ndarray, int]
 
 
 def _are_dates(values: np.ndarray) -> bool:
-  """Whether all are eight digits YYYYMMDD."""
+  """Whether all values are dates of eight digits, YYYYMMDD."""
   day, month, year = values % 100, values // 100 % 100, values // 10_000
   is_date = (day >= 1) & (day <= 31) & (month >= 1) & (month <= 12)
   return bool((is_date & (year >= 1900) & (year <= 2100)).all())

@@ -1,4 +1,4 @@
-"""Words of the generated catalogue: what titles and descriptions say of a topic and a style."""
+"""Words and sentences of the generated catalogue, by topic and style."""
 
 from typing import NamedTuple
 
@@ -150,7 +150,7 @@ _ASIDES = (
 
 
 def title(topic: int, style: int, rng: np.random.Generator, taken: set[str]) -> str:
-  """A title not yet taken, which it then is."""
+  """Returns a title that is not yet taken, and marks it as taken."""
   adjective = _pick(STYLES[style].adjectives, rng)
   noun, other = (TOPICS[topic].nouns[i] for i in rng.choice(10, 2, replace=False))
   forms = (
@@ -171,7 +171,7 @@ def title(topic: int, style: int, rng: np.random.Generator, taken: set[str]) -> 
 
 
 def description(topic: int, style: int, rng: np.random.Generator) -> str:
-  """Two to four sentences in varied order."""
+  """Writes two to four sentences in random order."""
   words, tone = TOPICS[topic], STYLES[style]
   person, deed = _pick(words.people, rng), _pick(words.deeds, rng)
   noun, adjective = _pick(words.nouns, rng), _pick(tone.adjectives, rng)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_prep import build_dataset
 from data_prep.prepared import prepare
+from tests.helpers.commands import run_here
 from tests.helpers.runs import ROOT
 
 GENRES = ('unknown', 'Action', 'Comedy', 'Drama')
@@ -30,9 +31,13 @@ def command() -> Callable[..., list[str]]:
 
 @pytest.fixture
 def run_build(command) -> Callable[..., subprocess.CompletedProcess]:
-  """Runs the program in a process of its own."""
+  """Runs the program; with limits, an environment or `fresh` in a process of its own."""
 
-  def run(*flags: str, limit: tuple[str, ...] = (), **kwargs) -> subprocess.CompletedProcess:
+  def run(
+    *flags: str, limit: tuple[str, ...] = (), fresh: bool = False, **kwargs
+  ) -> subprocess.CompletedProcess:
+    if not (limit or fresh or kwargs):
+      return run_here(build_dataset.main, flags)
     words = [*limit, *command(*flags)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, **kwargs)
 

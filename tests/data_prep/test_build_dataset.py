@@ -120,7 +120,7 @@ def test_movielens_from_raw_files_to_what_is_read_back(run_build, ratings, ml_1m
   again = run_build(*flags)
   assert (again.returncode, 'already in' in again.stdout) == (0, True)
   assert again.stdout.split('\n')[1:] == result.stdout.split('\n')[1:]
-  assert run_build(*flags, '--overwrite').returncode == 0
+  assert run_build(*flags, '--overwrite', fresh=True).returncode == 0
   assert contents(data_dir) == before  # another process writes the very same bytes
 
 

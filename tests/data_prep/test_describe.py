@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep import build_dataset, describe, describe_page
 from data_prep.prepared import pictures, prepare
+from tests.helpers.commands import run_here
 from tests.helpers.html_page import Page
 from tests.helpers.runs import ROOT
 from ur4rec_jax.data.dataset import read_info, read_interactions, read_items
@@ -55,6 +56,8 @@ def shop(tmp_path) -> Path:
 
 
 def run(*flags: str, limit: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+  if not limit:
+    return run_here(describe.main, flags)
   command = [*limit, sys.executable, '-m', 'data_prep.describe', *flags]
   return subprocess.run(
     command,

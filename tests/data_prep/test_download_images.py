@@ -20,6 +20,7 @@ import pytest
 
 from data_prep import build_dataset, download_images
 from data_prep.prepared import pictures
+from tests.helpers.commands import run_here
 from tests.helpers.runs import ROOT
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
@@ -105,9 +106,11 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def run():
-  """Runs the program in a process of its own, as a user does."""
+  """Runs the program; with variables of the environment in a process of its own."""
 
   def run(*flags, **environment) -> subprocess.CompletedProcess:
+    if not environment:
+      return run_here(download_images.main, flags)
     command = [sys.executable, '-m', 'data_prep.download_images', *flags]
     env = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)

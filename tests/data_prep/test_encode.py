@@ -750,7 +750,7 @@ def test_a_killed_replacement_leaves_the_old_features(many):
 def test_an_interrupted_run_says_what_to_do(many):
   process = start_and_kill(many, number=signal.SIGINT)
   assert process.returncode == 130
-  assert process.stderr.read() == 'stopped; what is done is kept, and the same command goes on\n'
+  assert process.stderr.read() == 'stopped; finished work is kept, and the same command continues\n'
 
 
 def test_damaged_and_changed_shards_of_a_killed_run_are_made_again(many):
@@ -896,7 +896,7 @@ def test_a_name_that_cannot_be_had_says_how_to_get_it(build):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--modality=../x'], 'must be a name of small letters'),
+    (['--modality=../x'], 'must be a name of lower-case letters'),
     (['--modality=audio'], 'pass --import=FILE'),
     (['--modality=image', '--of=user'], 'users have no pictures'),
     (['--modality=text', '--ids=f'], '--item_id_column are about --import'),

@@ -1,4 +1,4 @@
-"""A prepared folder, as data_prep.build_dataset writes it, in memory; NumPy only."""
+"""Reads prepared folders, written by data_prep.build_dataset, into NumPy arrays."""
 
 import dataclasses
 import itertools
@@ -14,9 +14,9 @@ from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 2
 METADATA = 'dataset.json'
-_LISTS = ('genres', 'sentences')  # Fields with any number of values; the others have one.
-VERSION = '1.0.0'  # Of the TFDS data in a folder.
-_READ_AT_ONCE = 10_000  # Examples; all of a large dataset at once would not fit in memory.
+VERSION = '1.0.0'  # Version of the TFDS data in a folder.
+_LISTS = ('genres', 'sentences')  # Fields with any number of values; all others have one.
+_READ_AT_ONCE = 10_000  # Examples per read, because a large dataset does not fit in memory.
 
 
 class Interactions(NamedTuple):
@@ -39,16 +39,16 @@ class Interactions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """What training and evaluation need of a prepared dataset.
+  """Interactions, split and features of a prepared dataset.
 
   Attributes:
-    info: contents of `dataset.json`: name, counts, splits, options.
-    split_name: which of `info['splits']` is used.
-    split: where it cuts each history.
+    info: content of `dataset.json`: name, counts, splits, options.
+    split_name: key of the split in `info['splits']`.
+    split: where each history is cut.
     item_ids: `[interactions]` int32, 1-based, user after user, each in time order.
     offsets: `[users + 1]` int64, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
     features: embeddings of the items by modality, see `features.load_with_features`.
-    user_features: the same of the users.
+    user_features: embeddings of the users by modality.
   """
 
   info: dict[str, Any]
@@ -76,7 +76,7 @@ class Dataset:
 
   @property
   def is_train(self) -> np.ndarray:
-    """`[interactions]` whether each one is of the training part."""
+    """`[interactions]` bool: whether each one belongs to the training part."""
     ends = np.repeat(self.offsets[:-1] + self.split.train_lengths, self.lengths)
     return np.arange(len(self.item_ids)) < ends
 
@@ -96,7 +96,7 @@ class Dataset:
     return {'item': self.features, 'user': self.user_features}
 
   def identity(self) -> dict[str, Any]:
-    """What tells the data of one run from those of another."""
+    """Returns name, split hash and feature fingerprints, which identify the data of a run."""
     fingerprints = {
       of: {name: f.info['fingerprint'] for name, f in features.items()}
       for of, features in self.all_features.items()
@@ -112,11 +112,11 @@ class Dataset:
 
 
 def load_dataset(data_dir: str | pathlib.Path, split_name: str = splits.LEAVE_ONE_OUT) -> Dataset:
-  """Reads the interactions of a prepared folder and cuts them.
+  """Reads and splits the interactions of a prepared folder.
 
   Raises:
-    InputError: the folder is missing, not a prepared dataset, has no such split, or its contents
-      are not those that were written.
+    InputError: the folder is missing, is no prepared dataset, has no such split, or has changed
+      since it was written.
   """
   info = read_info(data_dir)
   record = info['splits'].get(split_name)
@@ -139,7 +139,7 @@ def read_info(data_dir: str | pathlib.Path) -> dict[str, Any]:
   """Reads dataset.json.
 
   Raises:
-    InputError: the folder is missing, not a prepared dataset, or of another version.
+    InputError: the folder is missing, is no prepared dataset, or has another format version.
   """
   path = pathlib.Path(data_dir) / METADATA
   if not path.parent.is_dir():
@@ -152,10 +152,10 @@ def read_info(data_dir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def read_versioned(path: pathlib.Path, format_version: int, way_out: str) -> dict[str, Any]:
-  """Reads a JSON object that names the version of its format.
+  """Reads a JSON object that has a `format_version`.
 
   Raises:
-    InputError: it is missing, damaged or of another version; ends with the way out given.
+    InputError: the file is missing, damaged or of another version; the message ends with `way_out`.
   """
   try:
     info = json.loads(path.read_text(encoding='utf-8'))
@@ -186,7 +186,7 @@ def read_interactions(data_dir: str | pathlib.Path) -> Interactions:
 
 
 def read_items(data_dir: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Reads what is known of the items, in the order of `item_id`; InputError if it cannot be read.
+  """Reads the metadata of the items, in the order of `item_id`; InputError if unreadable.
 
   Returns:
     `[items]` of `item_id`, `original_id`, `title`, `genres` (a list), `description`, `image`.
@@ -195,7 +195,7 @@ def read_items(data_dir: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def iterate_items(data_dir: str | pathlib.Path) -> Iterator[dict[str, Any]]:
-  """As `read_items`, one at a time: a large catalogue's descriptions need much memory."""
+  """Yields the items of `read_items` one at a time, for catalogues that do not fit in memory."""
   for examples in _examples(data_dir, 'items', 'items'):
     yield from map(_plain, examples)
 
@@ -208,14 +208,14 @@ def read_texts(
   Args:
     data_dir: a prepared folder.
     kind: `item` or `user`.
-    split_hash: of the split that is used; texts about users must be of the same.
+    split_hash: hash of the used split; texts about users must have the same.
 
   Returns:
-    `[items or users]` lists of sentences, empty where there is no text: entry i is of item i + 1 or
-    of user i; and where the texts come from.
+    `[items or users]` lists of sentences, empty without a text; entry i belongs to item i + 1 or to
+    user i. And the origin of the texts.
 
   Raises:
-    InputError: there are no texts, they cannot be read, or they are not of this dataset and split.
+    InputError: the texts are missing, unreadable, or of another dataset or split.
   """
   origin, info = texts_origin(data_dir, kind), read_info(data_dir)
   if kind == 'user' and split_hash is not None and origin['split_hash'] != split_hash:
@@ -236,17 +236,17 @@ def read_texts(
 
 
 def iterate_texts(data_dir: str | pathlib.Path, kind: str) -> Iterator[dict[str, Any]]:
-  """Gives `original_id`, `text`, `sentences` and `source` of each item or user, in order."""
-  texts_origin(data_dir, kind)  # Says so where there are none.
+  """Yields `original_id`, `text`, `sentences` and `source` of each item or user, in order."""
+  texts_origin(data_dir, kind)  # An error if there are no texts.
   for examples in _examples(data_dir, f'{kind}_texts', f'{kind}s'):
     yield from map(_plain, examples)
 
 
 def texts_origin(data_dir: str | pathlib.Path, kind: str) -> dict[str, Any]:
-  """Reads where texts come from: provider, model, prompt version, time, counts; users' split.
+  """Reads the origin of texts: provider, model, prompt version, time, counts; for users the split.
 
   Raises:
-    InputError: there are none, or they cannot be read.
+    InputError: the texts are missing or unreadable.
   """
   folder = pathlib.Path(data_dir) / f'{kind}_texts'
   if not folder.is_dir():
@@ -258,7 +258,7 @@ def texts_origin(data_dir: str | pathlib.Path, kind: str) -> dict[str, Any]:
 
 
 def _plain(example: dict[str, Sequence]) -> dict[str, Any]:
-  """Texts as `str`, and what is no list as its only value."""
+  """Decodes bytes to text, and unpacks fields that have a single value."""
   decode = lambda value: value.decode() if isinstance(value, bytes) else value
   return {
     name: [*map(decode, values)] if name in _LISTS else decode(values[0])
@@ -269,9 +269,9 @@ def _plain(example: dict[str, Sequence]) -> dict[str, Any]:
 def _examples(
   data_dir: str | pathlib.Path, name: str, split: str
 ) -> Iterator[list[dict[str, Sequence]]]:
-  """Gives the examples in portions, each field as a list.
+  """Yields lists of examples with each field as a sequence.
 
-  TFDS's own decoding takes five times as long.
+  The decoding of TFDS takes five times as long.
   """
   import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
   from tensorflow_datasets.proto import tf_example_pb2
@@ -285,14 +285,14 @@ def _examples(
       records = source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
       examples = []
       for record in records:
-        if not record:  # What the reader gives for one that it cannot read.
+        if not record:  # The reader returns an empty record for a damaged one.
           raise ValueError('a damaged record')
         features = tf_example_pb2.Example.FromString(record).features.feature
         examples.append(
           {field: getattr(f, f.WhichOneof('kind')).value for field, f in features.items()}
         )
       yield examples
-  except Exception as error:  # Whatever a damaged file makes the readers raise.
+  except Exception as error:  # Damaged files make the readers raise any kind of error.
     kind, is_text, _ = name.partition('_texts')
     way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
     raise InputError(

@@ -1,4 +1,4 @@
-"""Token embeddings of items and users, as data_prep.encode writes them; NumPy only."""
+"""Reads token embeddings of items and users, written by data_prep.encode; NumPy only."""
 
 import dataclasses
 import hashlib
@@ -19,11 +19,11 @@ INFO = 'info.json'
 
 
 class TokenTable(NamedTuple):
-  """Tokens by item id or user index; placed on devices, they are `jax.Array`s.
+  """Tokens by item id or user index; on devices the arrays are `jax.Array`s.
 
   Attributes:
     tokens: `[rows, tokens, width]`, zeros where masked.
-    mask: `[rows, tokens]` bool, true where there is a token.
+    mask: `[rows, tokens]` bool, true for tokens that exist.
   """
 
   tokens: Any
@@ -31,7 +31,7 @@ class TokenTable(NamedTuple):
 
 
 class Tables(NamedTuple):
-  """What a model reads of items and users besides interactions, by modality.
+  """Features of items and users as a model reads them, by modality.
 
   Attributes:
     items: tables with `items + 1` rows, row 0 masked.
@@ -43,12 +43,12 @@ class Tables(NamedTuple):
 
 
 class Preferences(NamedTuple):
-  """What users' own texts tell of them, as the positions of a batch of histories may read it.
+  """Features of the users of a batch of histories, and which positions may read them.
 
   Attributes:
     tables: by modality, tokens `[batch, segments, tokens, width]` and masks `[batch, segments,
-      tokens]`; at index s is the user of segment s + 1.
-    visible: `[batch, length]` bool: whether a position may see those of its user.
+      tokens]`; index s holds the user of segment s + 1.
+    visible: `[batch, length]` bool: whether a position may read the features of its user.
   """
 
   tables: dict[str, TokenTable]
@@ -57,16 +57,16 @@ class Preferences(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """The tokens of one modality; row i is of item i + 1, or of user i.
+  """The tokens of one modality; row i belongs to item i + 1, or to user i.
 
   Attributes:
-    folder: where they lie.
-    info: contents of `info.json`: encoder, sizes, fingerprint, counts.
-    shards: by kind of file (`tokens`, `mask` and, of int8, `scale`) the memory-mapped arrays,
+    folder: folder of the files.
+    info: content of `info.json`: encoder, sizes, fingerprint, counts.
+    shards: by kind of file (`tokens`, `mask`, and `scale` for int8) the memory-mapped arrays,
       `[rows of the shard, tokens, width]` and `[rows of the shard, tokens]`.
-    is_shuffled: whether `table` gives each row the tokens of another, as a control: a gain that
-      stays is not due to what the tokens say.
-    max_tokens: how many of a row's tokens `table` has, the first; 0 for all.
+    is_shuffled: whether `table` gives each row the tokens of another row. It is a control: a gain
+      that remains does not come from the content of the tokens.
+    max_tokens: number of first tokens per row in `table`; 0 for all.
   """
 
   folder: pathlib.Path
@@ -77,12 +77,12 @@ class Features:
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """Rows, tokens a row, width of a token."""
+    """Rows, tokens per row, width of a token."""
     return self.info['rows'], self.info['tokens'], self.info['width']
 
   @property
   def origin(self) -> dict[str, Any]:
-    """Who made them of what: goes with every result."""
+    """Encoder and kind of the features, which are stored with every result."""
     encoder = self.info['encoder']
     of_users = {'hold_back': self.info['hold_back']} if self.info['of'] == 'user' else {}
     return {
@@ -96,7 +96,7 @@ class Features:
     }
 
   def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reads some rows; nothing else is loaded.
+    """Reads some rows without loading the others.
 
     Args:
       indices: `[n]` from 0.
@@ -116,18 +116,17 @@ class Features:
     return tokens, mask
 
   def table(self, dtype: Any = np.float32) -> TokenTable:
-    """Reads everything, for a lookup by item id.
+    """Reads all rows into a table for lookups by item id.
 
     Args:
-      dtype: of the tokens.
+      dtype: type of the tokens.
 
     Returns:
-      `[rows + 1, tokens, width]`, of the first `max_tokens` alone if that is set, zeros where
-      masked, and `[rows + 1, tokens]` bool, true where there is a token; row 0, which is no item,
-      has none.
+      Tokens `[rows + 1, tokens, width]`, zeros where masked, and their mask `[rows + 1, tokens]`.
+      If `max_tokens` is set, only the first tokens are kept. Row 0 is no item and has no token.
 
     Raises:
-      InputError: the content of a file is not what was written, or is not finite.
+      InputError: a file has changed since it was written, or holds values that are not finite.
     """
     rows, count, width = self.shape
     count = min(self.max_tokens or count, count)
@@ -136,14 +135,14 @@ class Features:
     end = 1
     for shard, record in enumerate(self.info['shards']):
       start, end = end, end + record['rows']
-      # Read, not mapped: one shard at a time is in memory beside the table.
+      # Read instead of mapped, so that only one shard is in memory beside the table.
       found = {kind: self._read(kind, shard) for kind in self.shards}
       values = decoded(found)
       if not np.isfinite(values).all():
         raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
       tokens[start:end], mask[start:end] = values[:, :count], found['mask'][:, :count]
     if self.is_shuffled:
-      # The same order for every modality, so that they still fit each other.
+      # All modalities get the same order, so that they still fit each other.
       order = np.r_[0, 1 + np.random.default_rng(0).permutation(rows)]
       tokens, mask = tokens[order], mask[order]
     return TokenTable(tokens, mask)
@@ -157,7 +156,7 @@ class Features:
 
 
 def decoded(arrays: dict[str, np.ndarray]) -> np.ndarray:
-  """Gives the tokens that the arrays of some rows stand for."""
+  """Converts stored arrays of some rows to tokens."""
   if 'scale' not in arrays:
     return arrays['tokens']
   return arrays['tokens'] * arrays['scale'].astype(np.float32)[..., None]
@@ -171,12 +170,12 @@ def load_features(
   Args:
     data_dir: the prepared folder.
     of: `item` or `user`.
-    modality: `text`, `image` or a name of one's own.
-    split_hash: for users, of the split that is used: their features tell of its training part.
+    modality: `text`, `image` or the name of imported features.
+    split_hash: hash of the used split, for users; their features are made from its training part.
 
   Raises:
-    InputError: there are none, they are of other items, users or another split, or a file is
-      missing or damaged.
+    InputError: the features are missing, belong to other items, users or another split, or a file
+      is missing or damaged.
   """
   dataset = read_info(data_dir)
   folder = pathlib.Path(data_dir) / 'features' / of / modality
@@ -215,14 +214,14 @@ def load_features(
 
 
 def load_with_features(config: ConfigDict) -> Dataset:
-  """Loads a prepared folder with features of its items and users.
+  """Loads a prepared folder with the features of its items and users.
 
   Args:
     config: `data_dir`, `split`, `modalities`, `max_item_tokens`, `shuffled_features`,
       `user_modalities`.
 
   Raises:
-    InputError: as `load_dataset` and `load_features` do.
+    InputError: see `load_dataset` and `load_features`.
   """
   dataset = load_dataset(config.data_dir, config.split)
 
@@ -240,10 +239,10 @@ def load_with_features(config: ConfigDict) -> Dataset:
 
 
 def read_tables(dataset: Dataset, dtype: Any = np.float32) -> Tables:
-  """Reads all features whole, in the type that is computed in."""
+  """Reads all features completely, in the type of the computation."""
   items = {name: features.table(dtype) for name, features in dataset.features.items()}
   users = {
-    # Without row 0: users are counted from 0.
+    # Users are counted from 0, so row 0 is dropped.
     name: TokenTable(*(x[1:] for x in features.table(dtype)))
     for name, features in dataset.user_features.items()
   }
@@ -251,14 +250,16 @@ def read_tables(dataset: Dataset, dtype: Any = np.float32) -> Tables:
 
 
 def preference_starts(train_part: Dataset) -> np.ndarray:
-  """Says from where on training may show what the users' features were made from.
+  """Finds the first target of each user that the user's features were not made from.
+
+  Training shows the features of a user only for this target and later ones.
 
   Args:
     train_part: from `Dataset.train_part`.
 
   Returns:
-    `[users]` int32, index into its `item_ids` of the user's first target that no feature of the
-    user knows; the end of the user's interactions where there is none.
+    `[users]` int32, index into `item_ids` of the first such target; the end of the user's
+    interactions if there is none.
   """
   shares = [features.info['hold_back'] for features in train_part.user_features.values()]
   written = splits.written_from(train_part.lengths, min(shares, default=0.0))
@@ -266,12 +267,12 @@ def preference_starts(train_part: Dataset) -> np.ndarray:
 
 
 def read_features_info(folder: pathlib.Path, way_out: str) -> dict[str, Any]:
-  """Reads info.json; InputError, with the way out given, if it is missing or damaged."""
+  """Reads info.json; InputError, which ends with `way_out`, if it is missing or damaged."""
   return read_versioned(folder / INFO, FORMAT_VERSION, way_out)
 
 
 def array_kinds(info: dict[str, Any]) -> Iterator[tuple]:
-  """Gives name, dtype and shape of a row of each array of a shard."""
+  """Yields name, dtype and shape of a row of each array of a shard."""
   yield 'tokens', info['dtype'], info['tokens'], info['width']
   yield 'mask', 'bool', info['tokens']
   if info['dtype'] == 'int8':
@@ -279,6 +280,7 @@ def array_kinds(info: dict[str, Any]) -> Iterator[tuple]:
 
 
 def file_name(kind: str, shard: int, count: int) -> str:
+  """Returns the name of the file with one array of a shard."""
   return f'{kind}-{shard:05}-of-{count:05}.npy'
 
 

@@ -1,7 +1,7 @@
-"""Histories in memory -> batches without padding; batch n is a pure function of (seed, n).
+"""Packs histories into batches with little padding; batch n is a pure function of (seed, n).
 
-Histories live in memory as flat values and offsets. An epoch is a plan: which users stand in which
-row. The plan is made on the host from (seed, epoch) alone; the tokens are gathered on the device.
+Histories are in memory as flat values and offsets. The plan of an epoch says which users are in
+which row. The host computes it from (seed, epoch) alone; the device gathers the tokens.
 """
 
 from typing import NamedTuple
@@ -15,16 +15,16 @@ from ur4rec_jax.data.features import Preferences, TokenTable
 from ur4rec_jax.errors import InputError
 
 Array = jax.Array
-# Rows a batch are rounded up to this, so that 1, 2, 4 and 8 devices get the same batches.
+# The rows of a batch are a multiple of this, so that 1, 2, 4 and 8 devices get the same batches.
 ROW_MULTIPLE = 8
 
 
 class Plan(NamedTuple):
-  """Where rows of tokens come from, `[..., rows, slots]` int32 each; a slot holds one user.
+  """Positions of the tokens of packed rows, `[..., rows, slots]` int32; a slot holds one user.
 
   Attributes:
     starts: index into the flat `item_ids` of the slot's first token.
-    lengths: tokens in the slot, 0 if it is empty; slots stand side by side from the left.
+    lengths: tokens in the slot, 0 if it is empty; slots fill a row from the left.
     users: index of the slot's user in the dataset, 0 if it is empty.
   """
 
@@ -34,13 +34,13 @@ class Plan(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """Packed rows of tokens, `[rows, length]` int32 each, unless said.
+  """Packed rows of tokens, `[rows, length]` int32 unless noted.
 
   Attributes:
     item_ids: inputs, 0 is padding.
-    targets: the item that followed, 0 where there is no token.
+    targets: the next item, 0 for padding.
     segment_ids: slot number from 1, 0 is padding.
-    target_index: index into the flat `item_ids` of the target, 0 where there is no token.
+    target_index: index of the target in the flat `item_ids`, 0 for padding.
     users: `[rows, slots]` index of the slot's user in the dataset, 0 if it is empty.
   """
 
@@ -52,17 +52,17 @@ class Batch(NamedTuple):
 
 
 def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
-  """Packs users into rows, best fit decreasing over the histogram of lengths.
+  """Packs users into rows, by best fit decreasing over the histogram of lengths.
 
-  The shape of the result depends on the lengths alone, whoever has them, so every epoch has the
-  same number of rows. Time is O(row_length^2), whatever the number of users.
+  The result depends only on how often each length occurs, so every epoch has the same number of
+  rows. Time is O(row_length^2), independent of the number of users.
 
   Args:
     lengths: `[users]` in 1..row_length.
-    row_length: tokens a row.
+    row_length: tokens per row.
 
   Returns:
-    `[rows, slots]` lengths, 0 for an empty slot; its non-zero values are those of `lengths`.
+    `[rows, slots]` lengths, 0 for an empty slot; the other values are those of `lengths`.
   """
   left = np.bincount(lengths, minlength=row_length + 1)
   rows = []
@@ -84,7 +84,7 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
 
 
 def assign(slots: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-  """Puts users into slots of their length, earlier in `order` first.
+  """Assigns users to slots of their length, in the order of `order`.
 
   Args:
     slots: `[rows, slots]` from `pack(lengths, ...)`.
@@ -103,10 +103,10 @@ def assign(slots: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndar
 def plan_rows(
   assigned: np.ndarray, users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, multiple: int
 ) -> Plan:
-  """Looks up where each slot's tokens are, and adds empty rows.
+  """Looks up the position of the tokens of each slot, and adds empty rows.
 
   Args:
-    assigned: `[rows, slots]` from `assign`, indices into the next three.
+    assigned: `[rows, slots]` from `assign`, indices into the next three arguments.
     users: `[users]` index of the user in the dataset.
     starts: `[users]` index of the user's first token.
     lengths: `[users]` tokens.
@@ -127,26 +127,26 @@ class TrainBatches:
   `batch_size` users on average.
 
   Attributes:
-    rows: rows a batch, a multiple of `ROW_MULTIPLE`.
-    steps_per_epoch: batches an epoch.
-    users: number of users that have something to predict.
-    tokens: predicted items an epoch.
+    rows: rows per batch, a multiple of `ROW_MULTIPLE`.
+    steps_per_epoch: batches per epoch.
+    users: number of users with an item to predict.
+    tokens: predicted items per epoch.
   """
 
   def __init__(self, dataset: Dataset, *, max_length: int, batch_size: int, crop: str, seed: int):
-    """Fixes the shapes.
+    """Packs the users, which fixes the shapes of all batches.
 
     Args:
       dataset: interactions to train on, from `Dataset.train_part`.
-      max_length: tokens a row, and at most as many a user and epoch.
-      batch_size: users a batch, on average.
-      crop: of longer histories take the `last` tokens, or each epoch a `random` window.
-      seed: of users' order and of random windows.
+      max_length: tokens per row, and most tokens of a user per epoch.
+      batch_size: average number of users per batch.
+      crop: part of longer histories: the `last` tokens, or a `random` window in each epoch.
+      seed: seed of the order of users and of random windows.
 
     Raises:
-      InputError: nobody has two training interactions.
+      InputError: no user has two training interactions.
     """
-    available = dataset.lengths - 1  # A user's last item is only predicted.
+    available = dataset.lengths - 1  # The last item of a user is a target, never an input.
     members = np.flatnonzero(available > 0)
     if not members.size:
       raise InputError('no user has two training interactions; lower --min_rating or --k_core')
@@ -176,12 +176,12 @@ class TrainBatches:
 
 
 def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
-  """Fetches the tokens of one device's rows; runs on the device.
+  """Gathers the tokens of the rows of one device; runs on the device.
 
   Args:
     item_ids: `[interactions]`, see `Dataset`.
     plan: `[rows, slots]`.
-    row_length: tokens a row.
+    row_length: tokens per row.
 
   Returns:
     The batch, `[rows, row_length]`.
@@ -195,7 +195,7 @@ def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
   shift = plan.starts - (ends - plan.lengths)
   index = jnp.where(filled, position + jnp.take_along_axis(shift, slot, axis=1), 0)
   zero_unless_filled = lambda x: jnp.where(filled, x, 0)
-  # Clamped at the very last interaction, which a training prefix never predicts.
+  # The last interaction has no next item; training never uses it as an input.
   target_index = jnp.minimum(index + 1, item_ids.size - 1)
   return Batch(
     zero_unless_filled(item_ids[index]),
@@ -209,13 +209,14 @@ def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
 def gather_preferences(
   tables: dict[str, TokenTable], batch: Batch, preference_starts: Array | None = None
 ) -> Preferences:
-  """Fetches the preferences of a batch's users; runs on the device.
+  """Gathers the preferences of the users of a batch; runs on the device.
 
   Args:
     tables: by modality, with `users` rows.
     batch: from `gather_batch`.
-    preference_starts: `[users]` int32, from `features.preference_starts`: only a token whose target
-      comes after all that the text was written from may see it; None where no token's does not.
+    preference_starts: `[users]` int32 from `features.preference_starts`: a token sees the text only
+      if its target is later than the interactions that the text was written from. None if all
+      tokens see it.
   """
   visible = batch.segment_ids > 0
   if preference_starts is not None:

@@ -1,4 +1,4 @@
-"""Which interactions train, validate and test: rules and fingerprints, NumPy only."""
+"""Splits interactions into training, validation and test, and hashes the split; NumPy only."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 LEAVE_ONE_OUT = 'leave_one_out'
 TIME = 'time'
 NAMES = (LEAVE_ONE_OUT, TIME)
-# Shorter users cannot give a training, a validation and a test item: they only train.
+# Users with fewer interactions only train: they have no item left for validation and test.
 MIN_EVALUATED_LENGTH = 3
 
 
@@ -18,8 +18,8 @@ class Split(NamedTuple):
 
   Attributes:
     train_lengths: number of leading interactions to train on.
-    held_out: by `valid` and `test`, the position in the history of the item to predict from all
-      before it, -1 where the user is not evaluated.
+    held_out: for `valid` and `test`, the position in the history of the item to predict from all
+      earlier ones; -1 if the user is not evaluated.
   """
 
   train_lengths: np.ndarray
@@ -40,11 +40,11 @@ def leave_one_out(lengths: np.ndarray) -> Split:
 
 
 def by_time(offsets: np.ndarray, timestamps: np.ndarray, valid_from: int, test_from: int) -> Split:
-  """Holds out everything from two points in time on, the same for all users.
+  """Splits all users at the same two points in time.
 
-  The model trains on what came before `valid_from`. A user's first interaction from `valid_from`
-  up to `test_from` is the validation item, the first from `test_from` on the test item, each
-  predicted from all the user did before that border.
+  The model trains on interactions before `valid_from`. The validation item of a user is the first
+  interaction from `valid_from` up to `test_from`, and the test item is the first from `test_from`
+  on. Each is predicted from all interactions before its border.
 
   Args:
     offsets: `[users + 1]`, user u owns `timestamps[offsets[u]:offsets[u + 1]]`.
@@ -65,14 +65,15 @@ def by_time(offsets: np.ndarray, timestamps: np.ndarray, valid_from: int, test_f
 
 
 def written_from(train_lengths: np.ndarray, hold_back: float) -> np.ndarray:
-  """Counts the interactions that each user's text is written from, the first ones.
+  """Counts the first interactions of each user, which the user's text is written from.
 
-  Training shows the text for the others alone, the latest: a model that saw it beside what it was
-  written from would learn to copy, which is of no use at validation and test.
+  Training shows the text only for the later interactions. Otherwise the model would learn to copy
+  items from the text, which does not help at validation and test.
 
   Args:
     train_lengths: `[users]` training interactions.
-    hold_back: share of them, in [0, 1], that the text is not written from, rounded up.
+    hold_back: share of the latest ones, in [0, 1], that the text is not written from; the number is
+      rounded up.
 
   Returns:
     `[users]` int64.
@@ -83,11 +84,11 @@ def written_from(train_lengths: np.ndarray, hold_back: float) -> np.ndarray:
 def make_split(
   name: str, record: Mapping[str, Any], offsets: np.ndarray, timestamps: np.ndarray
 ) -> Split:
-  """Cuts histories as dataset.json says.
+  """Splits histories by the record of a split in dataset.json.
 
   Args:
-    name: of the rule, one of `NAMES`.
-    record: what dataset.json holds under that name; the borders of `time`.
+    name: name of the split, one of `NAMES`.
+    record: its record in dataset.json, with the borders of `time`.
     offsets: `[users + 1]`, user u owns `timestamps[offsets[u]:offsets[u + 1]]`.
     timestamps: `[interactions]` unix seconds, ascending for each user.
   """
@@ -97,7 +98,7 @@ def make_split(
 
 
 def describe(name: str, record: Mapping[str, Any]) -> str:
-  """The rule in words that tell it from every other rule."""
+  """Describes a split uniquely, in words."""
   if name == LEAVE_ONE_OUT:
     return name
   borders = (np.datetime64(record[part], 's') for part in ('valid_from', 'test_from'))
@@ -105,10 +106,10 @@ def describe(name: str, record: Mapping[str, Any]) -> str:
 
 
 def split_hash(name: str, offsets: np.ndarray, item_ids: np.ndarray, split: Split) -> str:
-  """Fingerprint of a split: equal if and only if every user's ordered items and the cuts are.
+  """Hashes a split: equal hashes mean the same histories, in order, with the same cuts.
 
   Args:
-    name: of the rule, e.g. `leave_one_out`.
+    name: name of the split, e.g. `leave_one_out`.
     offsets: `[users + 1]`, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
     item_ids: `[interactions]` item ids, 1-based, each user's in time order.
     split: the cuts.
@@ -119,7 +120,7 @@ def split_hash(name: str, offsets: np.ndarray, item_ids: np.ndarray, split: Spli
   digest = hashlib.sha256(name.encode())
   digest.update(np.ascontiguousarray(offsets, '<i8').tobytes())
   digest.update(np.ascontiguousarray(item_ids, '<i4').tobytes())
-  if name != LEAVE_ONE_OUT:  # Whose cuts follow from the lengths.
+  if name != LEAVE_ONE_OUT:  # The cuts of leave-one-out follow from the lengths.
     for cuts in (split.train_lengths, split.held_out['valid'], split.held_out['test']):
       digest.update(np.ascontiguousarray(cuts, '<i8').tobytes())
   return digest.hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""Frozen text encoders, which both data preparation and recommending need."""
+"""Frozen text encoders, shared by data preparation and recommending."""

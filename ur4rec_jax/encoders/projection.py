@@ -9,8 +9,8 @@ import numpy as np
 from ur4rec_jax.errors import InputError
 
 FILE = 'projection.npz'
-_BLOCK = 8192  # Rows that are taken at once.
-_NO_VARIANCE = 1e-10  # Of the largest; less is rounding.
+_BLOCK = 8192  # Rows that are summed at once.
+_NO_VARIANCE = 1e-10  # Variances below this share of the largest are rounding errors.
 
 
 class Projection(NamedTuple):
@@ -19,7 +19,7 @@ class Projection(NamedTuple):
   Attributes:
     mean: `[full width]` float32.
     components: `[full width, width]` float32.
-    info: what info.json says of it, with the error that it makes on what it was fitted to.
+    info: its record in info.json, with its error on the tokens that it was fitted to.
   """
 
   mean: np.ndarray
@@ -44,18 +44,18 @@ class Projection(NamedTuple):
 
 
 def load(folder: Path, info: dict[str, Any]) -> Projection:
-  """Reads what `save` wrote; InputError if it is missing or damaged."""
+  """Reads a saved projection; InputError if it is missing or damaged."""
   try:
     with np.load(folder / FILE, allow_pickle=False) as file:
       return Projection(file['mean'], file['components'], info)
-  except Exception as error:  # Whatever a damaged archive makes the reader raise.
+  except Exception as error:  # Damaged archives make the reader raise any kind of error.
     raise InputError(
       f'{folder / FILE}: cannot be read ({error}); encode the items again'
     ) from error
 
 
 class Moments:
-  """Sums over tokens from which their principal components follow."""
+  """Sums over tokens, from which the principal components are computed."""
 
   def __init__(self) -> None:
     self._count, self._sum, self._products = 0, 0.0, 0.0
@@ -69,12 +69,12 @@ class Moments:
       self._products += block.T @ block
 
   def projection(self, width: int | None, whiten: bool, name: str) -> Projection:
-    """Finds the directions of most variance.
+    """Computes the directions of largest variance.
 
     Args:
-      width: how many; None for all.
-      whiten: whether to give each the variance 1.
-      name: of what was encoded, for messages.
+      width: number of directions; None for all.
+      whiten: whether to scale each direction to variance 1.
+      name: name of encoder or file, for messages.
 
     Raises:
       InputError: the tokens do not vary in so many directions.
@@ -91,7 +91,7 @@ class Moments:
         f' projected to {width}; pass --width={rank} or less'
       )
     vectors = vectors[:, :width]
-    # An eigenvector's sign is arbitrary: the largest value is positive.
+    # The sign of an eigenvector is arbitrary, so the largest value is made positive.
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0)
     vectors = vectors * np.sign(largest)
     kept = float(variances[:width].sum() / variances.sum())

@@ -4,25 +4,25 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-MAX_SENTENCE = 400  # Characters; about what encoders read at once.
-# What datasets and models write where they have nothing to say, without case and punctuation.
+MAX_SENTENCE = 400  # In characters; encoders read about this much at once.
+# Placeholders that datasets and models use for missing texts, in lower case.
 PLACEHOLDERS = (
   *('no description available', 'no description', 'description not available', 'not available'),
   *('no overview available', 'no text', 'none', 'null', 'nan', 'n/a', 'na', 'unknown', 'tbd'),
   *('暂无描述', '暂无简介', '暂无', '无描述', '无'),
 )
-# Control characters, directions, and invisible ones that can hide instructions in a title.
+# Control, direction and invisible characters, which can hide instructions in a title.
 _INVISIBLE = re.compile(
   '[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e'
   '\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]'
 )
-# Before a name or a number: a dot after these ends no sentence.
+# Abbreviations before a name or a number: a dot after these never ends a sentence.
 _TITLE = re.compile(
   r'mr|mrs|ms|mx|dr|prof|st|gen|maj|col|lt|sgt|cpl|pvt|capt|cmdr|adm|det|insp|rev|fr|hon|gov|sen'
   r'|rep|mt|ft|vs|e\.g|i\.e|a\.k\.a|cf|approx|feat|dir|eds?|pp|vol|fig|al',
   re.IGNORECASE,
 )
-# A dot after these ends a sentence only where the next word usually begins one.
+# A dot after these ends a sentence only if the next word usually begins one.
 _MAY_END = re.compile(
   r'jr|sr|inc|ltd|co|corp|bros|etc|ph\.d|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(\w\.)+\w',
   re.IGNORECASE,
@@ -34,7 +34,7 @@ _BEGINNING = re.compile(
   re.IGNORECASE,
 )
 _BORDER = re.compile(
-  r'(?<![.!?…])[.!?…]++["\'”’»)\]*_]*\s+'  # Latin, Cyrillic, Greek, ...: only before a blank
+  r'(?<![.!?…])[.!?…]++["\'”’»)\]*_]*\s+'  # Latin, Cyrillic, Greek and others: only before a blank.
   r'|[。！？｡]+[”’」』）》〉】"\']*\s*'  # Chinese, Japanese
   r'|[।॥۔؟።။។]+["”»]*\s*'  # Indic, Arabic, Ethiopic, Burmese, Khmer
 )
@@ -48,8 +48,10 @@ def known_text(text: str) -> str:
 
 
 def clean(text: str) -> str:
-  """Unicode NFC without control, direction and hidden characters; single blanks, lines stripped."""
-  text = text.encode('utf-8', 'replace').decode()  # JSON may hold halves of surrogate pairs.
+  """Normalises a text: Unicode NFC, no invisible characters, single blanks, stripped lines."""
+  text = text.encode(
+    'utf-8', 'replace'
+  ).decode()  # Removes halves of surrogate pairs, which JSON may hold.
   text = unicodedata.normalize('NFC', _INVISIBLE.sub('', text))
   lines = (' '.join(line.split()) for line in text.splitlines())
   return re.sub(r'\n{3,}', '\n\n', '\n'.join(lines)).strip()
@@ -76,7 +78,7 @@ def _sentences(line: str) -> Iterator[str]:
 
 
 def _ends(line: str, start: int, border: re.Match) -> bool:
-  """Whether the punctuation found really ends the sentence that begins at `start`."""
+  """Whether a punctuation mark ends the sentence that begins at `start`."""
   mark = border[0].rstrip()
   if mark[0] not in '.!?…' or border.end() == len(line):
     return True
@@ -85,10 +87,10 @@ def _ends(line: str, start: int, border: re.Match) -> bool:
   if following[:1].islower():
     return False
   if mark[0] != '.' or mark.startswith('..'):
-    return after[0] != '('  # A year behind a title: Help! (1965)
+    return after[0] != '('  # A year after a title, as in `Help! (1965)`, does not start a sentence.
   sentence = line[max(start, border.start() - 40) : border.start()]
   word = sentence.rpartition(' ')[2].lstrip('"\'“‘«([*_')
-  if sentence == word and word.isdigit():  # The number of a list: 1. First
+  if sentence == word and word.isdigit():  # A number of a list, as in `1. First`.
     return False
   if word.lower() == 'no':
     return not following[:1].isdigit()
@@ -100,7 +102,7 @@ def _ends(line: str, start: int, border: re.Match) -> bool:
 
 
 def _pieces(sentence: str) -> Iterator[str]:
-  """Cuts what is too long at a clause, else between words, else anywhere."""
+  """Cuts a long sentence after a clause, or else between words, or else anywhere."""
   while len(sentence) > MAX_SENTENCE:
     head = sentence[: MAX_SENTENCE + 1]
     cut = max((m.end() for m in re.finditer(r'[,;:]\s|[，；：、]', head)), default=0)

@@ -1,6 +1,6 @@
-"""Text encoders, and the texts of items and users that a prepared folder holds.
+"""Text encoders, and the texts of the items and users of a prepared folder.
 
-Token 0 of an item or user stands for the whole text, the following ones for a sentence each.
+Token 0 of an item or user is the whole text; each further token is one sentence.
 """
 
 import functools
@@ -24,13 +24,13 @@ _HASHED_WIDTH = 256
 
 
 class Encoder(NamedTuple):
-  """Turns texts into vectors.
+  """Encodes texts into vectors.
 
   Attributes:
-    info: what info.json says of it.
-    width: of a vector.
-    workers: functions from texts to `[texts, width]` float32, one a device.
-    batch_size: how many texts one call gets.
+    info: its record in info.json.
+    width: width of a vector.
+    workers: functions from texts to `[texts, width]` float32, one per device.
+    batch_size: texts per call of a worker.
   """
 
   info: dict[str, Any]
@@ -40,29 +40,29 @@ class Encoder(NamedTuple):
 
 
 def texts(data_dir: str | Path, of: str, max_tokens: int) -> Iterator[list[str]]:
-  """Yields the texts behind each item's or user's tokens, in order; [] if there are none."""
+  """Yields the texts of the tokens of each item or user, in order; [] without a text."""
   has_texts = bool(origin(data_dir, of, read_info(data_dir)))
   return (parts for _, parts in named_texts(data_dir, of, has_texts, max_tokens))
 
 
 def split(text: str) -> list[str]:
-  """Splits a new text into sentences in the way that stored texts were split."""
+  """Splits a new text into sentences in the same way as stored texts."""
   return sentences.split(known_text(text))
 
 
 def encode_like(folder: Path, info: dict[str, Any], text: str) -> tuple[np.ndarray, np.ndarray]:
-  """Encodes a new text as those of stored features were.
+  """Encodes a new text with the encoder and the projection of stored features.
 
   Args:
-    folder: of the features.
+    folder: folder of the features.
     info: their info.json.
-    text: any number of sentences.
+    text: one or more sentences.
 
   Returns:
     `[tokens, width]` float32 and `[tokens]` bool.
 
   Raises:
-    InputError: the text is empty, or the encoder is not to be had or another one by now.
+    InputError: the text is empty, or the encoder is missing or has changed.
   """
   parts = _with_whole(split(text), info['tokens'] - 1)
   if not parts:
@@ -90,7 +90,7 @@ def encode_like(folder: Path, info: dict[str, Any], text: str) -> tuple[np.ndarr
 
 
 def origin(data_dir: str | Path, of: str, info: dict[str, Any]) -> dict[str, Any]:
-  """Returns where the texts come from, {} for items without written texts.
+  """Returns the origin of the texts; {} for items without written texts.
 
   Args:
     data_dir: a prepared folder.
@@ -172,21 +172,22 @@ def encode(
   """Encodes the texts of some items or users.
 
   Args:
-    encoder: what encodes.
-    num_tokens: tokens of each.
-    rows: the texts of each, at most `num_tokens`.
-    advance: called with the number of rows done since the last call.
+    encoder: text encoder.
+    num_tokens: tokens per row.
+    rows: texts of each item or user, at most `num_tokens`.
+    advance: called with the number of rows finished since the last call.
 
   Returns:
     Tokens `[rows, num_tokens, width]` float32, zeros where there is no text, and their mask.
   """
   tokens = np.zeros((len(rows), num_tokens, encoder.width), np.float32)
   mask = np.zeros((len(rows), num_tokens), bool)
-  positions: dict[str, list[tuple[int, int]]] = {}  # Equal texts are encoded once.
+  positions: dict[str, list[tuple[int, int]]] = {}  # Each distinct text is encoded once.
   for at, row in enumerate(rows):
     for token, text in enumerate(row):
       positions.setdefault(text, []).append((at, token))
-  # Of like length, so that a batch has little padding; the longest first, as they need most memory.
+  # Sorted by length, so that batches need little padding; the longest, which need the most memory,
+  # come first.
   texts = sorted(positions, key=lambda text: (-len(text), text))
   batches = (texts[i : i + encoder.batch_size] for i in range(0, len(texts), encoder.batch_size))
   for batch, vectors in pretrained.in_order(encoder.workers, batches):
@@ -200,7 +201,7 @@ def encode(
 
 
 def hashing() -> Encoder:
-  """Built in, without any learning: hashed words and parts of words."""
+  """Creates the built-in encoder: hashed words and parts of words, without any learning."""
   info = {'name': HASHING, 'version': 1, 'is_builtin': True, 'is_normalised': True}
   return Encoder(info, _HASHED_WIDTH, [_hash], 1024)
 
@@ -217,7 +218,7 @@ def _hash(texts: list[str]) -> np.ndarray:
 
 @functools.lru_cache(1 << 17)
 def _buckets(word: str) -> tuple[int, ...]:
-  """Of a word, which counts thrice if it is long, and of its runs of three characters."""
+  """Hashes a word, three times if it is long, and its runs of three characters."""
   padded = f'<{word}>'
   pieces = [word] * (3 if len(word) > 3 else 1)
   pieces += [padded[i : i + 3] for i in range(len(padded) - 2)] if len(word) > 3 else []
@@ -230,13 +231,13 @@ def sentence_transformer(
   """Loads a model of sentence-transformers.
 
   Args:
-    name: see `models.find`.
-    device: see `models.devices`.
-    precision: see `models.precision`.
-    batch_size: how many texts are encoded at once.
+    name: see `pretrained.find`.
+    device: see `pretrained.devices`.
+    precision: see `pretrained.precision`.
+    batch_size: texts encoded at once.
 
   Raises:
-    InputError: the model or the device is not to be had.
+    InputError: the model or the device is not available.
   """
   folder, identity = pretrained.find(name)
   places = pretrained.devices(device)
@@ -252,7 +253,7 @@ def sentence_transformer(
         folder,
         local_files_only=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # For `check_loaded` to report.
+        ignore_mismatched_sizes=True,  # `check_loaded` reports them.
         **options,
       )
       pretrained.check_loaded(name, found, unused=('pooler.',))
