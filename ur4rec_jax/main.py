@@ -54,7 +54,7 @@ def _parse_flags() -> None:
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(error) from error
   if _HELP.value:
-    print(__doc__, flags.FLAGS.module_help(sys.modules[__name__]))
+    print(f'{__doc__}\n{flags.FLAGS.module_help(sys.modules[__name__])}')
     sys.exit()
   if others:
     raise InputError(f'unexpected argument {others[0]!r}; flags are written --name=value')
