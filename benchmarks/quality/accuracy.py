@@ -55,9 +55,10 @@ Do not edit it by hand: the next run overwrites it.
 """
 READING = f"""
 - Values are means over the seeds, ± their standard deviation, on the test items.
-- A name without an ending is SASRec on item ids alone. `-text` adds a second branch that reads the
-  items' texts, `-multimodal` one that reads texts and pictures. `-paper` uses the retriever of the
-  paper. `-shuffled` is a control: every item has the text and the picture of another item.
+- A name without an ending is SASRec on item ids alone. `-text` also reads the items' texts, and
+  `-multimodal` texts and pictures: on MovieLens in a second branch, on Amazon Beauty through item
+  embeddings that start as texts. `-paper` uses the retriever of the paper. `-shuffled` is a
+  control: every item has the text and the picture of another item.
 - `ml-1m-sequences` is the MovieLens-1M file of the SASRec benchmarks.
 - **gain** compares the mean NDCG@10 with that of the baseline, which is SASRec on the same data.
 - **p value** says how likely chance alone would give such a gain. It comes from a two-sided

@@ -213,8 +213,8 @@ def test_targets_beside_what_was_found(tmp_path):
   assert cells('time to NDCG@10 0.17, ML-1M')[1] == 'at most 0.15 x, met'
   assert cells('training, full softmax, ML-1M')[1:] == ['not measured yet', '']
   assert rows(page, 'seconds', 'reached')['own']['reached'] == 'yes'
-  assert 'Width 48, 3 heads; ours with `--config.crop=random`' in page
-  assert 'Ours compiled for 10 s.' in page
+  assert 'Width 48, 3 heads. This project (own) trains with `--config.crop=random`' in page
+  assert 'This project (own) spent 10 s on compilation.' in page
 
 
 def test_curves_and_profile_on_the_page(tmp_path):
