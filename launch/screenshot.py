@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = pathlib.Path(__file__).parents[1]
 START_SECONDS = 300  # The service compiles all its programs before it answers.
-WIDTH, HEIGHT = 1120, 780
+WIDTH, HEIGHT = 1120, 846
 
 
 def wait_until_ready(address: str) -> None:

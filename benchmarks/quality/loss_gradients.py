@@ -1,17 +1,17 @@
-"""What each loss asks of the parameters, beside what finding the next item asks of them.
+"""Compares the gradient of each loss with the gradient of the retrieval losses.
 
   python -m benchmarks.quality.loss_gradients --name=ml-100k-multimodal \
     --workdir=runs/ablation/seed23
 
-A loss can fail to help because its gradient is too small or too large, because it points where that
-of the retrieval losses already does, or because it is at right angles to it: then it is met without
-any use for the ranking. For a finished run this measures, with the first parameters and with the
-best, each loss's value, its weight, the length of its weighted gradient, and the cosine to the
-gradient of the paths' own retrieval losses. Both are over the parameters that the loss reaches, and
-gradients are means over `BATCHES` training batches with dropout.
+A loss can fail to help because its gradient is too small or too large, because it points in the
+same direction as that of the retrieval losses, or because it is at a right angle to it, so that
+reducing the loss does not change the ranking. For a finished run, at the first and at the best
+parameters, this program measures each loss, its weight, the length of its weighted gradient, and
+its cosine to the gradient of the branches' own retrieval losses. Length and cosine cover the
+parameters that the loss reaches. Gradients are means over `BATCHES` training batches with dropout.
 
-Writes `benchmarks/results/loss_gradients/NAME.json`. `benchmarks.quality.accuracy` makes a table of
-docs/results.md from it; NAME must be the name of stored results.
+Writes `benchmarks/results/loss_gradients/NAME.json`, from which `benchmarks.quality.accuracy` makes
+a table of docs/results.md. NAME must be the name of stored results.
 """
 
 import argparse
@@ -42,13 +42,13 @@ BATCHES = 16
 def measure(
   config: ConfigDict, dataset: Dataset, tables: Tables, places: Mapping[str, PyTree]
 ) -> dict[str, dict[str, dict[str, float]]]:
-  """By place and loss its `value`, `weight`, `length` of the weighted gradient and `cosine`.
+  """Returns `value`, `weight`, `length` and `cosine` of each loss at each set of parameters.
 
   Args:
-    config: of the run.
-    dataset: with features.
-    tables: they, read.
-    places: parameters at which gradients are taken, by name.
+    config: config of the run.
+    dataset: the run's data, with features.
+    tables: the features, read into memory.
+    places: sets of parameters by name.
   """
   train_part = dataset.train_part()
   data = jax.device_put(train_step.make_train_data(train_part, tables))
@@ -104,7 +104,7 @@ def measure(
 def _compare(
   config: ConfigDict, params: PyTree, values: Mapping[str, float], gradients: Mapping[str, PyTree]
 ) -> dict[str, dict[str, float]]:
-  """What `measure` says of one place, from each loss's value and gradient there."""
+  """Returns the entries of `measure` for one set of parameters, from values and gradients."""
   weights = dict(losses_in_use(config.loss))
   if config.loss.weighting == 'uncertainty':
     weights = {name: math.exp(-params[f'log_variance_{name}']) for name in weights}
@@ -112,22 +112,22 @@ def _compare(
     name: weights[name] * np.concatenate([x.reshape(-1) for x in jax.tree.leaves(gradient)])
     for name, gradient in gradients.items()
   }
-  of_paths = sum(weighted[name] for name in BRANCHES if name in weighted)
+  of_branches = sum(weighted[name] for name in BRANCHES if name in weighted)
   found = {}
   for name, gradient in weighted.items():
     length = np.linalg.norm(gradient)
-    beside = np.linalg.norm(of_paths[gradient != 0])  # Of the same parameters.
+    beside = np.linalg.norm(of_branches[gradient != 0])  # Only parameters that the loss reaches.
     found[name] = {
       'value': float(values[name]),
       'weight': float(weights[name]),
       'length': float(length / beside),
-      'cosine': float(gradient @ of_paths / (length * beside)),
+      'cosine': float(gradient @ of_branches / (length * beside)),
     }
   return found
 
 
 def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
-  """`measure` of a finished run, with the parameters that it began with and with its best.
+  """Measures a finished run at its first and at its best parameters.
 
   Raises:
     InputError: there is no finished run.
@@ -140,12 +140,12 @@ def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]
 
 @exit_on_reported_error
 def main() -> None:
-  """Measures a run, stores what comes out and writes the tables."""
+  """Measures a run, stores the findings and writes the tables."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument('--name', type=name_of_results, required=True, help='of stored results')
-  parser.add_argument('--workdir', required=True, help='of one finished run')
+  parser.add_argument('--name', type=name_of_results, required=True, help='name of stored results')
+  parser.add_argument('--workdir', required=True, help='folder of one finished run')
   flags = parser.parse_args()
   store_beside(flags.name, 'loss_gradients', measure_run(pathlib.Path(flags.workdir)))
 
