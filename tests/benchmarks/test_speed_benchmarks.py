@@ -232,7 +232,7 @@ def test_curves_and_profile_on_the_page(tmp_path):
   assert [*found['10,000'].values()] == ['10,000', '1,234.6', '2.0', '700', '160']
   assert found['1,000,000']['ms a step'] == 'not done in 180 s'
   assert rows(page, 'wanted')['peak memory, 1,000,000 items']['found'] == 'not reached'
-  assert '52 GFLOP/s: 50% of the 104 GFLOP/s' in page
+  assert '52 GFLOP/s. That is 50% of the 104 GFLOP/s' in page
   assert rows(page, 'part', 'time')['loss']['time'] == '60%'
 
 
