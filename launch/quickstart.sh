@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh machine to recommendations: installs, generates data, writes and encodes texts and
-# pictures, trains SASRec and the multimodal model, and recommends.
+# Takes a fresh machine to recommendations: installs the project, generates data, writes texts,
+# encodes texts and pictures, trains SASRec and the multimodal model, and recommends.
 # PYTHON=/path/to/python3.11 chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,7 @@ step() { # step MODULE FLAGS: shows the command and runs it
 }
 data=data/synthetic
 step data_prep.build_dataset --source=synthetic --data_dir=$data
-# Stand-ins that need no network: a mock for the LLM, and small encoders for SBERT and CLIP.
+# These need no network: a mock stands for the LLM, and small encoders stand for SBERT and CLIP.
 step data_prep.generate_text --data_dir=$data --kind=users --backend=mock
 step data_prep.encode --data_dir=$data --modality=text --encoder=hashing
 step data_prep.encode --data_dir=$data --modality=image --encoder=color
@@ -38,8 +38,8 @@ COMPARE
 
 cat <<'NEXT'
 
-runs/synthetic/report.html shows how it went. Next, with real data (a stopped run goes on when the
-same command is started again):
+Open runs/synthetic/report.html to see the training curves. Next, train on real data; if you stop a
+run, start the same command again and it continues:
   source .venv/bin/activate
   python -m data_prep.build_dataset --source=movielens_100k --data_dir=data/movielens_100k
   python -m ur4rec_jax.main --config=configs/movielens_100k.py --workdir=runs/movielens_100k

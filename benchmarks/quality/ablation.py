@@ -1,16 +1,17 @@
-"""What each part of the multimodal model is worth: trains it with half of its parts, in turns.
+"""Measures the effect of each part of the multimodal model, by runs with half of the parts each.
 
   python -m benchmarks.quality.ablation --data_dir=data/movielens_100k --workdir=runs/ablation
 
-Leaving out one part at a time compares two runs, whose seeds alone differ by some percent. Here
-every run is of another choice of parts, such that each part is in half of the runs and so is, among
-those, each other part (Plackett & Burman, "The design of optimum multifactorial experiments",
-Biometrika 1946): a part's effect is a difference between the means of all runs with and without it.
-Runs 12 to 23 are runs 0 to 11 with all choices reversed: with them no pair of parts that help each
-other is taken for a third.
+Two runs that differ in one part also differ by chance, by some percent. So every run has another
+half of the parts. Each part is in half of the runs, and each other part is in half of those
+(Plackett & Burman, "The design of optimum multifactorial experiments", Biometrika 1946). The effect
+of a part is the difference between the means of all runs with it and all runs without it. Runs 12
+to 23 are runs 0 to 11 with all choices reversed. Together, the 24 runs separate the effect of a
+part from the interaction of two others.
 
-A run that has finished is not run again. What is kept is `benchmarks/results/ablation/NAME.json`
-with the runs' NDCG@10; `benchmarks.quality.accuracy` makes a table of docs/results.md of them.
+A run that has finished is not run again. The NDCG@10 of the runs is stored in
+`benchmarks/results/ablation/NAME.json`; `benchmarks.quality.accuracy` makes a table of
+docs/results.md from it.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from ur4rec_jax.runs.sweep import read_run
 
 CONFIG = 'configs/movielens_100k.py:multimodal'
 COMMON = {'num_epochs': 80}
-# What a run overrides with the part, and without it. The eleventh choice decides nothing: its
-# effect tells what chance makes of the others.
+# The fields that a run overrides with the part, and without it. The eleventh part changes nothing:
+# its effect shows how large the effects of chance are.
 PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
   "items' own texts and posters, not others'": ({}, {'shuffled_features': True}),
   "SASRec's items from content, not ids": ({}, {'sasrec.item_input': 'id'}),
@@ -47,14 +48,14 @@ PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def design() -> np.ndarray:
-  """`[24, 11]` bool: which parts each run has; see the module's docstring."""
+  """Returns `[24, 11]` bool, the parts of each run; see the module's docstring."""
   first = np.array([c == '+' for c in '++-+++---+-'])
   rows = np.array([*(np.roll(first, i) for i in range(11)), np.zeros(11, bool)])
   return np.concatenate([rows, ~rows])
 
 
 def overrides(run: int) -> dict[str, Any]:
-  """The fields that a run overrides, its seed among them."""
+  """Returns the fields that a run overrides, including its seed."""
   fields = {'seed': run, **COMMON}
   for has_part, (with_part, without) in zip(design()[run], PARTS.values(), strict=True):
     fields |= with_part if has_part else without
@@ -63,18 +64,21 @@ def overrides(run: int) -> dict[str, Any]:
 
 @exit_on_reported_error
 def main() -> None:
-  """Trains the runs, stores what comes out and writes the tables."""
+  """Trains the runs, stores their NDCG@10 and writes the tables."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   parser.add_argument(
-    '--name', type=name_of_results, default='ml-100k-multimodal', help='of stored results'
+    '--name', type=name_of_results, default='ml-100k-multimodal', help='name of stored results'
   )
-  parser.add_argument('--data_dir', required=True, help='prepared data')
-  parser.add_argument('--workdir', required=True, help='holds one folder a run')
+  parser.add_argument('--data_dir', required=True, help='folder of the prepared data')
+  parser.add_argument('--workdir', required=True, help='folder of the runs')
   all_runs = ','.join(map(str, range(len(design()))))
   parser.add_argument(
-    '--runs', type=seeds_of, default=all_runs, help='0 to 11, 12 to 23 or all; commas between'
+    '--runs',
+    type=seeds_of,
+    default=all_runs,
+    help='comma-separated: 0 to 11, 12 to 23 or all',
   )
   flags = parser.parse_args()
   runs = []
@@ -88,7 +92,7 @@ def main() -> None:
     runs.append({'run': run, 'parts': parts, **scores})
   counts = [sum(name in run['parts'] for run in runs) for name in PARTS]
   if any(2 * count != len(runs) for count in counts):
-    print(f'{len(runs)} runs, of which not half have each part: nothing is stored')
+    print(f'{len(runs)} runs, and some part is not in half of them: nothing is stored')
     return
   stored = {'config': CONFIG, 'common': COMMON, 'names': list(PARTS), 'runs': runs}
   store_beside(flags.name, 'ablation', stored)

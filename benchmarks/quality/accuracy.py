@@ -1,4 +1,4 @@
-"""Trains a config with several seeds, keeps its results, writes README's table and docs/results.md.
+"""Trains with several seeds, stores the results, writes README's table and docs/results.md.
 
   python -m benchmarks.quality.accuracy --name=ml-100k --config=configs/movielens_100k.py \
     --data_dir=data/movielens_100k --workdir=runs/ml-100k --seeds=0,1,2 --headline
@@ -7,8 +7,8 @@
     --baseline=ml-100k --config.sasrec.dropout=0.4
   python -m benchmarks.quality.accuracy            # only writes the tables again
 
-A seed that has finished is not run again. What is kept, in benchmarks/results, are the runs' own
-results.json files as NAME.json, and the ranks of their test items as NAME.npz.
+A seed that has finished is not run again. `benchmarks/results/` stores the runs' own results.json
+files as NAME.json and the ranks of their test items as NAME.npz.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,54 +42,66 @@ from ur4rec_jax.runs.sweep import (
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / 'benchmarks' / 'results'
-# Folders of what the programs of these names store beside results: FOLDER/NAME.json.
+# The programs of these names store what they find in benchmarks/results/PROGRAM/NAME.json.
 BESIDE = ('fusions', 'ablation', 'content_signal', 'loss_gradients')
 README, PAGE = ROOT / 'README.md', ROOT / 'docs' / 'results.md'
 DASH = '–'
 Stored = dict[str, dict[str, Any]]  # By name: what NAME.json holds, and `ranks` of NAME.npz.
-INTRODUCTION = f"""
+INTRODUCTION = """
 # Results
 
 `python -m benchmarks.quality.accuracy` writes this page from the files in `benchmarks/results/`.
 Do not edit it by hand: the next run overwrites it.
-
-Training sees neither the validation nor the test item; the best validation NDCG@10 chooses the
-parameters, and the test items are ranked once. Values are means over the seeds, ± their standard
-deviation. {DASH} stands where a run has not recorded what is needed, or no user is in a group.
-
-- **validation**: NDCG@10 on the validation items; all other columns are of the test items.
-- **gain**: of the mean NDCG@10 over that of the variant under *against*.
-- **p**: of that gain, by a two-sided permutation test paired by user. Each user's NDCG@10 is
-  averaged over the seeds; p is the share of {FLIPS:,} random flips of the signs of the users'
-  differences that give a mean difference as large. It tells whether other users would show the
-  gain too; whether other seeds would, the standard deviations tell.
-- **head, torso, tail, cold**: NDCG@10 of the users whose test item is one of the most popular items
-  that together make up a third of the training interactions, of the next third, of the rest, and
-  of the items that training never sees.
-- **best epoch**: of the stage that is chosen.
-- **features**: the encoder of each modality, and whether it is the built-in one, its texts are of a
-  mock, or its items were shuffled.
-- **command**: it also needs `--workdir`, `--config.data_dir` and `--config.seed`.
-- **part**: mean NDCG@10 of the runs with it / without it. These runs are shorter, and each has a
-  different half of all parts (`python -m benchmarks.quality.ablation`). The last row is not a part,
-  so its effect is chance: an effect of about that size means nothing. With 12 of the 24 runs, the
-  effects of pairs of parts are mixed into the effects of others.
-- **way**: NDCG@10 of the same parameters, ranked by one branch alone or with both joined otherwise
-  (`python -m benchmarks.quality.fusions`).
-- **loss**: with the first parameters of a run and with its best: the loss's mean in training, its
-  weight, and of its weighted gradient the *length* in that of the paths' own retrieval losses and
-  the *cosine* to it (`python -m benchmarks.quality.loss_gradients`).
-- **guessed from**: NDCG@10 of validation items guessed without training: from what followed the
-  last ten items in training, from popular items whose content is like theirs, and from both.
-  *before others*: how often the item comes before another about as popular, .5 by chance. Each is
-  the best of three temperatures, and the joined guess of three shares, chosen by this very figure;
-  the shuffled row shows what that choice makes of content that says nothing.
-- **tells of**: the share of a modality's variance that ridge regression from another explains in
-  items that it has not seen, and how often what it expects of an item is more like that item than
-  like another, .5 by chance (`python -m benchmarks.quality.content_signal` has both).
-- **stage**: NDCG@10 of its best parameters, ranked with the paths that it trains. *chosen*: in how
-  many runs they are the best of all stages by validation, and so the run's result.
 """
+READING = f"""
+- Values are means over the seeds, ± their standard deviation, on the test items.
+- A name without an ending is SASRec on item ids alone. `-text` also reads the items' texts, and
+  `-multimodal` texts and pictures: on MovieLens in a second branch, on Amazon Beauty through item
+  embeddings that start as texts. `-paper` uses the retriever of the paper. `-shuffled` is a
+  control: every item has the text and the picture of another item.
+- `ml-1m-sequences` is the MovieLens-1M file of the SASRec benchmarks. The best published SASRec
+  with full cross-entropy has NDCG@10 0.182 and Hit@10 0.315 on it, under full ranking.
+- **gain** compares the mean NDCG@10 with that of the baseline, which is SASRec on the same data.
+- **p value** says how likely chance alone would give such a gain. It comes from a two-sided
+  permutation test, paired by user: each user's NDCG@10 is averaged over the seeds, and p is the
+  share of {FLIPS:,} random sign flips that give a mean difference at least as large. It covers the
+  choice of users. The standard deviations cover the choice of seeds.
+
+[What helps](model.md#what-helps-and-what-does-not) draws the conclusions. The rest of this page
+has every variant of every data set; open the tables that you need.
+
+Training sees neither the validation item nor the test item of a user. The parameters with the best
+validation NDCG@10 are kept, and the test items are ranked once, with these parameters. {DASH} means
+that a run did not record the value, or that a group has no users.
+"""
+
+
+class Folded(NamedTuple):
+  """A table that the reader opens.
+
+  Attributes:
+    title: what the table shows.
+    note: what its columns mean.
+  """
+
+  title: str
+  note: str
+
+
+ACCURACY = Folded(
+  'Accuracy of all variants',
+  '**validation** is NDCG@10 on the validation items; all other columns are about the test items. '
+  '**gain** and **p** compare with the variant under *against*. **head**, **torso**, **tail** and '
+  '**cold** are NDCG@10 for the users whose test item belongs to that group. The head is the most '
+  'popular items that together make up a third of the training interactions, the torso is the next '
+  'third, the tail is the rest, and cold items never occur in training.',
+)
+RUNS = Folded(
+  'Size, time and command of all variants',
+  '**best epoch** is the epoch of the parameters that were kept, one number a seed. **features** '
+  'names the encoder of each modality. **command** also needs `--workdir`, `--config.data_dir` and '
+  '`--config.seed`.',
+)
 
 
 def run_seeds(
@@ -102,21 +114,21 @@ def run_seeds(
   baseline: str | None = None,
   is_headline: bool = False,
 ) -> None:
-  """Trains once a seed and stores all results under `name`.
+  """Trains once for each seed and stores all results under `name`.
 
   Args:
-    name: of the stored files and of the variant in the tables.
-    config: argument of `--config`.
+    name: names the stored files, and the variant in the tables.
+    config: value of `--config`.
     overrides: `--config.FIELD=VALUE` arguments.
-    data_dir: prepared data.
-    workdir: holds the run of seed n in `seedN`.
-    seeds: to train with.
-    baseline: name of the stored results that these are compared with.
-    is_headline: whether README shows them.
+    data_dir: folder of the prepared data.
+    workdir: folder of the runs; the run of seed n is in `seedN`.
+    seeds: one run is trained with each.
+    baseline: name of the stored results to compare with.
+    is_headline: whether README shows the results.
 
   Raises:
-    InputError: a folder holds the run of another command, or the baseline is missing or measured
-      on other data or in another way.
+    InputError: a folder holds the run of another command, or the baseline is missing, or it was
+      measured on other data or under another protocol.
   """
   shown = shlex.join(['python', '-m', 'ur4rec_jax.main', f'--config={config}', *overrides])
   if baseline and not (RESULTS / f'{baseline}.json').exists():
@@ -139,10 +151,10 @@ def run_seeds(
 def train_seeds(
   shown: str, data_dir: str, workdir: pathlib.Path, seeds: Sequence[int]
 ) -> list[pathlib.Path]:
-  """Runs a command with all seeds, unless it has finished, and returns the runs' folders.
+  """Runs a command with every seed that has not finished, and returns the folders of the runs.
 
-  The program itself refuses to go on with what another command began, but goes on where that one
-  had, say, fewer epochs.
+  The training program continues a run with more epochs; this function does not, because the table
+  shows one command for all seeds.
   """
   folders = [workdir / f'seed{seed}' for seed in seeds]
   notes = [folder / 'command.txt' for folder in folders]
@@ -152,21 +164,21 @@ def train_seeds(
   command = [sys.executable, *shlex.split(shown)[1:], f'--workdir={workdir}']
   command += [f'--config.data_dir={data_dir}', f'--seeds={",".join(map(str, seeds))}']
   if code := subprocess.run(command, check=False).returncode:
-    sys.exit(code)  # It has said why.
+    sys.exit(code)  # The command has printed the reason.
   for note in notes:
     note.write_text(shown)
   return folders
 
 
 def load_results(folder: pathlib.Path) -> Stored:
-  """Reads all stored results, those that are compared with nothing first.
+  """Reads all stored results; those without a baseline come first.
 
   Returns:
-    By name the contents of NAME.json and, where there is a NAME.npz, `ranks`, `[seeds, users]`;
-    each of `BESIDE` is what its NAME.json holds, where there is one.
+    For each name the contents of NAME.json, with `ranks` `[seeds, users]` if there is a NAME.npz,
+    and with the contents of PROGRAM/NAME.json for each program of `BESIDE` that stored one.
 
   Raises:
-    InputError: a file cannot be read, or a baseline is missing or does not fit.
+    InputError: a file cannot be read, or a baseline is missing or was measured in another way.
   """
   stored = {}
   for path in sorted(folder.glob('*.json')):
@@ -187,7 +199,7 @@ def load_results(folder: pathlib.Path) -> Stored:
 
 
 def _check(stored: Stored) -> None:
-  """Raises InputError unless what is compared was measured in the same way on the same data."""
+  """Raises InputError unless compared runs share data, split and protocol."""
   for name, entry in stored.items():
     baseline = entry.get('baseline')
     if baseline and baseline not in stored:
@@ -206,90 +218,96 @@ def headline_table(stored: Stored) -> str:
   for name, entry in sorted(stored.items()):
     if entry.get('headline'):
       first = entry['runs'][0]
+      compared = _comparison(entry, stored)
       rows.append(
         {
-          'data': name,
+          'data and variant': name,
           'users x items': f'{first["dataset"]["users"]:,} x {first["dataset"]["items"]:,}',
-          'command': f'`{entry["command"]}`',
-          'seeds': _of_each(entry, lambda run: run['seed']),
+          'seeds': f'{len(entry["runs"])}',
+          'popularity NDCG@10': f'{first["baselines"]["popularity"]["ndcg@10"]:.4f}',
           'NDCG@10': _mean(entry, 'ndcg@10'),
           'Hit@10': _mean(entry, 'hit@10'),
-          'MRR': _mean(entry, 'mrr'),
-          'popularity NDCG@10': f'{first["baselines"]["popularity"]["ndcg@10"]:.4f}',
-          'best epoch': _of_each(entry, _best_epoch),
-          'time a seed': _time(entry),
+          'gain': compared['gain'],
+          'p value': compared['p'],
         }
       )
   return markdown_table(rows)
 
 
 def results_page(stored: Stored) -> str:
-  """Returns docs/results.md: the tables of each dataset, split and protocol."""
+  """Returns docs/results.md: the headlines, then the tables of each dataset, split and protocol."""
   groups: dict[tuple[str, ...], Stored] = {}
   for name, entry in stored.items():
     groups.setdefault(measured_on(entry['runs'][0]), {})[name] = entry
-  sections = [_section(groups[key], stored) for key in sorted(groups)]
-  return '\n\n'.join([INTRODUCTION.strip(), *sections]) + '\n'
+  parts = [INTRODUCTION.strip(), headline_table(stored), READING.strip()]
+  parts += [_section(groups[key], stored) for key in sorted(groups)]
+  return '\n\n'.join(part for part in parts if part) + '\n'
 
 
 def _section(group: Stored, stored: Stored) -> str:
-  """The tables of one dataset, split and protocol."""
+  """Returns the facts and the folded tables of one dataset, split and protocol."""
   first_runs = [entry['runs'][0] for entry in group.values()]
   dataset, protocol, baselines = (first_runs[0][k] for k in ('dataset', 'protocol', 'baselines'))
   lines = [
-    f'## {dataset["name"]}',
-    '',
     f'{dataset["users"]:,} users, {dataset["items"]:,} items, {dataset["interactions"]:,} '
     f'interactions, split hash `{dataset["split_hash"]}`.',
     'Protocol: ' + ', '.join(f'{name}: {value}' for name, value in protocol.items()) + '.',
-    f'Recommending by popularity reads NDCG@10 {baselines["popularity"]["ndcg@10"]:.4f}, in random '
-    f'order {baselines["random"]["ndcg@10"]:.4f}.',
+    f'NDCG@10 of two trivial rankings: by popularity {baselines["popularity"]["ndcg@10"]:.4f}, in '
+    f'random order {baselines["random"]["ndcg@10"]:.4f}.',
   ]
   if grouped := [run['by_popularity']['test'] for run in first_runs if 'by_popularity' in run]:
     users = (f'{name} {values["users"]:,}' for name, values in grouped[0].items())
     lines.append(f'Test users: {", ".join(users)}.')
-  accuracy, runs = [], []
-  for name, entry in group.items():
-    first = entry['runs'][0]
-    accuracy.append(
-      {
-        'variant': name,
-        'seeds': _of_each(entry, lambda run: run['seed']),
-        'validation': _mean_of([run['valid']['ndcg@10'] for run in entry['runs']]),
-        'NDCG@10': _mean(entry, 'ndcg@10'),
-        'Hit@10': _mean(entry, 'hit@10'),
-        'MRR': _mean(entry, 'mrr'),
-        **_comparison(entry, stored),
-        **{name: _mean_of_group(entry, name) for name in POPULARITY_GROUPS},
-      }
-    )
-    runs.append(
-      {
-        'variant': name,
-        'parameters': f'{first["parameters"]:,}' if 'parameters' in first else DASH,
-        'best epoch': _of_each(entry, _best_epoch),
-        'time a seed': _time(entry),
-        'features': '<br>'.join(_features(first['dataset'].get('features', {}))) or 'none',
-        'command': f'`{entry["command"]}`',
-      }
-    )
-  tables = [accuracy, runs]
-  tables += [
-    [row for x in group.items() for row in of(*x)]
-    for of in (
-      _stage_rows,
-      _fusion_rows,
-      _ablation_rows,
-      _gradient_rows,
-      _signal_rows,
-      _agreement_rows,
-    )
+  tables = [
+    (ACCURACY, [_accuracy_row(name, entry, stored) for name, entry in group.items()]),
+    (RUNS, [_run_row(name, entry) for name, entry in group.items()]),
   ]
-  return '\n\n'.join(['\n'.join(lines), *(markdown_table(rows) for rows in tables if rows)])
+  for folded, rows_of in DETAILS:
+    tables.append((folded, [row for x in group.items() for row in rows_of(*x)]))
+  return '\n\n'.join(
+    [
+      f'## {dataset["name"]}',
+      '\n'.join(lines),
+      *(_folded(table, rows) for table, rows in tables if rows),
+    ]
+  )
+
+
+def _folded(table: Folded, rows: list[dict[str, str]]) -> str:
+  """Returns a table that GitHub and the docs site show closed."""
+  begin = f'<details markdown="1">\n<summary>{table.title}</summary>'
+  return '\n\n'.join([begin, table.note, markdown_table(rows), '</details>'])
+
+
+def _accuracy_row(name: str, entry: dict[str, Any], stored: Stored) -> dict[str, str]:
+  """Returns the metrics of a variant, and its comparison with the baseline."""
+  return {
+    'variant': name,
+    'seeds': _of_each(entry, lambda run: run['seed']),
+    'validation': _mean_of([run['valid']['ndcg@10'] for run in entry['runs']]),
+    'NDCG@10': _mean(entry, 'ndcg@10'),
+    'Hit@10': _mean(entry, 'hit@10'),
+    'MRR': _mean(entry, 'mrr'),
+    **_comparison(entry, stored),
+    **{group: _mean_of_group(entry, group) for group in POPULARITY_GROUPS},
+  }
+
+
+def _run_row(name: str, entry: dict[str, Any]) -> dict[str, str]:
+  """Returns the size, time, features and command of a variant."""
+  first = entry['runs'][0]
+  return {
+    'variant': name,
+    'parameters': f'{first["parameters"]:,}' if 'parameters' in first else DASH,
+    'best epoch': _of_each(entry, _best_epoch),
+    'time a seed': _time(entry),
+    'features': '<br>'.join(_features(first['dataset'].get('features', {}))) or 'none',
+    'command': f'`{entry["command"]}`',
+  }
 
 
 def _stage_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
-  """A row for each stage, where there are several."""
+  """Returns a row for each stage of a run with several stages."""
   runs, rows = entry['runs'], []
   if len(runs[0]['stages']) < 2:
     return []
@@ -300,7 +318,7 @@ def _stage_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
       {
         'variant': name,
         'stage': stage['name'],
-        'paths': ' + '.join(stage['paths']),
+        'branches': ' + '.join(stage['paths']),
         'steps': f'{statistics.mean(x["steps"] for x in records):,.0f}',
         'validation': _mean_of(valid),
         'test': _mean_of(test),
@@ -311,12 +329,12 @@ def _stage_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _fusion_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
-  """A row for each way to rank by the same parameters, where several were tried."""
+  """Returns a row for each way of ranking with the same parameters."""
   runs = entry.get('fusions', [])
   return [
     {
       'variant': name,
-      'way': way,
+      'ranked by': way,
       'seeds': ', '.join(str(run['seed']) for run in runs),
       'validation': _mean_of([run['ways'][way]['valid'] for run in runs]),
       'test': _mean_of([run['ways'][way]['test'] for run in runs]),
@@ -326,7 +344,7 @@ def _fusion_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _ablation_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
-  """A row for each part, where runs with and without it were made."""
+  """Returns a row for each part of the ablation."""
   if 'ablation' not in entry:
     return []
   runs, rows = entry['ablation']['runs'], []
@@ -343,7 +361,7 @@ def _ablation_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _gradient_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
-  """A row for each loss, with the first parameters and with the best."""
+  """Returns a row for each loss, at the first and at the best parameters."""
   first, best = (entry.get('loss_gradients', {}).get(when, {}) for when in ('first', 'best'))
   shown = {'value': '.3f', 'weight': '.3g', 'length': '.3f', 'cosine': '+.2f'}
   return [
@@ -357,7 +375,7 @@ def _gradient_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _signal_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
-  """A row for each kind of content that next items were guessed from."""
+  """Returns a row for each source that the next item was guessed from."""
   signals = entry.get('content_signal', {}).get('signals', [])
   return [
     {
@@ -365,29 +383,95 @@ def _signal_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
       'guessed from': signal['source'],
       'NDCG@10': f'{signal["ndcg@10"]:.4f}',
       'with interactions': f'{signal["joined"]:.4f}',
-      'over these alone': f'{100 * (signal["joined"] / signals[0]["joined"] - 1):+.1f} %',
-      'before others': f'{signal["before"]:.3f}',
+      'gain': f'{100 * (signal["joined"] / signals[0]["joined"] - 1):+.1f} %',
+      'wins': f'{signal["before"]:.3f}',
     }
     for signal in signals
   ]
 
 
 def _agreement_rows(name: str, entry: dict[str, Any]) -> list[dict[str, str]]:
-  """A row for each modality and what it tells of another."""
+  """Returns a row for each pair of modalities: how well one predicts the other."""
   return [
     {
       'variant': name,
       'modality': found['from'],
-      'tells of': found['to'],
+      'predicts': found['to'],
       'explained': f'{100 * found["explained"]:.1f} %',
-      'more like it': f'{found["matched"]:.3f}',
+      'recognised': f'{found["matched"]:.3f}',
     }
     for found in entry.get('content_signal', {}).get('agreements', [])
   ]
 
 
+DETAILS: tuple[tuple[Folded, Callable[[str, dict[str, Any]], list[dict[str, str]]]], ...] = (
+  (
+    Folded(
+      'Stage by stage',
+      'NDCG@10 of the best parameters of each stage, ranked with the branches that the stage '
+      'trains. **chosen** counts the runs in which the stage has the best validation of all '
+      'stages, so that its parameters are the result of the run.',
+    ),
+    _stage_rows,
+  ),
+  (
+    Folded(
+      'Other fusions of the same parameters',
+      'NDCG@10 of the same trained parameters, ranked by one branch alone or by another fusion of '
+      'both (`python -m benchmarks.quality.fusions`).',
+    ),
+    _fusion_rows,
+  ),
+  (
+    Folded(
+      'Ablation: the effect of each part',
+      'Mean NDCG@10 of the runs with / without a part. The runs are shorter than those above, and '
+      'each has a different half of all parts (`python -m benchmarks.quality.ablation`). The last '
+      'row changes nothing, so its effect is chance: an effect of about that size means nothing. '
+      'With 12 of the 24 runs, interactions between two parts are mixed into the effects of other '
+      'parts.',
+    ),
+    _ablation_rows,
+  ),
+  (
+    Folded(
+      'Gradients of the losses',
+      'Each cell has two numbers: at the first parameters of a run and at its best. **value** is '
+      "the mean loss in training. **length** compares the loss's weighted gradient with the "
+      'gradient of the retrieval losses of both branches, and **cosine** is the angle between the '
+      'two: 1 means the same direction, 0 a right angle '
+      '(`python -m benchmarks.quality.loss_gradients`).',
+    ),
+    _gradient_rows,
+  ),
+  (
+    Folded(
+      'How well content predicts the next item',
+      'NDCG@10 of validation items that are guessed without training: from the items that followed '
+      'the last ten in other histories (interactions), from popular items with similar content, '
+      'and from both together (**with interactions**; **gain** compares with interactions alone). '
+      '**wins** is how often the guess ranks the item above another one of about the same '
+      'popularity; chance is 0.5. Each value is the best of three temperatures and, for both '
+      'together, of three weights, chosen on the same items. The shuffled row shows how much that '
+      'choice alone gives (`python -m benchmarks.quality.content_signal`).',
+    ),
+    _signal_rows,
+  ),
+  (
+    Folded(
+      'How well one modality predicts another',
+      'Ridge regression from one modality to the other, judged on unseen items. **explained** is '
+      "the share of the variance that it explains. **recognised** is how often the item's own "
+      'vector is closer to the prediction than the vector of another item; chance is 0.5 '
+      '(`python -m benchmarks.quality.content_signal`).',
+    ),
+    _agreement_rows,
+  ),
+)
+
+
 def _comparison(entry: dict[str, Any], stored: Stored) -> dict[str, str]:
-  """What `entry` gains over its baseline, and the p value."""
+  """Returns the gain of `entry` over its baseline, and the p value."""
   if not entry.get('baseline'):
     return dict.fromkeys(('against', 'gain', 'p'), '')
   baseline = stored[entry['baseline']]
@@ -413,7 +497,7 @@ def _mean_of(values: Sequence[float]) -> str:
 def _mean_of_group(entry: dict[str, Any], group: str) -> str:
   try:
     values = [run['by_popularity']['test'][group]['ndcg@10'] for run in entry['runs']]
-  except KeyError:  # Runs from before there were groups, or a group without users.
+  except KeyError:  # Old runs have no groups, and a group may have no users.
     return DASH
   return f'{statistics.mean(values):.4f}'
 
@@ -432,7 +516,7 @@ def _time(entry: dict[str, Any]) -> str:
 
 
 def _features(found: dict[str, Any], name: str = '') -> Iterator[str]:
-  """Names every encoder in the features of a results.json, with whatever is marked `is_...`."""
+  """Yields every encoder in the features of a results.json, with its true `is_...` marks."""
   if 'encoder' in found:
     marks = [key.removeprefix('is_') for key, value in found.items() if value is True]
     yield f'{name.strip()}: {found["encoder"]}' + (f' ({", ".join(marks)})' if marks else '')
@@ -442,7 +526,7 @@ def _features(found: dict[str, Any], name: str = '') -> Iterator[str]:
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
-  """A Markdown table of rows with the same columns."""
+  """Returns a Markdown table of rows with the same columns."""
   if not rows:
     return ''
   cells = [[*rows[0]], ['---'] * len(rows[0])]
@@ -451,7 +535,7 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
 
 
 def put_between_marks(page: pathlib.Path, name: str, text: str) -> None:
-  """Replaces what stands in a page between the marks `NAME: begin` and `NAME: end`."""
+  """Replaces the text between the marks `NAME: begin` and `NAME: end` of a page."""
   begin, end = f'<!-- {name}: begin -->', f'<!-- {name}: end -->'
   before, rest = page.read_text().split(begin)
   _, after = rest.split(end)
@@ -459,14 +543,14 @@ def put_between_marks(page: pathlib.Path, name: str, text: str) -> None:
 
 
 def write_tables() -> None:
-  """Puts the headlines between their marks in the README, and everything into docs/results.md."""
+  """Writes the headlines into README, between their marks, and all results into docs/results.md."""
   stored = load_results(RESULTS)
   put_between_marks(README, 'results', headline_table(stored))
   write_file(PAGE, results_page(stored))
 
 
 def name_of_results(text: str) -> str:
-  """Reads a flag that names stored results."""
+  """Returns the value of a flag that names stored results."""
   if not (RESULTS / f'{text}.json').exists():
     raise argparse.ArgumentTypeError(
       f'no {text}.json in {RESULTS}; see benchmarks.quality.accuracy'
@@ -475,30 +559,30 @@ def name_of_results(text: str) -> str:
 
 
 def store_beside(name: str, kind: str, found: Any) -> None:
-  """Stores what one of `BESIDE` has found of results, and writes the tables."""
+  """Stores the findings of a program of `BESIDE`, and writes the tables."""
   (RESULTS / kind).mkdir(exist_ok=True)
   write_file(RESULTS / kind / f'{name}.json', json.dumps(found, indent=1) + '\n')
   write_tables()
 
 
 def seeds_of(text: str) -> list[int]:
-  """Reads a flag of numbers with commas between."""
+  """Returns the sorted numbers of a comma-separated flag."""
   return sorted({int(seed) for seed in text.split(',')})
 
 
 @exit_on_reported_error
 def main() -> None:
-  """Runs what the flags name and writes the tables."""
+  """Trains the variant that the flags describe, if any, and writes the tables."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument('--name', help='of the variant; without it nothing is trained')
+  parser.add_argument('--name', help='name of the variant; without it nothing is trained')
   parser.add_argument('--config', help='config file, or FILE:VARIANT')
-  parser.add_argument('--data_dir', help='prepared data')
-  parser.add_argument('--workdir', help='holds one run a seed')
-  parser.add_argument('--seeds', type=seeds_of, default='0,1,2', help='numbers with commas between')
+  parser.add_argument('--data_dir', help='folder of the prepared data')
+  parser.add_argument('--workdir', help='folder of the runs, one for each seed')
+  parser.add_argument('--seeds', type=seeds_of, default='0,1,2', help='comma-separated numbers')
   parser.add_argument('--baseline', help='name of the results to compare with')
-  parser.add_argument('--headline', action='store_true', help='show it in the README too')
+  parser.add_argument('--headline', action='store_true', help='also show the variant in README')
   flags, overrides = parser.parse_known_args()
   for text in overrides:
     if not re.match(r'--config\.(?!seed=|data_dir=)[\w.]+=', text):

@@ -1,18 +1,17 @@
-"""What texts and pictures could tell of the next item, and of each other, found without training.
+"""Measures how well texts and pictures predict the next item and each other, without training.
 
   python -m benchmarks.quality.content_signal --name=ml-100k-multimodal \
     --data_dir=data/movielens_100k --modalities=text,image
 
-The validation item is guessed from the ten items before it, the later the more: from what followed
-them in other users' training histories (interactions), from what is like them and popular
-(content), and from the sum of both guesses. How much the sum is ahead of interactions alone says,
-before anything is trained, about how much content may add.
+The validation item is guessed from the ten items before it; later items weigh more. The first guess
+uses the items that followed them in other users' training histories (interactions). The second
+prefers popular items with similar content. The third is the sum of both. The lead of the sum over
+interactions alone estimates, before any training, how much content can add.
 
-Then what one modality tells of another is measured: ridge regression from one to the other, judged
-on items that it has not seen.
+Then ridge regression predicts one modality from another, judged on unseen items.
 
-Writes `benchmarks/results/content_signal/NAME.json`. `benchmarks.quality.accuracy` makes two tables
-of docs/results.md from it; NAME must be the name of stored results.
+Writes `benchmarks/results/content_signal/NAME.json`, from which `benchmarks.quality.accuracy` makes
+two tables of docs/results.md. NAME must be the name of stored results.
 """
 
 import argparse
@@ -29,16 +28,16 @@ from ur4rec_jax.data.features import TokenTable, load_with_features, read_tables
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.evaluation.metrics import gains
 
-REACH = 10  # How many items before one tell of it.
-TEMPERATURES = (0.1, 0.2, 0.4)  # Of cosines.
-SHARES = (0.0, 0.2, 0.5, 0.8, 1.0)  # Of content when both guesses are joined.
-RIDGES = (1.0, 10.0, 100.0)  # Penalties, in mean squares of the rows that are regressed on.
+REACH = 10  # Items before the held-out one that the guesses use.
+TEMPERATURES = (0.1, 0.2, 0.4)  # Cosines are divided by one of these.
+SHARES = (0.0, 0.2, 0.5, 0.8, 1.0)  # Weights of content in the sum of both guesses.
+RIDGES = (1.0, 10.0, 100.0)  # Penalties, in units of the mean square of the source vectors.
 FOLDS = 5
 USERS_AT_ONCE = 256
 
 
 def content_vectors(tables: list[TokenTable]) -> np.ndarray:
-  """`[items + 1, width]`: each item's mean token, centred and of length 1, modalities in a row."""
+  """Returns each item's mean token, `[items + 1, width]`, centred, scaled to length 1, joined."""
   parts = []
   for tokens, mask in tables:
     count = mask.sum(1, keepdims=True)
@@ -49,7 +48,7 @@ def content_vectors(tables: list[TokenTable]) -> np.ndarray:
 
 
 def guess_by_interactions(train_part: Dataset) -> scipy.sparse.csr_array:
-  """`[items + 1, items + 1]`: row i, how often others came within `REACH` after i, sum 1."""
+  """Returns `[items + 1, items + 1]`: how often each item followed another; rows sum to 1."""
   ids, user = train_part.item_ids, np.repeat(np.arange(len(train_part.lengths)), train_part.lengths)
   pairs = []
   for distance in range(1, REACH + 1):
@@ -63,7 +62,7 @@ def guess_by_interactions(train_part: Dataset) -> scipy.sparse.csr_array:
 
 
 def guess_by_content(vectors: np.ndarray, counts: np.ndarray, temperature: float) -> np.ndarray:
-  """`[items + 1, items + 1]`: row i, popularity times exp(likeness to i / temperature), sum 1."""
+  """Returns `[items + 1, items + 1]`: popularity times exp(cosine / temperature); rows sum to 1."""
   guess = counts.astype(np.float32) * np.exp(vectors @ vectors.T / temperature)
   return guess / guess.sum(1, keepdims=True)
 
@@ -71,17 +70,17 @@ def guess_by_content(vectors: np.ndarray, counts: np.ndarray, temperature: float
 def judge(
   dataset: Dataset, interactions: scipy.sparse.csr_array, content: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """How well validation items are found by both guesses, joined with each of `SHARES`.
+  """Measures how well both guesses, added with each weight of `SHARES`, find the validation items.
 
   Args:
-    dataset: whose validation items.
-    interactions: from `guess_by_interactions`.
-    content: from `guess_by_content`.
+    dataset: provides the validation items.
+    interactions: the guess of `guess_by_interactions`.
+    content: the guess of `guess_by_content`.
 
   Returns:
-    NDCG@10 over the whole catalogue but what the user has seen, ties against the guess, `[shares]`;
-    and how often the item is put before another that is about as popular, a quarter more or less,
-    `[shares]`: .5 is chance, and what is popular does not help.
+    NDCG@10 over the whole catalogue without the user's seen items, ties against the guess,
+    `[shares]`; and how often the item is ranked above another item whose popularity differs by at
+    most a quarter, `[shares]`. Chance is 0.5, and popularity alone does not help.
   """
   counts = dataset.train_part().item_counts()
   users, targets = dataset.held_out('valid')
@@ -120,11 +119,11 @@ def judge(
 
 
 def signals(dataset: Dataset, tables: dict[str, TokenTable]) -> Iterator[dict[str, str | float]]:
-  """Judges interactions, each modality, all together, and these with items shuffled.
+  """Judges interactions, each modality, all modalities together, and these with shuffled items.
 
   Yields:
-    For each its `source`, `ndcg@10` and `before` alone, as `judge` has them, and `joined`, the best
-    NDCG@10 with interactions. Each is the best over `TEMPERATURES`.
+    For each its `source`, its `ndcg@10` and `before` alone, as `judge` returns them, and `joined`,
+    the best NDCG@10 together with interactions. Each value is the best over `TEMPERATURES`.
   """
   train_part = dataset.train_part()
   interactions = guess_by_interactions(train_part)
@@ -149,11 +148,11 @@ def signals(dataset: Dataset, tables: dict[str, TokenTable]) -> Iterator[dict[st
 
 
 def agreement(source: np.ndarray, target: np.ndarray) -> tuple[float, float]:
-  """What rows `[items, width]` tell of other rows of the same items, by linear regression.
+  """Predicts one set of item vectors `[items, width]` from another by ridge regression.
 
   Returns:
-    The share of the variance that is explained in rows that the regression has not seen; and how
-    often what it expects of one is more like that one than like another (.5 is chance).
+    The explained share of the variance of unseen items; and how often a prediction is closer to the
+    vector of its own item than to that of another item (chance is 0.5).
   """
   order = np.random.default_rng(0).permutation(len(source))
   found = []
@@ -177,7 +176,7 @@ def agreement(source: np.ndarray, target: np.ndarray) -> tuple[float, float]:
 
 
 def agreements(tables: dict[str, TokenTable]) -> Iterator[dict[str, str | float]]:
-  """`agreement` of each modality with each other one, on the items that have both."""
+  """Yields the `agreement` of each pair of modalities, on the items that have both."""
   for source, target in itertools.permutations(sorted(tables), 2):
     has_both = tables[source].mask.any(1) & tables[target].mask.any(1)
     rows = (content_vectors([tables[name]])[has_both] for name in (source, target))
@@ -187,14 +186,14 @@ def agreements(tables: dict[str, TokenTable]) -> Iterator[dict[str, str | float]
 
 @exit_on_reported_error
 def main() -> None:
-  """Measures a prepared folder, stores what comes out and writes the tables."""
+  """Measures a prepared folder, stores the findings and writes the tables."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument('--name', type=name_of_results, required=True, help='of stored results')
-  parser.add_argument('--data_dir', required=True, help='prepared data, with embeddings')
-  parser.add_argument('--modalities', default='text', help='names with commas between')
-  parser.add_argument('--max_item_tokens', type=int, default=1, help='first ones; 0 for all')
+  parser.add_argument('--name', type=name_of_results, required=True, help='name of stored results')
+  parser.add_argument('--data_dir', required=True, help='prepared data with embeddings')
+  parser.add_argument('--modalities', default='text', help='comma-separated names')
+  parser.add_argument('--max_item_tokens', type=int, default=1, help='tokens to read; 0 for all')
   flags = parser.parse_args()
   config = default.get_config()
   config.data_dir, config.max_item_tokens = flags.data_dir, flags.max_item_tokens

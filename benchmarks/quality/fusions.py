@@ -1,11 +1,11 @@
-"""What each branch is worth, and how both are best joined: finished runs ranked in several ways.
+"""Compares branches and fusions: ranks with the parameters of finished runs in several ways.
 
   python -m benchmarks.quality.fusions --name=ml-100k-multimodal --workdir=runs/ml-100k-multimodal \
     --seeds=0,1,2,3,4
 
-The parameters are those that the runs ended with; only what makes scores of them differs, so that
-nothing is trained. Writes `benchmarks/results/fusions/NAME.json`. `benchmarks.quality.accuracy`
-makes a table of docs/results.md from it; NAME must be the name of stored results.
+Nothing is trained: only the scores differ. Writes `benchmarks/results/fusions/NAME.json`, from
+which `benchmarks.quality.accuracy` makes a table of docs/results.md. NAME must be the name of
+stored results.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def load_finished(workdir: pathlib.Path) -> tuple[Run, Stage, PyTree]:
 
 
 def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
-  """Validation and test NDCG@10 of a finished run by the name of the way.
+  """Returns the validation and test NDCG@10 of a finished run for each entry of `WAYS`.
 
   Raises:
     InputError: there is no finished run, or its best stage does not rank by the weighted sum of two
@@ -85,13 +85,13 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
 
 @exit_on_reported_error
 def main() -> None:
-  """Ranks the runs, stores what comes out and writes the tables."""
+  """Ranks the runs, stores their NDCG@10 and writes the tables."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument('--name', type=name_of_results, required=True, help='of stored results')
-  parser.add_argument('--workdir', required=True, help='holds one run a seed')
-  parser.add_argument('--seeds', type=seeds_of, default='0,1,2', help='with commas between')
+  parser.add_argument('--name', type=name_of_results, required=True, help='name of stored results')
+  parser.add_argument('--workdir', required=True, help='folder of the runs, one for each seed')
+  parser.add_argument('--seeds', type=seeds_of, default='0,1,2', help='comma-separated numbers')
   flags = parser.parse_args()
   runs: list[dict[str, Any]] = []
   for seed in flags.seeds:

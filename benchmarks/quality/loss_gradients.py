@@ -1,17 +1,17 @@
-"""What each loss asks of the parameters, beside what finding the next item asks of them.
+"""Compares the gradient of each loss with the gradient of the retrieval losses.
 
   python -m benchmarks.quality.loss_gradients --name=ml-100k-multimodal \
     --workdir=runs/ablation/seed23
 
-A loss can fail to help because its gradient is too small or too large, because it points where that
-of the retrieval losses already does, or because it is at right angles to it: then it is met without
-any use for the ranking. For a finished run this measures, with the first parameters and with the
-best, each loss's value, its weight, the length of its weighted gradient, and the cosine to the
-gradient of the paths' own retrieval losses. Both are over the parameters that the loss reaches, and
-gradients are means over `BATCHES` training batches with dropout.
+A loss can fail to help because its gradient is too small or too large, because it points in the
+same direction as that of the retrieval losses, or because it is at a right angle to it, so that
+reducing the loss does not change the ranking. For a finished run, at the first and at the best
+parameters, this program measures each loss, its weight, the length of its weighted gradient, and
+its cosine to the gradient of the branches' own retrieval losses. Length and cosine cover the
+parameters that the loss reaches. Gradients are means over `BATCHES` training batches with dropout.
 
-Writes `benchmarks/results/loss_gradients/NAME.json`. `benchmarks.quality.accuracy` makes a table of
-docs/results.md from it; NAME must be the name of stored results.
+Writes `benchmarks/results/loss_gradients/NAME.json`, from which `benchmarks.quality.accuracy` makes
+a table of docs/results.md. NAME must be the name of stored results.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def measure(
 def _compare(
   config: ConfigDict, params: PyTree, values: Mapping[str, float], gradients: Mapping[str, PyTree]
 ) -> dict[str, dict[str, float]]:
-  """What `measure` says of one place, from each loss's value and gradient there."""
+  """Returns the entries of `measure` for one set of parameters, from values and gradients."""
   weights = dict(losses_in_use(config.loss))
   if config.loss.weighting == 'uncertainty':
     weights = {name: math.exp(-params[f'log_variance_{name}']) for name in weights}
@@ -114,7 +114,7 @@ def _compare(
   found = {}
   for name, gradient in weighted.items():
     length = np.linalg.norm(gradient)
-    beside = np.linalg.norm(of_branches[gradient != 0])  # Of the same parameters.
+    beside = np.linalg.norm(of_branches[gradient != 0])  # Only parameters that the loss reaches.
     found[name] = {
       'value': float(values[name]),
       'weight': float(weights[name]),
@@ -125,7 +125,7 @@ def _compare(
 
 
 def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]:
-  """`measure` of a finished run, with the parameters that it began with and with its best.
+  """Measures a finished run at its first and at its best parameters.
 
   Raises:
     InputError: there is no finished run.
@@ -138,12 +138,12 @@ def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]
 
 @exit_on_reported_error
 def main() -> None:
-  """Measures a run, stores what comes out and writes the tables."""
+  """Measures a run, stores the findings and writes the tables."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
-  parser.add_argument('--name', type=name_of_results, required=True, help='of stored results')
-  parser.add_argument('--workdir', required=True, help='of one finished run')
+  parser.add_argument('--name', type=name_of_results, required=True, help='name of stored results')
+  parser.add_argument('--workdir', required=True, help='folder of one finished run')
   flags = parser.parse_args()
   store_beside(flags.name, 'loss_gradients', measure_run(pathlib.Path(flags.workdir)))
 

@@ -63,7 +63,7 @@ def test_what_a_table_says_of_its_runs(tmp_path):
   assert '## Toys\n' in page
   assert '4 users, 1,234 items, 56,789 interactions, split hash `abc`.' in page
   assert 'split: leave_one_out, candidates: all items, ties: against the model.' in page
-  assert 'popularity reads NDCG@10 0.0432, in random order 0.0031.' in page
+  assert 'by popularity 0.0432, in random order 0.0031.' in page
   page = page.replace('a\\|b', 'a or b')  # What would end a cell is escaped.
   found = rows(page, 'parameters', 'command')
   assert found['plain'] == {

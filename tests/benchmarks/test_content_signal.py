@@ -105,4 +105,4 @@ def test_signals_on_the_page(tmp_path):
   (folder / 'joined.json').write_text(json.dumps(found))
   page = accuracy.results_page(accuracy.load_results(tmp_path))
   assert '| joined | text | 0.0500 | 0.1200 | +20.0 % | 0.700 |' in page
-  assert rows(page, 'modality', 'tells of')['joined']['explained'] == '3.7 %'
+  assert rows(page, 'modality', 'predicts')['joined']['explained'] == '3.7 %'

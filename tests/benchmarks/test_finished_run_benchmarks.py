@@ -36,7 +36,7 @@ def test_a_run_is_ranked_by_each_path_and_in_each_way(of_two_paths, monkeypatch)
 
 
 def test_only_finished_runs_are_taken_and_of_two_paths_to_rank(finished, tmp_path):
-  with pytest.raises(InputError, match='not a run of two paths'):
+  with pytest.raises(InputError, match='not a run of two branches'):
     fusions.rank_in_all_ways(finished)
   for measure in (fusions.rank_in_all_ways, loss_gradients.measure_run):
     with pytest.raises(InputError, match='no finished run here'):

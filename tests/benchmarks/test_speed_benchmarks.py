@@ -213,8 +213,8 @@ def test_targets_beside_what_was_found(tmp_path):
   assert cells('time to NDCG@10 0.17, ML-1M')[1] == 'at most 0.15 x, met'
   assert cells('training, full softmax, ML-1M')[1:] == ['not measured yet', '']
   assert rows(page, 'seconds', 'reached')['own']['reached'] == 'yes'
-  assert 'Width 48, 3 heads; ours with `--config.crop=random`' in page
-  assert 'Ours compiled for 10 s.' in page
+  assert 'Width 48, 3 heads. This project (own) trains with `--config.crop=random`' in page
+  assert 'This project (own) spent 10 s on compilation.' in page
 
 
 def test_curves_and_profile_on_the_page(tmp_path):
@@ -232,7 +232,7 @@ def test_curves_and_profile_on_the_page(tmp_path):
   assert [*found['10,000'].values()] == ['10,000', '1,234.6', '2.0', '700', '160']
   assert found['1,000,000']['ms a step'] == 'not done in 180 s'
   assert rows(page, 'wanted')['peak memory, 1,000,000 items']['found'] == 'not reached'
-  assert '52 GFLOP/s: 50% of the 104 GFLOP/s' in page
+  assert '52 GFLOP/s. That is 50% of the 104 GFLOP/s' in page
   assert rows(page, 'part', 'time')['loss']['time'] == '60%'
 
 

@@ -157,8 +157,8 @@ def test_missing_raw_files_are_named(tmp_path, ml_100k):
 
 
 @pytest.mark.parametrize('source', sources.SOURCES)
-def test_the_readme_tells_where_data_come_from_and_what_to_cite(source):
-  text = (ROOT / 'README.md').read_text()
+def test_the_docs_tell_where_data_come_from_and_what_to_cite(source):
+  text = (ROOT / 'docs/data.md').read_text()
   table = text.split('## Datasets and their terms')[1].split('\n## ')[0]
   rows = [line for line in table.splitlines() if line.startswith('|')]
   (row,) = [row for row in rows if f'`{source}`' in row.split('|')[1]]

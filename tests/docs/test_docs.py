@@ -1,0 +1,56 @@
+"""The links of README and docs lead somewhere, and the site shows every page."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tests.helpers.runs import ROOT
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+NOTEBOOKS = sorted((ROOT / 'docs' / 'notebooks').glob('*.ipynb'))
+
+
+def anchors(page) -> set[str]:
+  """The anchors of a page's headings, as GitHub and the site make them."""
+  text = re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+  titles = re.findall(r'^#+ (.+)$', text, flags=re.M)
+  return {re.sub(r'[^\w\- ]', '', title.lower()).strip().replace(' ', '-') for title in titles}
+
+
+def text_of(page) -> str:
+  """A page without its blocks of code, or the Markdown of a notebook."""
+  if page.suffix == '.ipynb':
+    cells = json.loads(page.read_text())['cells']
+    return '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+  return re.sub(r'^```.*?^```', '', page.read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize('page', [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+  for link in re.findall(r'\]\(([^)\s]+)\)', text_of(page)):
+    if link.startswith('http'):
+      continue
+    path, _, anchor = link.partition('#')
+    target = (page.parent / path).resolve() if path else page
+    assert target.is_file(), f'{page.name}: {link}'
+    # The site holds only docs/, so its pages must not link to other folders.
+    assert page == ROOT / 'README.md' or target.is_relative_to(ROOT / 'docs'), link
+    assert not anchor or anchor in anchors(target), f'{page.name}: {link}'
+
+
+def test_the_site_shows_every_page():
+  shown = str(yaml.safe_load((ROOT / 'mkdocs.yml').read_text())['nav'])
+  pages = [path.relative_to(ROOT / 'docs').with_suffix('.md') for path in (*PAGES[1:], *NOTEBOOKS)]
+  assert sorted(re.findall(r"'([\w/]+\.md)'", shown)) == sorted(map(str, pages))
+
+
+def test_readme_is_short():
+  assert len((ROOT / 'README.md').read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda page: page.name)
+def test_notebooks_are_stored_without_outputs(notebook):
+  cells = json.loads(notebook.read_text())['cells']
+  assert not any(cell.get('outputs') or cell.get('execution_count') for cell in cells)
