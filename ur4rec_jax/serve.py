@@ -28,7 +28,8 @@ try:
   from ur4rec_jax.inference.http_app import make_app
   from ur4rec_jax.inference.recommender import BATCH_SIZES
 except ImportError as error:
-  sys.exit(f"error: {error.name} is not installed; pip install 'ur4rec-jax[serve]'")
+  print(f"error: {error.name} is not installed; pip install 'ur4rec-jax[serve]'", file=sys.stderr)
+  sys.exit(InputError.exit_code)
 
 STOP_SECONDS = 30  # How long clients may take to read their answers when the service stops.
 COMPILED = Counter('ur4rec_compilations', 'Programs compiled since the service was ready.')

@@ -299,7 +299,7 @@ class TrainedRecommender(Recommender):
     if TEXT not in self.config.modalities:
       raise InputError(
         'preference: this model reads no texts, so it cannot use words; train a variant that reads'
-        ' texts, e.g. --config=configs/default.py:text, or give a history'
+        ' texts, e.g. --config=default:text, or give a history'
       )
     tokens, mask = _encode(self.dataset.features[TEXT], preference)
     tables = {
@@ -335,7 +335,7 @@ class TrainedRecommender(Recommender):
     if not self.config.modalities:
       raise InputError(
         'add_items: this model knows items by their id only, so it cannot score new ones; train a'
-        ' variant that reads content, e.g. --config=configs/default.py:text'
+        ' variant that reads content, e.g. --config=default:text'
       )
     modalities = {name: self.dataset.features[name] for name in self.config.modalities}
     found = read_new_items(source, modalities)

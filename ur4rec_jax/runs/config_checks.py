@@ -72,7 +72,7 @@ def _check_branches(fields: dict[str, Any]) -> None:
       f'config.modalities={fields["modalities"]} with config.branches={branches} and '
       f'config.sasrec.item_input={fields["sasrec.item_input"]}: content needs modalities, and '
       'modalities are for content; add --config.modalities=text, or take a variant that reads '
-      'texts, e.g. --config=configs/movielens_100k.py:text'
+      'texts, e.g. --config=movielens_100k:text'
     )
   if fields['user_modalities'] and 'retriever' not in branches:
     raise InputError(

@@ -563,7 +563,7 @@ def page() -> str:
     '',
     'Every knob of a run with its default. A config file changes some of them, and a flag such as',
     '`--config.sasrec.dim=128` changes one for a single run. The default of a knob may differ by',
-    'model variant, which is the part after the colon in `--config=configs/NAME.py:VARIANT`; see',
+    'model variant, which is the part after the colon in `--config=NAME:VARIANT`; see',
     '[variants](#variants).',
   ]
   for title, knobs in SECTIONS.items():

@@ -193,11 +193,17 @@ def results_table(results: dict) -> str:
 
 
 def _git_version() -> str | None:
-  """Commit of the source tree, with `-dirty` if it has changes; None outside a checkout."""
-  command = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
-  folder = pathlib.Path(__file__).parent
+  """Returns the commit of the source tree, with `-dirty` if it has changes.
+
+  Returns None outside a checkout, also if the package is installed inside another repository.
+  """
+  source = pathlib.Path(__file__)
+  tracked = ['git', 'ls-files', '--error-unmatch', source.name]
+  describe = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+  options = {'cwd': source.parent, 'capture_output': True, 'text': True, 'check': False}
   try:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if subprocess.run(tracked, **options).returncode:
+      return None
+    return subprocess.run(describe, **options).stdout.strip() or None
   except OSError:
     return None
-  return done.stdout.strip() or None

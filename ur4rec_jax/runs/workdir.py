@@ -34,7 +34,7 @@ def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
   if not path.is_file():
     raise InputError(
       f'--workdir {workdir}: no run here (no {CONFIG}); train one: python -m ur4rec_jax.main'
-      f' --config=configs/NAME.py --workdir={workdir}'
+      f' --config=NAME --workdir={workdir}'
     )
   try:
     return from_stored(json.loads(path.read_text())['config'])
