@@ -2,11 +2,8 @@
 
 import os
 
-from benchmarks.robustness.small_runs import SMALL
-from tests.helpers.runs import PROGRAM, ROOT
-
-# The same numbers on every machine. The tests are mostly compiling, which takes half as long if not
-# optimized; JAX_DISABLE_MOST_OPTIMIZATIONS=false tests what users run.
+# These must be set before jax is imported. The tests mostly compile, which takes half the time
+# without optimizations; JAX_DISABLE_MOST_OPTIMIZATIONS=false tests what users run.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 
@@ -19,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.robustness.small_runs import SMALL
+from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.data.dataset import read_interactions, read_items
 
 
