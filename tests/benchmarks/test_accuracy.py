@@ -160,9 +160,10 @@ def test_damaged_results_are_named(tmp_path):
 @pytest.fixture
 def tool(environment, data_dir, tmp_path):
   """Runs the tool where it writes into a folder of its own: `tool(*flags)`."""
-  (tmp_path / 'benchmarks').mkdir()
+  (tmp_path / 'benchmarks' / 'quality').mkdir(parents=True)
   (tmp_path / 'docs').mkdir()
-  for file in ('benchmarks/__init__.py', 'benchmarks/quality/accuracy.py', 'README.md'):
+  program = ('benchmarks/__init__.py', 'benchmarks/quality/__init__.py')
+  for file in (*program, 'benchmarks/quality/accuracy.py', 'README.md'):
     shutil.copy(ROOT / file, tmp_path / file)
 
   def tool(*flags) -> subprocess.CompletedProcess:
