@@ -136,9 +136,9 @@ REFUSED = [
   ),
   ({'stage.end_to_end.trainable': ('sasrec/(',)}, 'is no regular expression'),
   ({'stage.end_to_end.trainable': ('.*',)}, "matches every parameter; say 'all'"),
-  ({'stage.end_to_end.trainable': ()}, 'nothing moves'),
-  ({'stage.end_to_end.trainable': ('fusion',)}, 'nothing moves'),
-  ({'stage.end_to_end.trainable': ('sasrec',)}, 'no parameter of retriever moves'),
+  ({'stage.end_to_end.trainable': ()}, 'nothing is trained'),
+  ({'stage.end_to_end.trainable': ('fusion',)}, 'nothing is trained'),
+  ({'stage.end_to_end.trainable': ('sasrec',)}, 'no parameter of retriever is trained'),
   ({'stage.pretrain_sasrec.trainable': ('sasrec', 'retriever')}, 'no loss .* reaches retriever'),
   ({'stage.pretrain_sasrec.losses': ('hinge',)}, "'hinge' is no loss; known: all, "),
   ({'stage.pretrain_sasrec.losses': ('fused',)}, 'trains no branch'),
@@ -150,7 +150,7 @@ REFUSED = [
     'matching needs vectors',
   ),
   ({'stage.joint_finetune.alternation': ('sasrec',)}, 'two entries or more'),
-  ({'stage.joint_finetune.alternation': ('sasrec', 'fusion')}, 'each with something that moves'),
+  ({'stage.joint_finetune.alternation': ('sasrec', 'fusion')}, 'each with something that is trained'),
   ({'stage.joint_finetune.alternation': ('sasrec', 'sasrec/blocks_0/.*')}, 'in two turns'),
 ]
 

@@ -108,10 +108,10 @@ class Features:
     indices = np.asarray(indices)
     tokens = np.empty((len(indices), *self.shape[1:]), np.float32)
     mask = np.empty((len(indices), self.shape[1]), bool)
-    shards, places = np.divmod(indices, self.info['rows_per_shard'])
+    shards, rows = np.divmod(indices, self.info['rows_per_shard'])
     for shard in np.unique(shards):
       chosen = shards == shard
-      found = {kind: arrays[shard][places[chosen]] for kind, arrays in self.shards.items()}
+      found = {kind: arrays[shard][rows[chosen]] for kind, arrays in self.shards.items()}
       tokens[chosen], mask[chosen] = decoded(found), found['mask']
     return tokens, mask
 

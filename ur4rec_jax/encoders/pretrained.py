@@ -158,13 +158,13 @@ def devices(wanted: str | None) -> list[str]:
   return wanted.split(',')
 
 
-def precision(wanted: str, places: list[str]) -> str:
+def precision(wanted: str, names: list[str]) -> str:
   """Returns float32 or bfloat16; `auto` is bfloat16 if all devices are GPUs that support it."""
   import torch
 
   if wanted != 'auto':
     return wanted
-  on_gpu = all(place.startswith('cuda') for place in places) and torch.cuda.is_bf16_supported()
+  on_gpu = all(name.startswith('cuda') for name in names) and torch.cuda.is_bf16_supported()
   return 'bfloat16' if on_gpu else 'float32'
 
 

@@ -240,8 +240,8 @@ def sentence_transformer(
     InputError: the model or the device is not available.
   """
   folder, identity = pretrained.find(name)
-  places = pretrained.devices(device)
-  precision = pretrained.precision(precision, places)
+  devices = pretrained.devices(device)
+  precision = pretrained.precision(precision, devices)
   with pretrained.loading(name):
     import torch
     from sentence_transformers import SentenceTransformer
@@ -259,7 +259,7 @@ def sentence_transformer(
       pretrained.check_loaded(name, found, unused=('pooler.',))
     loaded = [
       SentenceTransformer(str(folder), device=place, local_files_only=True, model_kwargs=options)
-      for place in places
+      for place in devices
     ]
     width = loaded[0].encode(['a'], show_progress_bar=False).shape[1]
   info = {

@@ -202,7 +202,7 @@ def _turns(
       raise InputError(f'{field}: no loss of the stage reaches {entry}; add one or take it out')
     trainable |= found & reached
   if not trainable:
-    raise InputError(f'{field}: nothing moves; name groups of {", ".join(GROUPS)}')
+    raise InputError(f'{field}: nothing is trained; name groups of {", ".join(GROUPS)}')
   for branch in config.branches:
     is_used = branch in fields.losses or ALL in fields.losses
     if (
@@ -211,7 +211,7 @@ def _turns(
       and not any(x.startswith(branch + '/') for x in trainable)
     ):
       raise InputError(
-        f'{field}: no parameter of {branch} moves, so its loss trains nothing; take it out of '
+        f'{field}: no parameter of {branch} is trained, so its loss is useless; take it out of '
         f'config.stage.{stage}.losses'
       )
   if not fields.alternation:
@@ -219,7 +219,7 @@ def _turns(
   field = f'config.stage.{stage}.alternation={tuple(fields.alternation)}'
   turns = [_matching(entry, names, field) & trainable for entry in fields.alternation]
   if len(turns) < 2 or not all(turns):
-    raise InputError(f'{field}: needs two entries or more, each with something that moves')
+    raise InputError(f'{field}: needs two entries or more, each with something that is trained')
   turning = set.union(*turns)
   if len(turning) < sum(map(len, turns)):
     raise InputError(f'{field}: a parameter is in two turns')
