@@ -54,3 +54,13 @@ def test_readme_is_short():
 def test_notebooks_are_stored_without_outputs(notebook):
   cells = json.loads(notebook.read_text())['cells']
   assert not any(cell.get('outputs') or cell.get('execution_count') for cell in cells)
+
+
+def test_the_tree_of_the_architecture_page_is_complete():
+  tree = (ROOT / 'docs' / 'architecture.md').read_text().split('```')[1]
+  modules = [p for p in (ROOT / 'ur4rec_jax').rglob('*.py') if p.name != '__init__.py']
+  modules = [p for p in modules if 'configs' not in p.parts[-2:]]
+  missing = [str(p.relative_to(ROOT)) for p in modules if p.name not in tree]
+  assert not missing
+  folders = [p for p in (ROOT / 'ur4rec_jax').iterdir() if (p / '__init__.py').exists()]
+  assert not [p.name for p in folders if f'  {p.name}/' not in tree]

@@ -150,7 +150,10 @@ REFUSED = [
     'matching needs vectors',
   ),
   ({'stage.joint_finetune.alternation': ('sasrec',)}, 'two entries or more'),
-  ({'stage.joint_finetune.alternation': ('sasrec', 'fusion')}, 'each with something that is trained'),
+  (
+    {'stage.joint_finetune.alternation': ('sasrec', 'fusion')},
+    'each with something that is trained',
+  ),
   ({'stage.joint_finetune.alternation': ('sasrec', 'sasrec/blocks_0/.*')}, 'in two turns'),
 ]
 
