@@ -9,9 +9,7 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -20,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
-from ur4rec_jax.files import write_file
+from ur4rec_jax.files import clean_up, new_folder, write_file
 from ur4rec_jax.inference import exported, stored_format
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
@@ -70,17 +68,15 @@ def export(
     'settings': recommender.settings.to_manifest(),
   }
   manifest = json.loads(json.dumps(manifest))  # Tuples become lists, as when the file is read.
-  draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
+  contents[exported.MANIFEST] = exported.manifest_text(manifest).encode()
   try:
-    draft.mkdir(parents=True)
-    for name, content in contents.items():
-      write_file(draft / name, content)
-    write_file(draft / exported.MANIFEST, exported.manifest_text(manifest))
-    draft.rename(out)
+    clean_up(out)
+    with new_folder(out) as draft:
+      for name, content in contents.items():
+        write_file(draft / name, content)
   except OSError as error:
-    raise StorageError(f'--out={out}: cannot be written ({error.strerror or error})') from error
-  finally:
-    shutil.rmtree(draft, ignore_errors=True)
+    cause = error.__cause__ or error
+    raise StorageError(f'--out={out}: cannot be written ({cause})') from error
   return manifest
 
 

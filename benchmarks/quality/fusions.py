@@ -70,7 +70,7 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     raise InputError(
       f'{workdir}: not a run of two branches whose best stage ranks by the weighted sum of both'
     )
-  data, params, found = run.on_devices(), devices.replicate(params), {}
+  data, params, found = run.eval_data(), devices.replicate(params), {}
   for name, changes in WAYS.items():
     branches = changes.get('branches', config.branches)
     if config.retriever.query == 'proxies' and 'sasrec' not in branches:

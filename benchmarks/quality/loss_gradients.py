@@ -32,7 +32,7 @@ from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models.fusion import GATES
 from ur4rec_jax.models.ur4rec import BRANCHES, losses_in_use
 from ur4rec_jax.runs.open_run import Run
-from ur4rec_jax.runs.train_loop import make_batches
+from ur4rec_jax.runs.train_loop import plan_batches
 from ur4rec_jax.training.negatives import draw_all_negatives
 from ur4rec_jax.training.objective import LossInputs, make_losses
 from ur4rec_jax.training.stages import Stage
@@ -57,7 +57,7 @@ def measure(
   """
   config = stage.config
   data = jax.device_put(make_train_data(run.dataset.train_part(), run.tables))
-  batches = make_batches(run)
+  batches = plan_batches(run)
   model, all_losses = run.model_of(stage), make_losses(config.loss, run.dataset.num_items)
 
   @jax.jit

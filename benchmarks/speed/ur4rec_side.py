@@ -23,7 +23,7 @@ from ur4rec_jax.runs.checkpoint import Checkpointer
 from ur4rec_jax.runs.config_checks import check_config
 from ur4rec_jax.runs.metric_writers import NullReporter
 from ur4rec_jax.runs.open_run import make_run
-from ur4rec_jax.runs.train_loop import TrainLoop, make_batches, restore_or_create
+from ur4rec_jax.runs.train_loop import TrainLoop, plan_batches, restore_or_create
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import stage_numbers
 
@@ -70,7 +70,7 @@ def make_loop(config: ConfigDict, dataset: Dataset, workdir: str) -> TrainLoop:
   run = make_run(config, dataset)
   checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
   start = restore_or_create(run, checkpointer)
-  return TrainLoop(run, make_batches(run), start, checkpointer, NullReporter())
+  return TrainLoop(run, plan_batches(run), start, checkpointer, NullReporter())
 
 
 def train(loop: TrainLoop, num_steps: int) -> None:

@@ -17,7 +17,7 @@ from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation import evaluate, ranking
 from ur4rec_jax.evaluation.baselines import baseline_metrics
 from ur4rec_jax.evaluation.metrics import ranking_metrics
-from ur4rec_jax.evaluation.queries import make_batches, make_queries
+from ur4rec_jax.evaluation.queries import make_queries, pack_queries
 from ur4rec_jax.models.content import EncodedItems
 from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.models.sasrec import SASRec
@@ -182,7 +182,7 @@ def test_protocol_names_what_a_number_depends_on():
 def test_batches_hold_every_user_once_with_the_newest_token(users_per_batch):
   dataset = mixed_dataset()
   queries = make_queries(dataset, 'test', make_config('uniform'))
-  batches, members = make_batches(queries, MAX_LENGTH, users_per_batch)
+  batches, members = pack_queries(queries, MAX_LENGTH, users_per_batch)
   assert len(members) % devices.device_count() == 0
   np.testing.assert_array_equal(np.sort(members[members >= 0]), np.arange(len(queries.users)))
   for i, batch_members in enumerate(members):

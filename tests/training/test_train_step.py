@@ -211,7 +211,7 @@ class Lookup(nn.Module):
     self.drop = Dropout(self.dropout)
 
   def encode(
-    self, features, item_ids, segment_ids, preferences, *, deterministic: bool = True, take=None
+    self, features, item_ids, segment_ids, preferences, *, deterministic: bool = True, lookup=None
   ):
     users = self.drop(self.item_embedding[item_ids], deterministic=deterministic)
     return Encoded({'sasrec': users}, {'sasrec': self.item_embedding[1:]})

@@ -15,8 +15,8 @@ from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, TokenTable
 from ur4rec_jax.data.input_pipeline import gather_batch, gather_preferences
 from ur4rec_jax.errors import DivergenceError
-from ur4rec_jax.evaluation.cold_items import ColdItems, cold_items_of, with_mean_of_nearest
-from ur4rec_jax.evaluation.queries import EvalBatch, make_batches, make_queries
+from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
+from ur4rec_jax.evaluation.queries import EvalBatch, make_queries, pack_queries
 from ur4rec_jax.evaluation.ranking import (
   Seen,
   leave_out_seen,
@@ -102,7 +102,7 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
     DivergenceError if a score is not finite.
   """
   queries = make_queries(data.dataset, part, data.config)
-  batches, members = make_batches(queries, model.max_length, data.config.batch_size)
+  batches, members = pack_queries(queries, model.max_length, data.config.batch_size)
   seen_capacity = int(batches.seen_lengths.sum(-1).max())
   rank = devices.MAPPINGS[data.mapping](
     make_eval_step(model, data.embeddings, seen_capacity),
@@ -148,19 +148,14 @@ def make_catalogue_encoder(model: nn.Module, data: EvalData) -> Callable[..., Ca
   def encode(params: PyTree, features: dict[str, TokenTable]) -> Catalogue:
     items = model.apply({'params': params}, features, method='encode_items')
     if cold is not None:
-      items |= {'sasrec': _with_cold_items(items['sasrec'], cold, embeddings)}
+      vectors = with_mean_of_nearest(items['sasrec'].vectors, cold, embeddings)
+      items |= {'sasrec': items['sasrec']._replace(vectors=vectors)}
     return Catalogue(items, model.covariances(items))
 
   if not embeddings.is_sharded:
     return devices.on_each_device(encode)
   axes = data.params_axes, embeddings.axis
   return devices.MAPPINGS[data.mapping](encode, axes, (), out_axes=0)
-
-
-def _with_cold_items(
-  items: EncodedItems, cold: ColdItems, embeddings: ItemEmbeddings
-) -> EncodedItems:
-  return items._replace(vectors=with_mean_of_nearest(items.vectors, cold, embeddings))
 
 
 def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: int) -> Callable:
@@ -172,22 +167,22 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
     seen_capacity: at least the sum of a batch's `seen_lengths`.
 
   Returns:
-    `eval_step(params, catalogue, preferences, item_ids, batch)` with the users' token tables as
-    `preferences`. It returns the ranks `[users of all devices]`, in the order of the batches, and
+    `eval_step(params, catalogue, user_tables, item_ids, batch)` with the token tables of all users.
+    It returns the ranks `[users of all devices]`, in the order of the batches, and
     whether everything is finite.
   """
 
   def eval_step(
     params: PyTree,
     catalogue: Catalogue,
-    preferences: dict[str, TokenTable],
+    user_tables: dict[str, TokenTable],
     item_ids: Array,
     batch: EvalBatch,
   ) -> tuple[Array, Array]:
     apply = functools.partial(
       model.apply, {'params': with_placeholders(params, embeddings.num_items)}
     )
-    users = _encode_users(apply, catalogue, preferences, item_ids, batch)
+    users = _encode_users(apply, catalogue, user_tables, item_ids, batch)
     targets = jnp.maximum(batch.targets, 1)
     seen = _seen(item_ids, batch, seen_capacity)
     if not model.is_sum:
@@ -206,7 +201,7 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
     finite = jax.lax.pmin(finite.astype(jnp.int32), devices.AXIS)
     return jax.lax.all_gather(ranks, devices.AXIS, tiled=True), finite
 
-  def _encode_users(apply, catalogue, preferences, item_ids, batch) -> dict[str, Array]:
+  def _encode_users(apply, catalogue, user_tables, item_ids, batch) -> dict[str, Array]:
     """Returns by branch `[users, width]`, each user's state after the whole history."""
     tokens = gather_batch(item_ids, batch.plan, model.max_length)
     newest = jnp.maximum(jnp.cumsum(batch.plan.lengths, axis=1) - 1, 0)
@@ -219,7 +214,7 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
       items,
       history,
       tokens.segment_ids,
-      gather_preferences(preferences, tokens),
+      gather_preferences(user_tables, tokens),
       query_positions=newest,
       method='encode_users',
     )

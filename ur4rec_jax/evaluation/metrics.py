@@ -44,7 +44,8 @@ def popularity_groups(counts: np.ndarray) -> np.ndarray:
   as more popular.
 
   Args:
-    counts: `[items]` training interactions of each, not all 0.
+    counts: `[items]` training interactions of each item, not all 0. A row for padding may be among
+      them, as it has none.
 
   Returns:
     `[items]` index into `POPULARITY_GROUPS`.

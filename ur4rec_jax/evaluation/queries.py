@@ -90,7 +90,7 @@ def _draw_candidates(dataset: Dataset, users: np.ndarray, config: ConfigDict) ->
   return candidates
 
 
-def make_batches(
+def pack_queries(
   queries: Queries, max_length: int, users_per_batch: int
 ) -> tuple[EvalBatch, np.ndarray]:
   """Packs the users into equal batches; their number is a multiple of the device count.

@@ -125,7 +125,8 @@ class Recommender:
     looked_up = [self.lookup(history) for history in query.histories]
     histories = [history for history, _ in looked_up]
     has_text = np.zeros(len(histories), bool)
-    for _, mask in preferences.values():
+    for name, (tokens, mask) in preferences.items():
+      self._check_preference(name, tokens, mask, len(histories))
       has_text |= np.asarray(mask).any(1)
     for (history, unknown), has in zip(looked_up, has_text, strict=True):
       if not history.size and not has:
@@ -135,7 +136,7 @@ class Recommender:
       allowed = np.zeros(len(self._ids_by_number), bool)
       allowed[self._lookup_filter(query.only, 'only')] = True
     without = np.zeros(0, np.int32)
-    if len(query.without):
+    if query.without is not None and len(query.without):
       without = self._lookup_filter(query.without, 'without')
     return CheckedQuery(
       histories,
@@ -149,6 +150,20 @@ class Recommender:
       preferences,
       [unknown for _, unknown in looked_up],
     )
+
+  def _check_preference(self, name: str, tokens: Any, mask: Any, users: int) -> None:
+    known = self.settings.preferences
+    if name not in known:
+      reads = f'it reads {", ".join(known)}' if known else 'it reads none'
+      raise InputError(f"preferences: the model does not read users' {name}; {reads}")
+    count, width = known[name]
+    shapes, wanted = (np.shape(tokens), np.shape(mask)), ((users, width), (users,))
+    is_right = (shapes[0][::2], shapes[1][:1]) == wanted and shapes[0][:2] == shapes[1]
+    if not is_right or shapes[0][1] > count:
+      raise InputError(
+        f'preferences: {name} must be tokens [{users}, at most {count}, {width}] and a mask of the'
+        f' first two dimensions, not {shapes[0]} and {shapes[1]}'
+      )
 
   def rank(self, query: CheckedQuery) -> Ranking:
     """Ranks the catalogue for all users of a query."""
@@ -251,7 +266,10 @@ class Recommender:
       raise InputError(f'k={k!r:.80}: must be a whole number from 1 to {most}, {reason}')
 
   def warm_up(self, k: int = 10, users: int = 1) -> None:
-    """Compiles the programs that answer queries of so many users, for histories of any length."""
+    """Compiles the programs that answer queries of so many users without filters.
+
+    The histories may have any length up to `max_length`.
+    """
     step = _length_step(users)
     for length in range(step, self.max_length + step, step):
       history = np.ones(min(length, self.max_length), np.int32)

@@ -309,13 +309,19 @@ class TrainedRecommender(Recommender):
     tables[TEXT] = TokenTable(tokens[None], mask[None])
     larger = self._with_items(NewItems([_PREFERENCE], ['the preference'], tables))
     # The model reads the latest `max_length` items, and the preference must be one of them.
-    latest = [list(history)[-self.max_length + 1 :] for history in query.histories]
-    query = dataclasses.replace(
-      query,
-      histories=[[_PREFERENCE, *history] for history in latest],
-      without=[*query.without, _PREFERENCE],
+    latest = [list(h)[max(len(h) - self.max_length + 1, 0) :] for h in query.histories]
+    checked = larger.check(
+      dataclasses.replace(
+        query,
+        histories=[[_PREFERENCE, *history] for history in latest],
+        without=[*(query.without or ()), _PREFERENCE],
+      )
     )
-    return larger.ask(query)
+    if not query.keep_seen:  # Older items are not read, but they were seen, too.
+      seen = [larger.lookup(history)[0] for history in query.histories]
+      excluded = [np.union1d(*pair) for pair in zip(checked.excluded, seen, strict=True)]
+      checked = dataclasses.replace(checked, excluded=excluded)
+    return larger.to_answer(checked, larger.rank(checked))
 
   def add_items(self, source: str | pathlib.Path) -> tuple['TrainedRecommender', list[str]]:
     """Appends items that training has not seen, described by their content.

@@ -173,7 +173,7 @@ class UR4Rec(nn.Module):
     preferences: Preferences | None = None,
     *,
     deterministic: bool = True,
-    take: Callable[[Array], Array] | None = None,
+    lookup: Callable[[Array], Array] | None = None,
   ) -> Encoded:
     """Encodes items and users for training; a fusion that is a sum counts as one more branch.
 
@@ -183,14 +183,14 @@ class UR4Rec(nn.Module):
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: tokens of the users' own texts, or None.
       deterministic: False applies dropout, with the `dropout` key.
-      take: if this device encodes only its own rows of sharded items, selects from an array
+      lookup: if this device encodes only its own rows of sharded items, selects from an array
         `[rows, ...]` those that histories and losses number; the same on all devices.
     """
     sides = self.encode_items(features, deterministic=deterministic)
     own_items = None
-    if take is not None:
+    if lookup is not None:
       own_items = {name: side.vectors for name, side in sides.items()}
-      sides = jax.tree.map(take, sides)
+      sides = jax.tree.map(lookup, sides)
     users, retrieved = self._encode_users(sides, item_ids, segment_ids, preferences, deterministic)
     items = _vectors(sides)
     if self.fusion is not None and self.is_sum:

@@ -4,6 +4,7 @@ Orbax alone restores a file with a flipped byte without an error, and takes an e
 the latest step. Here a step counts only if its manifest, which is written last, matches every file.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -57,6 +58,66 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
   }
 
 
+def checkpoint_folder(workdir: str) -> pathlib.Path:
+  """Returns the folder of a run's checkpoints."""
+  return pathlib.Path(workdir).absolute() / 'checkpoints'
+
+
+def read_latest(workdir: str, tree: PyTree) -> tuple[PyTree, dict] | None:
+  """Reads the newest complete step of a run that may be training at this moment.
+
+  Nothing in the folder changes. A step that is being written or deleted does not count.
+
+  Args:
+    workdir: the run's folder.
+    tree: arrays or shapes of the structure that was saved.
+
+  Returns:
+    The arrays, whole on each device of this process, and the progress; None without a step.
+
+  Raises:
+    InputError: the step holds arrays of other names or shapes.
+  """
+  folder = checkpoint_folder(workdir)
+  for step in _steps(folder):
+    with contextlib.suppress(FileNotFoundError):  # The run may delete an old step meanwhile.
+      if find_damage(folder / str(step)) is None:
+        return _read_step(folder / str(step), tree, None)
+  return None
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+  """Returns the steps in a folder, the newest first."""
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def _read_step(folder: pathlib.Path, tree: PyTree, axes: PyTree) -> tuple[PyTree, dict]:
+  """Reads the arrays and the progress of one step; arguments as `Checkpointer.restore`."""
+  with ocp.Checkpointer(_array_handler()) as reader:
+    _check_arrays(folder, _shapes(reader.metadata(folder / 'state').item_metadata.tree), tree)
+    template = devices.with_shardings(tree, axes)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(template)
+    arrays = reader.restore(folder / 'state', ocp.args.PyTreeRestore(template, restore_args))
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    progress = reader.restore(folder / 'progress')
+  return devices.to_local(arrays, axes), progress
+
+
+def _check_arrays(folder: pathlib.Path, stored: dict[str, tuple[int, ...]], tree: PyTree) -> None:
+  """Raises InputError unless the stored arrays have the names and shapes of `tree`."""
+  expected = _shapes(tree)
+  differing = sorted(name for name in stored | expected if stored.get(name) != expected.get(name))
+  if differing:
+    name = differing[0]
+    raise InputError(
+      f'{folder}: holds arrays of another model: {name} is {stored.get(name, "missing")} there and '
+      f'{expected.get(name, "missing")} here, as are {len(differing) - 1} others. Another version '
+      'of the program wrote it, or files were exchanged; go on with that version, or train again '
+      'in another --workdir'
+    )
+
+
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
   """Makes one device write small arrays that all devices hold.
 
@@ -72,9 +133,9 @@ class Checkpointer:
   """Saves and restores steps in `WORKDIR/checkpoints`, keeping the latest ones."""
 
   def __init__(self, workdir: str, max_to_keep: int):
-    """Opens the folder; newest steps that are damaged are moved aside with a warning."""
+    """Opens the folder to train in it; damaged newest steps are moved aside with a warning."""
     self.workdir = workdir
-    self._folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+    self._folder = checkpoint_folder(workdir)
     self._damaged = self._folder.with_name('damaged_checkpoints')
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
@@ -93,12 +154,9 @@ class Checkpointer:
       item_handlers={'state': _array_handler(), 'progress': ocp.JsonCheckpointHandler()},
     )
 
-  def _steps(self) -> list[int]:
-    return sorted((int(p.name) for p in self._folder.iterdir() if p.name.isdigit()), reverse=True)
-
   def _set_damaged_aside(self) -> None:
     """Moves steps away until the newest one is complete."""
-    for step in self._steps():
+    for step in _steps(self._folder):
       folder = self._folder / str(step)
       damage = find_damage(folder)
       if damage is None:
@@ -180,33 +238,7 @@ class Checkpointer:
       InputError: the step holds arrays of other names or shapes.
     """
     step = self.latest_step
-    if step is None:
-      return None
-    self._check_arrays(step, tree)
-    template = devices.with_shardings(tree, axes)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(template)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(template, restore_args), progress=ocp.args.JsonRestore()
-      ),
-    )
-    return devices.to_local(restored.state, axes), restored.progress
-
-  def _check_arrays(self, step: int, tree: PyTree) -> None:
-    """Raises InputError unless a step holds arrays of the names and shapes in `tree`."""
-    with ocp.PyTreeCheckpointer() as reader:
-      stored = _shapes(reader.metadata(self._folder / str(step) / 'state').item_metadata.tree)
-    expected = _shapes(tree)
-    differing = sorted(name for name in stored | expected if stored.get(name) != expected.get(name))
-    if differing:
-      name = differing[0]
-      raise InputError(
-        f'{self._folder / str(step)}: holds arrays of another model: {name} is '
-        f'{stored.get(name, "missing")} there and {expected.get(name, "missing")} here, as are '
-        f'{len(differing) - 1} others. Another version of the program wrote it, or files were '
-        'exchanged; go on with that version, or train again in another --workdir'
-      )
+    return None if step is None else _read_step(self._folder / str(step), tree, axes)
 
   def close(self) -> None:
     """Finishes pending writes."""

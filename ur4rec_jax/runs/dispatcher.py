@@ -28,8 +28,6 @@ class Dispatcher:
     batches: all batches.
     max_steps: steps in one dispatch.
     reporter: gets the mean metrics of each dispatch.
-    loss: mean over the last dispatch that was read.
-    speed: its sequences a second.
   """
 
   train_step: Callable
@@ -38,13 +36,12 @@ class Dispatcher:
   batches: TrainBatches
   max_steps: int
   reporter: Reporter | NullReporter
-  loss: float = float('nan')
-  speed: float = float('nan')
 
   def __post_init__(self):
     self._epoch, self._plan = -1, None
     self._pending: tuple[int, int, dict[str, Any]] | None = None
     self._last_read = 0.0
+    self._loss = self._speed = None  # Of the last dispatch that was read.
 
   def run(self, state: TrainState, step: int, border: int) -> tuple[TrainState, int]:
     """Trains `max_steps` from `step` on, or fewer: to the end of the epoch or to step `border`."""
@@ -62,7 +59,8 @@ class Dispatcher:
       devices.replicate(np.int32(count)),
       self.numbers,
     )
-    if self._pending is None:  # The first call compiled, others followed a validation.
+    # Restarts the clock: compiling or a validation before this dispatch is not training.
+    if self._pending is None:
       self._last_read = time.monotonic()
     self.flush()
     self._pending = (step + count, count, metrics)
@@ -89,6 +87,12 @@ class Dispatcher:
     values = {name: float(x.mean(dtype=np.float64)) for name, x in metrics.items()}
     now = time.monotonic()
     users = count * self.batches.users / self.batches.steps_per_epoch
-    self.loss, self.speed = values['loss'], users / (now - self._last_read)
+    self._loss, self._speed = values['loss'], users / (now - self._last_read)
     self._last_read = now
-    self.reporter.trained(step, values, self.speed)
+    self.reporter.trained(step, values, self._speed)
+
+  def last_dispatch(self) -> str:
+    """Describes the last dispatch that was read; empty if none was read since the start."""
+    if self._loss is None:
+      return ''
+    return f'loss {self._loss:.4f}, {self._speed:.0f} sequences/s, '

@@ -274,7 +274,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       0.0, 'Weight of the loss by which one of the proxies finds the target.', at_least=0
     ),
     'loss.weights.matching': Knob(
-      0.0, 'Weight of the loss that tells own targets from those of other users.', at_least=0
+      0.0, 'Weight of the loss that tells own targets from those of other tokens.', at_least=0
     ),
     'loss.weighting': Knob(
       'fixed',

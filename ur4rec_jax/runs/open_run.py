@@ -14,7 +14,7 @@ from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.evaluate import PARTS, EvalData
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
-from ur4rec_jax.runs.checkpoint import Checkpointer
+from ur4rec_jax.runs.checkpoint import read_latest
 from ur4rec_jax.runs.config_checks import check_config
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
@@ -83,12 +83,16 @@ class Run:
     padded = jax.eval_shape(lambda: self.embeddings.pad(self.create_state()))
     return saved_tree(padded, len(self.stages))
 
-  def on_devices(self) -> EvalData:
+  def eval_data(self) -> EvalData:
     """Copies what an evaluation reads onto each device, with whole item tables."""
     item_ids, tables = devices.replicate((self.dataset.item_ids, self.tables))
-    whole = ItemEmbeddings('all', self.dataset.num_items)
     return EvalData(
-      self.dataset, self.config.evaluation, item_ids, tables, whole, mapping=self.config.mapping
+      dataset=self.dataset,
+      config=self.config.evaluation,
+      item_ids=item_ids,
+      tables=tables,
+      embeddings=ItemEmbeddings('all', self.dataset.num_items),
+      mapping=self.config.mapping,
     )
 
 
@@ -133,11 +137,7 @@ def restore_best(run: Run, workdir: str) -> tuple[Stage, PyTree]:
   Raises:
     InputError: the run has not been validated yet.
   """
-  checkpointer = Checkpointer(workdir, run.config.checkpoint.max_to_keep)
-  try:
-    restored = checkpointer.restore(run.stored())
-  finally:
-    checkpointer.close()
+  restored = read_latest(workdir, run.stored())
   best = TrainProgress.from_json(restored[1]).best_stage if restored else None
   if best is None:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')

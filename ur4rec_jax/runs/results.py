@@ -59,7 +59,7 @@ def write_results(
     records.append(
       {
         'name': stage.name,
-        'moving': sorted(stage.trainable),
+        'moving': sorted(stage.trainable),  # The file keeps its first names for these two.
         'paths': [*stage.config.branches],
         'steps': end - went.start,
         'best_step': went.best_step,
@@ -85,7 +85,7 @@ def write_results(
     'seed': run.config.seed,
     'git': _git_version(),
   }
-  # Kept apart from the results, which are the same whenever and wherever the run is repeated.
+  # Kept apart from the results, which are the same whenever this version repeats the run.
   timing = {
     'device': devices.describe_devices(),
     'seconds': round(progress.seconds, 1),
@@ -120,7 +120,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   keep_compiled_programs(workdir, config)
   stage, params = restore_best(run, workdir)
-  ranks = rank_held_out(stage.config, run.on_devices(), params, PARTS)
+  ranks = rank_held_out(stage.config, run.eval_data(), params, PARTS)
   results = _scores(stage.config, run.dataset, ranks)
   if devices.is_main_process():
     print(results_table(results), file=sys.stderr)

@@ -38,13 +38,16 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
         )
         os._exit(128 + signal.SIGTERM)
 
-  threading.Thread(target=end_in_time, daemon=True).start()
+  watcher = threading.Thread(target=end_in_time, daemon=True)
+  watcher.start()
   try:
     # All processes of a run must get the same answer, or one would wait for the others.
     yield lambda: int(devices.any_process(bool(received))) and (received or [signal.SIGTERM])[0]
   finally:
     is_over.set()
     signal.set_wakeup_fd(-1)
-    os.close(notify)
+    os.close(notify)  # Ends the watcher, which then reads nothing more.
+    watcher.join()
+    os.close(noticed)
     for number, handler in old.items():
       signal.signal(number, handler)

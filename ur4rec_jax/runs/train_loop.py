@@ -24,7 +24,7 @@ from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.runs.results import write_results
 from ur4rec_jax.runs.run_summary import run_summary
 from ur4rec_jax.runs.stop_requests import stop_requests
-from ur4rec_jax.runs.workdir import claim_workdir
+from ur4rec_jax.runs.workdir import claimed_workdir
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ITEM_TABLE
 from ur4rec_jax.training.stages import Stage, stage_numbers
@@ -63,21 +63,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
   """
   run = open_run(config)
   run.embeddings.check_devices()
-  batches = make_batches(run)
-  claim_workdir(workdir, run)
-  with (
-    contextlib.closing(Checkpointer(workdir, config.checkpoint.max_to_keep)) as checkpointer,
-    stop_requests(config.checkpoint.grace_seconds) as stop_requested,
-    jax.transfer_guard(config.transfer_guard),
-  ):
-    start = restore_or_create(run, checkpointer)
-    with contextlib.closing(_open_reporter(run, batches, start, workdir)) as reporter:
-      loop = TrainLoop(run, batches, start, checkpointer, reporter)
-      loop.run_to_end(stop_requested)
-  return write_results(run, workdir, loop.progress, loop.best_params, loop.eval_data)
+  batches = plan_batches(run)
+  with claimed_workdir(workdir, run):
+    with (
+      contextlib.closing(Checkpointer(workdir, config.checkpoint.max_to_keep)) as checkpointer,
+      stop_requests(config.checkpoint.grace_seconds) as stop_requested,
+      jax.transfer_guard(config.transfer_guard),
+    ):
+      start = restore_or_create(run, checkpointer)
+      with contextlib.closing(_open_reporter(run, batches, start, workdir)) as reporter:
+        loop = TrainLoop(run, batches, start, checkpointer, reporter)
+        loop.run_to_end(stop_requested)
+    return write_results(run, workdir, loop.progress, loop.best_params, loop.eval_data)
 
 
-def make_batches(run: Run) -> TrainBatches:
+def plan_batches(run: Run) -> TrainBatches:
   """Plans the training batches of a run; InputError if the devices cannot share them equally."""
   config = run.config
   batches = TrainBatches(
@@ -186,17 +186,19 @@ class TrainLoop:
     self.saved = self._position() if start.is_saved else None
     tables = run.tables._replace(items=run.embeddings.pad_features(run.tables.items))
     feature_axes = Tables(items=run.embeddings.axis, users=None)
-    self.data_axes = TrainData(None, None, feature_axes, None)
+    self.data_axes = TrainData(
+      item_ids=None, item_counts=None, tables=feature_axes, preference_starts=None
+    )
     train_data = make_train_data(run.dataset.train_part(), tables)
     self.data = devices.place(train_data, self.data_axes)
     self.eval_data = EvalData(
-      run.dataset,
-      self.config.evaluation,
-      devices.replicate(run.dataset.item_ids),
-      self.data.tables,
-      run.embeddings,
-      self.axes['state'].params,
-      self.config.mapping,
+      dataset=run.dataset,
+      config=self.config.evaluation,
+      item_ids=devices.replicate(run.dataset.item_ids),
+      tables=self.data.tables,
+      embeddings=run.embeddings,
+      params_axes=self.axes['state'].params,
+      mapping=self.config.mapping,
     )
     self.validators, self.train_steps = {}, {}
     self.started = time.monotonic() - self.progress.seconds
@@ -288,7 +290,10 @@ class TrainLoop:
     return is_validated and (self._steps_in_stage() >= self.total_steps or out_of_patience)
 
   def _start_next_stage(self) -> None:
-    """Goes on from the best parameters. Needs no save: the last save leads here again."""
+    """Begins the next stage with the best or the last parameters; the optimizer state is kept.
+
+    Nothing is saved: a run that restarts from the last save comes here again.
+    """
     progress = self.progress
     params = self.state.params
     if self.stage.start_next_with == 'best':
@@ -315,9 +320,8 @@ class TrainLoop:
       best.best_step, best.best_epoch, best.valid = progress.step, epoch, values
       self.best_params = put_params(self.best_params, self.state.params, self._stage_index())
     progress.validated_step = progress.step
-    trained = f'loss {self.dispatcher.loss:.4f}, {self.dispatcher.speed:.0f} sequences/s, '
     message = (
-      f'epoch {epoch}: {trained if done else ""}valid {SELECTION_METRIC} {score:.4f}, '
+      f'epoch {epoch}: {self.dispatcher.last_dispatch()}valid {SELECTION_METRIC} {score:.4f}, '
       f'best {best.valid[SELECTION_METRIC]:.4f} at epoch {best.best_epoch}'
     )
     self.reporter.validated(progress.step, values, message)

@@ -1,11 +1,11 @@
 """The folder of a run: its config, a lock for one process, and compiled programs."""
 
-import atexit
 import contextlib
 import json
 import pathlib
 import shlex
 import sys
+from collections.abc import Iterator
 
 import jax
 from ml_collections import ConfigDict
@@ -18,10 +18,8 @@ from ur4rec_jax.runs.open_run import Run
 from ur4rec_jax.sharding import devices
 
 CONFIG = 'config.json'
+RESULT_FILES = ('results.json', 'test_ranks.npz', 'timing.json', 'report.html')
 _NO_CACHE = 'none'
-# Locks that this process holds until it ends.
-_locks = contextlib.ExitStack()
-atexit.register(_locks.close)
 
 
 def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
@@ -59,13 +57,14 @@ def check_workdir(workdir: str, run: Run, free: tuple[str, ...] = ()) -> bool:
   path = pathlib.Path(workdir) / CONFIG
   if not path.exists():
     return False
-  started, now = json.loads(path.read_text())['dataset'], run.dataset.identity()
+  config, now = stored_config(workdir), run.dataset.identity()
+  started = json.loads(path.read_text()).get('dataset')
   if started != now:
     raise InputError(
       f'{workdir} holds a run on dataset {started}, but config.data_dir='
       f'{run.config.data_dir} is {now}; use another --workdir'
     )
-  check_unchanged(stored_config(workdir).to_dict(), run.config.to_dict(), workdir, free)
+  check_unchanged(config.to_dict(), run.config.to_dict(), workdir, free)
   return True
 
 
@@ -76,8 +75,9 @@ def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
   return stored_config(workdir).to_dict() == json.loads(json.dumps(config.to_dict()))
 
 
-def claim_workdir(workdir: str, run: Run) -> None:
-  """Checks the folder, locks it against other processes, and writes the config to `config.json`.
+@contextlib.contextmanager
+def claimed_workdir(workdir: str, run: Run) -> Iterator[None]:
+  """Lets one process train in the folder, and writes the config to `config.json`.
 
   It also makes `WORKDIR/compiled` the cache of compiled programs. Results of the same run with
   another config, such as fewer epochs, are removed, so that results always belong to the config.
@@ -89,18 +89,25 @@ def claim_workdir(workdir: str, run: Run) -> None:
   check_workdir(workdir, run)
   keep_compiled_programs(workdir, run.config)
   folder = pathlib.Path(workdir)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not devices.is_main_process():
-      return
-    taken = (
-      f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'
-    )
-    _locks.enter_context(only_process(folder / 'lock', taken))
-  except OSError as error:
-    raise StorageError(f'cannot write to --workdir {workdir}: {error.strerror}') from error
+  taken = (
+    f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'
+  )
+  with contextlib.ExitStack() as lock:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      if devices.is_main_process():
+        lock.enter_context(only_process(folder / 'lock', taken))
+    except OSError as error:
+      raise StorageError(f'cannot write to --workdir {workdir}: {error.strerror}') from error
+    if devices.is_main_process():
+      _note_start(folder, run)
+    yield
+
+
+def _note_start(folder: pathlib.Path, run: Run) -> None:
   if not is_started_with(folder, run.config):
-    (folder / 'results.json').unlink(missing_ok=True)
+    for name in RESULT_FILES:
+      (folder / name).unlink(missing_ok=True)
   command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
   identity, config = run.dataset.identity(), run.config.to_dict()
   content = {'dataset': identity, 'command': command, 'config': config}

@@ -145,9 +145,10 @@ class ItemEmbeddings:
     if not self.is_partial:
       return StepTables(self)
     read = self.read(jnp.concatenate([x.reshape(-1) for x in ids]))
-    return PartTables(self, read) if needs_catalogue else ReadTables(self, read)
+    return DeviceTables(self, read) if needs_catalogue else ReadTables(self, read)
 
-  # The next four let ranking be written once: each is the identity if tables are whole.
+  # If tables are whole, these four do nothing: the first query is 0, and the others return their
+  # argument. So ranking is written once.
 
   def gather_queries(self, queries: PyTree) -> PyTree:
     """Collects the queries of all devices, as each device ranks all of them among its own items."""
@@ -246,7 +247,7 @@ class ReadTables(StepTables):
 
 
 @dataclasses.dataclass(frozen=True)
-class PartTables(StepTables):
+class DeviceTables(StepTables):
   """This device's rows of sharded item tables, all of which the step updates.
 
   Attributes:

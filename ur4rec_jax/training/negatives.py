@@ -31,7 +31,10 @@ ByBranch = dict[str, Negatives | None]
 
 
 def draw_all_negatives(config: ConfigDict, targets: Array, data: TrainData, key: Array) -> ByBranch:
-  """Draws the negatives of each branch; arguments as `draw_negatives`."""
+  """Draws the negatives of each branch; arguments as `draw_negatives`.
+
+  Branches with the same loss share their negatives.
+  """
   return {
     branch: draw_negatives(name, config, targets, data, key)
     for branch, name in retrieval_losses(config).items()

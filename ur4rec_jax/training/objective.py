@@ -1,7 +1,8 @@
 """What training minimises: the losses of a batch, by name.
 
-To add a loss, write it in `losses.py`, add an entry to `AUXILIARY`, and give it a weight in
-`config.loss.weights`.
+To add a loss over vectors: write it in `losses.py`, add an entry to `AUXILIARY`, declare its weight
+`loss.weights.NAME` in `runs/knobs.py`, and name it in `losses` of the stages that list theirs.
+To add a loss over scores, extend `make_retrieval_loss` and `losses.RETRIEVAL_LOSSES`.
 """
 
 import functools
@@ -24,13 +25,13 @@ class LossInputs(NamedTuple):
   """What losses read besides the model's output.
 
   Attributes:
-    rows: `[tokens]` int32, the step's number of each target from 1, 0 for padding.
+    numbers: `[tokens]` int32, the step's number of each target from 1, 0 for padding.
     target_ids: `[tokens]` int32, item ids of the targets, 0 for padding.
     negatives: by branch; None where the loss reads the whole catalogue.
     num_tokens: `[]` float32, the number by which sums over tokens are divided.
   """
 
-  rows: Array
+  numbers: Array
   target_ids: Array
   negatives: ByBranch
   num_tokens: Array
@@ -38,12 +39,12 @@ class LossInputs(NamedTuple):
   @property
   def targets(self) -> Array:
     """`[tokens]` int32 from 0, rows of the step's item vectors."""
-    return jnp.maximum(self.rows - 1, 0)
+    return jnp.maximum(self.numbers - 1, 0)
 
   @property
   def weights(self) -> Array:
     """`[tokens]` float32, 1 for a token with a target and 0 for padding."""
-    return (self.rows > 0).astype(jnp.float32)
+    return (self.numbers > 0).astype(jnp.float32)
 
 
 class Sample(NamedTuple):
@@ -53,13 +54,14 @@ class Sample(NamedTuple):
 
   Attributes:
     tokens: `[sample]` indices of tokens.
-    rows: `[sample]` int32, the step's number of their targets from 1, 0 for padding.
+    numbers: `[sample]` int32, the step's number of their targets from 1, 0 for padding. Content
+      has a row for each number.
     targets: `[sample]` int32 from 0, rows of the step's item vectors.
     weights: `[sample]` float32.
   """
 
   tokens: Array
-  rows: Array
+  numbers: Array
   targets: Array
   weights: Array
 
@@ -93,7 +95,7 @@ def make_losses(
   def all_losses(encoded: Encoded, inputs: LossInputs) -> dict[str, Array]:
     count = inputs.targets.size
     tokens = jnp.linspace(0, count - 1, min(config.contrast_items, count), dtype=int)
-    parts = inputs.rows, inputs.targets, inputs.weights
+    parts = inputs.numbers, inputs.targets, inputs.weights
     sample = Sample(tokens, *(x[tokens] for x in parts))
     return {
       name: retrieval[name](encoded, inputs)
@@ -128,14 +130,14 @@ def consistency(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
 def info_nce(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
   """Makes two modalities of an item more alike than those of different items."""
   del config
-  vectors = encoded.content.modalities[sample.rows]
-  present = encoded.content.present[sample.rows]
+  vectors = encoded.content.modalities[sample.numbers]
+  present = encoded.content.present[sample.numbers]
   pairs = list(itertools.combinations(range(present.shape[1]), 2))
   values = [
     losses.info_nce(
       vectors[:, a],
       vectors[:, b],
-      sample.rows,
+      sample.numbers,
       sample.weights * present[:, a] * present[:, b],
       encoded.log_temperature,
     )
@@ -146,8 +148,8 @@ def info_nce(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
 
 def diversity(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
   """Makes the pooled vectors of an item's modality differ, see `losses.diversity`."""
-  pooled = encoded.content.pooled[sample.rows]
-  present = encoded.content.present[sample.rows] * sample.weights[:, None]
+  pooled = encoded.content.pooled[sample.numbers]
+  present = encoded.content.present[sample.numbers] * sample.weights[:, None]
   flat = pooled.reshape(-1, *pooled.shape[2:])
   return losses.diversity(flat, present.reshape(-1), config.diversity)
 
@@ -158,25 +160,26 @@ def contrast(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
   retrieved = encoded.retrieved.reshape(-1, *encoded.retrieved.shape[2:])[sample.tokens]
   target_vectors = encoded.items['retriever'][sample.targets]
   return losses.info_nce(
-    retrieved, target_vectors, sample.rows, sample.weights, encoded.log_temperature
+    retrieved, target_vectors, sample.numbers, sample.weights, encoded.log_temperature
   )
 
 
 def matching(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
-  """Tells a user's own target from the target of the next user in the sample.
+  """Tells a token's own target from the target of the token before it in the sample.
 
-  The other user's target is a negative that is about as popular as the user's own.
+  That target is about as popular as the own one. In packed rows it is often an earlier item of the
+  same user.
   """
   del config
   users = encoded.users['retriever']
   users = users.reshape(-1, users.shape[-1])[sample.tokens]
   matched = encoded.items['retriever'][sample.targets]
   mismatched = jnp.roll(matched, 1, axis=0)
-  is_other = jnp.roll(sample.rows, 1) != sample.rows
+  is_other = jnp.roll(sample.numbers, 1) != sample.numbers
   scores = [(users * items).sum(-1, dtype=jnp.float32) for items in (matched, mismatched)]
   return losses.matching_bce(
     encoded.matching_scale * jnp.concatenate(scores) + encoded.matching_bias,
-    jnp.repeat(jnp.array([1, 0]), len(sample.rows)),
+    jnp.repeat(jnp.array([1, 0]), len(sample.numbers)),
     jnp.concatenate([sample.weights, sample.weights * is_other * jnp.roll(sample.weights, 1)]),
   )
 
@@ -217,7 +220,7 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
       )
       return pairwise(positive, negative, weights)
 
-    # Each negative needs its vector in memory. This takes about as much as logits over 2,000 items.
+    # Each negative needs its vector in memory: with width 64, as much as logits over 2,048 items.
     chunk_size = max(1, 32 * config.chunk_size // config.num_negatives)
     return catalogue_softmax.chunked_sum(
       loss, chunk_size, hidden, targets, negatives.items, weights

@@ -83,7 +83,7 @@ def make_train_step(
     # the mean over all tokens, however unevenly tokens are spread.
     num_tokens = jax.lax.pmean(weights.sum(), AXIS)
     inputs = LossInputs(
-      rows=batch.targets.reshape(-1),
+      numbers=batch.targets.reshape(-1),
       target_ids=target_ids,
       negatives=renumbered(negatives, ids, tables),
       num_tokens=jnp.where(num_tokens > 0, num_tokens, 1.0),
@@ -156,7 +156,7 @@ def make_objective(
         preferences,
         deterministic=False,
         rngs={'dropout': dropout_key},
-        take=tables.lookup,
+        lookup=tables.lookup,
         method='encode',
         mutable=(GATES,),
       )
