@@ -49,6 +49,11 @@ def make(variant: str = 'multimodal', **fields):
   config = default.get_config(variant)
   with config.ignore_type():
     config.update_from_flattened_dict(SHALLOW | fields)
+  return made_of(config)
+
+
+def made_of(config):
+  """The stages and labels of a config."""
   check_config(config)
   tables = {
     name: TokenTable(np.zeros((8, 2, 3), np.float32), np.ones((8, 2), bool))
@@ -115,6 +120,23 @@ def test_a_regex_parts_a_group():
   assert len({label for label in names.values() if label.startswith('sasrec')}) == 2
   assert not {names[name] for name in names.keys() - upper} & made[3].trainable
   assert made[0].trainable == {'sasrec', 'sasrec-1'}
+
+
+def test_the_example_of_the_training_page_works():
+  page = (ROOT / 'docs' / 'training.md').read_text()
+  (example,) = (code for code in re.findall(r'```python\n(.*?)```', page, re.S) if 'stage' in code)
+  exec(example, namespace := {})
+  made, labels = made_of(namespace['get_config']())
+  assert [stage.name for stage in made] == ['pretrain_sasrec', 'pretrain_retriever', 'upper_blocks']
+  assert made[-1].losses == ('fused',)
+  trained = {name for name, of in labels_by_name(labels).items() if of in made[-1].trainable}
+  assert trained
+  assert all(name.startswith('sasrec/blocks_1/') for name in trained)
+
+
+def test_the_retriever_can_be_trained_alone():
+  made, _ = make('text', stages=('pretrain_retriever',))
+  assert made[0].config.branches == ('retriever',)
 
 
 def test_learned_weights_of_losses_move_only_with_their_loss():
