@@ -21,7 +21,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.dim = 128
   config.sasrec.ffn_dim = 128
   config.sasrec.num_heads = 2
-  # Every item has hundreds of interactions: rows that begin as content were worse in validation.
+  # Items have 270 interactions on average: embeddings that start as content were worse in validation.
   config.sasrec.item_input = 'id'
   config.sasrec.item_scale = 0.05
   config.optimizer.learning_rate = 2e-3
@@ -38,5 +38,5 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
     config.num_epochs = 30
     config.stage.joint_finetune.num_epochs = config.stage.end_to_end.num_epochs = 2
   if variant in ('text', 'multimodal'):
-    config.stages = ('train',)  # For as many steps far better than four.
+    config.stages = ('train',)  # Better than four stages for as many steps, in one run of each.
   return config
