@@ -128,10 +128,11 @@ def softmax_over_devices(
   """Cross-entropy over a catalogue that is spread over devices (vocabulary-parallel).
 
   Each device multiplies the tokens of all devices with its own items and sends three numbers a
-  token to the others: the maximum, the sum of exponentials and the score of the target. Neither the catalogue nor the logits are ever collected on one device (Shoeybi et
-  al., Megatron-LM, 2019, section 3). The forward pass computes the gradients, as `softmax` does.
-  They are the gradients of the sum of the returned values over devices, so each device's value must
-  have the same weight in the objective.
+  token to the others: the maximum, the sum of exponentials and the score of the target. Neither the
+  catalogue nor the logits are ever collected on one device (Shoeybi et al., Megatron-LM, 2019,
+  section 3). The forward pass computes the gradients, as `softmax` does. They are the gradients of
+  the sum of the returned values over devices, so each device's value must have the same weight in
+  the objective.
 
   Args:
     hidden: `[tokens, dim]`, this device's.
