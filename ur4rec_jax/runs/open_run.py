@@ -80,7 +80,7 @@ class Run:
 
   def stored(self) -> dict[str, PyTree]:
     """Returns the shapes of a checkpoint's arrays, see `saved_tree`."""
-    padded = jax.eval_shape(lambda: self.embeddings.pad(self.create_state()))
+    padded = jax.eval_shape(self.embeddings.pad, self.shapes)
     return saved_tree(padded, len(self.stages))
 
   def eval_data(self) -> EvalData:
@@ -111,9 +111,9 @@ def open_run(config: ConfigDict) -> Run:
 def make_run(config: ConfigDict, dataset: Dataset) -> Run:
   """Builds a run on a dataset in memory; InputError if a stage is impossible."""
   tables = read_tables(dataset, jnp.dtype(config.dtype))
-  stages, labels = make_stages(
-    config, lambda of: parameter_shapes(create_model(of, dataset.num_items), tables)
-  )
+  # Stages that train the same model need its parameters' shapes only once.
+  shapes_of = functools.cache(lambda model: parameter_shapes(model, tables))
+  stages, labels = make_stages(config, lambda of: shapes_of(create_model(of, dataset.num_items)))
   return Run(config, dataset, tables, stages, labels)
 
 
