@@ -60,7 +60,8 @@ def test_a_command_is_its_program(tmp_path):
   assert 'data_dir data/synthetic: no such folder' in done.stderr
   done = ur4rec('describe', '--data_dr=x', cwd=tmp_path)
   assert done.returncode == 2
-  assert 'usage: ur4rec describe' in done.stderr
+  assert 'unknown flag --data_dr; did you mean --data_dir?' in done.stderr
+  assert 'usage: ur4rec describe' in ur4rec('describe', '--help', cwd=tmp_path).stdout
 
 
 def test_folders_of_the_user_hide_no_package(tmp_path):

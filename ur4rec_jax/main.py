@@ -66,7 +66,7 @@ def _parse_flags() -> None:
   if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
     raise InputError(f'--seeds={",".join(seeds)}: must be different whole numbers, e.g. 0,1,2')
   if _MODE.value != 'train' and (seeds or _SWEEP.value):
-    raise InputError(f'--mode={_MODE.value}: takes no --seeds and no --sweep; name one run')
+    raise InputError(f'--mode={_MODE.value}: works on one run, without --seeds and --sweep')
 
 
 @exit_on_reported_error

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks.speed import measure, ur4rec_side
-from configs import default
 from ur4rec_jax.data.features import load_with_features
 from ur4rec_jax.data.input_pipeline import Batch, gather_preferences
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.runs.config_checks import check_config
+from ur4rec_jax.runs.knobs import VARIANTS
 from ur4rec_jax.sharding import devices
 
 
@@ -79,9 +79,7 @@ def main() -> None:
   )
   parser.add_argument('--config', required=True, help='config file, without a variant')
   parser.add_argument('--data_dir', required=True, help='prepared data, with features')
-  parser.add_argument(
-    '--variants', default=','.join(default.VARIANTS), help='the first is the base'
-  )
+  parser.add_argument('--variants', default=','.join(VARIANTS), help='the first is the base')
   parser.add_argument('--rounds', type=int, default=10)
   measure.add_output_flags(parser)
   flags = parser.parse_args()

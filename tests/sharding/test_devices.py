@@ -44,15 +44,16 @@ STOPPED = """
 import os, signal, time
 import jax
 jax.config.update('jax_platforms', 'cpu')
-from ur4rec_jax import errors, parallel
+from ur4rec_jax import errors
+from ur4rec_jax.sharding import devices
 end = os._exit
 os._exit = lambda code: (time.sleep(0.5 * (jax.process_index() > 0)), end(code))
-with parallel.joined_processes():
-  parallel.any_process(False)
+with devices.joined_processes():
+  devices.any_process(False)
   if os.environ['DYING'] == os.environ['JAX_PROCESS_ID']:
     os.kill(os.getpid(), signal.SIGKILL)
   if os.environ['DYING']:
-    parallel.any_process(False)
+    devices.any_process(False)
   raise errors.InterruptedBySignal('saved', signal.SIGTERM)
 """
 

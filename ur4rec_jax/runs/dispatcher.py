@@ -25,6 +25,7 @@ class Dispatcher:
     train_step: the mapped step of the stage.
     data: what training reads, on the devices.
     numbers: of the stage, on the devices.
+    alternates: whether the stage trains groups in turns; the turn is then among the metrics.
     batches: all batches.
     max_steps: steps in one dispatch.
     reporter: gets the mean metrics of each dispatch.
@@ -33,6 +34,7 @@ class Dispatcher:
   train_step: Callable
   data: TrainData
   numbers: StageNumbers
+  alternates: bool
   batches: TrainBatches
   max_steps: int
   reporter: Reporter | NullReporter
@@ -78,6 +80,8 @@ class Dispatcher:
     self._pending = None
     metrics = {name: values[:count] for name, values in jax.device_get(metrics).items()}
     finite = metrics.pop('finite')
+    if not self.alternates:
+      del metrics['turn']
     if not finite.all():
       raise DivergenceError(
         'the loss or its gradient is not finite at step '

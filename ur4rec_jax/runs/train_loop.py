@@ -221,6 +221,7 @@ class TrainLoop:
       self._train_step(stage),
       self.data,
       devices.replicate(numbers),
+      len(stage.alternation) > 1,
       self.batches,
       self.config.steps_per_dispatch,
       self.reporter,
@@ -228,8 +229,7 @@ class TrainLoop:
 
   def _train_step(self, stage: Stage) -> Callable:
     """Returns the mapped step of a stage; stages that differ only in numbers share one."""
-    alternates = len(stage.alternation) > 1
-    program = stage.config.branches, stage.losses, stage.trainable, alternates
+    program = stage.config.branches, stage.losses, stage.trainable
     if program not in self.train_steps:
       model, embeddings = self.run.model_of(stage), self.run.embeddings
       self.train_steps[program] = devices.MAPPINGS[self.config.mapping](

@@ -58,7 +58,7 @@ def make_train_step(
     stage. It returns the new state and metrics `[steps]`: `loss`, the weighted sum, and `loss/NAME`
     each loss if there are several, all means over the tokens of all devices; `weight/NAME` a
     learned loss weight; `gate/NAME` the share of a branch or modality; `grad_norm`; `turn`, the
-    index of the trained group, if groups alternate; `finite`, whether loss and gradient are.
+    index of the trained group; `finite`, whether loss and gradient are.
   """
   config = stage.config
   is_trainable = jax.tree.map(lambda label: label in stage.trainable, labels)
@@ -110,7 +110,7 @@ def make_train_step(
       'loss': loss,
       **reported,
       'grad_norm': grad_norm,
-      **({'turn': state.stage.turn} if len(stage.alternation) > 1 else {}),
+      'turn': state.stage.turn,
       'finite': jnp.isfinite(loss) & jnp.isfinite(grad_norm),
     }
     new_stage = after_step(state.stage, loss, numbers)
