@@ -26,7 +26,7 @@ SMALL = (
 DEFAULT = ('pretrain_sasrec', 'pretrain_retriever', 'joint_finetune', 'end_to_end')
 
 
-# As small as two paths can be; the retriever's default blocks take long to compile.
+# Two branches, as small as they can be; the retriever's default blocks take long to compile.
 TINY = (
   '--config.max_length=10',
   '--config.max_item_tokens=0',

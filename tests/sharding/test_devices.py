@@ -166,7 +166,7 @@ def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_d
 
 
 def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, encoded, tmp_path):
-  """Both paths, with losses beside that which read the items of the step alone."""
+  """Both branches; other losses in the run need only the items of the step."""
   reference = tmp_path / 'all'
   flags = (*EXACT, f'--config.data_dir={encoded}')
   flags += ("--config.modalities=('text','image')", "--config.branches=('sasrec','retriever')")

@@ -25,7 +25,7 @@ def flatten(config: dict, prefix: str = '') -> dict[str, Any]:
     if isinstance(value, dict):
       flat |= flatten(value, f'{prefix}{name}.')
     else:
-      flat[prefix + name] = [*value] if isinstance(value, tuple) else value  # As JSON has it.
+      flat[prefix + name] = [*value] if isinstance(value, tuple) else value  # As in JSON.
   return flat
 
 

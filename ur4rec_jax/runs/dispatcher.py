@@ -43,7 +43,7 @@ class Dispatcher:
     self._epoch, self._plan = -1, None
     self._pending: tuple[int, int, dict[str, Any]] | None = None
     self._last_read = 0.0
-    self._loss = self._speed = None  # Of the last dispatch that was read.
+    self._loss = self._speed = None  # From the last dispatch read.
 
   def run(self, state: TrainState, step: int, border: int) -> tuple[TrainState, int]:
     """Trains `max_steps` from `step` on, or fewer: to the end of the epoch or to step `border`."""
