@@ -70,7 +70,10 @@ def content(reply: dict[str, Any]) -> str:
     raise Rejected('filtered by the provider')
   if choice.get('finish_reason') == 'length':
     raise Rejected('cut off at the limit of output tokens')
-  return choice['message'].get('content') or ''
+  text = choice['message'].get('content') or ''
+  if isinstance(text, list):  # Some servers send parts, and reasoning as a part of its own.
+    text = ''.join(part['text'] for part in text if part['type'] == 'text')
+  return text
 
 
 def tokens(reply: dict[str, Any]) -> tuple[int, int]:
