@@ -71,7 +71,8 @@ def only_process(lock_file: str | Path, message: str) -> Iterator[None]:
   try:
     lock.acquire(blocking=False)
   except filelock.Timeout:
-    print(f'{message}; waiting up to {seconds:g} s for it', file=sys.stderr, flush=True)
+    if seconds:
+      print(f'{message}; waiting up to {seconds:g} s', file=sys.stderr, flush=True)
     try:
       lock.acquire(timeout=seconds)
     except filelock.Timeout as error:

@@ -245,8 +245,12 @@ CASES = (
     'divergence',
     3,
     ('not finite', 'learning_rate'),
-    ('--config.optimizer.name=sgd', '--config.optimizer.clip_norm=0.', '--workdir=other')
-    + ('--config.optimizer.learning_rate=1e38',),
+    (
+      '--config.optimizer.name=sgd',
+      '--config.optimizer.clip_norm=0.',
+      '--config.optimizer.learning_rate=1e38',
+      '--workdir=other',
+    ),
   ),
   file_damage('config.json empty', 2, 'run/config.json', EMPTY, 'config.json'),
   file_damage('config.json cut', 2, 'run/config.json', CUT, 'config.json'),
