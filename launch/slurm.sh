@@ -17,8 +17,16 @@
 set -uo pipefail
 
 export JAX_COORDINATOR_ADDRESS=auto # jax finds the rest in what srun sets.
+# srun ends with the largest code, which may be that of a process that only lost the others. So the
+# first process that ends leaves its code in a file, in the folder that all nodes see.
+export UR4REC_EXIT_CODE_FILE=$PWD/.ur4rec-exit-code-$SLURM_JOB_ID
+rm -f "$UR4REC_EXIT_CODE_FILE"
 srun --kill-on-bad-exit=1 --label "${PYTHON:-python}" -u -m ur4rec_jax.main "$@"
 code=$?
+if ((code)) && [[ -s $UR4REC_EXIT_CODE_FILE ]]; then
+  code=$(<"$UR4REC_EXIT_CODE_FILE")
+fi
+rm -f "$UR4REC_EXIT_CODE_FILE"
 
 case $code in
   0 | 1 | 2 | 3 | 4 | 126 | 127) exit "$code" ;;

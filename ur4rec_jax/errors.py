@@ -195,6 +195,8 @@ def errors_end_the_program() -> Iterator[None]:
     yield
   except BaseException as error:
     reported = as_reported(error)
+    if not isinstance(error, SystemExit):
+      _note_exit_code(reported.exit_code if reported else 1)
     if reported is None:
       raise
     prefix = '' if isinstance(reported, InterruptedBySignal) else 'error: '
@@ -202,6 +204,16 @@ def errors_end_the_program() -> Iterator[None]:
       print(f'{prefix}{reported}', file=sys.stderr, flush=True)
     _drop_what_cannot_be_printed()
     sys.exit(reported.exit_code)
+
+
+def _note_exit_code(code: int) -> None:
+  """Writes the code to the file that `UR4REC_EXIT_CODE_FILE` names, unless another process has.
+
+  Of several processes, the first to end knows why. The others only lose it, with other codes.
+  """
+  if path := os.environ.get('UR4REC_EXIT_CODE_FILE'):
+    with contextlib.suppress(OSError), open(path, 'x') as file:
+      file.write(f'{code}\n')
 
 
 def _drop_what_cannot_be_printed() -> None:

@@ -11,6 +11,7 @@ must be named, and must not change a result. Exits with 1 if anything is wrong.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import pathlib
 import resource
@@ -25,6 +26,9 @@ from typing import NamedTuple
 from benchmarks.robustness.small_runs import SMALL
 from ur4rec_jax.errors import EXIT_CODES, exit_on_reported_error
 
+# Processes are forked from one that has imported everything, which saves seconds of each.
+_FORKS = multiprocessing.get_context('forkserver')
+_FORKS.set_forkserver_preload(['ur4rec_jax.main', 'ur4rec_jax.runs.sweep'])
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ('results.json', 'metrics.jsonl', 'test_ranks.npz')
 LIMIT_SECONDS = 600
@@ -44,7 +48,7 @@ class Case(NamedTuple):
       the working directory; a run on a copy is without its results.
     act: what happens to the process once it trains; gets its number.
     file_size: largest file that it may write, in bytes, as on a full disk.
-    output: a file for what it prints, instead of a pipe.
+    output: what it prints goes to this file.
     gap: whether `metrics.jsonl` may differ afterwards from that of the undisturbed run.
   """
 
@@ -333,6 +337,23 @@ def environment(changes: Mapping[str, str], folder: pathlib.Path) -> dict[str, s
   return os.environ | {'JAX_PLATFORMS': 'cpu'} | changes | {'PYTHONPATH': path}
 
 
+def _start(case: Case, folder: pathlib.Path) -> None:
+  """Runs the command of a case in this process, which was forked for it."""
+  os.chdir(folder)
+  os.environ |= environment(case.env, folder)
+  for stream, name in ((1, 'output'), (2, 'error')):
+    os.dup2(os.open(case.output or name, os.O_WRONLY | os.O_CREAT), stream)
+  if case.file_size:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_size, case.file_size))
+  program, *words = command(case, folder)
+  if case.output or {'JAX_PLATFORMS', 'PYTHONPATH'} & case.env.keys():  # Which imports read.
+    os.execv(program, [program, *words])
+  from ur4rec_jax import main
+
+  sys.argv = words[1:]
+  main.main()
+
+
 def run_case(case: Case, workdir: pathlib.Path) -> Outcome:
   """Runs a case on a copy of `WORKDIR/good` and judges how it ended."""
   folder, good = workdir / 'case', workdir / 'good'
@@ -340,10 +361,6 @@ def run_case(case: Case, workdir: pathlib.Path) -> Outcome:
   shutil.copytree(good, folder)
   (folder / 'run/results.json').unlink()
   case.damage(folder)
-
-  def limit() -> None:
-    if case.file_size:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_size, case.file_size))
 
   with contextlib.ExitStack() as stack:
     if case.code == 7:
@@ -355,26 +372,17 @@ def run_case(case: Case, workdir: pathlib.Path) -> Outcome:
       stack.callback(holder.wait)
       stack.callback(holder.kill)
       holder.stdout.readline()
-    output = stack.enter_context(open(case.output or folder / 'output', 'wb'))
-    error = stack.enter_context(open(case.output or folder / 'error', 'wb'))
-    process = subprocess.Popen(
-      command(case, folder),
-      cwd=folder,
-      env=environment(case.env, folder),
-      stdout=output,
-      stderr=error,
-      preexec_fn=limit,
-    )
+    process = _FORKS.Process(target=_start, args=(case._replace(damage=None, act=None), folder))
+    process.start()
     if case.act:
       lines = folder / 'run/metrics.jsonl'
-      while process.poll() is None and not (lines.exists() and lines.stat().st_size):
+      while process.is_alive() and not (lines.exists() and lines.stat().st_size):
         time.sleep(0.02)
       case.act(process.pid)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(LIMIT_SECONDS)
+    process.join(LIMIT_SECONDS)
     process.kill()
-    code = process.wait()
-  code = 128 - code if code < 0 else code
+    process.join()
+  code = process.exitcode if process.exitcode >= 0 else 128 - process.exitcode
   message = '' if case.output else (folder / 'error').read_text()
   problems = [f'exit code {code}'] if code != case.code else []
   problems += [f'no word of {word!r}' for word in case.words if word not in message]
@@ -400,6 +408,7 @@ def main() -> None:
   parser.add_argument('--only', default='', help='only cases whose name contains this')
   flags = parser.parse_args()
   workdir = flags.workdir.absolute()
+  os.environ['JAX_PLATFORMS'] = 'cpu'
   prepare(workdir)
   wrong = 0
   print('| mistake or damage | exit code | start again? | message | wrong |')

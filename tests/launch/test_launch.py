@@ -178,7 +178,12 @@ def calls(scheduler, script, *flags, **env) -> tuple[int, list[str]]:
   path = f'{scheduler}{os.pathsep}{os.environ["PATH"]}'
   command = ['bash', LAUNCH / script, *flags]
   done = subprocess.run(
-    command, env=os.environ | {'PATH': path} | env, capture_output=True, text=True, timeout=60
+    command,
+    env=os.environ | {'PATH': path} | env,
+    cwd=scheduler,
+    capture_output=True,
+    text=True,
+    timeout=120,
   )
   return done.returncode, (scheduler / 'calls').read_text().splitlines()
 
@@ -257,6 +262,17 @@ def test_tpu_vm_does_not_start_again_where_the_program_is_missing(tpu):
   (tpu / 'ur4rec_jax/.venv/bin/python').unlink()
   returned, _ = calls(tpu, 'tpu_vm.sh', 'pod', 'zone-a', '--workdir=a', HOME=str(tpu))
   assert returned == 127
+
+
+def test_slurm_goes_by_the_code_of_the_process_that_ended_first(scheduler):
+  """srun itself ends with the largest code: here with that of a process that lost the others."""
+  pretend(scheduler, 'srun', 'while [[ $1 == --* ]]; do shift; done\n"$@"; exit 134')
+  env = {'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'SLURM_JOB_ID': '77'}
+  flags = ('--config=synthetic', f'--workdir={scheduler}/run', MISTYPED)
+  returned, made = calls(scheduler, 'slurm.sh', *flags, **env)
+  assert returned == errors.InputError.exit_code
+  assert [call.split()[0] for call in made] == ['srun']
+  assert not list(scheduler.glob('.ur4rec*'))
 
 
 def test_slurm_does_not_queue_a_mistyped_flag_again(scheduler):
