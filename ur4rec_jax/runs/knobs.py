@@ -116,7 +116,12 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     ),
   },
   'Training': {
-    'seed': Knob(0, 'Seed of parameters, batches, dropout and negatives.', at_least=0),
+    'seed': Knob(
+      0,
+      'Seed of parameters, batches, dropout and negatives.',
+      at_least=0,
+      at_most=2**32 - 1,  # jax would take a larger one for its remainder.
+    ),
     'batch_size': Knob(
       128, 'Users in one optimizer step, on average and over all devices.', at_least=1
     ),
@@ -546,12 +551,20 @@ def no_such_field(field: str, known: Iterable[str]) -> str:
 def from_stored(config: dict[str, Any]) -> ConfigDict:
   """Reads the `config` of a `config.json`, which an earlier version may have written.
 
+  Knobs that the earlier version did not have get their defaults, with which the program works as it
+  did before.
+
   Raises:
+    AttributeError: it has no records of stages.
     TypeError: it is no record of fields.
     ValueError: the same.
   """
-  fields = flatten_dict(dict(config), sep='.')
-  return ConfigDict(unflatten_dict({renamed(x) or x: fields[x] for x in fields}, sep='.'))
+  stored = flatten_dict(dict(config), sep='.')
+  fields = {renamed(name) or name: value for name, value in stored.items()}
+  for name, knob in knobs_of(ConfigDict(unflatten_dict(fields, sep='.'))).items():
+    default = fields[knob.follows] if knob.follows else knob.default
+    fields.setdefault(name, [*default] if isinstance(default, tuple) else default)
+  return ConfigDict(unflatten_dict(fields, sep='.'))
 
 
 def page() -> str:
