@@ -344,6 +344,15 @@ def test_more_epochs_go_on(run, finished, tmp_path):
   assert 'epoch 5' in done.stderr
 
 
+def test_fewer_epochs_than_were_trained_are_refused_and_change_nothing(run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  before = {path: path.read_bytes() for path in workdir.glob('*.*')}
+  done = run(workdir, '--config.num_epochs=1')
+  assert_refused(done, 'config.num_epochs=1', '4 epochs already', 'another --workdir')
+  assert before == {path: path.read_bytes() for path in workdir.glob('*.*')}
+
+
 def test_an_unwritable_workdir(run, tmp_path):
   (tmp_path / 'file').write_text('')
   assert_refused(run(tmp_path / 'file' / 'run'.replace('run', '.')), 'cannot write', code=4)

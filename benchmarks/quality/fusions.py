@@ -20,8 +20,8 @@ from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.runs import results
-from ur4rec_jax.runs.open_run import Run, open_run, restore_best
-from ur4rec_jax.runs.workdir import stored_config
+from ur4rec_jax.runs.open_run import Run, restore_best
+from ur4rec_jax.runs.workdir import open_stored_run
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import Stage
 from ur4rec_jax.training.train_state import PyTree
@@ -54,7 +54,7 @@ def load_finished(workdir: pathlib.Path) -> tuple[Run, Stage, PyTree]:
   """
   if not (workdir / 'results.json').exists():
     raise InputError(f'{workdir}: no finished run here')
-  run = open_run(stored_config(workdir))
+  run = open_stored_run(workdir)
   return run, *restore_best(run, str(workdir))
 
 

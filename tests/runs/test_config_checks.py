@@ -238,6 +238,16 @@ def test_the_number_of_epochs_is_fixed_under_a_cosine_schedule():
     check_unchanged(started.to_dict(), current.to_dict(), 'runs/x')
 
 
+def test_more_epochs_of_all_stages_are_refused_with_the_name_of_the_last_stage():
+  stages = {'stages': ('pretrain_sasrec', 'train')}
+  started, current = config_with(**stages), config_with(**stages, num_epochs=300)
+  way_out = r'pretrain_sasrec\.num_epochs is 300.*--config\.stage\.train\.num_epochs=NUMBER'
+  with pytest.raises(InputError, match=way_out):
+    check_unchanged(started.to_dict(), current.to_dict(), 'runs/x')
+  alone = config_with(**stages, **{'stage.train.num_epochs': 300})
+  check_unchanged(started.to_dict(), alone.to_dict(), 'runs/x')
+
+
 @pytest.mark.parametrize('swap', [False, True])
 def test_a_field_that_only_one_side_has_is_named(swap):
   started = default_config().to_dict()

@@ -36,8 +36,8 @@ from ur4rec_jax.inference.query import Answer, CheckedQuery, Ids, Query, UserTok
 from ur4rec_jax.inference.recommender import Recommender
 from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.models.ur4rec import UR4Rec
-from ur4rec_jax.runs.open_run import open_run, restore_best
-from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs, stored_config
+from ur4rec_jax.runs.open_run import restore_best
+from ur4rec_jax.runs.workdir import keep_compiled_programs, open_stored_run
 
 TEXT = 'text'
 _PREFERENCE = '\0preference'  # Id of a preference that is read as an item; no real item has it.
@@ -85,11 +85,8 @@ def load(
 
 
 def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None) -> TrainedModel:
-  config = stored_config(workdir)
-  if data_dir is not None:
-    config.data_dir = str(data_dir)
-  run = open_run(config)
-  check_workdir(str(workdir), run)
+  run = open_stored_run(workdir, data_dir)
+  config = run.config
   keep_compiled_programs(str(workdir), config)
   stage, params = restore_best(run, str(workdir))
   items = {'ids': [], 'titles': []}

@@ -175,8 +175,11 @@ def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str,
   fixed = {name for name in fixed if not name.startswith('stage.') or name.startswith(in_use)}
   for name in sorted(fixed):
     if before.get(name) != now.get(name) and not name.startswith(free):
+      field = name.rpartition('.')[2]
+      way_out = 'set it back'
+      if field in ('num_epochs', 'num_steps', 'patience') and f'{last}.{field}' not in fixed:
+        way_out += f'; only the last stage can go on for longer: --config.{last}.{field}=NUMBER'
       raise InputError(
         f'config.{name} is {now.get(name)!r}, but the run in {workdir} was started with '
-        f'{before.get(name)!r}, and its checkpoints do not fit; set it back or use another '
-        '--workdir'
+        f'{before.get(name)!r}, and its checkpoints do not fit; {way_out}, or use another --workdir'
       )

@@ -24,7 +24,7 @@ from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.runs.results import write_results
 from ur4rec_jax.runs.run_summary import run_summary
 from ur4rec_jax.runs.stop_requests import stop_requests
-from ur4rec_jax.runs.workdir import claimed_workdir
+from ur4rec_jax.runs.workdir import claimed_workdir, note_start
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ITEM_TABLE
 from ur4rec_jax.training.stages import Stage, stage_numbers
@@ -71,6 +71,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       jax.transfer_guard(config.transfer_guard),
     ):
       start = restore_or_create(run, checkpointer)
+      _check_length(run, batches, start.progress, workdir)
+      note_start(workdir, run)
       with contextlib.closing(_open_reporter(run, batches, start, workdir)) as reporter:
         loop = TrainLoop(run, batches, start, checkpointer, reporter)
         loop.run_to_end(stop_requested)
@@ -93,6 +95,22 @@ def plan_batches(run: Run) -> TrainBatches:
       f'{devices.device_count()} devices cannot share equally; make it larger'
     )
   return batches
+
+
+def _check_length(run: Run, batches: TrainBatches, progress: TrainProgress, workdir: str) -> None:
+  """Raises InputError if the run has trained its current stage for longer than the config asks."""
+  stage = run.stages[len(progress.stages) - 1]
+  done = progress.step - progress.stage.start
+  if done <= stage.total_steps(batches.steps_per_epoch):
+    return
+  trained = f'{done // batches.steps_per_epoch} epochs' if not stage.num_steps else f'{done} steps'
+  field = 'num_steps' if stage.num_steps else 'num_epochs'
+  follows_run = not stage.num_steps and stage.num_epochs == run.config.num_epochs
+  raise InputError(
+    f'config.{"" if follows_run else f"stage.{stage.name}."}{field}={getattr(stage, field)}: the '
+    f'run in {workdir} has trained its stage {stage.name} for {trained} already and cannot become '
+    'shorter; set the number back, or train the shorter run in another --workdir'
+  )
 
 
 @dataclasses.dataclass

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shlex
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -15,7 +17,7 @@ from ur4rec_jax.files import only_process, write_file
 from ur4rec_jax.runs.checkpoint import saved_steps
 from ur4rec_jax.runs.config_checks import check_unchanged
 from ur4rec_jax.runs.knobs import from_stored
-from ur4rec_jax.runs.open_run import Run
+from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.sharding import devices
 
 CONFIG = 'config.json'
@@ -77,7 +79,7 @@ def check_workdir(workdir: str, run: Run, free: tuple[str, ...] = ()) -> bool:
   if started != now:
     raise InputError(
       f'{workdir} holds a run on dataset {started}, but config.data_dir='
-      f'{run.config.data_dir} is {now}; use another --workdir'
+      f'{run.config.data_dir} is {now}; name the folder of that dataset, or use another --workdir'
     )
   check_unchanged(config.to_dict(), run.config.to_dict(), workdir, free)
   return True
@@ -87,15 +89,43 @@ def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
   """Returns whether the run in `workdir` was last started with exactly this config."""
   if not (pathlib.Path(workdir) / CONFIG).exists():
     return False
-  return stored_config(workdir).to_dict() == json.loads(json.dumps(config.to_dict()))
+  return _as_stored(stored_config(workdir)) == _as_stored(config)
+
+
+def _as_stored(config: ConfigDict) -> dict[str, Any]:
+  """Returns a config as JSON gives it back, with a data folder that every folder can reach."""
+  fields = json.loads(json.dumps(config.to_dict()))
+  return fields | {'data_dir': os.path.abspath(fields['data_dir'])}
+
+
+def open_stored_run(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None = None) -> Run:
+  """Opens the run in a folder with the config that it was last started with.
+
+  Args:
+    workdir: the run's folder.
+    data_dir: the folder of the prepared data, if it has moved since training.
+
+  Raises:
+    InputError: the folder holds no run, or its data are missing or have changed.
+  """
+  config = stored_config(workdir)
+  if data_dir is not None:
+    config.data_dir = str(data_dir)
+  elif not os.path.isdir(config.data_dir):
+    raise InputError(
+      f'--workdir {workdir}: its data folder {config.data_dir} is not there; if it has moved, say'
+      ' where it is now: --data_dir=FOLDER'
+    )
+  run = open_run(config)
+  check_workdir(str(workdir), run)
+  return run
 
 
 @contextlib.contextmanager
 def claimed_workdir(workdir: str, run: Run) -> Iterator[None]:
-  """Lets one process train in the folder, and writes the config to `config.json`.
+  """Lets one process train in the folder.
 
-  It also makes `WORKDIR/compiled` the cache of compiled programs. Results of the same run with
-  another config, such as fewer epochs, are removed, so that results always belong to the config.
+  It also makes `WORKDIR/compiled` the cache of compiled programs.
 
   Raises:
     InputError: the folder holds another run.
@@ -117,18 +147,24 @@ def claimed_workdir(workdir: str, run: Run) -> Iterator[None]:
         lock.enter_context(only_process(folder / 'lock', taken))
     except OSError as error:
       raise StorageError(f'cannot write to --workdir {workdir}: {error.strerror}') from error
-    if devices.is_main_process():
-      _note_start(folder, run)
     yield
 
 
-def _note_start(folder: pathlib.Path, run: Run) -> None:
+def note_start(workdir: str, run: Run) -> None:
+  """Writes the config to `config.json`.
+
+  Results of the same run with another config, such as more epochs, are removed, so that results
+  always belong to the config.
+  """
+  if not devices.is_main_process():
+    return
+  folder = pathlib.Path(workdir)
   if not is_started_with(folder, run.config):
     for name in RESULT_FILES:
       (folder / name).unlink(missing_ok=True)
   command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
-  identity, config = run.dataset.identity(), run.config.to_dict()
-  content = {'dataset': identity, 'command': command, 'config': config}
+  identity = run.dataset.identity()
+  content = {'dataset': identity, 'command': command, 'config': _as_stored(run.config)}
   write_file(folder / CONFIG, json.dumps(content, indent=2) + '\n')
 
 

@@ -1,0 +1,38 @@
+"""A run's folder is all that later commands need, wherever they are started."""
+
+import shutil
+
+import pytest
+
+from ur4rec_jax import default_config
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.runs.open_run import open_run
+from ur4rec_jax.runs.workdir import is_started_with, note_start, open_stored_run, stored_config
+
+
+@pytest.fixture
+def started(data_dir, tmp_path, monkeypatch):
+  """A folder with `data`, and a run in `run` that was started beside it with a relative path."""
+  shutil.copytree(data_dir, tmp_path / 'data')
+  (tmp_path / 'run').mkdir()
+  monkeypatch.chdir(tmp_path)
+  config = default_config()
+  config.data_dir = 'data'
+  note_start('run', open_run(config))
+  assert is_started_with('run', config)
+  return tmp_path
+
+
+def test_a_relative_data_folder_is_found_from_everywhere(started, monkeypatch):
+  assert stored_config('run').data_dir == str(started / 'data')
+  (started / 'notebooks').mkdir()
+  monkeypatch.chdir(started / 'notebooks')
+  assert open_stored_run('../run').dataset.num_items > 0
+
+
+def test_data_that_moved_are_asked_for_by_the_flag(started):
+  (started / 'data').rename(started / 'moved')
+  with pytest.raises(InputError, match=r'data is not there.*--data_dir=FOLDER') as error:
+    open_stored_run('run')
+  assert 'build it' not in str(error.value)
+  assert open_stored_run('run', 'moved').dataset.num_items > 0
