@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp('columns')
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
   st.sampled_from(KINDS),
   st.sampled_from(['user', 'item', 'time', 'rating', 'not used']),
