@@ -32,8 +32,10 @@ SLOW_VALIDATION = '--config.evaluation.batch_size=1'
 @pytest.mark.parametrize(
   'moments',
   [
-    (in_a_save, before_the_manifest),
-    pytest.param((in_first_dispatches, in_validation), marks=pytest.mark.slow),
+    (in_a_save, in_validation),
+    pytest.param(
+      (in_first_dispatches, in_a_save, in_validation, before_the_manifest), marks=pytest.mark.slow
+    ),
   ],
 )
 def test_sigkill_at_several_moments(moments, start, run, finished, tmp_path):
