@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.fork_server import Program
 from ur4rec_jax import exported
 from ur4rec_jax.data.dataset import read_interactions, read_items
 
@@ -19,10 +20,7 @@ def call(environment, tmp_path_factory):
   folder = tmp_path_factory.mktemp('elsewhere')
 
   def call(module, *flags) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-m', f'ur4rec_jax.{module}', *map(str, flags)]
-    return subprocess.run(
-      command, env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
+    return Program(f'ur4rec_jax.{module}', flags, environment, folder).finish()
 
   return call
 
