@@ -180,7 +180,7 @@ def _values(column: pa.ChunkedArray, name: str, path: str) -> pa.ChunkedArray:
       f'{path}: {name} is of type {column.type}; write one row an interaction, with one value in'
       ' each column, not lists or records'
     )
-  if isinstance(column.type, pa.BaseExtensionType):
+  if isinstance(column.type, pa.BaseExtensionType) or pa.types.is_interval(column.type):
     raise InputError(
       f'{path}: {name} is of type {column.type}, which cannot be read; convert the column'
     )
@@ -209,6 +209,8 @@ def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
   if kind == pa.uuid():
     texts = [None if value is None else str(value) for value in column.to_pylist()]
     return pa.chunked_array([texts], pa.string())
+  if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+    return column.cast(pa.decimal128(kind.precision, kind.scale))  # Arrow counts only wide ones.
   binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
   if pa.types.is_fixed_size_binary(kind) or any(fits(kind) for fits in binary):
     return column.cast(pa.large_binary()).cast(pa.large_string())  # Refused unless it is UTF-8.
