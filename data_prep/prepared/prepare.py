@@ -205,7 +205,7 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
     ratings=ratings.astype(np.float32),
     has_timestamps=raw.timestamps is not None,
     has_ratings=raw.ratings is not None,
-    rows_read=len(users),
+    rows_read=len(users) + sum(raw.dropped.values()),
     dropped=dropped,
     splits=make_splits(
       offsets,
