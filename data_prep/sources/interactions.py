@@ -19,6 +19,7 @@ from data_prep.sources import columns as arrow_columns
 from data_prep.sources import ids, tables, times
 from data_prep.sources import items as item_tables
 from data_prep.sources.hints import hint_about_spelling, hints_about_ids
+from data_prep.sources.raw_files import listed
 from data_prep.sources.selection import Selection
 from ur4rec_jax.errors import InputError
 
@@ -131,7 +132,7 @@ def read(*files: Path, **parameters: Any) -> Raw:
       if name not in names:
         raise InputError(
           f'{file.path}: no column {name!r} ({use}), which {parts[0].name} has; its columns'
-          f' are {", ".join(file.columns)}; give all files the same columns'
+          f' are {listed(file.columns)}; give all files the same columns'
         )
     table = tables.read(file, list(selection.uses))
     table = arrow_columns.simplified(table, str(file.path), selection.looked_at)
@@ -189,7 +190,7 @@ def choose_columns(
 ) -> dict[str, str]:
   """Assigns columns to roles, by flag or by name; optional roles may stay without a column."""
   chosen: dict[str, str] = {}
-  listed = ', '.join(names)
+  own = listed(names)
   for role, known in NAMES.items():
     flag = f'--{role}_column'
     wanted = options[f'{role}_column']
@@ -197,7 +198,7 @@ def choose_columns(
       if wanted == NONE and role in OPTIONAL and NONE not in names:
         continue
       if wanted not in names:
-        raise InputError(f'{path}: no column {wanted!r} ({flag}); its columns are {listed}')
+        raise InputError(f'{path}: no column {wanted!r} ({flag}); its columns are {own}')
       chosen[role] = wanted
       continue
     taken = {options[f'{other}_column'] for other in NAMES} | set(chosen.values())
@@ -226,7 +227,7 @@ def choose_columns(
         hint += '? pass --delimiter'
       raise InputError(
         f'{path}: no column is recognised as the {role} (the first line must name the columns; it'
-        f' says {listed}); pass {flag}=NAME{hint}'
+        f' says {own}); pass {flag}=NAME{hint}'
       )
   if len(set(chosen.values())) < len(chosen):
     raise InputError(f'{path}: one column is given two roles: {_shown(chosen)}')

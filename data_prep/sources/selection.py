@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from data_prep.prepared.prepare import Place, Raw
 from data_prep.sources import events, where
+from data_prep.sources.raw_files import listed
 from ur4rec_jax.errors import InputError
 
 # Names of columns that are worth a look although they play no role, spelled as in `NAMES`.
@@ -142,9 +143,7 @@ class Selection:
   def _hints(self) -> list[str]:
     hints = []
     if self._ignored:
-      others = len(self._ignored) - _MOST_COLUMNS
-      shown = ', '.join(self._ignored[:_MOST_COLUMNS])
-      hints.append(f'ignored columns: {shown}' + (f' and {others:,} more' if others > 0 else ''))
+      hints.append(f'ignored columns: {listed(self._ignored, _MOST_COLUMNS)}')
     for name, count in self._negative.items():
       if count:
         quoted = name if re.fullmatch(r'[^\W\d]\w*', name) else f'`{name}`'
