@@ -362,6 +362,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'compilation_cache': Knob(
       '', "Folder of compiled programs; '' for one in the workdir, or none.", may_change=True
     ),
+    'parameter_table': Knob(
+      False,
+      'Whether to print the shape and size of every parameter before training.',
+      may_change=True,
+    ),
     'dtype': Knob(
       'float32',
       'Type to compute in; bfloat16 is faster on GPUs and TPUs.',
@@ -546,12 +551,20 @@ def no_such_field(field: str, known: Iterable[str]) -> str:
 def from_stored(config: dict[str, Any]) -> ConfigDict:
   """Reads the `config` of a `config.json`, which an earlier version may have written.
 
+  Knobs that the earlier version did not have get their defaults, with which the program works as it
+  did before.
+
   Raises:
+    AttributeError: it has no records of stages.
     TypeError: it is no record of fields.
     ValueError: the same.
   """
-  fields = flatten_dict(dict(config), sep='.')
-  return ConfigDict(unflatten_dict({renamed(x) or x: fields[x] for x in fields}, sep='.'))
+  stored = flatten_dict(dict(config), sep='.')
+  fields = {renamed(name) or name: value for name, value in stored.items()}
+  for name, knob in knobs_of(ConfigDict(unflatten_dict(fields, sep='.'))).items():
+    default = fields[knob.follows] if knob.follows else knob.default
+    fields.setdefault(name, [*default] if isinstance(default, tuple) else default)
+  return ConfigDict(unflatten_dict(fields, sep='.'))
 
 
 def page() -> str:
