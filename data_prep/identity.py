@@ -63,11 +63,18 @@ def _existing(data_dir: Path) -> dict[str, Any] | None:
 def _check_same(data_dir: Path, old: dict[str, Any], source: str, wanted: dict[str, Any]) -> None:
   wanted = {'format_version': FORMAT_VERSION, 'source': source, **wanted}
   for field, value in wanted.items():
-    if old.get(field) != value:
+    if _given(old.get(field)) != _given(value):
       raise InputError(
         f'{data_dir}: holds another dataset: its {field} is {_compact(old.get(field))}, asked for'
         f' is {_compact(value)}; pass --overwrite to replace it, or give another --data_dir'
       )
+
+
+def _given(value: Any) -> Any:
+  """Leaves out options that are off, because older folders do not know them all."""
+  if not isinstance(value, dict):
+    return value
+  return {name: part for name, part in value.items() if part is not None and part is not False}
 
 
 def _check_sound(data_dir: Path) -> None:

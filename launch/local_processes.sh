@@ -2,9 +2,11 @@
 # One run in N processes on this machine:
 #   bash launch/local_processes.sh 2 --config=configs/synthetic.py --workdir=runs/synthetic
 # A process that ends early ends the others, and so does a signal to this script; then start the same
-# command again. It exits with the code of the process that ended first: 2, 3 and 4 need a person,
-# after any other the same command goes on. PYTHON=/path/to/python chooses the interpreter; on GPUs
-# process n gets GPU n.
+# command again. It exits with the code of the process that ended first. Exit codes:
+#   1, 2, 3, 4, 126, 127   an error of the program, wrong input, divergence, storage, no Python: a
+#                          person must look
+#   others                 told to stop, killed, a device failed: the same command goes on
+# PYTHON=/path/to/python chooses the interpreter; on GPUs process n gets GPU n.
 set -uo pipefail
 
 number=${1:-}
@@ -27,6 +29,7 @@ stop_all() { # They save; 30 seconds later they are killed.
   kill "$killer" 2>/dev/null
 }
 trap 'stop_all; exit 143' TERM
+trap 'stop_all; exit 129' HUP
 trap 'stop_all; exit 130' INT
 
 for ((i = 0; i < number; i++)); do
@@ -50,8 +53,10 @@ for ((left = number; left; left--)); do
     ((code > 128)) && how+=" (SIG$(kill -l "$code"))"
     echo "process $i of $number ended with $how; ending the others" >&2
     stop_all
-    ((code == 2 || code == 3 || code == 4)) ||
-      echo 'start the same command again to go on from the last checkpoint' >&2
+    case $code in
+      1 | 2 | 3 | 4 | 126 | 127) ;;
+      *) echo 'start the same command again to go on from the last checkpoint' >&2 ;;
+    esac
     break
   fi
 done

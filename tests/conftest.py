@@ -6,6 +6,7 @@ import os
 # without optimizations; JAX_DISABLE_MOST_OPTIMIZATIONS=false tests what users run.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
+os.environ['UR4REC_LOCK_SECONDS'] = '0'  # Tests of locks would wait for a minute otherwise.
 
 import pathlib
 import shutil

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from tests.helpers.runs import ROOT
-from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.errors import BusyError, InputError, StorageError
 from ur4rec_jax.files import disk_errors, only_process, write_file
 
 
@@ -99,7 +100,7 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
   )
   try:
     assert holder.stdout.readline() == 'held\n'
-    with pytest.raises(InputError, match='taken'), only_process(lock, 'taken'):
+    with pytest.raises(BusyError, match=r'taken.*held by process'), only_process(lock, 'taken'):
       pass
     assert lock.exists()
   finally:
@@ -111,11 +112,33 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
   # A second lock in the same process is refused too.
   with (
     only_process(lock, 'taken'),
-    pytest.raises(InputError, match='taken'),
+    pytest.raises(BusyError, match='taken'),
     only_process(lock, 'taken'),
   ):
     pass
   assert not lock.exists()
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('UR4REC_LOCK_SECONDS', '30')
+  order, is_held = [], threading.Event()
+
+  def hold():
+    with only_process(tmp_path / 'lock', 'taken'):
+      is_held.set()
+      time.sleep(0.5)
+      order.append('first')
+
+  thread = threading.Thread(target=hold)
+  thread.start()
+  is_held.wait()
+  with only_process(tmp_path / 'lock', 'taken'):
+    order.append('second')
+  thread.join()
+  assert order == ['first', 'second']
+  message = capsys.readouterr().err
+  assert message.startswith(f'taken (held by process {os.getpid()} on ')
+  assert message.endswith('; waiting up to 30 s\n')
 
 
 def test_never_two_holders_while_lock_files_come_and_go(tmp_path):
@@ -123,7 +146,7 @@ def test_never_two_holders_while_lock_files_come_and_go(tmp_path):
 
   def work():
     for _ in range(200):
-      with contextlib.suppress(InputError), only_process(tmp_path / 'lock', ''):
+      with contextlib.suppress(BusyError), only_process(tmp_path / 'lock', ''):
         holders.append(None)
         most.append(len(holders))
         gains.append(None)

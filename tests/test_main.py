@@ -331,7 +331,7 @@ def test_a_second_process_in_the_workdir_is_refused(start, run, tmp_path):
   workdir = tmp_path / 'run'
   first = start(workdir, '--config.num_epochs=1000', '--config.patience=1000')
   assert any('epoch 1' in line for line in first.stderr)
-  assert_refused(run(workdir), 'another process is training', workdir)
+  assert_refused(run(workdir), 'another process is training', workdir, first.pid, code=7)
   first.kill()
   first.communicate()
 

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import NamedTuple
 
+from ur4rec_jax.errors import errors_end_the_program
+
 
 class Command(NamedTuple):
   """A program of the project.
@@ -60,7 +62,9 @@ def main() -> None:
   # A config file may import its neighbours, as it may under `python -m`. The folder comes last: a
   # user's own `data_prep` or `configs` must not hide a package that is installed.
   sys.path.append(os.getcwd())
-  importlib.import_module(command.module).main()
+  with errors_end_the_program():
+    program = importlib.import_module(command.module)
+  program.main()
 
 
 if __name__ == '__main__':

@@ -1,9 +1,12 @@
 """Errors that are part of the interface: one clear message and an exit code, never a traceback."""
 
+import contextlib
+import errno
 import functools
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, ParamSpec, TypeVar
 
 _P = ParamSpec('_P')
@@ -15,24 +18,81 @@ class ExitCode(NamedTuple):
 
   Attributes:
     meaning: in one line.
+    faults: what has gone wrong in detail, for the table in docs/training.md.
     restart: whether the same command may succeed when it is started again, as launchers do.
   """
 
   meaning: str
+  faults: str
   restart: bool
 
 
+# The one table of exit codes. `launch/` and docs/training.md agree with it, and a test compares.
 EXIT_CODES = {
-  0: ExitCode('the work is done', restart=False),
-  1: ExitCode('an error that the program does not know, with its traceback', restart=True),
-  2: ExitCode('wrong input: a flag, a config field, data or a folder', restart=False),
-  3: ExitCode('divergence: a loss, gradient or score is not finite', restart=False),
-  4: ExitCode('storage: something could not be written', restart=False),
-  5: ExitCode('another process of the run has died', restart=True),
-  128 + signal.SIGINT: ExitCode('stopped by Ctrl-C; training saves first', restart=True),
-  128 + signal.SIGKILL: ExitCode('killed, for example for want of memory', restart=True),
-  128 + signal.SIGTERM: ExitCode('told to stop; training saves first', restart=True),
+  0: ExitCode('finished', 'none', restart=False),
+  1: ExitCode(
+    'an error that the program does not know, with its traceback',
+    'a fault of the program itself; Python cannot find the program',
+    restart=False,
+  ),
+  2: ExitCode(
+    'wrong input or environment',
+    'an unknown flag, field, variant or mode; a bad value; a missing config file, data folder or '
+    'workdir; a config that no longer fits its run; checkpoints of another model or version; a '
+    'damaged `config.json`; no such device; wrong `XLA_FLAGS` or `JAX_*` variables; a package that '
+    'cannot be imported; not enough memory for the config',
+    restart=False,
+  ),
+  3: ExitCode('divergence', 'a loss, gradient or score is not finite', restart=False),
+  4: ExitCode(
+    'storage',
+    'a full disk or quota; a file or folder that cannot be written; an error of the disk',
+    restart=False,
+  ),
+  5: ExitCode(
+    'another process of the run has died',
+    'the others notice at once, or after about 30 seconds without a heartbeat',
+    restart=True,
+  ),
+  6: ExitCode('a device failed', 'an error of the GPU, the TPU or their driver', restart=True),
+  7: ExitCode(
+    'another process uses the folder', 'it held the lock for longer than a minute', restart=True
+  ),
+  126: ExitCode('the shell cannot run Python', 'it is not executable', restart=False),
+  127: ExitCode('the shell cannot find Python', 'a wrong path or environment', restart=False),
+  128 + signal.SIGHUP: ExitCode('its terminal closed', 'training saves first', restart=True),
+  128 + signal.SIGINT: ExitCode('stopped by Ctrl-C', 'training saves first', restart=True),
+  128 + signal.SIGABRT: ExitCode(
+    'aborted', 'jax lost the first process of the run, which coordinates the others', restart=True
+  ),
+  128 + signal.SIGKILL: ExitCode(
+    'killed', 'the machine is out of memory or goes down', restart=True
+  ),
+  128 + signal.SIGTERM: ExitCode('told to stop', 'training saves first', restart=True),
 }
+_STORAGE = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EIO,
+  errno.ESTALE,
+  errno.EISDIR,
+  errno.ENOTDIR,
+  errno.ENAMETOOLONG,
+)
+# Statuses of jax errors after which the same command may succeed. The others are its own faults.
+_DEVICE_STATUSES = (
+  'INTERNAL',
+  'UNKNOWN',
+  'UNAVAILABLE',
+  'ABORTED',
+  'CANCELLED',
+  'DEADLINE_EXCEEDED',
+  'DATA_LOSS',
+)
 
 
 class ReportedError(Exception):
@@ -49,6 +109,10 @@ class InputError(ReportedError, ValueError):
   """Bad data, flag, config field or folder; the message says where and the way out."""
 
   exit_code = 2
+
+
+class OutOfMemoryError(InputError):
+  """The config needs more memory than the device or the machine has."""
 
 
 class DivergenceError(ReportedError, FloatingPointError):
@@ -69,6 +133,18 @@ class LostProcessError(ReportedError):
   exit_code = 5
 
 
+class DeviceError(ReportedError):
+  """A GPU or TPU failed; the same command goes on from the last checkpoint."""
+
+  exit_code = 6
+
+
+class BusyError(ReportedError):
+  """Another process has held the lock of a folder for as long as this one was ready to wait."""
+
+  exit_code = 7
+
+
 class InterruptedBySignal(ReportedError):
   """The run was told to stop, and has saved itself: the same command goes on from there."""
 
@@ -77,16 +153,93 @@ class InterruptedBySignal(ReportedError):
     self.exit_code = 128 + signal_number
 
 
+def as_reported(error: BaseException) -> ReportedError | None:
+  """Returns an error of Python, the system or jax as the user sees it.
+
+  Returns:
+    The error itself if it is a `ReportedError`; None if the program does not know such errors.
+  """
+  message = (str(error).splitlines() or [type(error).__name__])[0]
+  status = message.partition(':')[0]
+  match error:
+    case ReportedError():
+      return error
+    case KeyboardInterrupt():
+      return InterruptedBySignal('stopped by Ctrl-C', signal.SIGINT)
+    case ImportError():
+      return InputError(
+        f'{message}; the installation is incomplete or mixes versions: install the project again, '
+        'with --constraint launch/constraints.txt'
+      )
+    case MemoryError():
+      return OutOfMemoryError(f'out of memory: {message}')
+    case OSError() if error.errno in _STORAGE:
+      place = f' {error.filename}' if error.filename else ''
+      return StorageError(
+        f'cannot read or write{place}: {error.strerror}; make room or give access, then start the '
+        'same command again'
+      )
+  # Classes of jax, which this file does not import.
+  if type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError'):
+    if status == 'RESOURCE_EXHAUSTED':
+      return OutOfMemoryError(f'out of memory: {message}')
+    if status in _DEVICE_STATUSES:
+      return DeviceError(f'a device failed; start the same command again to go on ({message})')
+  return None
+
+
+@contextlib.contextmanager
+def errors_end_the_program() -> Iterator[None]:
+  """Turns an error of the block that users can act on into a message on stderr and an exit code."""
+  try:
+    yield
+  except BaseException as error:
+    reported = as_reported(error)
+    if not isinstance(error, SystemExit):
+      _note_exit_code(reported.exit_code if reported else 1)
+    if reported is None:
+      raise
+    prefix = '' if isinstance(reported, InterruptedBySignal) else 'error: '
+    with contextlib.suppress(OSError):  # The disk that holds stderr may be full, too.
+      print(f'{prefix}{reported}', file=sys.stderr, flush=True)
+    _drop_what_cannot_be_printed()
+    sys.exit(reported.exit_code)
+
+
+def _note_exit_code(code: int) -> None:
+  """Writes the code to the file that `UR4REC_EXIT_CODE_FILE` names, unless another process has.
+
+  Of several processes, the first to end knows why. The others only lose it, with other codes.
+  """
+  if path := os.environ.get('UR4REC_EXIT_CODE_FILE'):
+    with contextlib.suppress(OSError), open(path, 'x') as file:
+      file.write(f'{code}\n')
+
+
+def _drop_what_cannot_be_printed() -> None:
+  """Empties streams on a full disk, after whose last flush Python would end with code 120."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def exit_on_reported_error(main: Callable[_P, _T]) -> Callable[_P, _T]:
-  """Wraps a program's `main`: a `ReportedError` becomes a message on stderr and an exit code."""
+  """Wraps a program's `main` in `errors_end_the_program`."""
 
   @functools.wraps(main)
   def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-    try:
+    with errors_end_the_program():
       return main(*args, **kwargs)
-    except ReportedError as error:
-      prefix = '' if isinstance(error, InterruptedBySignal) else 'error: '
-      print(f'{prefix}{error}', file=sys.stderr, flush=True)
-      sys.exit(error.exit_code)
 
   return wrapped
+
+
+def exit_code_table() -> str:
+  """Returns the rows of `EXIT_CODES` in Markdown, as docs/training.md has them."""
+  rows = ['| exit code | what happened | for example | start again? |', '| --- | --- | --- | --- |']
+  for code, told in EXIT_CODES.items():
+    again = 'yes' if told.restart else 'no'
+    rows.append(f'| {code} | {told.meaning} | {told.faults} | {again} |')
+  return '\n'.join(rows)

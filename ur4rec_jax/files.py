@@ -6,14 +6,17 @@ import errno
 import os
 import re
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
-from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.errors import BusyError, InputError, StorageError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK_SECONDS = 60
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
@@ -46,24 +49,36 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def only_process(lock_file: str | Path, message: str) -> Iterator[None]:
-  """Lets one process at a time run the block.
+  """Lets one process at a time run the block; others wait up to a minute for their turn.
 
-  The lock is gone when the process ends, even if it was killed.
+  The lock is gone when the process ends, even if it was killed. The environment variable
+  `UR4REC_LOCK_SECONDS` sets another time to wait.
 
   Args:
     lock_file: the file that is locked; it is removed at the end.
-    message: error message when another process holds the lock.
+    message: what to tell when another process holds the lock, and the way out.
 
   Raises:
-    InputError: another process holds the lock.
+    BusyError: another process holds the lock for longer.
     OSError: the lock file cannot be written.
   """
   lock_file = Path(lock_file).absolute()  # The block may change the working directory.
   lock = filelock.FileLock(lock_file)
+  seconds = float(os.environ.get('UR4REC_LOCK_SECONDS', _LOCK_SECONDS))
+  # Read first, as some versions of filelock empty the file when they try to lock it.
+  with contextlib.suppress(OSError, ValueError):
+    message += f' (held by {lock_file.read_text().strip() or "an unknown process"})'
   try:
     lock.acquire(blocking=False)
-  except filelock.Timeout as error:
-    raise InputError(message) from error
+  except filelock.Timeout:
+    if seconds:
+      print(f'{message}; waiting up to {seconds:g} s', file=sys.stderr, flush=True)
+    try:
+      lock.acquire(timeout=seconds)
+    except filelock.Timeout as error:
+      raise BusyError(message) from error
+  with contextlib.suppress(OSError):  # The disk may be full, and only the message needs it.
+    lock_file.write_text(f'process {os.getpid()} on {socket.gethostname()}\n')
   try:
     yield
   finally:

@@ -6,14 +6,24 @@ r"""Trains or evaluates the model that a config describes.
 NAME is a config file or the name of a config of this project, such as movielens_1m.
 """
 
+import contextlib
 import re
 import sys
+from collections.abc import Iterator
 
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ur4rec_jax.errors import (
+  InputError,
+  OutOfMemoryError,
+  as_reported,
+  errors_end_the_program,
+  exit_on_reported_error,
+)
 
-from ur4rec_jax.errors import InputError, exit_on_reported_error
-from ur4rec_jax.runs.config_files import check_fields, load_config
+with errors_end_the_program():
+  from absl import flags, logging
+  from ml_collections import ConfigDict, config_flags
+
+  from ur4rec_jax.runs.config_files import check_fields, load_config
 
 
 class _ConfigParser(flags.ArgumentParser):
@@ -69,6 +79,21 @@ def _parse_flags() -> None:
     raise InputError(f'--mode={_MODE.value}: works on one run, without --seeds and --sweep')
 
 
+@contextlib.contextmanager
+def _knobs_of_memory() -> Iterator[None]:
+  """Adds to an error of missing memory which knobs help."""
+  try:
+    yield
+  except Exception as error:
+    if isinstance(reported := as_reported(error), OutOfMemoryError):
+      raise OutOfMemoryError(
+        f'{reported}\nlower config.loss.chunk_size, config.batch_size, config.max_length or '
+        'config.evaluation.batch_size; with many items take --config.loss.name=sampled_softmax '
+        '--config.loss.num_negatives=1000 --config.optimizer.item_embeddings=touched'
+      ) from error
+    raise
+
+
 @exit_on_reported_error
 def main() -> None:
   """Joins the other processes, if any, and does what `--mode` says."""
@@ -80,7 +105,7 @@ def main() -> None:
   from ur4rec_jax.runs import results, sweep, train_loop
   from ur4rec_jax.sharding import devices
 
-  with devices.joined_processes():
+  with _knobs_of_memory(), devices.joined_processes():
     if _SEEDS.value or _SWEEP.value:
       seeds = [int(seed) for seed in _SEEDS.value]
       sweep.run_sweep(_CONFIG.value, _WORKDIR.value, seeds, _SWEEP.value)

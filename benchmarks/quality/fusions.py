@@ -18,6 +18,7 @@ from benchmarks.quality.accuracy import name_of_results, seeds_of, store_beside
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.metrics import ranking_metrics
+from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.runs import results
 from ur4rec_jax.runs.open_run import Run, restore_best
 from ur4rec_jax.runs.workdir import open_stored_run
@@ -78,7 +79,8 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     changed = ConfigDict(config.to_dict())
     with changed.ignore_type():
       changed.update_from_flattened_dict(changes)
-    ranks = results.rank_held_out(changed, data, params, evaluate.PARTS)
+    model = create_model(changed, run.dataset.num_items)
+    ranks = results.rank_held_out(model, data, params, evaluate.PARTS)
     found[name] = {part: ranking_metrics(of)['ndcg@10'] for part, of in ranks.items()}
   return found
 

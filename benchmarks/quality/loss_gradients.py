@@ -23,14 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 from benchmarks.quality.accuracy import name_of_results, store_beside
 from benchmarks.quality.fusions import load_finished
 from ur4rec_jax.data.input_pipeline import gather_batch, gather_preferences
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.models.fusion import GATES
-from ur4rec_jax.models.ur4rec import BRANCHES, losses_in_use
+from ur4rec_jax.models.ur4rec import BRANCHES
 from ur4rec_jax.runs.open_run import Run
 from ur4rec_jax.runs.train_loop import plan_batches
 from ur4rec_jax.training.negatives import draw_all_negatives
@@ -55,18 +54,17 @@ def measure(
   Returns:
     By name and loss its `value`, `weight`, `length` of the weighted gradient and `cosine`.
   """
-  config = stage.config
   data = jax.device_put(make_train_data(run.dataset.train_part(), run.tables))
   batches = plan_batches(run)
-  model, all_losses = run.model_of(stage), make_losses(config.loss, run.dataset.num_items)
+  model, all_losses = stage.model, make_losses(stage, run.dataset.num_items)
 
   @jax.jit
   def losses_and_gradients(params, plan, key):
     dropout_key, negatives_key = jax.random.split(key)
-    batch = gather_batch(data.item_ids, plan, config.max_length)
+    batch = gather_batch(data.item_ids, plan, model.max_length)
     target_ids = batch.targets.reshape(-1)
     targets = jnp.maximum(target_ids - 1, 0)
-    negatives = draw_all_negatives(config.loss, targets, data, negatives_key)
+    negatives = draw_all_negatives(stage, targets, data, negatives_key)
     tokens = jnp.maximum((target_ids > 0).sum(), 1)
 
     def values(params):
@@ -94,17 +92,17 @@ def measure(
     return jax.tree.map(lambda *x: np.mean(np.stack(x), axis=0), *of_batches)
 
   return {
-    place: _compare(config, params, *mean_over_batches(params))
+    place: _compare(stage, params, *mean_over_batches(params))
     for place, params in params_by_name.items()
   }
 
 
 def _compare(
-  config: ConfigDict, params: PyTree, values: Mapping[str, float], gradients: Mapping[str, PyTree]
+  stage: Stage, params: PyTree, values: Mapping[str, float], gradients: Mapping[str, PyTree]
 ) -> dict[str, dict[str, float]]:
   """Returns the entries of `measure` for one set of parameters, from values and gradients."""
-  weights = dict(losses_in_use(config.loss))
-  if config.loss.weighting == 'uncertainty':
+  weights = dict(stage.losses)
+  if stage.model.uncertainty_weighting:
     weights = {name: math.exp(-params[f'log_variance_{name}']) for name in weights}
   weighted = {
     name: weights[name] * np.concatenate([x.reshape(-1) for x in jax.tree.leaves(gradient)])
@@ -132,7 +130,7 @@ def measure_run(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, float]]]
   """
   run, stage, best = load_finished(workdir)
   optimizer = optax.identity()
-  first = create_train_state(run.model_of(stage), optimizer, stage.config.seed, run.tables).params
+  first = create_train_state(stage.model, optimizer, stage.config.seed, run.tables).params
   return measure(run, stage, {'first': first, 'best': best})
 
 

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -195,7 +196,7 @@ class Store:
   def _count_answer(self, record: Mapping[str, Any], offset: int) -> None:
     self._offsets[_digest(record['key'])] = offset
     self.versions[record.get('provider'), record.get('model'), record.get('prompt')] += 1
-    self.cost += record.get('cost') or 0.0
+    self.cost += _cost(record)
 
   def _count_failure(self, record: Mapping[str, Any]) -> None:
     digest = _digest(record['key'])
@@ -205,12 +206,19 @@ class Store:
       str(record.get('reason')),
       bool(record.get('is_final')),
     )
-    self.cost += record.get('cost') or 0.0
+    self.cost += _cost(record)
 
 
 def _digest(key: str) -> bytes:
   # Half of the hash is unique enough and takes half the memory.
   return bytes.fromhex(key)[:16]
+
+
+def _cost(record: Mapping[str, Any]) -> float:
+  """Returns the cost of a record; 0 if it is unknown or the nonsense of an earlier version."""
+  cost = record.get('cost')
+  is_cost = isinstance(cost, (int, float)) and 0 <= cost < math.inf
+  return float(cost) if is_cost else 0.0
 
 
 def _write(descriptor: int, content: bytes) -> None:

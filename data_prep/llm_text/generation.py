@@ -26,7 +26,7 @@ from data_prep.llm_text import (
   texts,
 )
 from ur4rec_jax.data.dataset import read_info
-from ur4rec_jax.errors import InputError, InterruptedBySignal, ReportedError
+from ur4rec_jax.errors import InputError, InterruptedBySignal, ReportedError, StorageError
 
 PROVIDERS = {module.NAME: module for module in (llm_openai, llm_anthropic)}
 MOCK = 'mock'
@@ -124,7 +124,16 @@ def _generate(
     total += len(llm_batch.keys_under_way(store.folder))
   with tqdm(total=total, unit='text', disable=not total) as bar:
     recorder = text_job.Recorder(job, store, price, bar)
-    stopped = _send(job, recorder, sending, budget)
+    try:
+      stopped = _send(job, recorder, sending, budget)
+    except (InterruptedBySignal, StorageError):
+      raise
+    except ReportedError:
+      # Whatever ends the run, the texts that exist are paid and go into the dataset.
+      bar.close()
+      if store:
+        show(_write_all(job, store, has_descriptions=False), file=sys.stderr)
+      raise
   store.sync()
 
   rows = [('answered', f'{recorder.answered:,} now, {plan.found["stored"]:,} before')]

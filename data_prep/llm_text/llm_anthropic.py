@@ -1,7 +1,6 @@
 """Anthropic's Messages API and Message Batches, with the same functions as llm_openai.py."""
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ OPTIONAL = {
 BATCH_REQUESTS, BATCH_BYTES = 100_000, 256_000_000
 
 
-def client(key: str, base_url: str | None, timeout: float) -> Any:
+def client(key: str, base_url: str | None, timeout: float, http_client: Any) -> Any:
   """Creates the SDK's client; its own retries are off, because `llm_online` retries."""
   import anthropic
 
-  return anthropic.AsyncAnthropic(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
+  return anthropic.AsyncAnthropic(
+    api_key=key, base_url=base_url, timeout=timeout, max_retries=0, http_client=http_client
+  )
 
 
 def body(prompt: prompts.Prompt, settings: Settings) -> dict[str, Any]:
@@ -102,16 +103,24 @@ async def poll_batch(client: Any, batch_id: str) -> Batch:
   )
 
 
-async def batch_results(client: Any, batch: Batch, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-  """Yields `key` and `reply`, or `key`, `error` and `status`, of all finished requests."""
+def result_sources(batch: Batch, batch_id: str) -> tuple[str, ...]:
+  """Returns the names under which `open_results` finds the results of a batch."""
   del batch
-  async for line in await client.messages.batches.results(batch_id):
-    result = line.result
-    if result.type == 'succeeded':
-      yield {'key': line.custom_id, 'reply': result.message.model_dump()}
-    elif result.type == 'errored':
-      error = result.error.error
-      is_request = error.type == 'invalid_request_error'
-      yield {'key': line.custom_id, 'error': error.message, 'status': 400 if is_request else None}
-    else:
-      yield {'key': line.custom_id, 'error': result.type, 'status': None}
+  return (batch_id,)
+
+
+def open_results(client: Any, source: str, headers: dict[str, str]) -> Any:
+  """Requests results: an asynchronous context of the reply, with a line of JSON a request."""
+  return client.messages.batches.with_streaming_response.results(source, extra_headers=headers)
+
+
+def read_result(line: dict[str, Any]) -> dict[str, Any]:
+  """Returns `key` and `reply` of a line, or `key`, `error` and `status` of a failed request."""
+  result = line['result']
+  if result['type'] == 'succeeded':
+    return {'key': line['custom_id'], 'reply': result['message']}
+  if result['type'] == 'errored':
+    error = result['error']['error']
+    status = 400 if error['type'] == 'invalid_request_error' else None
+    return {'key': line['custom_id'], 'error': error['message'], 'status': status}
+  return {'key': line['custom_id'], 'error': result['type'], 'status': None}

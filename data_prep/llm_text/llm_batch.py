@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data_prep.llm_text import costs, llm_calls, prompts
-from data_prep.llm_text.llm_calls import Answer, RefusedField, Rejected, Settings, Unanswered
+from data_prep.llm_text import costs, llm_calls, llm_http, prompts
+from data_prep.llm_text.llm_calls import (
+  Answer,
+  BadRequest,
+  RefusedField,
+  Rejected,
+  Settings,
+  Unanswered,
+  Unusable,
+)
 from data_prep.llm_text.llm_online import ATTEMPTS, BudgetReached
 from ur4rec_jax import files
 from ur4rec_jax.errors import InputError, ReportedError
@@ -68,6 +77,7 @@ class Batches:
     self._store, self._folder = store, store / FOLDER
     self._provider = provider
     self._settings = settings
+    self._secrets = llm_calls.secrets(provider, settings)
     self._price = price or costs.Price(0.0, 0.0)
     self._max_requests = min(max_requests or provider.BATCH_REQUESTS, provider.BATCH_REQUESTS)
 
@@ -193,15 +203,20 @@ class Batches:
       self._client, tag, state['time'], state['requests']
     )
     known = {batch_id for other in read_states(self._store) for batch_id in other['ids']}
+    seconds = self._settings.timeout + requests.stat().st_size / llm_http.BYTES_PER_SECOND
     for attempt in range(1, ATTEMPTS + 1):
-      if may_exist:
-        state['ids'] = [i for i in await self._call(search) if i not in known]
       try:
+        if may_exist:
+          state['ids'] = self._checked([i for i in await self._call(search) if i not in known])
         if not state['ids']:
-          state['ids'] = [await self._provider.create_batch(self._client, requests, tag)]
+          async with asyncio.timeout(seconds):
+            created = await self._provider.create_batch(self._client, requests, tag)
+          state['ids'] = self._checked([created])
         break
       except Exception as error:
         reason = llm_calls.judge(error, self._provider, self._settings)
+        if isinstance(reason, Unusable):  # The batch may exist: only the reply was unreadable.
+          reason = Unanswered(reason.reason)
         if isinstance(reason, Unanswered) and attempt < ATTEMPTS:
           may_exist = True
           await _back_off(reason, attempt)
@@ -213,6 +228,14 @@ class Batches:
         raise _as_reported(reason) from None
     self._write_state(state)
     requests.unlink(missing_ok=True)
+
+  def _checked(self, ids: list[str]) -> list[str]:
+    """Returns ids that a server has given; they are stored, so they must not hold the key."""
+    for name in ids:
+      is_id = isinstance(name, str) and re.fullmatch(r'[\w.:/-]{1,200}', name, re.ASCII)
+      if not is_id or any(secret in name for secret in self._secrets):
+        raise Unanswered('the id of the batch is no id')
+    return ids
 
   async def _collect_all(
     self,
@@ -229,7 +252,7 @@ class Batches:
       for state in list(states):
         batches = {i: await self._poll(i, state) for i in state['ids']}
         if all(batch.is_ended for batch in batches.values()):
-          num_answers += await self._call(lambda s=state, b=batches: self._collect(s, b))
+          num_answers += await self._collect(state, batches)
           errors += [batch.error for batch in batches.values() if batch.error]
           self.budget.release(state['promised'], state['requests'])
           self._forget(state['tag'])
@@ -243,7 +266,8 @@ class Batches:
       if states:
         await asyncio.sleep(poll_seconds)
     if errors:
-      raise InputError(f'the provider did not take a batch, which costs nothing: {errors[0]}')
+      message = llm_calls.redact(errors[0], self._secrets)[:500]
+      raise InputError(f'the provider did not take a batch, which costs nothing: {message}')
     return num_answers
 
   async def _poll(self, batch_id: str, state: dict[str, Any]) -> llm_calls.Batch:
@@ -256,38 +280,93 @@ class Batches:
       ) from None
 
   async def _collect(self, state: dict[str, Any], batches: dict[str, llm_calls.Batch]) -> int:
-    """Reads the results of a batch in any order; a second call does no harm."""
+    """Reads the results of a batch in any order and returns the number of answers.
+
+    Each result is passed on as soon as its line is there. A second call does no harm.
+    """
     entries = _read_keys(self._path(state['tag'], 'keys'))
-    num_answers = 0
-    for batch_id, batch in batches.items():
-      async for result in self._provider.batch_results(self._client, batch, batch_id):
+    num_answers = num_lines = 0
+
+    def take(content: bytes) -> None:
+      nonlocal num_answers, num_lines
+      num_lines += 1
+      try:
+        result = self._provider.read_result(json.loads(content))
         entry = entries.pop(result['key'], None)
-        if entry is None:  # A guessed batch may be a wrong one.
-          continue
-        prompt = prompts.Prompt(entry['kind'], entry['id'], entry['prompt'], '', '', {})
-        try:
-          answer = self._read(result, tuple(entry['estimate']))
-        except (Rejected, Unanswered) as failure:
-          self._on_failure(result['key'], prompt, failure)
-        else:
-          self._on_answer(result['key'], prompt, answer)
-          num_answers += 1
+      except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return  # Its request counts as missing.
+      if entry is None:  # A guessed batch may be a wrong one.
+        return
+      prompt = prompts.Prompt(entry['kind'], entry['id'], entry['prompt'], '', '', {})
+      try:
+        answer = self._read(result, tuple(entry['estimate']))
+      except (Rejected, Unanswered) as failure:
+        self._on_failure(result['key'], prompt, failure)
+      else:
+        self._on_answer(result['key'], prompt, answer)
+        num_answers += 1
+
+    most = llm_http.MAX_REPLY * (1 + state['requests'])
+    for batch_id, batch in batches.items():
+      for source in self._provider.result_sources(batch, batch_id):
+        await self._read_results(source, most, entries, take)
+    expected = sum(batch.num_done for batch in batches.values())
+    if entries and num_lines < expected:
+      raise ReportedError(
+        f'only {num_lines:,} of {expected:,} results of the batch arrived; they are stored, and the'
+        f' same command reads the others. If they never come, give them up by deleting'
+        f' {self._path(state["tag"], "state")}'
+      )
     for key, entry in entries.items():
       prompt = prompts.Prompt(entry['kind'], entry['id'], entry['prompt'], '', '', {})
       self._on_failure(key, prompt, Unanswered('the batch came back without it'))
     return num_answers
 
+  async def _read_results(
+    self, source: str, most: int, missing: dict[str, Any], take: Callable[[bytes], None]
+  ) -> None:
+    """Passes each line of results to `take`; goes on behind it if the connection breaks.
+
+    Args:
+      source: one of the provider's `result_sources`.
+      most: most bytes of the results.
+      missing: the requests without a result, which `take` removes.
+      take: called once for each line.
+    """
+    known = attempt = 0
+
+    def on_line(line: bytes, position: int) -> None:
+      nonlocal known
+      if not line.endswith(b'\n') and not _is_json(line):
+        raise Unanswered('the results broke off')
+      known = position
+      take(line)
+
+    open_reply = lambda headers: self._provider.open_results(self._client, source, headers)
+    while missing:
+      num_missing = len(missing)
+      try:
+        await llm_http.read_lines(open_reply, known, most, self._settings.timeout, on_line)
+        return
+      except Exception as error:
+        reason = llm_calls.judge(error, self._provider, self._settings)
+        # A download that brings results each time may break off as often as it likes.
+        attempt = 1 if len(missing) < num_missing else attempt + 1
+        if not isinstance(reason, Unanswered) or attempt == ATTEMPTS:
+          raise _as_reported(reason) from None
+        await _back_off(reason, attempt)
+
   def _read(self, result: dict[str, Any], estimate: tuple[int, int]) -> Answer:
     if 'error' in result:
-      message = llm_calls.redact(str(result['error']), self._provider)
-      status = result['status'] or 500
+      message = llm_calls.redact(str(result['error']), self._secrets)
+      status = result['status'] if isinstance(result['status'], int) else 500
       if status in (400, 422) and llm_calls.refuse(message, self._provider, self._settings):
         raise Unanswered(message)
       if 400 <= status < 500 and status not in llm_calls.RETRIED:
         raise Rejected(f'the server answers {status}: {message[:200]}')
       raise Unanswered(message[:200])
     try:
-      answer = llm_calls.read(self._provider, result['reply'], estimate)
+      answer = llm_calls.read(self._provider, result['reply'], estimate, self._secrets)
     except Rejected as error:
       self.budget.spent += self._price.cost(error.tokens)
       raise
@@ -298,7 +377,8 @@ class Batches:
     """Sends a request that may be repeated, with retries."""
     for attempt in range(1, ATTEMPTS + 1):
       try:
-        return await request()
+        async with asyncio.timeout(self._settings.timeout):
+          return await request()
       except Exception as error:
         reason = llm_calls.judge(error, self._provider, self._settings)
         if not isinstance(reason, Unanswered) or attempt == ATTEMPTS:
@@ -336,7 +416,17 @@ async def _back_off(reason: Unanswered, attempt: int) -> None:
   await asyncio.sleep(backoff if reason.wait is None else reason.wait)
 
 
+def _is_json(line: bytes) -> bool:
+  try:
+    json.loads(line)
+  except (ValueError, RecursionError):
+    return False
+  return True
+
+
 def _as_reported(reason: Exception) -> Exception:
+  if isinstance(reason, BadRequest) and reason.is_about_access:
+    return InputError(f'{reason}; {reason.way_out}')
   if isinstance(reason, (Unanswered, Rejected, RefusedField)):
     return ReportedError(
       f'the provider does not answer ({reason}); nothing is lost: start the same command'

@@ -29,6 +29,8 @@ _SILENT_ATTEMPTS = 3
 _GIVEN_UP = 20
 # After this many refused requests without any answer, the settings count as wrong.
 _BAD_REQUESTS = 5
+# Open requests get this many seconds after a signal: launchers kill a program after 30.
+_GRACE_SECONDS = 25.0
 # Requests that start late may catch up by this many seconds; servers tolerate more.
 _BURST = 0.2
 
@@ -84,9 +86,12 @@ class Online:
     self._price = price or costs.Price(0.0, 0.0)
     self._requests = Pace(requests_per_minute)
     self._tokens = Pace(tokens_per_minute)
+    self._secrets = llm_calls.secrets(provider, settings)
     self._server_was_heard = False
-    self._given_up = self._bad_requests = 0
+    self._given_up = 0
     self._was_answered = False
+    # Refused requests wait here for the first answer: it tells that the settings are right.
+    self._held: list[tuple[str, prompts.Prompt, BadRequest]] = []
 
   async def answer_all(
     self,
@@ -105,7 +110,8 @@ class Online:
 
     Raises:
       BudgetReached: the next request might exceed the budget; earlier results are passed on.
-      Stopped: a signal arrived; earlier results are passed on.
+      Stopped: a signal arrived; earlier results are passed on. Open requests are dropped when the
+        time to stop in is over.
       InputError: the provider refuses the settings, or cannot be reached.
       ReportedError: the server has stopped answering.
     """
@@ -120,25 +126,55 @@ class Online:
         try:
           answer = await self._ask(client, prompt)
         except (Rejected, Unanswered) as failure:
-          on_failure(key, prompt, failure)
+          if isinstance(failure, BadRequest) and not self._was_answered:
+            self._hold(key, prompt, failure)
+          else:
+            on_failure(key, prompt, failure)
         else:
           on_answer(key, prompt, answer)
+        if self._was_answered:
+          self._release(on_failure)
 
-    places = [asyncio.create_task(place()) for _ in range(concurrency)]
+    self._places = [asyncio.create_task(place()) for _ in range(concurrency)]
     try:
       # The first error ends the run: waiting requests are dropped, running ones are awaited.
-      await asyncio.wait(places, return_when=asyncio.FIRST_EXCEPTION)
+      await asyncio.wait(self._places, return_when=asyncio.FIRST_EXCEPTION)
       self._stop.set()
-      results = await asyncio.gather(*places, return_exceptions=True)
+      results = await asyncio.gather(*self._places, return_exceptions=True)
     finally:
       for number in (signal.SIGINT, signal.SIGTERM):
         loop.remove_signal_handler(number)
       await client.close()
-    errors = [error for error in results if isinstance(error, BaseException)]
     # An error of one request makes the others raise `Stopped`, so the error itself comes first.
+    # Requests that are cancelled after a signal have stopped, too.
+    cancelled = asyncio.CancelledError
+    errors = [Stopped() if isinstance(e, cancelled) else e for e in results if e is not None]
     errors.sort(key=lambda error: (isinstance(error, Stopped), isinstance(error, BudgetReached)))
     if errors:
       raise errors[0]
+    if any(failure.is_about_access for _, _, failure in self._held):
+      raise self._wrong_settings()
+    self._release(on_failure)
+
+  def _hold(self, key: str, prompt: prompts.Prompt, failure: BadRequest) -> None:
+    """Keeps a refused request until one is answered; InputError if too many are refused."""
+    self._held.append((key, prompt, failure))
+    if len(self._held) == _BAD_REQUESTS:
+      raise self._wrong_settings()
+
+  def _release(self, on_failure: Callable[[str, prompts.Prompt, BadRequest], None]) -> None:
+    """Passes on the refused requests that were kept."""
+    for key, prompt, failure in self._held:
+      on_failure(key, prompt, failure)
+    self._held.clear()
+
+  def _wrong_settings(self) -> InputError:
+    failure = self._held[-1][2]
+    count = len(self._held)
+    return InputError(
+      f'{self._settings.server}: {failure.reason}; no request was answered, and'
+      f' {count} failed like this: {failure.way_out}'
+    )
 
   async def _ask(self, client: Any, prompt: prompts.Prompt) -> Answer:
     unanswered = 0
@@ -147,18 +183,12 @@ class Online:
       try:
         answer = await self._send(client, prompt)
         self._given_up = 0
-        self._was_answered = True
         return Answer(answer.text, _total([*paid, answer.tokens]))
       except RefusedField:
         continue
       except Rejected as error:
-        if isinstance(error, BadRequest) and not self._was_answered:
-          self._bad_requests += 1
-          if self._bad_requests == _BAD_REQUESTS:
-            raise InputError(
-              f'{error.reason}; the first {_BAD_REQUESTS} requests all failed like this: correct'
-              ' --parameters, --max_output_tokens or --model'
-            ) from None
+        if isinstance(error, BadRequest) and error.is_about_access and self._was_answered:
+          self._count_given_up(error.reason)
         paid.append(error.tokens)
         error.tokens = _total(paid)
         if not isinstance(error, Unusable) or len(paid) == PAID_ATTEMPTS:
@@ -167,27 +197,31 @@ class Online:
         unanswered += 1
         self._server_was_heard |= error.is_from_server
         if not self._server_was_heard and unanswered == _SILENT_ATTEMPTS:
-          where = self._settings.base_url or f'the {self._provider.NAME} API'
           raise InputError(
-            f'{where} cannot be reached ({error.reason}); check the network and --base_url, or try'
-            ' everything out with --backend=mock'
+            f'{self._settings.server} cannot be reached ({error.reason}); check the network and'
+            ' --base_url, or try everything out with --backend=mock'
           ) from None
         if unanswered == ATTEMPTS:
-          self._given_up += 1
-          if self._given_up == _GIVEN_UP:
-            raise ReportedError(
-              f'the server answers nothing any more (last: {error.reason}); all answers so far are'
-              ' stored, and the same command continues later'
-            ) from None
+          self._count_given_up(error.reason)
           raise
         backoff = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**unanswered))
         await self._pause(backoff if error.wait is None else error.wait + 0.1 * backoff)
+
+  def _count_given_up(self, reason: str) -> None:
+    """Counts requests in a row without an answer; ReportedError if they are too many."""
+    self._given_up += 1
+    if self._given_up == _GIVEN_UP:
+      raise ReportedError(
+        f'the server answers nothing any more (last: {reason}); all answers so far are'
+        ' stored, and the same command continues later'
+      ) from None
 
   async def _send(self, client: Any, prompt: prompts.Prompt) -> Answer:
     """Sends a request once and books its cost, or the most it may have cost."""
     body = self._provider.body(prompt, self._settings)
     limit = self._settings.parameters[self._provider.MAX_OUTPUT]
-    most = self._price.cost(costs.most_tokens(body, limit))
+    most_tokens = costs.most_tokens(body, limit)
+    most = self._price.cost(most_tokens)
     while not self.budget.fits(most):
       if self.budget.is_idle:
         raise BudgetReached
@@ -198,15 +232,21 @@ class Online:
     try:
       await self._pause(max(self._requests.take(1), self._tokens.take(sum(estimate))))
       try:
-        text = await self._provider.send(client, body)
+        # The SDK's own timeout starts anew with each part of a reply.
+        async with asyncio.timeout(self._settings.timeout):
+          text = await self._provider.send(client, body)
       except Exception as error:
-        raise llm_calls.judge(error, self._provider, self._settings) from None
+        reason = llm_calls.judge(error, self._provider, self._settings, body)
+        if isinstance(reason, Unusable):  # Its tokens are unknown, but paid.
+          reason.tokens = most_tokens
+        raise reason from None
       self._server_was_heard = True
       try:
         reply = json.loads(text)
-      except ValueError:
+      except (ValueError, RecursionError):
         raise Unanswered('the reply is no JSON', may_cost=True) from None
-      answer = llm_calls.read(self._provider, reply, estimate)
+      self._was_answered = True
+      answer = llm_calls.read(self._provider, reply, estimate, self._secrets)
       tokens = answer.tokens
       return answer
     except Rejected as error:
@@ -214,6 +254,9 @@ class Online:
       raise
     except Unanswered as error:
       self.budget.lost += most if error.may_cost else 0.0
+      raise
+    except asyncio.CancelledError:
+      self.budget.lost += most
       raise
     finally:
       self.budget.release(most)
@@ -233,8 +276,11 @@ class Online:
   def _on_signal(self, number: int) -> None:
     self.signal_number = number
     self._stop.set()
+    loop = asyncio.get_running_loop()
+    for place in self._places:
+      loop.call_later(_GRACE_SECONDS, place.cancel)
     # A second signal ends the program at once.
-    asyncio.get_running_loop().remove_signal_handler(number)
+    loop.remove_signal_handler(number)
 
 
 def _total(tokens: list[tuple[int, int]]) -> tuple[int, int]:

@@ -3,8 +3,6 @@
 The same functions as in llm_anthropic.py; nothing else knows what a provider's messages look like.
 """
 
-import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,13 @@ _TAG = 'generate_text'
 _UNDER_WAY = ('validating', 'in_progress', 'finalizing', 'cancelling')
 
 
-def client(key: str, base_url: str | None, timeout: float) -> Any:
+def client(key: str, base_url: str | None, timeout: float, http_client: Any) -> Any:
   """Creates the SDK's client; its own retries are off, because `llm_online` retries."""
   import openai
 
-  return openai.AsyncOpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=0)
+  return openai.AsyncOpenAI(
+    api_key=key, base_url=base_url, timeout=timeout, max_retries=0, http_client=http_client
+  )
 
 
 def body(prompt: prompts.Prompt, settings: Settings) -> dict[str, Any]:
@@ -70,7 +70,10 @@ def content(reply: dict[str, Any]) -> str:
     raise Rejected('filtered by the provider')
   if choice.get('finish_reason') == 'length':
     raise Rejected('cut off at the limit of output tokens')
-  return choice['message'].get('content') or ''
+  text = choice['message'].get('content') or ''
+  if isinstance(text, list):  # Some servers send parts, and reasoning as a part of its own.
+    text = ''.join(part['text'] for part in text if part['type'] == 'text')
+  return text
 
 
 def tokens(reply: dict[str, Any]) -> tuple[int, int]:
@@ -120,19 +123,23 @@ async def poll_batch(client: Any, batch_id: str) -> Batch:
   )
 
 
-async def batch_results(client: Any, batch: Batch, batch_id: str) -> AsyncIterator[dict[str, Any]]:
-  """Yields `key` and `reply`, or `key`, `error` and `status`, of all finished requests."""
+def result_sources(batch: Batch, batch_id: str) -> tuple[str, ...]:
+  """Returns the names under which `open_results` finds the results of a batch."""
   del batch_id
-  for file in batch.files:
-    async with client.files.with_streaming_response.content(file) as content:
-      async for text in content.iter_lines():
-        if text.strip():
-          line = json.loads(text)
-          response = line.get('response') or {}
-          status = response.get('status_code')
-          if line.get('error') or status != 200:
-            error = line.get('error') or (response.get('body') or {}).get('error') or {}
-            reason = error.get('message') or error.get('code') or 'failed in the batch'
-            yield {'key': line['custom_id'], 'error': reason, 'status': status}
-          else:
-            yield {'key': line['custom_id'], 'reply': response['body']}
+  return batch.files
+
+
+def open_results(client: Any, source: str, headers: dict[str, str]) -> Any:
+  """Requests results: an asynchronous context of the reply, with a line of JSON a request."""
+  return client.files.with_streaming_response.content(source, extra_headers=headers)
+
+
+def read_result(line: dict[str, Any]) -> dict[str, Any]:
+  """Returns `key` and `reply` of a line, or `key`, `error` and `status` of a failed request."""
+  response = line.get('response') or {}
+  status = response.get('status_code')
+  if line.get('error') or status != 200:
+    error = line.get('error') or (response.get('body') or {}).get('error') or {}
+    reason = error.get('message') or error.get('code') or 'failed in the batch'
+    return {'key': line['custom_id'], 'error': reason, 'status': status}
+  return {'key': line['custom_id'], 'reply': response['body']}

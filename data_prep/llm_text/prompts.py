@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,37 @@ _REFUSAL = re.compile(
   r'|作为(一个|一名)?(ai|人工智能|语言模型)',
   re.IGNORECASE,
 )
+
+# Tags around the reasoning of a model, which some servers leave in the answer.
+_THOUGHT = r'(?:[a-z]+:)?(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad)'
+_LESS, _MORE = '(?:<|&lt;)', '(?:>|&gt;)'
+_REASONING_END = re.compile(
+  rf'{_LESS}\s*/\s*{_THOUGHT}\s*{_MORE}|{_LESS}\s*{_THOUGHT}\s*/{_MORE}'
+  rf'|\[/(?:think|thinking|reasoning)\]|◁/{_THOUGHT}▷|</\|{_THOUGHT}\|>'
+  rf'|<\|(?:/|end_|end_of_){_THOUGHT}\|>|<\|{_THOUGHT}_end\|>|<unused95>'
+  # The channels of gpt-oss, with and without their special tokens.
+  r'|<\|channel\|>\s*final\b[^<]*<\|message\|>|assistantfinal',
+  re.IGNORECASE,
+)
+_REASONING_START = re.compile(
+  rf'{_LESS}\s*{_THOUGHT}(?:\s[^<>]{{0,100}})?{_MORE}'
+  rf'|\[(?:think|thinking|reasoning)\]|◁{_THOUGHT}▷'
+  rf'|<\|(?:start_|begin_|start_of_|begin_of_)?{_THOUGHT}(?:_start)?\|>|<unused94>'
+  r'|<\|channel\|>\s*(?:analysis|commentary)|\A(?-i:analysis(?=[A-Z]))',
+  re.IGNORECASE,
+)
+# First words of reasoning whose tags are both missing.
+_THINKING_ALOUD = re.compile(
+  r'(okay|ok|alright|all right|hmm+)[,.… ]+(so )?'
+  r"(the user|let me|let['’]?s|i need to|i have to|i should|we need|we have)\b"
+  r'|the user (wants me|is asking|asks me|asked)\b'
+  r'|(we|i) (need|have) to (describe|generate|output|produce|write)\b'
+  r'|好的?[，,](用户|我需要|让我)|嗯[，,]',
+  re.IGNORECASE,
+)
+# Special tokens and wrappers that remain around an answer.
+_WRAPPER = r'(?:<\|\w{1,40}\|>|</?(?:answer|final_answer|response|s)>|\s)+'
+_WRAPPERS = re.compile(rf'\A{_WRAPPER}|{_WRAPPER}\Z', re.IGNORECASE)
 
 
 class Prompt(NamedTuple):
@@ -206,15 +237,19 @@ def user_prompts(
     yield Prompt('user', name, template.version, template.system, text, facts)
 
 
-def parse_answer(raw: str) -> str:
+def parse_answer(raw: str, secrets: Sequence[str] = ()) -> str:
   """Extracts the text of an answer: plain, or a JSON object that may be fenced or within prose.
+
+  Args:
+    raw: what the model has written, possibly with its reasoning in front.
+    secrets: keys and passwords; a text that repeats one gets `[key]` in its place.
 
   Raises:
     ValueError: the answer holds no usable text; the message says why.
   """
-  if len(raw) > 2 * MAX_ANSWER:
-    raise ValueError(f'too long: {len(raw):,} characters')
-  text = known_text(_unpacked(raw.strip()))
+  text = known_text(_unpacked(raw))
+  for secret in secrets:
+    text = text.replace(secret, '[key]')
   if not text:
     raise ValueError('empty')
   if len(text) > MAX_ANSWER:
@@ -223,7 +258,22 @@ def parse_answer(raw: str) -> str:
     raise ValueError(f'no text: {text[:40]!r}')
   if _REFUSAL.match(text):
     raise ValueError(f'a refusal: {text[:80]!r}')
+  if _THINKING_ALOUD.match(text):
+    raise ValueError(f'reasoning without an answer: {text[:80]!r}')
   return text
+
+
+def without_reasoning(text: str) -> str:
+  """Returns a stored text without the reasoning that earlier versions kept; '' if it has no other.
+
+  Texts without reasoning stay as they are.
+  """
+  if not (_REASONING_END.search(text) or _REASONING_START.search(text)):
+    return text
+  try:
+    return parse_answer(text)
+  except ValueError:
+    return ''
 
 
 def split_year(title: str) -> tuple[str, str]:
@@ -259,19 +309,44 @@ def _fill(template: str, fields: dict[str, Any]) -> str:
 
 
 def _unpacked(raw: str) -> str:
-  decoder = json.JSONDecoder(strict=False)  # Models write line breaks into strings.
+  """Returns the text in an answer; ValueError if there is none."""
+  ends = list(_REASONING_END.finditer(raw))
+  if ends and not (wrapped := _text_around(raw, ends[-1])):
+    raw = raw[ends[-1].end() :]
+  elif ends:
+    return _unpacked(wrapped)
+  if len(raw) > 2 * MAX_ANSWER:
+    raise ValueError(f'too long: {len(raw):,} characters')
+  if _REASONING_START.search(raw):
+    raise ValueError(f'reasoning that was cut off: {raw[:80]!r}')
   for brace in itertools.islice(re.finditer(r'\{', raw), 20):
-    try:
-      found, _ = decoder.raw_decode(raw, brace.start())
-    except (ValueError, RecursionError):
-      continue
-    if isinstance(found.get('text'), str):
-      return found['text']
-  plain = re.sub(r'^```\w*\n?|```$', '', raw).strip()
-  if re.match(r'[\[{]', plain) or re.search(r'"text"\s*:', plain):
+    text, _ = _object_text(raw, brace.start())
+    if text is not None:
+      return text
+  plain = re.sub(r'^```\w*\n?|```$', '', _WRAPPERS.sub('', raw)).strip()
+  if re.match(r'[\[{]', plain) or re.search(r'"text"\s*:|"\s*\}$', plain):
     raise ValueError(f'no complete JSON object with a text: {raw[:80]!r}')
   quoted = re.fullmatch(r'["“]([^"“”]*)["”]', plain)
   return quoted[1] if quoted else plain
+
+
+def _text_around(raw: str, tag: re.Match) -> str | None:
+  """Returns the text of an answer that is one JSON object with the tag inside, else None."""
+  start = raw.find('{')
+  if not re.fullmatch(r'\s*(```\w*)?\s*', raw[:start] if start >= 0 else raw):
+    return None
+  text, end = _object_text(raw, start)
+  return text if end > tag.end() else None
+
+
+def _object_text(raw: str, start: int) -> tuple[str | None, int]:
+  """Returns the text of the JSON object at a position, None if it has none, and where it ends."""
+  try:
+    # Models write line breaks into strings.
+    found, end = json.JSONDecoder(strict=False).raw_decode(raw, start)
+  except (ValueError, RecursionError):
+    return None, start
+  return (found['text'], end) if isinstance(found.get('text'), str) else (None, end)
 
 
 def _nothing_known(data_dir: str | Path, what: str) -> InputError:

@@ -200,7 +200,7 @@ class StoredTexts(Mapping[str, str]):
     }
 
   def __getitem__(self, name: str) -> str:
-    return self._store.read(self._offsets[name])['text']
+    return prompts.without_reasoning(self._store.read(self._offsets[name])['text'])
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._offsets)

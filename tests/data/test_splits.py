@@ -2,14 +2,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import make_queries
 
 BORDERS = {'valid_from': 40, 'test_from': 70}
-ALL_ITEMS = ConfigDict({'candidates': 'all', 'seed': 0})
+ALL_ITEMS = Protocol()
 
 
 def random_interactions(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

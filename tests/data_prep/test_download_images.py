@@ -23,7 +23,7 @@ from data_prep.prepared import pictures
 from tests.helpers.commands import run_here
 from tests.helpers.runs import ROOT
 from ur4rec_jax.data.dataset import read_items
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.errors import BusyError, InputError
 
 CANARY = 'eyJhbGciOi.canary-5e1f0c.x_Y'
 BRIEF = download_images.Settings(timeout=2, deadline=3, tries=2)
@@ -287,7 +287,7 @@ def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, ma
     assert process.poll() is None
     assert time.monotonic() < deadline
     time.sleep(0.005)
-  with pytest.raises(InputError, match='another process is fetching pictures'):
+  with pytest.raises(BusyError, match='another process is fetching pictures'):
     download_images.download(data_dir)
   os.kill(process.pid, signal.SIGKILL)
   process.communicate()

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.helpers.runs import ROOT
+from ur4rec_jax.errors import exit_code_table
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 NOTEBOOKS = sorted((ROOT / 'docs' / 'notebooks').glob('*.ipynb'))
@@ -44,6 +45,10 @@ def test_the_site_shows_every_page():
   shown = str(yaml.safe_load((ROOT / 'mkdocs.yml').read_text())['nav'])
   pages = [path.relative_to(ROOT / 'docs').with_suffix('.md') for path in (*PAGES[1:], *NOTEBOOKS)]
   assert sorted(re.findall(r"'([\w/]+\.md)'", shown)) == sorted(map(str, pages))
+
+
+def test_the_table_of_exit_codes_is_that_of_the_program():
+  assert exit_code_table() in (ROOT / 'docs' / 'training.md').read_text()
 
 
 def test_readme_is_short():

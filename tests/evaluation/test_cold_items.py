@@ -7,6 +7,7 @@ import pytest
 from configs import default
 from ur4rec_jax.data.features import Tables, TokenTable, load_with_features, read_tables
 from ur4rec_jax.evaluation import cold_items, evaluate
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.sharding import devices
@@ -77,7 +78,8 @@ def test_cold_items_are_ranked_by_the_rows_of_their_nearest(encoded, rows):
     tables = tables._replace(items=embeddings.pad_features(tables.items))
     data = evaluate.EvalData(
       dataset,
-      config.evaluation,
+      Protocol(),
+      config.evaluation.batch_size,
       devices.replicate(dataset.item_ids),
       devices.place(tables, Tables(embeddings.axis, None)),
       embeddings,

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from tests.helpers import runs
 from ur4rec_jax.data import splits
@@ -17,6 +16,7 @@ from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation import evaluate, ranking
 from ur4rec_jax.evaluation.baselines import baseline_metrics
 from ur4rec_jax.evaluation.metrics import ranking_metrics
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import make_queries, pack_queries
 from ur4rec_jax.models.content import EncodedItems
 from ur4rec_jax.models.layers import take_positions
@@ -31,9 +31,8 @@ PARTS = ('valid', 'test')
 make_dataset = functools.partial(runs.make_dataset, num_items=NUM_ITEMS)
 
 
-def make_config(candidates: str = 'all', **fields) -> ConfigDict:
-  defaults = {'num_candidates': 7, 'seed': 0, 'batch_size': 9}
-  return ConfigDict({'candidates': candidates} | defaults | fields)
+def make_protocol(candidates: str = 'all', num_candidates: int = 7, seed: int = 0) -> Protocol:
+  return Protocol(candidates, num_candidates, seed)
 
 
 @functools.cache
@@ -57,9 +56,11 @@ def history(dataset: Dataset, user: int) -> np.ndarray:
   return dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]]
 
 
-def run(model, dataset, part, config, params=None, mapping='pmap', **options):
+def run(model, dataset, part, protocol, params=None, mapping='pmap', users_per_batch=9, **options):
   item_ids, embeddings = devices.replicate(dataset.item_ids), ItemEmbeddings('all', NUM_ITEMS)
-  data = evaluate.EvalData(dataset, config, item_ids, Tables({}, {}), embeddings, mapping=mapping)
+  data = evaluate.EvalData(
+    dataset, protocol, users_per_batch, item_ids, Tables({}, {}), embeddings, mapping=mapping
+  )
   evaluator = evaluate.make_evaluator(model, data, part)
   return evaluator(devices.replicate(params or {}), **options)
 
@@ -112,7 +113,7 @@ class Poisoned(Oracle):
 @pytest.mark.parametrize('part', PARTS)
 def test_queries_hold_out_the_last_or_the_one_before(part):
   dataset = make_dataset([[1, 2, 3, 4], [5], [6, 7], [8, 9, 10]])
-  queries = make_queries(dataset, part, make_config())
+  queries = make_queries(dataset, part, make_protocol())
   np.testing.assert_array_equal(queries.users, [0, 3])
   np.testing.assert_array_equal(queries.targets, [4, 10] if part == 'test' else [3, 9])
   np.testing.assert_array_equal(queries.starts, [0, 7])
@@ -135,7 +136,7 @@ def test_candidates_are_distinct_items_the_user_never_has(candidates):
   dataset = mixed_dataset()
   train = set(dataset.train_part().item_ids.tolist())
   drawable = train if candidates == 'popularity' else set(range(1, NUM_ITEMS + 1))
-  queries = make_queries(dataset, 'valid', make_config(candidates))
+  queries = make_queries(dataset, 'valid', make_protocol(candidates))
   assert queries.candidates.shape == (len(queries.users), 7)
   for user, row in zip(queries.users, queries.candidates, strict=True):
     free = drawable - set(history(dataset, user).tolist())
@@ -148,8 +149,8 @@ def test_candidates_are_distinct_items_the_user_never_has(candidates):
 @pytest.mark.parametrize('candidates', ['uniform', 'popularity'])
 def test_candidates_follow_their_seed_and_not_the_part(candidates):
   def draw(part, seed):
-    config = make_config(candidates, seed=seed)
-    return make_queries(mixed_dataset(), part, config).candidates
+    protocol = make_protocol(candidates, seed=seed)
+    return make_queries(mixed_dataset(), part, protocol).candidates
 
   np.testing.assert_array_equal(draw('valid', 0), draw('valid', 0))
   np.testing.assert_array_equal(draw('valid', 0), draw('test', 0))
@@ -161,27 +162,27 @@ def test_candidates_are_drawn_evenly_or_by_training_popularity(candidates, share
   """Everybody but one has item 1 only; item 2 is in training nine times as often as item 3."""
   histories = [[1, 1, 1]] * 2000 + [[2] * 9 + [3, 1, 1]]
   dataset = make_dataset(histories, num_items=3)
-  queries = make_queries(dataset, 'test', make_config(candidates, num_candidates=1))
+  queries = make_queries(dataset, 'test', make_protocol(candidates, num_candidates=1))
   drawn = queries.candidates[:2000]
   assert set(drawn.ravel().tolist()) == {2, 3}
   assert abs((drawn == 2).mean() - share) < 4 * np.sqrt(share * (1 - share) / 2000)
 
 
 def test_protocol_names_what_a_number_depends_on():
-  assert evaluate.protocol(mixed_dataset(), make_config()) == {
+  assert make_protocol().describe(mixed_dataset()) == {
     'split': 'leave_one_out',
     'candidates': 'all items',
     'seen_items': 'left out',
     'ties': 'against the model',
   }
-  sampled = evaluate.protocol(mixed_dataset(), make_config('popularity', num_candidates=99, seed=5))
+  sampled = make_protocol('popularity', num_candidates=99, seed=5).describe(mixed_dataset())
   assert sampled['candidates'] == 'target + 99 popularity (seed 5)'
 
 
 @pytest.mark.parametrize('users_per_batch', [1, 7, 1000])
 def test_batches_hold_every_user_once_with_the_newest_token(users_per_batch):
   dataset = mixed_dataset()
-  queries = make_queries(dataset, 'test', make_config('uniform'))
+  queries = make_queries(dataset, 'test', make_protocol('uniform'))
   batches, members = pack_queries(queries, MAX_LENGTH, users_per_batch)
   assert len(members) % devices.device_count() == 0
   np.testing.assert_array_equal(np.sort(members[members >= 0]), np.arange(len(queries.users)))
@@ -232,9 +233,9 @@ def sasrec():
   return model, params, score_all
 
 
-def plain_ranks(dataset, part, config, score_all) -> np.ndarray:
+def plain_ranks(dataset, part, protocol, score_all) -> np.ndarray:
   """Full ranking as one would explain it."""
-  drawn = iter(make_queries(dataset, part, config).candidates.tolist())
+  drawn = iter(make_queries(dataset, part, protocol).candidates.tolist())
   ranks = []
   for user in range(len(dataset.lengths)):
     items = history(dataset, user).tolist()
@@ -242,7 +243,7 @@ def plain_ranks(dataset, part, config, score_all) -> np.ndarray:
       continue
     *before, target = items if part == 'test' else items[:-1]
     candidates = next(drawn)
-    if config.candidates == 'all':
+    if protocol.candidates == 'all':
       candidates = [i for i in range(1, NUM_ITEMS + 1) if i not in before]
     scores = score_all(before)
     rank = 1
@@ -256,55 +257,59 @@ def plain_ranks(dataset, part, config, score_all) -> np.ndarray:
 @pytest.mark.parametrize('candidates', ['all', 'uniform', 'popularity'])
 @pytest.mark.parametrize('part', PARTS)
 def test_evaluator_equals_a_plain_loop_over_users(part, candidates):
-  dataset, config = mixed_dataset(), make_config(candidates)
+  dataset, protocol = mixed_dataset(), make_protocol(candidates)
   model, params, score_all = sasrec()
-  expected = plain_ranks(dataset, part, config, score_all)
+  expected = plain_ranks(dataset, part, protocol, score_all)
   assert len(expected) == (dataset.lengths >= 3).sum()
-  np.testing.assert_array_equal(run(model, dataset, part, config, params), expected)
+  np.testing.assert_array_equal(run(model, dataset, part, protocol, params), expected)
 
 
 @pytest.mark.parametrize('batch_size', [1, 1000])
 def test_batch_size_changes_no_rank(batch_size):
-  dataset, config = mixed_dataset(), make_config(batch_size=batch_size)
+  dataset, protocol = mixed_dataset(), make_protocol()
   model, params, score_all = sasrec()
-  expected = plain_ranks(dataset, 'test', config, score_all)
-  np.testing.assert_array_equal(run(model, dataset, 'test', config, params), expected)
+  expected = plain_ranks(dataset, 'test', protocol, score_all)
+  np.testing.assert_array_equal(
+    run(model, dataset, 'test', protocol, params, users_per_batch=batch_size), expected
+  )
 
 
 def test_a_catalogue_in_parts_gives_the_same_ranks(monkeypatch):
   """In four parts, of which the last overlaps the third."""
-  dataset, config = mixed_dataset(), make_config(batch_size=2)
+  dataset, protocol = mixed_dataset(), make_protocol()
   model, params, score_all = sasrec()
   monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', 8)
-  expected = plain_ranks(dataset, 'test', config, score_all)
-  np.testing.assert_array_equal(run(model, dataset, 'test', config, params), expected)
+  expected = plain_ranks(dataset, 'test', protocol, score_all)
+  np.testing.assert_array_equal(
+    run(model, dataset, 'test', protocol, params, users_per_batch=2), expected
+  )
 
 
 def test_shard_map_gives_the_same_ranks():
-  dataset, config = mixed_dataset(), make_config()
+  dataset, protocol = mixed_dataset(), make_protocol()
   model, params, score_all = sasrec()
-  expected = plain_ranks(dataset, 'valid', config, score_all)
-  ranks = run(model, dataset, 'valid', config, params, mapping='shard_map')
+  expected = plain_ranks(dataset, 'valid', protocol, score_all)
+  ranks = run(model, dataset, 'valid', protocol, params, mapping='shard_map')
   np.testing.assert_array_equal(ranks, expected)
 
 
 @pytest.mark.parametrize('part', PARTS)
 def test_equal_scores_give_the_worst_rank(part):
   dataset = cycle_dataset()
-  ranks = run(Constant(), dataset, part, make_config())
+  ranks = run(Constant(), dataset, part, make_protocol())
   seen = dataset.lengths - (1 if part == 'test' else 2)
   np.testing.assert_array_equal(ranks, NUM_ITEMS - seen)
 
 
 def test_equal_scores_give_the_worst_rank_among_candidates():
-  ranks = run(Constant(), cycle_dataset(), 'test', make_config('uniform', num_candidates=12))
+  ranks = run(Constant(), cycle_dataset(), 'test', make_protocol('uniform', num_candidates=12))
   np.testing.assert_array_equal(ranks, np.full(40, 13))
 
 
 @pytest.mark.parametrize('candidates', ['all', 'uniform'])
 @pytest.mark.parametrize('part', PARTS)
 def test_a_model_that_knows_the_answer_ranks_it_first(part, candidates):
-  ranks = run(Oracle(), cycle_dataset(), part, make_config(candidates))
+  ranks = run(Oracle(), cycle_dataset(), part, make_protocol(candidates))
   np.testing.assert_array_equal(ranks, np.ones(40))
 
 
@@ -312,39 +317,40 @@ def test_a_model_that_knows_the_answer_ranks_it_first(part, candidates):
 def test_a_score_that_is_not_finite_is_an_error(value):
   """Item 7 is the newest of some users only."""
   with pytest.raises(DivergenceError, match='not finite in the evaluation on valid'):
-    run(Poisoned(value=value), cycle_dataset(), 'valid', make_config())
+    run(Poisoned(value=value), cycle_dataset(), 'valid', make_protocol())
 
 
 def test_only_the_newest_state_is_scored():
   dataset = make_dataset([[7, 7, 1, 2, 3], [3, 7, 4, 5], [1, 2, 7, 3, 4, 5, 6]])
-  np.testing.assert_array_equal(run(Poisoned(), dataset, 'test', make_config()), [1, 1, 1])
+  np.testing.assert_array_equal(run(Poisoned(), dataset, 'test', make_protocol()), [1, 1, 1])
 
 
 def test_interruption_ends_the_evaluation():
-  dataset, config = cycle_dataset(), make_config(batch_size=1)
-  assert run(Oracle(), dataset, 'test', config, interrupted=lambda: True) is None
+  rank = functools.partial(run, Oracle(), cycle_dataset(), 'test', make_protocol())
+  rank = functools.partial(rank, users_per_batch=1)
+  assert rank(interrupted=lambda: True) is None
   asked = []
 
   def after_the_first():
     asked.append(len(asked))
     return len(asked) > 1
 
-  assert run(Oracle(), dataset, 'test', config, interrupted=after_the_first) is None
+  assert rank(interrupted=after_the_first) is None
   assert len(asked) == 2
-  assert (run(Oracle(), dataset, 'test', config, interrupted=lambda: False) == 1).all()
+  assert (rank(interrupted=lambda: False) == 1).all()
 
 
 @pytest.mark.parametrize('candidates', ['all', 'uniform', 'popularity'])
 @pytest.mark.parametrize('part', PARTS)
 def test_popularity_baseline_equals_a_plain_loop(part, candidates):
-  dataset, config = mixed_dataset(), make_config(candidates)
+  dataset, protocol = mixed_dataset(), make_protocol(candidates)
   counts = np.zeros(NUM_ITEMS + 1)
   for user in range(len(dataset.lengths)):
     items = history(dataset, user)
     for item in items[:-2] if len(items) >= 3 else items:
       counts[item] += 1
-  ranks = plain_ranks(dataset, part, config, lambda before: counts)
-  popularity = baseline_metrics(dataset, part, config)['popularity']
+  ranks = plain_ranks(dataset, part, protocol, lambda before: counts)
+  popularity = baseline_metrics(dataset, part, protocol)['popularity']
   assert popularity == ranking_metrics(ranks)
 
 
@@ -353,18 +359,18 @@ def test_random_baseline_is_near_chance():
   rng = np.random.default_rng(0)
   users = 4000
   dataset = make_dataset([rng.permutation(60)[:5] + 1 for _ in range(users)], num_items=60)
-  chance = baseline_metrics(dataset, 'test', make_config())['random']
+  chance = baseline_metrics(dataset, 'test', make_protocol())['random']
   assert abs(chance['mean_rank'] - 57 / 2) < 4 * np.sqrt((56**2 - 1) / 12 / users)
   assert abs(chance['hit@10'] - 10 / 56) < 4 * np.sqrt(10 / 56 * 46 / 56 / users)
-  config = make_config('uniform', num_candidates=9)
-  chance = baseline_metrics(dataset, 'test', config)['random']
+  protocol = make_protocol('uniform', num_candidates=9)
+  chance = baseline_metrics(dataset, 'test', protocol)['random']
   assert abs(chance['mean_rank'] - 5.5) < 4 * np.sqrt((10**2 - 1) / 12 / users)
   assert chance['hit@10'] == 1
 
 
 def test_random_baseline_follows_its_seed():
   def random(seed):
-    return baseline_metrics(mixed_dataset(), 'test', make_config(seed=seed))['random']
+    return baseline_metrics(mixed_dataset(), 'test', make_protocol(seed=seed))['random']
 
   assert random(0) == random(0)
   assert random(0) != random(1)

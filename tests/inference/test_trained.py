@@ -9,6 +9,7 @@ from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import make_queries
 from ur4rec_jax.inference.query import CheckedQuery
 from ur4rec_jax.sharding import devices
@@ -17,7 +18,7 @@ from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 def full_ranking(recommender, part: str = 'test'):
   """For each user with a held-out item: the whole catalogue in order, after what came before."""
-  queries = make_queries(recommender.dataset, part, recommender.config.evaluation)
+  queries = make_queries(recommender.dataset, part, Protocol())
   ids = recommender.dataset.item_ids
   histories = [
     ids[start : start + length]
@@ -36,7 +37,11 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   dataset, config = recommender.dataset, recommender.config
   placed = devices.replicate((dataset.item_ids, tables))
   data = evaluate.EvalData(
-    dataset, config.evaluation, *placed, ItemEmbeddings('all', dataset.num_items)
+    dataset,
+    Protocol(),
+    config.evaluation.batch_size,
+    *placed,
+    ItemEmbeddings('all', dataset.num_items),
   )
   evaluator = evaluate.make_evaluator(recommender.model, data, 'test')
   ranks = evaluator(devices.replicate(recommender.params))

@@ -1,5 +1,6 @@
 """What starts runs elsewhere is valid and knows the exit codes; several processes work together."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -177,29 +178,38 @@ def calls(scheduler, script, *flags, **env) -> tuple[int, list[str]]:
   path = f'{scheduler}{os.pathsep}{os.environ["PATH"]}'
   command = ['bash', LAUNCH / script, *flags]
   done = subprocess.run(
-    command, env=os.environ | {'PATH': path} | env, capture_output=True, text=True, timeout=60
+    command,
+    env=os.environ | {'PATH': path} | env,
+    cwd=scheduler,
+    capture_output=True,
+    text=True,
+    timeout=120,
   )
   return done.returncode, (scheduler / 'calls').read_text().splitlines()
 
 
+def kinds(of=errors.ReportedError) -> list[type]:
+  """All classes of reported errors, also those of classes."""
+  return [kind for cls in of.__subclasses__() for kind in (cls, *kinds(cls))]
+
+
 def test_the_table_has_every_exit_code():
-  kinds = [errors.InputError, errors.DivergenceError, errors.StorageError, errors.LostProcessError]
-  known = {cls for cls in errors.ReportedError.__subclasses__() if 'exit_code' in vars(cls)}
-  assert known <= set(kinds)
-  for kind in kinds:
-    assert errors.EXIT_CODES[kind.exit_code].restart == (kind is errors.LostProcessError)
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for kind in kinds():
+    if kind is not errors.InterruptedBySignal:
+      passing = (errors.LostProcessError, errors.DeviceError, errors.BusyError)
+      assert errors.EXIT_CODES[kind.exit_code].restart == issubclass(kind, passing), kind
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     code = errors.InterruptedBySignal('stopped', number).exit_code
     assert errors.EXIT_CODES[code].restart
 
 
 @pytest.mark.parametrize('path', sorted(LAUNCH.glob('*')), ids=lambda path: path.name)
 def test_comments_of_launchers_name_the_codes_of_the_table(path):
-  """`2, 3, 4   wrong input, ...` stands in the comments of some."""
+  """`1, 2, 3   an error, ...` stands in the comments of some."""
   if not path.is_file():
     return
   for line in path.read_text().splitlines():
-    if line.startswith('#   2'):
+    if line.startswith('#   1'):
       assert line.split('   ')[1] == ', '.join(map(str, NEEDS_PERSON))
 
 
@@ -216,23 +226,53 @@ def test_slurm_queues_again_what_may_go_on(code, scheduler):
   assert returned == code
 
 
-@pytest.mark.parametrize(
-  ('code', 'attempts'), [(0, 1), *((code, 1) for code in NEEDS_PERSON), (5, 20), (143, 20)]
-)
-def test_tpu_vm_starts_again_what_may_go_on(code, attempts, scheduler):
-  flags = ('pod', 'zone-a', '--workdir=a b')
-  returned, made = calls(scheduler, 'tpu_vm.sh', *flags, CODE=str(code))
-  started = [call for call in made if call.startswith('gcloud')]
-  assert len(started) == attempts
-  assert started[0].endswith(r'-m ur4rec_jax.main --workdir=a\ b')
-  assert returned == code
-
-
 def pretend(scheduler, name, script) -> None:
   """Makes `name` a program that notes its call and then does what `script` says."""
   path = scheduler / name
   path.write_text(f'#!/bin/bash\necho "{name} $*" >> {scheduler}/calls\n{script}\n')
   path.chmod(0o755)
+
+
+@pytest.fixture
+def tpu(scheduler):
+  """The scheduler, whose gcloud runs the command here, with a python that ends with $CODE."""
+  python = scheduler / 'ur4rec_jax/.venv/bin/python'
+  python.parent.mkdir(parents=True)
+  pretend(python.parent, 'python', 'exit $CODE')
+  pretend(scheduler, 'gcloud', 'for x; do [[ $x == --command=* ]] && exec bash -c "${x#*=}"; done')
+  return scheduler
+
+
+@pytest.mark.parametrize('code', [0, *NEEDS_PERSON, *GOES_ON, 134])
+def test_tpu_vm_starts_again_what_may_go_on(code, tpu):
+  flags = ('pod', 'zone-a', '--workdir=a b')
+  returned, made = calls(tpu, 'tpu_vm.sh', *flags, CODE=str(code), HOME=str(tpu))
+  started = [call for call in made if call.startswith('gcloud')]
+  assert len(started) == (20 if code in (*GOES_ON, 134) else 1)
+  assert r'-m ur4rec_jax.main --workdir=a\ b' in '\n'.join(made)
+  assert returned == (2 if code == 1 else code)
+
+
+def test_tpu_vm_tries_again_when_gcloud_fails(scheduler):
+  _, made = calls(scheduler, 'tpu_vm.sh', 'pod', 'zone-a', '--workdir=a', CODE='1')
+  assert len([call for call in made if call.startswith('gcloud')]) == 20
+
+
+def test_tpu_vm_does_not_start_again_where_the_program_is_missing(tpu):
+  (tpu / 'ur4rec_jax/.venv/bin/python').unlink()
+  returned, _ = calls(tpu, 'tpu_vm.sh', 'pod', 'zone-a', '--workdir=a', HOME=str(tpu))
+  assert returned == 127
+
+
+def test_slurm_goes_by_the_code_of_the_process_that_ended_first(scheduler):
+  """srun itself ends with the largest code: here with that of a process that lost the others."""
+  pretend(scheduler, 'srun', 'while [[ $1 == --* ]]; do shift; done\n"$@"; exit 134')
+  env = {'PYTHONPATH': str(ROOT), 'PYTHON': sys.executable, 'SLURM_JOB_ID': '77'}
+  flags = ('--config=synthetic', f'--workdir={scheduler}/run', MISTYPED)
+  returned, made = calls(scheduler, 'slurm.sh', *flags, **env)
+  assert returned == errors.InputError.exit_code
+  assert [call.split()[0] for call in made] == ['srun']
+  assert not list(scheduler.glob('.ur4rec*'))
 
 
 def test_slurm_does_not_queue_a_mistyped_flag_again(scheduler):
@@ -244,16 +284,13 @@ def test_slurm_does_not_queue_a_mistyped_flag_again(scheduler):
   assert [call.split()[0] for call in made] == ['srun']
 
 
-def test_tpu_vm_does_not_start_a_mistyped_flag_again(scheduler):
-  python = scheduler / 'ur4rec_jax/.venv/bin/python'
-  python.parent.mkdir(parents=True)
-  pretend(python.parent, 'python', f'exec {sys.executable} "$@"')
-  pretend(scheduler, 'gcloud', 'for x; do [[ $x == --command=* ]] && exec bash -c "${x#*=}"; done')
-  env = {'PYTHONPATH': str(ROOT), 'HOME': str(scheduler)}
-  flags = ('pod', 'zone-a', '--config=synthetic', f'--workdir={scheduler}/run', MISTYPED)
-  returned, made = calls(scheduler, 'tpu_vm.sh', *flags, **env)
+def test_tpu_vm_does_not_start_a_mistyped_flag_again(tpu):
+  pretend(tpu / 'ur4rec_jax/.venv/bin', 'python', f'exec {sys.executable} "$@"')
+  env = {'PYTHONPATH': str(ROOT), 'HOME': str(tpu)}
+  flags = ('pod', 'zone-a', '--config=synthetic', f'--workdir={tpu}/run', MISTYPED)
+  returned, made = calls(tpu, 'tpu_vm.sh', *flags, **env)
   assert returned == errors.InputError.exit_code
-  assert [call.split()[0] for call in made] == ['gcloud']
+  assert len([call for call in made if call.startswith('gcloud')]) == 1
 
 
 @pytest.mark.parametrize('path', sorted(LAUNCH.glob('jobset_*.yaml')), ids=lambda path: path.name)
@@ -322,6 +359,35 @@ def test_a_pair_ends_together_and_goes_on(number, pair, undisturbed, tmp_path):
   assert 'resuming from step' in stdout
   for file in ('metrics.jsonl', 'results.json', 'test_ranks.npz'):
     assert (workdir / file).read_bytes() == (undisturbed / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(('name', 'code'), [('HUP', 129), ('TERM', 143)])
+def test_a_signal_to_local_processes_ends_its_children(name, code, scheduler):
+  pretend(scheduler, 'stub', '[[ $1 == -c ]] && echo 1 && exit; exec sleep 1000')
+  (scheduler / 'sleep').unlink()
+  script = subprocess.Popen(
+    ['bash', LAUNCH / 'local_processes.sh', '2', '--workdir=run'],
+    env=os.environ | {'PYTHON': str(scheduler / 'stub')},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  listed = pathlib.Path(f'/proc/{script.pid}/task/{script.pid}/children')
+  wait_for(script, lambda: len(children(listed, 'sleep')) == 2)
+  started = children(listed, 'sleep')
+  script.send_signal(getattr(signal, f'SIG{name}'))
+  script.communicate(timeout=60)
+  assert script.returncode == code
+  assert not any(pathlib.Path(f'/proc/{child}').exists() for child in started)
+
+
+def children(listed: pathlib.Path, program: str) -> list[str]:
+  """The numbers of the children that run a program."""
+  found = []
+  for child in listed.read_text().split():
+    with contextlib.suppress(FileNotFoundError):
+      if pathlib.Path(f'/proc/{child}/comm').read_text().strip() == program:
+        found.append(child)
+  return found
 
 
 def test_wrong_input_ends_a_pair_with_its_code(pair, tmp_path):

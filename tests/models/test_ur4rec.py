@@ -15,6 +15,7 @@ from ur4rec_jax.models.retriever import normalised
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings, ReadTables
 from ur4rec_jax.training import catalogue_softmax, losses, negatives, objective
+from ur4rec_jax.training.stages import make_stages
 from ur4rec_jax.training.train_data import TrainData
 from ur4rec_jax.training.train_state import parameter_shapes
 
@@ -317,7 +318,9 @@ ALL_LOSSES = {
 
 
 def all_losses(config, model, features, batch):
-  compute = objective.make_losses(config.loss, ITEMS)
+  tables = Tables(features, {})
+  ((stage,), _) = make_stages(config, ITEMS, lambda model: parameter_shapes(model, tables))
+  compute = objective.make_losses(stage, ITEMS)
   target_ids = batch.targets.reshape(-1)
 
   def values(params):
@@ -328,7 +331,7 @@ def all_losses(config, model, features, batch):
       jnp.arange(1, ITEMS + 1), jnp.ones(ITEMS), Tables(features, {}), jnp.zeros(0, jnp.int32)
     )
     targets = jnp.maximum(target_ids - 1, 0)
-    drawn = negatives.draw_all_negatives(config.loss, targets, data, jax.random.key(0))
+    drawn = negatives.draw_all_negatives(stage, targets, data, jax.random.key(0))
     tokens = (target_ids > 0).sum().astype(jnp.float32)
     return compute(encoded, objective.LossInputs(target_ids, target_ids, drawn, tokens)), encoded
 

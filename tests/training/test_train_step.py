@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -226,13 +227,14 @@ class Trainer:
     config.update({'max_length': MAX_LENGTH, 'loss': loss_config(loss)})
     config.optimizer.update(fields | optimizer)
     self.model = model
-    ((stage,), _) = stages.make_stages(config, lambda _: {'sasrec': {'anything': 0}})
+    ((stage,), _) = stages.make_stages(config, NUM_ITEMS, lambda _: {'sasrec': {'anything': 0}})
+    stage = dataclasses.replace(stage, model=model)
     labels = jax.tree.map(lambda _: 'sasrec', parameter_shapes(model, Tables({}, {})))
     numbers = stages.stage_numbers(stage, labels, steps_per_epoch=100, max_turns=1)
     self.numbers = jax.tree.map(jnp.asarray, numbers)
     self.tx = optimizers.create_optimizer(config.optimizer, labels)
     embeddings = ItemEmbeddings(config.optimizer.item_embeddings, NUM_ITEMS)
-    self.step = train_step.make_train_step(self.model, self.tx, labels, stage, embeddings)
+    self.step = train_step.make_train_step(self.tx, labels, stage, embeddings)
     self.mapped = devices.pmap(self.step, in_axes=(None, None, 0, None, None), donate_argnums=(0,))
     self.data = devices.replicate(all_data())
     self.initial = jax.device_get(self.create(seed=0))

@@ -1,24 +1,24 @@
 """Baselines without training, ranked under the same protocol as the model."""
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.evaluation import metrics
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import make_queries
 
 
-def baseline_metrics(dataset: Dataset, part: str, config: ConfigDict) -> dict[str, dict]:
+def baseline_metrics(dataset: Dataset, part: str, protocol: Protocol) -> dict[str, dict]:
   """Ranks held-out items by training popularity, and in random order.
 
   Returns:
     `{'popularity': metrics, 'random': metrics}`.
   """
-  queries = make_queries(dataset, part, config)
+  queries = make_queries(dataset, part, protocol)
   popularity = dataset.train_part().item_counts()
   popularity[0] = -1  # Below every item.
   sorted_popularity = np.sort(popularity[1:])
-  rng = np.random.default_rng(config.seed)
+  rng = np.random.default_rng(protocol.seed)
   popularity_ranks, random_ranks = [], []
   for target, start, length, candidates in zip(
     queries.targets, queries.starts, queries.lengths, queries.candidates, strict=True

@@ -8,14 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, TokenTable
 from ur4rec_jax.data.input_pipeline import gather_batch, gather_preferences
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import EvalBatch, make_queries, pack_queries
 from ur4rec_jax.evaluation.ranking import (
   Seen,
@@ -38,8 +37,8 @@ class EvalData(NamedTuple):
 
   Attributes:
     dataset: all interactions.
-    config: `config.evaluation`: the fields that `protocol` names, and `batch_size`, the users that
-      a device ranks at once.
+    protocol: what the held-out items are ranked against.
+    users_per_batch: about how many users a device ranks at once.
     item_ids: `dataset.item_ids` on the devices.
     tables: tokens of items and users, on the devices.
     embeddings: the policy for item tables and item features.
@@ -49,7 +48,8 @@ class EvalData(NamedTuple):
   """
 
   dataset: Dataset
-  config: ConfigDict
+  protocol: Protocol
+  users_per_batch: int
   item_ids: Array
   tables: Tables
   embeddings: ItemEmbeddings
@@ -69,25 +69,6 @@ class Catalogue(NamedTuple):
   covariances: dict[str, Array]
 
 
-def protocol(dataset: Dataset, config: ConfigDict) -> dict[str, str]:
-  """Names everything besides the model on which a metric depends.
-
-  Args:
-    dataset: whose split is used.
-    config: `config.evaluation`: `candidates`, `num_candidates`, `seed`.
-  """
-  if config.candidates == 'all':
-    candidates = 'all items'
-  else:
-    candidates = f'target + {config.num_candidates} {config.candidates} (seed {config.seed})'
-  return {
-    'split': splits.describe(dataset.split_name, dataset.info['splits'][dataset.split_name]),
-    'candidates': candidates,
-    'seen_items': 'left out',
-    'ties': 'against the model',
-  }
-
-
 def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[..., np.ndarray | None]:
   """Prepares the evaluation of one part, with everything that it reads on the devices.
 
@@ -101,8 +82,8 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
     int32, in the order of `Dataset.held_out`, or None once `interrupted()` is True. It raises
     DivergenceError if a score is not finite.
   """
-  queries = make_queries(data.dataset, part, data.config)
-  batches, members = pack_queries(queries, model.max_length, data.config.batch_size)
+  queries = make_queries(data.dataset, part, data.protocol)
+  batches, members = pack_queries(queries, model.max_length, data.users_per_batch)
   seen_capacity = int(batches.seen_lengths.sum(-1).max())
   rank = devices.MAPPINGS[data.mapping](
     make_eval_step(model, data.embeddings, seen_capacity),

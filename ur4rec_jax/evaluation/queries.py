@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.input_pipeline import Plan, assign, pack, plan_rows
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.sharding import devices
 
 Array = jax.Array
@@ -54,37 +54,36 @@ class EvalBatch(NamedTuple):
   candidates: np.ndarray | Array
 
 
-def make_queries(dataset: Dataset, part: str, config: ConfigDict) -> Queries:
+def make_queries(dataset: Dataset, part: str, protocol: Protocol) -> Queries:
   """Lists the users to evaluate on `part` with their held-out item.
 
   Args:
     dataset: all interactions.
     part: `valid` or `test`.
-    config: `candidates`: `all`, or `uniform` or `popularity` to draw `num_candidates` others
-      that the user never has, with `seed`.
+    protocol: says whether candidates are drawn, and how.
   """
   users, targets = dataset.held_out(part)
   starts, lengths = dataset.offsets[users], dataset.split.held_out[part][users]
   candidates = np.zeros((len(users), 0), np.int32)
-  if config.candidates != 'all':
-    candidates = _draw_candidates(dataset, users, config)
+  if protocol.candidates != 'all':
+    candidates = _draw_candidates(dataset, users, protocol)
   return Queries(users, targets, starts, lengths, candidates)
 
 
-def _draw_candidates(dataset: Dataset, users: np.ndarray, config: ConfigDict) -> np.ndarray:
+def _draw_candidates(dataset: Dataset, users: np.ndarray, protocol: Protocol) -> np.ndarray:
   """Draws distinct items the user never has, `[users, num_candidates]`, 0 where there are none."""
-  rng = np.random.default_rng(config.seed)
+  rng = np.random.default_rng(protocol.seed)
   weights = np.ones(dataset.num_items)
-  if config.candidates == 'popularity':
+  if protocol.candidates == 'popularity':
     weights = dataset.train_part().item_counts()[1:].astype(float)
-  candidates = np.zeros((len(users), config.num_candidates), np.int32)
+  candidates = np.zeros((len(users), protocol.num_candidates), np.int32)
   with np.errstate(divide='ignore'):
     log_weights = np.log(weights)
   for row, user in zip(candidates, users, strict=True):
     # Gumbel top-k: a draw without replacement in proportion to the weights.
     keys = log_weights + rng.gumbel(size=dataset.num_items)
     keys[dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]] - 1] = -np.inf
-    best = np.argsort(-keys)[: config.num_candidates]
+    best = np.argsort(-keys)[: protocol.num_candidates]
     best = best[np.isfinite(keys[best])]
     row[: len(best)] = best + 1
   return candidates

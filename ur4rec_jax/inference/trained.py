@@ -98,7 +98,7 @@ def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None
   if finished.is_file():
     found = json.loads(finished.read_text())
     about |= {name: found[name] for name in ('protocol', 'valid', 'test', 'seed')}
-  model, params = run.model_of(stage), jax.device_get(params)
+  model, params = stage.model, jax.device_get(params)
   return TrainedModel(stage.config, run.dataset, run.tables, model, params, items, about)
 
 

@@ -276,9 +276,3 @@ def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
 def losses_in_use(config: ConfigDict) -> FrozenDict[str, float]:
   """Returns the weights above zero in `config.weights`, by loss."""
   return FrozenDict({name: weight for name, weight in config.weights.items() if weight})
-
-
-def retrieval_losses(config: ConfigDict) -> dict[str, str]:
-  """Returns the name of each retrieval loss that has a weight, by branch; `fused` is the fusion."""
-  named = {'sasrec': config.name, 'retriever': config.retriever_name, FUSED: config.name}
-  return {branch: named[branch] for branch in losses_in_use(config) if branch in named}

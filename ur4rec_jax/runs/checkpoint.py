@@ -35,11 +35,15 @@ def _hashes(folder: pathlib.Path) -> dict[str, str]:
 
 def find_damage(folder: pathlib.Path) -> str | None:
   """Returns what is wrong with the folder of a step, or None if it is complete."""
+  if not folder.is_dir():
+    return 'it is a file'
   try:
     expected = json.loads((folder / _MANIFEST).read_text())
   except FileNotFoundError:
     return 'the save did not finish' if any(folder.iterdir()) else 'the folder is empty'
-  except ValueError:
+  except (ValueError, IsADirectoryError):
+    expected = None
+  if not isinstance(expected, dict):
     return f'{_MANIFEST} is not readable'
   found = _hashes(folder)
   for name in sorted(expected.keys() | found.keys()):
@@ -79,15 +83,16 @@ def read_latest(workdir: str, tree: PyTree) -> tuple[PyTree, dict] | None:
     InputError: the step holds arrays of other names or shapes.
   """
   folder = checkpoint_folder(workdir)
-  for step in _steps(folder):
+  for step in saved_steps(workdir):
     with contextlib.suppress(FileNotFoundError):  # The run may delete an old step meanwhile.
       if find_damage(folder / str(step)) is None:
         return _read_step(folder / str(step), tree, None)
   return None
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
-  """Returns the steps in a folder, the newest first."""
+def saved_steps(workdir: str) -> list[int]:
+  """Returns the steps that a run has saved, complete or not, the newest first."""
+  folder = checkpoint_folder(workdir)
   names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
   return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
@@ -156,14 +161,14 @@ class Checkpointer:
 
   def _set_damaged_aside(self) -> None:
     """Moves steps away until the newest one is complete."""
-    for step in _steps(self._folder):
+    for step in saved_steps(self.workdir):
       folder = self._folder / str(step)
       damage = find_damage(folder)
       if damage is None:
         return
       self._damaged.mkdir(exist_ok=True)
       target = self._damaged / str(step)
-      if target.exists():
+      if target.is_dir():
         shutil.rmtree(target)
       folder.rename(target)
       print(

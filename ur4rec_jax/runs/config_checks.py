@@ -6,10 +6,10 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.fusion import SUMS
-from ur4rec_jax.models.ur4rec import BRANCHES, retrieval_losses
+from ur4rec_jax.models.ur4rec import BRANCHES
 from ur4rec_jax.runs.knobs import KNOBS, knobs_of, no_such_field
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
-from ur4rec_jax.training.stages import stage_config
+from ur4rec_jax.training.stages import retrieval_losses, stage_config
 
 _DIVIDES = (
   ('sasrec.num_heads', 'sasrec.dim'),

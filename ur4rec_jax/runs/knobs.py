@@ -116,7 +116,12 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     ),
   },
   'Training': {
-    'seed': Knob(0, 'Seed of parameters, batches, dropout and negatives.', at_least=0),
+    'seed': Knob(
+      0,
+      'Seed of parameters, batches, dropout and negatives.',
+      at_least=0,
+      at_most=2**32 - 1,  # jax would take a larger one for its remainder.
+    ),
     'batch_size': Knob(
       128, 'Users in one optimizer step, on average and over all devices.', at_least=1
     ),

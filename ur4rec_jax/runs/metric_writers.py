@@ -1,5 +1,6 @@
 """What a run reports while it trains: JSON lines, TensorBoard curves, a bar or plain lines."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from ur4rec_jax.errors import StorageError
+from ur4rec_jax.files import write_file
 
 METRICS = 'metrics.jsonl'
 
@@ -67,9 +69,8 @@ class MetricWriter:
     """
     self._path = pathlib.Path(workdir) / METRICS
     try:
+      _keep_lines(self._path, size)
       self._lines = open(self._path, 'ab')  # noqa: SIM115
-      if self._lines.tell() > size:
-        self._lines.truncate(size)
       self._curves = Curves(pathlib.Path(workdir) / 'tensorboard', step)
     except OSError as error:
       raise self._storage_error(error) from error
@@ -101,14 +102,45 @@ class MetricWriter:
     return self._lines.tell()
 
   def close(self) -> None:
-    self._lines.close()
-    self._curves.close()
+    for file in (self._lines, self._curves):
+      # What counts was made durable by `position`, and an error here would hide the first one.
+      with contextlib.suppress(OSError):
+        file.close()
 
   def _storage_error(self, error: OSError) -> StorageError:
     return StorageError(
       f'cannot write {self._path} or the curves beside it: {error.strerror}; make room and start '
       'the same command again to go on from the last checkpoint'
     )
+
+
+def _keep_lines(path: pathlib.Path, size: int) -> None:
+  """Cuts a file of JSON lines to its first `size` bytes, without lines that are damaged.
+
+  It is checked before a run goes on, since the report at its end reads every line.
+  """
+  if not path.exists() and not size:
+    return
+  content = path.read_bytes()[:size] if path.exists() else b''
+  good = b''.join(line for line in content.splitlines(keepends=True) if _is_good(line))
+  if len(good) < size:
+    print(
+      f'warning: {path}: {size - len(good)} of {size} bytes that were written before are missing '
+      'or damaged; the run goes on, but its curves will have a gap',
+      file=sys.stderr,
+      flush=True,
+    )
+    write_file(path, good)
+  elif path.stat().st_size > size:
+    os.truncate(path, size)
+
+
+def _is_good(line: bytes) -> bool:
+  try:
+    record = json.loads(line)
+  except ValueError:
+    return False
+  return line.endswith(b'\n') and isinstance(record, dict) and {'step', 'stage'} <= record.keys()
 
 
 class Course(NamedTuple):

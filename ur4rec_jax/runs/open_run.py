@@ -13,6 +13,7 @@ from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.evaluate import PARTS, EvalData
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 from ur4rec_jax.runs.checkpoint import read_latest
 from ur4rec_jax.runs.config_checks import check_config
@@ -55,6 +56,11 @@ class Run:
     """The policy for item tables in training."""
     return ItemEmbeddings(self.config.optimizer.item_embeddings, self.dataset.num_items)
 
+  @property
+  def protocol(self) -> Protocol:
+    """What held-out items are ranked against."""
+    return Protocol.of_config(self.config.evaluation)
+
   @functools.cached_property
   def tx(self) -> optax.GradientTransformationExtraArgs:
     """The optimizer of all stages."""
@@ -67,12 +73,8 @@ class Run:
 
   @functools.cached_property
   def model(self) -> UR4Rec:
-    """The model of the whole run; a stage may train only a part of it, see `model_of`."""
+    """The model of the whole run; a stage may train only a part of it, `Stage.model`."""
     return create_model(self.config, self.dataset.num_items)
-
-  def model_of(self, stage: Stage) -> UR4Rec:
-    """Builds the part of the model that a stage trains."""
-    return create_model(stage.config, self.dataset.num_items)
 
   def create_state(self) -> TrainState:
     """Initialises the training state from the seed; can be compiled."""
@@ -88,7 +90,8 @@ class Run:
     item_ids, tables = devices.replicate((self.dataset.item_ids, self.tables))
     return EvalData(
       dataset=self.dataset,
-      config=self.config.evaluation,
+      protocol=self.protocol,
+      users_per_batch=self.config.evaluation.batch_size,
       item_ids=item_ids,
       tables=tables,
       embeddings=ItemEmbeddings('all', self.dataset.num_items),
@@ -113,7 +116,7 @@ def make_run(config: ConfigDict, dataset: Dataset) -> Run:
   tables = read_tables(dataset, jnp.dtype(config.dtype))
   # Stages that train the same model need its parameters' shapes only once.
   shapes_of = functools.cache(lambda model: parameter_shapes(model, tables))
-  stages, labels = make_stages(config, lambda of: shapes_of(create_model(of, dataset.num_items)))
+  stages, labels = make_stages(config, dataset.num_items, shapes_of)
   return Run(config, dataset, tables, stages, labels)
 
 

@@ -13,17 +13,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax.data.dataset import Dataset, first_user
+from ur4rec_jax.data.dataset import first_user
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import metrics
 from ur4rec_jax.evaluation.baselines import baseline_metrics
-from ur4rec_jax.evaluation.evaluate import PARTS, EvalData, make_evaluator, protocol
+from ur4rec_jax.evaluation.evaluate import PARTS, EvalData, make_evaluator
 from ur4rec_jax.files import write_file
-from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.models.ur4rec import UR4Rec
 from ur4rec_jax.runs.open_run import Run, open_run, restore_best
 from ur4rec_jax.runs.report import PAGE, below_popularity, write_report
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 from ur4rec_jax.sharding import devices
+from ur4rec_jax.training.stages import Stage
 from ur4rec_jax.training.train_state import TrainProgress, params_of_stage
 
 PyTree = Any
@@ -54,14 +55,16 @@ def write_results(
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
   for i, (stage, went, end) in enumerate(zip(run.stages, progress.stages, ends, strict=True)):
     parts = PARTS if i == best else ('test',)
-    ranks = rank_held_out(stage.config, data, params_of_stage(best_params, i), parts)
+    params = params_of_stage(best_params, i)
+    with jax.transfer_guard(run.config.transfer_guard):
+      ranks = rank_held_out(stage.model, data, params, parts)
     if i == best:
-      best_ranks, scores = ranks, _scores(stage.config, dataset, ranks)
+      best_ranks, scores = ranks, _scores(stage, data, ranks)
     records.append(
       {
         'name': stage.name,
         'moving': sorted(stage.trainable),  # The file keeps its first names for these two.
-        'paths': [*stage.config.branches],
+        'paths': [*stage.model.branches],
         'steps': end - went.start,
         'best_step': went.best_step,
         'best_epoch': went.best_epoch,
@@ -132,8 +135,10 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   keep_compiled_programs(workdir, config)
   stage, params = restore_best(run, workdir)
-  ranks = rank_held_out(stage.config, run.eval_data(), params, PARTS)
-  results = _scores(stage.config, run.dataset, ranks)
+  data = run.eval_data()
+  with jax.transfer_guard(config.transfer_guard):
+    ranks = rank_held_out(stage.model, data, params, PARTS)
+  results = _scores(stage, data, ranks)
   if devices.is_main_process():
     print(results_table(results), file=sys.stderr)
     print(json.dumps(results))
@@ -141,34 +146,33 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
 
 
 def rank_held_out(
-  config: ConfigDict, data: EvalData, params: PyTree, parts: Sequence[str]
+  model: UR4Rec, data: EvalData, params: PyTree, parts: Sequence[str]
 ) -> dict[str, np.ndarray]:
   """Returns the ranks of the held-out items by part, in the users' order.
 
   Args:
-    config: says which branches rank, and how they are joined.
+    model: with the branches that rank, and their fusion.
     data: what the evaluation reads, on the devices.
     params: on the devices, as `data.embeddings` says.
     parts: of `PARTS`.
   """
-  model = create_model(config, data.dataset.num_items)
   data = data._replace(params_axes=data.embeddings.axes(params))
-  with jax.transfer_guard(config.transfer_guard):
-    return {part: make_evaluator(model, data, part)(params) for part in parts}
+  return {part: make_evaluator(model, data, part)(params) for part in parts}
 
 
-def _scores(config: ConfigDict, dataset: Dataset, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
+def _scores(stage: Stage, data: EvalData, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
   """Returns the model's name, the protocol, metrics of both parts by popularity, and baselines."""
+  dataset = data.dataset
   groups = metrics.popularity_groups(dataset.train_part().item_counts())
   return {
-    'model': ' + '.join(config.branches),
-    'protocol': protocol(dataset, config.evaluation),
+    'model': ' + '.join(stage.model.branches),
+    'protocol': data.protocol.describe(dataset),
     **{part: metrics.ranking_metrics(ranks[part]) for part in PARTS},
     'by_popularity': {
       part: metrics.metrics_by_group(ranks[part], groups[dataset.held_out(part)[1]])
       for part in PARTS
     },
-    'baselines': baseline_metrics(dataset, 'test', config.evaluation),
+    'baselines': baseline_metrics(dataset, 'test', data.protocol),
   }
 
 

@@ -1,4 +1,4 @@
-"""Stops a run on SIGTERM and SIGINT at a moment when it can be saved."""
+"""Stops a run on SIGTERM, SIGINT and SIGHUP at a moment when it can be saved."""
 
 import contextlib
 import os
@@ -18,9 +18,12 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
   a signal only after the call that it is in, and compiling may take longer than a scheduler waits.
   """
   received = []
+  numbers = [signal.SIGTERM, signal.SIGINT]
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As it is under nohup.
+    numbers.append(signal.SIGHUP)
   old = {
     number: signal.signal(number, lambda number, frame: received.append(number))
-    for number in (signal.SIGTERM, signal.SIGINT)
+    for number in numbers
   }
   noticed, notify = os.pipe()  # The signal's number arrives here even during a long call.
   os.set_blocking(notify, False)

@@ -211,7 +211,8 @@ class TrainLoop:
     self.data = devices.place(train_data, self.data_axes)
     self.eval_data = EvalData(
       dataset=run.dataset,
-      config=self.config.evaluation,
+      protocol=run.protocol,
+      users_per_batch=self.config.evaluation.batch_size,
       item_ids=devices.replicate(run.dataset.item_ids),
       tables=self.data.tables,
       embeddings=run.embeddings,
@@ -229,7 +230,7 @@ class TrainLoop:
     self.validate_every = stage.validate_every_epochs * self.batches.steps_per_epoch
     branches = stage.config.branches
     if branches not in self.validators:
-      self.validators[branches] = make_evaluator(self.run.model_of(stage), self.eval_data, 'valid')
+      self.validators[branches] = make_evaluator(stage.model, self.eval_data, 'valid')
     max_turns = max(len(stage.alternation) for stage in self.run.stages)
     numbers = stage_numbers(stage, self.run.labels, self.batches.steps_per_epoch, max_turns)
     number, later = len(self.progress.stages), self.run.stages[len(self.progress.stages) :]
@@ -256,11 +257,10 @@ class TrainLoop:
 
   def _train_step(self, stage: Stage) -> Callable:
     """Returns the mapped step of a stage; stages that differ only in numbers share one."""
-    program = stage.config.branches, stage.losses, stage.trainable
+    program = stage.model, stage.trainable
     if program not in self.train_steps:
-      model, embeddings = self.run.model_of(stage), self.run.embeddings
       self.train_steps[program] = devices.MAPPINGS[self.config.mapping](
-        make_train_step(model, self.run.tx, self.run.labels, stage, embeddings),
+        make_train_step(self.run.tx, self.run.labels, stage, self.run.embeddings),
         in_axes=(self.axes['state'], self.data_axes, 0, None, None),
         donate_argnums=(0,),
         out_axes=(self.axes['state'], None),

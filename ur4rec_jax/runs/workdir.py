@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.files import only_process, write_file
+from ur4rec_jax.runs.checkpoint import saved_steps
 from ur4rec_jax.runs.config_checks import check_unchanged
 from ur4rec_jax.runs.knobs import from_stored
 from ur4rec_jax.runs.open_run import Run, open_run
@@ -36,10 +37,19 @@ def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
       f'--workdir {workdir}: no run here (no {CONFIG}); train one: python -m ur4rec_jax.main'
       f' --config=NAME --workdir={workdir}'
     )
+  return from_stored(_record(path)['config'])
+
+
+def _record(path: pathlib.Path) -> dict:
+  """Reads a `config.json`; InputError if it is damaged."""
   try:
-    return from_stored(json.loads(path.read_text())['config'])
-  except (ValueError, LookupError, TypeError) as error:
-    raise InputError(f'{path}: cannot be read ({error!r})') from error
+    record = json.loads(path.read_text())
+    from_stored(record['config'])
+  except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    raise InputError(
+      f'{path}: damaged ({error!r:.200}); put back a copy, or train in another --workdir'
+    ) from error
+  return record
 
 
 def check_workdir(workdir: str, run: Run, free: tuple[str, ...] = ()) -> bool:
@@ -58,9 +68,14 @@ def check_workdir(workdir: str, run: Run, free: tuple[str, ...] = ()) -> bool:
   """
   path = pathlib.Path(workdir) / CONFIG
   if not path.exists():
+    if steps := saved_steps(workdir):
+      raise InputError(
+        f'{workdir} holds checkpoints, up to step {steps[0]}, but no {CONFIG}, which says what run '
+        f'they are of; put {CONFIG} back, or use another --workdir'
+      )
     return False
-  config, now = stored_config(workdir), run.dataset.identity()
-  started = json.loads(path.read_text()).get('dataset')
+  record, now = _record(path), run.dataset.identity()
+  config, started = from_stored(record['config']), record.get('dataset')
   if started != now:
     raise InputError(
       f'{workdir} holds a run on dataset {started}, but config.data_dir='
@@ -113,9 +128,12 @@ def claimed_workdir(workdir: str, run: Run) -> Iterator[None]:
   It also makes `WORKDIR/compiled` the cache of compiled programs.
 
   Raises:
-    InputError: the folder holds another run, or a process is training in it.
+    InputError: the folder holds another run.
+    BusyError: another process is training in it.
     StorageError: the folder cannot be written.
   """
+  if not str(workdir):
+    raise InputError('workdir is empty: it must name the folder in which the run is kept')
   check_workdir(workdir, run)
   keep_compiled_programs(workdir, run.config)
   folder = pathlib.Path(workdir)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ur4rec_jax.errors import LostProcessError, ReportedError
+from ur4rec_jax.errors import DeviceError, InputError, LostProcessError, ReportedError, as_reported
 
 AXIS = 'batch'
 PyTree = Any
@@ -42,10 +43,13 @@ def joined_processes() -> Iterator[None]:
   environment; on SLURM and Cloud TPU `JAX_COORDINATOR_ADDRESS=auto` lets jax find all three.
 
   Raises:
+    InputError: the environment is wrong, or has no such device.
     LostProcessError: another process has died.
   """
+  _check_xla_flags()
   address = os.environ.get('JAX_COORDINATOR_ADDRESS')
   if not address:
+    _check_devices()
     yield
     return
   if jax.config.jax_platforms == 'cpu':
@@ -54,9 +58,16 @@ def joined_processes() -> Iterator[None]:
     del os.environ['JAX_COORDINATOR_ADDRESS']  # jax would take the word for an address.
     found = ()
   else:
-    found = (address, *(int(os.environ[f'JAX_{name}']) for name in ('NUM_PROCESSES', 'PROCESS_ID')))
-  jax.distributed.initialize(*found, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    found = _own_place(address)
   try:
+    jax.distributed.initialize(*found, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+  except ValueError as error:  # Of `auto`, where jax knows no scheduler.
+    raise InputError(
+      f'JAX_COORDINATOR_ADDRESS={address}: jax finds no other processes here ({error}); give '
+      'host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave all three out for one process'
+    ) from error
+  try:
+    _check_devices()
     yield
   except Exception as error:
     if signs := [str(e) for e in _causes(error) if _LOST.search(str(e))]:
@@ -65,8 +76,48 @@ def joined_processes() -> Iterator[None]:
         f'on from the last checkpoint ({signs[-1].splitlines()[0]})'
       )
     # At exit jax would wait for processes that may be gone, and then abort.
-    atexit.register(_leave, error.exit_code if isinstance(error, ReportedError) else 1)
+    atexit.register(_leave, (as_reported(error) or ReportedError()).exit_code)
     raise error
+
+
+def _check_xla_flags() -> None:
+  """Raises InputError if XLA does not know a flag, after which it would abort this process."""
+  if not (flags := os.environ.get('XLA_FLAGS')):
+    return
+  trial = 'from jaxlib import xla_client; xla_client.CompileOptions()'
+  done = subprocess.run([sys.executable, '-c', trial], capture_output=True, text=True, check=False)
+  if done.returncode < 0:
+    problem = (done.stderr.strip().splitlines() or ['it aborts'])[-1]
+    raise InputError(f'XLA_FLAGS={flags}: {problem.rpartition("] ")[2]}; remove or correct it')
+
+
+def _own_place(address: str) -> tuple[str, int, int]:
+  """Returns address, number of processes and own number from the environment, or InputError."""
+  names = 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
+  number, own = (os.environ.get(name, '') for name in names)
+  if not re.fullmatch(r'.+:\d+', address):
+    raise InputError(f'JAX_COORDINATOR_ADDRESS={address}: must be host:port, or auto')
+  if not (number.isdecimal() and own.isdecimal() and int(own) < int(number)):
+    raise InputError(
+      f'JAX_NUM_PROCESSES={number} and JAX_PROCESS_ID={own}: with JAX_COORDINATOR_ADDRESS, set the '
+      'number of processes and the number of this one, which counts from 0'
+    )
+  return address, int(number), int(own)
+
+
+def _check_devices() -> None:
+  """Finds the devices; raises InputError if there are none, DeviceError if they are in use."""
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    platforms = os.environ.get('JAX_PLATFORMS', '')
+    problem = (str(error).splitlines() or ['there is no such device, or no driver for it'])[0]
+    if re.search('ABORTED|UNAVAILABLE|in use|busy', problem):
+      raise DeviceError(f'the devices cannot be used now: {problem}') from error
+    raise InputError(
+      f'JAX_PLATFORMS={platforms}: {problem}; install jax for the device (pip install '
+      "'ur4rec-jax[cuda12]' or [tpu]), or leave JAX_PLATFORMS out to train on what there is"
+    ) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ur4rec_jax.models.ur4rec import retrieval_losses
 from ur4rec_jax.sharding.item_embeddings import StepTables
+from ur4rec_jax.training.stages import Stage
 from ur4rec_jax.training.train_data import TrainData
 
 Array = jax.Array
@@ -30,14 +30,14 @@ class Negatives(NamedTuple):
 ByBranch = dict[str, Negatives | None]
 
 
-def draw_all_negatives(config: ConfigDict, targets: Array, data: TrainData, key: Array) -> ByBranch:
-  """Draws the negatives of each branch; arguments as `draw_negatives`.
+def draw_all_negatives(stage: Stage, targets: Array, data: TrainData, key: Array) -> ByBranch:
+  """Draws the negatives of each branch of a stage; the others as in `draw_negatives`.
 
   Branches with the same loss share their negatives.
   """
   return {
-    branch: draw_negatives(name, config, targets, data, key)
-    for branch, name in retrieval_losses(config).items()
+    branch: draw_negatives(name, stage.config.loss, targets, data, key)
+    for branch, name in stage.retrieval_losses.items()
   }
 
 

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ur4rec_jax.models.ur4rec import Encoded, losses_in_use, retrieval_losses
+from ur4rec_jax.models.ur4rec import Encoded
 from ur4rec_jax.training import catalogue_softmax, losses
 from ur4rec_jax.training.negatives import ByBranch
+from ur4rec_jax.training.stages import Stage
 
 Array = jax.Array
 
@@ -66,19 +67,18 @@ class Sample(NamedTuple):
   weights: Array
 
 
-def make_losses(
-  config: ConfigDict, num_items: int
-) -> Callable[[Encoded, LossInputs], dict[str, Array]]:
-  """Builds the losses that have a weight.
+def make_losses(stage: Stage, num_items: int) -> Callable[[Encoded, LossInputs], dict[str, Array]]:
+  """Builds the losses of a stage that have a weight.
 
   Args:
-    config: `config.loss`.
+    stage: of training.
     num_items: size of the whole catalogue.
 
   Returns:
     `losses(encoded, inputs)`, which returns the scalars by name: for a branch the sum over this
       device's tokens divided by `inputs.num_tokens`, for the others a mean over a sample of tokens.
   """
+  config = stage.config.loss
   retrieval = {
     branch: functools.partial(
       _branch_loss,
@@ -88,9 +88,8 @@ def make_losses(
         catalogue_softmax.softmax_over_devices, num_items=num_items, chunk_size=config.chunk_size
       ),
     )
-    for branch, name in retrieval_losses(config).items()
+    for branch, name in stage.retrieval_losses.items()
   }
-  names = losses_in_use(config)
 
   def all_losses(encoded: Encoded, inputs: LossInputs) -> dict[str, Array]:
     count = inputs.targets.size
@@ -101,7 +100,7 @@ def make_losses(
       name: retrieval[name](encoded, inputs)
       if name in retrieval
       else AUXILIARY[name](encoded, sample, config)
-      for name in names
+      for name in stage.losses
     }
 
   return all_losses

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.sasrec import OF_CONTENT
-from ur4rec_jax.models.ur4rec import BRANCHES, FUSED, losses_in_use
+from ur4rec_jax.models.ur4rec import BRANCHES, FUSED, UR4Rec, create_model, losses_in_use
 from ur4rec_jax.training.optimizers import GROUPS, RateSchedule, group_of
 from ur4rec_jax.training.train_state import StageState
 
@@ -32,14 +32,18 @@ class Stage:
   Attributes:
     name: of the stage.
     config: the run's config with only the stage's losses and the branches that they read.
-    losses: names of the losses with a weight.
+    model: the part of the run's model that the stage trains.
+    losses: weight of each loss that has one.
+    retrieval_losses: name of the loss over scores by branch; `fused` is the fusion.
     trainable: labels of the parameters that are trained.
     alternation: labels that are trained in each turn; one turn if nothing alternates.
   """
 
   name: str
   config: ConfigDict
-  losses: tuple[str, ...]
+  model: UR4Rec
+  losses: Mapping[str, float]
+  retrieval_losses: dict[str, str]
   trainable: frozenset[str]
   alternation: tuple[frozenset[str], ...]
   alternation_rule: str
@@ -142,14 +146,25 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
   return config
 
 
+def retrieval_losses(config: ConfigDict) -> dict[str, str]:
+  """Returns the name of each loss over scores that has a weight, by branch.
+
+  Args:
+    config: `config.loss`.
+  """
+  named = {'sasrec': config.name, 'retriever': config.retriever_name, FUSED: config.name}
+  return {branch: named[branch] for branch in losses_in_use(config) if branch in named}
+
+
 def make_stages(
-  config: ConfigDict, parameters: Callable[[ConfigDict], PyTree]
+  config: ConfigDict, num_items: int, shapes_of: Callable[[UR4Rec], PyTree]
 ) -> tuple[list[Stage], PyTree]:
   """Reads a config's stages, and labels the parameters so that each stage trains whole labels.
 
   Args:
     config: see `configs/default.py`.
-    parameters: returns the shapes of the parameters of a config's model.
+    num_items: size of the catalogue.
+    shapes_of: returns the shapes of a model's parameters.
 
   Returns:
     The stages in order; and a tree with the label of each parameter: its group, with a number if
@@ -158,12 +173,13 @@ def make_stages(
   Raises:
     InputError: a stage is impossible; the message names the field and says why.
   """
-  shapes = parameters(config)
+  shapes = shapes_of(create_model(config, num_items))
   names = _names(shapes)
   configs = {name: stage_config(config, name) for name in config.stages}
+  models = {name: create_model(of_stage, num_items) for name, of_stage in configs.items()}
   turns = {
-    name: _turns(config, name, names, set(_names(parameters(config_of_stage))))
-    for name, config_of_stage in configs.items()
+    name: _turns(config, name, names, set(_names(shapes_of(model))))
+    for name, model in models.items()
   }
   labels, kinds = {}, {}
   for name in names:
@@ -174,11 +190,17 @@ def make_stages(
   stages = []
   for name in config.stages:
     labelled = tuple(frozenset(labels[x] for x in turn) for turn in turns[name])
-    plain = [field.name for field in dataclasses.fields(Stage)[5:]]
-    fields = {field: config.stage[name][field] for field in plain}
-    losses = tuple(losses_in_use(configs[name].loss))
-    trainable = frozenset.union(*labelled)
-    stages.append(Stage(name, configs[name], losses, trainable, labelled, **fields))
+    made = Stage(
+      name=name,
+      config=configs[name],
+      model=models[name],
+      losses=models[name].losses,
+      retrieval_losses=retrieval_losses(configs[name].loss),
+      trainable=frozenset.union(*labelled),
+      alternation=labelled,
+      **{field.name: config.stage[name][field.name] for field in dataclasses.fields(Stage)[7:]},
+    )
+    stages.append(made)
   return stages, jax.tree.unflatten(jax.tree.structure(shapes), [labels[name] for name in names])
 
 

@@ -13,6 +13,7 @@ import optax
 
 from ur4rec_jax.data.features import Tables
 from ur4rec_jax.data.input_pipeline import Batch, gather_preferences
+from ur4rec_jax.errors import InputError
 
 PyTree = Any
 SELECTION_METRIC = 'ndcg@10'
@@ -149,8 +150,14 @@ class TrainProgress:
 
   @classmethod
   def from_json(cls, content: dict) -> 'TrainProgress':
-    """Undoes `dataclasses.asdict`."""
-    return cls(**content | {'stages': [StageProgress(**stage) for stage in content['stages']]})
+    """Undoes `dataclasses.asdict`; InputError if another version stored other fields."""
+    try:
+      return cls(**content | {'stages': [StageProgress(**stage) for stage in content['stages']]})
+    except (LookupError, TypeError) as error:
+      raise InputError(
+        f"the checkpoints' record of progress is of another version of the program ({error}); go "
+        'on with that version, or train again in another --workdir'
+      ) from error
 
 
 def saved_tree(state: TrainState, num_stages: int) -> dict[str, PyTree]:

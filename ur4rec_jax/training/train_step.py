@@ -8,16 +8,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from ur4rec_jax.data.input_pipeline import Batch, Plan, gather_batch, gather_preferences
 from ur4rec_jax.models.fusion import GATES
-from ur4rec_jax.models.ur4rec import losses_in_use, retrieval_losses
 from ur4rec_jax.sharding.devices import AXIS
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 from ur4rec_jax.training import losses
@@ -34,7 +31,6 @@ Metrics = dict[str, Array]
 
 
 def make_train_step(
-  model: nn.Module,
   tx: optax.GradientTransformationExtraArgs,
   labels: PyTree,
   stage: Stage,
@@ -45,10 +41,9 @@ def make_train_step(
   Frozen parameters get no gradient, and what no loss reads is not computed.
 
   Args:
-    model: of the stage; has `encode`, see `UR4Rec`.
     tx: optimizer, from `create_optimizer`.
     labels: of the parameters, from `make_stages`.
-    stage: the stage whose losses and trainable parameters it uses.
+    stage: has the model, its losses and the labels that are trained.
     embeddings: the policy for item tables. If they are sharded, `state` and `data` hold this
       device's part.
 
@@ -60,20 +55,19 @@ def make_train_step(
     learned loss weight; `gate/NAME` the share of a branch or modality; `grad_norm`; `turn`, the
     index of the trained group; `finite`, whether loss and gradient are.
   """
-  config = stage.config
   is_trainable = jax.tree.map(lambda label: label in stage.trainable, labels)
-  needs_catalogue = embeddings.is_sharded and 'softmax' in retrieval_losses(config.loss).values()
-  objective_of = make_objective(model, config, is_trainable, embeddings.num_items)
+  needs_catalogue = embeddings.is_sharded and 'softmax' in stage.retrieval_losses.values()
+  objective_of = make_objective(stage, is_trainable, embeddings.num_items)
 
   @functools.partial(jax.jit, inline=True)  # Traced once, for its shapes and for the loop.
   def one_step(
     data: TrainData, numbers: StageNumbers, state: TrainState, plan: Plan
   ) -> tuple[TrainState, Metrics]:
     dropout_key, negatives_key = _keys_of_step(state)
-    batch = gather_batch(data.item_ids, plan, config.max_length)
+    batch = gather_batch(data.item_ids, plan, stage.config.max_length)
     target_ids = batch.targets.reshape(-1)
     weights = (target_ids > 0).astype(jnp.float32)
-    negatives = draw_all_negatives(config.loss, jnp.maximum(target_ids - 1, 0), data, negatives_key)
+    negatives = draw_all_negatives(stage, jnp.maximum(target_ids - 1, 0), data, negatives_key)
     ids = drawn_ids(negatives, weights)
     tables = embeddings.for_step([batch.item_ids, batch.targets, *ids.values()], needs_catalogue)
     batch = batch._replace(
@@ -121,13 +115,12 @@ def make_train_step(
 
 
 def make_objective(
-  model: nn.Module, config: ConfigDict, is_trainable: PyTree, num_items: int
+  stage: Stage, is_trainable: PyTree, num_items: int
 ) -> Callable[..., Callable[[PyTree], tuple[Array, Metrics]]]:
   """Builds the objective of a stage.
 
   Args:
-    model: of the stage.
-    config: of the stage.
+    stage: has the model and its losses.
     is_trainable: tree of bools for the parameters; the others get no gradient.
     num_items: size of the whole catalogue.
 
@@ -135,20 +128,20 @@ def make_objective(
     `objective_of(data, tables, batch, inputs, dropout_key)`, which returns the function
     `objective(params)` of one batch: the weighted sum of the losses, and what is reported.
   """
-  all_losses, loss_weights = make_losses(config.loss, num_items), losses_in_use(config.loss)
+  all_losses, loss_weights = make_losses(stage, num_items), stage.losses
 
   def objective_of(data, tables, batch: Batch, inputs: LossInputs, dropout_key: Array):
     features = tables.take_features(data.tables.items)
     preferences = gather_preferences(data.tables.users, batch, data.preference_starts)
-    model_of_step = model
+    model = stage.model
     if tables.num_items != num_items or tables.lookup is not None:
-      model_of_step = model.for_items(tables.num_items)
+      model = model.for_items(tables.num_items)
 
     def objective(params: PyTree) -> tuple[Array, Metrics]:
       params = jax.tree.map(
         lambda x, trains: x if trains else jax.lax.stop_gradient(x), params, is_trainable
       )
-      encoded, reported = model_of_step.apply(
+      encoded, reported = model.apply(
         {'params': params},
         features,
         batch.item_ids,
@@ -164,7 +157,7 @@ def make_objective(
       reported = {
         **({f'loss/{name}': x for name, x in values.items()} if len(values) > 1 else {}),
         **{f'weight/{name}': jnp.exp(-x) for name, x in encoded.log_variances.items()},
-        **{f'gate/{name}': x for name, x in _gates(reported, config.modalities).items()},
+        **{f'gate/{name}': x for name, x in _gates(reported, stage.config.modalities).items()},
       }
       if encoded.log_variances:
         return losses.uncertainty_weighted(values, encoded.log_variances), reported

@@ -1,7 +1,7 @@
 import pytest
 
 from data_prep.llm_text import answers, prompts
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.errors import BusyError, InputError
 
 PROMPT = prompts.Prompt('item', '7', 'item-en-0', 'Write.', 'title: Heat', {})
 
@@ -60,7 +60,7 @@ def test_a_damaged_line_costs_only_itself_and_is_counted(tmp_path):
 def test_one_process_writes_and_others_may_read(tmp_path):
   store = answers.Store(tmp_path)
   store.add(record(1))
-  with pytest.raises(InputError, match='another process is writing') as error:
+  with pytest.raises(BusyError, match='another process is writing') as error:
     answers.Store(tmp_path)
   assert '--store' in str(error.value)
   assert texts(tmp_path) == {1: 'A text.'}

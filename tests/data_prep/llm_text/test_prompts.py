@@ -7,6 +7,8 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep.llm_text import prompts
 from ur4rec_jax.errors import InputError
@@ -332,6 +334,110 @@ def test_an_answer_is_read_from_json_or_plain_text(raw):
 def test_what_is_no_text_is_not_passed_off_as_one(raw, reason):
   with pytest.raises(ValueError, match=reason):
     prompts.parse_answer(raw)
+
+
+THOUGHTS = ('think', 'thinking', 'thought', 'reasoning', 'reflection', 'analysis', 'seed:think')
+TAGS = [
+  *((f'<{name}>', f'</{name}>') for name in THOUGHTS),
+  ('<think duration="3">', '</ think >'),
+  ('&lt;think&gt;', '&lt;/think&gt;'),
+  ('<THINK>', '</THINK>'),
+  ('[THINK]', '[/THINK]'),
+  ('◁think▷', '◁/think▷'),
+  ('<|think|>', '<|/think|>'),
+  ('<|begin_of_thought|>', '<|end_of_thought|>'),
+  ('<|START_THINKING|>', '<|END_THINKING|>'),
+  ('<unused94>', '<unused95>'),
+  ('<|channel|>analysis<|message|>', '<|end|><|start|>assistant<|channel|>final<|message|>'),
+  ('analysis', 'assistantfinal'),
+]
+MARKED = 'A thinking <b>robot</b> learns in [analysis] that 1 < 2 > 0.'
+DRAFT = json.dumps({'text': 'A draft, which is not the answer.'})
+reasoning = st.text(st.characters(exclude_categories=['Cs']), max_size=60) | st.sampled_from(
+  [DRAFT, f'I could write {DRAFT}, or not.', '{"text": "half', 'Okay, the user wants a text. {']
+)
+answered = st.sampled_from(
+  [
+    TEXT,
+    f'\n\n{TEXT}',
+    f'```\n{TEXT}\n```',
+    f'{{"text": "{TEXT}"}}',
+    f'Here it is: {{"text": "{TEXT}"}}',
+    f'<answer>{TEXT}</answer>',
+    f'<|START_RESPONSE|>{TEXT}<|END_RESPONSE|>',
+    f'{TEXT}<|return|>',
+  ]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(TAGS), st.booleans(), st.lists(reasoning, min_size=1, max_size=2), answered)
+def test_reasoning_is_no_part_of_the_text(tags, has_start, thoughts, answer):
+  start, end = tags
+  # A second thought may be opened within the first one.
+  thought = f'We must decide. {start if has_start else ""}'.join(thoughts)
+  raw = f'{start if has_start else ""}We know little. {thought}\n{end}{answer}'
+  assert prompts.parse_answer(raw) == TEXT
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(TAGS), reasoning, st.booleans())
+def test_reasoning_that_was_cut_off_is_no_text(tags, thought, was_one_before):
+  start, end = tags
+  before = f'{start}First.{end}\n' if was_one_before and start != 'analysis' else ''
+  with pytest.raises(ValueError, match='cut off'):
+    prompts.parse_answer(f'{before}{start}We know little. {thought}')
+
+
+@pytest.mark.parametrize(
+  ('raw', 'text'),
+  [
+    (json.dumps({'text': f'<think>Hm.</think>{TEXT}'}), TEXT),
+    ('```json\n' + json.dumps({'text': f'Hm.</think>\n{TEXT}'}) + '\n```', TEXT),
+    (f'{DRAFT} No.</think>{{"text": "{TEXT}"}}', TEXT),
+    (f'Sure: {{"text": "Hm.</think>{TEXT}"}}', None),
+    (f'<think>Hm.</think>{{"text": "{TEXT}', None),
+    ('<think>Hm.</think>', None),
+    (f'<think>{DRAFT}', None),
+    (json.dumps({'text': '<think>Hm, so'}), None),
+    ('Okay, the user wants a short text about a film. I know only', None),
+    ('Hmm, let me think about what it is.', None),
+    ('好的，用户想要一段文字。', None),
+    ('<think>' + 'Hm. ' * 20_000 + f'</think>{TEXT}', TEXT),
+    (
+      'A thinking <b>robot</b> learns that 1 < 2 > 0.',
+      'A thinking <b>robot</b> learns that 1 < 2 > 0.',
+    ),
+  ],
+)
+def test_reasoning_inside_and_around_an_object(raw, text):
+  if text is not None:
+    assert prompts.parse_answer(raw) == text
+  else:
+    with pytest.raises(ValueError, match=r'reasoning|no complete JSON|empty'):
+      prompts.parse_answer(raw)
+
+
+def test_stored_texts_lose_reasoning_and_nothing_else():
+  for stored, text in (
+    (f'<think>Hm.</think>{TEXT}', TEXT),
+    ('<think>Hm, so', ''),
+    ('"Heat"', '"Heat"'),
+    ('{odd} text', '{odd} text'),
+  ):
+    assert prompts.without_reasoning(stored) == text
+
+
+def test_a_secret_is_hidden_before_the_text_is_checked_or_quoted():
+  secret = 'sk-canary-0815'
+  spelled = ''.join(f'\\u{ord(c):04x}' for c in secret)
+  split = '\u200b'.join(secret)
+  for said in (secret, spelled, split):
+    raw = f'{{"text": "It is {said}, a film."}}'
+    assert prompts.parse_answer(raw, [secret]) == 'It is [key], a film.'
+  with pytest.raises(ValueError, match='refusal') as error:
+    prompts.parse_answer(f'{{"text": "{"I am sorry, but I" + " " * 20}{spelled}"}}', [secret])
+  assert 'canary' not in str(error.value)
 
 
 def test_an_answer_keeps_its_own_quotes():
