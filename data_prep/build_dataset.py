@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import identity, sources
+from data_prep import describe_page, identity, sources
 from data_prep.flags import Parser
 from data_prep.prepared import pictures, prepare, tfds_writer
 from data_prep.sources import archives, download, interactions, raw_files
@@ -36,6 +36,22 @@ _PARAMETERS = {
   'item_column': (str, 'column of items (interactions)'),
   'time_column': (str, 'column of times; none: rows are in time order (interactions)'),
   'rating_column': (str, 'column of ratings; none: no ratings (interactions)'),
+  'event_column': (str, 'column of kinds of events, such as view, cart and buy (interactions)'),
+  'event_weights': (
+    str,
+    'weight of each kind of event, stored as its rating, such as view=1,cart=3,buy=5; rows of other'
+    ' kinds are left out (interactions)',
+  ),
+  'where': (
+    str,
+    'keep only rows that meet a condition, such as "quantity > 0 and status == \'paid\'"'
+    ' (interactions)',
+  ),
+  'clean_ids': (
+    str,
+    'blanks: remove blanks around ids; decimals: read 7.0 as 7; missing: leave out rows whose id is'
+    ' empty, NULL, nan or the like; several with commas, or all (interactions)',
+  ),
   'delimiter': (
     str,
     'character between columns, or "tab"; without it the file extension decides (interactions)',
@@ -48,6 +64,7 @@ _PARAMETERS = {
   'items': (str, 'item table: CSV, TSV, Parquet or JSON lines (interactions)'),
   'items_quoting': (str, 'item table: auto, none or standard, as --quoting'),
   'partial_items': (bool, 'keep items that are missing in the item table, without texts'),
+  'keep_cold_items': (bool, 'keep items of the item table without interactions, as cold items'),
   'item_id_column': (str, 'item table: column of ids'),
   'title_column': (str, 'item table: column of titles; none: no titles'),
   'description_column': (str, 'item table: column of descriptions; none: no descriptions'),
@@ -230,7 +247,7 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
   rows = [
     ('dataset', f'{metadata["name"]}, {"written to" if is_new else "already in"} {data_dir}'),
     ('users', f'{counts["users"]:,}'),
-    ('items', f'{counts["items"]:,}'),
+    ('items', describe_page.item_count(counts)),
     ('interactions', f'{counts["interactions"]:,}, median {counts["median_length"]:g} a user'),
   ]
   if 'rows_read' in metadata:  # Older folders do not say it.

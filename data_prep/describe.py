@@ -192,7 +192,7 @@ def facts(info: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]
   few = popularity['items_with_few']
   rows = [
     ('users', f'{counts["users"]:,}'),
-    ('items', f'{counts["items"]:,}'),
+    ('items', describe_page.item_count(counts)),
     ('interactions', f'{counts["interactions"]:,}, density {percent(figures["density"])}'),
     (
       'dates',

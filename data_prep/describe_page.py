@@ -7,7 +7,7 @@ escapes all values.
 import base64
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ SPLIT_COUNTS = {
   'unused_users': 'unused users',
   'items_without_training': 'items never in training',
 }
+
+
+def item_count(counts: Mapping[str, Any]) -> str:
+  """Formats the number of items; those that nobody has had yet are counted apart."""
+  cold = counts.get('items_without_interactions', 0)
+  return f'{counts["items"]:,}' + (f', {cold:,} of them without interactions' if cold else '')
 
 
 def percent(share: float) -> str:
@@ -164,7 +170,7 @@ def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
 
 def popularity_plot(counts: np.ndarray, caption: str) -> dict[str, Any]:
   """Plots interactions per item over its rank, both logarithmic, for a sample of `[items]`."""
-  ordered = np.sort(counts)[::-1]
+  ordered = np.sort(counts[counts > 0])[::-1]  # Zero has no logarithm.
   ranks = np.unique(np.geomspace(1, len(ordered), _CURVE_POINTS).round().astype(int))
   points = np.log10(np.stack([ranks, ordered[ranks - 1]], axis=1))
   tops = [(share, np.log10(share * len(ordered))) for share in (0.01, 0.1)]
@@ -259,7 +265,7 @@ def _time_ticks(first: int, last: int) -> Ticks:
 def sample_cards(
   items: Sequence[dict[str, Any]], counts: np.ndarray, pictures: Sequence[Path | None]
 ) -> list[dict[str, Any]]:
-  """Chooses popular, medium and rare items, always the same; items with pictures come first.
+  """Chooses popular, medium, rare and cold items, always the same; those with pictures come first.
 
   Args:
     items: `[items]` metadata.
@@ -269,9 +275,16 @@ def sample_cards(
   Returns:
     Groups with a `name`, the range of interactions `span`, and `cards`.
   """
-  popular, middle, rare = np.array_split(np.argsort(-counts, kind='stable'), 3)
+  ranked = np.argsort(-counts, kind='stable')
+  number = int((counts > 0).sum())
+  popular, middle, rare = np.array_split(ranked[:number], 3)
   from_centre = np.argsort(np.abs(np.arange(len(middle)) - len(middle) // 2), kind='stable')
-  ordered = {'Popular': popular, 'In the middle': middle[from_centre], 'Rare': rare[::-1]}
+  ordered = {
+    'Popular': popular,
+    'In the middle': middle[from_centre],
+    'Rare': rare[::-1],
+    'Without interactions': ranked[number:],
+  }
   groups = []
   for name, candidates in ordered.items():
     candidates = candidates[: max(_CARDS, len(items) // 10)].tolist()

@@ -34,6 +34,7 @@ from data_prep.flags import Parser
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.data.features import load_features, read_features_info
+from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.encoders import projection, text
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
 
@@ -200,29 +201,27 @@ def summary(
   if info['of'] == 'item':
     here = {path.name for path in (Path(data_dir) / 'features' / 'item').iterdir()}
     variant = 'multimodal' if {TEXT, IMAGE} <= here else 'text'
-    command = sources.training_command(read_info(data_dir), data_dir, variant)
-    if TEXT not in here or info['modality'] not in (TEXT, IMAGE):
-      command += f' --config.modalities={info["modality"]}'
+    is_alone = TEXT not in here or info['modality'] not in (TEXT, IMAGE)
+    modality = info['modality'] if is_alone else None
+    command = sources.training_command(read_info(data_dir), data_dir, variant, modality)
     rows.append(('next', command))
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 
 
-def nearest(
-  data_dir: str | Path, modality: str, ids: list[str] | None, count: int = 5
-) -> list[str]:
+def nearest(data_dir: str | Path, modality: str, wanted: str | None, count: int = 5) -> list[str]:
   """Lists the items with the most similar features, by the cosine of token 0.
 
   Args:
     data_dir: a prepared folder.
     modality: name of the features.
-    ids: original ids; None takes the first three items with features.
+    wanted: original ids, see `read_ids`; None takes the first three items with features.
     count: neighbours per item.
 
   Raises:
     InputError: an item is not in the dataset.
   """
   features = load_features(data_dir, 'item', modality)
-  if ids is None and features.shape[0] > _MOST_COMPARED:
+  if wanted is None and features.shape[0] > _MOST_COMPARED:
     return []
   items = list(iterate_items(data_dir))
   labels = {item['original_id']: at for at, item in enumerate(items)}
@@ -233,8 +232,10 @@ def nearest(
     vectors[part] = tokens[:, 0] * mask[:, :1]
   vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
   is_there = vectors.any(1)
-  if ids is None:
+  if wanted is None:
     ids = [items[at]['original_id'] for at in np.flatnonzero(is_there)[:3]]
+  else:
+    ids = read_ids(wanted, labels)
   lines = []
   for name in ids:
     if name not in labels:
@@ -361,8 +362,8 @@ def main(argv: list[str] | None = None) -> None:
       start = time.monotonic()
       info, is_new = encode(flags.data_dir, kind, flags)
       seconds = time.monotonic() - start if is_new else None
-      ids = flags.neighbours.split(',') if flags.neighbours else None
-      lines = nearest(flags.data_dir, flags.modality, ids) if kind == 'item' else []
+      is_item = kind == 'item'
+      lines = nearest(flags.data_dir, flags.modality, flags.neighbours or None) if is_item else []
       print(summary(info, seconds, flags.data_dir, lines), flush=True)
   except KeyboardInterrupt:
     raise InterruptedBySignal(

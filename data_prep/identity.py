@@ -135,4 +135,6 @@ def table_fingerprint(raw: prepare.Raw) -> str:
   for column in (raw.timestamps, raw.ratings):
     digest.update(b'' if column is None else np.ascontiguousarray(column).tobytes())
   digest.update(repr((raw.ticks_per_second, raw.table, raw.notes)).encode())
+  if raw.keep_cold_items:
+    digest.update(b'keep_cold_items')
   return digest.hexdigest()

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
 from ur4rec_jax.inference import frames
 from ur4rec_jax.inference.explanations import explain
@@ -45,8 +46,8 @@ def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[s
   if flags.user is not None:
     history, users = recommender.history(flags.user), [recommender.users[flags.user]]
   else:
-    history = [] if flags.history is None else _ids(flags.history)
-  answer = recommender.ask(_query([history], flags), users, flags.preference)
+    history = [] if flags.history is None else read_ids(flags.history, set(recommender.item_ids))
+  answer = recommender.ask(_query(recommender, [history], flags), users, flags.preference)
   (unknown,) = answer.unknown
   recommendations = recommender.recommendations(answer)
   if flags.explain and recommendations:
@@ -83,7 +84,7 @@ def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
       range(0, len(names), _CHUNK), unit_scale=_CHUNK, unit='user', disable=not sys.stderr.isatty()
     ):
       part = names[start : start + _CHUNK]
-      query = _query([recommender.history(name) for name in part], flags)
+      query = _query(recommender, [recommender.history(name) for name in part], flags)
       answer = recommender.ask(query, users=range(start, start + len(part)))
       counts = [len(items) for items in answer.items]
       found = frames.columns(answer, recommender.share_names)
@@ -100,22 +101,13 @@ def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
   return rows
 
 
-def _query(histories: list[list[str]], flags: argparse.Namespace) -> Query:
-  only = None if flags.only is None else _ids(flags.only)
-  without = () if flags.without is None else _ids(flags.without)
+def _query(
+  recommender: TrainedRecommender, histories: list[list[str]], flags: argparse.Namespace
+) -> Query:
+  known = set() if flags.only is flags.without is None else set(recommender.item_ids)
+  only = None if flags.only is None else read_ids(flags.only, known)
+  without = () if flags.without is None else read_ids(flags.without, known)
   return Query(histories, flags.k, only, without, flags.keep_seen)
-
-
-def _ids(text: str) -> list[str]:
-  """Reads ids that are separated by commas, or, if `text` names a file, one id per line of it."""
-  if os.path.isfile(text):
-    try:
-      lines = pathlib.Path(text).read_text(encoding='utf-8').splitlines()
-    except (OSError, ValueError) as error:
-      raise InputError(f'{text}: cannot be read ({error})') from error
-  else:
-    lines = text.split(',')
-  return [line.strip() for line in lines if line.strip()]
 
 
 def as_text(found: dict[str, Any], share_names: list[str]) -> str:

@@ -40,8 +40,9 @@ def source(
   path = Path(path)
   arrays = _arrays(path, scratch)
   tokens, mask = _tokens(path, arrays), arrays.get('mask')
+  names = original_ids(data_dir, of)
   if ids_path is not None:
-    ids, where = _read_ids(Path(ids_path)), Path(ids_path)
+    ids, where = _read_ids(Path(ids_path), set(names)), Path(ids_path)
   elif 'ids' in arrays:
     ids, where = _plain_ids(path, arrays['ids']), path
   else:
@@ -57,7 +58,6 @@ def source(
         f'{where}: the id {name!r} is there twice, at rows {places[name] + 1} and {at + 1}; remove'
         ' one of the two'
       )
-  names = original_ids(data_dir, of)
   known = sum(name in places for name in names)
   if not known:
     raise InputError(
@@ -204,12 +204,13 @@ def _plain_ids(path: Path, ids: np.ndarray) -> list[str]:
   return [name.decode() if isinstance(name, bytes) else str(name) for name in ids.tolist()]
 
 
-def _read_ids(path: Path) -> list[str]:
+def _read_ids(path: Path, known: set[str]) -> list[str]:
   try:
-    lines = raw_files.read_bytes(path).decode('utf-8-sig').splitlines()
+    text = raw_files.read_bytes(path).decode('utf-8-sig').replace('\r\n', '\n')
   except UnicodeDecodeError as error:
     raise InputError(f'{path}: is not UTF-8 ({error}); save it as UTF-8') from error
+  lines = text.removesuffix('\n').split('\n')
   for number, line in enumerate(lines, 1):
     if not line.strip():
       raise InputError(f'{path}, line {number}: is empty; write one original id a line')
-  return [line.strip() for line in lines]
+  return [line if line in known else line.strip() for line in lines]

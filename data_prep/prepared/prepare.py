@@ -2,8 +2,9 @@
 
 import datetime
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,9 @@ class Raw(NamedTuple):
     ticks_per_second: unit of `timestamps`; rows are sorted by ticks and stored in whole seconds.
     notes: notes for the user about how the data was read.
     read_items: reads the metadata of some items, with notes, if the table does not fit in memory.
+    hints: what may be wrong with the data, for the user; no part of the identity of the dataset.
+    dropped: number of rows that reading left out, by reason.
+    keep_cold_items: whether the items of `table` without interactions belong to the catalogue.
   """
 
   path: str
@@ -63,6 +67,9 @@ class Raw(NamedTuple):
   ticks_per_second: int = 1
   notes: tuple[str, ...] = ()
   read_items: Callable[[list[str]], tuple[dict[str, Item], list[str]]] | None = None
+  hints: tuple[str, ...] = ()
+  dropped: Mapping[str, int] = MappingProxyType({})
+  keep_cold_items: bool = False
 
   def where(self, *rows: int) -> str:
     """Names file and line of one or two rows."""
@@ -112,7 +119,7 @@ class Prepared(NamedTuple):
     rows_read: number of rows of the raw data; each became an interaction or was dropped.
     dropped: number of dropped rows, users and items by reason.
     splits: records of the splits for dataset.json.
-    notes: notes of `Raw` and of the filters.
+    notes: notes and hints of `Raw`.
   """
 
   user_names: list[str]
@@ -133,9 +140,11 @@ class Prepared(NamedTuple):
 def prepare(raw: Raw, options: Options = Options()) -> Prepared:
   """Filters rows, sorts each user's rows by time and gives users and items dense indices."""
   user_names, users = _encode(raw.users)
-  item_names, items = _encode(raw.items)
+  item_names, items = _encode(raw.items, raw.table if raw.keep_cold_items else ())
   unknown = _unknown_items(raw, item_names, items)
-  ledger = _Ledger(users, items)
+  # No filter drops these items.
+  stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
+  ledger = _Ledger(users, items, stays, raw.dropped)
   rows = np.arange(len(users))
 
   if raw.timestamps is not None:
@@ -169,7 +178,9 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
   keys = (users[rows],) if raw.timestamps is None else (raw.timestamps[rows], users[rows])
   rows = rows[np.lexsort(keys)]
   kept_users, lengths = np.unique(users[rows], return_counts=True)
-  kept_items, item_ids = np.unique(items[rows], return_inverse=True)
+  is_kept = stays | (np.bincount(items[rows], minlength=len(item_names)) > 0)
+  kept_items = np.flatnonzero(is_kept)
+  item_ids = np.cumsum(is_kept)[items[rows]].astype(np.int32)
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   names = [item_names[i] for i in kept_items]
   dropped = ledger.dropped
@@ -179,7 +190,6 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
     timestamps = np.arange(len(rows)) - np.repeat(offsets[:-1], lengths)
   else:
     timestamps = (raw.timestamps[rows] // raw.ticks_per_second).astype(np.int64)
-  item_ids = (item_ids + 1).astype(np.int32)
   table, notes = raw.table or {}, raw.notes
   if raw.read_items is not None:
     table, more = raw.read_items(names)
@@ -198,18 +208,24 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
     rows_read=len(users),
     dropped=dropped,
     splits=make_splits(
-      offsets, item_ids, None if raw.timestamps is None else timestamps, options.time_split
+      offsets,
+      item_ids,
+      None if raw.timestamps is None else timestamps,
+      options.time_split,
+      len(names),
     ),
-    notes=notes,
+    notes=(*notes, *raw.hints),
   )
 
 
 def counts(prepared: Prepared) -> dict[str, int | float]:
   """Returns the sizes of a dataset for dataset.json."""
   lengths = np.diff(prepared.offsets)
+  cold = len(prepared.item_names) - len(np.unique(prepared.item_ids))
   return {
     'users': len(lengths),
     'items': len(prepared.item_names),
+    **({'items_without_interactions': cold} if cold else {}),
     'interactions': len(prepared.item_ids),
     'median_length': float(np.median(lengths)),
   }
@@ -219,7 +235,8 @@ def make_splits(
   offsets: np.ndarray,
   item_ids: np.ndarray,
   timestamps: np.ndarray | None,
-  time_split: str | None = None,
+  time_split: str | None,
+  num_items: int,
 ) -> dict[str, dict[str, Any]]:
   """Describes every split of the interactions: borders, hash, and how many users it leaves out.
 
@@ -228,6 +245,7 @@ def make_splits(
     item_ids: `[interactions]` 1-based.
     timestamps: `[interactions]` unix seconds or None.
     time_split: see `Options`.
+    num_items: size of the catalogue.
 
   Raises:
     InputError: `time_split` is impossible for this data.
@@ -241,14 +259,14 @@ def make_splits(
   for name, record in records.items():
     split = splits.make_split(name, record, offsets, timestamps)
     is_train = _leading(offsets, split.train_lengths)
-    unseen = np.isin(np.unique(item_ids), item_ids[is_train], invert=True)
+    trained = len(np.unique(item_ids[is_train]))
     record |= {
       'train_interactions': int(is_train.sum()),
       **{f'{part}_users': int((at >= 0).sum()) for part, at in split.held_out.items()},
       'train_only_users': int((split.held_out['test'] < 0)[split.train_lengths > 0].sum()),
       'unused_users': int((split.held_out['test'] < 0)[split.train_lengths == 0].sum()),
-      'items_without_training': int(unseen.sum()),
-      'hash': splits.split_hash(name, offsets, item_ids, split),
+      'items_without_training': num_items - trained,
+      'hash': splits.split_hash(name, offsets, item_ids, split, num_items),
     }
   # A split by time may leave no user to evaluate.
   by_time = records.get(splits.TIME)
@@ -295,17 +313,32 @@ def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
 class _Ledger:
   """Counts the rows that each filter drops."""
 
-  def __init__(self, users: np.ndarray, items: np.ndarray):
-    self._columns = {'users': users, 'items': items}
+  def __init__(
+    self, users: np.ndarray, items: np.ndarray, stays: np.ndarray, dropped: Mapping[str, int]
+  ):
+    """Counts what there is before the first filter.
+
+    Args:
+      users: `[rows]` user indices.
+      items: `[rows]` item indices.
+      stays: `[items]` bool, items that count as kept without any row, too.
+      dropped: number of rows that reading left out, by reason.
+    """
+    self._users, self._items, self._stays = users, items, stays
+    self.dropped: dict[str, dict[str, int]] = {
+      'users': {},
+      'items': {},
+      'interactions': dict(dropped),
+    }
     self._left = self._count(np.arange(len(users)))
-    self.dropped: dict[str, dict[str, int]] = {'users': {}, 'items': {}, 'interactions': {}}
 
   def _count(self, rows: np.ndarray) -> dict[str, int]:
-    sizes = {
-      what: int(np.count_nonzero(np.bincount(column[rows])))
-      for what, column in self._columns.items()
+    has_rows = np.bincount(self._items[rows], minlength=len(self._stays)) > 0
+    return {
+      'users': int(np.count_nonzero(np.bincount(self._users[rows]))),
+      'items': int((has_rows | self._stays).sum()),
+      'interactions': len(rows),
     }
-    return {**sizes, 'interactions': len(rows)}
 
   def record(self, reason: str, rows: np.ndarray) -> None:
     left = self._count(rows)
@@ -315,10 +348,15 @@ class _Ledger:
     self._left = left
 
 
-def _encode(ids: np.ndarray | pa.Array) -> tuple[list[str], np.ndarray]:
-  """Returns sorted distinct ids, by number if all are whole numbers, and `[rows]` indices."""
+def _encode(ids: np.ndarray | pa.Array, others: Iterable[str] = ()) -> tuple[list[str], np.ndarray]:
+  """Returns sorted distinct ids, by number if all are whole numbers, and `[rows]` indices.
+
+  Args:
+    ids: `[rows]` ids.
+    others: further ids, which have no row or are among `ids`.
+  """
   encoded = pa.array(ids).dictionary_encode()
-  names = encoded.dictionary.cast(pa.string()).to_pylist()
+  names = list(dict.fromkeys([*encoded.dictionary.cast(pa.string()).to_pylist(), *others]))
   if all(re.fullmatch(r'-?\d+', name) for name in names):
     # The text is the second key, because '7' and '007' are two ids with one value.
     order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]))
@@ -384,9 +422,9 @@ def _check_enough_left(
   num_users, num_items = len(np.unique(users)), len(np.unique(items))
   if num_users > 1 and num_items > 1:
     return
+  value = lambda reason: getattr(options, reason, True)
   removed = [
-    f'--{reason}{"" if reason == "drop_duplicates" else f"={getattr(options, reason)}"}'
-    f' removed {lost:,}'
+    f'--{reason}{"" if value(reason) is True else f"={value(reason)}"} removed {lost:,}'
     for reason, lost in ledger.dropped['interactions'].items()
   ]
   left = (

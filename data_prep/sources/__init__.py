@@ -1,5 +1,8 @@
 """Readers of raw data. A new source is one `read` function and one entry in `SOURCES`."""
 
+import itertools
+import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -167,12 +170,43 @@ SOURCES = {
 }
 
 
-def training_command(metadata: Mapping[str, Any], data_dir: str | Path, variant: str = '') -> str:
-  """Returns the command that trains on a prepared folder, with the config of its source."""
+def training_command(
+  metadata: Mapping[str, Any],
+  data_dir: str | Path,
+  variant: str = '',
+  modality: str | None = None,
+) -> str:
+  """Returns the command that trains on a prepared folder, with the config of its source.
+
+  The workdir has the name of the folder and of what is trained, so that each command gets its own.
+  If it exists already, the name gets a number.
+
+  Args:
+    metadata: content of dataset.json.
+    data_dir: the prepared folder.
+    variant: variant of the config.
+    modality: the only modality to train with; None for those of the variant.
+  """
   config = metadata['source'].removeprefix('multimodal_')
   if config not in shipped_configs():
     config = 'default'
+  name = '-'.join(filter(None, (*_own_name(Path(data_dir)), modality or variant)))
+  workdir = next(
+    path
+    for number in itertools.count(1)
+    if not (path := Path('runs', name + f'-{number}' * (number > 1))).exists()
+  )
   return (
     f'python -m ur4rec_jax.main --config={config}{":" * bool(variant)}{variant}'
-    f' --workdir=runs/{Path(data_dir).name} --config.data_dir={data_dir}'
+    f' --workdir={shlex.quote(str(workdir))} --config.data_dir={shlex.quote(str(data_dir))}'
+    + (f' --config.modalities={modality}' if modality else '')
   )
+
+
+def _own_name(data_dir: Path) -> list[str]:
+  """Returns the parts of a folder's path that tell it from other datasets here."""
+  path, here = Path(os.path.abspath(data_dir)), Path.cwd()
+  if path == here or not path.is_relative_to(here):
+    return [path.name or 'data']
+  parts = path.relative_to(here).parts
+  return list(parts[1:] if parts[0] == 'data' and len(parts) > 1 else parts)

@@ -4,6 +4,7 @@
     --data_dir=data/shop
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ import pyarrow.compute as pc
 
 from data_prep.prepared.prepare import Item, Place, Raw
 from data_prep.sources import columns as arrow_columns
+from data_prep.sources import ids, tables, times
 from data_prep.sources import items as item_tables
-from data_prep.sources import tables, times
+from data_prep.sources.hints import hint_about_spelling, hints_about_ids
+from data_prep.sources.selection import Selection
 from ur4rec_jax.errors import InputError
 
 # Names that say what a column is, in lower case without blanks, dots, dashes and underscores.
@@ -27,8 +30,16 @@ NAMES = {
   ' trackid song songid sku asin parentasin business businessid',
   'time': 'time timestamp ts date datetime unixtime unixreviewtime eventtime createdat',
   'rating': 'rating ratings stars score overall',
+  'event': '',  # A column of kinds of events counts only where the flag names it.
 }
-OPTIONAL = ('time', 'rating')
+OPTIONAL = ('time', 'rating', 'event')
+# Names of times that count where there is none of `NAMES`, as ordered_at or purchase_date.
+_LIKE_CREATED = re.compile(
+  '(added|booked|bought|checkedout|click|clicked|created|downloaded|interacted|interaction|invoice'
+  '|invoiced|listen|listened|occurred|order|ordered|paid|payment|placed|played|posted|purchase'
+  '|purchased|rated|rating|read|rented|review|reviewed|sale|sold|submitted|transaction|used|view'
+  '|viewed|visit|visited|watch|watched)(at|on|date|day|time|datetime|timestamp|ts)'
+)
 FILES = (tuple(f'*{kind}' for kind in (*tables.DELIMITERS, *tables.PARQUET)),)
 NONE = 'none'
 # Flags of the source and their defaults; None: look for it.
@@ -39,7 +50,12 @@ PARAMETERS: Mapping[str, Any] = {
   'items': None,
   **item_tables.PARAMETERS,
   'partial_items': False,
+  'keep_cold_items': False,
+  'where': None,
+  'event_weights': None,
+  'clean_ids': None,
 }
+_ABOUT_ITEMS = (*item_tables.PARAMETERS, 'partial_items', 'keep_cold_items')
 
 
 def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
@@ -108,26 +124,23 @@ def read(*files: Path, **parameters: Any) -> Raw:
   names = _with_folders(opened[0], options)
   columns = choose_columns(str(parts[0]), names, options, opened[0].delimiter)
   found = []
+  selection = Selection(str(parts[0]), columns, [file.columns for file in opened], options)
   for file in opened:
-    for role, name in columns.items():
+    for name, use in selection.uses.items():
       if name not in file.columns and name not in file.folders:
         raise InputError(
-          f'{file.path}: no column {name!r} (the {role}), which {parts[0].name} has; its columns'
+          f'{file.path}: no column {name!r} ({use}), which {parts[0].name} has; its columns'
           f' are {", ".join(file.columns)}; give all files the same columns'
         )
-    table = tables.read(file, list(columns.values()))
-    found.append(arrow_columns.encoded(table, columns, str(file.path)))
+    table = tables.read(file, list(selection.uses))
+    table = selection.take(table, functools.partial(tables.place, file))
+    found.append(arrow_columns.encoded(table, selection.columns, str(file.path)))
     notes += file.notes
-  ends = np.cumsum([len(part) for part in found])
-
-  def locate(row: int) -> Place:
-    part = int(np.searchsorted(ends, row, side='right'))
-    return tables.place(opened[part], row - int(ends[part - 1] if part else 0))
-
+  selection.check()
   path = str(files[0] if len(files) == 1 else files[0].parent)
   table = arrow_columns.joined(found, list(map(str, parts)))
-  raw = read_columns(path, table, columns, locate, options)
-  return raw._replace(notes=(*raw.notes[:1], *notes, *raw.notes[1:]))
+  raw = read_columns(path, table, columns, selection.locate, options)
+  return selection.note(raw._replace(notes=(*raw.notes[:1], *notes, *raw.notes[1:])))
 
 
 def _with_folders(file: tables.File, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -158,12 +171,14 @@ def from_table(data: Any, **parameters: Any) -> Raw:
   if unknown := sorted(set(options) - set(PARAMETERS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(PARAMETERS)}')
   columns = choose_columns('the table', memory.columns, options, None)
-  table = memory.select(list(columns.values()))
+  selection = Selection('the table', columns, [memory.columns], options)
+  table = memory.select(list(selection.uses))
   if not table.num_rows:
     raise InputError('the table: has no rows')
-  table = arrow_columns.encoded(table, columns, 'the table')
-  locate = lambda row: Place('the table', row + 1, 'row')
-  return read_columns('the table', table, columns, locate, options)
+  table = selection.take(table, lambda row: Place('the table', row + 1, 'row'))
+  selection.check()
+  table = arrow_columns.encoded(table, selection.columns, 'the table')
+  return selection.note(read_columns('the table', table, columns, selection.locate, options))
 
 
 def choose_columns(
@@ -184,6 +199,10 @@ def choose_columns(
       continue
     taken = {options[f'{other}_column'] for other in NAMES} | set(chosen.values())
     found = [name for name in names if _plain(name) in known.split() and name not in taken]
+    if role == 'time' and not found:
+      found = [
+        name for name in names if _LIKE_CREATED.fullmatch(_plain(name)) and name not in taken
+      ]
     if len(found) > 1:
       way_out = f', or {flag}={NONE}' if role in OPTIONAL else ''
       raise InputError(
@@ -237,28 +256,52 @@ def read_columns(
   path: str, table: pa.Table, columns: Mapping[str, str], locate: Any, options: Mapping[str, Any]
 ) -> Raw:
   """Checks the values of encoded columns and reads the item table."""
-
-  def where(row: int) -> str:
-    found = locate(row)
-    return f'{found.path}, {found.unit} {found.number}'
-
-  users, items = (_ids(table[role], columns[role], where) for role in ('user', 'item'))
-  notes = [f'columns: {_shown(columns)}']
+  cleanings = ids.parse_cleanings(options['clean_ids'])
+  if not table.num_rows:
+    raise InputError(f'{path}: --where and --event_weights leave out all rows; correct them')
+  where = lambda row: '{0.path}, {0.unit} {0.number}'.format(locate(row))
+  found = {
+    role: ids.read(table[role], columns[role], where, cleanings) for role in ('user', 'item')
+  }
+  notes, hints = [f'columns: {_shown(columns)}'], hints_about_ids(found, cleanings)
+  # Rows without a user or an item, if --clean_ids allows them.
+  is_missing = found['user'].is_missing | found['item'].is_missing
+  dropped = {'clean_ids': int(is_missing.sum())} if is_missing.any() else {}
+  users, items = (column.ids for column in found.values())
+  if dropped:
+    rows, locate_any = pa.array(np.flatnonzero(~is_missing)), locate
+    if not len(rows):
+      raise InputError(f'{path}: no row has a user and an item; export it again')
+    locate = lambda row: locate_any(rows[row].as_py())
+    table, users, items = table.take(rows), users.take(rows), items.take(rows)
+  users, items = ids.compact(users), ids.compact(items)
   timestamps, ticks, ratings = None, 1, None
   if 'time' in columns:
-    timestamps, ticks = times.parse(table['time'], columns['time'], where)
+    timestamps, ticks, hint = times.parse(table['time'], columns['time'], where)
+    hints += [hint] if hint else []
   else:
     notes.append('no time column: rows count as being in order of time, file by file')
-  if 'rating' in columns:
-    ratings = _ratings(table['rating'], columns['rating'], where)
+  if 'rating' in table.column_names:
+    name = columns['rating'] if 'rating' in columns else columns['event']
+    ratings = _ratings(table['rating'], name, where)
   catalogue: dict[str, Item] | None = None
   if options['items'] is not None:
     catalogue, more = _read_items(options)
+    catalogue = ids.clean_table(catalogue, cleanings) if cleanings else catalogue
+    names, known = items.dictionary.to_pylist(), set(catalogue)
+    unknown, cold = [name for name in names if name not in known], known.difference(names)
+    misspelled = hint_about_spelling(unknown, catalogue, cleanings)
+    if misspelled and not options['partial_items']:
+      raise InputError(f'{path}: {misspelled}')
+    hints += [misspelled] if misspelled else []
     notes += more
-    known = set(catalogue)
-    missing = sum(name not in known for name in items.dictionary.to_pylist())
-    if missing and options['partial_items']:
-      notes.append(f'{missing:,} items are not in the item table: kept without text')
+    if unknown and options['partial_items']:
+      notes.append(f'{len(unknown):,} items are not in the item table: kept without text')
+    if cold and not options['keep_cold_items']:
+      hints.append(
+        f'{len(cold):,} items of the item table have no interactions and are left out;'
+        ' --keep_cold_items keeps them, so that they can be recommended'
+      )
   else:
     _check_no_item_flags(options)
   return Raw(
@@ -272,6 +315,9 @@ def read_columns(
     table_is_partial=bool(options['partial_items']),
     ticks_per_second=ticks,
     notes=tuple(notes),
+    hints=tuple(hints),
+    dropped=dropped,
+    keep_cold_items=bool(options['keep_cold_items']),
   )
 
 
@@ -289,35 +335,9 @@ def _read_items(options: Mapping[str, Any]) -> tuple[dict[str, Item], list[str]]
 
 
 def _check_no_item_flags(options: Mapping[str, Any]) -> None:
-  for name, default in {**item_tables.PARAMETERS, 'partial_items': False}.items():
-    if options[name] != default:
+  for name in _ABOUT_ITEMS:
+    if options[name] != PARAMETERS[name]:
       raise InputError(f'--{name} is about the item table; pass it with --items, or leave it out')
-
-
-def _ids(column: pa.ChunkedArray, name: str, where: Any) -> pa.DictionaryArray:
-  """Checks ids: text or whole numbers, none empty."""
-  kind = column.type.value_type
-  readable = pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-  if not readable and not pa.types.is_null(kind):
-    raise InputError(
-      f'{where(0)}: {name} is of type {kind}; ids are text or whole numbers: convert the column'
-    )
-  if column.null_count:
-    row = tables.first_true(pc.is_null(column))
-    raise InputError(f'{where(row)}: {name} is empty; fill it in or remove the row')
-  encoded = column.combine_chunks()
-  if isinstance(encoded, pa.ChunkedArray):
-    encoded = encoded.chunk(0)
-  names = encoded.dictionary.cast(pa.string())
-  for pattern, fault in ((r'^\s*$', 'empty'), (r'[\x00-\x1f\x7f]', 'no text on one line')):
-    if (bad := np.flatnonzero(pc.match_substring_regex(names, pattern))).size:
-      rows = np.flatnonzero(np.isin(np.asarray(encoded.indices), bad))
-      if rows.size:
-        value = names[int(np.asarray(encoded.indices)[rows[0]])].as_py()
-        raise InputError(
-          f'{where(int(rows[0]))}: {name} is {fault}: {value!r}; correct it or remove the row'
-        )
-  return pa.DictionaryArray.from_arrays(encoded.indices, names)
 
 
 def _ratings(column: pa.ChunkedArray, name: str, where: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Converts a column of times in any usual form to whole ticks."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +17,35 @@ _NUMBER = r'^\s*[+-]?\d{1,19}\s*$'
 _DECIMAL = r'^\s*[+-]?\d{1,11}\.\d*\s*$'
 _DATE = r'^\d{4}-\d{2}-\d{2}'
 _ZONE = r'[T ]\d{2}.*([Zz]|[+-]\d{2}(:?\d{2})?)$'
+# How databases write ISO 8601, and how Arrow reads it. Arrow knows nine digits of a fraction.
+_SPELLINGS = (
+  (r'(:\d{2}),(\d+)', r'\1.\2'),
+  (r'(?i)(:\d{2}(?:\.\d+)?)\s*(?:UTC|GMT|Z)$', r'\1Z'),
+  (r'(:\d{2}(?:\.\d+)?)\s+([+-]\d{2}(?::?\d{2})?)$', r'\1\2'),
+  (r'(\.\d{9})\d+', r'\1'),
+)
+_NANOSECONDS = r'\.\d{7,9}(\D|$)'
 _FORMS = 'unix seconds, unix milliseconds, or ISO 8601 like 2024-05-31 or 2024-05-31T18:20:00Z'
+_FEW, _MANY = 10, 10_000  # Fewer different times may be round by chance; more rows are not needed.
 
 Where = Callable[[int], str]
 
 
-def parse(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray, int]:
+class Times(NamedTuple):
+  """A column of times.
+
+  Attributes:
+    ticks: `[rows]` int64 since 1970.
+    ticks_per_second: unit of the ticks.
+    hint: what may be wrong with the times, or None.
+  """
+
+  ticks: np.ndarray
+  ticks_per_second: int
+  hint: str | None = None
+
+
+def parse(column: pa.ChunkedArray, name: str, where: Where) -> Times:
   """Reads times.
 
   Args:
@@ -29,11 +53,9 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
     name: name of the column, for messages.
     where: returns the position of a row, for messages.
 
-  Returns:
-    `[rows]` int64 ticks since 1970, and the number of ticks per second.
-
   Raises:
-    InputError: a time is missing or cannot be read, or the column mixes units.
+    InputError: a time is missing or cannot be read, the column mixes units, or its type holds no
+      whole seconds.
   """
   if pa.types.is_dictionary(column.type):
     column = column.cast(column.type.value_type)
@@ -42,16 +64,52 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
     raise InputError(f'{where(row)}: {name} is empty; fill it in or remove the row')
   if pa.types.is_timestamp(column.type):
     ticks = {'s': 1, 'ms': 10**3, 'us': 10**6, 'ns': 10**9}[column.type.unit]
-    return column.cast(pa.int64()).to_numpy(), ticks
+    return Times(column.cast(pa.int64()).to_numpy(), ticks)
   if pa.types.is_date(column.type):
-    return column.cast(pa.timestamp('s')).cast(pa.int64()).to_numpy(), 1
+    return Times(column.cast(pa.timestamp('s')).cast(pa.int64()).to_numpy(), 1)
   if pa.types.is_integer(column.type):
-    return _unix(column.cast(pa.int64(), safe=False).to_numpy(), name, where)
-  if pa.types.is_floating(column.type):
-    return _decimal(column.to_numpy(), name, where)
-  if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    times = _unix(column.cast(pa.int64(), safe=False).to_numpy(), name, where)
+  elif pa.types.is_floating(column.type):
+    values = column.to_numpy()
+    _check_precision(values, name, where)
+    times = _decimal(values.astype(np.float64), name, where)
+  elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    times = _text(column, name, where)
+  else:
     raise InputError(f'{where(0)}: {name} is of type {column.type}; times are {_FORMS}')
-  return _text(column, name, where)
+  return Times(*times, _hint_about_precision(*times, name))
+
+
+def _check_precision(values: np.ndarray, name: str, where: Where) -> None:
+  """Refuses types whose numbers are too far apart to tell such times apart."""
+  bits = np.finfo(values.dtype).nmant + 1
+  most = float(np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max())
+  if bits > 32 or most < 2**bits:
+    return
+  kind = {2: 'float16 (half precision)', 4: 'float32 (single precision)'}[values.itemsize]
+  step = float(np.spacing(values.dtype.type(most)))
+  row = int(np.argmax(np.abs(values)))
+  raise InputError(
+    f'{where(row)}: {name} is of type {kind}, whose numbers are {step:,g} apart at {most:.0f}, so'
+    ' the order of the rows is lost; export the column again as whole numbers (int64) or float64'
+  )
+
+
+def _hint_about_precision(ticks: np.ndarray, ticks_per_second: int, name: str) -> str | None:
+  """Tells whether all times look as if they had been single-precision numbers on their way."""
+  if np.abs(ticks).max() < 2**24 or not np.array_equal(
+    ticks.astype(np.float32).astype(np.int64), ticks
+  ):
+    return None
+  # Whole days in seconds are such numbers, too, in any time zone.
+  is_whole_days = ticks_per_second == 1 and not np.diff(ticks[:_MANY] % 86_400).any()
+  if is_whole_days or len(np.unique(ticks[:_MANY])) < _FEW:
+    return None
+  return (
+    f'all values of {name} are numbers that float32 (single precision) can hold, such as'
+    f' {ticks[0]}; if the column was float32 once, the order of near rows is lost: export it again'
+    ' as whole numbers'
+  )
 
 
 def _text(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray, int]:
@@ -71,31 +129,40 @@ def _text(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
         odd = next(row for row in range(len(column)) if abs(int(column[row].as_py())) >= 2**63)
         raise _unlike(column, odd, name, where) from error
       return read(values, name, where)
-  odd = first_true(pc.invert(pc.match_substring_regex(column, _DATE)))
+  return _iso(column, name, where)
+
+
+def _iso(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray, int]:
+  texts = pc.utf8_trim_whitespace(column)
+  for pattern, replacement in _SPELLINGS:
+    texts = pc.replace_substring_regex(texts, pattern, replacement)
+  odd = first_true(pc.invert(pc.match_substring_regex(texts, _DATE)))
   if odd is not None:
     raise _unlike(column, odd, name, where)
-  zoned = pc.match_substring_regex(column, _ZONE)
+  zoned = pc.match_substring_regex(texts, _ZONE)
   has_zone = zoned[0].as_py()
   odd = first_true(pc.invert(zoned) if has_zone else zoned)
   if odd is not None:
     raise InputError(
-      f'{where(odd)}: {name} is {column[odd].as_py()!r}, but {first!r} in {where(0)}: only one of'
-      ' them has a time zone; write all times with their zone, or none'
+      f'{where(odd)}: {name} is {column[odd].as_py()!r}, but {column[0].as_py()!r} in {where(0)}:'
+      ' only one of them has a time zone; write all times with their zone, or none'
     )
+  has_nanoseconds = pc.any(pc.match_substring_regex(texts, _NANOSECONDS)).as_py()
+  unit, per_second = ('ns', 10**9) if has_nanoseconds else ('us', 10**6)
+  kind = pa.timestamp(unit, 'UTC' if has_zone else None)
   try:
-    parsed = column.cast(pa.timestamp('us', 'UTC' if has_zone else None))
+    ticks = texts.cast(kind).cast(pa.int64()).to_numpy()
   except pa.ArrowInvalid as error:
-    odd = next(row for row in range(len(column)) if not _is_time(column[row], has_zone))
+    odd = next(row for row in range(len(texts)) if not _is_time(texts[row], kind))
     raise _unlike(column, odd, name, where) from error
-  ticks = parsed.cast(pa.int64()).to_numpy()
-  if not (ticks % 10**6).any():
-    return ticks // 10**6, 1
-  return ticks, 10**6
+  if not (ticks % per_second).any():
+    return ticks // per_second, 1
+  return ticks, per_second
 
 
-def _is_time(value: pa.Scalar, has_zone: bool) -> bool:
+def _is_time(value: pa.Scalar, kind: pa.DataType) -> bool:
   try:
-    value.cast(pa.timestamp('us', 'UTC' if has_zone else None))
+    value.cast(kind)
   except pa.ArrowInvalid:
     return False
   return True

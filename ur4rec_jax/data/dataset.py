@@ -127,7 +127,9 @@ def load_dataset(data_dir: str | pathlib.Path, split_name: str = splits.LEAVE_ON
     )
   interactions = read_interactions(data_dir)
   split = splits.make_split(split_name, record, interactions.offsets, interactions.timestamps)
-  found = splits.split_hash(split_name, interactions.offsets, interactions.item_ids, split)
+  found = splits.split_hash(
+    split_name, interactions.offsets, interactions.item_ids, split, info['counts']['items']
+  )
   if found != record['hash']:
     raise InputError(
       f'data_dir {data_dir}: interactions differ from {METADATA}; {_rebuild(data_dir)}'

@@ -105,14 +105,17 @@ def describe(name: str, record: Mapping[str, Any]) -> str:
   return '{}: valid from {}, test from {}'.format(name, *borders)
 
 
-def split_hash(name: str, offsets: np.ndarray, item_ids: np.ndarray, split: Split) -> str:
-  """Hashes a split: equal hashes mean the same histories, in order, with the same cuts.
+def split_hash(
+  name: str, offsets: np.ndarray, item_ids: np.ndarray, split: Split, num_items: int | None = None
+) -> str:
+  """Hashes a split: equal hashes mean the same histories, in order, the same cuts and catalogue.
 
   Args:
     name: name of the split, e.g. `leave_one_out`.
     offsets: `[users + 1]`, user u owns `item_ids[offsets[u]:offsets[u + 1]]`.
     item_ids: `[interactions]` item ids, 1-based, each user's in time order.
     split: the cuts.
+    num_items: size of the catalogue; None if its last item has an interaction.
 
   Returns:
     16 hexadecimal digits.
@@ -123,4 +126,7 @@ def split_hash(name: str, offsets: np.ndarray, item_ids: np.ndarray, split: Spli
   if name != LEAVE_ONE_OUT:  # The cuts of leave-one-out follow from the lengths.
     for cuts in (split.train_lengths, split.held_out['valid'], split.held_out['test']):
       digest.update(np.ascontiguousarray(cuts, '<i8').tobytes())
+  # Items without interactions change the numbers of the others, unless they are the last ones.
+  if num_items is not None and num_items > item_ids.max(initial=0):
+    digest.update(str(num_items).encode())
   return digest.hexdigest()[:16]

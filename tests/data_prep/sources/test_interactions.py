@@ -189,9 +189,9 @@ def test_columns_by_flag_and_ambiguous_ones(write):
   assert events(read(path, **flags))[0] == ('c', 'x', 1, None)
   assert "no column 'who' (--user_column); its columns are user, " in fault(path, user_column='who')
   assert 'one column is given two roles' in fault(path, user_column='user', item_column='user')
-  path = write('user,item,ordered_at\na,x,1\nb,y,2\n')
-  assert 'ordered_at may be the time; say so: --time_column=ordered_at, or' in fault(path)
-  assert events(read(path, time_column='ordered_at'))[1] == ('b', 'y', 2, None)
+  path = write('user,item,valid_from_date\na,x,1\nb,y,2\n')
+  assert 'valid_from_date may be the time; say so: --time_column=valid_from_date' in fault(path)
+  assert events(read(path, time_column='valid_from_date'))[1] == ('b', 'y', 2, None)
   path = write('user,item,date,time\na,x,1,1\n')
   assert '--time_column=date, or --time_column=none' in fault(path)
 

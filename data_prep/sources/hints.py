@@ -1,0 +1,60 @@
+"""Describes what may be wrong with the user's own data, and the flag that decides."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import pyarrow as pa
+
+from data_prep.sources import ids
+
+_DAMAGES = {
+  ids.BLANKS: ('have blanks around them', 'keep the blanks', 'removes them'),
+  ids.DECIMALS: ('end in .0', 'are not the ids without .0', 'reads 7.0 as 7'),
+  ids.MISSING: ('say that there is none', 'count like any other id', 'leaves these rows out'),
+}
+
+
+def hints_about_ids(found: Mapping[str, ids.Ids], cleanings: Collection[str]) -> list[str]:
+  """Describes ids that look damaged, one hint for each kind of damage.
+
+  Args:
+    found: the ids of users and items, by role.
+    cleanings: what `--clean_ids` undoes.
+  """
+  hints = []
+  for cleaning, (fault, meaning, effect) in _DAMAGES.items():
+    shown = [
+      f'{role}s: {column.found[cleaning]}'
+      for role, column in found.items()
+      if cleaning in column.found
+    ]
+    if shown:
+      meaning = '' if cleaning in cleanings else f' {meaning};'
+      hints.append(
+        f'ids that {fault} ({"; ".join(shown)}){meaning} --clean_ids={cleaning} {effect}'
+      )
+  return hints
+
+
+def hint_about_spelling(
+  unknown: Sequence[str], known: Iterable[str], cleanings: Collection[str]
+) -> str | None:
+  """Describes items that the item table spells otherwise.
+
+  Args:
+    unknown: ids of interactions that the item table lacks.
+    known: ids of the item table.
+    cleanings: what `--clean_ids` undoes.
+  """
+  if not unknown:
+    return None
+  for cleaning in (ids.BLANKS, ids.DECIMALS):
+    wanted = {*cleanings, cleaning}
+    there = set(ids.clean(pa.array(list(known), pa.string()), wanted).to_pylist())
+    cleaned = ids.clean(pa.array(unknown, pa.string()), wanted).to_pylist()
+    alike = [old for old, name in zip(unknown, cleaned, strict=True) if name in there]
+    if alike:
+      return (
+        f'{len(alike):,} of {len(unknown):,} items that are not in the item table are spelled'
+        f' otherwise there, first {alike[0]!r}; pass --clean_ids={cleaning}, or spell them alike'
+      )
+  return None

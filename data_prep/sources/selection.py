@@ -1,0 +1,156 @@
+"""Chooses rows of the user's own interactions by `--where` and by the kinds of events."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.prepared.prepare import Place, Raw
+from data_prep.sources import events, where
+from ur4rec_jax.errors import InputError
+
+# Names of columns that are worth a look although they play no role, spelled as in `NAMES`.
+_QUANTITIES = 'quantity qty amount units number orderedquantity quantityordered itemquantity'
+_EVENTS = (
+  'event eventtype eventname eventkind action actiontype behavior behaviour behaviortype'
+  ' behaviourtype interaction interactiontype activity activitytype'
+)
+_MOST_KINDS = 12  # A column with more different values does not hold kinds of events.
+_MOST_COLUMNS = 12  # Ignored columns that a note lists.
+_WEIGHT = 'weight of the event'
+
+
+class Selection:
+  """Takes the wanted rows of tables, one after the other, and remembers where they were.
+
+  Attributes:
+    uses: name of each column to read, and its use, for messages.
+    columns: name of the column of each role in the tables of `take`.
+  """
+
+  def __init__(
+    self,
+    path: str,
+    columns: Mapping[str, str],
+    names: Sequence[Sequence[str]],
+    options: Mapping[str, Any],
+  ):
+    """Decides what to read.
+
+    Args:
+      path: the first file, for messages.
+      columns: name of the column of each role.
+      names: names of the columns of each file.
+      options: all flags of the source.
+
+    Raises:
+      InputError: a flag is wrong.
+    """
+    self._conditions = where.parse(options['where'])
+    where.check_columns(self._conditions, names[0], path)
+    self._weights = events.parse_weights(options['event_weights'])
+    self._event = columns.get('event')
+    if self._weights and self._event is None:
+      raise InputError('--event_weights: needs --event_column, the column of the kinds of events')
+    if self._event is not None and 'rating' in columns:
+      raise InputError(
+        f'{path}: the weight of an event is stored as its rating, and {columns["rating"]} is the'
+        ' rating already; pass --rating_column=none, or leave --event_column out'
+      )
+    self.columns = {role: name for role, name in columns.items() if role != 'event'}
+    if self._event is not None:
+      self.columns['rating'] = _WEIGHT
+    self.uses = {name: f'the {role}' for role, name in columns.items()}
+    self.uses |= {c.column: 'of --where' for c in self._conditions if c.column not in self.uses}
+    self._ignored = [name for name in dict.fromkeys(names[0]) if name not in self.uses]
+    # Only columns that are once in every file are worth a look.
+    common = [name for name in self._ignored if all([*of].count(name) == 1 for of in names)]
+    plain = {name: re.sub(r'[\s._-]', '', name).lower() for name in common}
+    self._negative = {name: 0 for name in common if plain[name] in _QUANTITIES.split()}
+    self._kinds = {
+      name: Counter() for name in common if plain[name] in _EVENTS.split() and self._event is None
+    }
+    self.uses |= dict.fromkeys((*self._negative, *self._kinds), 'a column to look at')
+    self._dropped: Counter[str] = Counter()
+    self._event_counts: Counter[str] = Counter()
+    self._parts: list[tuple[Callable[[int], Place], np.ndarray | None]] = []
+    self._ends: list[int] = []
+
+  def take(self, table: pa.Table, place: Callable[[int], Place]) -> pa.Table:
+    """Returns the wanted rows of a table with the columns `uses`.
+
+    Args:
+      table: the next table.
+      place: finds the position of one of its rows.
+
+    Raises:
+      InputError: a value cannot be compared as `--where` asks.
+    """
+    self._look(table)
+    position = lambda row: '{0.path}, {0.unit} {0.number}'.format(place(row))
+    is_kept = where.holds(self._conditions, table, position)
+    self._dropped['where'] += int((~is_kept).sum())
+    if self._event is not None:
+      weights = events.weights_of(table[self._event], self._weights)
+      self._dropped['event_weights'] += int((is_kept & np.isnan(weights)).sum())
+      is_kept &= ~np.isnan(weights)
+      table = table.append_column(_WEIGHT, pa.array(weights))
+    rows = None if is_kept.all() else np.flatnonzero(is_kept)
+    if rows is not None:
+      table = table.take(pa.array(rows))
+    self._parts.append((place, rows))
+    self._ends.append((self._ends[-1] if self._ends else 0) + table.num_rows)
+    return table
+
+  def locate(self, row: int) -> Place:
+    """Finds the position of a row, counted over all tables that `take` returned."""
+    part = int(np.searchsorted(self._ends, row, side='right'))
+    place, rows = self._parts[part]
+    row -= self._ends[part - 1] if part else 0
+    return place(row if rows is None else int(rows[row]))
+
+  def check(self) -> None:
+    """Checks the weights of events against the kinds in all tables."""
+    if self._event is not None:
+      events.check(self._weights, self._event_counts, self._event)
+
+  def note(self, raw: Raw) -> Raw:
+    """Adds the number of rows that were left out, and hints about the other columns."""
+    dropped = {reason: count for reason, count in self._dropped.items() if count}
+    return raw._replace(dropped={**dropped, **raw.dropped}, hints=(*self._hints(), *raw.hints))
+
+  def _look(self, table: pa.Table) -> None:
+    for name in self._negative:
+      numbers, odd = where.as_numbers(table[name])
+      if odd is None:
+        self._negative[name] += pc.sum(pc.less(numbers, 0.0)).as_py() or 0
+    for name, counts in self._kinds.items():
+      if len(counts) <= _MOST_KINDS:
+        counts.update(events.count_kinds(table[name]))
+    if self._event is not None:
+      self._event_counts.update(events.count_kinds(table[self._event]))
+
+  def _hints(self) -> list[str]:
+    hints = []
+    if self._ignored:
+      others = len(self._ignored) - _MOST_COLUMNS
+      shown = ', '.join(self._ignored[:_MOST_COLUMNS])
+      hints.append(f'ignored columns: {shown}' + (f' and {others:,} more' if others > 0 else ''))
+    for name, count in self._negative.items():
+      if count:
+        quoted = name if re.fullmatch(r'[^\W\d]\w*', name) else f'`{name}`'
+        hints.append(
+          f'{name} is negative in {count:,} rows, which count as interactions; if they are returns,'
+          f" leave them out: --where='{quoted} > 0'"
+        )
+    for name, counts in self._kinds.items():
+      if 1 < len(counts) <= _MOST_KINDS:
+        hints.append(
+          f'{name} has the kinds {events.shown(counts)}, which all count alike; to tell them apart'
+          f' pass --event_column={name} {events.example(counts)}'
+        )
+    return hints

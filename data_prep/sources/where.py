@@ -1,0 +1,190 @@
+r"""Reads conditions on rows, such as `quantity > 0 and status == 'paid'`, and applies them.
+
+A condition is one or more comparisons joined by `and`. A comparison is a column, one of
+`== != < <= > >=`, and a number or a text in quotes. A column whose name is not a plain word is
+written in backticks.
+"""
+
+import datetime
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.sources.tables import first_true
+from ur4rec_jax.errors import InputError
+
+_OPERATORS = {
+  '==': pc.equal,
+  '=': pc.equal,
+  '!=': pc.not_equal,
+  '<>': pc.not_equal,
+  '<': pc.less,
+  '<=': pc.less_equal,
+  '>': pc.greater,
+  '>=': pc.greater_equal,
+}
+_TOKENS = re.compile(
+  r"""
+  (?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
+  | '(?P<single>(?:[^']|'')*)' | "(?P<double>(?:[^"]|"")*)"
+  | `(?P<column>[^`]+)` | (?P<operator><>|[<>=!]=|[<>=]) | (?P<word>\w+(?:\.\w+)*)
+  """,
+  re.VERBOSE,
+)
+NUMBER = r'^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$'
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_FORM = "write it like: quantity > 0 and status == 'paid'"
+
+Where = Callable[[int], str]
+
+
+class Comparison(NamedTuple):
+  """A comparison of a column with a value; `operator` is a key of `_OPERATORS`."""
+
+  column: str
+  operator: str
+  value: int | float | str
+
+
+def parse(text: str | None) -> list[Comparison]:
+  """Reads a condition; None gives no comparison.
+
+  Raises:
+    InputError: the condition is not of the form that the module describes.
+  """
+  if text is None:
+    return []
+  tokens = [*_tokens(text), ('word', 'and')]
+  comparisons = []
+  for start in range(0, len(tokens), 4):
+    part = tokens[start : start + 4]
+    kinds, values = [kind for kind, _ in part], [value for _, value in part]
+    if not (
+      len(part) == 4
+      and kinds[0] in ('word', 'column')
+      and kinds[1] == 'operator'
+      and kinds[2] in ('number', 'text')
+      and kinds[3] == 'word'
+      and values[3].lower() == 'and'
+    ):
+      own = values[:-1] if start + 4 >= len(tokens) else values
+      shown = ' '.join(map(str, own))
+      raise InputError(f'--where={text}: {(shown or "nothing")!r} is no comparison; {_FORM}')
+    comparisons.append(Comparison(*values[:3]))
+  return comparisons
+
+
+def _tokens(text: str) -> list[tuple[str, int | float | str]]:
+  tokens, at = [], 0
+  while at < len(text):
+    if text[at].isspace():
+      at += 1
+      continue
+    found = _TOKENS.match(text, at)
+    if found is None:
+      raise InputError(f'--where={text}: cannot be read from {text[at:]!r} on; {_FORM}')
+    kind, value = found.lastgroup, found[found.lastgroup]
+    if kind in ('single', 'double'):
+      quote = {'single': "'", 'double': '"'}[kind]
+      kind, value = 'text', value.replace(2 * quote, quote)
+    elif kind == 'number':
+      value = int(value) if re.fullmatch(r'[+-]?\d+', value) else float(value)
+    tokens.append((kind, value))
+    at = found.end()
+  return tokens
+
+
+def check_columns(comparisons: Sequence[Comparison], names: Sequence[str], path: str) -> None:
+  """Raises an InputError if a comparison names a column that is not one of `names`."""
+  for comparison in comparisons:
+    if comparison.column not in names:
+      near = difflib.get_close_matches(comparison.column, names, n=1)
+      hint = f'; did you mean {near[0]}?' if near else f'; its columns are {", ".join(names)}'
+      raise InputError(f'{path}: no column {comparison.column!r} (--where){hint}')
+
+
+def holds(comparisons: Sequence[Comparison], table: pa.Table, where: Where) -> np.ndarray:
+  """Tells which rows meet all comparisons; an empty value meets none.
+
+  Args:
+    comparisons: the condition.
+    table: has the columns of all comparisons.
+    where: returns the position of a row, for messages.
+
+  Returns:
+    `[rows]` bool.
+
+  Raises:
+    InputError: a value cannot be compared, e.g. a text with a number.
+  """
+  found = np.ones(table.num_rows, bool)
+  for comparison in comparisons:
+    column, value = _comparable(table[comparison.column], comparison, where)
+    is_met = _OPERATORS[comparison.operator](column, value)
+    found &= is_met.fill_null(False).to_numpy().astype(bool)
+  return found
+
+
+def as_numbers(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int | None]:
+  """Converts a column to numbers, null where it is empty; and the first row without a number."""
+  if pa.types.is_dictionary(column.type):
+    column = column.cast(column.type.value_type)
+  if is_text(column.type):
+    trimmed = pc.utf8_trim_whitespace(column)
+    trimmed = pc.if_else(pc.equal(trimmed, ''), pa.scalar(None, trimmed.type), trimmed)
+    odd = first_true(pc.invert(pc.match_substring_regex(trimmed, NUMBER)).fill_null(False))
+    return (trimmed, odd) if odd is not None else (trimmed.cast(pa.float64()), None)
+  if pa.types.is_floating(column.type):
+    column = column.cast(pa.float64())
+    return pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column), None
+  if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
+    return column.cast(pa.float64(), safe=False), None
+  return (column.cast(pa.float64()), None) if pa.types.is_decimal(column.type) else (column, 0)
+
+
+def is_text(kind: pa.DataType) -> bool:
+  """Tells whether a type is one of Arrow's text types."""
+  return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _comparable(
+  column: pa.ChunkedArray, comparison: Comparison, where: Where
+) -> tuple[pa.ChunkedArray, pa.Scalar]:
+  """Converts a column and the value that it is compared with to one type."""
+  name, _, value = comparison
+  if pa.types.is_dictionary(column.type):
+    column = column.cast(column.type.value_type)
+  kind = column.type
+  if not isinstance(value, str):
+    if pa.types.is_signed_integer(kind) and isinstance(value, int) and abs(value) < 2**63:
+      return column.cast(pa.int64()), pa.scalar(value, pa.int64())
+    numbers, odd = as_numbers(column)
+    if odd is None:
+      return numbers, pa.scalar(float(value))
+    raise InputError(
+      f'{where(odd)}: {name} is {column[odd].as_py()!r}, which --where compares with the number'
+      f' {value}; correct the row, or compare with a text in quotes'
+    )
+  if is_text(kind):
+    return column.cast(pa.large_string()), pa.scalar(value, pa.large_string())
+  if pa.types.is_boolean(kind) and value.lower() in ('true', 'false'):
+    return column, pa.scalar(value.lower() == 'true')
+  if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+    try:
+      at = datetime.datetime.fromisoformat(value)
+    except ValueError as error:
+      raise InputError(f'--where: {value!r} is no date like 2024-05-31; correct it') from error
+    at = at if at.tzinfo else at.replace(tzinfo=datetime.UTC)
+    ticks = (at - _EPOCH) // datetime.timedelta(microseconds=1)
+    zone = kind.tz if pa.types.is_timestamp(kind) else None
+    column = column.cast(pa.timestamp('us', zone), safe=False)
+    return column.cast(pa.int64()), pa.scalar(ticks)
+  raise InputError(
+    f'{where(0)}: {name} is of type {kind}, which --where cannot compare with {value!r}; compare it'
+    ' with a number, or convert the column'
+  )

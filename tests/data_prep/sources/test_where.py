@@ -1,0 +1,125 @@
+"""Conditions on rows keep what Python's own comparisons keep, and say what they cannot read."""
+
+import operator
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.sources import where
+from ur4rec_jax.errors import InputError
+
+OPERATORS = {
+  '==': operator.eq,
+  '=': operator.eq,
+  '!=': operator.ne,
+  '<>': operator.ne,
+  '<': operator.lt,
+  '<=': operator.le,
+  '>': operator.gt,
+  '>=': operator.ge,
+}
+NUMBERS = st.integers(-3, 3) | st.floats(-3, 3).map(lambda x: round(x, 2))
+TEXTS = st.text(st.sampled_from('ab\'"` é'), max_size=3)
+
+
+def kept(condition: str, **columns) -> list[int]:
+  comparisons = where.parse(condition)
+  where.check_columns(comparisons, list(columns), 'rows.csv')
+  found = where.holds(comparisons, pa.table(columns), lambda row: f'row {row + 1}')
+  return np.flatnonzero(found).tolist()
+
+
+def quoted(value) -> str:
+  if not isinstance(value, str):
+    return repr(value)
+  return "'" + value.replace("'", "''") + "'"
+
+
+@settings(max_examples=60)
+@given(
+  st.lists(st.tuples(st.none() | NUMBERS, st.none() | TEXTS), min_size=1, max_size=8),
+  st.lists(
+    st.tuples(st.just('quantity'), st.sampled_from([*OPERATORS]), NUMBERS)
+    | st.tuples(st.just('kind'), st.sampled_from([*OPERATORS]), TEXTS),
+    min_size=1,
+    max_size=3,
+  ),
+  st.booleans(),
+)
+def test_rows_are_kept_as_python_compares_them(rows, comparisons, is_text):
+  names = {'quantity': 'quantity', 'kind': '`kind of row`'}
+  condition = ' and '.join(
+    f'{names[column]}{symbol} {quoted(value)}' for column, symbol, value in comparisons
+  )
+  quantities = [None if number is None else float(number) for number, _ in rows]
+  columns = {'quantity': pa.array(quantities), 'kind of row': pa.array([t for _, t in rows])}
+  if is_text:  # As in a CSV file, where an empty number has no value.
+    texts = ['' if number is None else f' {number!r}' for number, _ in rows]
+    columns['quantity'] = pa.array(texts)
+  expected = [
+    at
+    for at, (number, text) in enumerate(rows)
+    if all(
+      (own := number if column == 'quantity' else text) is not None
+      and OPERATORS[symbol](own, value)
+      for column, symbol, value in comparisons
+    )
+  ]
+  columns = {name: column for name, column in columns.items() if column.type != pa.null()}
+  if all(name.strip('`') in columns for name in (names[c] for c, _, _ in comparisons)):
+    assert kept(condition, **columns) == expected
+
+
+def test_columns_of_every_type():
+  days = np.array(['2024-01-31', '2024-02-01'], 'datetime64[ms]')
+  columns = {
+    'int': pa.array([2**60, 2**60 + 1]),
+    'small': pa.array([-1, 2], pa.int8()),
+    'unsigned': pa.array([0, 2**64 - 1], pa.uint64()),
+    'float': pa.array([np.nan, 1.5]),
+    'flag': pa.array([True, False]),
+    'kind': pa.array(['buy', 'view']).dictionary_encode(),
+    'day': pa.array(days.astype('datetime64[D]')),
+    'time': pa.array(days).cast(pa.timestamp('ms', 'UTC')),
+    'text': pa.array(['2024-01-31T23:00', '2024-02-01T00:00'], pa.string_view()),
+    'empty': pa.nulls(2),
+  }
+  for condition, expected in [
+    (f'int > {2**60}', [1]),
+    ('small > -1', [1]),
+    ('unsigned > -1 AND unsigned < 1e3', [0]),
+    ('float != 0', [1]),
+    ("flag = 'True'", [0]),
+    ('kind == "buy"', [0]),
+    ("day >= '2024-02-01'", [1]),
+    ("time < '2024-02-01' and time >= '2024-01-31T00:00:00+00:00'", [0]),
+    ("text >= '2024-02-01'", [1]),
+    ('empty > 0', []),
+  ]:
+    assert kept(condition, **columns) == expected, condition
+
+
+@pytest.mark.parametrize(
+  ('condition', 'message'),
+  [
+    ('', "'nothing' is no comparison; write it like: quantity > 0 and"),
+    ('quantity', "'quantity' is no comparison"),
+    ('quantity > 0 and', 'is no comparison'),
+    ('quantity > 0 or quantity < 5', "'quantity > 0 or' is no comparison"),
+    ('0 < quantity', "'0 < quantity' is no comparison"),
+    ('quantity > price', "'quantity > price' is no comparison"),
+    ('quantity > 0; x', "cannot be read from '; x' on"),
+    ("__import__('os') == 1", r'cannot be read from .*on'),
+    ("kind == 'buy", 'cannot be read from "\'buy" on'),
+    ('quantitiy > 0', r'no column .quantitiy. \(--where\); did you mean quantity\?'),
+    ('zzz > 0', 'its columns are quantity, kind'),
+    ('kind > 0', "row 1: kind is 'buy', which --where compares with the number 0"),
+    ("quantity == 'x'", r"row 1: quantity is of type int64, which --where cannot compare with 'x'"),
+  ],
+)
+def test_what_is_no_condition_is_refused(condition, message):
+  with pytest.raises(InputError, match=message):
+    kept(condition, quantity=pa.array([1, 2]), kind=pa.array(['buy', '3']))

@@ -1,0 +1,50 @@
+"""Reads lists of original ids that people write on the command line or in a file."""
+
+import os
+import pathlib
+from collections.abc import Collection
+
+from ur4rec_jax.errors import InputError
+
+
+def read_ids(text: str, known: Collection[str]) -> list[str]:
+  """Reads ids that are separated by commas, or, if `text` names a file, one id per line of it.
+
+  An id of the catalogue is found exactly as it is printed, also with blanks around it, with commas
+  in it, or if it is the name of a file. Blanks around any other id are removed.
+
+  Args:
+    text: one id, several ids, or the name of a file.
+    known: the ids of the catalogue; membership tests must be fast.
+
+  Raises:
+    InputError: the file cannot be read.
+  """
+  if text in known:
+    return [text]
+  if os.path.isfile(text):
+    try:
+      lines = pathlib.Path(text).read_text(encoding='utf-8-sig').split('\n')
+    except (OSError, ValueError) as error:
+      raise InputError(f'{text}: cannot be read ({error})') from error
+    found = [line if line in known else line.strip() for line in lines]
+  else:
+    found = _separate(text.split(','), known)
+  return [name for name in found if name]
+
+
+def _separate(parts: list[str], known: Collection[str]) -> list[str]:
+  """Joins neighbouring parts that are one id of the catalogue, unless each part is an id itself."""
+  most = 1
+  if any(part not in known and part.strip() not in known for part in parts):
+    most += max((name.count(',') for name in known), default=0)
+  found, start = [], 0
+  while start < len(parts):
+    for end in range(min(start + most, len(parts)), start, -1):
+      if (name := ','.join(parts[start:end])) in known:
+        break
+    else:
+      name, end = parts[start].strip(), start + 1
+    found.append(name)
+    start = end
+  return found
