@@ -75,15 +75,16 @@ def test_tensorboard_files_are_written(finished):
 
 
 def test_the_report_of_a_run(run, tmp_path):
-  done = run(tmp_path / 'run')
+  done = run(tmp_path / 'run', '--config.parameter_table=True')
   assert done.returncode == 0, done.stderr
   assert 'item_embedding' in done.stdout  # The parameter table.
   assert 'total' in done.stdout
   for word in ('random', 'popularity', 'sasrec', 'sasrec (valid)', *METRICS):
     assert word in done.stdout
-  line = done.stdout.splitlines()[-1]
-  for word in ('test ndcg@10 by popularity of the item: head 0.', 'torso 0.', 'tail 0.'):
+  (line,) = [x for x in done.stdout.splitlines() if x.startswith('test ndcg@10 by popularity')]
+  for word in ('head 0.', 'torso 0.', 'tail 0.'):
     assert word in line
+  assert 'train is over: all 4 epochs are done; best valid ndcg@10 0.' in done.stderr
   assert 'epoch 4' in done.stderr  # Plain lines, as there is no terminal.
   assert 'sequences/s' in done.stderr
   assert '\r' not in done.stderr

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.robustness.small_runs import lines
 from tests.helpers.html_page import Page
 from ur4rec_jax.runs import report
+from ur4rec_jax.runs.results import results_table
 
 STAGES = ('one', '<b>two</b>', 'three', 'four')
 STEPS = (40, 20, 30, 10)
@@ -144,3 +145,27 @@ def test_a_long_run_stays_a_small_page():
   measured = [{'step': n, 'stage': 'one', 'loss': 1 / n} for n in range(1, 100_001)]
   html = report.report_page('run', results, timing, started, measured)
   assert len(html) < 50_000
+
+
+def test_a_single_point_is_a_dot_on_a_scale_from_zero():
+  results, timing, started, _ = hand_made()
+  results['stages'] = [results['stages'][0] | {'steps': 5}]
+  del results['best_stage']
+  measured = [{'step': 5, 'stage': 'one', 'loss': 2.5874}]
+  html = report.report_page('run', results, timing, started, measured)
+  plot = plots_of(html)['Training loss']
+  (dot,) = re.findall('<circle class="dot" cx="([0-9.]*)" cy="([0-9.]*)"', plot)
+  assert tuple(map(float, dot)) == lines_of(plot)[0][0]
+  ticks = re.findall('text-anchor="end">([0-9.]*)</text>', plot)
+  assert ticks[0] == '0'
+  assert float(ticks[-1]) >= 2
+
+
+@pytest.mark.parametrize(('popularity', 'is_below'), [(0.05, False), (0.2, True)])
+def test_a_run_below_popularity_says_so(popularity, is_below):
+  files = hand_made()
+  files[0]['baselines']['popularity'] = scores(popularity)
+  html = report.report_page('run', *files)
+  assert ('Below popularity: the most popular items alone' in html) == is_below
+  files[0]['model'] = 'sasrec'
+  assert ('warning: below popularity' in results_table(files[0])) == is_below

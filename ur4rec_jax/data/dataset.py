@@ -187,6 +187,11 @@ def read_interactions(data_dir: str | pathlib.Path) -> Interactions:
   return Interactions(user_ids, np.cumsum(lengths), **flat)
 
 
+def first_user(data_dir: str | pathlib.Path) -> str:
+  """Returns the original id of the first user, without reading the others."""
+  return next(_examples(data_dir, 'interactions', 'users', 1))[0]['user_id'][0].decode()
+
+
 def read_items(data_dir: str | pathlib.Path) -> list[dict[str, Any]]:
   """Reads the metadata of the items, in the order of `item_id`; InputError if unreadable.
 
@@ -269,7 +274,7 @@ def _plain(example: dict[str, Sequence]) -> dict[str, Any]:
 
 
 def _examples(
-  data_dir: str | pathlib.Path, name: str, split: str
+  data_dir: str | pathlib.Path, name: str, split: str, at_once: int = _READ_AT_ONCE
 ) -> Iterator[list[dict[str, Sequence]]]:
   """Yields lists of examples with each field as a sequence.
 
@@ -283,8 +288,8 @@ def _examples(
     source = tfds.builder_from_directory(folder).as_data_source(
       split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
-    for start in range(0, len(source), _READ_AT_ONCE):
-      records = source.__getitems__(range(start, min(start + _READ_AT_ONCE, len(source))))
+    for start in range(0, len(source), at_once):
+      records = source.__getitems__(range(start, min(start + at_once, len(source))))
       examples = []
       for record in records:
         if not record:  # The reader returns an empty record for a damaged one.

@@ -367,6 +367,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'compilation_cache': Knob(
       '', "Folder of compiled programs; '' for one in the workdir, or none.", may_change=True
     ),
+    'parameter_table': Knob(
+      False,
+      'Whether to print the shape and size of every parameter before training.',
+      may_change=True,
+    ),
     'dtype': Knob(
       'float32',
       'Type to compute in; bfloat16 is faster on GPUs and TPUs.',

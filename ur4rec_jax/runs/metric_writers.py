@@ -7,6 +7,7 @@ import pathlib
 import socket
 import sys
 import time
+from typing import NamedTuple
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -15,7 +16,6 @@ from tqdm import tqdm
 
 from ur4rec_jax.errors import StorageError
 from ur4rec_jax.files import write_file
-from ur4rec_jax.training.stages import Stage
 
 METRICS = 'metrics.jsonl'
 
@@ -143,38 +143,78 @@ def _is_good(line: bytes) -> bool:
   return line.endswith(b'\n') and isinstance(record, dict) and {'step', 'stage'} <= record.keys()
 
 
+class Course(NamedTuple):
+  """Where a run stands when one of its stages begins or goes on.
+
+  Attributes:
+    stage: name of the stage.
+    number: of the stage, from 1.
+    num_stages: of the run.
+    first_step: step of the run at which the stage began.
+    done: steps that the stage has taken.
+    total: steps that it may take.
+    later: steps that the stages after it may take.
+  """
+
+  stage: str
+  number: int
+  num_stages: int
+  first_step: int
+  done: int
+  total: int
+  later: int
+
+  def __str__(self) -> str:
+    """Names the stage, e.g. `2/4 pretrain_retriever`; without a number if it is alone."""
+    return f'{self.number}/{self.num_stages} {self.stage}' if self.num_stages > 1 else self.stage
+
+  def seconds_left(self, done: int, seconds: float) -> float:
+    """Estimates the time until the end of the run if every stage takes all its steps.
+
+    Args:
+      done: steps that the stage has taken by now.
+      seconds: time that those after `self.done` took.
+    """
+    return seconds / max(done - self.done, 1) * (self.total - done + self.later)
+
+
 class Progress:
   """A progress bar on a terminal; elsewhere one line now and then."""
 
-  def __init__(self, description: str, total: int, done: int):
-    """Starts at `done` of `total` steps."""
+  def __init__(self, course: Course):
+    """Starts where the stage stands."""
+    self._course = course
     self._bar = tqdm(
-      total=total,
-      initial=done,
-      desc=description,
-      unit='step',
+      total=course.total,
+      initial=course.done,
+      desc=str(course),
       dynamic_ncols=True,
       disable=not sys.stderr.isatty(),
+      bar_format='{desc} {percentage:3.0f}%|{bar}| {n}/{total}{postfix}',
     )
     self._start = time.monotonic()
-    self._first, self._done, self._total = done, done, total
-    self._description = description
+    self._done = course.done
 
-  def update(self, step: int, **status: str) -> None:
-    """Moves to `step` and shows `status` beside the bar until the next update."""
-    self._bar.set_postfix(status, refresh=False)
-    self._bar.update(step - self._done)
-    self._done = step
+  def update(self, step: int, loss: float) -> None:
+    """Moves to `step` of the stage."""
+    moved, self._done = step - self._done, step
+    self._bar.set_postfix_str(f'loss {loss:.3f}, {self._left()} left', refresh=False)
+    self._bar.update(moved)
 
   def line(self, message: str) -> None:
     """Prints a message that stays; without a terminal, with the step and the time left."""
-    if not self._bar.disable:
-      self._bar.write(message, file=sys.stderr)
-      return
-    elapsed = time.monotonic() - self._start
-    left = elapsed * (self._total - self._done) / max(self._done - self._first, 1)
-    done = f'{self._description} {self._done}/{self._total} steps, at most {_clock(left)} left'
-    print(f'[{done}] {message}', file=sys.stderr, flush=True)
+    if self._bar.disable:
+      steps = f'{self._done}/{self._course.total} steps, at most {self._left()} left'
+      message = f'[{self._course} {steps}] {message}'
+    self.note(message)
+
+  def note(self, message: str) -> None:
+    """Prints a message that stays."""
+    self._bar.write(message, file=sys.stderr)
+    sys.stderr.flush()
+
+  def _left(self) -> str:
+    return _clock(self._course.seconds_left(self._done, time.monotonic() - self._start))
 
   def close(self) -> None:
     self._bar.close()
@@ -188,26 +228,22 @@ class Reporter:
     self._writer, self._bar = writer, None
     self._stage, self._first_step = '', 0
 
-  def begin_stage(self, stage: Stage, first_step: int, total: int, done: int) -> None:
-    """Starts a new bar.
-
-    Args:
-      stage: that begins or goes on.
-      first_step: step of the run at which the stage began.
-      total: steps that the stage may take.
-      done: steps that it has taken.
-    """
+  def begin_stage(self, course: Course) -> None:
+    """Starts a new bar."""
     if self._bar is not None:
       self._bar.close()
-    self._stage, self._first_step = stage.name, first_step
-    self._bar = Progress(str(stage), total, done)
+    self._stage, self._first_step = course.stage, course.first_step
+    self._bar = Progress(course)
+
+  def end_stage(self, reason: str) -> None:
+    """Reports why the stage is over."""
+    self._bar.note(f'{self._stage} is over: {reason}')
 
   def trained(self, step: int, values: dict[str, float], speed: float) -> None:
     """Reports the mean metrics of a dispatch that ended at `step`; `speed` in sequences/s."""
     self._writer.write(step, self._stage, values)
     self._writer.write_curves(step, self._stage, {'sequences_per_second': speed})
-    shown = {'loss': f'{values["loss"]:.4f}', 'speed': f'{speed:.0f} sequences/s'}
-    self._bar.update(step - self._first_step, **shown)
+    self._bar.update(step - self._first_step, values['loss'])
 
   def validated(self, step: int, values: dict[str, float], message: str) -> None:
     """Reports a validation."""
@@ -227,7 +263,10 @@ class Reporter:
 class NullReporter:
   """Reports nothing: for the other processes of a run, and for benchmarks."""
 
-  def begin_stage(self, stage: Stage, first_step: int, total: int, done: int) -> None:
+  def begin_stage(self, course: Course) -> None:
+    pass
+
+  def end_stage(self, reason: str) -> None:
     pass
 
   def trained(self, step: int, values: dict[str, float], speed: float) -> None:

@@ -93,6 +93,7 @@ def report_page(
       ('minutes of training', f'{timing["seconds"] / 60:,.1f}'),
     ],
     protocol=', '.join(f'{what}: {value}' for what, value in results['protocol'].items()),
+    warning=below_popularity(results),
     metrics=_METRICS,
     rows=_table_rows(results),
     stages=[(number, span) for number, span in enumerate(spans, 1)],
@@ -107,6 +108,21 @@ def report_page(
     config=[
       (field, json.dumps(value)) for field, value in sorted(flatten(started['config']).items())
     ],
+  )
+
+
+def below_popularity(results: dict[str, Any]) -> str:
+  """Says that a run is worse than a ranking by popularity; empty if it is not.
+
+  Args:
+    results: content of `results.json`.
+  """
+  ours, theirs = results['test']['ndcg@10'], results['baselines']['popularity']['ndcg@10']
+  if ours >= theirs:
+    return ''
+  return (
+    f'below popularity: the most popular items alone have test NDCG@10 {theirs:.4f}, this '
+    f'model has {ours:.4f}; train it for longer, or give it more data, before you use it'
   )
 
 
@@ -169,8 +185,12 @@ def curve_plot(
   values = [y for curve in curves for line in curve.lines for _, y in line]
   values += [y for _, y, _ in dots]
   low = min(values) - 0.04 * (max(values) - min(values) or abs(max(values)))
-  if min(values) >= 0 and low <= 0.5 * max(values):
-    low = 0  # Close enough to be shown.
+  # From zero if zero is close, or if there is no difference that a finer scale could show.
+  if min(values) >= 0 and (low <= 0.5 * max(values) or min(values) == max(values)):
+    low = 0
+  # A line of one point would be invisible.
+  single = [line[0] for curve in curves for line in curve.lines if len(line) == 1]
+  dots = [*dots, *((x, y, f'{y:.4g} at step {x:g}') for x, y in single)]
   bands = [
     (span.start, span.end, 'odd' if i % 2 else 'even', str(i + 1) if len(spans) > 1 else '')
     for i, span in enumerate(spans)

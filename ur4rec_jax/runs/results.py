@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ur4rec_jax.data.dataset import first_user
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import metrics
 from ur4rec_jax.evaluation.baselines import baseline_metrics
@@ -19,7 +21,7 @@ from ur4rec_jax.evaluation.evaluate import PARTS, EvalData, make_evaluator
 from ur4rec_jax.files import write_file
 from ur4rec_jax.models.ur4rec import UR4Rec
 from ur4rec_jax.runs.open_run import Run, open_run, restore_best
-from ur4rec_jax.runs.report import write_report
+from ur4rec_jax.runs.report import PAGE, below_popularity, write_report
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import Stage
@@ -100,8 +102,19 @@ def write_results(
     for name, content in (('timing.json', timing), ('results.json', results)):
       write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
     write_report(workdir)
-    print(results_table(results), flush=True)
+    print('\n'.join([results_table(results), '', *_next_lines(run, workdir)]), flush=True)
   return results
+
+
+def _next_lines(run: Run, workdir: str) -> list[str]:
+  """Returns where the report is, and two commands that use the run."""
+  folder = shlex.quote(str(workdir))
+  user = shlex.quote(first_user(run.config.data_dir))
+  return [
+    f'report   {pathlib.Path(workdir) / PAGE}',
+    f'next     python -m ur4rec_jax.recommend --workdir={folder} --user={user}',
+    f'         python -m ur4rec_jax.export --workdir={folder} --out={folder}/export',
+  ]
 
 
 def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
@@ -166,7 +179,8 @@ def _scores(stage: Stage, data: EvalData, ranks: dict[str, np.ndarray]) -> dict[
 def results_table(results: dict) -> str:
   """Formats the test metrics beside both baselines, under the name of the protocol.
 
-  The last line has the test NDCG@10 by popularity of the held-out item.
+  Below are the test NDCG@10 by popularity of the held-out item and, if the model is worse than
+  popularity, a warning.
   """
   stages = results.get('stages', [])
   stages = stages if len(stages) > 1 else []
@@ -192,6 +206,8 @@ def results_table(results: dict) -> str:
     for name, values in results['by_popularity']['test'].items()
   ]
   lines.append(f'test ndcg@10 by popularity of the item: {", ".join(groups)}')
+  if warning := below_popularity(results):
+    lines.append(f'warning: {warning}')
   return '\n'.join(lines)
 
 

@@ -16,9 +16,9 @@ def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str
   """Returns the lines that training prints first."""
   counts, config = run.dataset.info['counts'], run.config
   filled = batches.tokens / (batches.steps_per_epoch * batches.rows * config.max_length)
-  lines = [
-    parameter_table(run.shapes.params, run.labels),
-    '',
+  lines = [parameter_table(run.shapes.params, run.labels), ''] if config.parameter_table else []
+  lines += [
+    f'model    {" + ".join(config.branches)}: {parameter_counts(run.shapes.params, run.labels)}',
     f'data     {run.dataset.info["name"]}: {counts["users"]:,} users, {counts["items"]:,} items, '
     f'{counts["interactions"]:,} interactions, split {run.dataset.split_name} '
     f'{run.dataset.split_hash}',
@@ -28,7 +28,7 @@ def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str
     *_feature_lines(run),
   ]
   if len(run.stages) > 1:
-    lines.append(f'stages   {", ".join(map(str, run.stages))}')
+    lines += [f'{f"stage {i}":<9}{stage}' for i, stage in enumerate(run.stages, 1)]
   if progress.step:
     name = run.stages[len(progress.stages) - 1].name
     lines.append(f'resuming from step {progress.step}, in stage {name}')
@@ -49,6 +49,15 @@ def _feature_lines(run: Run) -> list[str]:
         f'{origin["fingerprint"][:16]}'
       )
   return lines
+
+
+def parameter_counts(params: PyTree, labels: PyTree) -> str:
+  """Returns the number of parameters, and how many are in each group."""
+  counts: dict[str, int] = {}
+  for x, label in zip(jax.tree.leaves(params), jax.tree.leaves(labels), strict=True):
+    counts[label] = counts.get(label, 0) + x.size
+  parts = ', '.join(f'{label} {size:,}' for label, size in counts.items())
+  return f'{sum(counts.values()):,} parameters' + (f' ({parts})' if len(counts) > 1 else '')
 
 
 def parameter_table(params: PyTree, labels: PyTree) -> str:

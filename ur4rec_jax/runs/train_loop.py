@@ -19,7 +19,7 @@ from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.runs.checkpoint import Checkpointer
 from ur4rec_jax.runs.dispatcher import Dispatcher
-from ur4rec_jax.runs.metric_writers import MetricWriter, NullReporter, Reporter
+from ur4rec_jax.runs.metric_writers import Course, MetricWriter, NullReporter, Reporter
 from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.runs.results import write_results
 from ur4rec_jax.runs.run_summary import run_summary
@@ -233,8 +233,17 @@ class TrainLoop:
       self.validators[branches] = make_evaluator(stage.model, self.eval_data, 'valid')
     max_turns = max(len(stage.alternation) for stage in self.run.stages)
     numbers = stage_numbers(stage, self.run.labels, self.batches.steps_per_epoch, max_turns)
+    number, later = len(self.progress.stages), self.run.stages[len(self.progress.stages) :]
     self.reporter.begin_stage(
-      stage, self.progress.stage.start, self.total_steps, self._steps_in_stage()
+      Course(
+        stage.name,
+        number=number,
+        num_stages=len(self.run.stages),
+        first_step=self.progress.stage.start,
+        done=self._steps_in_stage(),
+        total=self.total_steps,
+        later=sum(x.total_steps(self.batches.steps_per_epoch) for x in later),
+      )
     )
     self.dispatcher = Dispatcher(
       self._train_step(stage),
@@ -278,6 +287,7 @@ class TrainLoop:
       if self._is_border() and progress.validated_step < progress.step:
         self._validate(stop_requested)
       if self._is_over():
+        self.reporter.end_stage(self._why_over())
         if len(progress.stages) == len(self.run.stages):
           break
         self._start_next_stage()
@@ -306,6 +316,16 @@ class TrainLoop:
     out_of_patience = waited >= self.stage.patience * self.validate_every
     is_validated = progress.validated_step == progress.step
     return is_validated and (self._steps_in_stage() >= self.total_steps or out_of_patience)
+
+  def _why_over(self) -> str:
+    """Says why the stage is over and what its best validation was."""
+    stage, best = self.stage, self.progress.stage
+    why = f'{stage.patience} validations without gain'
+    if self._steps_in_stage() >= self.total_steps:
+      length = f'{stage.num_steps} steps' if stage.num_steps else f'{stage.num_epochs} epochs'
+      why = f'all {length} are done'
+    score = best.valid[SELECTION_METRIC]
+    return f'{why}; best valid {SELECTION_METRIC} {score:.4f} at epoch {best.best_epoch}'
 
   def _start_next_stage(self) -> None:
     """Begins the next stage with the best or the last parameters; the optimizer state is kept.

@@ -1,0 +1,48 @@
+"""What a person sees while a run trains: a bar that fits a terminal, or plain lines."""
+
+import contextlib
+import os
+import re
+import termios
+
+from ur4rec_jax.runs.metric_writers import Course, Progress
+
+COURSE = Course(
+  'pretrain_retriever', number=2, num_stages=4, first_step=50, done=20, total=12_000, later=5_000
+)
+
+
+def test_the_bar_fits_80_columns_with_stage_and_time_left():
+  reader, writer = os.openpty()
+  termios.tcsetwinsize(writer, (24, 80))
+  with os.fdopen(writer, 'w') as terminal, contextlib.redirect_stderr(terminal):
+    bar = Progress(COURSE)
+    bar.update(12_000, loss=12.3456)
+    bar.close()
+    os.set_blocking(reader, False)
+    shown = os.read(reader, 10_000).decode()
+  os.close(reader)
+  last = re.split(r'[\r\n]+', shown.strip())[-1]
+  assert len(last) <= 80
+  assert last.startswith('2/4 pretrain_retriever 100%|')
+  assert '12000/12000' in last
+  assert re.search(r'loss 12\.346, \d+:\d\d:\d\d left$', last)
+
+
+def test_lines_without_a_terminal_have_step_stage_and_time_left(capsys):
+  bar = Progress(COURSE)
+  bar.update(40, loss=1.0)
+  bar.line('epoch 1: good')
+  bar.note('pretrain_retriever is over')
+  bar.close()
+  line, note = capsys.readouterr().err.splitlines()
+  assert re.fullmatch(
+    r'\[2/4 pretrain_retriever 40/12000 steps, at most \d+:\d\d:\d\d left\] epoch 1: good', line
+  )
+  assert note == 'pretrain_retriever is over'
+
+
+def test_the_time_left_is_that_of_all_stages():
+  course = COURSE._replace(done=0, total=30, later=60)
+  assert course.seconds_left(10, seconds=10.0) == 80  # 20 steps of this stage and 60 later ones.
+  assert course.seconds_left(0, seconds=0.0) == 0
