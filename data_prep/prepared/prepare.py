@@ -2,8 +2,9 @@
 
 import datetime
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,6 +113,7 @@ class Prepared(NamedTuple):
     dropped: number of dropped rows, users and items by reason.
     splits: records of the splits for dataset.json.
     notes: notes of `Raw` and of the filters.
+    dropped_users: original ids of the users that each filter dropped.
   """
 
   user_names: list[str]
@@ -126,6 +128,7 @@ class Prepared(NamedTuple):
   dropped: dict[str, dict[str, int]]
   splits: dict[str, dict[str, Any]]
   notes: tuple[str, ...] = ()
+  dropped_users: Mapping[str, list[str]] = MappingProxyType({})
 
 
 def prepare(raw: Raw, options: Options = Options()) -> Prepared:
@@ -198,6 +201,9 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
       offsets, item_ids, None if raw.timestamps is None else timestamps, options.time_split
     ),
     notes=notes,
+    dropped_users={
+      reason: [user_names[u] for u in dropped] for reason, dropped in ledger.dropped_users.items()
+    },
   )
 
 
@@ -290,12 +296,14 @@ def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 class _Ledger:
-  """Counts the rows that each filter drops."""
+  """Counts the rows that each filter drops, and keeps the users."""
 
   def __init__(self, users: np.ndarray, items: np.ndarray):
     self._columns = {'users': users, 'items': items}
     self._left = self._count(np.arange(len(users)))
     self.dropped: dict[str, dict[str, int]] = {'users': {}, 'items': {}, 'interactions': {}}
+    self.dropped_users: dict[str, list[int]] = {}
+    self._has_rows = np.bincount(users) > 0
 
   def _count(self, rows: np.ndarray) -> dict[str, int]:
     sizes = {
@@ -310,6 +318,11 @@ class _Ledger:
       if lost := self._left[what] - left[what]:
         reasons[reason] = reasons.get(reason, 0) + lost
     self._left = left
+    has_rows = np.bincount(self._columns['users'][rows], minlength=len(self._has_rows)) > 0
+    lost = np.flatnonzero(self._has_rows & ~has_rows)
+    if lost.size:
+      self.dropped_users.setdefault(reason, []).extend(lost.tolist())
+    self._has_rows = has_rows
 
 
 def _encode(ids: np.ndarray | pa.Array) -> tuple[list[str], np.ndarray]:
