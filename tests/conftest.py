@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from benchmarks.robustness.small_runs import SMALL
+from tests.helpers.goods import build_shop
 from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.data.dataset import read_interactions, read_items
 
@@ -90,6 +91,12 @@ def shop(encoded, environment, tmp_path_factory):
     command.append(f'--data_dir={folder}')
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
   return folder
+
+
+@pytest.fixture(scope='session')
+def small_shop(tmp_path_factory) -> pathlib.Path:
+  """The prepared folder of `goods.build_shop`, with its raw files beside it."""
+  return build_shop(tmp_path_factory.mktemp('small_shop'))
 
 
 @pytest.fixture(scope='session')
