@@ -28,6 +28,7 @@ from filelock import FileLock
 
 from benchmarks.robustness.small_runs import SMALL
 from tests.helpers.fork_server import Program, can_fork
+from tests.helpers.goods import build_shop
 from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.data.dataset import read_interactions, read_items
 
@@ -132,6 +133,12 @@ def shop(encoded, environment, make_once) -> pathlib.Path:
       subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
 
   return make_once('shop', make) / 'data'
+
+
+@pytest.fixture(scope='session')
+def small_shop(tmp_path_factory) -> pathlib.Path:
+  """The prepared folder of `goods.build_shop`, with its raw files beside it."""
+  return build_shop(tmp_path_factory.mktemp('small_shop'))
 
 
 @pytest.fixture(scope='session')
