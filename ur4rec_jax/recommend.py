@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error, say
 from ur4rec_jax.inference import frames
 from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.query import Query
@@ -187,23 +187,28 @@ def main(argv: list[str] | None = None) -> None:
   """Reads the flags and prints or writes recommendations."""
   flags = _flags().parse_args(argv)
   _check(flags)
-  say = lambda message: print(message, file=sys.stderr, flush=True)
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
   if flags.add_items:
     before = len(recommender.item_ids)
     recommender, known = recommender.add_items(flags.add_items)
-    say(f'added {len(recommender.item_ids) - before} items; {len(known)} were already known')
+    say(
+      f'added {len(recommender.item_ids) - before} items; {len(known)} were already known',
+      sys.stderr,
+    )
   if flags.all_users:
     rows = to_all(recommender, flags)
-    say(f'{flags.out}: {rows:,} rows, {len(recommender.users):,} users')
+    say(f'{flags.out}: {rows:,} rows, {len(recommender.users):,} users', sys.stderr)
     return
   found = to_one(recommender, flags)
   if found['unknown']:
     names = ', '.join(found['unknown'][:5]) + ', ...' * (len(found['unknown']) > 5)
-    say(f'ignored {len(found["unknown"])} items that are not in the catalogue: {names}')
+    say(f'ignored {len(found["unknown"])} items that are not in the catalogue: {names}', sys.stderr)
   if found['history']['read'] < found['history']['items']:
-    say('the model reads the latest {read:,} of {items:,} items'.format(**found['history']))
-  print(json.dumps(found) if flags.json else as_text(found, recommender.share_names))
+    say(
+      'the model reads the latest {read:,} of {items:,} items'.format(**found['history']),
+      sys.stderr,
+    )
+  say(json.dumps(found) if flags.json else as_text(found, recommender.share_names))
 
 
 if __name__ == '__main__':
