@@ -36,7 +36,7 @@ from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.data.features import load_features, read_features_info
 from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.encoders import pictures, projection, text
-from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
+from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error, say
 
 TEXT, IMAGE = 'text', 'image'
 _KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
       seconds = time.monotonic() - start if is_new else None
       is_item = kind == 'item'
       lines = nearest(flags.data_dir, flags.modality, flags.neighbours or None) if is_item else []
-      print(summary(info, seconds, flags.data_dir, lines), flush=True)
+      say(summary(info, seconds, flags.data_dir, lines))
   except KeyboardInterrupt:
     raise InterruptedBySignal(
       'stopped; finished work is kept, and the same command continues', signal.SIGINT

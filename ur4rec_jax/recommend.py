@@ -12,6 +12,7 @@ docs/inference.md describes all flags and the shares of a score.
 import argparse
 import collections
 import csv
+import functools
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from ur4rec_jax.data.dataset import read_dropped_users
 from ur4rec_jax.data.original_ids import read_ids
-from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error, say
 from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import frames, tables
 from ur4rec_jax.inference.explanations import explain
@@ -280,34 +281,34 @@ def main(argv: list[str] | None = None) -> None:
   """Reads the flags and prints or writes recommendations."""
   flags = _flags().parse_args(argv)
   _check(flags)
-  say = lambda message: print(message, file=sys.stderr, flush=True)
+  note = functools.partial(say, file=sys.stderr)
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
   # Notes of the library are lines for the user here.
-  warnings.showwarning = lambda message, *_, **__: say(f'note: {message}')
+  warnings.showwarning = lambda message, *_, **__: note(f'note: {message}')
   if flags.add_items:
     before = len(recommender.item_ids)
     recommender, known = recommender.add_items(flags.add_items, flags.pictures)
-    say(f'added {len(recommender.item_ids) - before} items; {len(known)} were already known')
+    note(f'added {len(recommender.item_ids) - before} items; {len(known)} were already known')
   if flags.out is not None:
     if flags.all_users:
       group = all_users(recommender)
     else:
       group, summary = customers_of(flags.histories, recommender)
-      say(summary)
+      note(summary)
     rows, refused = to_file(recommender, group, flags)
-    say(f'{flags.out}: {rows:,} rows, {len(group.names) - len(refused):,} users')
+    note(f'{flags.out}: {rows:,} rows, {len(group.names) - len(refused):,} users')
     if refused:
-      say('{:,} users got no recommendations; the first, {}: {}'.format(len(refused), *refused[0]))
+      note('{:,} users got no recommendations; the first, {}: {}'.format(len(refused), *refused[0]))
     if refused or group.notes:
-      say(f'{notes_path(pathlib.Path(flags.out))}: names the users who need a note')
+      note(f'{notes_path(pathlib.Path(flags.out))}: names the users who need a note')
     return
   found = to_one(recommender, flags)
   if found['unknown']:
     names = ', '.join(found['unknown'][:5]) + ', ...' * (len(found['unknown']) > 5)
-    say(f'ignored {len(found["unknown"])} items that are not in the catalogue: {names}')
+    note(f'ignored {len(found["unknown"])} items that are not in the catalogue: {names}')
   if found['history']['read'] < found['history']['items']:
-    say('the model reads the latest {read:,} of {items:,} items'.format(**found['history']))
-  print(json.dumps(found) if flags.json else as_text(found, recommender.share_names))
+    note('the model reads the latest {read:,} of {items:,} items'.format(**found['history']))
+  say(json.dumps(found) if flags.json else as_text(found, recommender.share_names))
 
 
 if __name__ == '__main__':

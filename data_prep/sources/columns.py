@@ -199,7 +199,7 @@ def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
       values = _decoded(pa.chunked_array([chunk.dictionary]))
       if pa.types.is_string(values.type):
         values = values.cast(pa.large_string())  # All rows together may exceed 2 GiB.
-      chunks += values.take(chunk.indices).chunks
+      chunks += values.take(chunk.indices).chunks or [pa.array([], values.type)]
     return pa.chunked_array(chunks)
   if pa.types.is_run_end_encoded(column.type):
     column = pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks])
