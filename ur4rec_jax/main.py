@@ -23,6 +23,7 @@ with errors_end_the_program():
   from absl import flags, logging
   from ml_collections import ConfigDict, config_flags
 
+  from ur4rec_jax.files import expand_home
   from ur4rec_jax.runs.config_files import check_fields, load_config
 
 
@@ -60,7 +61,7 @@ def _parse_flags() -> None:
       exit code 1, after which launchers start the run again.
   """
   try:
-    _, *others = flags.FLAGS(sys.argv)
+    _, *others = flags.FLAGS(expand_home(sys.argv))
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(error) from error
   if _HELP.value:

@@ -352,7 +352,7 @@ def _ratings(column: pa.ChunkedArray, name: str, where: Any) -> np.ndarray:
         f'{where(odd)}: {name} is not a number: {column[odd].as_py()!r}; correct it, or leave the'
         f' ratings out: --rating_column={NONE}'
       )
-    column = pc.utf8_trim_whitespace(column)
+    column = tables.plain_numbers(column)
   elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
     raise InputError(
       f'{where(0)}: {name} is of type {column.type}, not numbers; convert it, or leave the ratings'
