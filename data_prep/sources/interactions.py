@@ -277,7 +277,8 @@ def read_columns(
     if not len(rows):
       raise InputError(f'{path}: no row has a user and an item; export it again')
     locate = lambda row: locate_any(rows[row].as_py())
-    table, users, items = table.take(rows), users.take(rows), items.take(rows)
+    table = table.filter(pa.array(~is_missing))
+    users, items = users.take(rows), items.take(rows)
   users, items = ids.compact(users), ids.compact(items)
   timestamps, ticks, ratings = None, 1, None
   if 'time' in columns:
