@@ -6,15 +6,16 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.errors import InputError, StorageError, say
 from ur4rec_jax.files import only_process, write_file
 from ur4rec_jax.runs.checkpoint import saved_steps
-from ur4rec_jax.runs.config_checks import check_unchanged
-from ur4rec_jax.runs.knobs import from_stored
+from ur4rec_jax.runs.config_checks import check_unchanged, flatten
+from ur4rec_jax.runs.knobs import KNOBS, from_stored
 from ur4rec_jax.runs.open_run import Run
 from ur4rec_jax.sharding import devices
 
@@ -123,13 +124,39 @@ def claimed_workdir(workdir: str, run: Run) -> Iterator[None]:
 
 
 def _note_start(folder: pathlib.Path, run: Run) -> None:
+  command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
+  content = {
+    'dataset': run.dataset.identity(),
+    'command': command,
+    'machine': devices.machine(),
+    'config': run.config.to_dict(),
+  }
+  if (folder / CONFIG).exists():
+    before, now = _rounding(_record(folder / CONFIG)), _rounding(content)
+    changes = [f'{x} {now[x]} instead of {before[x]}' for x in now if before.get(x) != now[x]]
+    if before and changes and saved_steps(folder):
+      keep = ''
+      if before.get('threads') != now.get('threads') and 'threads' in before:
+        keep = f'; --config.cpu_threads={before["threads"]} keeps the number of threads'
+      say(
+        f'warning: the run in {folder} goes on with {", ".join(changes)}; sums are rounded in '
+        f'another order, so its last digits will not be those of an undisturbed run{keep}',
+        sys.stderr,
+      )
   if not is_started_with(folder, run.config):
     for name in RESULT_FILES:
       (folder / name).unlink(missing_ok=True)
-  command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
-  identity, config = run.dataset.identity(), run.config.to_dict()
-  content = {'dataset': identity, 'command': command, 'config': config}
   write_file(folder / CONFIG, json.dumps(content, indent=2) + '\n')
+
+
+def _rounding(record: dict) -> dict[str, Any]:
+  """Returns what the rounding of a run depends on, from a `config.json`; empty if it is old."""
+  if not isinstance(record.get('machine'), dict):
+    return {}
+  fields = flatten(from_stored(record['config']).to_dict())
+  found = record['machine'] | {name: fields[name] for name in KNOBS if KNOBS[name].may_round}
+  # Only the number of threads matters, wherever it comes from.
+  return {name: value for name, value in found.items() if name not in ('cores', 'cpu_threads')}
 
 
 def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:
