@@ -106,6 +106,7 @@ def main() -> None:
   from ur4rec_jax.runs import results, sweep, train_loop
   from ur4rec_jax.sharding import devices
 
+  devices.use_cpu_threads(_CONFIG.value.get('cpu_threads', 0))
   with _knobs_of_memory(), devices.joined_processes():
     if _SEEDS.value or _SWEEP.value:
       seeds = [int(seed) for seed in _SEEDS.value]
