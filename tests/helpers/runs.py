@@ -25,7 +25,7 @@ def make_dataset(histories, num_items: int | None = None) -> Dataset:
   return Dataset(info, splits.LEAVE_ONE_OUT, split, item_ids, offsets)
 
 
-def wait_for(process, condition, timeout=120):
+def wait_for(process, condition, timeout=300):
   """Waits until `condition()`, failing if the process ends or time runs out before."""
   deadline = time.monotonic() + timeout
   while not condition():
