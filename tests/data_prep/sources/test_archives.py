@@ -288,14 +288,15 @@ def test_few_bytes_that_unpack_to_gigabytes_are_refused_before_they_do(tmp_path,
   assert interactions.read(tmp_path / 'fits.parquet').users.to_pylist()[-1] == long
   # The dictionary holds the text once: without its rows the size of the column says nothing.
   with pq.ParquetWriter(tmp_path / 'log.parquet', log.schema) as writer:
-    for _ in range(40):
-      writer.write_table(log)
+    for part in range(40):
+      names = pa.array([f'{part}-{row}' for row in range(32)])
+      writer.write_table(log.set_column(1, 'item', names))
   size = (tmp_path / 'log.parquet').stat().st_size
   assert size < 4 << 20
   started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   for read in (
     lambda path: interactions.read(path),
-    lambda path: item_tables.read(path, item_id_column='user'),
+    lambda path: item_tables.read(path, title_column='user'),
   ):
     with pytest.raises(InputError, match=r'log\.parquet: unpacks to .* bytes, more than'):
       read(tmp_path / 'log.parquet')
