@@ -92,7 +92,7 @@ def from_table(
     name = original_id(row.get(columns['item_id']), columns['item_id'], where)
     if name in table:
       raise InputError(
-        f'{where}: item {name!r} is in the table twice, first in {places[name].unit}'
+        f'{where}: item {raw_files.shown(name)} is in the table twice, first in {places[name].unit}'
         f' {places[name].number}; remove one of the two'
       )
     value = lambda role, row=row: row.get(columns[role]) if role in columns else None

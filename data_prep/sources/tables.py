@@ -35,6 +35,15 @@ _NO_VALUE = '__HIVE_DEFAULT_PARTITION__'
 # Arrow must hold the longest row in one block; most files need only the first size.
 _BLOCKS = (1 << 22, 1 << 26, 1 << 30)
 _BATCH_ROWS = 1 << 14  # Rows of Parquet that are unpacked at once.
+# Types of texts that Parquet may store dictionary-encoded, and those that they are read as.
+_TEXTS = {
+  pa.string(): pa.string(),
+  pa.large_string(): pa.large_string(),
+  pa.string_view(): pa.large_string(),
+  pa.binary(): pa.binary(),
+  pa.large_binary(): pa.large_binary(),
+  pa.binary_view(): pa.large_binary(),
+}
 _LONGEST_FIELD = 2**31 - 1  # The parser's own limit is 131,072 characters.
 
 
@@ -247,7 +256,7 @@ def parquet_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     pa.ArrowException: the file is damaged.
   """
   schema = pq.read_schema(path)
-  texts = [field.name for field in schema if pa.types.is_string(field.type)]
+  texts = [field.name for field in schema if field.type in _TEXTS]
   content = pq.ParquetFile(path, read_dictionary=texts)
   names = {field.name: field.type for field in schema}
   # Of groups, not of their columns: pyarrow ends the process where those are damaged.
@@ -262,7 +271,7 @@ def parquet_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
         lengths = pc.binary_length(column.dictionary).take(column.indices)
         size += pc.sum(lengths.cast(pa.int64())).as_py() or 0
         archives.check_size(path, size)
-        column = column.dictionary.take(column.indices)
+        column = column.dictionary.cast(_TEXTS[names[name]]).take(column.indices)
       else:
         size += column.nbytes
         archives.check_size(path, size)

@@ -1,18 +1,23 @@
 import gzip
 import io
 import os
+import resource
 import stat
 import struct
 import tarfile
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from data_prep import build_dataset
+from data_prep.embeddings import imported_tokens
 from data_prep.prepared import prepare
-from data_prep.sources import archives, raw_files
+from data_prep.sources import archives, interactions, raw_files
+from data_prep.sources import items as item_tables
 from ur4rec_jax.errors import InputError
 
 PATTERNS = ('ratings.dat', 'movies.dat', 'image/*')
@@ -273,3 +278,33 @@ def test_the_check_sum_at_the_very_end_counts(unpack, tmp_path):
   archive.write_bytes(data)
   with pytest.raises(InputError, match='it is damaged'):
     unpack(archive)
+
+
+@pytest.mark.parametrize('kind', [pa.string(), pa.large_string()])
+def test_few_bytes_that_unpack_to_gigabytes_are_refused_before_they_do(tmp_path, kind):
+  long = 'x' * (1 << 20)
+  log = pa.table({'user': pa.array([long] * 32, kind), 'item': ['x'] * 32})
+  pq.write_table(log, tmp_path / 'fits.parquet')
+  assert interactions.read(tmp_path / 'fits.parquet').users.to_pylist()[-1] == long
+  # The dictionary holds the text once: without its rows the size of the column says nothing.
+  with pq.ParquetWriter(tmp_path / 'log.parquet', log.schema) as writer:
+    for part in range(40):
+      names = pa.array([f'{part}-{row}' for row in range(32)])
+      writer.write_table(log.set_column(1, 'item', names))
+  size = (tmp_path / 'log.parquet').stat().st_size
+  assert size < 4 << 20
+  started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  for read in (
+    lambda path: interactions.read(path),
+    lambda path: item_tables.read(path, title_column='user'),
+  ):
+    with pytest.raises(InputError, match=r'log\.parquet: unpacks to .* bytes, more than'):
+      read(tmp_path / 'log.parquet')
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started < 600 << 10  # KiB.
+  arrays = pack(tmp_path / 'x.zip', {'ids.npy': bytes(100 << 20)}).rename(tmp_path / 'x.npz')
+  with pytest.raises(InputError, match=r"x\.npz: 'ids\.npy' has 104,857,600 bytes, more than"):
+    imported_tokens._arrays(arrays, tmp_path / 'scratch')
+  limits = archives.Limits(members=1)
+  many = pack(tmp_path / 'many.zip', {'a': b'', 'b': b''})
+  with pytest.raises(InputError, match='has more than 1 members'):
+    archives.check_zip(many, limits=limits)

@@ -7,6 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_prep import build_dataset
 from data_prep.prepared import prepare
@@ -458,7 +460,13 @@ def test_the_program_builds_refuses_and_leaves_nothing_half_built(run_build, wri
   flags += [f'--data_dir={tmp_path / "data"}']
   result = run_build(*flags)
   assert (result.returncode, result.stderr) == (0, '')
-  for part in ('user = user_id', 'title = title', 'never_interacted 1', '--config=default'):
+  for part in (
+    'user = user_id',
+    'title = title',
+    'rows read      4\n',
+    'never_interacted 1',
+    '--config=default',
+  ):
     assert part in result.stdout
   before = (tmp_path / 'data/dataset.json').read_bytes()
   write(ROWS + 'a,x,soon,1\n')
@@ -468,6 +476,34 @@ def test_the_program_builds_refuses_and_leaves_nothing_half_built(run_build, wri
   assert result.stderr.count('\n') == 1
   assert (tmp_path / 'data/dataset.json').read_bytes() == before
   assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'items.csv', 'rows.csv']
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+  st.lists(
+    st.tuples(st.sampled_from('abc'), st.sampled_from('xyz'), st.integers(1, 5)), min_size=1
+  ),
+  st.sampled_from([None, 2, 4]),
+  st.sampled_from([None, 2, 3]),
+  st.sampled_from([None, 'rating < 5']),
+)
+def test_every_row_is_an_interaction_or_dropped_for_a_reason(rows, min_rating, k_core, where):
+  table = pa.table(
+    {
+      'user': [user for user, _, _ in rows],
+      'item': [item for _, item, _ in rows],
+      'time': [time % 7 for time in range(len(rows))],
+      'rating': [rating for _, _, rating in rows],
+    }
+  )
+  options = prepare.Options(min_rating=min_rating, k_core=k_core, drop_duplicates=True)
+  try:
+    data = prepare.prepare(interactions.from_table(table, where=where), options)
+  except InputError:  # Nothing is left.
+    return
+  dropped = data.dropped['interactions']
+  assert data.rows_read == len(rows) == len(data.item_ids) + sum(dropped.values())
+  assert set(dropped) <= {'min_rating', 'k_core', 'drop_duplicates', 'where'}
 
 
 def test_where_files_lie_does_not_matter_and_what_is_in_them_does(write, tmp_path):
