@@ -56,7 +56,13 @@ _PARAMETERS = {
     str,
     'character between columns, or "tab"; without it the file extension decides (interactions)',
   ),
+  'quoting': (
+    str,
+    'auto, none or standard: whether double quotes enclose fields; auto looks at the file'
+    ' (interactions)',
+  ),
   'items': (str, 'item table: CSV, TSV, Parquet or JSON lines (interactions)'),
+  'items_quoting': (str, 'item table: auto, none or standard, as --quoting'),
   'partial_items': (bool, 'keep items that are missing in the item table, without texts'),
   'keep_cold_items': (bool, 'keep items of the item table without interactions, as cold items'),
   'item_id_column': (str, 'item table: column of ids'),
@@ -244,6 +250,8 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
     ('items', describe_page.item_count(counts)),
     ('interactions', f'{counts["interactions"]:,}, median {counts["median_length"]:g} a user'),
   ]
+  if 'rows_read' in metadata:  # Older folders do not say it.
+    rows.append(('rows read', f'{metadata["rows_read"]:,}'))
   if metadata['time_range']:
     first, last = (np.datetime64(t, 's').astype('datetime64[D]') for t in metadata['time_range'])
     rows.append(('dates', f'{first} to {last}'))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
-from ur4rec_jax.files import clean_up, new_folder, write_file
+from ur4rec_jax.files import clean_up, expand_home, new_folder, write_file
 from ur4rec_jax.inference import exported, stored_format
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
   add('--add_items', help='prepared folder or .npz file of new items to append to the catalogue')
   add('--users', action='store_true', help='add the users of the data and their histories')
   add('--approximate', action='store_true', help='search large catalogues approximately')
-  flags = parser.parse_args(argv)
+  flags = parser.parse_args(expand_home(argv))
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
   if flags.add_items:
     recommender, _ = recommender.add_items(flags.add_items)

@@ -13,6 +13,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.files import expand_home
 from ur4rec_jax.runs.config_files import check_fields, load_config
 
 
@@ -50,7 +51,7 @@ def _parse_flags() -> None:
       exit code 1, after which launchers start the run again.
   """
   try:
-    _, *others = flags.FLAGS(sys.argv)
+    _, *others = flags.FLAGS(expand_home(sys.argv))
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(error) from error
   if _HELP.value:

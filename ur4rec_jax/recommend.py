@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.files import expand_home
 from ur4rec_jax.inference import frames
 from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.query import Query
@@ -177,7 +178,7 @@ def _check(flags: argparse.Namespace) -> None:
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags and prints or writes recommendations."""
-  flags = _flags().parse_args(argv)
+  flags = _flags().parse_args(expand_home(argv))
   _check(flags)
   say = lambda message: print(message, file=sys.stderr, flush=True)
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)

@@ -17,6 +17,7 @@ import time
 import jax
 
 from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.files import expand_home
 
 try:
   import uvicorn
@@ -46,7 +47,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add('--batch', type=int, default=64, choices=BATCH_SIZES, help='most requests in a batch')
   add('--wait_ms', type=float, default=2, help='milliseconds that a batch waits for more requests')
   add('--queue', type=int, default=256, help='most requests inside at once; others get a 503')
-  flags = parser.parse_args(argv)
+  flags = parser.parse_args(expand_home(argv))
   for name, least in (('wait_ms', 0), ('queue', 1)):
     if not least <= getattr(flags, name) <= 100_000:
       raise InputError(f'--{name}={getattr(flags, name)}: must be from {least} to 100000')

@@ -101,13 +101,13 @@ def _encode(
 
 def _read(path: Path, columns: Sequence[str], id_column: str | None) -> dict[str, list[Any]]:
   """Reads the values of the columns by original id."""
-  present, rows = items.open_table(path)
+  table = items.open_table(path)
   for name in columns:
-    if name not in present:
-      raise InputError(f'{path}: no column {name!r} (--columns); it has {", ".join(present)}')
-  id_column = items.id_column(path, present, id_column)
+    if name not in table.columns:
+      raise InputError(f'{path}: no column {name!r} (--columns); it has {", ".join(table.columns)}')
+  id_column = items.id_column(path, table.columns, id_column)
   values: dict[str, list[Any]] = {}
-  for place, row in rows:
+  for place, row in table.rows([id_column, *columns]):
     where = f'{place.path}, {place.unit} {place.number}'
     name = items.original_id(row.get(id_column), id_column, where)
     if name in values:

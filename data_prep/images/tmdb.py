@@ -119,7 +119,7 @@ def _read_links(path: Path) -> dict[str, tuple[str, str]]:
     if column not in file.columns:
       raise InputError(f'{path}: no column {column!r}; it must have {", ".join(columns)}')
   links = {}
-  for place, row in tables.records(file):
+  for place, row in tables.records(file, list(columns)):
     movie, *others = (item_tables.text(row[column]) for column in columns)
     if not movie or not all(re.fullmatch(r'\d*', other, re.ASCII) for other in others):
       raise InputError(

@@ -116,6 +116,7 @@ class Prepared(NamedTuple):
     ratings: `[interactions]` float32.
     item_names: `[items]` original ids; entry i belongs to item i + 1.
     items: `[items]` metadata.
+    rows_read: number of rows of the raw data; each became an interaction or was dropped.
     dropped: number of dropped rows, users and items by reason.
     splits: records of the splits for dataset.json.
     notes: notes and hints of `Raw`.
@@ -130,6 +131,7 @@ class Prepared(NamedTuple):
   ratings: np.ndarray
   has_timestamps: bool
   has_ratings: bool
+  rows_read: int
   dropped: dict[str, dict[str, int]]
   splits: dict[str, dict[str, Any]]
   notes: tuple[str, ...] = ()
@@ -203,6 +205,7 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
     ratings=ratings.astype(np.float32),
     has_timestamps=raw.timestamps is not None,
     has_ratings=raw.ratings is not None,
+    rows_read=len(users) + sum(raw.dropped.values()),
     dropped=dropped,
     splits=make_splits(
       offsets,

@@ -61,6 +61,7 @@ def write(
     'notes': [*extra.get('notes', []), *notes],
     'counts': prepare.counts(data),
     'ids_sha256': {'users': _hash(data.user_names), 'items': _hash(data.item_names)},
+    'rows_read': data.rows_read,
     'dropped': data.dropped,
     'has_timestamps': data.has_timestamps,
     'has_ratings': data.has_ratings,

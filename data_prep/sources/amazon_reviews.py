@@ -24,6 +24,7 @@ from pyarrow import json as arrow_json
 
 from data_prep.prepared.prepare import Item, Place, Raw
 from data_prep.sources import amazon, archives, interactions, items, tables
+from data_prep.sources import columns as arrow_columns
 from ur4rec_jax.errors import InputError
 
 FILES = (('*.jsonl', 'raw_review_*/*.parquet'), ('meta_*.jsonl', 'raw_meta_*/*.parquet'))
@@ -111,7 +112,7 @@ def read(*files: Path, hub_name: str | None = None, category: str | None = None)
     notes.append(f'read from {hub_name} at revision {revision}')
   ends, parts = [0], []
   for file in reviews:
-    parts += (interactions.encoded(batch, COLUMNS) for batch in _reviews(file))
+    parts += (arrow_columns.encoded(batch, COLUMNS, str(file)) for batch in _reviews(file))
     ends.append(sum(map(len, parts)))
   path = str(reviews[0] if len(reviews) == 1 else reviews[0].parent)
   if not ends[-1]:
@@ -124,7 +125,7 @@ def read(*files: Path, hub_name: str | None = None, category: str | None = None)
       return Place(str(file), row + 1, 'row')
     return Place(str(file), amazon.line(file, row))
 
-  table = interactions.joined(parts, path)
+  table = arrow_columns.joined(parts, [path] * len(parts))
   raw = interactions.read_columns(path, table, COLUMNS, locate, interactions.PARAMETERS)
   return raw._replace(
     notes=tuple(notes), read_items=functools.partial(_read_items, metadata=metadata)
@@ -202,16 +203,15 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _parquet(file: Path, needed: list[str], wanted: list[str]) -> Iterator[pa.RecordBatch]:
   try:
-    content = pq.ParquetFile(file)
-    names = content.schema_arrow.names
+    names = pq.read_schema(file).names
     if missing := [name for name in needed if name not in names]:
       raise InputError(
         f'{file}: no column {missing[0]!r}; its columns are {", ".join(names[:20])}; use the files'
         ' of Amazon Reviews 2023'
       )
     columns = [name for name in wanted if name in names]
-    yield from content.iter_batches(columns=columns, batch_size=_BATCH_LINES)
-  except (pa.ArrowInvalid, OSError) as error:
+    yield from tables.parquet_batches(file, columns)
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
     raise InputError(f'{file}: cannot be read ({error}); download it again') from error
 
 

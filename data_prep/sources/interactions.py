@@ -6,7 +6,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.prepared.prepare import Item, Place, Raw
+from data_prep.sources import columns as arrow_columns
 from data_prep.sources import ids, tables, times
 from data_prep.sources import items as item_tables
 from data_prep.sources.hints import hint_about_spelling, hints_about_ids
@@ -46,6 +47,7 @@ NONE = 'none'
 PARAMETERS: Mapping[str, Any] = {
   **{f'{role}_column': None for role in NAMES},
   'delimiter': None,
+  'quoting': None,
   'items': None,
   **item_tables.PARAMETERS,
   'partial_items': False,
@@ -69,10 +71,8 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
   items = parameters.get('items')
   files = [
     path
-    for path in sorted(raw_dir.iterdir())
-    if path.is_file()
-    and not path.name.startswith(('.', '_'))
-    and not (items and Path(items).exists() and path.samefile(items))
+    for path in _files(raw_dir)
+    if not (items and Path(items).exists() and path.samefile(items))
   ]
   tabular = [path for path in files if tables.kind(path) in (*tables.DELIMITERS, *tables.PARQUET)]
   if parameters.get('delimiter') and not tabular:
@@ -90,6 +90,17 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
   return tabular
 
 
+def _files(folder: Path) -> Iterator[Path]:
+  """Yields the files of a folder and of its folders with a name like `day=2024-05-31`."""
+  for path in sorted(folder.iterdir()):
+    if path.name.startswith(('.', '_')):
+      continue
+    if path.is_file():
+      yield path
+    elif path.is_dir() and '=' in path.name[1:]:
+      yield from _files(path)
+
+
 def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path]:
   """Returns the distinct picture files that the item table names."""
   del files
@@ -101,23 +112,53 @@ def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path
 def read(*files: Path, **parameters: Any) -> Raw:
   """Reads files of interactions, one after the other, and the item table."""
   options = {**PARAMETERS, **parameters}
-  opened = [tables.open_file(path, _delimiter(options['delimiter'])) for path in files]
-  columns = choose_columns(str(files[0]), opened[0].columns, options, opened[0].delimiter)
-  selection = Selection(str(files[0]), columns, [file.columns for file in opened], options)
-  parts = []
-  for file in opened:
+  parts = [path for path in files if not tables.is_empty(path)] if len(files) > 1 else list(files)
+  if not parts:
+    raise InputError(f'{files[0].parent}: no rows in its {len(files)} files; export them again')
+  notes = []
+  if len(parts) < len(files):
+    notes.append(f'{len(files) - len(parts):,} of {len(files):,} files have no rows: skipped')
+  opened = [
+    tables.open_file(path, _delimiter(options['delimiter']), options['quoting'], '--quoting')
+    for path in parts
+  ]
+  names = _with_folders(opened[0], options)
+  columns = choose_columns(str(parts[0]), names, options, opened[0].delimiter)
+  all_names = [(*file.columns, *file.folders) for file in opened]
+  selection = Selection(str(parts[0]), columns, all_names, options)
+  found = []
+  for file, names in zip(opened, all_names, strict=True):
     for name, use in selection.uses.items():
-      if name not in file.columns:
+      if name not in names:
         raise InputError(
-          f'{file.path}: no column {name!r} ({use}), which {files[0].name} has; its columns'
+          f'{file.path}: no column {name!r} ({use}), which {parts[0].name} has; its columns'
           f' are {listed(file.columns)}; give all files the same columns'
         )
     table = tables.read(file, list(selection.uses))
+    table = arrow_columns.simplified(table, str(file.path), selection.looked_at)
     part = selection.take(table, functools.partial(tables.place, file))
-    parts.append(encoded(part, selection.columns))
+    found.append(arrow_columns.encoded(part, selection.columns, str(file.path)))
+    notes += file.notes
   selection.check()
   path = str(files[0] if len(files) == 1 else files[0].parent)
-  return selection.note(read_columns(path, joined(parts, path), columns, selection.locate, options))
+  table = arrow_columns.joined(found, list(map(str, parts)))
+  raw = selection.note(read_columns(path, table, columns, selection.locate, options))
+  return raw._replace(notes=(*raw.notes[:1], *notes, *raw.notes[1:]))
+
+
+def _with_folders(file: tables.File, options: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns the columns of a file and those columns of its folders that it needs.
+
+  A log that has times is often kept in folders by day, and the day must not compete with the time.
+  """
+  asked = {options[f'{role}_column'] for role in NAMES}
+  roles = [known.split() for known in NAMES.values()]
+  missing = [known for known in roles if not any(_plain(name) in known for name in file.columns)]
+  more = [name for name in file.folders if name not in file.columns]
+  return (
+    *file.columns,
+    *(name for name in more if name in asked or any(_plain(name) in known for known in missing)),
+  )
 
 
 def from_table(data: Any, **parameters: Any) -> Raw:
@@ -128,38 +169,20 @@ def from_table(data: Any, **parameters: Any) -> Raw:
     **parameters: flags of `--source=interactions`, e.g. `user_column='customer'`; `items` may be a
       table in memory, too.
   """
-  table = as_arrow(data)
+  memory = arrow_columns.in_memory(data, 'the table')
   options = {**PARAMETERS, **parameters}
   if unknown := sorted(set(options) - set(PARAMETERS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(PARAMETERS)}')
-  columns = choose_columns('the table', table.column_names, options, None)
-  selection = Selection('the table', columns, [table.column_names], options)
-  for name in selection.uses:
-    if table.column_names.count(name) > 1:
-      raise InputError(f'the table: {name!r} is the name of two columns; rename one')
+  columns = choose_columns('the table', memory.columns, options, None)
+  selection = Selection('the table', columns, [memory.columns], options)
+  table = memory.select(list(selection.uses), selection.looked_at)
   if not table.num_rows:
     raise InputError('the table: has no rows')
-  place = lambda row: Place('the table', row + 1, 'row')
-  table = selection.take(table.select(list(selection.uses)), place)
+  table = arrow_columns.simplified(table, 'the table', selection.looked_at)
+  table = selection.take(table, lambda row: Place('the table', row + 1, 'row'))
   selection.check()
-  table = encoded(table, selection.columns)
+  table = arrow_columns.encoded(table, selection.columns, 'the table')
   return selection.note(read_columns('the table', table, columns, selection.locate, options))
-
-
-def as_arrow(data: Any) -> pa.Table:
-  """Converts any kind of table to an Arrow table."""
-  if isinstance(data, pa.Table):
-    return data
-  if hasattr(data, 'with_format') and hasattr(data, 'features'):  # A HuggingFace dataset.
-    return data.with_format('arrow')[:]
-  if hasattr(data, '__arrow_c_stream__'):
-    return pa.table(data)
-  if type(data).__module__.startswith('pandas'):
-    return pa.Table.from_pandas(data, preserve_index=False)
-  raise InputError(
-    f'interactions are of type {type(data).__name__}; pass a pandas DataFrame, an Arrow table or'
-    ' a HuggingFace Dataset'
-  )
 
 
 def choose_columns(
@@ -231,29 +254,6 @@ def _delimiter(value: str | None) -> str | None:
   if len(value) != 1 or not value.isascii() or value in '"\r\n':
     raise InputError(f'--delimiter must be one character, or tab, not {value!r}')
   return value
-
-
-def encoded(table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
-  """Dictionary-encodes users and items, which stores each id once instead of once per row."""
-  encoded = []
-  for role, name in columns.items():
-    column = table[name]
-    if pa.types.is_string_view(column.type):  # Polars gives this type.
-      column = column.cast(pa.large_string())
-    if role in ('user', 'item') and not pa.types.is_dictionary(column.type):
-      column = column.dictionary_encode()
-    encoded.append(column)
-  return pa.table(encoded, list(columns))
-
-
-def joined(parts: list[pa.Table], path: str) -> pa.Table:
-  """Joins dictionary-encoded tables."""
-  try:
-    return pa.concat_tables(parts).unify_dictionaries()
-  except pa.ArrowInvalid as error:
-    raise InputError(
-      f'{path}: a column has different types in different files ({error}); export them alike'
-    ) from error
 
 
 def read_columns(
@@ -330,13 +330,13 @@ def _read_items(options: Mapping[str, Any]) -> tuple[dict[str, Item], list[str]]
   settings = {name: options[name] for name in item_tables.PARAMETERS}
   if isinstance(options['items'], str | Path):
     return item_tables.read(Path(options['items']), **settings)
-  rows = as_arrow(options['items'])
-  return item_tables.from_rows(
-    'the item table',
-    rows.column_names,
-    ((Place('the item table', i + 1, 'row'), row) for i, row in enumerate(rows.to_pylist())),
-    **settings,
+  name = 'the item table'
+  memory = arrow_columns.in_memory(options['items'], name)
+  rows = lambda columns: (
+    (Place(name, number, 'row'), row)
+    for number, row in enumerate(memory.select(columns).to_pylist(), 1)
   )
+  return item_tables.from_table(item_tables.Table(name, memory.columns, rows), **settings)
 
 
 def _check_no_item_flags(options: Mapping[str, Any]) -> None:
@@ -353,7 +353,7 @@ def _ratings(column: pa.ChunkedArray, name: str, where: Any) -> np.ndarray:
         f'{where(odd)}: {name} is not a number: {column[odd].as_py()!r}; correct it, or leave the'
         f' ratings out: --rating_column={NONE}'
       )
-    column = pc.utf8_trim_whitespace(column)
+    column = tables.plain_numbers(column)
   elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
     raise InputError(
       f'{where(0)}: {name} is of type {column.type}, not numbers; convert it, or leave the ratings'

@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.prepared.prepare import Item, Place
 from data_prep.sources import raw_files, tables
@@ -26,9 +26,28 @@ PARAMETERS: Mapping[str, Any] = {
   **{f'{role}_column': None for role in NAMES},
   'text_columns': None,
   'images': None,
+  'items_quoting': None,
 }
 
+_DEEPEST = 50  # Levels of lists and objects in a line of JSON.
+
 Rows = Iterable[tuple[Place, dict[str, Any]]]
+
+
+class Table(NamedTuple):
+  """A table whose rows become Python objects: names of its columns, and rows of some columns.
+
+  Attributes:
+    path: file or description, for messages.
+    columns: names of all columns.
+    rows: reads the rows of some columns, each with its position.
+    notes: notes for the user about how the rows were read.
+  """
+
+  path: str
+  columns: Sequence[str]
+  rows: Callable[[list[str]], Rows]
+  notes: tuple[str, ...] = ()
 
 
 def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
@@ -43,29 +62,32 @@ def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
       f'{path}: no such file; --items must be a CSV, TSV, Parquet or JSON lines file'
     )
   pictures = Path(parameters.pop('images', None) or path.parent)
-  return from_rows(str(path), *open_table(path), images=pictures, **parameters)
+  table = open_table(path, parameters.get('items_quoting'))
+  return from_table(table, images=pictures, **parameters)
 
 
-def open_table(path: Path) -> tuple[Sequence[str], Rows]:
-  """Returns the column names of a table and its rows."""
+def open_table(path: Path, quoting: str | None = None) -> Table:
+  """Opens an item table; see `tables.open_file` for `quoting`."""
   if tables.kind(path) in JSON_LINES:
     rows = list(json_lines(path))
-    return list(dict.fromkeys(name for _, row in rows for name in row)), rows
-  file = tables.open_file(path)
-  return file.columns, tables.records(file)
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    return Table(str(path), names, lambda columns: rows)
+  file = tables.open_file(path, quoting=quoting, flag='--items_quoting')
+  return Table(str(path), file.columns, lambda columns: tables.records(file, columns), file.notes)
 
 
-def from_rows(
-  path: str, names: Sequence[str], rows: Rows, *, images: str | Path | None = None, **parameters
+def from_table(
+  source: Table, *, images: str | Path | None = None, **parameters: Any
 ) -> tuple[dict[str, Item], list[str]]:
-  """Reads an item table from rows in memory; see `read`."""
+  """Reads an item table that is open or in memory; see `read`."""
   options = {**PARAMETERS, **parameters}
+  path, names = source.path, source.columns
   columns = _choose_columns(path, names, options)
   extra = _text_columns(path, names, options['text_columns'])
   folder = None if images is None else Path(images)
   table: dict[str, Item] = {}
   places: dict[str, Place] = {}
-  for place, row in rows:
+  for place, row in source.rows(list(dict.fromkeys([*columns.values(), *extra]))):
     where = f'{place.path}, {place.unit} {place.number}'
     name = original_id(row.get(columns['item_id']), columns['item_id'], where)
     if name in table:
@@ -88,7 +110,7 @@ def from_rows(
   shown = ', '.join(f'{role} = {name}' for role, name in columns.items())
   if extra:
     shown += f', text = {"+".join(extra)}'
-  return table, [f'item table: {shown}']
+  return table, [f'item table: {shown}', *source.notes]
 
 
 def id_column(path: str | Path, names: Sequence[str], wanted: str | None) -> str:
@@ -105,7 +127,7 @@ def pictures(table: Mapping[str, Item]) -> list[Path]:
 
 def text(value: Any) -> str:
   """Converts a value to text, '' for none; the parts of a list are joined."""
-  if value is None or value != value:
+  if value is None or (isinstance(value, float) and value != value):
     return ''
   if isinstance(value, list | tuple):
     return ' '.join(filter(None, map(text, value)))
@@ -166,6 +188,15 @@ def _text_columns(path: str, names: Sequence[str], wanted: str | None) -> list[s
   return extra
 
 
+def _checked_depth(value: Any, depth: int = 0) -> None:
+  """Raises a RecursionError for a value that is nested too deeply for all its readers."""
+  if depth > _DEEPEST:
+    raise RecursionError(f'more than {_DEEPEST} levels of lists and objects')
+  if isinstance(value, list | dict):
+    for part in value.values() if isinstance(value, dict) else value:
+      _checked_depth(part, depth + 1)
+
+
 def original_id(value: Any, column: str, where: str) -> str:
   """Converts an id to text; InputError if it is empty or no id."""
   if isinstance(value, bool | float | list | dict):
@@ -207,7 +238,8 @@ def json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
   for number, line in raw_files.utf8_lines(path):
     try:
       row = json.loads(line)
-    except ValueError as error:
+      _checked_depth(row)
+    except (ValueError, RecursionError) as error:
       raise InputError(
         f'{path}, line {number}: is no JSON ({error}): {raw_files.shown(line)}; write one object a'
         ' line'

@@ -81,6 +81,11 @@ class Selection:
     self._parts: list[tuple[Callable[[int], Place], np.ndarray | None]] = []
     self._ends: list[int] = []
 
+  @property
+  def looked_at(self) -> set[str]:
+    """Names of the columns that are read only to say something about them."""
+    return {*self._negative, *self._kinds}
+
   def take(self, table: pa.Table, place: Callable[[int], Place]) -> pa.Table:
     """Returns the wanted rows of a table with the columns `uses`.
 

@@ -1,16 +1,23 @@
 """Reads CSV, TSV and Parquet files into Arrow columns, without a Python loop over rows.
 
-If a row is wrong, the file is read again, row by row, to name that row.
+Arrow's parser forgives misplaced quotes and then merges rows. So a text file that has quotes is
+first read row by row with Python's strict parser, which finds the first misplaced quote and counts
+the rows. A file whose row is wrong in another way is read again, row by row, to name that row.
 """
 
+import contextlib
 import csv
 import io
-from collections.abc import Iterator
+import itertools
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv as arrow_csv
 
@@ -21,17 +28,36 @@ from ur4rec_jax.errors import InputError
 
 DELIMITERS = {'.csv': ',', '.tsv': '\t', '.tab': '\t'}
 PARQUET = ('.parquet', '.pq')
-# A row of these goes after the last one: a quote that is never closed swallows it.
-_END = '\x1eend'
 DELIMITER_NAMES = {'\t': 'tab', ' ': 'space'}
+QUOTING = ('auto', 'none', 'standard')
+# Spark writes this for an empty value of the column that names the folders.
+_NO_VALUE = '__HIVE_DEFAULT_PARTITION__'
+# Arrow must hold the longest row in one block; most files need only the first size.
+_BLOCKS = (1 << 22, 1 << 26, 1 << 30)
+_BATCH_ROWS = 1 << 14  # Rows of Parquet that are unpacked at once.
+_LONGEST_FIELD = 2**31 - 1  # The parser's own limit is 131,072 characters.
 
 
 class File(NamedTuple):
-  """A file of named columns; `delimiter` is None for Parquet."""
+  """A file of named columns.
+
+  Attributes:
+    path: the file.
+    delimiter: character between columns; None for Parquet.
+    columns: names of the columns in the file.
+    quoted: whether double quotes enclose fields; otherwise they are ordinary characters.
+    rows: number of rows below the names, if they were counted.
+    notes: notes for the user about how the rows were read.
+    folders: columns that the names of the folders hold, as in `day=2024-05-31/part-0.parquet`.
+  """
 
   path: Path
   delimiter: str | None
   columns: tuple[str, ...]
+  quoted: bool = False
+  rows: int | None = None
+  notes: tuple[str, ...] = ()
+  folders: Mapping[str, str | None] = MappingProxyType({})
 
 
 def kind(path: Path) -> str:
@@ -40,36 +66,93 @@ def kind(path: Path) -> str:
   return Path(name).suffix
 
 
-def open_file(path: Path, delimiter: str | None = None) -> File:
+def folder_columns(path: Path) -> dict[str, str | None]:
+  """Returns the columns that the folders right above a file hold, as in `day=2024-05-31/`."""
+  found: dict[str, str | None] = {}
+  for folder in path.parent.parts[::-1]:
+    name, equals, value = folder.partition('=')
+    if not name or not equals:
+      break
+    value = urllib.parse.unquote(value)
+    found[urllib.parse.unquote(name)] = None if value == _NO_VALUE else value
+  return dict(reversed(found.items()))
+
+
+def is_empty(path: Path) -> bool:
+  """Whether a part of a table has no rows: no bytes, only column names, or no row of Parquet."""
+  with _readable(path):
+    if path.stat().st_size == 0:
+      return True
+    if kind(path) in PARQUET:
+      return pq.read_metadata(path).num_rows == 0
+    with archives.open_file(path) as content:
+      start = content.read(1 << 20)
+    return len(start) < 1 << 20 and len(start.strip().splitlines()) <= 1
+
+
+def open_file(
+  path: Path, delimiter: str | None = None, quoting: str | None = None, flag: str = ''
+) -> File:
   """Detects the format of a file and its column names.
 
   Args:
     path: `.parquet`, `.csv` or `.tsv` file, the last two also with `.gz`; any text file with a
       delimiter.
     delimiter: one character; None chooses it by the extension.
+    quoting: `standard`: double quotes enclose fields; `none`: they are ordinary characters;
+      `auto` or None: standard, but none in a tab-separated file whose lines are whole rows and
+      whose quotes do not enclose fields.
+    flag: name of the flag of `quoting`, for messages.
+
+  Raises:
+    InputError: the file is no table, or a quote in it is misplaced.
   """
-  try:
+  if quoting not in (None, *QUOTING):
+    raise InputError(f'{flag} must be one of {", ".join(QUOTING)}, not {quoting!r}')
+  with _readable(path):
     if path.stat().st_size == 0:
       raise InputError(f'{path}: the file is empty; export it again')
-    if kind(path) in PARQUET:
-      if delimiter is not None:
-        raise InputError(f'{path}: a Parquet file has no delimiter; leave --delimiter out')
-      return File(path, None, tuple(pq.read_schema(path).names))
-    delimiter = delimiter or DELIMITERS.get(kind(path))
-    if delimiter is None:
-      raise InputError(
-        f'{path}: its extension is none of .csv, .tsv, .parquet (.csv and .tsv also with .gz);'
-        ' rename it, or pass --delimiter'
+    if kind(path) not in PARQUET:
+      file = _open_text(path, delimiter, quoting or 'auto', flag)
+    elif delimiter is not None:
+      raise InputError(f'{path}: a Parquet file has no delimiter; leave --delimiter out')
+    else:
+      file = File(path, None, tuple(pq.read_schema(path).names))
+  return file._replace(folders=folder_columns(path))
+
+
+def _open_text(path: Path, delimiter: str | None, quoting: str, flag: str) -> File:
+  delimiter = delimiter or DELIMITERS.get(kind(path))
+  if delimiter is None:
+    raise InputError(
+      f'{path}: its extension is none of .csv, .tsv, .parquet (.csv and .tsv also with .gz);'
+      ' rename it, or pass --delimiter'
+    )
+  quotes, notes = None, ()
+  if quoting != 'none' and _has_quotes(path):
+    quotes = _survey(path, delimiter, flag)
+    misfit = quotes.spans or quotes.fault
+    if quoting == 'auto' and delimiter == '\t' and misfit and _lines_are_rows(path, delimiter):
+      quotes = None
+      notes = (f'{path.name}: quotes are ordinary characters, because they do not enclose fields',)
+    elif quotes.fault is not None:
+      raise quotes.fault
+    elif quoting == 'auto' and quotes.look_merged:
+      raise _merged(path, quotes.spans, flag)
+    elif quotes.spans:
+      count, (first, last) = len(quotes.spans), quotes.spans[0]
+      notes = (
+        f'{path.name}: {count:,} {"rows span" if count > 1 else "row spans"} several lines, the'
+        f' first one lines {first} to {last}; quotes enclose the line ends',
       )
-    header = next(_rows(path, delimiter), None)
-  except OSError as error:
-    raise _unreadable(path, error) from error
-  except pa.ArrowInvalid as error:
-    raise InputError(f'{path}: is no Parquet file ({error}); export it again') from error
-  if header is None or header[1] == [_END]:
+  header = next(_rows(path, delimiter, quotes is not None), None)
+  if header is None:
     raise InputError(f'{path}: the file is empty; export it again')
   _check_text(path, *header)
-  return File(path, delimiter, tuple(name.strip() for name in header[1]))
+  columns = tuple(name.strip() for name in header[1])
+  if quotes is None:
+    return File(path, delimiter, columns, notes=notes)
+  return File(path, delimiter, columns, quoted=True, rows=quotes.rows - 1, notes=notes)
 
 
 def read(file: File, columns: list[str]) -> pa.Table:
@@ -78,44 +161,52 @@ def read(file: File, columns: list[str]) -> pa.Table:
   Raises:
     InputError: the file is damaged or has no rows.
   """
-  for name in columns:
-    if file.columns.count(name) > 1:
-      raise InputError(f'{file.path}: {name!r} is the name of two columns; rename one')
-  try:
-    if file.delimiter is None:
-      table = pq.read_table(file.path, columns=columns)
-    else:
-      table = _read_text(file, columns)
-  except OSError as error:
-    raise _unreadable(file.path, error) from error
-  except pa.ArrowInvalid as error:
-    if file.delimiter is not None:
-      check_rows(file)
-    raise InputError(f'{file.path}: cannot be read ({error}); export it again') from error
+  check_names(str(file.path), file.columns, columns)
+  inside = [name for name in columns if name in file.columns]
+  with _readable(file.path):
+    try:
+      if file.delimiter is None:
+        table = _read_parquet(file.path, inside)
+      else:
+        table = _read_text(file, inside)
+    except pa.ArrowException as error:
+      if file.delimiter is not None:
+        check_rows(file)
+      raise _damaged(file.path, error) from error
   if not table.num_rows:
     raise InputError(f'{file.path}: no rows below the column names; export it again')
-  return table
+  if file.rows is not None and table.num_rows != file.rows:
+    check_rows(file)
+    raise InputError(
+      f'{file.path}: two parsers find {file.rows:,} and {table.num_rows:,} rows; export it again'
+    )
+  for name in columns:
+    if name not in inside:
+      value = pa.scalar(file.folders[name], pa.string())
+      table = table.append_column(name, pa.repeat(value, table.num_rows))
+  return table.select(columns)
+
+
+def check_names(path: str, names: Iterable[str], columns: Iterable[str]) -> None:
+  """Raises an error if one of the columns in use shares its name with another column."""
+  names = list(names)
+  for name in columns:
+    if names.count(name) > 1:
+      raise InputError(f'{path}: {name!r} is the name of two columns; rename one')
 
 
 def place(file: File, row: int) -> Place:
   """Returns the position of a row (from 0) in its file, for messages."""
   if file.delimiter is None:
     return Place(str(file.path), row + 1, 'row')
-  for index, (line, _) in enumerate(_rows(file.path, file.delimiter)):
-    if index == row + 1:
-      return Place(str(file.path), line)
-  raise IndexError(row)
+  rows = itertools.islice(_rows(file.path, file.delimiter, file.quoted), row + 1, None)
+  return Place(str(file.path), next(rows)[0])
 
 
 def check_rows(file: File) -> None:
   """Reads a text file row by row and raises an error for the first wrong row."""
-  line, fields = 0, []
   width = len(file.columns)
-  for line, fields in _rows(file.path, file.delimiter):
-    if fields == [_END] * width:
-      return
-    if _END in fields[-1]:
-      break
+  for line, fields in _rows(file.path, file.delimiter, file.quoted):
     _check_text(file.path, line, fields)
     if len(fields) != width:
       separator = DELIMITER_NAMES.get(file.delimiter, repr(file.delimiter))
@@ -125,104 +216,210 @@ def check_rows(file: File) -> None:
         f' {shown(file.delimiter.join(fields))}; correct the line, quote what contains the'
         ' delimiter, or pass --delimiter'
       )
-  text = file.delimiter.join(fields).partition(_END)[0].rstrip('\n')
-  raise InputError(
-    f'{file.path}, line {line}: a quote is opened and never closed: {shown(text)}; close'
-    ' it, or double the quotes inside a text'
-  )
 
 
-def records(file: File) -> Iterator[tuple[Place, dict[str, object]]]:
-  """Yields rows one by one, for tables that become Python objects anyway."""
+def records(file: File, columns: list[str]) -> Iterator[tuple[Place, dict[str, object]]]:
+  """Yields some columns row by row, for tables that become Python objects anyway."""
+  check_names(str(file.path), file.columns, columns)
   if file.delimiter is None:
     number = 0
-    for batch in pq.ParquetFile(file.path).iter_batches():
-      for row in batch.to_pylist():
-        number += 1
-        yield Place(str(file.path), number, 'row'), row
+    with _readable(file.path):
+      for batch in parquet_batches(file.path, columns):
+        for row in batch.to_pylist():
+          number += 1
+          yield Place(str(file.path), number, 'row'), row
     return
   check_rows(file)
-  for line, fields in _rows(file.path, file.delimiter, skip=1):
-    if fields != [_END] * len(file.columns):
-      yield Place(str(file.path), line), dict(zip(file.columns, fields, strict=True))
+  at = {name: file.columns.index(name) for name in columns}
+  rows = _rows(file.path, file.delimiter, file.quoted)
+  for line, fields in itertools.islice(rows, 1, None):
+    yield Place(str(file.path), line), {name: fields[i] for name, i in at.items()}
+
+
+def parquet_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+  """Reads some columns in batches, within the limits of packed files.
+
+  A few kilobytes may hold the same long text a million times. Texts stay dictionary-encoded until
+  their size is known.
+
+  Raises:
+    InputError: the columns take too much memory.
+    pa.ArrowException: the file is damaged.
+  """
+  schema = pq.read_schema(path)
+  texts = [field.name for field in schema if pa.types.is_string(field.type)]
+  content = pq.ParquetFile(path, read_dictionary=texts)
+  names = {field.name: field.type for field in schema}
+  # Of groups, not of their columns: pyarrow ends the process where those are damaged.
+  groups = map(content.metadata.row_group, range(content.num_row_groups))
+  archives.check_size(path, sum(max(group.total_byte_size, group.num_rows) for group in groups))
+  size = 0
+  for batch in content.iter_batches(columns=columns, batch_size=_BATCH_ROWS):
+    found = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+      if pa.types.is_dictionary(column.type) and not pa.types.is_dictionary(names[name]):
+        column.dictionary.validate(full=True)  # Texts of a damaged file may be no UTF-8.
+        lengths = pc.binary_length(column.dictionary).take(column.indices)
+        size += pc.sum(lengths.cast(pa.int64())).as_py() or 0
+        archives.check_size(path, size)
+        column = column.dictionary.take(column.indices)
+      else:
+        size += column.nbytes
+        archives.check_size(path, size)
+      found.append(column)
+    yield pa.record_batch(found, batch.schema.names)
+
+
+def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
+  batches = list(parquet_batches(path, columns))
+  if not batches:
+    return pa.table({name: pa.nulls(0) for name in columns})
+  return pa.Table.from_batches(batches)
 
 
 def _read_text(file: File, columns: list[str]) -> pa.Table:
-  with archives.open_file(file.path) as content:
-    table = arrow_csv.read_csv(
-      _WithEnd(content, _end_row(file.delimiter, len(file.columns))),
-      read_options=arrow_csv.ReadOptions(
-        column_names=[str(i) for i in range(len(file.columns))], block_size=1 << 22
-      ),
-      parse_options=arrow_csv.ParseOptions(delimiter=file.delimiter, newlines_in_values=True),
-      convert_options=arrow_csv.ConvertOptions(
-        # Columns go by position, because names in the file may have blanks around them.
-        column_types={str(file.columns.index(name)): pa.string() for name in columns},
-        include_columns=[str(file.columns.index(name)) for name in columns],
-        null_values=[],
-        strings_can_be_null=False,
-      ),
-    )
-  last = {value.as_py() for value in (column[-1] for column in table.columns)}
-  if last != {_END}:
-    raise pa.ArrowInvalid('an unclosed quote')
-  return table.slice(1, table.num_rows - 2).rename_columns(columns)
+  for size in _BLOCKS:
+    try:
+      with archives.open_file(file.path) as content:
+        table = arrow_csv.read_csv(
+          content,
+          read_options=arrow_csv.ReadOptions(
+            column_names=[str(i) for i in range(len(file.columns))], block_size=size
+          ),
+          parse_options=arrow_csv.ParseOptions(
+            delimiter=file.delimiter,
+            quote_char='"' if file.quoted else False,
+            newlines_in_values=file.quoted,
+          ),
+          convert_options=arrow_csv.ConvertOptions(
+            # Columns go by position, because names in the file may have blanks around them.
+            column_types={str(file.columns.index(name)): pa.string() for name in columns},
+            include_columns=[str(file.columns.index(name)) for name in columns],
+            null_values=[],
+            strings_can_be_null=False,
+          ),
+        )
+      return table.slice(1).rename_columns(columns)
+    except pa.ArrowInvalid as error:
+      if size == _BLOCKS[-1] or 'block size' not in str(error):
+        raise
+  raise AssertionError('a loop over no sizes')
 
 
-def _end_row(delimiter: str, width: int) -> bytes:
-  return f'\n{delimiter.join([_END] * width)}\n'.encode()
+class _Quotes(NamedTuple):
+  """How the quotes of a file look to a strict parser.
+
+  Attributes:
+    rows: number of rows, the names of the columns included.
+    spans: first and last line of each row that spans several lines.
+    look_merged: whether every such line would be a whole row if quotes were ordinary characters.
+    fault: the first misplaced quote.
+  """
+
+  rows: int
+  spans: list[tuple[int, int]]
+  look_merged: bool
+  fault: InputError | None = None
 
 
-class _WithEnd(io.RawIOBase):
-  """A file without its byte order mark, with some bytes appended."""
+def _survey(path: Path, delimiter: str, flag: str) -> _Quotes:
+  rows, spans, whole = 0, [], True
+  width, lines = 0, []
+  reader = reader_of(_noted(_lines(path), lines), delimiter, quoted=True)
+  while True:
+    line = reader.line_num + 1
+    lines.clear()
+    try:
+      fields = next(reader)
+    except StopIteration:
+      return _Quotes(rows, spans, bool(spans) and whole)
+    except csv.Error as error:
+      fault = InputError(
+        f'{path}, {quote_fault(line, reader.line_num, error)}: {shown(lines[0].rstrip())}; double'
+        f' the quotes inside a text, or correct them{f", or pass {flag}=none" if flag else ""}'
+      )
+      return _Quotes(rows, spans, False, fault)
+    if not fields:
+      continue
+    rows, width = rows + 1, width or len(fields)
+    if len(lines) > 1:
+      spans.append((line, reader.line_num))
+      whole = whole and all(text.count(delimiter) == width - 1 for text in lines)
 
-  def __init__(self, file: IO[bytes], end: bytes):
-    self._file, self._end = file, end
-    self._start = file.read(3).removeprefix(b'\xef\xbb\xbf')
 
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer) -> int:
-    data = self.read(len(buffer))
-    buffer[: len(data)] = data
-    return len(data)
-
-  def read(self, size: int = -1) -> bytes:
-    if self._start:
-      data, self._start = self._start, b''
-      return data
-    data = self._file.read(size)
-    if not data:
-      data, self._end = self._end, b''
-    return data
+def quote_fault(first: int, last: int, error: csv.Error) -> str:
+  """Describes the misplaced quote that the parser found in a row, with its line."""
+  if 'unexpected end' in str(error):
+    return f'line {first}: a quote is opened and never closed'
+  opened = '' if first == last else f' that opens in line {first} or later'
+  return f'line {last}: text after the closing quote of a field{opened}'
 
 
-def _rows(path: Path, delimiter: str, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
-  """Yields non-empty rows with their first line; the last one is the end row, if reached."""
-  # The end row is as wide as the header, so its width needs no row of the file.
+def _merged(path: Path, spans: list[tuple[int, int]], flag: str) -> InputError:
+  first, last = spans[0]
+  way_out = 'correct the quotes'
+  if flag:
+    way_out = f'pass {flag}=none if each line is a row, otherwise {flag}=standard'
+  return InputError(
+    f'{path}, lines {first} to {last}: quotes join the lines to one row, but every line has as many'
+    f' columns as a row; {way_out}'
+  )
+
+
+def _has_quotes(path: Path) -> bool:
   with archives.open_file(path) as content:
-    header = content.readline().decode('utf-8', 'surrogateescape')
+    return any(b'"' in data for data in iter(lambda: content.read(1 << 20), b''))
+
+
+def _lines_are_rows(path: Path, delimiter: str) -> bool:
+  """Whether all lines have the same number of columns if quotes are ordinary characters."""
+  return len({line.count(delimiter) for line in _lines(path) if line.strip('\r\n')}) == 1
+
+
+def _lines(path: Path) -> Iterator[str]:
+  """Yields the lines of a text file with their ends: Unix, Windows or old Mac ones."""
   with archives.open_file(path) as content:
-    width = len(next(csv.reader([header], delimiter=delimiter), ''))
-    data = io.BufferedReader(_WithEnd(content, _end_row(delimiter, width)))
-    text = io.TextIOWrapper(data, 'utf-8', 'surrogateescape', newline='')
-    reader = csv.reader(text, delimiter=delimiter)
-    while True:
-      line = reader.line_num + 1
-      try:
-        fields = next(reader)
-      except StopIteration:
-        return
-      except csv.Error as error:
-        raise InputError(
-          f'{path}, line {line}: {error}; if a text opens a quote there, close it'
-        ) from error
-      if fields:
-        if skip:
-          skip -= 1
-          continue
-        yield line, fields
+    yield from io.TextIOWrapper(content, 'utf-8-sig', 'surrogateescape', newline='')
+
+
+def _noted(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+  for line in lines:
+    taken.append(line)
+    yield line
+
+
+def reader_of(lines: Iterable[str], delimiter: str, quoted: bool) -> Any:
+  """Returns the strict CSV parser of Python, for fields of any length."""
+  csv.field_size_limit(_LONGEST_FIELD)  # One limit for the whole process.
+  quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+  return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+
+
+def _rows(path: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int, list[str]]]:
+  """Yields non-empty rows with their first line."""
+  reader = reader_of(_lines(path), delimiter, quoted)
+  line = 1
+  for fields in reader:
+    if fields:
+      yield line, fields
+    line = reader.line_num + 1
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+  """Turns errors of the disk and of Parquet files into messages."""
+  try:
+    yield
+  except OSError as error:
+    reason = ' '.join(str(error.strerror or error).split())
+    raise InputError(f'{path}: cannot be read ({reason}); make it readable') from error
+  except (pa.ArrowException, UnicodeDecodeError) as error:  # The latter of names of columns.
+    raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+  what = 'is no Parquet file' if kind(path) in PARQUET else 'cannot be read'
+  return InputError(f'{path}: {what} ({" ".join(str(error).split())}); export it again')
 
 
 def _check_text(path: Path, line: int, fields: list[str]) -> None:
@@ -234,8 +431,9 @@ def _check_text(path: Path, line: int, fields: list[str]) -> None:
     )
 
 
-def _unreadable(path: Path, error: OSError) -> InputError:
-  return InputError(f'{path}: cannot be read ({error.strerror or error}); make it readable')
+def plain_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+  """Removes blanks around numbers and a plus before them, which Arrow does not read."""
+  return pc.replace_substring_regex(pc.utf8_trim_whitespace(column), r'^\+', '')
 
 
 def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:

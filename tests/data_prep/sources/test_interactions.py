@@ -68,7 +68,7 @@ def test_a_csv_file_is_read_and_what_was_recognised_is_told(write):
     (lambda text: '\ufeff' + text, 'rows.csv'),
     (lambda text: text.rstrip('\n'), 'rows.CSV'),
     (lambda text: text.replace('\n', '\n\n'), 'rows.csv'),
-    (lambda text: text.replace('user_id,', '"User ID" ,').replace('a,', '"a",'), 'rows.csv'),
+    (lambda text: text.replace('user_id,', 'User ID ,').replace('a,', '"a",'), 'rows.csv'),
     (lambda text: gzip.compress(text.encode()), 'rows.csv.gz'),
   ],
 )
@@ -136,6 +136,8 @@ def test_a_folder_of_parts_in_any_format(write, tmp_path):
     (['1970-01-02', '1970-01-02 00:00:01.5'], [DAY * 10**6, DAY * 10**6 + 1_500_000], 10**6),
     (['1970-01-02T00:00:00Z', '1970-01-02T01:00:01+01:00'], [DAY, DAY + 1], 1),
     (['-1', '0'], [-1, 0], 1),
+    ([' +5', '6 '], [5, 6], 1),
+    (['+5.5', '6.0'], [5_500_000, 6_000_000], 10**6),
   ],
 )
 def test_times_in_usual_forms(write, times, expected, ticks):
@@ -245,7 +247,6 @@ def test_a_bad_file_is_one_message_with_the_place(write, name):
   assert message.startswith(str(path))
   assert expected in message
   assert '\n' not in message
-  assert tables._END not in message
 
 
 def test_bad_parquet_files(tmp_path):
