@@ -36,11 +36,8 @@ def read_ids(text: str, known: Collection[str]) -> list[str]:
     return found
   padded = collections.Counter(name.strip() for name in known)
   spelled = {name.strip(): name for name in known if padded[name.strip()] == 1}
-
-  def look_up(name: str) -> str:
-    return name if name in known else spelled.get(name, name)
-
-  return [name if name in known else look_up(name.strip()) for name in found]
+  spelled |= {name: name for name in known}
+  return [name if name in known else spelled.get(name.strip(), name.strip()) for name in found]
 
 
 def _joined(parts: list[str], known: Collection[str]) -> list[str]:
