@@ -13,6 +13,7 @@ started again, asks only for the missing answers. See docs/llm_text.md.
 import argparse
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,23 @@ _HOLD_BACK = 0.2
 
 def _flags() -> Parser:
   parser = Parser(__doc__)
-  default = generation.Sending()
-  add = parser.add_argument
+  for title, add_flags in (
+    ('what to write about', _add_subject),
+    ('who writes', _add_writer),
+    ('stored answers and cost', _add_cost),
+    ('requests', _add_requests),
+    ('batches', _add_batches),
+    ('texts made elsewhere', _add_files),
+  ):
+    add_flags(parser.add_argument_group(title).add_argument)
+  return parser
+
+
+def _add_subject(add: Callable) -> None:
   add('--data_dir', help='prepared folder, written by build_dataset')
-  add('--backend', help=f'who writes: {", ".join(_CHOICES["backend"])}')
   add('--kind', default='both', help=f'what to write about: {", ".join(_KINDS)}')
-  add(
-    '--mode', default=default.mode, help='online: at once; batch: within a day, at half the price'
-  )
-  models = ', '.join(f'{name} {module.DEFAULT_MODEL}' for name, module in PROVIDERS.items())
-  add('--model', help=f"the provider's name of the model; defaults: {models}")
-  add('--base_url', help='another server with the same API, such as http://localhost:8000/v1')
-  add(
-    '--language',
-    default='en',
-    help=f'language of prompts and texts: {", ".join(prompts.LANGUAGES)}',
-  )
+  languages = ', '.join(prompts.LANGUAGES)
+  add('--language', default='en', help=f'language of prompts and texts: {languages}')
   add(
     '--split',
     default=splits.LEAVE_ONE_OUT,
@@ -81,6 +83,28 @@ def _flags() -> Parser:
     action='store_true',
     help='also write about items that have a description in the dataset',
   )
+
+
+def _add_writer(add: Callable) -> None:
+  add('--backend', help=f'who writes: {", ".join(_CHOICES["backend"])}')
+  models = ', '.join(f'{name} {module.DEFAULT_MODEL}' for name, module in PROVIDERS.items())
+  add('--model', help=f"the provider's name of the model; defaults: {models}")
+  add('--base_url', help='another server with the same API, such as http://localhost:8000/v1')
+  add(
+    '--max_output_tokens',
+    type=int,
+    default=1000,
+    help='longest answer in tokens, reasoning included; longer ones are cut off',
+  )
+  add(
+    '--parameters',
+    default='{}',
+    help='more fields of the request, as JSON: \'{"temperature": 0.3}\'',
+  )
+  add('--seed', type=int, default=0, help='seed of --backend=mock')
+
+
+def _add_cost(add: Callable) -> None:
   add('--store', help='folder of the stored answers; default DATA_DIR.answers')
   add(
     '--retry_failed',
@@ -99,41 +123,38 @@ def _flags() -> Parser:
     help='dollars per million input tokens, for a model that is not in prices.json',
   )
   add('--output_price', type=float, help='dollars per million output tokens')
+
+
+def _add_requests(add: Callable) -> None:
+  default = generation.Sending()
+  add(
+    '--mode', default=default.mode, help='online: at once; batch: within a day, at half the price'
+  )
   add(
     '--concurrency', type=int, default=default.concurrency, help='online: requests at the same time'
   )
   add('--requests_per_minute', type=float, help='online: limit of your account')
   add('--tokens_per_minute', type=float, help='online: limit of your account')
-  add(
-    '--max_output_tokens',
-    type=int,
-    default=1000,
-    help='longest answer in tokens, reasoning included; longer ones are cut off',
-  )
-  add(
-    '--parameters',
-    default='{}',
-    help='more fields of the request, as JSON: \'{"temperature": 0.3}\'',
-  )
   add('--timeout', type=float, default=120.0, help='seconds for a whole reply')
+
+
+def _add_batches(add: Callable) -> None:
   add(
     '--nowait',
     dest='wait',
     action='store_false',
-    help='batches: look once and return instead of waiting until they have ended',
+    help='look once and return instead of waiting until they have ended',
   )
   add(
     '--poll_seconds',
     type=float,
-    default=default.poll_seconds,
-    help='batches: seconds between two looks',
+    default=generation.Sending().poll_seconds,
+    help='seconds between two looks',
   )
-  add(
-    '--batch_requests',
-    type=int,
-    help="batches: most requests in one; without it the provider's limit",
-  )
-  add('--seed', type=int, default=0, help='seed of --backend=mock')
+  add('--batch_requests', type=int, help="most requests in one; without it the provider's limit")
+
+
+def _add_files(add: Callable) -> None:
   add('--import', dest='file', help='file with texts to import: {"<id>": "text"}, or JSON lines')
   add('--id_field', default='id', help='field of a JSON line that holds the id')
   add(
@@ -143,7 +164,6 @@ def _flags() -> Parser:
     help='field of a JSON line that holds the text; several, separated by commas, are joined',
   )
   add('--export', help='file to write the texts of the folder to')
-  return parser
 
 
 def _check(flags: argparse.Namespace) -> None:

@@ -333,7 +333,7 @@ MODES = {
   'never_at_all': Mode(_never, 'all', stored=0, exit_code=2),
   'drip_at_all': Mode(_drip, 'all', stored=0, exit_code=2),
   'drip_sigterm': Mode(
-    _drip, 'all', stored=0, exit_code=143, flags=('--timeout=600',), stop=True, seconds=29
+    _drip, 'all', stored=0, exit_code=143, flags=('--timeout=600',), stop=True, seconds=30
   ),
   'results_cut': Mode(lambda handler, content: _cut(handler, content, True), 'batch'),
   'results_cut_no_range': Mode(lambda handler, content: _cut(handler, content, False), 'batch'),

@@ -30,7 +30,7 @@ _GIVEN_UP = 20
 # After this many refused requests without any answer, the settings count as wrong.
 _BAD_REQUESTS = 5
 # Open requests get this many seconds after a signal: launchers kill a program after 30.
-_GRACE_SECONDS = 25.0
+_GRACE_SECONDS = 20.0
 # Requests that start late may catch up by this many seconds; servers tolerate more.
 _BURST = 0.2
 

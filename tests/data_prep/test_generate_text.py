@@ -236,6 +236,29 @@ def test_a_budget_stops_and_the_same_command_never_exceeds_it(data_dir, tmp_path
     assert len(server.bodies) == count
 
 
+@pytest.mark.parametrize(('backend', 'status'), [('openai', 403), ('anthropic', 401)])
+def test_the_texts_that_exist_are_written_whatever_one_status_does(backend, status, tmp_path):
+  titles = ('A', 'B', f'C [status {status}]', 'D', 'E')
+  data = build(tmp_path / 'films', titles)
+  flags = (f'--data_dir={data}', '--kind=items', '--concurrency=1')
+  texts = lambda: {t['original_id'] for t in dataset.iterate_texts(data, 'item') if t['text']}
+  with serving(backend) as (_, generate):
+    first = generate(*flags)
+    if status == 403:
+      assert first.returncode == 0, first.stderr
+      assert row(first, 'failed') == '1 the server answers 403'
+      assert texts() == {'i0', 'i1', 'i3', 'i4'}
+    else:
+      assert first.returncode == 2
+      assert 'does not accept the key' in first.stderr
+      assert '2 by the LLM' in first.stderr
+      assert texts() == {'i0', 'i1'}
+    # Started again, the same command goes on.
+    again = generate(*flags, '--retry_failed')
+    assert again.returncode == 0, again.stderr
+    assert texts() == {f'i{n}' for n in range(5)}
+
+
 def test_a_new_prompt_and_a_damaged_line_are_told(data_dir, tmp_path):
   flags = (f'--data_dir={data_dir}', f'--store={tmp_path}', '--backend=openai', '--dry_run')
   old = {
@@ -301,6 +324,8 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, subprocess.CompletedProces
       'no backend': ((data,), {}),
       'bad parameters': ((data, ai, url, '--parameters=[1]'), key),
       'bad import': ((data, '--kind=items', f'--import={folder}/list.json'), {}),
+      'no address': ((data, ai, '--base_url=http://me:canary-pass@host:port/v1'), key),
+      'password': ((data, ai, nobody.replace('//', '//me:canary-pass@')), key),
       'all held back': ((data, ai, url, '--hold_back=1'), key),
       'import of both': ((data, f'--import={folder}/list.json'), {}),
     }
@@ -327,6 +352,8 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, subprocess.CompletedProces
     ('no backend', '--backend must be one of mock, openai, anthropic'),
     ('bad parameters', '--parameters=[1]: must be a JSON object'),
     ('bad import', 'must hold one object'),
+    ('no address', '--base_url must be an address'),
+    ('password', 'http://127.0.0.1:'),
     ('all held back', '--hold_back=1: must be at least 0 and below 1'),
     ('import of both', '--kind=items or --kind=users'),
   ],
@@ -337,3 +364,4 @@ def test_a_mistake_is_one_message(mistakes, mistake, message):
   (line,) = (line for line in result.stderr.splitlines() if line.startswith('error: '))
   assert message in line
   assert 'Traceback' not in result.stderr
+  assert 'canary-pass' not in result.stderr + result.stdout

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from data_prep.llm_text import answers, prompts
@@ -125,3 +127,14 @@ def test_a_key_follows_from_all_that_shapes_the_answer(change, is_same):
   first = answers.make_key(**request)
   assert (answers.make_key(**(request | change)) == first) == is_same
   assert len(bytes.fromhex(first)) == 32
+
+
+def test_a_nonsense_cost_of_an_earlier_version_counts_as_unknown(tmp_path):
+  lines = [
+    json.dumps(record(number) | {'cost': cost})
+    for number, cost in enumerate((0.5, float('inf'), float('nan'), -3.0, 'much', None))
+  ]
+  (tmp_path / answers.ANSWERS).write_text('\n'.join(lines) + '\n')
+  store = answers.Store(tmp_path, read_only=True)
+  assert len(store) == len(lines)
+  assert store.cost == 0.5
