@@ -37,6 +37,7 @@ from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
+_TYPES = {'user': pa.string(), 'rank': pa.int64(), 'item': pa.string(), 'title': pa.string()}
 _CHUNK = 4096  # Users whose recommendations are in memory at once.
 
 
@@ -132,8 +133,8 @@ def to_file(
 ) -> tuple[int, list[tuple[str, str]]]:
   """Writes recommendations for many users to a Parquet file, which appears when it is complete.
 
-  Beside it, NAME.notes.csv tells which users the training data lack and who got no recommendations
-  for which reason. Without such users there is no such file.
+  Beside it, NAME.notes.csv tells which users the training data lack, who got no recommendations for
+  which reason, and whose items are not in the catalogue. Without such users there is no such file.
 
   Args:
     recommender: the recommender.
@@ -157,16 +158,21 @@ def to_file(
       query = _query(recommender, [group.history(start + i) for i in range(len(part))], flags)
       answer = recommender.ask(query, users=group.rows[start : start + len(part)])
       counts = [len(items) for items in answer.items]
-      found = frames.columns(answer, recommender.share_names)
-      table = pa.table({'user': pa.array(np.repeat(part, counts), pa.string()), **found})
+      found = {'user': np.repeat(part, counts), **frames.columns(answer, recommender.share_names)}
+      # Without these types a part in which nobody is answered would have another schema.
+      table = pa.table({name: pa.array(x, _TYPES.get(name)) for name, x in found.items()})
       writer = writer or pq.ParquetWriter(draft, table.schema)
       writer.write_table(table)
       rows += len(table)
-      for name, count, problem in zip(part, counts, answer.problems, strict=True):
+      for name, count, unknown, problem in zip(
+        part, counts, answer.unknown, answer.problems, strict=True
+      ):
         if problem:
           refused.append((name, problem))
-        if problem or name in group.notes:
-          note = '; '.join(filter(None, (group.notes.get(name), problem)))
+        ignored = ''
+        if unknown and not problem:
+          ignored = f'{len(unknown)} items that are not in the catalogue were ignored'
+        if note := '; '.join(filter(None, (group.notes.get(name), problem, ignored))):
           notes.append((name, count, note))
     writer.close()
     _write_notes(notes_path(out), notes)
@@ -299,8 +305,8 @@ def main(argv: list[str] | None = None) -> None:
     note(f'{flags.out}: {rows:,} rows, {len(group.names) - len(refused):,} users')
     if refused:
       note('{:,} users got no recommendations; the first, {}: {}'.format(len(refused), *refused[0]))
-    if refused or group.notes:
-      note(f'{notes_path(pathlib.Path(flags.out))}: names the users who need a note')
+    if (notes := notes_path(pathlib.Path(flags.out))).exists():
+      note(f'{notes}: names the users about whom there is something to say')
     return
   found = to_one(recommender, flags)
   if found['unknown']:

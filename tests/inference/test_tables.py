@@ -78,11 +78,12 @@ def test_a_wrong_table_is_one_message(tmp_path, name, content, message):
     tables.read_customers(tmp_path / name, {})
 
 
-def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path):
+def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, monkeypatch):
   recommender = make(small_shop, 'text')[0]
   orders = small_shop.parent / 'orders.csv'
   rows = list(csv.reader(orders.open()))
-  more = [['new', 'g05', '5'], ['stranger', 'nothing', '6'], ['', 'g01', '7']]
+  more = [['new', 'g05', '5'], ['new', 'nothing', '6'], ['stranger', 'nothing', '6']]
+  more.append(['', 'g01', '7'])
   path = write_table(tmp_path / 'all.csv', ','.join(rows[0]), rows[1:] + more)
   assert read_dropped_users(small_shop) == {'short': 'min_length'}
   group, summary = recommend.customers_of(path, recommender)
@@ -98,9 +99,17 @@ def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path):
   assert 'dropped by min_length' in notes['short']['note']
   assert notes['short']['recommendations'] == '3'
   assert "none of its 1 items is in the catalogue, first 'nothing'" in notes['stranger']['note']
+  assert '1 items that are not in the catalogue were ignored' in notes['new']['note']
   # The order is that of the times, not of the file.
   expected = recommender.answer([['g04', 'g03']], 3).items[0]
   assert table[table.user == 'short']['item'].tolist() == expected
+  # In parts of one user, the first of whom is not answered, the columns have the same types.
+  monkeypatch.setattr(recommend, '_CHUNK', 1)
+  two = [list(group.names).index(name) for name in ('stranger', 'new')]
+  parts = group._replace(
+    names=['stranger', 'new'], history=lambda i: group.history(two[i]), rows=group.rows[two]
+  )
+  assert recommend.to_file(recommender, parts, flags)[0] == 3
   # Without notes the file of an earlier run is removed.
   group = group._replace(names=['c00'], rows=group.rows[:1], notes={})
   recommend.to_file(recommender, group, flags)
