@@ -133,10 +133,11 @@ def _note_start(folder: pathlib.Path, run: Run) -> None:
   }
   if (folder / CONFIG).exists():
     before, now = _rounding(_record(folder / CONFIG)), _rounding(content)
-    changes = [f'{x} {now[x]} instead of {before[x]}' for x in now if before.get(x) != now[x]]
-    if before and changes and saved_steps(folder):
+    differing = [x for x in now if x in before and before[x] != now[x]]
+    changes = [f'{x} {now[x]} instead of {before[x]}' for x in differing]
+    if changes and saved_steps(folder):
       keep = ''
-      if before.get('threads') != now.get('threads') and 'threads' in before:
+      if 'threads' in differing:
         keep = f'; --config.cpu_threads={before["threads"]} keeps the number of threads'
       say(
         f'warning: the run in {folder} goes on with {", ".join(changes)}; sums are rounded in '
