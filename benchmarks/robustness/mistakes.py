@@ -234,7 +234,7 @@ CASES = (
   around('auto without a scheduler', 2, 'auto', JAX_COORDINATOR_ADDRESS='auto'),
   without_package('optax'),
   without_package('absl'),
-  typed('more memory than there is', '--config.sasrec.dim=1000000', words=('config.batch_size',)),
+  typed('more memory than there is', '--config.sasrec.dim=200000', words=('config.batch_size',)),
   file_damage('workdir is a file', 4, 'run', replace_by_file, 'cannot write'),
   file_damage('checkpoints is a file', 4, 'run/checkpoints', replace_by_file, 'checkpoints'),
   file_damage('tensorboard is a file', 4, 'run/tensorboard', replace_by_file, 'curves'),

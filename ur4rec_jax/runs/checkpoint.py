@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.files import write_file
@@ -195,6 +196,9 @@ class Checkpointer:
     Raises:
       StorageError: the disk is full or not writable; earlier steps stay good.
     """
+    # The threads of Orbax would print tracebacks of errors that are raised here, too.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
     try:
       self._reserve(sum(x.nbytes for x in jax.tree.leaves(tree)))
       if step in self._manager.all_steps():
@@ -211,10 +215,12 @@ class Checkpointer:
         folder = self._folder / str(step)
         write_file(folder / _MANIFEST, json.dumps(_hashes(folder), indent=1))
     except (OSError, ValueError) as error:
+      reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [''])[0]
       raise StorageError(
-        f'checkpoint of step {step} could not be written to {self._folder}: {error}\n'
+        f'checkpoint of step {step} could not be written to {self._folder}: {reason}\n'
         'make room or choose another --workdir; the same command goes on from the last good step'
       ) from error
+    logging.set_verbosity(verbosity)  # After an error the close would print it once more.
 
   def _reserve(self, size: int) -> None:
     """Raises OSError if there is no room for arrays of `size` bytes.

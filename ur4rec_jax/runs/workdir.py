@@ -176,17 +176,16 @@ def note_start(workdir: str, run: Run) -> None:
 def _warn_of_other_rounding(
   folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]
 ) -> None:
-  changes = [
-    f'{x} {now[x]} instead of {before.get(x)}' for x in now if before and before.get(x) != now[x]
-  ]
-  if not changes:
+  differing = [name for name in now if name in before and before[name] != now[name]]
+  if not differing:
     return
+  changes = ', '.join(f'{name} {now[name]} instead of {before[name]}' for name in differing)
   keep = ''
-  if 'threads' in before and before['threads'] != now.get('threads'):
+  if 'threads' in differing:
     keep = f'; --config.cpu_threads={before["threads"]} keeps the number of threads'
   say(
-    f'warning: the run in {folder} goes on with {", ".join(changes)}; sums are rounded in another '
-    f'order, so its last digits will not be those of an undisturbed run{keep}',
+    f'warning: the run in {folder} goes on with {changes}; sums are rounded in another order, so '
+    f'its last digits will not be those of an undisturbed run{keep}',
     sys.stderr,
   )
 

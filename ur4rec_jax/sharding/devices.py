@@ -81,13 +81,13 @@ def joined_processes() -> Iterator[None]:
 
 
 def _check_xla_flags() -> None:
-  """Raises InputError if XLA does not know a flag, after which it would abort this process."""
+  """Raises InputError if XLA does not know a flag, after which it would end this process."""
   if not (flags := os.environ.get('XLA_FLAGS')):
     return
   trial = 'from jaxlib import xla_client; xla_client.CompileOptions()'
   done = subprocess.run([sys.executable, '-c', trial], capture_output=True, text=True, check=False)
-  if done.returncode < 0:
-    problem = (done.stderr.strip().splitlines() or ['it aborts'])[-1]
+  if done.returncode:
+    problem = (done.stderr.strip().splitlines() or ['it ends the program'])[-1]
     raise InputError(f'XLA_FLAGS={flags}: {problem.rpartition("] ")[2]}; remove or correct it')
 
 
