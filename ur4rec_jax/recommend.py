@@ -80,9 +80,8 @@ def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
   draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
   rows, writer = 0, None
   try:
-    for start in tqdm(
-      range(0, len(names), _CHUNK), unit_scale=_CHUNK, unit='user', disable=not sys.stderr.isatty()
-    ):
+    bar = tqdm(total=len(names), unit='user', disable=not sys.stderr.isatty())
+    for start in range(0, len(names), _CHUNK):
       part = names[start : start + _CHUNK]
       query = _query(recommender, [recommender.history(name) for name in part], flags)
       answer = recommender.ask(query, users=range(start, start + len(part)))
@@ -92,6 +91,8 @@ def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
       writer = writer or pq.ParquetWriter(draft, table.schema)
       writer.write_table(table)
       rows += len(table)
+      bar.update(len(part))
+    bar.close()
     writer.close()
     os.replace(draft, out)
   except OSError as error:
