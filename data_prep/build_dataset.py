@@ -25,7 +25,7 @@ from data_prep.sources import archives, download, interactions, raw_files
 from data_prep.sources import items as item_tables
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
-from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
 # Flags of single sources: name -> (type, help). Without a flag the default of the source counts.
 _PARAMETERS = {
@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
   metadata, is_new = build(
     flags.source, flags.data_dir, flags.raw_dir, options, flags.overwrite, parameters
   )
-  print(summary(metadata, flags.data_dir, is_new))
+  say(summary(metadata, flags.data_dir, is_new))
 
 
 if __name__ == '__main__':

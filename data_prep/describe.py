@@ -20,7 +20,7 @@ from data_prep.prepared import pictures
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Dataset, Interactions, read_info, read_interactions, read_items
-from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
 PAGE = 'describe.html'
 FEW = 5  # An item with fewer interactions counts as rare.
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     '--out', help=f'HTML file to write or replace; without it {PAGE} in the prepared folder'
   )
-  print(describe(**vars(parser.parse(argv))))
+  say(describe(**vars(parser.parse(argv))))
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from data_prep.images.web import UNANSWERED, NoPicture, Settings, Web, httpx
 from data_prep.prepared import pictures
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import read_info, read_items
-from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
+from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error, say
 
 SOURCES = ('urls', 'tmdb')
 _OUTCOMES = (pictures.FETCHED, pictures.MISSING, pictures.REJECTED, UNANSWERED)
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     raise InterruptedBySignal(
       'stopped; downloaded pictures are kept, and the same command continues', signal.SIGINT
     ) from None
-  print(summary(counts, data_dir), flush=True)
+  say(summary(counts, data_dir))
   if counts['asked'] and counts['asked'] == counts['unanswered_now']:
     raise InputError(
       f'no server answered ({counts["reasons"][UNANSWERED]}); check the network, and run the same'

@@ -35,8 +35,8 @@ from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info, texts_origin
 from ur4rec_jax.data.features import load_features, read_features_info
 from ur4rec_jax.data.original_ids import read_ids
-from ur4rec_jax.encoders import projection, text
-from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error
+from ur4rec_jax.encoders import pictures, projection, text
+from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error, say
 
 TEXT, IMAGE = 'text', 'image'
 _KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}
@@ -116,11 +116,11 @@ def _source(
     is_builtin = name == text.HASHING
     encoder = text.hashing() if is_builtin else text.sentence_transformer(name, **common)
     return text_tokens.source(data_dir, of, encoder, flags.max_tokens)
-  name = flags.encoder or picture_tokens.DEFAULT
-  if name == picture_tokens.COLOR:
-    encoder = picture_tokens.color(flags.grid)
+  name = flags.encoder or pictures.DEFAULT
+  if name == pictures.COLOR:
+    encoder = pictures.color(flags.grid)
   else:
-    encoder = picture_tokens.vision_model(name, flags.grid, flags.layer, **common)
+    encoder = pictures.vision_model(name, flags.grid, flags.layer, **common)
   return picture_tokens.source(data_dir, encoder, flags.workers)
 
 
@@ -266,7 +266,7 @@ def _flags() -> Parser:
   add(
     '--encoder',
     help='folder or hub name of a model, or a built-in encoder: hashing (texts), color (pictures);'
-    f' without it {text.DEFAULT} or {picture_tokens.DEFAULT}',
+    f' without it {text.DEFAULT} or {pictures.DEFAULT}',
   )
   add('--max_tokens', type=int, default=8, help='most sentences of a text that get a token')
   add('--grid', type=int, default=3, help='parts per side of a picture; 0: only the whole picture')
@@ -365,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
       seconds = time.monotonic() - start if is_new else None
       is_item = kind == 'item'
       lines = nearest(flags.data_dir, flags.modality, flags.neighbours or None) if is_item else []
-      print(summary(info, seconds, flags.data_dir, lines), flush=True)
+      say(summary(info, seconds, flags.data_dir, lines))
   except KeyboardInterrupt:
     raise InterruptedBySignal(
       'stopped; finished work is kept, and the same command continues', signal.SIGINT

@@ -15,6 +15,8 @@ from data_prep.sources import archives
 from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, load_dataset
 from ur4rec_jax.errors import InputError
 
+_MOST_SHOWN = 8  # Entries of an option or hash in a message.
+
 
 def find_same(
   data_dir: Path, source: str, wanted: dict[str, Any], overwrite: bool
@@ -63,10 +65,11 @@ def _existing(data_dir: Path) -> dict[str, Any] | None:
 def _check_same(data_dir: Path, old: dict[str, Any], source: str, wanted: dict[str, Any]) -> None:
   wanted = {'format_version': FORMAT_VERSION, 'source': source, **wanted}
   for field, value in wanted.items():
-    if _given(old.get(field)) != _given(value):
+    known, value = _given(old.get(field)), _given(value)
+    if known != value:
       raise InputError(
-        f'{data_dir}: holds another dataset: its {field} is {_compact(old.get(field))}, asked for'
-        f' is {_compact(value)}; pass --overwrite to replace it, or give another --data_dir'
+        f'{data_dir}: holds another dataset: its {field} is {_compact(known, value)}, asked for'
+        f' is {_compact(value, known)}; pass --overwrite to replace it, or give another --data_dir'
       )
 
 
@@ -87,13 +90,14 @@ def _check_sound(data_dir: Path) -> None:
     ) from error
 
 
-def _compact(value: Any) -> str:
-  """Formats a value of dataset.json for an error message."""
-  if isinstance(value, dict):
-    return (
-      ' '.join(f'{k}={str(v)[:16]}' for k, v in value.items() if v not in (None, False)) or 'none'
-    )
-  return str(value)
+def _compact(value: Any, other: Any) -> str:
+  """Formats a value of dataset.json for an error message, what differs from `other` first."""
+  if not isinstance(value, dict):
+    return str(value)
+  other = other if isinstance(other, dict) else {}
+  names = sorted(value, key=lambda name: value[name] == other.get(name))
+  parts = [f'{name}={str(value[name])[:16]}' for name in names[:_MOST_SHOWN]]
+  return ' '.join(parts) + ' ...' * (len(names) > _MOST_SHOWN) or 'none'
 
 
 def fingerprints(

@@ -2,22 +2,33 @@
 
 import os
 
-# These must be set before jax is imported. The tests mostly compile, which takes half the time
-# without optimizations; JAX_DISABLE_MOST_OPTIMIZATIONS=false tests what users run.
+import jaxlib.version
+
+# These must be set before jax is imported. The tests mostly compile, which takes a quarter of the
+# time without optimizations; JAX_DISABLE_MOST_OPTIMIZATIONS=false tests what users run.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 os.environ['UR4REC_LOCK_SECONDS'] = '0'  # Tests of locks would wait for a minute otherwise.
+# An XLA that does not know a flag ends the process.
+if jaxlib.version.__version__.startswith('0.10.') and (
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == 'true'
+):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_cpu_use_fusion_emitters=false'
 
 import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from benchmarks.robustness.small_runs import SMALL
+from tests.helpers.fork_server import Program, can_fork
+from tests.helpers.goods import build_shop
 from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.data.dataset import read_interactions, read_items
 
@@ -29,36 +40,66 @@ def own_programs():
   jax.clear_caches()
 
 
+@pytest.fixture(scope='session')
+def common_folder(tmp_path_factory) -> pathlib.Path:
+  """A folder that all workers of a test run have in common."""
+  folder = tmp_path_factory.getbasetemp()
+  return folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+
+
+@pytest.fixture(scope='session')
+def make_once(common_folder) -> Callable[[str, Callable], pathlib.Path]:
+  """Makes a folder that all workers read: `make_once(name, make)`, where `make(folder)` fills it.
+
+  One worker makes it while the others wait.
+  """
+
+  def make_once(name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    folder, mark = common_folder / name, common_folder / f'{name}.made'
+    with FileLock(common_folder / f'{name}.lock'):
+      if not mark.exists():
+        folder.mkdir()
+        make(folder)
+        mark.touch()
+    return folder
+
+  return make_once
+
+
 @pytest.fixture(scope='session', autouse=True)
-def environment(tmp_path_factory) -> dict[str, str]:
+def environment(common_folder) -> dict[str, str]:
   """Environment of the processes that tests start; all and the tests share compiled programs."""
-  cache = tmp_path_factory.getbasetemp()
-  if 'PYTEST_XDIST_WORKER' in os.environ:
-    cache = cache.parent
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = str(cache / 'compiled')
+  cache = str(common_folder / 'compiled')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-  jax.config.update('jax_compilation_cache_dir', str(cache / 'compiled'))
+  jax.config.update('jax_compilation_cache_dir', cache)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   return os.environ | {'PYTHONPATH': str(ROOT)}
 
 
 @pytest.fixture(scope='session')
-def data_dir(tmp_path_factory, environment) -> pathlib.Path:
-  """A prepared synthetic dataset of 120 users."""
-  folder = tmp_path_factory.mktemp('data') / 'synthetic'
-  command = [sys.executable, '-m', 'data_prep.build_dataset', '--source=synthetic']
-  command += [f'--data_dir={folder}', '--num_users=120', '--num_items=60']
-  subprocess.run(command, env=environment, check=True, capture_output=True)
-  return folder
+def data_dir(make_once, environment) -> pathlib.Path:
+  """A prepared synthetic dataset of 120 users; read only."""
+
+  def make(folder):
+    command = [sys.executable, '-m', 'data_prep.build_dataset', '--source=synthetic']
+    command += [f'--data_dir={folder / "synthetic"}', '--num_users=120', '--num_items=60']
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+  return make_once('plain', make) / 'synthetic'
 
 
 @pytest.fixture(scope='session')
-def encoded(data_dir, environment, tmp_path_factory):
+def encoded(data_dir, environment, make_once) -> pathlib.Path:
   """The synthetic data with built-in text embeddings, pictures of half the items, and users' taste.
 
-  All but the texts are imported.
+  All but the texts are imported. Read only.
   """
-  folder = tmp_path_factory.mktemp('encoded')
+  return make_once('encoded', lambda folder: encode(data_dir, folder, environment)) / 'data'
+
+
+def encode(data_dir, folder, environment) -> None:
+  """Makes `encoded` from the synthetic data."""
   data = folder / 'data'
   shutil.copytree(data_dir, data)
   names = np.array([item['original_id'] for item in read_items(data)][::2])
@@ -75,34 +116,55 @@ def encoded(data_dir, environment, tmp_path_factory):
   ):
     command = [sys.executable, '-m', 'data_prep.encode', f'--data_dir={data}', *flags]
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
-  return data
 
 
 @pytest.fixture(scope='session')
-def shop(encoded, environment, tmp_path_factory):
-  """`encoded`, with made-up texts about the users that the same encoder encoded."""
-  folder = tmp_path_factory.mktemp('texts') / 'data'
-  shutil.copytree(encoded, folder)
-  for command in (
-    ('generate_text', '--kind=users', '--backend=mock'),
-    ('encode', '--modality=text', '--encoder=hashing', '--of=user'),
-  ):
-    command = [sys.executable, '-m', f'data_prep.{command[0]}', *command[1:]]
-    command.append(f'--data_dir={folder}')
-    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
-  return folder
+def shop(encoded, environment, make_once) -> pathlib.Path:
+  """`encoded`, with made-up texts about the users that the same encoder encoded; read only."""
+
+  def make(folder):
+    shutil.copytree(encoded, folder / 'data')
+    for command in (
+      ('generate_text', '--kind=users', '--backend=mock'),
+      ('encode', '--modality=text', '--encoder=hashing', '--of=user'),
+    ):
+      command = [sys.executable, '-m', f'data_prep.{command[0]}', *command[1:]]
+      command.append(f'--data_dir={folder / "data"}')
+      subprocess.run(command, env=environment, check=True, capture_output=True, cwd=ROOT)
+
+  return make_once('shop', make) / 'data'
+
+
+@pytest.fixture(scope='session')
+def small_shop(tmp_path_factory) -> pathlib.Path:
+  """The prepared folder of `goods.build_shop`, with its raw files beside it."""
+  return build_shop(tmp_path_factory.mktemp('small_shop'))
 
 
 @pytest.fixture(scope='session')
 def start(environment, data_dir):
-  """Starts the program: `start(workdir, *flags, variant, env, program)` gives a process."""
+  """Starts the program: `start(workdir, *flags, variant, env, program)` gives a process.
 
-  def start(workdir, *flags, variant='sasrec', env=None, program=PROGRAM) -> subprocess.Popen:
-    command = [*program, '--config', f'{ROOT}/configs/synthetic.py:{variant}']
-    command += [f'--config.data_dir={data_dir}', *SMALL, f'--workdir={workdir}', *flags]
+  It is forked from one that has imported the program, unless `program` or `env` forbid it.
+  """
+
+  def start(workdir, *flags, variant='sasrec', env=None, program=PROGRAM):
+    flags = [
+      f'--config={ROOT}/configs/synthetic.py:{variant}',
+      f'--config.data_dir={data_dir}',
+      *SMALL,
+      f'--workdir={workdir}',
+      *flags,
+    ]
+    env = env or {}
+    combined = environment | env
+    if 'XLA_FLAGS' in env:
+      combined['XLA_FLAGS'] = f'{environment.get("XLA_FLAGS", "")} {env["XLA_FLAGS"]}'
+    if program == PROGRAM and can_fork(env):
+      return Program('ur4rec_jax.main', flags, combined, workdir.parent)
     return subprocess.Popen(
-      command,
-      env=environment | (env or {}),
+      [*program, *flags],
+      env=combined,
       cwd=workdir.parent,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -125,9 +187,11 @@ def run(start):
 
 
 @pytest.fixture(scope='session')
-def finished(run, tmp_path_factory) -> pathlib.Path:
+def finished(run, make_once) -> pathlib.Path:
   """The workdir of an undisturbed run; read only."""
-  workdir = tmp_path_factory.mktemp('finished') / 'run'
-  done = run(workdir)
-  assert done.returncode == 0, done.stderr
-  return workdir
+
+  def make(folder):
+    done = run(folder / 'run')
+    assert done.returncode == 0, done.stderr
+
+  return make_once('finished', make) / 'run'

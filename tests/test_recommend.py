@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.fork_server import Program
+from tests.helpers.goods import write_table
 from ur4rec_jax import exported
 from ur4rec_jax.data.dataset import read_interactions, read_items
 
@@ -19,10 +21,7 @@ def call(environment, tmp_path_factory):
   folder = tmp_path_factory.mktemp('elsewhere')
 
   def call(module, *flags) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-m', f'ur4rec_jax.{module}', *map(str, flags)]
-    return subprocess.run(
-      command, env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
+    return Program(f'ur4rec_jax.{module}', flags, environment, folder).finish()
 
   return call
 
@@ -88,6 +87,39 @@ def test_all_users_come_in_one_file(call, finished, data_dir, tmp_path):
   assert (missing.returncode, 'Traceback' in missing.stderr) == (4, False)
 
 
+def test_customers_of_a_table_are_recommended_new_goods(call, with_content, encoded, tmp_path):
+  ids = [item['original_id'] for item in read_items(encoded)]
+  rows = [
+    ['ann', ids[3], '2'],
+    ['ann', ids[1], '1'],
+    ['bob', 'nothing', '3'],
+    ['u001', ids[2], '4'],
+  ]
+  orders = write_table(tmp_path / 'orders.csv', 'customer,product,date', rows)
+  goods = [['fresh', 'The Quiet Comet', 'A shy pianist must follow the whales north.']]
+  table = write_table(tmp_path / 'goods.csv', 'id,name,text', goods)
+  out = tmp_path / 'top.parquet'
+  flags = (f'--workdir={with_content}', f'--add_items={table}')
+  done = call('recommend', *flags, f'--histories={orders}', f'--out={out}', '--k=60')
+  assert (done.returncode, 'Traceback' in done.stderr) == (0, False), done.stderr
+  assert 'added 1 items; 0 were already known' in done.stderr
+  assert '3 customers: 2 that the training data lack, 1 of the training data' in done.stderr
+  assert '1 users got no recommendations; the first, bob: history: none' in done.stderr
+  found = pq.read_table(out).to_pandas()
+  assert set(found['user']) == {'ann', 'u001'}
+  assert set(found[found.user == 'ann']['item']) == {'fresh', *ids} - {ids[1], ids[3]}
+  notes = (tmp_path / 'top.notes.csv').read_text()
+  assert 'bob,0,not in the training data; history: none of its 1 items' in notes
+  one = call('recommend', *flags, f'--history={ids[1]},{ids[3]}', '--json', '--k=5')
+  expected = [row['item'] for row in json.loads(one.stdout)['recommendations']]
+  assert found[found.user == 'ann']['item'].tolist()[:5] == expected
+  done = call('export', *flags, f'--out={tmp_path}/model')
+  assert (done.returncode, 'added 1 items' in done.stderr) == (0, True), done.stderr
+  recommender = exported.load(tmp_path / 'model')
+  assert recommender.top([[ids[1], ids[3]]], 5).items[0] == expected
+  assert recommender.titles[-1] == 'The Quiet Comet'
+
+
 def test_filters_come_by_flag_or_file(call, finished, data_dir, tmp_path):
   ids = [item['original_id'] for item in read_items(data_dir)]
   (tmp_path / 'only.txt').write_text('\n'.join([*ids[:4], 'nothing']))
@@ -126,7 +158,12 @@ def test_an_exported_run_gives_the_same(call, with_content, encoded, tmp_path):
     (('--user=u001', '--k=61'), 'k=61'),
     (('--user=u001', '--history=a'), 'exclude each other'),
     (('--user=u001', '--out=x'), '--out: is for --all_users'),
-    (('--all_users',), 'needs --out=FILE.parquet'),
+    (('--all_users',), '--all_users: needs --out=FILE.parquet'),
+    (('--histories=a.csv',), '--histories: needs --out=FILE.parquet'),
+    (('--histories=a.csv', '--user=u001', '--out=x'), '--histories: takes no --user'),
+    (('--histories=a.csv', '--all_users', '--out=x'), 'exclude each other'),
+    (('--histories=no.csv', '--out=x'), '--histories=no.csv: no such file'),
+    (('--user=u001', '--pictures=x'), '--pictures: is for --add_items'),
     (('--user=u001', '--add_items=nowhere'), 'knows items by their id only'),
     ((), 'give one of --user'),
     (('--user=u001', '--k=ten'), 'invalid int value'),

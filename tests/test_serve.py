@@ -18,6 +18,7 @@ import pytest
 from tests.helpers.recommenders import make
 from tests.helpers.runs import ROOT
 from ur4rec_jax.export import export
+from ur4rec_jax.inference.admission import make_host_check
 
 # A process in which nothing of what training needs can be imported.
 ALONE = """
@@ -67,7 +68,7 @@ def serve(environment):
 
 @pytest.fixture(scope='module')
 def address(serve, folder):
-  with serve(folder, '--batch=4') as (_, address):
+  with serve(folder, '--batch=4', '--allowed_hosts=shop.example') as (_, address):
     yield address
 
 
@@ -203,7 +204,7 @@ def raw(address, *parts):
 
 
 def test_bodies_without_length_and_those_that_do_not_come_are_limited(address):
-  head = b'POST /recommend HTTP/1.1\r\nHost: a\r\nConnection: close\r\n'
+  head = b'POST /recommend HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
   head += b'Content-Type: application/json\r\n'
   chunked = head + b'Transfer-Encoding: chunked\r\n\r\n'
   chunk = b'10000\r\n' + b' ' * 0x10000 + b'\r\n'
@@ -216,9 +217,109 @@ def test_bodies_without_length_and_those_that_do_not_come_are_limited(address):
   assert ask(address, user='u001')['recommendations']
 
 
+def test_headers_are_limited_whole_or_not_one_or_many(address):
+  start = b'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
+  for header in (
+    b'A: ' + b'b' * 70_000,
+    b'A: b\r\n' * 12_000,
+    b'A: b\r\n' * 300,
+    b'A: ' + b'b' * 3_000_000,
+  ):
+    for end in (b'', b'\r\n\r\n'):
+      assert raw(address, start, header, end).startswith('HTTP/1.1 431 ')
+  assert raw(address, start.replace(b'/health', b'/' + b'a' * 70_000) + b'\r\n')[9:12] == '431'
+  assert raw(address, start + b'A: ' + b'b' * 60_000 + b'\r\n\r\n')[9:12] == '200'
+  trailers = (
+    start.replace(b'GET /health', b'POST /recommend') + b'Transfer-Encoding: chunked\r\n\r\n'
+  )
+  assert raw(address, trailers, b'2\r\n{}\r\n0\r\n', b'A: b\r\n' * 60_000)[9:12] == '431'
+
+
+def test_health_and_metrics_read_no_bodies(address):
+  for path in (b'health', b'metrics'):
+    start = b'POST /%s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n' % path
+    assert raw(address, start + b'Content-Length: 9999\r\n\r\n')[9:12] == '405'
+    start = start.replace(b'POST', b'GET')
+    assert raw(address, start + b'Content-Length: 9999\r\n\r\n')[9:12] == '200'
+
+
+@pytest.mark.parametrize(
+  ('host', 'status'),
+  [
+    ('localhost', 200),
+    ('LOCALHOST:80', 200),
+    ('127.0.0.1:5', 200),
+    ('[::1]:80', 200),
+    ('shop.example', 200),
+    ('evil.example', 421),
+    ('localhost.evil.example', 421),
+    ('evil.example:127.0.0.1', 421),
+    ('10.0.0.1', 421),
+    ('', 421),
+  ],
+)
+def test_only_requests_that_name_the_service_are_answered(address, host, status):
+  found, _, content = get(f'{address}/health', Host=host)
+  assert found == status
+  assert status == 200 or '--allowed_hosts' in content
+  assert raw(address, b'GET /health HTTP/1.0\r\n\r\n').startswith('HTTP/1.1 400 ')
+
+
+def test_names_are_checked_only_where_addresses_cannot_be_made_to_point_elsewhere():
+  everywhere = make_host_check('0.0.0.0')
+  assert everywhere('10.1.2.3:80')
+  assert everywhere('[fe80::1]:80')
+  assert not everywhere('evil.example')
+  assert make_host_check('10.1.2.3')('10.1.2.3')
+  assert make_host_check('127.0.0.1', ['*'])('evil.example')
+
+
+def open_connections(address, count, content, source='127.0.0.1'):
+  """Opens connections that send something and then nothing."""
+  host, port = address.removeprefix('http://').split(':')
+  found = []
+  for _ in range(count):
+    connection = socket.create_connection((host, int(port)), 30, (source, 0))
+    connection.sendall(content)
+    found.append(connection)
+  return found
+
+
+def test_silent_connections_lock_nobody_out_and_are_closed(serve, folder):
+  limit = '--client_connections=20'
+  with serve(folder, '--batch=1', limit) as (process, address):
+    start = b'GET /health HTTP/1.1\r\nHost: localhost\r\n'
+    silent = open_connections(address, 60, b'') + open_connections(address, 60, start)
+    others = open_connections(address, 15, start, '127.0.0.2')
+    assert get(f'{address}/health')[0] == 200
+    files = len(os.listdir(f'/proc/{process.pid}/fd'))
+    # The oldest ones of the client gave way to the new ones, the other client's stayed.
+    assert [connection.recv(1) for connection in silent[:90]] == [b''] * 90
+    for connection in others:
+      assert connection.recv(12) == b'HTTP/1.1 408'
+    for connection in (*silent, *others):
+      connection.close()
+    assert get(f'{address}/health')[0] == 200
+    assert len(os.listdir(f'/proc/{process.pid}/fd')) < files - 15
+
+
+def test_hostile_clients_of_all_kinds_stop_nothing(folder, environment):
+  command = [sys.executable, '-m', 'benchmarks.robustness.hostile_clients', f'--export={folder}']
+  command += ['--seconds=5', '--calm_seconds=2']
+  done = subprocess.run(
+    command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  found = json.loads(done.stdout.splitlines()[-1])
+  # Other processes of the machine decide about the wait in so short a time.
+  assert [name for name in found['broken'] if name != 'p99'] == [], found
+  assert found['all_answers'].keys() >= {'200', '400', '421', '431'}
+  assert 'Traceback' not in done.stderr
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
+    (('--client_connections=0',), '--client_connections=0: must be from 1'),
     ((), 'arrays.npz: has changed since it was written; export it again'),
     (('--queue=0',), '--queue=0: must be from 1 to 100000'),
     (('--export=nowhere',), 'nowhere: no exported model'),

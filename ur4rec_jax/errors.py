@@ -1,13 +1,14 @@
-"""Errors that are part of the interface: one clear message and an exit code, never a traceback."""
+"""Messages and exit codes: an error is one clear message and a code, never a traceback."""
 
 import contextlib
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TextIO, TypeVar
 
 _P = ParamSpec('_P')
 _T = TypeVar('_T')
@@ -93,6 +94,24 @@ _DEVICE_STATUSES = (
   'DEADLINE_EXCEEDED',
   'DATA_LOSS',
 )
+
+
+# What a terminal acts on, except for the ends of lines and tabs: escape sequences start with one of
+# these, and some others reverse the direction of text.
+_CONTROLS = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
+
+
+def printable(text: str) -> str:
+  r"""Returns a text in which control characters are visible, e.g. an escape character as `\x1b`.
+
+  Titles, ids and texts come from files of others. A terminal would obey the sequences in them.
+  """
+  return _CONTROLS.sub(lambda match: match[0].encode('unicode_escape').decode(), text)
+
+
+def say(message: str, file: TextIO | None = None) -> None:
+  """Prints a message at once, with control characters made visible; on stdout by default."""
+  print(printable(message), file=file or sys.stdout, flush=True)
 
 
 class ReportedError(Exception):
@@ -201,7 +220,7 @@ def errors_end_the_program() -> Iterator[None]:
       raise
     prefix = '' if isinstance(reported, InterruptedBySignal) else 'error: '
     with contextlib.suppress(OSError):  # The disk that holds stderr may be full, too.
-      print(f'{prefix}{reported}', file=sys.stderr, flush=True)
+      say(f'{prefix}{reported}', sys.stderr)
     _drop_what_cannot_be_printed()
     sys.exit(reported.exit_code)
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
 from ur4rec_jax.files import clean_up, new_folder, write_file
 from ur4rec_jax.inference import exported, stored_format
+from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
 PLATFORMS = ('cpu', 'cuda')
@@ -138,13 +140,19 @@ def main(argv: list[str] | None = None) -> None:
   add('--workdir', required=True, help='folder of the run')
   add('--out', required=True, help='folder to write; it must not exist')
   add('--data_dir', help="folder of the run's prepared data, if it has moved since training")
-  add('--add_items', help='prepared folder or .npz file of new items to append to the catalogue')
+  add('--add_items', help=ADD_ITEMS)
+  add('--pictures', help=PICTURES)
   add('--users', action='store_true', help='add the users of the data and their histories')
   add('--approximate', action='store_true', help='search large catalogues approximately')
   flags = parser.parse_args(argv)
+  if flags.pictures is not None and flags.add_items is None:
+    raise InputError('--pictures: is for --add_items; leave it out')
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
   if flags.add_items:
-    recommender, _ = recommender.add_items(flags.add_items)
+    before = len(recommender.item_ids)
+    recommender, known = recommender.add_items(flags.add_items, flags.pictures)
+    added = len(recommender.item_ids) - before
+    print(f'added {added} items; {len(known)} were already known', file=sys.stderr)
   manifest = export(recommender, flags.out, flags.users)
   size = sum(path.stat().st_size for path in pathlib.Path(flags.out).iterdir())
   print(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import filelock
 
-from ur4rec_jax.errors import BusyError, InputError, StorageError
+from ur4rec_jax.errors import BusyError, InputError, StorageError, say
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK_SECONDS = 60
@@ -72,7 +72,7 @@ def only_process(lock_file: str | Path, message: str) -> Iterator[None]:
     lock.acquire(blocking=False)
   except filelock.Timeout:
     if seconds:
-      print(f'{message}; waiting up to {seconds:g} s', file=sys.stderr, flush=True)
+      say(f'{message}; waiting up to {seconds:g} s', sys.stderr)
     try:
       lock.acquire(timeout=seconds)
     except filelock.Timeout as error:

@@ -4,26 +4,36 @@
   python -m ur4rec_jax.recommend --workdir=runs/shop --history=S0-1,S3-7 --explain
   python -m ur4rec_jax.recommend --workdir=runs/shop --preference="Short, dark science fiction."
   python -m ur4rec_jax.recommend --workdir=runs/shop --all_users --out=top.parquet
+  python -m ur4rec_jax.recommend --workdir=runs/shop --histories=orders.csv --out=top.parquet
 
 docs/inference.md describes all flags and the shares of a score.
 """
 
 import argparse
+import collections
+import csv
+import functools
+import io
 import json
 import os
 import pathlib
 import sys
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from ur4rec_jax.data.dataset import read_dropped_users
 from ur4rec_jax.data.original_ids import read_ids
-from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
-from ur4rec_jax.inference import frames
+from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error, say
+from ur4rec_jax.files import write_file
+from ur4rec_jax.inference import frames, tables
 from ur4rec_jax.inference.explanations import explain
+from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
@@ -47,7 +57,8 @@ def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[s
     history, users = recommender.history(flags.user), [recommender.users[flags.user]]
   else:
     history = [] if flags.history is None else read_ids(flags.history, set(recommender.item_ids))
-  answer = recommender.ask(_query(recommender, [history], flags), users, flags.preference)
+  query = _query(recommender, [history], flags)
+  answer = recommender.ask(query, users, flags.preference).require_one()
   (unknown,) = answer.unknown
   recommendations = recommender.recommendations(answer)
   if flags.explain and recommendations:
@@ -64,42 +75,119 @@ def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[s
   }
 
 
-def to_all(recommender: TrainedRecommender, flags: argparse.Namespace) -> int:
-  """Writes recommendations for every user of the data to a Parquet file.
+class Group(NamedTuple):
+  """The users whose recommendations go into one file.
 
-  The file appears when it is complete.
+  Attributes:
+    names: `[users]` original ids.
+    history: returns the original ids of the items of user i, the oldest first.
+    rows: `[users]` indices in the training data, -1 for users that it lacks.
+    notes: what the file of notes says about a user, by name.
+  """
+
+  names: Sequence[str]
+  history: Callable[[int], list[str]]
+  rows: np.ndarray
+  notes: Mapping[str, str]
+
+
+def all_users(recommender: TrainedRecommender) -> Group:
+  """Returns the users of the training data."""
+  names = list(recommender.users)
+  return Group(names, lambda i: recommender.history(names[i]), np.arange(len(names)), {})
+
+
+def customers_of(path: str, recommender: TrainedRecommender) -> tuple[Group, str]:
+  """Returns all customers of a table of interactions, and a sentence that counts them.
+
+  Args:
+    path: the table.
+    recommender: the recommender.
+
+  Raises:
+    InputError: the table cannot be read.
+  """
+  found = tables.read_customers(path, recommender.dataset.info['options'])
+  dropped, users = read_dropped_users(recommender.config.data_dir), recommender.users
+  notes, counts = {}, collections.Counter()
+  for name in found.names:
+    if name in users:
+      counts['of the training data'] += 1
+    elif name in dropped:
+      notes[name] = f'not in the training data: dropped by {dropped[name]} when it was built'
+      counts[f'dropped by {dropped[name]}'] += 1
+    else:
+      notes[name] = 'not in the training data'
+      counts['that the training data lack'] += 1
+  rows = np.array([users.get(name, -1) for name in found.names])
+  parts = ', '.join(f'{count:,} {what}' for what, count in counts.items())
+  summary = f'{path}: {len(found.names):,} customers: {parts}'
+  if found.incomplete:
+    summary += f'; {found.incomplete:,} rows without a customer or an item were left out'
+  return Group(found.names, found.history, rows, notes), summary
+
+
+def to_file(
+  recommender: TrainedRecommender, group: Group, flags: argparse.Namespace
+) -> tuple[int, list[tuple[str, str]]]:
+  """Writes recommendations for many users to a Parquet file, which appears when it is complete.
+
+  Beside it, NAME.notes.csv tells which users the training data lack and who got no recommendations
+  for which reason. Without such users there is no such file.
 
   Args:
     recommender: the recommender.
+    group: the users.
     flags: the flags of the command.
 
   Returns:
-    The number of rows.
+    The number of rows, and the users who got no recommendations with the reasons.
   """
-  out, names = pathlib.Path(flags.out), list(recommender.users)
+  out = pathlib.Path(flags.out)
   draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
-  rows, writer = 0, None
+  rows, writer, notes, refused = 0, None, [], []
   try:
-    bar = tqdm(total=len(names), unit='user', disable=not sys.stderr.isatty())
-    for start in range(0, len(names), _CHUNK):
-      part = names[start : start + _CHUNK]
-      query = _query(recommender, [recommender.history(name) for name in part], flags)
-      answer = recommender.ask(query, users=range(start, start + len(part)))
+    bar = tqdm(total=len(group.names), unit='user', disable=not sys.stderr.isatty())
+    for start in range(0, len(group.names), _CHUNK):
+      part = group.names[start : start + _CHUNK]
+      query = _query(recommender, [group.history(start + i) for i in range(len(part))], flags)
+      answer = recommender.ask(query, users=group.rows[start : start + len(part)])
       counts = [len(items) for items in answer.items]
       found = frames.columns(answer, recommender.share_names)
-      table = pa.table({'user': np.repeat(part, counts), **found})
+      table = pa.table({'user': pa.array(np.repeat(part, counts), pa.string()), **found})
       writer = writer or pq.ParquetWriter(draft, table.schema)
       writer.write_table(table)
       rows += len(table)
       bar.update(len(part))
+      for name, count, problem in zip(part, counts, answer.problems, strict=True):
+        if problem:
+          refused.append((name, problem))
+        if problem or name in group.notes:
+          note = '; '.join(filter(None, (group.notes.get(name), problem)))
+          notes.append((name, count, note))
     bar.close()
     writer.close()
+    _write_notes(notes_path(out), notes)
     os.replace(draft, out)
   except OSError as error:
     raise StorageError(f'--out={out}: cannot be written ({error.strerror or error})') from error
   finally:
     draft.unlink(missing_ok=True)
-  return rows
+  return rows, refused
+
+
+def notes_path(out: pathlib.Path) -> pathlib.Path:
+  """Returns the file of notes about users beside a file of recommendations."""
+  return out.with_name(f'{out.stem}.notes.csv')
+
+
+def _write_notes(path: pathlib.Path, notes: list[tuple[str, int, str]]) -> None:
+  if not notes:
+    path.unlink(missing_ok=True)
+    return
+  text = io.StringIO()
+  csv.writer(text).writerows([('user', 'recommendations', 'note'), *notes])
+  write_file(path, text.getvalue())
 
 
 def _query(
@@ -146,12 +234,18 @@ def _flags() -> argparse.ArgumentParser:
   add('--history', help='item ids with commas between them, the oldest first, or a file of ids')
   add('--preference', help='what the user likes, in words; alone or with --user or --history')
   add('--all_users', action='store_true', help='recommend to every user of the data')
-  add('--out', help='Parquet file to write with --all_users')
+  add(
+    '--histories',
+    help='table of interactions (.csv, .tsv, .parquet, .jsonl), one row each; recommend to every'
+    ' customer in it',
+  )
+  add('--out', help='Parquet file to write with --all_users or --histories')
   add('--k', type=int, default=10, help='number of items to recommend')
   add('--only', help='recommend only these items: ids with commas between them, or a file of ids')
   add('--without', help='do not recommend these items: ids, or a file of ids')
   add('--keep_seen', action='store_true', help="allow items of the user's own history, too")
-  add('--add_items', help='prepared folder or .npz file of new items to append to the catalogue')
+  add('--add_items', help=ADD_ITEMS)
+  add('--pictures', help=PICTURES)
   add('--approximate', action='store_true', help='search large catalogues approximately')
   add('--explain', action='store_true', help='show the items and texts that support each item')
   add('--json', action='store_true', help='print one JSON object')
@@ -162,17 +256,22 @@ def _check(flags: argparse.Namespace) -> None:
   if flags.user is not None and flags.history is not None:
     raise InputError('--user and --history exclude each other; leave one out')
   about_one = [flags.user, flags.history, flags.preference]
-  if flags.all_users:
+  name = '--all_users' if flags.all_users else '--histories'
+  if flags.all_users and flags.histories is not None:
+    raise InputError('--all_users and --histories exclude each other; leave one out')
+  if flags.all_users or flags.histories is not None:
     if any(x is not None for x in about_one) or flags.explain or flags.json:
       raise InputError(
-        '--all_users: takes no --user, --history, --preference, --explain or --json; leave them out'
+        f'{name}: takes no --user, --history, --preference, --explain or --json; leave them out'
       )
     if flags.out is None:
-      raise InputError('--all_users: needs --out=FILE.parquet')
+      raise InputError(f'{name}: needs --out=FILE.parquet')
   elif flags.out is not None:
-    raise InputError('--out: is for --all_users; for one user there is --json')
+    raise InputError('--out: is for --all_users and --histories; for one user there is --json')
   elif all(x is None for x in about_one):
-    raise InputError('give one of --user, --history, --preference and --all_users')
+    raise InputError('give one of --user, --history, --preference, --all_users and --histories')
+  if flags.pictures is not None and flags.add_items is None:
+    raise InputError('--pictures: is for --add_items; leave it out')
 
 
 @exit_on_reported_error
@@ -180,23 +279,34 @@ def main(argv: list[str] | None = None) -> None:
   """Reads the flags and prints or writes recommendations."""
   flags = _flags().parse_args(argv)
   _check(flags)
-  say = lambda message: print(message, file=sys.stderr, flush=True)
+  note = functools.partial(say, file=sys.stderr)
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
+  # Notes of the library are lines for the user here.
+  warnings.showwarning = lambda message, *_, **__: note(f'note: {message}')
   if flags.add_items:
     before = len(recommender.item_ids)
-    recommender, known = recommender.add_items(flags.add_items)
-    say(f'added {len(recommender.item_ids) - before} items; {len(known)} were already known')
-  if flags.all_users:
-    rows = to_all(recommender, flags)
-    say(f'{flags.out}: {rows:,} rows, {len(recommender.users):,} users')
+    recommender, known = recommender.add_items(flags.add_items, flags.pictures)
+    note(f'added {len(recommender.item_ids) - before} items; {len(known)} were already known')
+  if flags.out is not None:
+    if flags.all_users:
+      group = all_users(recommender)
+    else:
+      group, summary = customers_of(flags.histories, recommender)
+      note(summary)
+    rows, refused = to_file(recommender, group, flags)
+    note(f'{flags.out}: {rows:,} rows, {len(group.names) - len(refused):,} users')
+    if refused:
+      note('{:,} users got no recommendations; the first, {}: {}'.format(len(refused), *refused[0]))
+    if refused or group.notes:
+      note(f'{notes_path(pathlib.Path(flags.out))}: names the users who need a note')
     return
   found = to_one(recommender, flags)
   if found['unknown']:
     names = ', '.join(found['unknown'][:5]) + ', ...' * (len(found['unknown']) > 5)
-    say(f'ignored {len(found["unknown"])} items that are not in the catalogue: {names}')
+    note(f'ignored {len(found["unknown"])} items that are not in the catalogue: {names}')
   if found['history']['read'] < found['history']['items']:
-    say('the model reads the latest {read:,} of {items:,} items'.format(**found['history']))
-  print(json.dumps(found) if flags.json else as_text(found, recommender.share_names))
+    note('the model reads the latest {read:,} of {items:,} items'.format(**found['history']))
+  say(json.dumps(found) if flags.json else as_text(found, recommender.share_names))
 
 
 if __name__ == '__main__':

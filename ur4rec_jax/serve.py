@@ -9,6 +9,7 @@ lists the routes and the limits.
 """
 
 import argparse
+import contextlib
 import signal
 import socket
 import sys
@@ -23,14 +24,18 @@ try:
   from prometheus_client import Counter
 
   from ur4rec_jax.inference import exported
-  from ur4rec_jax.inference.admission import AdmissionControl
+  from ur4rec_jax.inference.admission import AdmissionControl, make_host_check
   from ur4rec_jax.inference.batcher import Batcher
+  from ur4rec_jax.inference.connections import make_protocol
   from ur4rec_jax.inference.http_app import make_app
   from ur4rec_jax.inference.recommender import BATCH_SIZES
 except ImportError as error:
   print(f"error: {error.name} is not installed; pip install 'ur4rec-jax[serve]'", file=sys.stderr)
   sys.exit(InputError.exit_code)
 
+BACKLOG = 256  # Connections that wait at the port until they are accepted.
+_MOST_FILES = 65_536  # Open files of the process, of which connections are most.
+_OTHER_FILES = 64  # Open files that are no connections.
 STOP_SECONDS = 30  # How long clients may take to read their answers when the service stops.
 COMPILED = Counter('ur4rec_compilations', 'Programs compiled since the service was ready.')
 
@@ -46,8 +51,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add('--batch', type=int, default=64, choices=BATCH_SIZES, help='most requests in a batch')
   add('--wait_ms', type=float, default=2, help='milliseconds that a batch waits for more requests')
   add('--queue', type=int, default=256, help='most requests inside at once; others get a 503')
+  add(
+    '--client_connections',
+    type=int,
+    default=256,
+    help='most open connections of one client; more for a proxy in front of the service',
+  )
+  add(
+    '--allowed_hosts',
+    default='',
+    help='further names of this service, separated by commas, that the Host of a request may have;'
+    ' without it the address of --host and localhost; * for all',
+  )
   flags = parser.parse_args(argv)
-  for name, least in (('wait_ms', 0), ('queue', 1)):
+  for name, least in (('wait_ms', 0), ('queue', 1), ('client_connections', 1)):
     if not least <= getattr(flags, name) <= 100_000:
       raise InputError(f'--{name}={getattr(flags, name)}: must be from {least} to 100000')
   return flags
@@ -55,21 +72,36 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _open_port(host: str, port: int) -> socket.socket:
   try:
-    return socket.create_server((host, port), backlog=2048)
+    return socket.create_server((host, port), backlog=BACKLOG)
   except (OSError, OverflowError) as error:
     raise InputError(
       f'--host={host} --port={port}: cannot be opened ({error}); give others, --port=0 for any free'
     ) from error
 
 
-def _serve(app: AdmissionControl, listening: socket.socket) -> None:
+def _most_connections() -> int:
+  """Raises the limit of open files as far as it may be raised; returns the most connections."""
+  try:
+    import resource
+  except ImportError:  # Windows has no such limit.
+    return _MOST_FILES
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  files = _MOST_FILES if most == resource.RLIM_INFINITY else min(most, _MOST_FILES)
+  with contextlib.suppress(ValueError, OSError):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+  # As many connections as wait at the port may be accepted before the oldest ones are closed.
+  return max(files - BACKLOG - _OTHER_FILES, 1)
+
+
+def _serve(app: AdmissionControl, listening: socket.socket, client_connections: int) -> None:
   """Serves until SIGTERM or Ctrl-C."""
   config = uvicorn.Config(
     app,
-    http='httptools',
+    http=make_protocol(_most_connections(), client_connections),
     ws='none',
     lifespan='on',
-    log_level='warning',
+    backlog=BACKLOG,
+    log_level='error',  # A warning for each bad request would fill the disk.
     access_log=False,
     server_header=False,
     timeout_keep_alive=75,
@@ -91,7 +123,9 @@ def main(argv: list[str] | None = None) -> None:
   start = time.monotonic()
   recommender = exported.load(flags.export)
   batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
-  app = AdmissionControl(make_app(recommender, batcher), flags.queue)
+  allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
+  is_allowed = make_host_check(flags.host, allowed)
+  app = AdmissionControl(make_app(recommender, batcher), flags.queue, is_allowed)
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: event.endswith('backend_compile_duration') and COMPILED.inc()
   )
@@ -99,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     host, port = listening.getsockname()[:2]
     took = time.monotonic() - start
     print(f'ready after {took:.1f} s: http://{host}:{port}', flush=True)
-    _serve(app, listening)
+    _serve(app, listening, flags.client_connections)
 
 
 if __name__ == '__main__':

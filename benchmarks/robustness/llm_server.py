@@ -1,7 +1,8 @@
 """A server that speaks the wire formats of OpenAI and Anthropic, with faults, and keeps count.
 
 What happens to the n-th request about an input follows from the seed, the input and n. Words in an
-input ask for an answer of a kind: [refuse], [filter], [length], [empty], [huge], [broken].
+input ask for an answer of a kind: [refuse], [filter], [length], [empty], [huge], [broken]. With
+[status 418], the first request about an input is answered with that status.
 
   python benchmarks/robustness/llm_server.py --port=8123 --rate_limit=0.1 --error=0.05
 """
@@ -15,6 +16,7 @@ import hashlib
 import http.server
 import json
 import random
+import re
 import threading
 import time
 from typing import Any
@@ -274,7 +276,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       if field in body:
         self._error(400, f"Unsupported parameter: '{field}' is not supported with this model.")
         return
-    outcome = self.server.choose(input_name(user_text(body)))
+    name = input_name(user_text(body))
+    asked = re.search(r'\[status (\d{3})\]', user_text(body))
+    if asked and not any(seen == name for _, seen, _ in self.server.arrivals):
+      self.server.arrivals.append((time.time(), name, f'status {asked[1]}'))
+      # The words are those of an empty account, which only a provider's code can mean.
+      self._error(int(asked[1]), 'too fast; see your billing page', {'retry-after': '0.01'})
+      return
+    outcome = self.server.choose(name)
     if faults.latency:
       time.sleep(faults.latency)
     content, end = written(user_text(body))

@@ -178,7 +178,7 @@ def start_service(folder: str, batch: int, queue: int, cache: str) -> tuple[subp
   """Starts the service on a free port and waits until it is ready."""
   command = [sys.executable, '-m', 'ur4rec_jax.serve', f'--export={folder}', '--port=0']
   process = subprocess.Popen(
-    [*command, f'--batch={batch}', f'--queue={queue}'],
+    [*command, f'--batch={batch}', f'--queue={queue}', f'--client_connections={2 * CONNECTIONS}'],
     stdout=subprocess.PIPE,
     text=True,
     env={'JAX_COMPILATION_CACHE_DIR': cache} | os.environ,

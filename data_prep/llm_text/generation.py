@@ -26,7 +26,7 @@ from data_prep.llm_text import (
   texts,
 )
 from ur4rec_jax.data.dataset import read_info
-from ur4rec_jax.errors import InputError, InterruptedBySignal, ReportedError, StorageError
+from ur4rec_jax.errors import InputError, InterruptedBySignal, ReportedError, StorageError, say
 
 PROVIDERS = {module.NAME: module for module in (llm_openai, llm_anthropic)}
 MOCK = 'mock'
@@ -66,7 +66,7 @@ class Sending(NamedTuple):
 
 def show(rows: list[tuple[str, str]], file=None) -> None:
   """Prints rows in two columns."""
-  print('\n'.join(f'{name:<14} {value}' for name, value in rows), file=file, flush=True)
+  say('\n'.join(f'{name:<14} {value}' for name, value in rows), file)
 
 
 def dry_run(job: text_job.Job, store_folder: str, price: costs.Price | None) -> None:

@@ -119,7 +119,8 @@ class Prepared(NamedTuple):
     rows_read: number of rows of the raw data; each became an interaction or was dropped.
     dropped: number of dropped rows, users and items by reason.
     splits: records of the splits for dataset.json.
-    notes: notes and hints of `Raw`.
+    notes: notes and hints of `Raw`, and notes of the filters.
+    dropped_users: original ids of the users that each filter dropped.
   """
 
   user_names: list[str]
@@ -135,6 +136,7 @@ class Prepared(NamedTuple):
   dropped: dict[str, dict[str, int]]
   splits: dict[str, dict[str, Any]]
   notes: tuple[str, ...] = ()
+  dropped_users: Mapping[str, list[str]] = MappingProxyType({})
 
 
 def prepare(raw: Raw, options: Options = Options()) -> Prepared:
@@ -205,7 +207,7 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
     ratings=ratings.astype(np.float32),
     has_timestamps=raw.timestamps is not None,
     has_ratings=raw.ratings is not None,
-    rows_read=len(users),
+    rows_read=len(users) + sum(raw.dropped.values()),
     dropped=dropped,
     splits=make_splits(
       offsets,
@@ -215,6 +217,9 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
       len(names),
     ),
     notes=(*notes, *raw.hints),
+    dropped_users={
+      reason: [user_names[u] for u in dropped] for reason, dropped in ledger.dropped_users.items()
+    },
   )
 
 
@@ -311,7 +316,7 @@ def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 class _Ledger:
-  """Counts the rows that each filter drops."""
+  """Counts the rows that each filter drops, and keeps the users."""
 
   def __init__(
     self, users: np.ndarray, items: np.ndarray, stays: np.ndarray, dropped: Mapping[str, int]
@@ -331,6 +336,8 @@ class _Ledger:
       'interactions': dict(dropped),
     }
     self._left = self._count(np.arange(len(users)))
+    self.dropped_users: dict[str, list[int]] = {}
+    self._has_rows = np.bincount(users) > 0
 
   def _count(self, rows: np.ndarray) -> dict[str, int]:
     has_rows = np.bincount(self._items[rows], minlength=len(self._stays)) > 0
@@ -346,6 +353,11 @@ class _Ledger:
       if lost := self._left[what] - left[what]:
         reasons[reason] = reasons.get(reason, 0) + lost
     self._left = left
+    has_rows = np.bincount(self._users[rows], minlength=len(self._has_rows)) > 0
+    lost = np.flatnonzero(self._has_rows & ~has_rows)
+    if lost.size:
+      self.dropped_users.setdefault(reason, []).extend(lost.tolist())
+    self._has_rows = has_rows
 
 
 def _encode(ids: np.ndarray | pa.Array, others: Iterable[str] = ()) -> tuple[list[str], np.ndarray]:

@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_prep.prepared import pictures, prepare
 from ur4rec_jax import files
-from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, VERSION, read_interactions, read_items
+from ur4rec_jax.data.dataset import (
+  DROPPED_USERS,
+  FORMAT_VERSION,
+  METADATA,
+  VERSION,
+  read_interactions,
+  read_items,
+)
 from ur4rec_jax.errors import InputError
 
 
@@ -53,6 +62,7 @@ def write(
   images, notes = pictures.import_all(folder, data.item_names, offered, image_size)
   _write_interactions(folder, data, origin)
   _write_items(folder, data, images, origin)
+  _write_dropped_users(folder, data)
   _verify(folder, data)
   metadata = {
     'name': origin.name,
@@ -224,6 +234,13 @@ def _write_items(folder: Path, data: prepare.Prepared, images: list[str], origin
     for i, (name, item, image) in enumerate(columns)
   )
   write_records(folder / 'items' / VERSION, table, examples)
+
+
+def _write_dropped_users(folder: Path, data: prepare.Prepared) -> None:
+  rows = [(name, reason) for reason, names in data.dropped_users.items() for name in names]
+  if rows:
+    users, reasons = (pa.array(column, pa.string()) for column in zip(*rows, strict=True))
+    pq.write_table(pa.table({'user': users, 'filter': reasons}), folder / DROPPED_USERS)
 
 
 def _hash(names: list[str]) -> str:

@@ -209,4 +209,6 @@ def _own_name(data_dir: Path) -> list[str]:
   if path == here or not path.is_relative_to(here):
     return [path.name or 'data']
   parts = path.relative_to(here).parts
-  return list(parts[1:] if parts[0] == 'data' and len(parts) > 1 else parts)
+  # data/shop is called shop, unless there is another folder shop.
+  is_short = parts[0] == 'data' and len(parts) > 1 and not here.joinpath(*parts[1:]).exists()
+  return list(parts[is_short:])

@@ -1,6 +1,6 @@
 """Brings columns of any Arrow or pandas type to the few types that the readers work with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -13,10 +13,35 @@ _IDS = ('user', 'item')
 
 
 class Memory(NamedTuple):
-  """A table in memory; `select` converts some of its columns."""
+  """A table in memory; `column` converts one of its columns."""
 
+  name: str
   columns: Sequence[str]
-  select: Callable[[list[str]], pa.Table]
+  column: Callable[[str], pa.ChunkedArray]
+
+  def select(self, columns: Sequence[str], optional: Collection[str] = ()) -> pa.Table:
+    """Converts some columns.
+
+    Args:
+      columns: names of the columns.
+      optional: names of those that are empty instead if Arrow cannot hold them.
+
+    Raises:
+      InputError: Arrow cannot hold a column, or its name is that of two columns.
+    """
+    tables.check_names(self.name, self.columns, columns)
+    found = {}
+    for name in columns:
+      try:
+        found[name] = self.column(name)
+      except (pa.ArrowException, ValueError, TypeError) as error:
+        raise _unusable(f'{self.name}: {name}', error) from error
+      except InputError:
+        if name not in optional:
+          raise
+    rows = len(next(iter(found.values()), ()))
+    empty = pa.chunked_array([pa.nulls(rows)])
+    return pa.table([found.get(name, empty) for name in columns], list(columns))
 
 
 def in_memory(data: Any, name: str) -> Memory:
@@ -27,42 +52,31 @@ def in_memory(data: Any, name: str) -> Memory:
     name: how messages call it.
 
   Raises:
-    InputError: `data` is no table. `select` raises it for a column that Arrow cannot hold.
+    InputError: `data` is no table.
   """
-  if type(data).__module__.startswith('pandas') and hasattr(data, 'iloc'):
+  library = type(data).__module__.partition('.')[0]
+  if library == 'pandas' and hasattr(data, 'iloc'):
     names = [str(column) for column in data.columns]
-    convert = lambda columns: pa.table(
-      [_of_pandas(data.iloc[:, names.index(column)], column, name) for column in columns], columns
-    )
-  elif hasattr(data, 'with_format') and hasattr(data, 'features'):  # A HuggingFace dataset.
+    column = lambda column: _of_pandas(data.iloc[:, names.index(column)], column, name)
+    return Memory(name, names, column)
+  if hasattr(data, 'with_format') and hasattr(data, 'features'):  # A HuggingFace dataset.
     return in_memory(data.with_format('arrow')[:], name)
-  elif type(data).__module__.startswith('polars') and hasattr(data, 'select'):
-    names = list(data.columns)
-    convert = lambda columns: pa.table(data.select(columns))
-  elif isinstance(data, pa.Table) or hasattr(data, '__arrow_c_stream__'):
-    try:
-      table = data if isinstance(data, pa.Table) else pa.table(data)
-    except (pa.ArrowException, ValueError, TypeError) as error:
-      raise _unusable(name, error) from error
-    names, convert = table.column_names, table.select
-  else:
+  if library == 'polars' and hasattr(data, 'select'):
+    return Memory(name, data.columns, lambda column: pa.table(data.select(column))[0])
+  if not hasattr(data, '__arrow_c_stream__'):
     raise InputError(
       f'{name} is of type {type(data).__name__}; pass a pandas DataFrame, an Arrow table or a'
       ' HuggingFace Dataset'
     )
-
-  def select(columns: list[str]) -> pa.Table:
-    tables.check_names(name, names, columns)
-    try:
-      return convert(columns)
-    except (pa.ArrowException, ValueError, TypeError) as error:
-      raise _unusable(name, error) from error
-
-  return Memory(names, select)
+  try:
+    table = pa.table(data)
+  except (pa.ArrowException, ValueError, TypeError) as error:
+    raise _unusable(name, error) from error
+  return Memory(name, table.column_names, table.column)
 
 
 def _unusable(name: str, error: Exception) -> InputError:
-  return InputError(f'{name}: cannot be read ({" ".join(str(error).split())}); convert its columns')
+  return InputError(f'{name}: cannot be read ({" ".join(str(error).split())}); convert it')
 
 
 def _of_pandas(series: Any, column: str, name: str) -> pa.ChunkedArray:
@@ -87,6 +101,28 @@ def _of_pandas(series: Any, column: str, name: str) -> pa.ChunkedArray:
     ) from error
 
 
+def simplified(table: pa.Table, path: str, optional: Collection[str] = ()) -> pa.Table:
+  """Decodes columns that are stored to save memory, and writes bytes and UUIDs as text.
+
+  Args:
+    table: columns in use.
+    path: the file or table, for messages.
+    optional: names of columns that are empty instead if they cannot be read.
+
+  Raises:
+    InputError: a column is of a type that cannot be read, such as lists.
+  """
+  found = []
+  for name in table.column_names:
+    try:
+      found.append(_values(table[name], name, path))
+    except InputError:
+      if name not in optional:
+        raise
+      found.append(pa.chunked_array([pa.nulls(table.num_rows)]))
+  return pa.table(found, table.column_names)
+
+
 def encoded(table: pa.Table, columns: Mapping[str, str], path: str) -> pa.Table:
   """Renames the columns to their roles and brings them to few types.
 
@@ -100,26 +136,18 @@ def encoded(table: pa.Table, columns: Mapping[str, str], path: str) -> pa.Table:
   Raises:
     InputError: a column is of a type that its role cannot have.
   """
-  found = []
-  for role, name in columns.items():
-    try:
-      found.append((_ids if role in _IDS else _numbers)(table[name], name, path))
-    except pa.ArrowException as error:
-      raise InputError(
-        f'{path}: {name} is of type {table[name].type} and cannot be read'
-        f' ({" ".join(str(error).split())}); convert the column'
-      ) from error
-  return pa.table(found, list(columns))
+  return pa.table(
+    [
+      (_ids if role in _IDS else _numbers)(table[name], name, path)
+      for role, name in columns.items()
+    ],
+    list(columns),
+  )
 
 
 def _ids(column: pa.ChunkedArray, name: str, path: str) -> pa.ChunkedArray:
   column = _values(column, name, path)
   kind = column.type
-  if pa.types.is_nested(kind):
-    raise InputError(
-      f'{path}: {name} holds lists or records ({kind}); write one row an interaction, with one id'
-      ' in it'
-    )
   if pa.types.is_null(kind) or (pa.types.is_decimal(kind) and kind.scale <= 0):
     column = column.cast(pa.string())
   readable = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)
@@ -136,19 +164,42 @@ def _numbers(column: pa.ChunkedArray, name: str, path: str) -> pa.ChunkedArray:
   column = _values(column, name, path)
   if not pa.types.is_decimal(column.type):
     return column
-  return column.cast(pa.int64() if column.type.scale <= 0 else pa.float64())
+  try:
+    return column.cast(pa.int64() if column.type.scale <= 0 else pa.float64())
+  except pa.ArrowException as error:
+    raise _unusable(f'{path}: {name}', error) from error
 
 
 def _values(column: pa.ChunkedArray, name: str, path: str) -> pa.ChunkedArray:
-  """Decodes what only saves memory, and writes bytes and UUIDs as text."""
-  if pa.types.is_dictionary(column.type) and column.num_chunks:
+  try:
+    column = _decoded(column)
+  except pa.ArrowException as error:
+    raise _unusable(f'{path}: {name}', error) from error
+  if pa.types.is_nested(column.type):
+    raise InputError(
+      f'{path}: {name} is of type {column.type}; write one row an interaction, with one value in'
+      ' each column, not lists or records'
+    )
+  if isinstance(column.type, pa.BaseExtensionType) or pa.types.is_interval(column.type):
+    raise InputError(
+      f'{path}: {name} is of type {column.type}, which cannot be read; convert the column'
+    )
+  return column
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+  if not column.num_chunks and (
+    pa.types.is_dictionary(column.type) or pa.types.is_run_end_encoded(column.type)
+  ):
+    column = pa.chunked_array([], column.type.value_type)
+  if pa.types.is_dictionary(column.type):
     # Ids are encoded anew later, because categories of pandas may be in use nowhere.
     chunks: list[pa.Array] = []
     for chunk in column.chunks:
-      values = _values(pa.chunked_array([chunk.dictionary]), name, path)
+      values = _decoded(pa.chunked_array([chunk.dictionary]))
       if pa.types.is_string(values.type):
         values = values.cast(pa.large_string())  # All rows together may exceed 2 GiB.
-      chunks += values.take(chunk.indices).chunks
+      chunks += values.take(chunk.indices).chunks or [pa.array([], values.type)]
     return pa.chunked_array(chunks)
   if pa.types.is_run_end_encoded(column.type):
     column = pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks])
@@ -158,8 +209,8 @@ def _values(column: pa.ChunkedArray, name: str, path: str) -> pa.ChunkedArray:
   if kind == pa.uuid():
     texts = [None if value is None else str(value) for value in column.to_pylist()]
     return pa.chunked_array([texts], pa.string())
-  if isinstance(kind, pa.BaseExtensionType):
-    raise InputError(f'{path}: {name} is of type {kind}, which cannot be read; convert the column')
+  if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+    return column.cast(pa.decimal128(kind.precision, kind.scale))  # Arrow counts only wide ones.
   binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
   if pa.types.is_fixed_size_binary(kind) or any(fits(kind) for fits in binary):
     return column.cast(pa.large_binary()).cast(pa.large_string())  # Refused unless it is UTF-8.
@@ -194,7 +245,8 @@ def _joined(columns: list[pa.ChunkedArray], role: str, paths: list[str]) -> pa.C
       f'{paths[at]}: the {role} is of type {types[at]}, but {types[0]} in {paths[0]}; export all'
       ' files with one type'
     ) from error
-  return pa.chunked_array(chunks)
+  is_encoded = pa.types.is_dictionary(columns[0].type)
+  return pa.chunked_array(chunks, pa.dictionary(pa.int32(), kind) if is_encoded else kind)
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.sources.raw_files import listed
 from ur4rec_jax.errors import InputError
 
 _MOST_SHOWN = 12  # Kinds in a message.
@@ -92,8 +93,9 @@ def check(weights: Mapping[str, float], kinds: Counter[str], name: str) -> None:
 
 def shown(kinds: Counter[str]) -> str:
   """Formats kinds with their numbers of rows, the most frequent first."""
-  listed = [f'{kind or "(empty)"} ({count:,})' for kind, count in kinds.most_common(_MOST_SHOWN)]
-  return ', '.join(listed) + ', ...' * (len(kinds) > _MOST_SHOWN)
+  return listed(
+    [f'{kind or "(empty)"} ({count:,})' for kind, count in kinds.most_common()], _MOST_SHOWN
+  )
 
 
 def example(kinds: Counter[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
-from data_prep.sources import ids
+from data_prep.sources import ids, raw_files
 
 _DAMAGES = {
   ids.BLANKS: ('have blanks around them', 'keep the blanks', 'removes them'),
@@ -55,6 +55,7 @@ def hint_about_spelling(
     if alike:
       return (
         f'{len(alike):,} of {len(unknown):,} items that are not in the item table are spelled'
-        f' otherwise there, first {alike[0]!r}; pass --clean_ids={cleaning}, or spell them alike'
+        f' otherwise there, first {raw_files.shown(alike[0])}; pass --clean_ids={cleaning}, or'
+        ' spell them alike'
       )
   return None

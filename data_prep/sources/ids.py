@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.sources.raw_files import shown
 from ur4rec_jax.errors import InputError
 
 # Values of --clean_ids. Each one undoes one kind of damage.
@@ -183,8 +184,8 @@ def _refuse(
   if bad.size:
     row = int(np.flatnonzero(np.isin(indices, bad))[0])
     value = names[int(indices[row])].as_py()
-    shown = f': {value!r}' if value else ''
-    raise InputError(f'{where(row)}: {fault}{shown}; {way_out}')
+    example = f': {shown(value)}' if value else ''
+    raise InputError(f'{where(row)}: {fault}{example}; {way_out}')
 
 
 def _is_blank(names: pa.Array) -> pa.Array:
@@ -199,7 +200,7 @@ def _describe(names: pa.Array, counts: np.ndarray) -> dict[str, str]:
   """Describes ids that look damaged, with their number and an example."""
   is_used = pa.array(counts > 0)
   select = lambda mask: np.flatnonzero(pc.and_(mask, is_used).to_numpy(zero_copy_only=False))
-  example = lambda at: repr(names[int(at[0])].as_py())
+  example = lambda at: shown(names[int(at[0])].as_py())
   found = {}
   trimmed = pc.utf8_trim_whitespace(names)
   if (at := select(pc.not_equal(trimmed, names))).size:

@@ -19,6 +19,7 @@ from data_prep.sources import columns as arrow_columns
 from data_prep.sources import ids, tables, times
 from data_prep.sources import items as item_tables
 from data_prep.sources.hints import hint_about_spelling, hints_about_ids
+from data_prep.sources.raw_files import listed
 from data_prep.sources.selection import Selection
 from ur4rec_jax.errors import InputError
 
@@ -123,24 +124,26 @@ def read(*files: Path, **parameters: Any) -> Raw:
   ]
   names = _with_folders(opened[0], options)
   columns = choose_columns(str(parts[0]), names, options, opened[0].delimiter)
+  all_names = [(*file.columns, *file.folders) for file in opened]
+  selection = Selection(str(parts[0]), columns, all_names, options)
   found = []
-  selection = Selection(str(parts[0]), columns, [file.columns for file in opened], options)
-  for file in opened:
+  for file, names in zip(opened, all_names, strict=True):
     for name, use in selection.uses.items():
-      if name not in file.columns and name not in file.folders:
+      if name not in names:
         raise InputError(
           f'{file.path}: no column {name!r} ({use}), which {parts[0].name} has; its columns'
-          f' are {", ".join(file.columns)}; give all files the same columns'
+          f' are {listed(file.columns)}; give all files the same columns'
         )
     table = tables.read(file, list(selection.uses))
-    table = selection.take(table, functools.partial(tables.place, file))
-    found.append(arrow_columns.encoded(table, selection.columns, str(file.path)))
+    table = arrow_columns.simplified(table, str(file.path), selection.looked_at)
+    part = selection.take(table, functools.partial(tables.place, file))
+    found.append(arrow_columns.encoded(part, selection.columns, str(file.path)))
     notes += file.notes
   selection.check()
   path = str(files[0] if len(files) == 1 else files[0].parent)
   table = arrow_columns.joined(found, list(map(str, parts)))
-  raw = read_columns(path, table, columns, selection.locate, options)
-  return selection.note(raw._replace(notes=(*raw.notes[:1], *notes, *raw.notes[1:])))
+  raw = selection.note(read_columns(path, table, columns, selection.locate, options))
+  return raw._replace(notes=(*raw.notes[:1], *notes, *raw.notes[1:]))
 
 
 def _with_folders(file: tables.File, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -172,9 +175,10 @@ def from_table(data: Any, **parameters: Any) -> Raw:
     raise InputError(f'{unknown[0]} is none of {", ".join(PARAMETERS)}')
   columns = choose_columns('the table', memory.columns, options, None)
   selection = Selection('the table', columns, [memory.columns], options)
-  table = memory.select(list(selection.uses))
+  table = memory.select(list(selection.uses), selection.looked_at)
   if not table.num_rows:
     raise InputError('the table: has no rows')
+  table = arrow_columns.simplified(table, 'the table', selection.looked_at)
   table = selection.take(table, lambda row: Place('the table', row + 1, 'row'))
   selection.check()
   table = arrow_columns.encoded(table, selection.columns, 'the table')
@@ -186,7 +190,7 @@ def choose_columns(
 ) -> dict[str, str]:
   """Assigns columns to roles, by flag or by name; optional roles may stay without a column."""
   chosen: dict[str, str] = {}
-  listed = ', '.join(names)
+  own = listed(names)
   for role, known in NAMES.items():
     flag = f'--{role}_column'
     wanted = options[f'{role}_column']
@@ -194,7 +198,7 @@ def choose_columns(
       if wanted == NONE and role in OPTIONAL and NONE not in names:
         continue
       if wanted not in names:
-        raise InputError(f'{path}: no column {wanted!r} ({flag}); its columns are {listed}')
+        raise InputError(f'{path}: no column {wanted!r} ({flag}); its columns are {own}')
       chosen[role] = wanted
       continue
     taken = {options[f'{other}_column'] for other in NAMES} | set(chosen.values())
@@ -223,7 +227,7 @@ def choose_columns(
         hint += '? pass --delimiter'
       raise InputError(
         f'{path}: no column is recognised as the {role} (the first line must name the columns; it'
-        f' says {listed}); pass {flag}=NAME{hint}'
+        f' says {own}); pass {flag}=NAME{hint}'
       )
   if len(set(chosen.values())) < len(chosen):
     raise InputError(f'{path}: one column is given two roles: {_shown(chosen)}')

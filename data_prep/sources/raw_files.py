@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +194,12 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def shown(line: str) -> str:
   return repr(line if len(line) <= 80 else line[:77] + '...')
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+  """Lists names for a message; of many only the first ones."""
+  more = f' and {len(names) - most:,} more' * (len(names) > most)
+  return ', '.join(name if len(name) <= 80 else shown(name) for name in names[:most]) + more
 
 
 def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from data_prep.prepared.prepare import Place, Raw
 from data_prep.sources import events, where
+from data_prep.sources.raw_files import listed
 from ur4rec_jax.errors import InputError
 
 # Names of columns that are worth a look although they play no role, spelled as in `NAMES`.
@@ -80,6 +81,11 @@ class Selection:
     self._parts: list[tuple[Callable[[int], Place], np.ndarray | None]] = []
     self._ends: list[int] = []
 
+  @property
+  def looked_at(self) -> set[str]:
+    """Names of the columns that are read only to say something about them."""
+    return {*self._negative, *self._kinds}
+
   def take(self, table: pa.Table, place: Callable[[int], Place]) -> pa.Table:
     """Returns the wanted rows of a table with the columns `uses`.
 
@@ -137,9 +143,7 @@ class Selection:
   def _hints(self) -> list[str]:
     hints = []
     if self._ignored:
-      others = len(self._ignored) - _MOST_COLUMNS
-      shown = ', '.join(self._ignored[:_MOST_COLUMNS])
-      hints.append(f'ignored columns: {shown}' + (f' and {others:,} more' if others > 0 else ''))
+      hints.append(f'ignored columns: {listed(self._ignored, _MOST_COLUMNS)}')
     for name, count in self._negative.items():
       if count:
         quoted = name if re.fullmatch(r'[^\W\d]\w*', name) else f'`{name}`'

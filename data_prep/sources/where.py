@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_prep.sources.raw_files import listed
 from data_prep.sources.tables import first_true
 from ur4rec_jax.errors import InputError
 
@@ -104,7 +105,7 @@ def check_columns(comparisons: Sequence[Comparison], names: Sequence[str], path:
   for comparison in comparisons:
     if comparison.column not in names:
       near = difflib.get_close_matches(comparison.column, names, n=1)
-      hint = f'; did you mean {near[0]}?' if near else f'; its columns are {", ".join(names)}'
+      hint = f'; did you mean {near[0]}?' if near else f'; its columns are {listed(names)}'
       raise InputError(f'{path}: no column {comparison.column!r} (--where){hint}')
 
 

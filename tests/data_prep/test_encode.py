@@ -827,7 +827,8 @@ def test_decoding_processes_end_with_a_killed_parent(build):
 import os, signal
 from pathlib import Path
 from data_prep.embeddings import picture_tokens
-encoder = picture_tokens.color(1)
+from ur4rec_jax.encoders import pictures
+encoder = pictures.color(1)
 decoders = picture_tokens._Decoders(encoder.prepare, 1)
 if __name__ == '__main__':
   paths = sorted(Path({str(data_dir / 'images')!r}).glob('*.png'))

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.robustness import llm_server, text_generation
 from data_prep import build_dataset
 from data_prep.llm_text import answers, llm_batch
 from tests.helpers.fork_server import Program
+from tests.helpers.runs import ROOT
 from ur4rec_jax.data import dataset
 
 # The last two items are held out of the texts about users.
@@ -37,13 +39,11 @@ def build(folder: Path, titles, description='') -> Path:
 def start(*flags: str, **environment: str) -> Program:
   """Starts the program; keys of the machine it runs on are not seen."""
   inherited = {name: value for name, value in os.environ.items() if name not in KEYS.values()}
-  return Program(flags, inherited | environment)
+  return Program('data_prep.generate_text', flags, inherited | environment, ROOT)
 
 
-def run(*flags: str, **environment: str) -> Program:
-  process = start(*flags, **environment)
-  process.wait()
-  return process
+def run(*flags: str, **environment: str) -> subprocess.CompletedProcess:
+  return start(*flags, **environment).finish()
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def data_dir(tmp_path_factory) -> Path:
   return build(folder, TITLES, 'A heist, and what it costs.')
 
 
-def row(result: Program, name: str) -> str:
+def row(result: subprocess.CompletedProcess, name: str) -> str:
   return ' / '.join(line[15:] for line in result.stdout.splitlines() if line.startswith(name))
 
 
@@ -214,9 +214,10 @@ def test_a_signal_stops_with_everything_stored(tmp_path):
     while len(server.answers()) < 30:
       time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143
+    done = process.finish()
+    assert done.returncode == 143
     count = server.outcomes()['answer']
-    assert f'stopped: {count} answers are in' in process.stderr
+    assert f'stopped: {count} answers are in' in done.stderr
     assert len(text_generation.stored(data)) == count < 400
 
 
@@ -277,7 +278,7 @@ def test_a_key_is_nowhere(data_dir, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def mistakes(data_dir, tmp_path_factory) -> dict[str, Program]:
+def mistakes(data_dir, tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
   """Every mistake made, side by side."""
   folder = tmp_path_factory.mktemp('mistakes')
   untitled = build(folder / 'untitled', ('', '', ''))
@@ -303,12 +304,11 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, Program]:
       'all held back': ((data, ai, url, '--hold_back=1'), key),
       'import of both': ((data, f'--import={folder}/list.json'), {}),
     }
-    results = {
+    processes = {
       name: start(*words, f'{store}-{name}', **environment)
       for name, (words, environment) in commands.items()
     }
-    for process in results.values():
-      process.wait()
+    results = {name: process.finish() for name, process in processes.items()}
     assert not server.outcomes()
   return results
 

@@ -1,60 +1,133 @@
-"""Runs generate_text in processes of its own without importing everything each time.
+"""Starts the project's commands in processes of their own without importing everything each time.
 
 The processes are real: they are forked from one that has done the imports, have their own flags,
-environment, output and exit code, and take signals.
+environment, folder, output and exit code, and take signals.
 """
 
+import atexit
 import multiprocessing
+import multiprocessing.connection
 import os
-import tempfile
+import runpy
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 _CONTEXT = multiprocessing.get_context('forkserver')
-_CONTEXT.set_forkserver_preload(['data_prep.generate_text', 'openai', 'anthropic'])
+# What the commands import, but not the commands themselves: they run as `python -m` runs them.
+_CONTEXT.set_forkserver_preload(
+  [
+    'anthropic',
+    'openai',
+    'data_prep.flags',
+    'data_prep.embeddings',
+    'data_prep.llm_text.generation',
+    'data_prep.llm_text.text_job',
+    'pyarrow.parquet',
+    'ur4rec_jax.inference.explanations',
+    'ur4rec_jax.inference.frames',
+    'ur4rec_jax.inference.trained',
+    'ur4rec_jax.runs.config_files',
+    'ur4rec_jax.runs.results',
+    'ur4rec_jax.runs.sweep',
+    'ur4rec_jax.runs.train_loop',
+  ]
+)
 
 
 class Program:
-  """A started program; the part of `subprocess.Popen` that tests use."""
+  """A started command; the part of `subprocess.Popen` that tests use.
 
-  def __init__(self, flags: Sequence[str], environment: Mapping[str, str]):
-    self._folder = tempfile.TemporaryDirectory()
-    self._outputs = [Path(self._folder.name) / name for name in ('out', 'error')]
-    arguments = (tuple(map(str, flags)), dict(environment), self._outputs)
+  Attributes:
+    args: the module and its flags.
+    pid: of the process.
+    stdout: what it prints, a text file.
+    stderr: what it prints as errors, a text file.
+  """
+
+  def __init__(
+    self, module: str, flags: Sequence[str], environment: Mapping[str, str], folder: Path
+  ):
+    self.args = (module, *map(str, flags))
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
+    outputs = [writer for _, writer in pipes]
+    arguments = (self.args, dict(environment), str(folder), outputs)
     self._process = _CONTEXT.Process(target=_main, args=arguments)
     self._process.start()
+    self.pid = self._process.pid
+    for writer in outputs:
+      writer.close()
+    self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in pipes)
 
   def poll(self) -> int | None:
     """Exit code, None while it runs."""
     return self._process.exitcode
 
-  def wait(self) -> int:
+  returncode = property(poll)
+
+  def wait(self, timeout: float = 120) -> int:
     """Waits for its end and returns the exit code."""
-    self._process.join(timeout=120)
-    return self._process.exitcode
+    self._process.join(timeout)
+    if self.poll() is None:
+      raise subprocess.TimeoutExpired(self.args, timeout)
+    return self.poll()
+
+  def finish(self, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Waits for its end; returns what `subprocess.run` returns."""
+    out, error = self.communicate(timeout)
+    return subprocess.CompletedProcess(self.args, self.returncode, out, error)
+
+  def communicate(self, timeout: float = 120) -> tuple[str, str]:
+    """Waits for its end and returns the rest of what it printed."""
+    texts = ['', '']
+
+    def read(number: int, file) -> None:
+      texts[number] = file.read()
+      file.close()
+
+    readers = [
+      threading.Thread(target=read, args=numbered, daemon=True)
+      for numbered in enumerate((self.stdout, self.stderr))
+    ]
+    for reader in readers:
+      reader.start()
+    self.wait(timeout)
+    for reader in readers:
+      reader.join()
+    return texts[0], texts[1]
 
   def send_signal(self, number: int) -> None:
     """Sends a signal."""
-    os.kill(self._process.pid, number)
+    os.kill(self.pid, number)
 
-  returncode = property(poll)
-
-  @property
-  def stdout(self) -> str:
-    """What it printed."""
-    return self._outputs[0].read_text()
-
-  @property
-  def stderr(self) -> str:
-    """What it printed as errors."""
-    return self._outputs[1].read_text()
+  def kill(self) -> None:
+    """Sends SIGKILL."""
+    self._process.kill()
 
 
-def _main(flags: Sequence[str], environment: Mapping[str, str], outputs: Sequence[Path]) -> None:
+def can_fork(environment: Mapping[str, str]) -> bool:
+  """Returns whether no variable is one that jax reads when it is imported."""
+  return not any(name.lower() in jax.config.values for name in environment)
+
+
+def _main(
+  args: Sequence[str],
+  environment: Mapping[str, str],
+  folder: str,
+  outputs: Sequence[multiprocessing.connection.Connection],
+) -> None:
   os.environ.clear()
   os.environ.update(environment)
-  for descriptor, path in zip((1, 2), outputs, strict=True):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-  from data_prep import generate_text
-
-  generate_text.main([*flags])
+  os.chdir(folder)
+  for descriptor, output in zip((1, 2), outputs, strict=True):
+    os.dup2(output.fileno(), descriptor)
+    output.close()
+  sys.argv[:] = args
+  try:
+    runpy.run_module(args[0], run_name='__main__', alter_sys=True)
+  finally:
+    atexit._run_exitfuncs()

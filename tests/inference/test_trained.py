@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.helpers.recommenders import VARIANTS, make
 from ur4rec_jax.data.dataset import read_items
@@ -138,6 +140,47 @@ def test_frames_go_in_and_out(shop):
   )
   with pytest.raises(InputError, match="no column 'item', only user, goods"):
     recommender.recommend(log[['user']].assign(goods=1))
+
+
+BAD_HISTORIES = {
+  'empty': [],
+  'unknown': ['nothing', 'nobody'],
+  'no list': 5,
+  'a text': 'i01',
+  'a fraction': [1.5],
+  'missing': [None],
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations([*BAD_HISTORIES, 'ann', 'bob', 'cid']), bad=st.integers(1, 6))
+def test_a_user_who_cannot_be_answered_costs_the_others_nothing(shop, order, bad):
+  recommender, _ = make(shop, 'text')
+  ids = recommender.item_ids
+  good = {'ann': ids[:2], 'bob': ids[5:9], 'cid': ids[3:4]}
+  kept = {*list(BAD_HISTORIES)[:bad], *good}
+  histories = {name: (BAD_HISTORIES | good)[name] for name in order if name in kept}
+  answer = recommender.answer(list(histories.values()), 3)
+  for name, items, problem in zip(histories, answer.items, answer.problems, strict=True):
+    assert (len(items), bool(problem)) == ((3, False) if name in good else (0, True))
+    if name in good:
+      assert items == recommender.answer([good[name]], 3).items[0]
+  with pytest.warns(UserWarning, match='gets no recommendations'):
+    frame = recommender.recommend(histories, k=3)
+  assert set(frame['user']) == set(good)
+  assert set(frame.attrs['problems']) == kept - set(good)
+  with pytest.raises(InputError, match='none of the 2 users'):
+    recommender.answer([[], ['nothing']], 3)
+
+
+def test_an_unknown_user_among_known_ones_is_named(shop):
+  recommender, _ = make(shop, 'learned')
+  names = list(recommender.users)[:2]
+  with pytest.warns(UserWarning, match="user 'nobody' gets no recommendations: user 'nobody'"):
+    frame = recommender.recommend(user=[names[0], 'nobody', names[1]], k=3)
+  assert frame['user'].tolist() == [names[0]] * 3 + [names[1]] * 3
+  with_texts = recommender.recommend(user=names[1], k=3)
+  assert frame[frame.user == names[1]]['item'].tolist() == with_texts['item'].tolist()
 
 
 def test_an_influence_is_the_fall_of_the_score_above_the_mean(shop):

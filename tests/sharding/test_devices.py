@@ -129,7 +129,12 @@ def one_device(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  ('mapping', 'item_rows'), [('pmap', 'all'), ('shard_map', 'all'), ('pmap', 'sharded')]
+  ('mapping', 'item_rows'),
+  [
+    pytest.param('pmap', 'all', marks=pytest.mark.slow),
+    ('shard_map', 'all'),
+    ('pmap', 'sharded'),
+  ],
 )
 def test_devices_agree(mapping, item_rows, run, one_device, tmp_path):
   """By a loss that reads all items."""
@@ -154,7 +159,7 @@ def on_two_devices(run, encoded, tmp_path_factory):
   return workdir, flags
 
 
-@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
+@pytest.mark.parametrize('mapping', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)])
 def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_devices, tmp_path):
   reference, flags = on_two_devices
   flags += ('--config.optimizer.item_embeddings=sharded',)
@@ -165,7 +170,10 @@ def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_d
   assert results[0] == results[1]
 
 
-def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, encoded, tmp_path):
+@pytest.mark.parametrize('mapping', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)])
+def test_losses_of_all_items_train_the_same_where_these_are_spread(
+  mapping, run, start, encoded, tmp_path
+):
   """Both branches; other losses in the run need only the items of the step."""
   reference = tmp_path / 'all'
   flags = (*EXACT, f'--config.data_dir={encoded}')
@@ -179,12 +187,11 @@ def test_losses_of_all_items_train_the_same_where_these_are_spread(run, start, e
   done = run(reference, *flags, '--config.loss.chunk_size=50', env=devices(2))
   assert done.returncode == 0, done.stderr
   flags += ('--config.optimizer.item_embeddings=sharded',)
-  for mapping in ('pmap', 'shard_map'):
-    workdir = tmp_path / mapping
-    run_on_two_devices(run, start, workdir, flags, mapping)
-    assert_close(workdir, reference, spread=True)
-    results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
-    assert results[0]['test'] == results[1]['test']
+  workdir = tmp_path / mapping
+  run_on_two_devices(run, start, workdir, flags, mapping)
+  assert_close(workdir, reference, spread=True)
+  results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
+  assert results[0]['test'] == results[1]['test']
 
 
 def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, tmp_path):
@@ -212,7 +219,10 @@ def test_the_parameters_moved(one_device, run, tmp_path):
     assert_close(workdir, one_device)
 
 
-@pytest.mark.parametrize(('mapping', 'found'), [('pmap', by_slurm), ('shard_map', by_address)])
+@pytest.mark.parametrize(
+  ('mapping', 'found'),
+  [('shard_map', by_slurm), pytest.param('pmap', by_address, marks=pytest.mark.slow)],
+)
 def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_path):
   workdir = tmp_path / 'run'
   processes = start_pair(start, workdir, *EXACT, f'--config.mapping={mapping}', found=found)
@@ -258,6 +268,7 @@ def test_no_process_loses_the_coordinator_before_it_ends(dying, exit_codes, envi
   assert [process.returncode for process in processes] == exit_codes, errors
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_back(run, one_device, tmp_path):
   workdir = tmp_path / 'run'
   assert run(workdir, *EXACT, '--config.num_epochs=1', env=devices(8)).returncode == 0

@@ -375,6 +375,7 @@ def has_begun(stage):
   return lambda workdir: any(line['stage'] == stage for line in lines(workdir))
 
 
+@pytest.mark.slow
 def test_killed_between_and_within_stages_it_ends_the_same(
   start_staged, run_staged, whole, tmp_path
 ):
@@ -392,7 +393,7 @@ def test_killed_between_and_within_stages_it_ends_the_same(
 
 def test_a_stage_starts_from_the_checkpoint_of_the_one_before(run_staged, whole, tmp_path):
   ends = ends_of_stages(whole)
-  for stage in (DEFAULT[0], DEFAULT[2]):  # The kills above start the third from the second.
+  for stage in (DEFAULT[0], DEFAULT[2]):
     workdir = tmp_path / stage
     shutil.copytree(whole, workdir)
     (workdir / 'results.json').unlink()
@@ -404,6 +405,7 @@ def test_a_stage_starts_from_the_checkpoint_of_the_one_before(run_staged, whole,
     assert_same_end(workdir, whole)
 
 
+@pytest.mark.slow
 def test_pmap_equals_shard_map(run_staged, tmp_path):
   """Where the retriever is frozen and two parts of SASRec take turns, on two devices."""
   flags = (

@@ -14,6 +14,7 @@ from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 2
 METADATA = 'dataset.json'
+DROPPED_USERS = 'dropped_users.parquet'  # Only where a filter dropped users.
 VERSION = '1.0.0'  # Version of the TFDS data in a folder.
 _LISTS = ('genres', 'sentences')  # Fields with any number of values; all others have one.
 _READ_AT_ONCE = 10_000  # Examples per read, because a large dataset does not fit in memory.
@@ -190,6 +191,26 @@ def read_interactions(data_dir: str | pathlib.Path) -> Interactions:
 def first_user(data_dir: str | pathlib.Path) -> str:
   """Returns the original id of the first user, without reading the others."""
   return next(_examples(data_dir, 'interactions', 'users', 1))[0]['user_id'][0].decode()
+
+
+def read_dropped_users(data_dir: str | pathlib.Path) -> dict[str, str]:
+  """Reads which filter of the build dropped a user, by original id.
+
+  Folders that an earlier version built do not say it; {} for them.
+
+  Raises:
+    InputError: the file is damaged.
+  """
+  import pyarrow.parquet  # Only this function needs it.
+
+  path = pathlib.Path(data_dir) / DROPPED_USERS
+  if not path.exists():
+    return {}
+  try:
+    table = pyarrow.parquet.read_table(path)
+    return dict(zip(table['user'].to_pylist(), table['filter'].to_pylist(), strict=True))
+  except (OSError, ValueError, KeyError) as error:
+    raise InputError(f'{path}: cannot be read ({error}); {_rebuild(data_dir)}') from error
 
 
 def read_items(data_dir: str | pathlib.Path) -> list[dict[str, Any]]:

@@ -88,6 +88,43 @@ def _sha256(folder: Path) -> str:
   return digest.hexdigest()
 
 
+def can_encode(made_by: dict[str, Any]) -> bool:
+  """Tells whether features were made by an encoder, so that new content can be encoded alike.
+
+  Args:
+    made_by: the encoder in their info.json; imported features have the file there.
+  """
+  return 'sha256' in made_by or made_by['is_builtin']
+
+
+def check_can_encode(folder: Path, made_by: dict[str, Any]) -> None:
+  """Raises InputError unless `can_encode`.
+
+  Args:
+    folder: folder of the features.
+    made_by: the encoder in their info.json.
+  """
+  if not can_encode(made_by):
+    raise InputError(
+      f'{folder}: was {made_by["name"]}, so that new texts and pictures cannot be encoded alike;'
+      ' encode them with data_prep.encode and train on these features'
+    )
+
+
+def check_same(folder: Path, made_by: dict[str, Any], found: dict[str, Any]) -> None:
+  """Raises InputError if the files of an encoder are not those that made the features.
+
+  Args:
+    folder: folder of the features.
+    made_by: the encoder in their info.json.
+    found: the record of the encoder that is here.
+  """
+  if found.get('sha256') != made_by.get('sha256'):
+    raise InputError(
+      f'{folder}: was made with other files of {made_by["name"]} than those that are here'
+    )
+
+
 def missing_extra(error: ImportError) -> InputError:
   """Creates the error for a package that is not installed."""
   return InputError(

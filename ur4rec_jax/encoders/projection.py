@@ -54,6 +54,27 @@ def load(folder: Path, info: dict[str, Any]) -> Projection:
     ) from error
 
 
+def apply_like(
+  folder: Path, info: dict[str, Any], tokens: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
+  """Normalises and projects new tokens as stored features were.
+
+  Args:
+    folder: folder of the features.
+    info: their info.json.
+    tokens: `[rows, tokens, full width]` float32 of the encoder.
+    mask: `[rows, tokens]` bool, true for tokens that exist.
+
+  Returns:
+    `[rows, tokens, width]` float32, zeros where masked.
+  """
+  if info['is_normalised']:
+    tokens = tokens / np.maximum(np.linalg.norm(tokens, axis=2, keepdims=True), 1e-9)
+  if info['projection']:
+    tokens = load(folder, info['projection']).apply(tokens)
+  return tokens * mask[..., None]
+
+
 class Moments:
   """Sums over tokens, from which the principal components are computed."""
 

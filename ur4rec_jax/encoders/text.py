@@ -7,7 +7,7 @@ import functools
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,26 +67,36 @@ def encode_like(folder: Path, info: dict[str, Any], text: str) -> tuple[np.ndarr
   parts = _with_whole(split(text), info['tokens'] - 1)
   if not parts:
     raise InputError(f'the text {text!r:.80}: has no letters and digits; write a sentence')
+  tokens, mask = encode_rows_like(folder, info, [parts])
+  return tokens[0], mask[0]
+
+
+def encode_rows_like(
+  folder: Path, info: dict[str, Any], rows: list[list[str]]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Encodes new texts with the encoder and the projection of stored features.
+
+  Args:
+    folder: folder of the features.
+    info: their info.json.
+    rows: the texts of each row: the whole, then its sentences; [] for a row without a text.
+
+  Returns:
+    `[rows, tokens, width]` float32, zeros where there is no text, and `[rows, tokens]` bool.
+
+  Raises:
+    InputError: the encoder is missing or has changed.
+  """
   made_by = info['encoder']
-  if 'sha256' not in made_by and made_by['name'] != HASHING:
-    raise InputError(
-      f'{folder}: was {made_by["name"]}, so that new texts cannot be encoded alike; encode the'
-      ' texts with data_prep.encode and train on these features'
-    )
+  pretrained.check_can_encode(folder, made_by)
   if made_by['name'] == HASHING:
     encoder = hashing()
   else:
     encoder = sentence_transformer(made_by['name'], 'cpu', 'float32')
-  if encoder.info.get('sha256') != made_by.get('sha256'):
-    raise InputError(
-      f'{folder}: was made with other files of {made_by["name"]} than those that are here'
-    )
-  tokens, mask = encode(encoder, info['tokens'], [parts], lambda count: None)
-  if info['is_normalised']:
-    tokens /= np.maximum(np.linalg.norm(tokens, axis=2, keepdims=True), 1e-9)
-  if info['projection']:
-    tokens = projection.load(folder, info['projection']).apply(tokens)
-  return tokens[0] * mask[0][:, None], mask[0]
+  pretrained.check_same(folder, made_by, encoder.info)
+  rows = [row[: info['tokens']] for row in rows]
+  tokens, mask = encode(encoder, info['tokens'], rows, lambda count: None)
+  return projection.apply_like(folder, info, tokens, mask), mask
 
 
 def origin(data_dir: str | Path, of: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -142,21 +152,30 @@ def named_texts(
         f'data_dir {data_dir}: item {item["original_id"]!r} has the text of {row["original_id"]!r};'
         f' write the texts again: python -m data_prep.generate_text --data_dir={data_dir}'
       )
-    parts = [_head(item)]
-    if row is not None and row['source'] != 'dataset':
-      parts += row['sentences']
-    parts += sentences.split(known_text(item['description']))
-    yield item['original_id'], _with_whole([part for part in parts if part], max_tokens)
+    written = row['sentences'] if row is not None and row['source'] != 'dataset' else []
+    texts = item_texts(item, written)
+    yield item['original_id'], texts[: 1 + max_tokens]
 
 
-def _head(item: dict[str, Any]) -> str:
+def item_texts(item: Mapping[str, Any], written: Sequence[str] = ()) -> list[str]:
+  """Returns the texts of an item: the whole, then each sentence; [] without a text.
+
+  Args:
+    item: its `title`, `genres` and `description`.
+    written: sentences that were written about it.
+  """
+  parts = [_head(item), *written, *sentences.split(known_text(item['description']))]
+  return _with_whole([part for part in parts if part])
+
+
+def _head(item: Mapping[str, Any]) -> str:
   title = ' '.join(clean(item['title']).split())
   genres = ', '.join(filter(None, map(known_text, item['genres'])))
   return ': '.join(part for part in (title, genres) if any(map(str.isalnum, part)))
 
 
-def _with_whole(parts: list[str], max_tokens: int) -> list[str]:
-  """Puts the whole text before its first sentences; [] for no text."""
+def _with_whole(parts: list[str], max_tokens: int | None = None) -> list[str]:
+  """Puts the whole text before its first sentences, or all of them; [] for no text."""
   if not parts:
     return []
   whole = ' '.join(part if part[-1] in '.!?…。！？' else f'{part}.' for part in parts)

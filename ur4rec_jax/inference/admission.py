@@ -1,9 +1,11 @@
-"""Limits the size of requests and how many are inside the service at once."""
+"""Limits the size of requests and how many are inside the service at once, and checks the Host."""
 
 import asyncio
 import contextlib
+import ipaddress
 import time
-from collections.abc import Callable
+from collections import Counter as Counts
+from collections.abc import Callable, Sequence
 
 from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram
@@ -11,8 +13,10 @@ from prometheus_client import Counter, Gauge, Histogram
 from ur4rec_jax.inference.http_schema import problem
 
 MOST_BYTES = 1 << 20  # In the body of a request.
+MOST_HEADER_BYTES = 1 << 16  # In the address and the header of a request.
 READ_SECONDS = 5  # A body that takes longer to arrive is refused.
 RETRY_SECONDS = 1  # Refused clients are told to wait this long.
+TURN = 'ur4rec.turn'  # The `Turn` of a request in its scope.
 ALWAYS_ADMITTED = ('/health', '/metrics')  # They are needed most when the service is overloaded.
 
 REQUESTS = Counter('ur4rec_requests', 'Answers by status.', ['status'])
@@ -36,14 +40,17 @@ class AdmissionControl:
     answered: accepted requests that were answered.
   """
 
-  def __init__(self, app: Callable, most_inside: int):
+  def __init__(self, app: Callable, most_inside: int, is_allowed: Callable[[str], bool]):
     """Wraps an application.
 
     Args:
       app: the ASGI application.
       most_inside: the most requests that may be inside at once.
+      is_allowed: tells whether the Host of a request is that of this service.
     """
-    self._app, self._most_inside = app, most_inside
+    self._app, self._most_inside, self._is_allowed = app, most_inside, is_allowed
+    self._of_client: Counts[str] = Counts()
+    self._turns: dict[str, asyncio.Lock] = {}
     self.inside = self.accepted = self.answered = 0
     self._refusal = problem(503, 'too many requests at once; try again later')
     self._refusal.headers['Retry-After'] = str(RETRY_SECONDS)
@@ -52,20 +59,50 @@ class AdmissionControl:
   async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
     if scope['type'] != 'http':
       await self._app(scope, receive, send)
+    elif refusal := self._refusal_of_header(scope):
+      await refusal(scope, receive, _counting(send))
     elif scope['path'] in ALWAYS_ADMITTED:
-      await self._admit(scope, receive, send)
-    elif self.inside >= self._most_inside:
-      await self._refusal(scope, receive, _counting(send))
+      # Their bodies are never read, because the queue does not limit how many there are.
+      await self._app(scope, _nothing, _counting(send))
     else:
-      start = time.perf_counter()
-      self.inside += 1
-      try:
-        await self._admit(scope, receive, send)
-      finally:
-        self.inside -= 1
-        SECONDS.observe(time.perf_counter() - start)
+      await self._in_queue(scope, receive, send)
 
-  async def _admit(self, scope: dict, receive: Callable, send: Callable) -> None:
+  def _refusal_of_header(self, scope: dict) -> JSONResponse | None:
+    headers = scope['headers']
+    size = len(scope['raw_path']) + len(scope['query_string'])
+    if size + sum(len(name) + len(value) + 4 for name, value in headers) > MOST_HEADER_BYTES:
+      return _closing(problem(431, f'the header has more than {MOST_HEADER_BYTES:,} bytes'))
+    hosts = [value.decode('latin-1') for name, value in headers if name == b'host']
+    if not hosts:
+      return problem(400, 'the header has no Host')
+    if not all(map(self._is_allowed, hosts)):
+      way_out = 'start it with --allowed_hosts'
+      return problem(421, f'Host {hosts[0][:80]!r} is not that of this service; {way_out}')
+    return None
+
+  async def _in_queue(self, scope: dict, receive: Callable, send: Callable) -> None:
+    client = scope['client'][0] if scope['client'] else ''
+    # When the queue is full, a client who has less than an equal share of it still gets in. The
+    # queue therefore has twice the places at most.
+    of_client = self._of_client[client]
+    share = self._most_inside / (len(self._of_client) + (not of_client))
+    if self.inside >= self._most_inside and of_client >= share:
+      await self._refusal(scope, receive, _counting(send))
+      return
+    start = time.perf_counter()
+    self.inside += 1
+    self._of_client[client] += 1
+    try:
+      await self._admit(client, scope, receive, send)
+    finally:
+      self.inside -= 1
+      self._of_client[client] -= 1
+      if not self._of_client[client]:
+        del self._of_client[client]
+        self._turns.pop(client, None)
+      SECONDS.observe(time.perf_counter() - start)
+
+  async def _admit(self, client: str, scope: dict, receive: Callable, send: Callable) -> None:
     send = _counting(send)
     body = await _read_body(receive)
     if body is None:
@@ -79,8 +116,77 @@ class AdmissionControl:
       return next(messages, None) or await receive()
 
     self.accepted += 1
-    await self._app(scope, replay, send)
+    async with Turn(self._turns.setdefault(client, asyncio.Lock())) as turn:
+
+      async def end_turn_and_send(message: dict) -> None:
+        turn.end()  # The client may read its answer slowly.
+        await send(message)
+
+      scope[TURN] = turn
+      await self._app(scope, replay, end_turn_and_send)
     self.answered += 1
+
+
+class Turn:
+  """Has the requests of one client read one after the other.
+
+  Reading takes the time of all clients. Without turns, somebody who asks a hundred things at once
+  would get a hundred times the time of somebody who asks one.
+  """
+
+  def __init__(self, lock: asyncio.Lock):
+    self._lock, self._is_mine = lock, False
+
+  async def __aenter__(self) -> 'Turn':
+    await self._lock.acquire()
+    self._is_mine = True
+    return self
+
+  async def __aexit__(self, *_) -> None:
+    self.end()
+
+  def end(self) -> None:
+    """Lets the client's next request be read; for a request that waits for its batch."""
+    if self._is_mine:
+      self._is_mine = False
+      self._lock.release()
+
+
+def make_host_check(bound: str, more: Sequence[str] = ()) -> Callable[[str], bool]:
+  """Builds a function that tells whether a Host header names this service.
+
+  A page of another site can make its own name point to this machine (DNS rebinding), and would then
+  be allowed to read the answers. Its requests have the name of that site as their Host.
+
+  Args:
+    bound: the address that the service listens on. For all networks (0.0.0.0 or ::) every Host that
+      is an address is right, because only names can be made to point elsewhere.
+    more: further names; `*` allows all.
+  """
+  names = {'localhost', '127.0.0.1', '::1', bound.casefold(), *(name.casefold() for name in more)}
+  is_any_address = bound in ('', '0.0.0.0', '::')
+
+  def is_allowed(host: str) -> bool:
+    host = host.casefold()
+    name = host[1:].partition(']')[0] if host.startswith('[') else host.partition(':')[0]
+    if '*' in names or name.rstrip('.') in names:
+      return True
+    with contextlib.suppress(ValueError):
+      return is_any_address and bool(ipaddress.ip_address(name))
+    return False
+
+  return is_allowed
+
+
+async def _nothing() -> dict:
+  """Stands for a body that is not read."""
+  return {'type': 'http.request', 'body': b'', 'more_body': False}
+
+
+def _closing(response: JSONResponse) -> JSONResponse:
+  """Has the connection closed after a response, because the rest of the request is not read."""
+  response.headers['Connection'] = 'close'
+  return response
 
 
 async def _read_body(receive: Callable) -> bytes | JSONResponse | None:
@@ -100,9 +206,9 @@ async def _read_body(receive: Callable) -> bytes | JSONResponse | None:
           body += part
         is_whole = not message.get('more_body', False)
   if size > MOST_BYTES:
-    return problem(413, f'the body has more than {MOST_BYTES:,} bytes')
+    return _closing(problem(413, f'the body has more than {MOST_BYTES:,} bytes'))
   if not is_whole:
-    return problem(408, f'the body did not come within {READ_SECONDS} s')
+    return _closing(problem(408, f'the body did not come within {READ_SECONDS} s'))
   return bytes(body)
 
 

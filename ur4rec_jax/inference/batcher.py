@@ -1,6 +1,8 @@
 """Ranks the requests of many clients together, in batches of sizes that were compiled before."""
 
 import asyncio
+import collections
+import itertools
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -19,16 +21,81 @@ BATCHES = Histogram(
 )
 
 
+# Few users have more distinct items than this share of all users. The requests of these few are
+# ranked alone, so that the width of the others' batches does not grow with the longest history.
+_USUAL_SHARE = 0.99
+
+
 class Job(NamedTuple):
   """One request.
 
   Attributes:
     query: the query of a single user.
     only: the request's filter `only`, or None. Jobs with the same filter share a batch.
+    client: who asks. Clients take turns.
   """
 
   query: CheckedQuery
   only: Hashable
+  client: Hashable = None
+
+
+class Waiting(NamedTuple):
+  """A job that waits for its batch.
+
+  Attributes:
+    job: the job.
+    key: jobs with the same key may share a batch.
+    answer: future of the answer.
+  """
+
+  job: Job
+  key: Hashable
+  answer: asyncio.Future
+
+
+class Line:
+  """The jobs that wait. Clients take turns, so that nobody waits for all jobs of another."""
+
+  def __init__(self) -> None:
+    self._waiting: list[Waiting] = []
+    self._turns = itertools.count(1)
+    self._last_turn: dict[Hashable, int] = {}  # Of clients with waiting jobs.
+    self._is_filled = asyncio.Event()
+
+  def __len__(self) -> int:
+    return len(self._waiting)
+
+  def put(self, waiting: Waiting) -> None:
+    """Adds a job."""
+    self._waiting.append(waiting)
+    self._is_filled.set()
+
+  async def filled(self) -> None:
+    """Waits until there is a job."""
+    await self._is_filled.wait()
+
+  def take(self, most: int) -> list[Waiting]:
+    """Takes the next job and others that may share its batch.
+
+    Args:
+      most: the most jobs to take.
+    """
+    key = min(self._waiting, key=lambda entry: self._last_turn.get(entry.job.client, 0)).key
+    counts: collections.Counter = collections.Counter()
+    order = []
+    for i, entry in enumerate(self._waiting):
+      if entry.key == key:
+        order.append((counts[entry.job.client], i))
+        counts[entry.job.client] += 1
+    chosen = {i for _, i in sorted(order)[:most]}
+    taken = [entry for i, entry in enumerate(self._waiting) if i in chosen]
+    self._waiting = [entry for i, entry in enumerate(self._waiting) if i not in chosen]
+    turns = self._last_turn | dict.fromkeys((e.job.client for e in taken), next(self._turns))
+    self._last_turn = {e.job.client: turns.get(e.job.client, 0) for e in self._waiting}
+    if not self._waiting:
+      self._is_filled.clear()
+    return taken
 
 
 class Batcher:
@@ -49,16 +116,17 @@ class Batcher:
     """
     self._recommender, self._most_jobs = recommender, most_jobs
     self._wait_seconds = wait_seconds
-    self._waiting: asyncio.Queue = asyncio.Queue()  # AdmissionControl limits its length.
+    self._line = Line()  # AdmissionControl limits its length.
     self._thread = ThreadPoolExecutor(1)
     self.most_k = min(MOST_K, recommender.most_k)
     self.no_texts: dict[str, Any] = {}
-    longest_history = MOST_IDS
+    most_seen = MOST_IDS
     if users := recommender.known_users:
-      longest_history = max(longest_history, int(np.diff(users.offsets).max()))
+      counts = np.diff(users.seen_offsets)
+      most_seen = max(most_seen, int(np.quantile(counts, _USUAL_SHARE)))
       for name, (tokens, mask) in users.preferences.items():
         self.no_texts[name] = np.zeros_like(tokens[:1]), np.zeros_like(mask[:1])
-    self._most_excluded = longest_history + MOST_IDS
+    self._most_excluded = most_seen + MOST_IDS
     query = Query([recommender.item_ids[:1]], 1, preferences=self.no_texts)
     job = Job(recommender.check(query), None)
     for size in recommender.batch_sizes:
@@ -68,45 +136,51 @@ class Batcher:
   async def answer(self, job: Job) -> Answer:
     """Waits until the job was ranked and returns its answer."""
     future = asyncio.get_running_loop().create_future()
-    self._waiting.put_nowait((job, future))
+    is_usual = len(job.query.excluded[0]) <= self._most_excluded
+    # The program takes one set of allowed items per batch, so each filter needs its own batch.
+    self._line.put(Waiting(job, (job.only, None if is_usual else id(job)), future))
     return await future
 
   async def run(self) -> None:
     """Ranks jobs until the task is cancelled."""
     loop = asyncio.get_running_loop()
     while True:
-      jobs, futures = zip(*await self._next_batch(), strict=True)
-      BATCHES.observe(len(jobs))
-      try:
-        answers = await loop.run_in_executor(self._thread, self._rank, jobs)
-      except Exception as error:  # An error of the device fails these jobs, not the service.
-        answers = [error] * len(jobs)
-      for future, answer in zip(futures, answers, strict=True):
+      batch = await self._next_batch()
+      BATCHES.observe(len(batch))
+      jobs = [waiting.job for waiting in batch]
+      answers = await loop.run_in_executor(self._thread, self._rank_or_fail, jobs)
+      for waiting, answer in zip(batch, answers, strict=True):
+        future = waiting.answer
         if not future.done():
           settle = future.set_exception if isinstance(answer, Exception) else future.set_result
           settle(answer)
 
-  async def _next_batch(self) -> list[tuple[Job, asyncio.Future]]:
-    batch = [await self._waiting.get()]
-    if self._waiting.qsize() < self._most_jobs - 1:
+  async def _next_batch(self) -> list[Waiting]:
+    await self._line.filled()
+    if len(self._line) < self._most_jobs:
       await asyncio.sleep(self._wait_seconds)
-    while len(batch) < self._most_jobs and not self._waiting.empty():
-      batch.append(self._waiting.get_nowait())
-    return batch
+    return self._line.take(self._most_jobs)
+
+  def _rank_or_fail(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
+    """Ranks jobs; if that fails, each job alone, so that only those that cause it fail."""
+    try:
+      return self._rank(jobs)
+    except Exception as error:  # An error of the device must not end the service.
+      if len(jobs) == 1:
+        return [error]
+      return [answer for job in jobs for answer in self._rank_or_fail([job])]
 
   def _rank(self, jobs: Sequence[Job]) -> list[Answer]:
-    # The program takes one set of allowed items per batch, so each filter needs its own batch.
-    groups: dict[Hashable, list[int]] = {}
-    for i, job in enumerate(jobs):
-      groups.setdefault(job.only, []).append(i)
-    answers: dict[int, Answer] = {}
-    for indices in groups.values():
-      queries = [jobs[i].query for i in indices]
-      ranking = self._recommender.rank(self._joined(queries))
-      for row, (i, query) in enumerate(zip(indices, queries, strict=True)):
-        of_one = Ranking(*(values[row : row + 1, : query.k] for values in ranking))
-        answers[i] = self._recommender.to_answer(query, of_one)
-    return [answers[i] for i in range(len(jobs))]
+    """Ranks jobs that may share a batch."""
+    queries = [job.query for job in jobs]
+    if len(queries[0].excluded[0]) > self._most_excluded:
+      queries = [self._recommender.exclude_for_all(query) for query in queries]
+    ranking = self._recommender.rank(self._joined(queries))
+    answers = []
+    for row, query in enumerate(queries):
+      of_one = Ranking(*(values[row : row + 1, : query.k] for values in ranking))
+      answers.append(self._recommender.to_answer(query, of_one))
+    return answers
 
   def _joined(self, queries: Sequence[CheckedQuery]) -> CheckedQuery:
     """Returns one query for all users, padded so that one program per batch size is enough."""

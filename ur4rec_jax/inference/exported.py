@@ -22,7 +22,7 @@ import jax.export
 import numpy as np
 
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.inference.recommender import Recommender, Users
+from ur4rec_jax.inference.recommender import Recommender, Users, make_users
 from ur4rec_jax.inference.stored_format import Settings
 
 FORMAT_VERSION = 1
@@ -79,8 +79,8 @@ def _as_tree(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _users(arrays: Mapping[str, np.ndarray], settings: Settings) -> Users:
-  return Users(
-    {name: i for i, name in enumerate(arrays['ids'].tolist())},
+  return make_users(
+    arrays['ids'].tolist(),
     arrays['offsets'],
     arrays['items'],
     {name: (arrays[f'tokens/{name}'], arrays[f'mask/{name}']) for name in settings.preferences},

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -14,7 +16,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.inference.batcher import Batcher, Job
+from ur4rec_jax.inference.admission import TURN
+from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
 from ur4rec_jax.inference.http_schema import (
   MOST_CHARACTERS,
   Health,
@@ -28,6 +31,7 @@ from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.recommender import Recommender
 
 MOST_FOUND = 20  # Results of a search.
+METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody may ask for them.
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
 _PAGE_HEADERS = {
   'Content-Security-Policy': "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline';"
@@ -57,16 +61,16 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
   Question = make_question(recommender.branches, batcher.most_k)
 
   # The fields of a question depend on the model, so its type is only known here.
-  @app.post('/recommend', responses=_problems(400, 404, 408, 413, 422, 503))
-  async def recommend(question: Question) -> Recommendations:
+  @app.post('/recommend', responses=_problems(400, 404, 408, 413, 421, 422, 431, 503))
+  async def recommend(question: Question, request: fastapi.Request) -> Recommendations:
     """Returns the best items."""
-    return await service.recommend(question)
+    return await service.recommend(question, request)
 
   app.get('/items', responses=_problems(422, 503))(service.items)
   app.get('/users', responses=_problems(422, 503))(service.users)
   app.get('/history', responses=_problems(404, 422, 503))(service.history)
   app.get('/health')(service.health)
-  app.get('/metrics', response_class=PlainTextResponse)(metrics)
+  app.get('/metrics', response_class=PlainTextResponse)(make_metrics())
   app.get('/', include_in_schema=False)(page)
   return app
 
@@ -88,33 +92,43 @@ class Service:
     self._user_names = [] if users is None else list(users.index)
     self._find_users = make_search(self._user_names)
 
-  async def recommend(self, question: Any) -> JSONResponse:
-    """Answers a question of `http_schema.make_question`."""
+  async def recommend(self, question: Any, request: fastapi.Request) -> JSONResponse:
+    """Answers a question of `http_schema.make_question`.
+
+    Args:
+      question: the question.
+      request: the request that has the question as its body.
+    """
     recommender = self._recommender
-    history, texts = question.history, self._batcher.no_texts
+    query = Query(
+      [question.history],
+      question.k,
+      question.only,
+      question.without,
+      question.keep_seen,
+      [getattr(question.weights, branch) for branch in recommender.branches],
+      self._batcher.no_texts,
+    )
     try:
-      if question.user is not None:
-        history, texts = recommender.user(question.user)
-      query = recommender.check(
-        Query(
-          [history],
-          question.k,
-          question.only,
-          question.without,
-          question.keep_seen,
-          [getattr(question.weights, branch) for branch in recommender.branches],
-          texts,
-        )
-      )
+      if question.user is None:
+        checked = recommender.check(query)
+      else:
+        known, texts = recommender.known_user(question.user)
+        checked = recommender.check_known(dataclasses.replace(query, preferences=texts), [known])
     except InputError as error:  # The schema checked the rest, so ids must be unknown.
       raise HTTPException(404, str(error)) from error
+    if problem_of_user := checked.problems[0]:
+      raise HTTPException(404, problem_of_user)
     only = None if question.only is None else tuple(question.only)
-    answer = await self._batcher.answer(Job(query, only))
-    known = len(query.histories[0])
+    client = request.client.host if request.client else None
+    if TURN in request.scope:
+      request.scope[TURN].end()
+    answer = await self._batcher.answer(Job(checked, only, client))
+    count = len(checked.histories[0])
     return JSONResponse(
       {
         'user': question.user,
-        'history': {'items': known, 'read': min(known, recommender.max_length)},
+        'history': {'items': count, 'read': min(count, recommender.max_length)},
         'unknown': answer.unknown[0],
         'recommendations': recommender.recommendations(answer),
       }
@@ -129,12 +143,12 @@ class Service:
     return [self._user_names[i] for i in self._find_users(search)]
 
   async def history(self, user: Search) -> list[Item]:
-    """Returns the items of a known user, the oldest first."""
+    """Returns the latest items of a known user, 1,000 at most, the oldest first."""
     try:
-      known, _ = self._recommender.lookup(self._recommender.user(user)[0])
+      known, _ = self._recommender.known_user(user)
     except InputError as error:
       raise HTTPException(404, str(error)) from error
-    return [self._item(number - 1) for number in known]
+    return [self._item(number - 1) for number in known.items[-MOST_IDS:].tolist()]
 
   async def health(self) -> Health:
     """Describes the served model. It answers as soon as the service can recommend."""
@@ -154,9 +168,18 @@ class Service:
     return {'item': self._recommender.item_ids[index], 'title': self._recommender.titles[index]}
 
 
-async def metrics() -> str:
-  """Returns the metrics in the format of Prometheus."""
-  return PlainTextResponse(generate_latest())
+def make_metrics() -> Callable:
+  """Builds the route of the metrics, which are computed once a second at most."""
+  until, text = 0.0, b''
+
+  async def metrics() -> str:
+    """Returns the metrics in the format of Prometheus."""
+    nonlocal until, text
+    if time.monotonic() >= until:
+      until, text = time.monotonic() + METRICS_SECONDS, generate_latest()
+    return PlainTextResponse(text)
+
+  return metrics
 
 
 async def page() -> HTMLResponse:

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +15,19 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset, iterate_items
 from ur4rec_jax.data.features import Features, TokenTable, load_features
+from ur4rec_jax.encoders import pretrained, text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import cold_items
-from ur4rec_jax.inference import scoring
+from ur4rec_jax.inference import scoring, tables
 from ur4rec_jax.models.ur4rec import BRANCHES, UR4Rec, create_model
 
+TEXT, IMAGE = 'text', 'image'
+# Help of the flags of the commands that append items.
+ADD_ITEMS = (
+  'new items to append to the catalogue: a table (.csv, .tsv, .parquet, .jsonl) with their ids,'
+  ' titles and descriptions, a prepared folder, or a .npz file'
+)
+PICTURES = 'folder of the pictures of a table of new items; without it, the folder of the table'
 # Features can be compared only if these fields of info.json are equal.
 _SAME_FIELDS = ('encoder', 'width', 'projection', 'is_normalised')
 
@@ -48,19 +58,125 @@ class NewItems(NamedTuple):
     )
 
 
-def read_new_items(source: str | pathlib.Path, trained_on: Mapping[str, Features]) -> NewItems:
-  """Reads items from a prepared folder or a .npz file.
+def read_new_items(
+  source: str | pathlib.Path,
+  trained_on: Mapping[str, Features],
+  options: Mapping[str, Any],
+  known: Container[str] = (),
+  pictures: str | pathlib.Path | None = None,
+) -> NewItems:
+  """Reads items from a table of goods, a prepared folder or a .npz file.
 
   Args:
-    source: a prepared folder, or a .npz file with `ids` `[items]`, optionally `titles` `[items]`,
-      and for each modality `[items, tokens, width]` or `[items, width]`.
+    source: a table; a prepared folder; or a .npz file with `ids` `[items]`, optionally `titles`
+      `[items]`, and for each modality `[items, tokens, width]` or `[items, width]`.
     trained_on: the item features by modality that the model was trained on.
+    options: the options of the training data, which name the columns of a table.
+    known: ids of items that the catalogue has; those of a table are not encoded again.
+    pictures: folder of the pictures of a table; None for the folder of the table.
 
   Raises:
-    InputError: the source cannot be read, or its features differ in kind from `trained_on`.
+    InputError: the source cannot be read, its features differ in kind from `trained_on`, or an
+      encoder is missing.
   """
   source = pathlib.Path(source)
-  return (_read_folder if source.is_dir() else _read_npz)(source, trained_on)
+  if source.is_dir():
+    return _read_folder(source, trained_on)
+  if tables.is_table(source):
+    folder = source.parent if pictures is None else pathlib.Path(pictures)
+    return _read_table(source, trained_on, options, known, folder)
+  return _read_npz(source, trained_on)
+
+
+def _read_table(
+  path: pathlib.Path,
+  trained_on: Mapping[str, Features],
+  options: Mapping[str, Any],
+  known: Container[str],
+  pictures: pathlib.Path,
+) -> NewItems:
+  goods = tables.read_goods(path, options)
+  new = [i for i, good in enumerate(goods) if good.name not in known]
+  chosen = [goods[i] for i in new]
+  encoded = {}
+  for name, features in trained_on.items():
+    count, width = features.max_tokens or features.shape[1], features.shape[2]
+    tokens = np.zeros((len(goods), count, width), np.float32)
+    mask = np.zeros((len(goods), count), bool)
+    encoded[name] = TokenTable(tokens, mask)
+    if not _is_encoded(name, features) or not chosen:
+      continue
+    if name == TEXT:
+      found, there = _encode_texts(features, chosen)
+    else:
+      found, there = _encode_pictures(features, chosen, pictures, options.get('image_size'))
+    tokens[new], mask[new] = found[:, :count], there[:, :count]
+  lacking = [name for name, features in trained_on.items() if not _is_encoded(name, features)]
+  if len(lacking) == len(trained_on):
+    raise InputError(
+      f'{path}: a table gives texts and pictures for the encoders of the training data, and none'
+      f' of them made what this model reads ({", ".join(lacking)}); give a .npz file'
+    )
+  if lacking:
+    warnings.warn(
+      f'{path}: its items are taken without {", ".join(lacking)}, which no encoder made; a .npz'
+      ' file can have them',
+      stacklevel=2,
+    )
+  return NewItems([good.name for good in goods], [good.title for good in goods], encoded)
+
+
+def _is_encoded(name: str, features: Features) -> bool:
+  """Tells whether a table of goods has what an encoder made the features of."""
+  return name in (TEXT, IMAGE) and pretrained.can_encode(features.info['encoder'])
+
+
+def _encode_texts(
+  features: Features, goods: Sequence[tables.Good]
+) -> tuple[np.ndarray, np.ndarray]:
+  rows = [text.item_texts(good._asdict()) for good in goods]
+  return text.encode_rows_like(features.folder, features.info, rows)
+
+
+def _encode_pictures(
+  features: Features, goods: Sequence[tables.Good], folder: pathlib.Path, image_size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+  from ur4rec_jax.encoders import pictures  # Only this function needs Pillow.
+
+  contents, refused = [], {}
+  for row, good in enumerate(goods):
+    try:
+      contents.append(_picture(good.image, folder) if good.image else None)
+    except (OSError, ValueError) as error:
+      contents.append(None)
+      refused[row] = str(error)
+  _, *shape = features.shape
+  tokens, mask = np.zeros((len(goods), *shape), np.float32), np.zeros((len(goods), shape[0]), bool)
+  if any(contents):  # Without a picture the encoder need not be there.
+    tokens, mask, damaged = pictures.encode_like(
+      features.folder, features.info, contents, image_size
+    )
+    refused |= damaged
+  if refused:
+    row, reason = next(iter(refused.items()))
+    warnings.warn(
+      f'{len(refused)} pictures cannot be used, and their items are taken without; the first, of'
+      f' item {goods[row].name!r}: {goods[row].image!r:.80} {reason}',
+      stacklevel=2,
+    )
+  return tokens, mask
+
+
+def _picture(name: str, folder: pathlib.Path) -> bytes:
+  """Reads a picture file, which must be inside the folder."""
+  if re.match(r'https?://', name):
+    raise ValueError('is a URL; download it and put the file name into the table')
+  path = (folder / name).resolve()
+  if not path.is_relative_to(folder.resolve()):
+    raise ValueError(f'leads out of {folder}')
+  if not path.is_file():
+    raise ValueError(f'is not in {folder}')
+  return path.read_bytes()
 
 
 def _read_folder(folder: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItems:
@@ -85,7 +201,8 @@ def _read_npz(path: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItem
       arrays = dict(file)
   except (OSError, ValueError, EOFError) as error:
     raise InputError(
-      f'add_items {path}: is neither a prepared folder nor a readable .npz file ({error})'
+      f'add_items {path}: is neither a prepared folder nor a readable .npz file ({error}); a table'
+      ' of goods ends in .csv, .tsv, .parquet or .jsonl'
     ) from error
   for name in ('ids', *trained_on):
     if name not in arrays or len(arrays[name]) != len(arrays['ids']):

@@ -67,11 +67,12 @@ class CheckedQuery:
   Attributes:
     histories: `[history]` int32 item numbers, the oldest item first.
     k: number of items to recommend to each user.
-    excluded: `[excluded]` int32 item numbers that must not be recommended to the user.
+    excluded: `[excluded]` int32 distinct item numbers that must not be recommended to the user.
     allowed: `[items + 1]` bool, the items that may be recommended to anybody; None for all items.
     weights: `[users, branches]` float32; None means 1 for every branch.
     preferences: the users' own texts.
     unknown: items of the history that are not in the catalogue.
+    problems: why a user gets no recommendations, '' for users who get some; () if all do.
   """
 
   histories: Sequence[np.ndarray]
@@ -81,9 +82,10 @@ class CheckedQuery:
   weights: np.ndarray | None = None
   preferences: UserTokens = dataclasses.field(default_factory=dict)
   unknown: Sequence[list[str]] = ()
+  problems: Sequence[str] = ()
 
   def select(self, users: np.ndarray) -> 'CheckedQuery':
-    """Returns the query of some of the users, without the unknown items.
+    """Returns the query of some of the users, without unknown items and problems.
 
     Args:
       users: `[selected]` int indices of users of this query.
@@ -96,6 +98,22 @@ class CheckedQuery:
       None if self.weights is None else self.weights[users],
       {name: (tokens[users], mask[users]) for name, (tokens, mask) in self.preferences.items()},
     )
+
+
+class Known(NamedTuple):
+  """The part of a user's history that the catalogue has.
+
+  Attributes:
+    items: `[history]` int32 item numbers, the oldest item first.
+    seen: `[seen]` int32, the distinct numbers in `items`.
+    unknown: items of the history that are not in the catalogue.
+    problem: why the history cannot be read, '' if it can.
+  """
+
+  items: np.ndarray
+  seen: np.ndarray
+  unknown: Sequence[str] = ()
+  problem: str = ''
 
 
 class Ranking(NamedTuple):
@@ -122,6 +140,7 @@ class Answer(NamedTuple):
     shares: `[items, shares]` float32 in the order of `Recommender.share_names`: what each branch
       adds to the score.
     unknown: items of the history that are not in the catalogue and were ignored.
+    problems: why a user got no recommendations, '' for the others.
   """
 
   items: list[list[str]]
@@ -129,3 +148,15 @@ class Answer(NamedTuple):
   scores: list[np.ndarray]
   shares: list[np.ndarray]
   unknown: list[list[str]]
+  problems: list[str]
+
+  def require_one(self) -> 'Answer':
+    """Returns the answer itself.
+
+    Raises:
+      InputError: there is no user with recommendations because of their problems.
+    """
+    if self.problems and all(self.problems):
+      count, first = len(self.problems), self.problems[0]
+      raise InputError(first if count == 1 else f'none of the {count} users: the first, {first}')
+    return self

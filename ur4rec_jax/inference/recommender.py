@@ -1,5 +1,6 @@
 """Ranks the catalogue for histories of original item ids. Needs only jax and NumPy."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from ur4rec_jax.inference.query import (
   Answer,
   CheckedQuery,
   Ids,
+  Known,
   Query,
   Ranking,
   UserTokens,
@@ -35,13 +37,36 @@ class Users(NamedTuple):
     index: index of each user by original id.
     offsets: `[users + 1]`, where the history of each user begins in `items`.
     items: `[interactions]` int32 item numbers, the oldest item of each user first.
+    seen_offsets: `[users + 1]`, where the items of each user begin in `seen`.
+    seen: the distinct items of each user, int32.
     preferences: the users' own texts.
   """
 
   index: dict[str, int]
   offsets: np.ndarray
   items: np.ndarray
+  seen_offsets: np.ndarray
+  seen: np.ndarray
   preferences: UserTokens
+
+
+def make_users(
+  names: Sequence[str], offsets: np.ndarray, items: np.ndarray, preferences: UserTokens
+) -> Users:
+  """Finds the distinct items of each user once, so that no request has to.
+
+  Args:
+    names: `[users]` original ids.
+    offsets: `[users + 1]`, where the history of each user begins in `items`.
+    items: `[interactions]` int32 item numbers, the oldest item of each user first.
+    preferences: the users' own texts.
+  """
+  width = int(items.max(initial=0)) + 1
+  owners = np.repeat(np.arange(len(names), dtype=np.int64), np.diff(offsets))
+  owners, seen = np.divmod(np.unique(owners * width + items), width)
+  seen_offsets = np.searchsorted(owners, np.arange(len(names) + 1))
+  index = {name: i for i, name in enumerate(names)}
+  return Users(index, offsets, items, seen_offsets, seen.astype(np.int32), preferences)
 
 
 class Recommender:
@@ -101,55 +126,85 @@ class Recommender:
       **options: `only`, `without`, `keep_seen`, `weights` and `preferences` of `Query`.
 
     Raises:
-      InputError: an argument is wrong, or a user has neither a known item nor a preference.
+      InputError: an argument is wrong, or no user has a known item or a preference.
     """
-    return self.ask(make_query(histories, k, options))
+    return self.ask(make_query(histories, k, options)).require_one()
 
   def ask(self, query: Query) -> Answer:
-    """Answers a query.
+    """Answers a query; users who cannot be answered have a problem in the answer.
 
     Raises:
-      InputError: a value is wrong, or a user has neither a known item nor a preference.
+      InputError: a value that concerns all users is wrong.
     """
     checked = self.check(query)
     return self.to_answer(checked, self.rank(checked))
 
   def check(self, query: Query) -> CheckedQuery:
-    """Checks a query and looks its ids up.
+    """Checks a query and looks its ids up; a wrong history is a problem of its user alone.
 
     Raises:
-      InputError: a value is wrong, or a user has neither a known item nor a preference.
+      InputError: a value that concerns all users is wrong.
+    """
+    return self.check_known(query, [self.known(history) for history in query.histories])
+
+  def known(self, history: Any) -> Known:
+    """Looks up a history; one that is no list of ids has a problem."""
+    try:
+      items, unknown = self.lookup(history)
+    except InputError as error:
+      nothing = np.zeros(0, np.int32)
+      return Known(nothing, nothing, problem=str(error))
+    return Known(items, np.unique(items), unknown)
+
+  def check_known(self, query: Query, known: Sequence[Known]) -> CheckedQuery:
+    """Checks a query whose histories were looked up before.
+
+    Args:
+      query: the query; its histories are not read.
+      known: one history per user.
+
+    Raises:
+      InputError: a value that concerns all users is wrong.
     """
     self.check_k(query.k)
     preferences = query.preferences or {}
-    looked_up = [self.lookup(history) for history in query.histories]
-    histories = [history for history, _ in looked_up]
-    has_text = np.zeros(len(histories), bool)
+    has_text = np.zeros(len(known), bool)
     for name, (tokens, mask) in preferences.items():
-      self._check_preference(name, tokens, mask, len(histories))
+      self._check_preference(name, tokens, mask, len(known))
       has_text |= np.asarray(mask).any(1)
-    for (history, unknown), has in zip(looked_up, has_text, strict=True):
-      if not history.size and not has:
-        raise InputError(self._nothing_known(unknown))
     allowed = None
     if query.only is not None:
       allowed = np.zeros(len(self._ids_by_number), bool)
       allowed[self._lookup_filter(query.only, 'only')] = True
     without = np.zeros(0, np.int32)
     if query.without is not None and len(query.without):
-      without = self._lookup_filter(query.without, 'without')
+      without = np.unique(self._lookup_filter(query.without, 'without'))
     return CheckedQuery(
-      histories,
+      [history.items for history in known],
       query.k,
-      [
-        without if query.keep_seen else np.unique(np.concatenate([history, without]))
-        for history in histories
-      ],
+      [without if query.keep_seen else np.union1d(history.seen, without) for history in known],
       allowed,
-      self._checked_weights(query.weights, histories),
+      self._checked_weights(query.weights, known),
       preferences,
-      [unknown for _, unknown in looked_up],
+      [list(history.unknown) for history in known],
+      [
+        history.problem or ('' if history.items.size or has else self._nothing_known(history))
+        for history, has in zip(known, has_text, strict=True)
+      ],
     )
+
+  def exclude_for_all(self, query: CheckedQuery) -> CheckedQuery:
+    """Moves the excluded items of a single user to `allowed`, whose size does not depend on them.
+
+    Args:
+      query: a query of one user.
+    """
+    allowed = np.ones(len(self._ids_by_number), bool)
+    if query.allowed is not None:
+      allowed = query.allowed.copy()
+    (excluded,) = query.excluded
+    allowed[excluded] = False
+    return dataclasses.replace(query, allowed=allowed, excluded=[excluded[:0]])
 
   def _check_preference(self, name: str, tokens: Any, mask: Any, users: int) -> None:
     known = self.settings.preferences
@@ -166,15 +221,19 @@ class Recommender:
       )
 
   def rank(self, query: CheckedQuery) -> Ranking:
-    """Ranks the catalogue for all users of a query."""
-    if len(query.histories) == 1:
+    """Ranks the catalogue for all users of a query who have no problem; others get no items."""
+    count = len(query.histories)
+    if count == 1 and not any(query.problems):
       return self._rank_batch(query)
     # Users whose histories are of similar length share a batch, which then needs little padding.
-    order = np.argsort([min(len(h), self.max_length) for h in query.histories], kind='stable')
-    shape = len(order), query.k
+    lengths = np.array([min(len(h), self.max_length) for h in query.histories], int)
+    order = np.lexsort((np.array([len(x) for x in query.excluded], int), lengths))
+    if query.problems:
+      order = order[[not query.problems[i] for i in order]]
+    shape = count, query.k
     ranking = Ranking(
       np.zeros(shape, np.int32),
-      np.zeros(shape, np.float32),
+      np.full(shape, -np.inf, np.float32),
       np.zeros((*shape, len(self.share_names)), np.float32),
     )
     for start in range(0, len(order), self.batch_sizes[-1]):
@@ -193,6 +252,7 @@ class Recommender:
       [row[:count] for row, count in zip(ranking.scores, counts, strict=True)],
       [row[:count] for row, count in zip(ranking.shares, counts, strict=True)],
       list(query.unknown),
+      list(query.problems) or [''] * len(kept),
     )
 
   def recommendations(self, answer: Answer) -> list[dict[str, Any]]:
@@ -238,8 +298,8 @@ class Recommender:
         found.append(number)
     return np.array(found, np.int32), unknown
 
-  def user(self, name: str) -> tuple[list[str], UserTokens]:
-    """Returns a known user's history, the oldest item first, and the user's own texts.
+  def known_user(self, name: str) -> tuple[Known, UserTokens]:
+    """Returns a known user's history and the user's own texts.
 
     Raises:
       InputError: the user is not known.
@@ -253,8 +313,9 @@ class Recommender:
       raise InputError(f'user {name!r}: is unknown; give a history')
     row = users.index[name]
     start, end = users.offsets[row : row + 2]
+    first, last = users.seen_offsets[row : row + 2]
     texts = {key: (t[row : row + 1], m[row : row + 1]) for key, (t, m) in users.preferences.items()}
-    return [self._ids_by_number[i] for i in users.items[start:end]], texts
+    return Known(users.items[start:end], users.seen[first:last]), texts
 
   def check_k(self, k: int) -> None:
     """Raises InputError unless k items can be recommended."""
@@ -345,8 +406,8 @@ class Recommender:
       self._constants[key] = jax.device_put(make())
     return self._constants[key]
 
-  def _nothing_known(self, unknown: list[str]) -> str:
-    if unknown:
+  def _nothing_known(self, history: Known) -> str:
+    if unknown := history.unknown:
       return (
         f'history: none of its {len(unknown)} items is in the catalogue, first {unknown[0]!r}; the'
         f' ids must be those of the data, such as {self.item_ids[0]!r}'
@@ -363,9 +424,9 @@ class Recommender:
       )
     return found
 
-  def _checked_weights(self, weights: Any, histories: Sequence[np.ndarray]) -> np.ndarray:
+  def _checked_weights(self, weights: Any, known: Sequence[Known]) -> np.ndarray:
     """Returns `[users, branches]` float32."""
-    shape = len(histories), len(self.branches)
+    shape = len(known), len(self.branches)
     try:
       checked = np.array(np.broadcast_to(1 if weights is None else weights, shape), np.float32)
     except (ValueError, TypeError):
@@ -377,7 +438,7 @@ class Recommender:
       )
     if 'sasrec' in self.branches and len(self.branches) > 1:
       # SASRec's score means nothing for a user without history, so the retriever alone decides.
-      is_empty = np.array([not history.size for history in histories], bool)
+      is_empty = np.array([not history.items.size for history in known], bool)
       checked[is_empty, self.branches.index('sasrec')] = 0
     return checked
 

@@ -201,14 +201,15 @@ class TrainedRecommender(Recommender):
 
     Returns:
       A pandas DataFrame with one row per user and item: `user` (if there are many), `rank`, `item`,
-      `title`, `score`, and one column for each of `share_names`.
+      `title`, `score`, and one column for each of `share_names`. Users who cannot be answered have
+      no rows; a warning names them, and `.attrs['problems']` has the reasons by user.
 
     Raises:
-      InputError: an argument is wrong, or a user is unknown.
+      InputError: an argument is wrong, or no user can be answered.
     """
-    histories = self._histories(history, user)
-    users = None if user is None else [self._user_index(name) for name in histories.users]
-    answer = self.ask(make_query(histories.items, k, options), users, preference)
+    histories, problems = self._histories(history, user)
+    users = None if user is None else [self.users[str(name)] for name in histories.users]
+    answer = self.ask(make_query(histories.items, k, options), users, preference).require_one()
     lost = [name for unknown in answer.unknown for name in unknown]
     if lost:
       warnings.warn(
@@ -216,18 +217,34 @@ class TrainedRecommender(Recommender):
         f' {lost[0]!r}',
         stacklevel=2,
       )
-    return frames.to_frame(answer, self.share_names, histories)
+    named = zip(histories.users, answer.problems, strict=True)
+    problems |= {name: problem for name, problem in named if problem}
+    if problems:
+      (name, first), *more = problems.items()
+      others = f' (and {len(more)} others, see .attrs)' * bool(more)
+      warnings.warn(f'user {name!r} gets no recommendations{others}: {first}', stacklevel=2)
+    frame = frames.to_frame(answer, self.share_names, histories)
+    frame.attrs['problems'] = problems
+    return frame
 
-  def _histories(self, history: Any, user: Any) -> frames.Histories:
+  def _histories(self, history: Any, user: Any) -> tuple[frames.Histories, dict[Any, str]]:
+    """Returns the histories, and why users of the data that were asked for have none."""
     if history is not None and user is not None:
       raise InputError('history and user exclude each other; leave one out')
     if user is not None:
       is_one = isinstance(user, str | int | np.integer)
-      names = [user] if is_one else list(user)
-      return frames.Histories(names, [self.history(name) for name in names], is_one)
+      names, found, problems = [user] if is_one else list(user), {}, {}
+      for name in names:
+        try:
+          found[name] = self.history(name)
+        except InputError as error:
+          problems[name] = str(error)
+      if problems and not found:
+        raise InputError(next(iter(problems.values())))
+      return frames.Histories(list(found), list(found.values()), is_one), problems
     if history is None:  # The preference alone describes the user.
-      return frames.Histories([''], [[]], True)
-    return frames.read_histories(history)
+      return frames.Histories([''], [[]], True), {}
+    return frames.read_histories(history), {}
 
   def answer(
     self,
@@ -248,14 +265,14 @@ class TrainedRecommender(Recommender):
       **options: `only`, `without`, `keep_seen` and `weights` of `Query`.
 
     Raises:
-      InputError: an argument is wrong.
+      InputError: an argument is wrong, or no user can be answered.
     """
-    return self.ask(make_query(histories, k, options), users, preference)
+    return self.ask(make_query(histories, k, options), users, preference).require_one()
 
   def ask(
     self, query: Query, users: Sequence[int] | None = None, preference: str | None = None
   ) -> Answer:
-    """Answers a query.
+    """Answers a query; users who cannot be answered have a problem in the answer.
 
     Args:
       query: the query.
@@ -263,7 +280,7 @@ class TrainedRecommender(Recommender):
       preference: what the users like, in words; replaces their own texts.
 
     Raises:
-      InputError: an argument is wrong.
+      InputError: a value that concerns all users is wrong.
     """
     if users is not None:
       query = dataclasses.replace(query, preferences=self.preferences_of(users))
@@ -284,12 +301,15 @@ class TrainedRecommender(Recommender):
     """Returns the users' own texts.
 
     Args:
-      users: the users' indices in the training data.
+      users: the users' indices in the training data; -1 for a user without texts.
     """
     rows = np.asarray(users, int)
-    return {
-      name: (table.tokens[rows], table.mask[rows]) for name, table in self._user_tables.items()
-    }
+    texts = {}
+    for name, table in self._user_tables.items():
+      tokens, mask = np.array(table.tokens[rows]), np.array(table.mask[rows])
+      tokens[rows < 0], mask[rows < 0] = 0, False
+      texts[name] = tokens, mask
+    return texts
 
   def _ask_with_preference_as_item(self, query: Query, preference: str) -> Answer:
     """Puts an item with the preference as its text before each history."""
@@ -306,34 +326,35 @@ class TrainedRecommender(Recommender):
     tables[TEXT] = TokenTable(tokens[None], mask[None])
     larger = self._with_items(NewItems([_PREFERENCE], ['the preference'], tables))
     # The model reads the latest `max_length` items, and the preference must be one of them.
-    latest = [list(h)[max(len(h) - self.max_length + 1, 0) :] for h in query.histories]
-    checked = larger.check(
-      dataclasses.replace(
-        query,
-        histories=[[_PREFERENCE, *history] for history in latest],
-        without=[*(query.without or ()), _PREFERENCE],
-      )
-    )
-    if not query.keep_seen:  # Older items are not read, but they were seen, too.
-      seen = [larger.lookup(history)[0] for history in query.histories]
-      excluded = [np.union1d(*pair) for pair in zip(checked.excluded, seen, strict=True)]
-      checked = dataclasses.replace(checked, excluded=excluded)
+    number, others = [len(larger.item_ids)], self.max_length - 1
+    known = [
+      h._replace(items=np.array([*number, *h.items[max(len(h.items) - others, 0) :]], np.int32))
+      for h in map(self.known, query.histories)
+    ]
+    query = dataclasses.replace(query, without=[*(query.without or ()), _PREFERENCE])
+    checked = larger.check_known(query, known)
     return larger.to_answer(checked, larger.rank(checked))
 
-  def add_items(self, source: str | pathlib.Path) -> tuple['TrainedRecommender', list[str]]:
+  def add_items(
+    self, source: str | pathlib.Path, pictures: str | pathlib.Path | None = None
+  ) -> tuple['TrainedRecommender', list[str]]:
     """Appends items that training has not seen, described by their content.
 
     Args:
-      source: a prepared folder with features from the same encoders, or a .npz file with `ids`
-        `[items]`, optionally `titles` `[items]`, and for each modality of the model
-        `[items, tokens, width]` or `[items, width]`.
+      source: a table of goods (.csv, .tsv, .parquet, .jsonl) with their ids, titles and
+        descriptions, whose texts and pictures are encoded as those of the training data were; a
+        prepared folder with features from the same encoders; or a .npz file with `ids` `[items]`,
+        optionally `titles` `[items]`, and for each modality of the model `[items, tokens, width]`
+        or `[items, width]`.
+      pictures: folder of the pictures of a table of goods; None for the folder of the table.
 
     Returns:
       A recommender with the new items, and the ids of those that the catalogue already had; they
       stay as they are.
 
     Raises:
-      InputError: the model knows items by their id only, or the features are of other kinds.
+      InputError: the model knows items by their id only, the features are of other kinds, or an
+        encoder is missing.
     """
     if not self.config.modalities:
       raise InputError(
@@ -341,7 +362,8 @@ class TrainedRecommender(Recommender):
         ' variant that reads content, e.g. --config=default:text'
       )
     modalities = {name: self.dataset.features[name] for name in self.config.modalities}
-    found = read_new_items(source, modalities)
+    options = self.dataset.info['options']
+    found = read_new_items(source, modalities, options, self._number_of, pictures)
     is_known = np.array([name in self._number_of for name in found.ids], bool)
     known = found.select(np.flatnonzero(is_known)).ids
     new = found.select(np.flatnonzero(~is_known))

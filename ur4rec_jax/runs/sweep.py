@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax.errors import DivergenceError, InputError
+from ur4rec_jax.errors import DivergenceError, InputError, say
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
@@ -70,7 +70,7 @@ def run_sweep(
     must_run = devices.any_process(not is_finished(folder, member.config))
     if devices.is_main_process():
       state = '' if must_run else ', finished before'
-      print(f'member {number} of {len(members)}: {member.name}{state}', flush=True)
+      say(f'member {number} of {len(members)}: {member.name}{state}')
     if must_run:
       try:
         train_loop.train_and_evaluate(member.config, str(folder))
@@ -82,7 +82,7 @@ def run_sweep(
       summary = summarise(finished)
       write_file(pathlib.Path(workdir) / 'sweep.json', json.dumps(summary, indent=2) + '\n')
   if summary:
-    print(f'\n{summary_table(summary)}', flush=True)
+    say(f'\n{summary_table(summary)}')
   if diverged:
     raise DivergenceError('\n'.join(diverged))
   return summary

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.features import Tables, TokenTable
 from ur4rec_jax.data.input_pipeline import TrainBatches
-from ur4rec_jax.errors import InputError, InterruptedBySignal
+from ur4rec_jax.errors import InputError, InterruptedBySignal, say
 from ur4rec_jax.evaluation.evaluate import EvalData, make_evaluator
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.content import initial_item_embeddings
@@ -171,7 +171,7 @@ def _open_reporter(
 ) -> Reporter | NullReporter:
   if not devices.is_main_process():
     return NullReporter()
-  print(run_summary(run, batches, start.progress), flush=True)
+  say(run_summary(run, batches, start.progress))
   return Reporter(MetricWriter(workdir, start.progress.step, start.progress.metrics_size))
 
 

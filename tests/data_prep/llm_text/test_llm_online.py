@@ -176,6 +176,86 @@ def test_a_server_that_refuses_everything_ends_the_run(tmp_path):
   assert len(run.server.bodies) <= 8
 
 
+ENDS_THE_RUN = (401, 402)
+STATUSES = [status for status in range(400, 600) if status not in ENDS_THE_RUN]
+
+
+def is_waited_for(status: int) -> bool:
+  return status in (408, 409, 425, 429) or status >= 500
+
+
+@BACKENDS
+def test_every_status_costs_its_own_item_at_most(backend, tmp_path, monkeypatch):
+  monkeypatch.setattr(llm_online, '_FIRST_WAIT', 0.001)
+  asked = [questions(1, f'[status {status}]')[0] for status in STATUSES]
+  asked = [p._replace(id=str(s)) for p, s in zip(asked, STATUSES, strict=True)]
+  with running(backend, tmp_path) as run:
+    run.online([*questions(1), *asked], concurrency=8)
+  assert run.texts.pop('secret-id-0')
+  assert run.texts.keys() == {str(s) for s in STATUSES if is_waited_for(s)}
+  assert run.failures == {
+    str(s): f'the server answers {s}: too fast; see your billing page'
+    for s in STATUSES
+    if not is_waited_for(s)
+  }
+
+
+@BACKENDS
+@pytest.mark.parametrize('status', ENDS_THE_RUN)
+def test_a_dead_key_or_an_empty_account_ends_the_run_and_loses_nothing(backend, status, tmp_path):
+  last = questions(6, f'[status {status}]')[5]
+  asked = [*questions(5), last, *questions(300)[6:]]
+  with (
+    running(backend, tmp_path) as run,
+    pytest.raises(InputError, match=r'does not accept the key|wants to be paid first'),
+  ):
+    run.online(asked, concurrency=1)
+  assert run.texts == expected(asked[:5])
+  assert not run.failures
+
+
+@BACKENDS
+def test_refusals_before_the_first_answer_wait_for_it(backend, tmp_path):
+  refused = [p._replace(id=f'x{n}') for n, p in enumerate(questions(3, '[status 403]'))]
+  with running(backend, tmp_path) as run:
+    # Three of a model that is allowed are failures of their own.
+    run.online([*refused, *questions(2)], concurrency=1)
+    assert run.texts == expected(questions(2))
+    assert set(run.failures) == {'x0', 'x1', 'x2'}
+  with running(backend, tmp_path) as run:
+    # If none is answered, what they share is at fault, and none is noted as failed.
+    with pytest.raises(InputError, match=r'403.*no request was answered, and 3 failed like this'):
+      run.online(refused, concurrency=1)
+    assert not run.failures
+    many = [questions(1, f'{n} [status 404]')[0] for n in range(50)]
+    with pytest.raises(InputError, match=r'404.*and 5 failed like this: check --model='):
+      run.online(many, concurrency=1)
+    assert len(run.server.arrivals) == 8
+
+
+def test_a_key_that_loses_its_rights_is_noticed(tmp_path):
+  many = [questions(1, f'{n} [status 403]')[0]._replace(id=str(n)) for n in range(200)]
+  with (
+    running('openai', tmp_path) as run,
+    pytest.raises(llm_online.ReportedError, match='answers nothing any more'),
+  ):
+    run.online([*questions(3), *many], concurrency=2)
+  assert run.texts == expected(questions(3))
+  assert llm_online._GIVEN_UP - 1 <= len(run.failures) < llm_online._GIVEN_UP + 2
+
+
+@BACKENDS
+def test_a_server_that_always_refuses_the_same_field_is_not_asked_for_ever(backend, tmp_path):
+  field = {'openai': 'reasoning_effort', 'anthropic': 'thinking'}[backend]
+  with running(backend, tmp_path) as run:
+    refuse = lambda handler, *_: handler._error(400, f'{field} is not supported')
+    monkey = type('Refusing', (run.server.RequestHandlerClass,), {'_answer': refuse})
+    run.server.RequestHandlerClass = monkey
+    with pytest.raises(InputError, match=f'400: {field}'):
+      run.online(questions(50), concurrency=2)
+    assert len(run.server.bodies) < 15
+
+
 def test_no_network_is_known_after_three_tries(tmp_path, monkeypatch):
   monkeypatch.setattr(llm_online, '_FIRST_WAIT', 0.001)
   with socket.socket() as free:

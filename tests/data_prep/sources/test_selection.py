@@ -140,3 +140,23 @@ def test_an_older_folder_is_still_the_same_dataset(rows, tmp_path):
     build_dataset.build(
       'interactions', tmp_path / 'data', rows, parameters={'where': 'quantity > 0'}
     )
+
+
+def test_messages_stay_short_however_many_files_and_columns_there_are(tmp_path):
+  folder = tmp_path / 'log'
+  folder.mkdir()
+  names = [f'feature{i}' for i in range(500)]
+  for part in range(100):
+    (folder / f'{part:03}.csv').write_text(f'user,item\na,x\nb,y{part}\n')
+  build_dataset.build('interactions', tmp_path / 'data', folder)
+  (folder / '050.csv').write_text('user,item\na,x\nb,z\n')
+  with pytest.raises(InputError) as error:
+    build_dataset.build('interactions', tmp_path / 'data', folder)
+  assert 'raw_sha256 is 050.csv=' in str(error.value)
+  assert len(str(error.value)) < 1000
+  path = tmp_path / 'wide.csv'
+  path.write_text(f'user,{",".join(names)}\na,{",".join("0" for _ in names)}\n')
+  assert len(fault(path)) < 1000
+  assert len(fault(path, item_column='feature0', where='price > 0')) < 1000
+  path.write_text(f'user,item\na,x\n{"b" * 5000} ,y\n')
+  assert len(read(path).hints[0]) < 400

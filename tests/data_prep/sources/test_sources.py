@@ -1,4 +1,5 @@
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -154,6 +155,35 @@ def test_missing_raw_files_are_named(tmp_path, ml_100k):
   (tmp_path / 'b.txt').write_text('1 2\n')
   with pytest.raises(InputError, match=r'2 files match \*\.txt \(a\.txt, b\.txt\)'):
     read('sequences', tmp_path)
+
+
+def test_the_next_command_has_a_workdir_of_its_own(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  shop = {'source': 'interactions'}
+
+  def workdir(*arguments) -> str:
+    flags = shlex.split(sources.training_command(*arguments))
+    return dict(flag.split('=', 1) for flag in flags if '=' in flag)['--workdir']
+
+  (tmp_path / 'old/shop').mkdir(parents=True)
+  folders = ['data/shop', 'data/old/shop', 'old/shop', 'shops/a/data', 'shops/b/data', 'data']
+  variants = [(), ('text',), ('multimodal',), ('text', 'audio')]
+  found = [workdir(shop, folder, *variant) for folder in folders for variant in variants]
+  assert found[:4] == ['runs/shop', 'runs/shop-text', 'runs/shop-multimodal', 'runs/shop-audio']
+  assert len(set(found)) == len(found)
+  assert {'runs/shops-a-data', 'runs/old-shop', 'runs/data-old-shop'} < set(found)
+  (tmp_path / 'runs/shop').mkdir(parents=True)
+  assert workdir(shop, 'data/shop') == 'runs/shop-2'
+  (tmp_path / 'runs/shop-2').mkdir()
+  assert workdir(shop, tmp_path / 'data/shop') == 'runs/shop-3'
+  assert workdir(shop, tmp_path.parent / 'my shop') == 'runs/my shop'
+  command = shlex.split(sources.training_command(shop, 'my shop', 'text', 'audio'))
+  assert command[3:] == [
+    '--config=default:text',
+    '--workdir=runs/my shop-audio',
+    '--config.data_dir=my shop',
+    '--config.modalities=audio',
+  ]
 
 
 @pytest.mark.parametrize('source', sources.SOURCES)

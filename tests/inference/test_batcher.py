@@ -1,0 +1,105 @@
+"""Which waiting requests are ranked next: clients take turns, and filters do not mix."""
+
+import asyncio
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.recommenders import make
+from ur4rec_jax.inference.batcher import Batcher, Job, Line, Waiting
+from ur4rec_jax.inference.query import Query
+from ur4rec_jax.inference.recommender import make_users
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+  jobs=st.lists(st.tuples(st.sampled_from('abc'), st.sampled_from([None, 'x', 'y'])), max_size=30),
+  most=st.integers(1, 5),
+)
+def test_every_job_is_taken_once_in_batches_of_one_filter(jobs, most):
+  line = Line()
+  for i, (client, only) in enumerate(jobs):
+    line.put(Waiting(Job(i, only, client), only, None))
+  taken = []
+  while len(line):
+    batch = line.take(most)
+    assert 1 <= len(batch) <= most
+    assert len({entry.key for entry in batch}) == 1
+    taken += batch
+  assert sorted(entry.job.query for entry in taken) == list(range(len(jobs)))
+  order = collections.defaultdict(list)
+  for entry in taken:
+    order[entry.job.client, entry.key].append(entry.job.query)
+  assert all(numbers == sorted(numbers) for numbers in order.values())
+
+
+def test_a_client_waits_for_one_batch_of_another_at_most():
+  line = Line()
+  for i in range(50):
+    line.put(Waiting(Job(i, i, 'flood'), i, None))
+  line.take(4)
+  line.put(Waiting(Job('honest', None, 'honest'), None, None))
+  assert [entry.job.query for entry in line.take(4)] == ['honest']
+
+
+@pytest.fixture
+def with_long_user(shop):
+  """A recommender that knows 200 users with one item, and one with 20,000 plays of all items."""
+  recommender = make(shop, 'sasrec')[0]
+  counts = [*[1] * 200, 20_000]
+  offsets = np.concatenate([[0], np.cumsum(counts)])
+  items = (np.arange(offsets[-1]) % 60 + 1).astype(np.int32)
+  names = [f'u{i}' for i in range(200)] + ['radio']
+  recommender.known_users = make_users(names, offsets, items, {})
+  yield recommender
+  recommender.known_users = None
+
+
+def test_the_width_of_batches_does_not_grow_with_plays(with_long_user):
+  recommender = with_long_user
+  seen = recommender.known_user('radio')[0]
+  assert (len(seen.items), len(seen.seen)) == (20_000, 60)
+  batcher = Batcher(recommender, most_jobs=1, wait_seconds=0)
+  assert batcher._most_excluded == 2000
+
+
+def test_a_user_of_unusually_many_items_gets_the_same_answer_alone(shop, monkeypatch):
+  recommender = make(shop, 'sasrec')[0]
+  monkeypatch.setattr('ur4rec_jax.inference.batcher.MOST_IDS', 10)
+  batcher = Batcher(recommender, most_jobs=4, wait_seconds=0)
+  ids = recommender.item_ids
+  histories = [ids[:40], ids[3:5], ids[5:50]]
+  queries = [Query([history], 5, only=only) for history in histories for only in (None, ids[30:])]
+
+  async def ask():
+    running = asyncio.create_task(batcher.run())
+    jobs = [Job(recommender.check(q), None if q.only is None else tuple(q.only)) for q in queries]
+    answers = await asyncio.gather(*map(batcher.answer, jobs))
+    running.cancel()
+    return answers
+
+  for query, answer in zip(queries, asyncio.run(ask()), strict=True):
+    expected = recommender.ask(query)
+    assert answer.items == expected.items
+    np.testing.assert_allclose(answer.scores[0], expected.scores[0], atol=1e-5)
+
+
+def test_a_job_that_cannot_be_ranked_fails_alone(shop):
+  recommender = make(shop, 'sasrec')[0]
+  batcher = Batcher(recommender, most_jobs=4, wait_seconds=0.01)
+  good = Job(recommender.check(Query([recommender.item_ids[:2]], 3)), None)
+  bad = good._replace(query=dataclasses.replace(good.query, weights=np.ones((1, 9))))
+
+  async def ask():
+    running = asyncio.create_task(batcher.run())
+    found = await asyncio.gather(*map(batcher.answer, [good, bad, good]), return_exceptions=True)
+    running.cancel()
+    return found
+
+  first, failed, last = asyncio.run(ask())
+  assert first.items == last.items == recommender.answer([recommender.item_ids[:2]], 3).items
+  assert isinstance(failed, Exception)
