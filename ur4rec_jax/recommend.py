@@ -243,7 +243,11 @@ def _flags() -> argparse.ArgumentParser:
   add('--k', type=int, default=10, help='number of items to recommend')
   add('--only', help='recommend only these items: ids with commas between them, or a file of ids')
   add('--without', help='do not recommend these items: ids, or a file of ids')
-  add('--keep_seen', action='store_true', help="allow items of the user's own history, too")
+  add(
+    '--keep_seen',
+    action=argparse.BooleanOptionalAction,
+    help="allow items of the user's own history, too; by default as the run was evaluated",
+  )
   add('--add_items', help=ADD_ITEMS)
   add('--pictures', help=PICTURES)
   add('--approximate', action='store_true', help='search large catalogues approximately')
