@@ -29,7 +29,7 @@ def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str
   ]
   if len(run.stages) > 1:
     lines += [f'{f"stage {i}":<9}{stage}' for i, stage in enumerate(run.stages, 1)]
-  if warning := _repeats_warning(run):
+  if warning := repeats_warning(run):
     lines.append(warning)
   if progress.step:
     name = run.stages[len(progress.stages) - 1].name
@@ -37,7 +37,7 @@ def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str
   return '\n'.join(lines)
 
 
-def _repeats_warning(run: Run) -> str:
+def repeats_warning(run: Run) -> str:
   """Warns of held-out items that do not count because their users had them before."""
   is_repeated = run.dataset.is_repeated('test')
   if run.protocol.keeps_seen or not is_repeated.any():
