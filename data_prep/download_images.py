@@ -283,6 +283,11 @@ def _flags() -> Parser:
     default=default.redirect_hosts,
     help='other hosts that servers may redirect to, separated by commas; public: all public hosts',
   )
+  add(
+    '--allow_private',
+    action='store_true',
+    help='also connect to addresses outside the public internet, such as 127.0.0.1 and 10.0.0.7',
+  )
   add('--retry_failed', action='store_true', help='request missing and rejected pictures again')
   add(
     '--placeholders',

@@ -2,12 +2,12 @@
 
 import argparse
 import difflib
-import sys
 from typing import NoReturn
 
 from absl import logging as absl_logging
 
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.files import expand_home
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
     """
     # TFDS logs each file that it opens, and HTTP clients log each request.
     absl_logging.set_verbosity(absl_logging.WARNING)
-    for argument in sys.argv[1:] if argv is None else argv:
+    argv = expand_home(argv)
+    for argument in argv:
       name = argument.partition('=')[0]
       if name.startswith('--') and name not in self._option_string_actions:
         near = difflib.get_close_matches(name, self._option_string_actions, n=1)

@@ -115,7 +115,7 @@ def _flags() -> Parser:
     default='{}',
     help='more fields of the request, as JSON: \'{"temperature": 0.3}\'',
   )
-  add('--timeout', type=float, default=120.0, help='seconds to wait for a reply')
+  add('--timeout', type=float, default=120.0, help='seconds for a whole reply')
   add(
     '--nowait',
     dest='wait',

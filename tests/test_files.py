@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import BusyError, InputError, StorageError
-from ur4rec_jax.files import disk_errors, only_process, write_file
+from ur4rec_jax.files import disk_errors, expand_home, only_process, write_file
 
 
 @pytest.mark.parametrize(
@@ -160,3 +160,20 @@ def test_never_two_holders_while_lock_files_come_and_go(tmp_path):
   assert max(most) == 1
   assert len(gains) > 4
   assert not list(pathlib.Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize(
+  ('argument', 'expanded'),
+  [
+    ('--data_dir=~/data/shop', '--data_dir=/home/me/data/shop'),
+    ('--config.data_dir=~/a=b', '--config.data_dir=/home/me/a=b'),
+    ('--data_dir=~nobody-of-that-name/x', '--data_dir=~nobody-of-that-name/x'),
+    ('--delimiter=~', '--delimiter=~'),
+    ('--history=a~/b,~c', '--history=a~/b,~c'),
+    ('--users', '--users'),
+    ('', ''),
+  ],
+)
+def test_the_home_folder_in_a_flag(monkeypatch, argument, expanded):
+  monkeypatch.setenv('HOME', '/home/me')
+  assert expand_home([argument]) == [expanded]

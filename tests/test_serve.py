@@ -194,6 +194,18 @@ def test_bad_requests_get_one_message(address, body, status, message):
   assert 'Traceback' not in content
 
 
+def test_bad_users_among_others_are_named_alone(address, recommender):
+  good = [{'history': recommender.item_ids[i : i + 2]} for i in range(10)]
+  bad = [{'history': [f'nothing-{i}']} for i in range(5)]
+  bad += [{'user': f'nobody-{i}'} for i in range(5)]
+  questions = [question for pair in zip(good, bad, strict=True) for question in pair]
+  with ThreadPoolExecutor(20) as threads:
+    answers = list(threads.map(lambda question: get(f'{address}/recommend', question), questions))
+  assert [status for status, *_ in answers] == [200, 404] * 10
+  for question, (_, _, content) in zip(bad, answers[1::2], strict=True):
+    assert (question.get('user') or question['history'][0]) in json.loads(content)['detail']
+
+
 def raw(address, *parts):
   """Sends bytes as they are, and gives what comes back until the connection is closed."""
   host, port = address.removeprefix('http://').split(':')
@@ -285,19 +297,31 @@ def open_connections(address, count, content, source='127.0.0.1'):
   return found
 
 
+def is_closed(connection):
+  """Tells whether the service has closed a connection without an answer."""
+  try:
+    return connection.recv(1) == b''
+  except ConnectionResetError:
+    return True
+
+
 def test_silent_connections_lock_nobody_out_and_are_closed(serve, folder):
   limit = '--client_connections=20'
   with serve(folder, '--batch=1', limit) as (process, address):
     start = b'GET /health HTTP/1.1\r\nHost: localhost\r\n'
+    lazy = open_connections(address, 20, start + b'Content-Length: 2\r\n\r\n')
+    for connection in lazy:  # Their bodies come after the answers.
+      assert connection.recv(12) == b'HTTP/1.1 200'
+      connection.sendall(b'{}')
     silent = open_connections(address, 60, b'') + open_connections(address, 60, start)
     others = open_connections(address, 15, start, '127.0.0.2')
     assert get(f'{address}/health')[0] == 200
     files = len(os.listdir(f'/proc/{process.pid}/fd'))
     # The oldest ones of the client gave way to the new ones, the other client's stayed.
-    assert [connection.recv(1) for connection in silent[:90]] == [b''] * 90
+    assert all(map(is_closed, silent[:90]))
     for connection in others:
       assert connection.recv(12) == b'HTTP/1.1 408'
-    for connection in (*silent, *others):
+    for connection in (*lazy, *silent, *others):
       connection.close()
     assert get(f'{address}/health')[0] == 200
     assert len(os.listdir(f'/proc/{process.pid}/fd')) < files - 15

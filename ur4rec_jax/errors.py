@@ -33,7 +33,8 @@ EXIT_CODES = {
   0: ExitCode('finished', 'none', restart=False),
   1: ExitCode(
     'an error that the program does not know, with its traceback',
-    'a fault of the program itself; Python cannot find the program',
+    'a fault of the program itself; Python cannot find the program; texts that could not all be '
+    'generated',
     restart=False,
   ),
   2: ExitCode(

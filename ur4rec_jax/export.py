@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
-from ur4rec_jax.files import clean_up, new_folder, write_file
+from ur4rec_jax.files import clean_up, expand_home, new_folder, write_file
 from ur4rec_jax.inference import exported, stored_format
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.trained import TrainedRecommender, load
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
   add('--pictures', help=PICTURES)
   add('--users', action='store_true', help='add the users of the data and their histories')
   add('--approximate', action='store_true', help='search large catalogues approximately')
-  flags = parser.parse_args(argv)
+  flags = parser.parse_args(expand_home(argv))
   if flags.pictures is not None and flags.add_items is None:
     raise InputError('--pictures: is for --add_items; leave it out')
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)

@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import filelock
@@ -195,6 +195,23 @@ def _is_alive(pid: int) -> bool:
   except PermissionError:
     pass
   return True
+
+
+def expand_home(arguments: Sequence[str] | None = None) -> list[str]:
+  """Writes out the home folder in arguments such as `--data_dir=~/data`.
+
+  Most shells expand `~` only at the start of a word.
+
+  Args:
+    arguments: words of a command line; None takes those of the process.
+  """
+  expanded = []
+  for argument in sys.argv[1:] if arguments is None else arguments:
+    name, equals, value = argument.partition('=')
+    if name.startswith('-') and re.match('~[^/]*/', value):
+      value = os.path.expanduser(value)
+    expanded.append(f'{name}{equals}{value}')
+  return expanded
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -23,6 +23,7 @@ with errors_end_the_program():
   from absl import flags, logging
   from ml_collections import ConfigDict, config_flags
 
+  from ur4rec_jax.files import expand_home
   from ur4rec_jax.runs.config_files import check_fields, load_config
 
 
@@ -60,7 +61,7 @@ def _parse_flags() -> None:
       exit code 1, after which launchers start the run again.
   """
   try:
-    _, *others = flags.FLAGS(sys.argv)
+    _, *others = flags.FLAGS(expand_home(sys.argv))
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(error) from error
   if _HELP.value:
@@ -105,6 +106,7 @@ def main() -> None:
   from ur4rec_jax.runs import results, sweep, train_loop
   from ur4rec_jax.sharding import devices
 
+  devices.use_cpu_threads(_CONFIG.value.get('cpu_threads', 0))
   with _knobs_of_memory(), devices.joined_processes():
     if _SEEDS.value or _SWEEP.value:
       seeds = [int(seed) for seed in _SEEDS.value]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ur4rec_jax.data.dataset import read_dropped_users
 from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error, say
-from ur4rec_jax.files import write_file
+from ur4rec_jax.files import expand_home, write_file
 from ur4rec_jax.inference import frames, tables
 from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
@@ -281,7 +281,7 @@ def _check(flags: argparse.Namespace) -> None:
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags and prints or writes recommendations."""
-  flags = _flags().parse_args(argv)
+  flags = _flags().parse_args(expand_home(argv))
   _check(flags)
   note = functools.partial(say, file=sys.stderr)
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)

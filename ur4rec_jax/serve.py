@@ -18,6 +18,7 @@ import time
 import jax
 
 from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.files import expand_home
 
 try:
   import uvicorn
@@ -63,7 +64,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     help='further names of this service, separated by commas, that the Host of a request may have;'
     ' without it the address of --host and localhost; * for all',
   )
-  flags = parser.parse_args(argv)
+  flags = parser.parse_args(expand_home(argv))
   for name, least in (('wait_ms', 0), ('queue', 1), ('client_connections', 1)):
     if not least <= getattr(flags, name) <= 100_000:
       raise InputError(f'--{name}={getattr(flags, name)}: must be from {least} to 100000')

@@ -211,7 +211,12 @@ CASES = (
   config_file('config file without a config', 'def get_config():\n  return 3\n', 'not 3'),
   typed('no data folder', '--config.data_dir=/nosuch', words=('data_prep.build_dataset',)),
   typed('a folder that is no dataset', '--config.data_dir=/usr', words=('not a prepared',)),
-  typed('modality not encoded', '--config=synthetic:text', words=('data_prep.encode',)),
+  Case(
+    'modality not encoded',
+    2,
+    ('data_prep.encode',),
+    starts_with=('--config=synthetic:text', '--config.data_dir=data', '--workdir=other'),
+  ),
   file_damage('dataset.json empty', 2, 'data/dataset.json', EMPTY, 'dataset.json'),
   Case(
     'interactions damaged',

@@ -51,7 +51,7 @@ def start(
   path = '/v1' if backend == 'openai' else ''
   command = [sys.executable, '-m', 'data_prep.generate_text', f'--data_dir={data_dir}']
   command += ['--kind=items', f'--backend={backend}', f'--base_url={server.url}{path}', *flags]
-  environment = os.environ | {PROVIDERS[backend].KEY: llm_server.KEY, 'PYTHONPATH': str(ROOT)}
+  environment = os.environ | {PROVIDERS[backend].KEY: server.key, 'PYTHONPATH': str(ROOT)}
   with output_of(data_dir).open('w') as output:
     return subprocess.Popen(
       command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT

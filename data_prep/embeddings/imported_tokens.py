@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.embeddings.feature_files import Row, Source
-from data_prep.sources import raw_files
+from data_prep.sources import archives, raw_files
 from ur4rec_jax.data.dataset import iterate_items, read_info, read_interactions
 from ur4rec_jax.encoders import pretrained
 from ur4rec_jax.errors import InputError
@@ -161,6 +161,7 @@ def _read_npy(path: Path, scratch: Path) -> dict[str, np.ndarray]:
 
 
 def _read_npz(path: Path, scratch: Path) -> dict[str, np.ndarray]:
+  archives.check_zip(path)
   with np.load(path, allow_pickle=False) as file, zipfile.ZipFile(path) as archive:
     arrays = {name: file[name] for name in file.files if name in ('ids', 'mask')}
     for name in set(file.files) & set(_NAMES):

@@ -3,12 +3,14 @@
 import asyncio
 import collections
 import contextlib
-import ipaddress
 import random
+import socket
 import urllib.parse
+import urllib.request
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
+from data_prep.images import addresses
 from data_prep.prepared import pictures
 from data_prep.retry_after import seconds_to_wait
 
@@ -35,6 +37,7 @@ class Settings(NamedTuple):
     deadline: seconds for one file, all tries included.
     tries: requests per file.
     redirect_hosts: other hosts that a server may redirect to; `public` allows every public one.
+    allow_private: whether to connect to addresses outside the public internet.
     retry_failed: whether missing and rejected pictures are requested again.
     placeholders: whether items without a picture get a card with their title.
     tmdb_url: server to use instead of TMDB's.
@@ -47,6 +50,7 @@ class Settings(NamedTuple):
   deadline: float = 120.0
   tries: int = 4
   redirect_hosts: tuple[str, ...] = ()
+  allow_private: bool = False
   retry_failed: bool = False
   placeholders: bool = False
   tmdb_url: str | None = None
@@ -83,11 +87,28 @@ async def connected(settings: Settings) -> AsyncIterator['Web']:
   client = httpx.AsyncClient(
     timeout=settings.timeout,
     limits=httpx.Limits(max_connections=settings.concurrency),
+    transport=addresses.GuardedTransport(settings.concurrency, settings.allow_private),
+    mounts=_proxies(),
     # A small compressed answer could unpack to gigabytes.
     headers={'Accept-Encoding': 'identity', 'User-Agent': 'ur4rec-jax'},
   )
   async with client:
     yield Web(client, settings)
+
+
+def _proxies() -> dict[str, 'httpx.AsyncBaseTransport | None']:
+  """Returns the transports through the proxies of the environment, by the addresses they serve.
+
+  A proxy resolves names itself, so it decides which machines can be reached through it.
+  """
+  found = urllib.request.getproxies()
+  proxies = {
+    f'{scheme}://': httpx.AsyncHTTPTransport(proxy=url)
+    for scheme, url in found.items()
+    if scheme in ('http', 'https', 'all') and url.startswith(('http://', 'https://'))
+  }
+  hosts = (host.strip().lstrip('*.') for host in found.get('no', '').split(',')) if proxies else ()
+  return proxies | {f'all://*{host}': None for host in hosts if host}
 
 
 class Web:
@@ -133,6 +154,8 @@ class Web:
         await asyncio.sleep(wait + _BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1))
       try:
         return await self._request(url, kind, headers)
+      except addresses.Refused as error:
+        raise NoPicture(pictures.REJECTED, str(error)) from None
       except _TryAgain as error:
         reason, wait = str(error), error.wait
       except httpx.TransportError as error:
@@ -141,24 +164,47 @@ class Web:
 
   async def _request(self, url: 'httpx.URL', kind: str, headers: dict[str, str] | None) -> bytes:
     target = url
+    self._check_literal(url.host)
     for _ in range(_MAX_REDIRECTS + 1):
       async with self._client.stream('GET', target, headers=headers) as response:
         if headers or not response.has_redirect_location:
           return await _content(response, kind)
         target = _url(response.headers['location'], base=str(target))
+      self._check_literal(target.host)
       if not await self._may_follow(url, target):
-        raise NoPicture(
-          pictures.REJECTED,
-          f'redirected to another host; --redirect_hosts={target.host} would allow it',
-        )
+        reason = f'redirected to another host, {target.host}'
+        if await self._is_allowed(target.host):
+          reason = f'redirected to another host; --redirect_hosts={target.host} would allow it'
+        raise NoPicture(pictures.REJECTED, reason)
     raise NoPicture(pictures.REJECTED, f'redirected more than {_MAX_REDIRECTS} times')
 
   async def _may_follow(self, url: 'httpx.URL', target: 'httpx.URL') -> bool:
     """Whether to follow a redirect: the target may be a machine inside the user's own network."""
-    if target.host == url.host and target.port in (url.port, None):
+    if (target.host, target.port) == (url.host, url.port):
       return True
     allowed = self._settings.redirect_hosts
-    return target.host in allowed or ('public' in allowed and await _is_public(target.host))
+    is_public = 'public' in allowed and await self._is_allowed(target.host, allow_private=False)
+    return target.host in allowed or is_public
+
+  async def _is_allowed(self, host: str, allow_private: bool | None = None) -> bool:
+    """Whether all addresses of a host may be connected to; without a value, by the settings."""
+    if allow_private is None:
+      allow_private = self._settings.allow_private
+    try:
+      for address in await addresses.resolve(host):
+        addresses.check(address, host, allow_private)
+    except (OSError, addresses.Refused):
+      return False
+    return True
+
+  def _check_literal(self, host: str) -> None:
+    """Checks an address in a URL, in every spelling; a proxy would connect to it unseen."""
+    try:
+      found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except OSError:  # A name; it is checked when it is resolved.
+      return
+    for entry in found:
+      addresses.check(entry[4][0], host, self._settings.allow_private)
 
 
 def _url(address: str, base: str = '') -> 'httpx.URL':
@@ -170,14 +216,6 @@ def _url(address: str, base: str = '') -> 'httpx.URL':
   if url.scheme not in ('http', 'https') or not url.host or (url.port or 0) > 65535:
     raise NoPicture(pictures.REJECTED, f'no usable URL: {address[:200]!r}')
   return url
-
-
-async def _is_public(host: str) -> bool:
-  try:
-    found = await asyncio.get_running_loop().getaddrinfo(host, None)
-  except OSError:
-    return False
-  return all(ipaddress.ip_address(entry[4][0].partition('%')[0]).is_global for entry in found)
 
 
 async def _content(response: 'httpx.Response', kind: str) -> bytes:

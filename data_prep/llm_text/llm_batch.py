@@ -307,11 +307,17 @@ class Batches:
         num_answers += 1
 
     most = llm_http.MAX_REPLY * (1 + state['requests'])
-    for batch_id, batch in batches.items():
-      for source in self._provider.result_sources(batch, batch_id):
-        await self._read_results(source, most, entries, take)
     expected = sum(batch.num_done for batch in batches.values())
-    if entries and num_lines < expected:
+    for attempt in range(1, ATTEMPTS + 1):
+      num_lines = 0
+      for batch_id, batch in batches.items():
+        for source in self._provider.result_sources(batch, batch_id):
+          await self._read_results(source, most, entries, take)
+      if not entries or num_lines >= expected:
+        break
+      # The results ended too early without an error, for example behind a proxy.
+      await _back_off(Unanswered('results are missing'), attempt)
+    else:
       raise ReportedError(
         f'only {num_lines:,} of {expected:,} results of the batch arrived; they are stored, and the'
         f' same command reads the others. If they never come, give them up by deleting'
@@ -335,12 +341,13 @@ class Batches:
     """
     known = attempt = 0
 
-    def on_line(line: bytes, position: int) -> None:
+    def on_line(line: bytes, position: int) -> bool:
       nonlocal known
       if not line.endswith(b'\n') and not _is_json(line):
         raise Unanswered('the results broke off')
       known = position
       take(line)
+      return bool(missing)
 
     open_reply = lambda headers: self._provider.open_results(self._client, source, headers)
     while missing:

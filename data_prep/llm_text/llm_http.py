@@ -68,7 +68,7 @@ async def read_lines(
   start: int,
   most: int,
   timeout: float,
-  on_line: Callable[[bytes, int], None],
+  on_line: Callable[[bytes, int], bool],
 ) -> None:
   """Reads the lines of a large reply, from a position on if the server can do that.
 
@@ -78,7 +78,7 @@ async def read_lines(
     most: bytes after which reading stops with an error.
     timeout: seconds for the whole reply, and one more for each `BYTES_PER_SECOND`.
     on_line: called with each line, with its line end unless it has none, and the position behind
-      it. A line above `MAX_REPLY` is cut.
+      it; reading ends when it returns False. A line above `MAX_REPLY` is cut.
 
   Raises:
     BadReply: the reply is too large.
@@ -95,8 +95,8 @@ async def read_lines(
           position += len(piece)
           line += piece[: max(0, MAX_REPLY - len(line))]
           if piece.endswith(b'\n'):
-            if position > start:
-              on_line(bytes(line.rstrip()) + b'\n', position)
+            if position > start and not on_line(bytes(line.rstrip()) + b'\n', position):
+              return
             line.clear()
         if position > most:
           raise BadReply(f'more than {most:,} bytes', is_too_large=True)

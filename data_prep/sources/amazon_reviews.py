@@ -203,16 +203,15 @@ def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _parquet(file: Path, needed: list[str], wanted: list[str]) -> Iterator[pa.RecordBatch]:
   try:
-    content = pq.ParquetFile(file)
-    names = content.schema_arrow.names
+    names = pq.read_schema(file).names
     if missing := [name for name in needed if name not in names]:
       raise InputError(
         f'{file}: no column {missing[0]!r}; its columns are {", ".join(names[:20])}; use the files'
         ' of Amazon Reviews 2023'
       )
     columns = [name for name in wanted if name in names]
-    yield from content.iter_batches(columns=columns, batch_size=_BATCH_LINES)
-  except (pa.ArrowInvalid, OSError) as error:
+    yield from tables.parquet_batches(file, columns)
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
     raise InputError(f'{file}: cannot be read ({error}); download it again') from error
 
 

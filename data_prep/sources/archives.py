@@ -65,7 +65,7 @@ def open_file(path: Path, limits: Limits = Limits()) -> IO[bytes]:
   """
   if path.suffix.lower() not in ('.gz', '.tgz'):
     return path.open('rb')
-  return io.BufferedReader(_Limited(gzip.open(path), path, _budget(path, limits)), 1 << 18)
+  return io.BufferedReader(_Limited(gzip.open(path), path, budget(path, limits)), 1 << 18)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def unpack(
     InputError: the archive is damaged, too large or unsafe, or nothing in it matches.
   """
   members = _zip_members if archive.suffix.lower() == '.zip' else _tar_members
-  left = _budget(archive, limits)
+  left = budget(archive, limits)
   origins: dict[Path, str] = {}
   number = 0
   try:
@@ -119,7 +119,7 @@ def unpack(
         raise _too_large(f'{where} has {member.size:,} bytes')
       target = folder / relative
       target.parent.mkdir(parents=True, exist_ok=True)
-      with _Limited(member.open(), archive, member.size) as source, target.open('xb') as file:
+      with _opened(member, archive) as source, target.open('xb') as file:
         shutil.copyfileobj(source, file, 1 << 20)
   except _DAMAGED as error:
     raise _damaged(archive, error) from error
@@ -128,6 +128,50 @@ def unpack(
       f'{archive}: none of its {number:,} members is called {" or ".join(patterns)}; give --raw_dir'
       ' the archive of this source'
     )
+
+
+def _opened(member: _Member, archive: Path) -> IO[bytes]:
+  try:
+    return _Limited(member.open(), archive, member.size)
+  except (OSError, ValueError) as error:  # Of offsets that lead out of the file.
+    raise _damaged(archive, error) from error
+
+
+def check_zip(path: Path, file: IO[bytes] | None = None, limits: Limits = Limits()) -> None:
+  """Checks a zip file that another library will read, such as .xlsx and .npz files.
+
+  Zip readers never give more bytes of a member than the archive declares.
+
+  Args:
+    path: the file, for its size and for messages.
+    file: its content, if it is read already.
+    limits: limits for the declared sizes.
+
+  Raises:
+    InputError: it is encrypted, or unpacks to more than the limits allow.
+    Exception: `zipfile` raises many kinds of errors if it is damaged.
+  """
+  left = budget(path, limits)
+  with zipfile.ZipFile(file or path) as content:
+    members = content.infolist()
+  if len(members) > limits.members:
+    raise _too_large(f'{path}: has more than {limits.members:,} members')
+  for info in members:
+    left -= info.file_size
+    if info.flag_bits & 1:
+      raise InputError(f'{path}: is encrypted; save it without a password')
+    if info.file_size > limits.member_bytes or left < 0:
+      raise _too_large(f'{path}: {info.filename!r} has {info.file_size:,} bytes')
+
+
+def check_size(path: Path, size: int, limits: Limits = Limits()) -> None:
+  """Checks the number of bytes that a packed file takes in memory.
+
+  Raises:
+    InputError: it is beyond the limits.
+  """
+  if size > budget(path, limits):
+    raise _too_large(f'{path}: unpacks to {size:,} bytes')
 
 
 class _Limited(io.RawIOBase):
@@ -169,7 +213,11 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 def _zip_members(path: Path, limits: Limits) -> Iterator[_Member]:
   del limits
-  with zipfile.ZipFile(path) as content:
+  try:
+    content = zipfile.ZipFile(path)
+  except (OSError, ValueError) as error:  # Of offsets that lead out of the file.
+    raise _damaged(path, error) from error
+  with content:
     for info in content.infolist():
       kind = stat.S_IFMT(info.external_attr >> 16)  # 0 if the archive does not store file types.
       fault = '' if kind in (0, stat.S_IFREG) else 'is a link or device'
@@ -210,7 +258,7 @@ def _target(name: PurePosixPath, patterns: tuple[str, ...]) -> Path | None:
   return None
 
 
-def _budget(path: Path, limits: Limits) -> int:
+def budget(path: Path, limits: Limits) -> int:
   """Returns the most bytes that a packed file may unpack to."""
   by_ratio = max(limits.any_ratio_bytes, limits.ratio * path.stat().st_size)
   return min(limits.total_bytes, by_ratio)
@@ -218,8 +266,8 @@ def _budget(path: Path, limits: Limits) -> int:
 
 def _too_large(what: str) -> InputError:
   return InputError(
-    f'{what}, more than is unpacked unasked; if you trust the file, unpack it by hand and give'
-    ' --raw_dir the folder'
+    f'{what}, more than is unpacked unasked; if you trust the file, unpack it by hand, or'
+    ' write it again in another format or with less compression'
   )
 
 

@@ -8,7 +8,7 @@ from data_prep.sources import ids, raw_files
 
 _DAMAGES = {
   ids.BLANKS: ('have blanks around them', 'keep the blanks', 'removes them'),
-  ids.DECIMALS: ('end in .0', 'are not the ids without .0', 'reads 7.0 as 7'),
+  ids.DECIMALS: ('end in .0', 'count as ids of their own', 'reads 7.0 as 7'),
   ids.MISSING: ('say that there is none', 'count like any other id', 'leaves these rows out'),
 }
 

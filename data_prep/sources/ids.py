@@ -208,7 +208,7 @@ def _describe(names: pa.Array, counts: np.ndarray) -> dict[str, str]:
   if (at := select(pc.match_substring_regex(trimmed, _DECIMAL))).size:
     plain = pc.replace_substring_regex(trimmed.take(pa.array(at)), _DECIMAL, r'\1')
     both = pc.sum(pc.is_in(plain, names.filter(is_used))).as_py()
-    found[DECIMALS] = f'{at.size:,} such as {example(at)}, {both:,} of them without .0, too'
+    found[DECIMALS] = f'{at.size:,} such as {example(at)}, {both:,} of them also without .0'
   if (at := select(_says_missing(names))).size:
     found[MISSING] = f'{example(at)} in {int(counts[at].sum()):,} rows'
   return found

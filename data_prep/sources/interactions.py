@@ -277,7 +277,8 @@ def read_columns(
     if not len(rows):
       raise InputError(f'{path}: no row has a user and an item; export it again')
     locate = lambda row: locate_any(rows[row].as_py())
-    table, users, items = table.take(rows), users.take(rows), items.take(rows)
+    table = table.filter(pa.array(~is_missing))
+    users, items = users.take(rows), items.take(rows)
   users, items = ids.compact(users), ids.compact(items)
   timestamps, ticks, ratings = None, 1, None
   if 'time' in columns:
@@ -352,7 +353,7 @@ def _ratings(column: pa.ChunkedArray, name: str, where: Any) -> np.ndarray:
         f'{where(odd)}: {name} is not a number: {column[odd].as_py()!r}; correct it, or leave the'
         f' ratings out: --rating_column={NONE}'
       )
-    column = pc.utf8_trim_whitespace(column)
+    column = tables.plain_numbers(column)
   elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
     raise InputError(
       f'{where(0)}: {name} is of type {column.type}, not numbers; convert it, or leave the ratings'

@@ -29,6 +29,8 @@ PARAMETERS: Mapping[str, Any] = {
   'items_quoting': None,
 }
 
+_DEEPEST = 50  # Levels of lists and objects in a line of JSON.
+
 Rows = Iterable[tuple[Place, dict[str, Any]]]
 
 
@@ -186,6 +188,15 @@ def _text_columns(path: str, names: Sequence[str], wanted: str | None) -> list[s
   return extra
 
 
+def _checked_depth(value: Any, depth: int = 0) -> None:
+  """Raises a RecursionError for a value that is nested too deeply for all its readers."""
+  if depth > _DEEPEST:
+    raise RecursionError(f'more than {_DEEPEST} levels of lists and objects')
+  if isinstance(value, list | dict):
+    for part in value.values() if isinstance(value, dict) else value:
+      _checked_depth(part, depth + 1)
+
+
 def original_id(value: Any, column: str, where: str) -> str:
   """Converts an id to text; InputError if it is empty or no id."""
   if isinstance(value, bool | float | list | dict):
@@ -227,6 +238,7 @@ def json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
   for number, line in raw_files.utf8_lines(path):
     try:
       row = json.loads(line)
+      _checked_depth(row)
     except (ValueError, RecursionError) as error:
       raise InputError(
         f'{path}, line {number}: is no JSON ({error}): {raw_files.shown(line)}; write one object a'

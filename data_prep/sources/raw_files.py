@@ -180,8 +180,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     text = raw.decode()
   except UnicodeDecodeError:
     text = raw.decode('latin-1')
-  for number, line in enumerate(text.split('\n'), 1):
-    line = line.removesuffix('\r')
+  for number, line in enumerate(re.split(r'\r\n|\r|\n', text), 1):
     # Latin-1 accepts every byte, but control characters never belong in a title.
     if control := re.search(r'[\x00-\x08\x0a-\x1f\x7f-\x9f]', line):
       raise InputError(
@@ -206,7 +205,8 @@ def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
   """Yields numbered non-empty lines of a UTF-8 file, `.gz` or not, as a stream."""
   try:
     with archives.open_file(path) as file:
-      for number, data in enumerate(file, 1):
+      # Of bytes, `splitlines` knows the line ends of Unix, Windows and old Macs only.
+      for number, data in enumerate((part for line in file for part in line.splitlines()), 1):
         if number == 1:
           data = data.removeprefix(b'\xef\xbb\xbf')
         try:

@@ -107,7 +107,7 @@ class Selection:
       table = table.append_column(_WEIGHT, pa.array(weights))
     rows = None if is_kept.all() else np.flatnonzero(is_kept)
     if rows is not None:
-      table = table.take(pa.array(rows))
+      table = table.filter(pa.array(is_kept))
     self._parts.append((place, rows))
     self._ends.append((self._ends[-1] if self._ends else 0) + table.num_rows)
     return table

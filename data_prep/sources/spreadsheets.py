@@ -2,14 +2,16 @@
 
 import csv
 import io
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import raw_files
+from data_prep.sources import archives, raw_files, tables
 from ur4rec_jax.errors import InputError
 
+# Excel's own limit of rows. Numbers of rows and columns beyond these come from damaged files, and
+# readers would fill the gap with empty cells.
+_MOST_ROWS, _MOST_COLUMNS = 1 << 20, 256
 _XLS, _XLSX = b'\xd0\xcf\x11\xe0', b'PK\x03\x04'
 
 
@@ -24,16 +26,11 @@ def _xls(path: Path, raw: bytes) -> Iterator[list[Any]]:
   import xlrd  # Imported here, because only these functions need it.
 
   try:
-    with xlrd.open_workbook(file_contents=raw) as book:
+    # Its own warnings about damage would end up between the lines of the summary.
+    with xlrd.open_workbook(file_contents=raw, logfile=io.StringIO()) as book:
       sheet = book.sheet_by_index(0)
       yield from (sheet.row_values(row) for row in range(sheet.nrows))
-  except (
-    xlrd.XLRDError,
-    xlrd.compdoc.CompDocError,
-    IndexError,
-    ValueError,
-    AssertionError,
-  ) as error:
+  except Exception as error:  # Damaged files make the reader raise any kind of error.
     raise _damaged(path, error) from error
 
 
@@ -41,9 +38,15 @@ def _xlsx(path: Path, raw: bytes) -> Iterator[list[Any]]:
   import openpyxl
 
   try:
+    archives.check_zip(path, io.BytesIO(raw))
     book = openpyxl.load_workbook(io.BytesIO(raw), read_only=True, data_only=True)
-    yield from (list(row) for row in book.worksheets[0].iter_rows(values_only=True))
-  except (zipfile.BadZipFile, KeyError, IndexError, ValueError, OSError) as error:
+    sheet = book.worksheets[0]
+    for row in sheet.iter_rows(max_row=_MOST_ROWS, max_col=_MOST_COLUMNS, values_only=True):
+      width = max((at for at, value in enumerate(row, 1) if value is not None), default=0)
+      yield list(row[:width])
+  except InputError:
+    raise
+  except Exception as error:  # Damaged files make the reader raise any kind of error.
     raise _damaged(path, error) from error
 
 
@@ -57,7 +60,7 @@ def _csv(path: Path, raw: bytes) -> Iterator[list[Any]]:
       ' in UTF-8'
     ) from error
   try:
-    yield from csv.reader(io.StringIO(text, newline=''), strict=True)
+    yield from tables.reader_of(io.StringIO(text, newline=''), ',', quoted=True)
   except csv.Error as error:
     raise InputError(
       f'{path}: is neither an Excel nor a CSV file ({error}); save it again'
@@ -65,4 +68,5 @@ def _csv(path: Path, raw: bytes) -> Iterator[list[Any]]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-  return InputError(f'{path}: the Excel file cannot be read ({error}); save or download it again')
+  reason = ' '.join(str(error).split()) or type(error).__name__
+  return InputError(f'{path}: the Excel file cannot be read ({reason}); save or download it again')

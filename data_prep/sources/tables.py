@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv as arrow_csv
 
@@ -33,6 +34,7 @@ QUOTING = ('auto', 'none', 'standard')
 _NO_VALUE = '__HIVE_DEFAULT_PARTITION__'
 # Arrow must hold the longest row in one block; most files need only the first size.
 _BLOCKS = (1 << 22, 1 << 26, 1 << 30)
+_BATCH_ROWS = 1 << 14  # Rows of Parquet that are unpacked at once.
 _LONGEST_FIELD = 2**31 - 1  # The parser's own limit is 131,072 characters.
 
 
@@ -164,8 +166,7 @@ def read(file: File, columns: list[str]) -> pa.Table:
   with _readable(file.path):
     try:
       if file.delimiter is None:
-        # One file, as `read_table` would take the names of its folders for columns.
-        table = pq.ParquetFile(file.path).read(columns=inside)
+        table = _read_parquet(file.path, inside)
       else:
         table = _read_text(file, inside)
     except pa.ArrowException as error:
@@ -223,7 +224,7 @@ def records(file: File, columns: list[str]) -> Iterator[tuple[Place, dict[str, o
   if file.delimiter is None:
     number = 0
     with _readable(file.path):
-      for batch in pq.ParquetFile(file.path).iter_batches(columns=columns):
+      for batch in parquet_batches(file.path, columns):
         for row in batch.to_pylist():
           number += 1
           yield Place(str(file.path), number, 'row'), row
@@ -233,6 +234,47 @@ def records(file: File, columns: list[str]) -> Iterator[tuple[Place, dict[str, o
   rows = _rows(file.path, file.delimiter, file.quoted)
   for line, fields in itertools.islice(rows, 1, None):
     yield Place(str(file.path), line), {name: fields[i] for name, i in at.items()}
+
+
+def parquet_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+  """Reads some columns in batches, within the limits of packed files.
+
+  A few kilobytes may hold the same long text a million times. Texts stay dictionary-encoded until
+  their size is known.
+
+  Raises:
+    InputError: the columns take too much memory.
+    pa.ArrowException: the file is damaged.
+  """
+  schema = pq.read_schema(path)
+  texts = [field.name for field in schema if pa.types.is_string(field.type)]
+  content = pq.ParquetFile(path, read_dictionary=texts)
+  names = {field.name: field.type for field in schema}
+  # Of groups, not of their columns: pyarrow ends the process where those are damaged.
+  groups = map(content.metadata.row_group, range(content.num_row_groups))
+  archives.check_size(path, sum(max(group.total_byte_size, group.num_rows) for group in groups))
+  size = 0
+  for batch in content.iter_batches(columns=columns, batch_size=_BATCH_ROWS):
+    found = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+      if pa.types.is_dictionary(column.type) and not pa.types.is_dictionary(names[name]):
+        column.dictionary.validate(full=True)  # Texts of a damaged file may be no UTF-8.
+        lengths = pc.binary_length(column.dictionary).take(column.indices)
+        size += pc.sum(lengths.cast(pa.int64())).as_py() or 0
+        archives.check_size(path, size)
+        column = column.dictionary.take(column.indices)
+      else:
+        size += column.nbytes
+        archives.check_size(path, size)
+      found.append(column)
+    yield pa.record_batch(found, batch.schema.names)
+
+
+def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
+  batches = list(parquet_batches(path, columns))
+  if not batches:
+    return pa.table({name: pa.nulls(0) for name in columns})
+  return pa.Table.from_batches(batches)
 
 
 def _read_text(file: File, columns: list[str]) -> pa.Table:
@@ -371,7 +413,7 @@ def _readable(path: Path) -> Iterator[None]:
   except OSError as error:
     reason = ' '.join(str(error.strerror or error).split())
     raise InputError(f'{path}: cannot be read ({reason}); make it readable') from error
-  except pa.ArrowException as error:
+  except (pa.ArrowException, UnicodeDecodeError) as error:  # The latter of names of columns.
     raise _damaged(path, error) from error
 
 
@@ -387,6 +429,11 @@ def _check_text(path: Path, line: int, fields: list[str]) -> None:
     raise InputError(
       f'{path}, line {line}: bytes that are not UTF-8: {shown(readable)}; save the file as UTF-8'
     )
+
+
+def plain_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+  """Removes blanks around numbers and a plus before them, which Arrow does not read."""
+  return pc.replace_substring_regex(pc.utf8_trim_whitespace(column), r'^\+', '')
 
 
 def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sources.tables import first_true
+from data_prep.sources.tables import first_true, plain_numbers
 from ur4rec_jax.errors import InputError
 
 # Unix times by their size: seconds reach 10^11 in the year 5138, milliseconds in 1973.
@@ -124,9 +124,10 @@ def _text(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
       if odd is not None:
         raise _unlike(column, odd, name, where)
       try:
-        values = pc.utf8_trim_whitespace(column).cast(type_).to_numpy()
+        values = plain_numbers(column).cast(type_).to_numpy()
       except pa.ArrowInvalid as error:  # The number does not fit in 64 bits.
-        odd = next(row for row in range(len(column)) if abs(int(column[row].as_py())) >= 2**63)
+        fits = lambda row: -(2**63) <= float(column[row].as_py()) < 2**63
+        odd = next((row for row in range(len(column)) if not fits(row)), 0)
         raise _unlike(column, odd, name, where) from error
       return read(values, name, where)
   return _iso(column, name, where)

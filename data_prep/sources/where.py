@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.sources.raw_files import listed
-from data_prep.sources.tables import first_true
+from data_prep.sources.tables import first_true, plain_numbers
 from ur4rec_jax.errors import InputError
 
 _OPERATORS = {
@@ -136,7 +136,7 @@ def as_numbers(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int | None]:
   if pa.types.is_dictionary(column.type):
     column = column.cast(column.type.value_type)
   if is_text(column.type):
-    trimmed = pc.utf8_trim_whitespace(column)
+    trimmed = plain_numbers(column)
     trimmed = pc.if_else(pc.equal(trimmed, ''), pa.scalar(None, trimmed.type), trimmed)
     odd = first_true(pc.invert(pc.match_substring_regex(trimmed, NUMBER)).fill_null(False))
     return (trimmed, odd) if odd is not None else (trimmed.cast(pa.float64()), None)

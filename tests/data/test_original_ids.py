@@ -38,7 +38,15 @@ def test_blanks_and_commas_belong_to_an_id_only_where_the_catalogue_has_them():
   assert read_ids('i2,a, b,c', known) == ['i2', 'a, b', 'c']
   assert read_ids('c,d', known) == ['c,d']
   assert read_ids('x,c,d', known) == ['x', 'c,d']
+  assert read_ids('i2,a,,b', {'i2', 'a,,b'}) == ['i2', 'a,,b']
   assert read_ids(',,', known) == []
+
+
+def test_an_id_whose_blanks_got_lost_is_found_unless_there_are_several():
+  known = {' i1', ' i2', 'i2 ', 'i3', ' i3'}
+  assert read_ids('i1', known) == [' i1']
+  assert read_ids('i1 , i2,i2', known) == [' i1', ' i2', 'i2']
+  assert read_ids('  i3', known) == ['i3']
 
 
 def test_an_id_that_is_the_name_of_a_file_is_an_id(tmp_path, monkeypatch):

@@ -278,17 +278,30 @@ def packed(tmp_path) -> Path:
   return path
 
 
+# A file that shows that a build has come so far. A little later the build is killed.
+@pytest.mark.parametrize(
+  'signs',
+  [
+    ('raw-*', 'incomplete-*/interactions/*'),
+    pytest.param(
+      (
+        'raw-*/image/2*',
+        'incomplete-*',
+        'incomplete-*/images/3*',
+        'incomplete-*/interactions/*',
+      ),
+      marks=pytest.mark.slow,
+    ),
+  ],
+)
 def test_a_build_killed_at_any_moment_is_made_good_by_the_next(
-  command, packed, sequences, tmp_path
+  signs, command, packed, sequences, tmp_path
 ):
   source = 'multimodal_movielens_1m'
   build_dataset.build(source, tmp_path / 'undisturbed', packed)
   expected = contents(tmp_path / 'undisturbed')
   build_dataset.build('sequences', tmp_path / 'old', sequences)
   before = contents(tmp_path / 'old')
-  # What shows that a build has come so far; a little later it dies.
-  signs = ['raw-*', 'raw-*/image/2*', 'incomplete-*', 'incomplete-*/images/3*']
-  signs += ['incomplete-*/interactions/*'] * 2
   delays = np.random.default_rng(1).uniform(0, 0.2, len(signs))
   for start in range(0, len(signs), 2):
     running = {}

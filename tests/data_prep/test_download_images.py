@@ -26,7 +26,8 @@ from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import BusyError, InputError
 
 CANARY = 'eyJhbGciOi.canary-5e1f0c.x_Y'
-BRIEF = download_images.Settings(timeout=2, deadline=3, tries=2)
+LOCAL = download_images.Settings(allow_private=True)
+BRIEF = LOCAL._replace(timeout=2, deadline=3, tries=2)
 
 
 class Server:
@@ -243,6 +244,53 @@ def test_other_hosts_are_followed_to_when_told_and_never_inwards(server, dataset
   assert server.counts() == {'/a': 2, '/b': 1}
 
 
+def test_private_addresses_are_not_asked_unless_allowed(server, dataset, make_picture):
+  port = server.port
+  to = lambda target: answer(302, Location=target)
+  server.routes = {
+    '/a': answer(body=make_picture()),
+    '/metadata': to('http://169.254.169.254/latest'),
+    '/port': to('http://127.0.0.1/'),
+    '/inside': to('http://10.1.2.3/'),
+  }
+  hosts = [
+    '127.0.0.1',
+    'localhost',
+    '2130706433',
+    '0x7f.1',
+    '0177.0.0.1',
+    '127.1',
+    '0',
+    '[::ffff:127.0.0.1]',
+    '[::1]',
+    'user:pw@127.0.0.1',
+    'example.com@127.0.0.1',
+    '①②⑦.0.0.1',
+  ]
+  items = {f'i{n}': (f'http://{host}:{port}/a', '') for n, host in enumerate(hosts)}
+  items |= {name: (f'{server.url}/{name}', '') for name in ('metadata', 'port', 'inside')}
+  items |= {'direct': ('http://169.254.169.254/latest/meta-data', ''), 'none': ('', '')}
+  data_dir = dataset(items)
+  counts = download_images.download(data_dir, BRIEF._replace(allow_private=False))
+  assert counts['rejected'] == len(items) - 1
+  assert not server.asked
+  reasons = {name: record['reason'] for name, record in outcomes(data_dir).items()}
+  assert reasons['i0'] == '127.0.0.1 is no public address; --allow_private would allow it'
+
+  # With the flag they are asked; redirects stay with their host and port, and metadata is out.
+  counts = download_images.download(data_dir, BRIEF._replace(retry_failed=True))
+  reasons = {name: r.get('reason', '') for name, r in outcomes(data_dir).items()}
+  assert reasons['i2'] == ''
+  assert '/a' in server.counts()
+  assert reasons['port'].startswith('redirected to another host; --redirect_hosts=127.0.0.1')
+  assert reasons['metadata'] == reasons['direct']
+  assert reasons['direct'] == '169.254.169.254 is the address of a metadata service'
+  # Not even when it is named.
+  named = BRIEF._replace(retry_failed=True, redirect_hosts=('169.254.169.254',))
+  download_images.download(data_dir, named)
+  assert outcomes(data_dir)['metadata']['reason'] == reasons['direct']
+
+
 def test_a_second_run_asks_only_for_what_has_no_answer_yet(server, dataset, make_picture):
   good = make_picture()
   server.routes = {
@@ -278,6 +326,7 @@ def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, ma
   server.routes = {f'/{i}': picture for i in range(60)}
   data_dir = dataset({str(i): (f'{server.url}/{i}', '') for i in range(60)})
   command = [sys.executable, '-m', 'data_prep.download_images', f'--data_dir={data_dir}']
+  command.append('--allow_private')
   process = subprocess.Popen(
     [*command, '--concurrency=2'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
   )
@@ -288,13 +337,13 @@ def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, ma
     assert time.monotonic() < deadline
     time.sleep(0.005)
   with pytest.raises(BusyError, match='another process is fetching pictures'):
-    download_images.download(data_dir)
+    download_images.download(data_dir, LOCAL)
   os.kill(process.pid, signal.SIGKILL)
   process.communicate()
   complete = [r['item'] for r in pictures.read_manifest(data_dir)]
   assert 10 <= len(complete) < 60
   assert sum(path is not None for path in pictures.find(data_dir)) == len(complete)
-  counts = download_images.download(data_dir)
+  counts = download_images.download(data_dir, LOCAL)
   assert (counts['pictures'], counts['fetched']) == (60, 60 - len(complete))
   assert {server.counts()[f'/{name}'] for name in complete} == {1}
   lines = (data_dir / 'images/manifest.jsonl').read_text().split('\n')
@@ -304,7 +353,7 @@ def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, ma
 def test_a_host_that_never_answers_is_left_alone(server, dataset, run):
   server.routes = {f'/{i}': lambda handler: handler.connection.shutdown(2) for i in range(30)}
   data_dir = dataset({str(i): (f'{server.url}/{i}', '') for i in range(30)})
-  result = run(f'--data_dir={data_dir}', '--concurrency=1', '--tries=1')
+  result = run(f'--data_dir={data_dir}', '--concurrency=1', '--tries=1', '--allow_private')
   assert result.returncode == 2
   assert result.stderr.startswith('error: no server answered (item 0: ')
   assert result.stderr.count('\n') == 1
@@ -317,6 +366,7 @@ def test_interrupted_by_the_user(server, dataset):
   server.routes = {'/a': lambda handler: server.over.wait()}
   data_dir = dataset({'a': (f'{server.url}/a', ''), 'none': ('', '')})
   command = [sys.executable, '-m', 'data_prep.download_images', f'--data_dir={data_dir}']
+  command.append('--allow_private')
   # Whoever runs the tests in the background may have them ignore the signal.
   heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
   process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
@@ -415,7 +465,7 @@ MOVIES = {
 
 def test_posters_are_found_by_title_and_year(tmdb, dataset, run):
   data_dir = dataset(MOVIES)
-  flags = (f'--data_dir={data_dir}', '--source=tmdb', f'--tmdb_url={tmdb.url}')
+  flags = (f'--data_dir={data_dir}', '--allow_private', '--source=tmdb', f'--tmdb_url={tmdb.url}')
   result = run(*flags, TMDB_API_KEY=CANARY)
   assert result.returncode == 0, result.stderr
   assert result.stderr == ''
@@ -475,7 +525,13 @@ def test_posters_are_found_by_links(tmdb, dataset, tmp_path, monkeypatch):
 
 def test_a_wrong_key_stops_at_once(tmdb, dataset, run, monkeypatch):
   data_dir = dataset(MOVIES)
-  flags = (f'--data_dir={data_dir}', '--source=tmdb', f'--tmdb_url={tmdb.url}', '--concurrency=1')
+  flags = (
+    f'--data_dir={data_dir}',
+    '--allow_private',
+    '--source=tmdb',
+    f'--tmdb_url={tmdb.url}',
+    '--concurrency=1',
+  )
   result = run(*flags, TMDB_API_KEY=CANARY + 'x')
   assert result.returncode == 2
   assert result.stderr.startswith('error: TMDB refuses the key in TMDB_API_KEY; it must be')

@@ -92,7 +92,7 @@ def test_a_job_that_cannot_be_ranked_fails_alone(shop):
   recommender = make(shop, 'sasrec')[0]
   batcher = Batcher(recommender, most_jobs=4, wait_seconds=0.01)
   good = Job(recommender.check(Query([recommender.item_ids[:2]], 3)), None)
-  bad = good._replace(query=dataclasses.replace(good.query, weights=np.ones((1, 9))))
+  bad = good._replace(query=dataclasses.replace(good.query, histories=[None]))
 
   async def ask():
     running = asyncio.create_task(batcher.run())

@@ -1,5 +1,7 @@
 """Attention between modalities and pooling: what reads what, with masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,17 +109,18 @@ def test_an_item_changes_with_any_patch_it_has_and_with_no_other(fusion):
 def test_items_without_anything_are_zero_and_harmless():
   features = make_features()
   tower = ContentTower(DIM, 8, 0.0, cross_modal_blocks=1, fusion='gated', pooled_vectors=2)
-  params = tower.init(jax.random.key(0), features, deterministic=True)
+  apply = functools.partial(tower.apply, deterministic=True)
+  params = jax.jit(functools.partial(tower.init, deterministic=True))(jax.random.key(0), features)
   empty = {n: TokenTable(t * 0, m & False) for n, (t, m) in features.items()}
 
   def total(params):
-    content = tower.apply(params, empty, deterministic=True)
+    content = apply(params, empty)
     return (content.vectors**2).sum() + content.modalities.sum(), content
 
-  gradients, content = jax.grad(total, has_aux=True)(params)
+  gradients, content = jax.jit(jax.grad(total, has_aux=True))(params)
   np.testing.assert_array_equal(content.vectors, 0)
   np.testing.assert_array_equal(content.modalities, 0)
   assert not content.present.any()
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
-  alone = tower.apply(params, features, deterministic=True)
+  alone = jax.jit(apply)(params, features)
   np.testing.assert_array_equal(alone.vectors[4], 0)  # Item 4 has neither.

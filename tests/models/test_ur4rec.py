@@ -60,9 +60,14 @@ def encode(model, params, features, item_ids, segment_ids=None):
   return _encode(model, params, features, item_ids, segment_ids.astype(jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _encode(model, params, features, item_ids, segment_ids):
-  return model.apply({'params': params}, features, item_ids, segment_ids, method='encode')
+  return apply(model, params, features, item_ids, segment_ids, method='encode')
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames='method')
+def apply(model, params, *arguments, method, **options):
+  """A method of the model as one program, which is compiled sooner than its many operations."""
+  return model.apply({'params': params}, *arguments, method=method, **options)
 
 
 @pytest.mark.parametrize('norm', ['pre', 'post'])
@@ -109,7 +114,7 @@ def test_a_catalogue_of_some_items_has_their_vectors():
   rows = jnp.array([0, 2, 5, 6, ITEMS + 1])  # The last is nobody.
   vectors = lambda model, params, features: {
     branch: side.vectors
-    for branch, side in model.apply({'params': params}, features, method='encode_items').items()
+    for branch, side in apply(model, params, features, method='encode_items').items()
   }
   whole = vectors(model, params, features)
   tables = ReadTables(ItemEmbeddings('touched', ITEMS), rows)
@@ -128,20 +133,21 @@ def test_cached_items_score_as_uncached_and_permuting_items_permutes_scores(kind
   _, model, params, features = make(fusion={'kind': kind, 'cascade_size': 3})
   history = jnp.array([[1, 2, 3, 5, 6, 7]])
   segments = jnp.ones_like(history)
-  apply = functools.partial(model.apply, {'params': params})
 
+  @jax.jit
   def scores(params, features, history):
     apply = functools.partial(model.apply, {'params': params})
     items = apply(features, method='encode_items')
     users = apply(items, history, segments, method='encode_users')
     return apply({k: x[:, -1] for k, x in users.items()}, items, method='scores')
 
-  cached = apply(features, method='encode_items')
-  users = jax.jit(lambda items: apply(items, history, segments, method='encode_users'))(cached)
+  cached = apply(model, params, features, method='encode_items')
+  users = apply(model, params, cached, history, segments, method='encode_users')
   last = {branch: x[:, -1] for branch, x in users.items()}
   expected = scores(params, features, history)
   assert expected.shape == (1, ITEMS)
-  np.testing.assert_allclose(apply(last, cached, method='scores'), expected, atol=1e-5)
+  actual = apply(model, params, last, cached, method='scores')
+  np.testing.assert_allclose(actual, expected, atol=1e-5)
 
   order = np.r_[0, 1 + np.random.default_rng(1).permutation(ITEMS)]
   position = np.argsort(order)
@@ -206,7 +212,6 @@ def with_preferences(variant: str):
   model = create_model(config, ITEMS)
   items = jnp.array([[1, 2, 7, 5, 6, 1]])
   segments = jnp.array([[1, 1, 1, 2, 2, 2]])
-  encode = functools.partial(model.apply, method='encode')
   arguments = features, items, segments
   init = functools.partial(model.init, method='encode')
   shapes = jax.eval_shape(init, jax.random.key(0), *arguments, preferences_of(segments))['params']
@@ -214,7 +219,7 @@ def with_preferences(variant: str):
   params = jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.4, size=x.shape), x.dtype), shapes)
 
   def users(preferences, items=items):
-    encoded = encode({'params': params}, features, items, segments, preferences)
+    encoded = apply(model, params, features, items, segments, preferences, method='encode')
     return encoded.users['retriever'][0], encoded.retrieved
 
   return users, segments
@@ -250,11 +255,10 @@ def test_query_positions_positions_are_what_they_are_among_all(variant, fields):
   segments = jnp.array([[1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1]])
   arguments = items, segments, preferences_of(segments)
   params = ordinary(model, features, *arguments)
-  apply = functools.partial(model.apply, {'params': params})
-  sides = apply(features, method='encode_items')
+  sides = apply(model, params, features, method='encode_items')
   query_positions = jnp.array([[2, 5, 5], [5, 2, 3]])
   every, some = (
-    apply(sides, *arguments, method='encode_users', **cut)
+    apply(model, params, sides, *arguments, method='encode_users', **cut)
     for cut in ({}, {'query_positions': query_positions})
   )
   for branch in every:
@@ -290,7 +294,7 @@ def test_contrast_and_matching_are_what_they_are_called():
   scale, bias = 0.5, 0.25
   params = params | {'matching_scale': jnp.array(scale), 'matching_bias': jnp.array(bias)}
   batch = a_batch([[1, 2, 3, 5, 6, 7]])
-  found, encoded = all_losses(config, model, features, batch)(params)
+  found, encoded = jax.jit(all_losses(config, model, features, batch))(params)
   ids, weights = batch.targets[0], (batch.targets[0] > 0).astype(jnp.float32)
   target_vectors = encoded.items['retriever'][jnp.maximum(ids - 1, 0)]
   expected = losses.info_nce(
@@ -369,9 +373,9 @@ def test_the_retriever_may_have_a_loss_of_its_own():
   sampled = {'retriever_name': 'sampled_softmax', 'num_negatives': 3}
   config, model, params, features = make(loss={'weights': {'fused': 1.0}, **sampled})
   batch = a_batch([[1, 2, 3, 5, 6, 7]])
-  found, _ = all_losses(config, model, features, batch)(params)
+  found, _ = jax.jit(all_losses(config, model, features, batch))(params)
   config.loss.retriever_name = 'softmax'
-  exact, _ = all_losses(config, model, features, batch)(params)
+  exact, _ = jax.jit(all_losses(config, model, features, batch))(params)
   assert {name for name in found if found[name] != exact[name]} == {'retriever'}
 
 
@@ -380,7 +384,7 @@ def test_losses_are_what_they_are_called():
     content={'pooled_vectors': 2}, loss={'weights': ALL_LOSSES, 'contrast_items': 100}
   )
   batch = a_batch([[1, 2, 3, 5, 6, 7]])
-  found, encoded = all_losses(config, model, features, batch)(params)
+  found, encoded = jax.jit(all_losses(config, model, features, batch))(params)
   targets, weights = batch.targets[0] - 1, (batch.targets[0] > 0).astype(jnp.float32)
   for branch in ('sasrec', 'retriever', 'fused'):
     expected = catalogue_softmax.plain_softmax(

@@ -99,6 +99,7 @@ OTHER = {
   'steps_per_dispatch': 2,
   'mapping': 'shard_map',
   'transfer_guard': 'allow',
+  'parameter_table': True,
   'checkpoint.every_validations': 4,
   'checkpoint.max_to_keep': 5,
   'evaluation.batch_size': 17,

@@ -1,8 +1,11 @@
 """A run that is killed and started again ends exactly as one that was left alone."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +87,44 @@ def test_training_a_finished_run_again_changes_nothing(run, finished, tmp_path):
   assert done.returncode == 0, done.stderr
   for file in ('results.json', 'metrics.jsonl'):
     assert (workdir / file).read_bytes() == (finished / file).read_bytes()
+
+
+def test_other_cores_and_dispatches_are_told(run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  path = workdir / 'config.json'
+  record = json.loads(path.read_text())
+  cores = len(os.sched_getaffinity(0))
+  machine = {'device': 'cpu', 'devices': 1, 'cores': cores, 'threads': cores}
+  assert record['machine'] == machine
+  record['machine'] = machine | {'cores': 98, 'threads': 99}
+  path.write_text(json.dumps(record))
+  done = run(workdir, '--config.steps_per_dispatch=2', '--config.num_epochs=5')
+  assert done.returncode == 0, done.stderr
+  (warning,) = (line for line in done.stderr.splitlines() if line.startswith('warning'))
+  assert f'threads {cores} instead of 99, steps_per_dispatch 2 instead of 3' in warning
+  assert '--config.cpu_threads=99 keeps' in warning
+  same = ('--config.steps_per_dispatch=2', '--config.num_epochs=5', f'--config.cpu_threads={cores}')
+  assert 'warning' not in run(workdir, *same).stderr
+
+
+SUMS = """
+import hashlib, os, sys
+os.sched_setaffinity(0, [*os.sched_getaffinity(0)][: int(sys.argv[1])])
+from ur4rec_jax.sharding import devices
+devices.use_cpu_threads(int(sys.argv[2]))
+import jax, jax.numpy as jnp
+x = jax.random.normal(jax.random.key(0), (2000, 64))
+g = jax.jit(jax.grad(lambda e: jax.nn.logsumexp(x @ e.T, -1).sum()))(x[::2] * 0.1)
+print(hashlib.sha256(g.tobytes()).hexdigest())
+"""
+
+
+def test_threads_and_not_cores_decide_the_last_bit(environment):
+  def digest(cores: int, threads: int) -> str:
+    words = [sys.executable, '-c', SUMS, str(cores), str(threads)]
+    return subprocess.run(words, env=environment, capture_output=True, check=True).stdout
+
+  on_one_core = {threads: digest(1, threads) for threads in (1, 3)}
+  assert on_one_core[1] != on_one_core[3]
+  assert digest(99, 3) == on_one_core[3]

@@ -1,5 +1,6 @@
 """Reads lists of original ids that people write on the command line or in a file."""
 
+import collections
 import os
 import pathlib
 from collections.abc import Collection
@@ -11,7 +12,8 @@ def read_ids(text: str, known: Collection[str]) -> list[str]:
   """Reads ids that are separated by commas, or, if `text` names a file, one id per line of it.
 
   An id of the catalogue is found exactly as it is printed, also with blanks around it, with commas
-  in it, or if it is the name of a file. Blanks around any other id are removed.
+  in it, or if it is the name of a file. Blanks around any other id are ignored; so are those around
+  an id of the catalogue, unless this leaves a choice between several.
 
   Args:
     text: one id, several ids, or the name of a file.
@@ -24,16 +26,21 @@ def read_ids(text: str, known: Collection[str]) -> list[str]:
     return [text]
   if os.path.isfile(text):
     try:
-      lines = pathlib.Path(text).read_text(encoding='utf-8-sig').split('\n')
+      found = pathlib.Path(text).read_text(encoding='utf-8-sig').split('\n')
     except (OSError, ValueError) as error:
       raise InputError(f'{text}: cannot be read ({error})') from error
-    found = [line if line in known else line.strip() for line in lines]
   else:
-    found = _separate(text.split(','), known)
-  return [name for name in found if name]
+    found = _joined(text.split(','), known)
+  found = [name for name in found if name.strip()]
+  if all(name in known for name in found):
+    return found
+  padded = collections.Counter(name.strip() for name in known)
+  spelled = {name.strip(): name for name in known if padded[name.strip()] == 1}
+  look_up = lambda name: name if name in known else spelled.get(name, name)
+  return [name if name in known else look_up(name.strip()) for name in found]
 
 
-def _separate(parts: list[str], known: Collection[str]) -> list[str]:
+def _joined(parts: list[str], known: Collection[str]) -> list[str]:
   """Joins neighbouring parts that are one id of the catalogue, unless each part is an id itself."""
   most = 1
   if any(part not in known and part.strip() not in known for part in parts):
@@ -44,7 +51,7 @@ def _separate(parts: list[str], known: Collection[str]) -> list[str]:
       if (name := ','.join(parts[start:end])) in known:
         break
     else:
-      name, end = parts[start].strip(), start + 1
+      name, end = parts[start], start + 1
     found.append(name)
     start = end
   return found

@@ -145,6 +145,9 @@ class Connection(HttpToolsProtocol):
       return
     self._came_on = False
     super().data_received(data)
+    if self.is_waiting and self._deadline is None:
+      # uvicorn ends its own deadline of idle connections whatever arrives.
+      self._expect_within(HEADER_SECONDS)
     self._without_body = 0 if self._came_on else self._without_body + len(data)
     if self._without_body > MOST_HEADER_BYTES and not self._is_refused:
       self._refuse(431, f'the header has more than {MOST_HEADER_BYTES:,} bytes')
@@ -152,6 +155,8 @@ class Connection(HttpToolsProtocol):
   def send_400_response(self, msg: str) -> None:
     if self.headers is not None and len(self.headers) >= MOST_HEADERS:
       self._refuse(431, f'the header has more than {MOST_HEADERS} lines')
+    elif self._is_in_header and len(self.url) > MOST_HEADER_BYTES:
+      self._refuse(431, f'the address has more than {MOST_HEADER_BYTES:,} bytes')
     else:
       self._refuse(400, msg)
 
@@ -163,20 +168,20 @@ class Connection(HttpToolsProtocol):
   def on_message_begin(self) -> None:
     super().on_message_begin()
     self._is_in_header = True
-    if self._deadline is None:
-      self._expect_within(HEADER_SECONDS)
+    self._expect_within(HEADER_SECONDS)
 
   def on_headers_complete(self) -> None:
+    super().on_headers_complete()
     self._is_in_header, self._came_on = False, True
     self._expect_within(BODY_SECONDS)
-    super().on_headers_complete()
 
   def on_body(self, body: bytes) -> None:
     self._came_on = True
     super().on_body(body)
 
   def on_message_complete(self) -> None:
-    self._came_on, self.is_waiting = True, False
+    # A refused request may be answered before its body has arrived.
+    self._came_on, self.is_waiting = True, self.cycle.response_complete
     self._expect_within(None)
     super().on_message_complete()
 

@@ -164,7 +164,7 @@ def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str,
   """
   before, now = flatten(started), flatten(current)
   fixed = set(before) | set(now)
-  fixed -= {name for name, knob in KNOBS.items() if knob.may_change}
+  fixed -= {name for name, knob in KNOBS.items() if knob.may_change or knob.may_round}
   fixed -= {'num_epochs', 'patience'}  # The stages follow them, and those are compared below.
   last = f'stage.{now["stages"][-1]}'
   if now['stages'].count(now['stages'][-1]) == 1:  # It is the only stage that cannot have ended.

@@ -47,6 +47,8 @@ class Knob(NamedTuple):
     below: allowed values are smaller than this.
     may_change: whether a started run goes on with another value, because the knob changes neither
       what is computed nor what is stored.
+    may_round: whether a started run goes on with another value, too, but with numbers that are
+      rounded in another way, of which it warns.
     follows: for a knob of a stage, the knob of the run whose value is the default.
   """
 
@@ -58,6 +60,7 @@ class Knob(NamedTuple):
   at_most: float | None = None
   below: float | None = None
   may_change: bool = False
+  may_round: bool = False
   follows: str = ''
 
   @property
@@ -384,7 +387,13 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       choices=('float32', 'bfloat16'),
     ),
     'steps_per_dispatch': Knob(
-      8, 'Optimizer steps that the devices take in one call.', at_least=1, may_change=True
+      8, 'Optimizer steps that the devices take in one call.', at_least=1, may_round=True
+    ),
+    'cpu_threads': Knob(
+      0,
+      'Threads that a CPU divides sums among; a fixed number gives the same bits on any cores.',
+      at_least=0,
+      may_round=True,
     ),
     'mapping': Knob(
       'pmap',
@@ -615,6 +624,11 @@ def page() -> str:
     'one start to the next, because they change no result:',
     '',
     *(f'- `{name}`' for name, knob in KNOBS.items() if knob.may_change),
+    '',
+    'These may change too, but the numbers are then rounded in another way, and lines of',
+    '`metrics.jsonl` may be means over other steps. The run warns of it:',
+    '',
+    *(f'- `{name}`' for name, knob in KNOBS.items() if knob.may_round),
     '',
     'The last stage may get another `patience`, and another `num_epochs` or `num_steps` if its',
     'learning rate does not fall by a cosine, which depends on the number of steps.',

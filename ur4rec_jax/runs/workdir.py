@@ -12,11 +12,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.errors import InputError, StorageError, say
 from ur4rec_jax.files import only_process, write_file
 from ur4rec_jax.runs.checkpoint import saved_steps
-from ur4rec_jax.runs.config_checks import check_unchanged
-from ur4rec_jax.runs.knobs import from_stored
+from ur4rec_jax.runs.config_checks import check_unchanged, flatten
+from ur4rec_jax.runs.knobs import KNOBS, from_stored
 from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.sharding import devices
 
@@ -151,7 +151,7 @@ def claimed_workdir(workdir: str, run: Run) -> Iterator[None]:
 
 
 def note_start(workdir: str, run: Run) -> None:
-  """Writes the config to `config.json`.
+  """Writes the config to `config.json`, and warns if the run goes on with other rounding.
 
   Results of the same run with another config, such as more epochs, are removed, so that results
   always belong to the config.
@@ -159,13 +159,46 @@ def note_start(workdir: str, run: Run) -> None:
   if not devices.is_main_process():
     return
   folder = pathlib.Path(workdir)
+  content = {
+    'dataset': run.dataset.identity(),
+    'command': shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]]),
+    'machine': devices.machine(),
+    'config': _as_stored(run.config),
+  }
+  if (folder / CONFIG).exists() and saved_steps(folder):
+    _warn_of_other_rounding(folder, _rounding(_record(folder / CONFIG)), _rounding(content))
   if not is_started_with(folder, run.config):
     for name in RESULT_FILES:
       (folder / name).unlink(missing_ok=True)
-  command = shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]])
-  identity = run.dataset.identity()
-  content = {'dataset': identity, 'command': command, 'config': _as_stored(run.config)}
   write_file(folder / CONFIG, json.dumps(content, indent=2) + '\n')
+
+
+def _warn_of_other_rounding(
+  folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]
+) -> None:
+  changes = [
+    f'{x} {now[x]} instead of {before.get(x)}' for x in now if before and before.get(x) != now[x]
+  ]
+  if not changes:
+    return
+  keep = ''
+  if 'threads' in before and before['threads'] != now.get('threads'):
+    keep = f'; --config.cpu_threads={before["threads"]} keeps the number of threads'
+  say(
+    f'warning: the run in {folder} goes on with {", ".join(changes)}; sums are rounded in another '
+    f'order, so its last digits will not be those of an undisturbed run{keep}',
+    sys.stderr,
+  )
+
+
+def _rounding(record: dict) -> dict[str, Any]:
+  """Returns what the rounding of a run depends on, from a `config.json`; empty if it is old."""
+  if not isinstance(record.get('machine'), dict):
+    return {}
+  fields = flatten(from_stored(record['config']).to_dict())
+  found = record['machine'] | {name: fields[name] for name in KNOBS if KNOBS[name].may_round}
+  # Only the number of threads matters, wherever it comes from.
+  return {name: value for name, value in found.items() if name not in ('cores', 'cpu_threads')}
 
 
 def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:

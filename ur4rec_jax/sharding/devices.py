@@ -151,11 +151,40 @@ def is_main_process() -> bool:
   return jax.process_index() == 0
 
 
+def usable_cores() -> int:
+  """Returns how many cores this process may use, which a container or scheduler may limit."""
+  affinity = getattr(os, 'sched_getaffinity', None)  # Only Linux has it.
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def use_cpu_threads(number: int) -> None:
+  """Sets among how many threads a CPU divides its sums, before anything is computed.
+
+  Args:
+    number: of threads; 0 for one a core that this process may use.
+  """
+  if number:
+    os.environ['NPROC'] = str(number)  # XLA reads it when it opens the CPU.
+
+
+def machine() -> dict[str, Any]:
+  """Describes the devices and, on CPU, the usable cores and the threads.
+
+  The last digits of a run depend on all of it but the cores.
+  """
+  device = jax.devices()[0]
+  found = {'device': device.device_kind, 'devices': jax.device_count()}
+  if device.platform != 'cpu':
+    return found
+  cores, threads = usable_cores(), os.environ.get('NPROC', '')
+  return found | {'cores': cores, 'threads': int(threads) if threads.isdecimal() else cores}
+
+
 def describe_devices() -> str:
   """Describes the devices, e.g. `8 x NVIDIA H100 in 2 processes`."""
   processes = jax.process_count()
   device = jax.devices()[0]
-  cores = f' ({os.cpu_count()} cores)' if device.platform == 'cpu' else ''
+  cores = f' ({usable_cores()} cores)' if device.platform == 'cpu' else ''
   name = f'{jax.device_count()} x {device.device_kind}{cores}'
   return name + (f' in {processes} processes' if processes > 1 else '')
 

@@ -74,7 +74,7 @@ def test_whole_numbers_with_and_without_a_fraction():
   rows = table(user=['7', '7.0', '8', '8.5'], item=['1', '1', '2.00', '3'])
   raw = interactions.from_table(rows)
   (hint,) = raw.hints
-  assert "users: 1 such as '7.0', 1 of them without .0" in hint
+  assert "users: 1 such as '7.0', 1 of them also without .0" in hint
   assert "items: 1 such as '2.00', 0 of them" in hint
   data = prepare.prepare(interactions.from_table(rows, clean_ids='decimals'))
   assert (data.user_names, data.item_names) == (['7', '8', '8.5'], ['1', '2', '3'])
