@@ -32,7 +32,7 @@ from data_prep.embeddings import (
 )
 from data_prep.flags import Parser
 from ur4rec_jax import files
-from ur4rec_jax.data.dataset import iterate_items, read_info
+from ur4rec_jax.data.dataset import iterate_items, read_info, texts_origin
 from ur4rec_jax.data.features import load_features, read_features_info
 from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.encoders import pictures, projection, text
@@ -145,20 +145,21 @@ def _items_projection(
   return projection.load(folder, info['projection'])
 
 
+def _mock_texts(data_dir: str | Path, of: str) -> str:
+  """Names the texts that are not the dataset's own descriptions."""
+  own = texts_origin(data_dir, of)['counts'].get('dataset', 0)
+  return f'the texts of all {of}s but {own:,}' if own else 'the texts'
+
+
 def summary(
   info: dict[str, Any], seconds: float | None, data_dir: str | Path, neighbours: list[str]
 ) -> str:
   """Formats a summary for the user."""
   of, counts, encoder = info['of'], info['counts'], info['encoder']
   place = Path(data_dir) / 'features' / of / info['modality']
-  notes = [
-    note
-    for note, is_so in (
-      ('built in, for trying things out', encoder['is_builtin']),
-      ('the texts are made up by the mock writer', info['is_mock']),
-    )
-    if is_so
-  ]
+  notes = ['built in, for trying things out'] if encoder['is_builtin'] else []
+  if info['is_mock']:
+    notes.append(f'{_mock_texts(data_dir, of)} are made up by the mock writer')
   shown = ('layer', 'token_0', 'precision')
   details = [f'{name} {encoder[name]}' for name in shown if name in encoder]
   done = 'already in' if seconds is None else 'written to'

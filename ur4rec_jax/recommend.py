@@ -148,12 +148,8 @@ def to_file(
   draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
   rows, writer, notes, refused = 0, None, [], []
   try:
-    for start in tqdm(
-      range(0, len(group.names), _CHUNK),
-      unit_scale=_CHUNK,
-      unit='user',
-      disable=not sys.stderr.isatty(),
-    ):
+    bar = tqdm(total=len(group.names), unit='user', disable=not sys.stderr.isatty())
+    for start in range(0, len(group.names), _CHUNK):
       part = group.names[start : start + _CHUNK]
       query = _query(recommender, [group.history(start + i) for i in range(len(part))], flags)
       answer = recommender.ask(query, users=group.rows[start : start + len(part)])
@@ -164,6 +160,7 @@ def to_file(
       writer = writer or pq.ParquetWriter(draft, table.schema)
       writer.write_table(table)
       rows += len(table)
+      bar.update(len(part))
       for name, count, unknown, problem in zip(
         part, counts, answer.unknown, answer.problems, strict=True
       ):
@@ -174,6 +171,7 @@ def to_file(
           ignored = f'{len(unknown)} items that are not in the catalogue were ignored'
         if note := '; '.join(filter(None, (group.notes.get(name), problem, ignored))):
           notes.append((name, count, note))
+    bar.close()
     writer.close()
     _write_notes(notes_path(out), notes)
     os.replace(draft, out)
@@ -251,7 +249,11 @@ def _flags() -> argparse.ArgumentParser:
   add('--k', type=int, default=10, help='number of items to recommend')
   add('--only', help='recommend only these items: ids with commas between them, or a file of ids')
   add('--without', help='do not recommend these items: ids, or a file of ids')
-  add('--keep_seen', action='store_true', help="allow items of the user's own history, too")
+  add(
+    '--keep_seen',
+    action=argparse.BooleanOptionalAction,
+    help="allow items of the user's own history, too; by default as the run was evaluated",
+  )
   add('--add_items', help=ADD_ITEMS)
   add('--pictures', help=PICTURES)
   add('--approximate', action='store_true', help='search large catalogues approximately')

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.quality.accuracy import name_of_results, seeds_of, store_beside
 from ur4rec_jax.errors import InputError, exit_on_reported_error
-from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.evaluation import protocol
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.runs import results
@@ -80,7 +80,7 @@ def rank_in_all_ways(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     with changed.ignore_type():
       changed.update_from_flattened_dict(changes)
     model = create_model(changed, run.dataset.num_items)
-    ranks = results.rank_held_out(model, data, params, evaluate.PARTS)
+    ranks = results.rank_held_out(model, data, params, protocol.PARTS)
     found[name] = {part: ranking_metrics(of)['ndcg@10'] for part, of in ranks.items()}
   return found
 

@@ -235,7 +235,13 @@ def _encode(
   label = f'{settings["of"]} {settings["modality"]}'
   with (
     (draft / _PROGRESS).open('a', encoding='utf-8') as log,
-    tqdm(total=source.count, desc=label, unit=f' {settings["of"]}', disable=None) as bar,
+    tqdm(
+      total=source.count,
+      desc=label,
+      disable=None,
+      # Encoders report parts of a row, and nobody wants to read of 157.538 items.
+      bar_format='{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]',
+    ) as bar,
   ):
     for number, (rows, digest) in enumerate(_shards(source, settings)):
       record = done.get(number)

@@ -28,7 +28,7 @@ def source(data_dir: str | Path, of: str, encoder: text.Encoder, max_tokens: int
   origin = text.origin(data_dir, of, info)
   about = {
     'texts': {name: origin.get(name) for name in ('provider', 'model', 'is_mock')},
-    'is_mock': bool(origin.get('is_mock')),
+    'is_mock': bool(origin.get('is_mock')) and _has_written(origin['counts']),
   }
   if of == 'user':
     about |= {name: origin[name] for name in ('split_name', 'split_hash', 'hold_back')}
@@ -45,6 +45,13 @@ def source(data_dir: str | Path, of: str, encoder: text.Encoder, max_tokens: int
     width=encoder.width,
     rows=lambda: _rows(data_dir, of, bool(origin), max_tokens),
     encode=functools.partial(_encode, encoder, 1 + max_tokens),
+  )
+
+
+def _has_written(counts: dict[str, int]) -> bool:
+  """Returns whether any of the counted texts is not the dataset's own description."""
+  return any(
+    counts[source] for source in counts.keys() - {'dataset', 'without_text', 'unknown_ids'}
   )
 
 

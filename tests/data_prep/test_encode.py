@@ -199,6 +199,17 @@ def test_films_of_a_genre_are_more_alike_than_others(build, encoder, margin):
     assert likeness[same & others].mean() - likeness[~same].mean() > margin
 
 
+def test_own_descriptions_are_not_said_to_be_made_up(build, capsys):
+  data_dir = build([{'title': 'Pan', 'description': 'Iron.'}, {'title': 'Pot', 'description': ''}])
+  origin = {'provider': 'mock', 'is_mock': True}
+  for found, is_mock in (({}, False), ({'i001': 'A pot for everybody.'}, True)):
+    write_about(data_dir, 'item', found, **origin)
+    run(data_dir, '--modality=text', '--encoder=hashing', '--overwrite')
+    assert read(data_dir)[0]['is_mock'] == is_mock
+    said = 'the texts of all items but 1 are made up by the mock writer'
+    assert (said in capsys.readouterr().out) == is_mock
+
+
 def test_texts_about_users_belong_to_a_split(build, capsys):
   data_dir = build([{}] * 4)
   info = prepared.read_info(data_dir)

@@ -2,6 +2,8 @@ import dataclasses
 import functools
 
 import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,8 @@ from ur4rec_jax.data.input_pipeline import gather_batch
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation import evaluate, ranking
 from ur4rec_jax.evaluation.baselines import baseline_metrics
-from ur4rec_jax.evaluation.metrics import ranking_metrics
-from ur4rec_jax.evaluation.protocol import Protocol
+from ur4rec_jax.evaluation.metrics import metrics_by_target, ranking_metrics
+from ur4rec_jax.evaluation.protocol import SEEN_ITEMS, Protocol
 from ur4rec_jax.evaluation.queries import make_queries, pack_queries
 from ur4rec_jax.models.content import EncodedItems
 from ur4rec_jax.models.layers import take_positions
@@ -31,8 +33,10 @@ PARTS = ('valid', 'test')
 make_dataset = functools.partial(runs.make_dataset, num_items=NUM_ITEMS)
 
 
-def make_protocol(candidates: str = 'all', num_candidates: int = 7, seed: int = 0) -> Protocol:
-  return Protocol(candidates, num_candidates, seed)
+def make_protocol(
+  candidates: str = 'all', num_candidates: int = 7, seed: int = 0, seen_items: str = 'leave_out'
+) -> Protocol:
+  return Protocol(candidates, num_candidates, seed, seen_items)
 
 
 @functools.cache
@@ -169,12 +173,15 @@ def test_candidates_are_drawn_evenly_or_by_training_popularity(candidates, share
 
 
 def test_protocol_names_what_a_number_depends_on():
-  assert make_protocol().describe(mixed_dataset()) == {
+  assert make_protocol().describe(cycle_dataset()) == {
     'split': 'leave_one_out',
     'candidates': 'all items',
     'seen_items': 'left out',
     'ties': 'against the model',
   }
+  assert make_protocol().describe(mixed_dataset())['seen_items'] == 'left out, also as targets'
+  kept = make_protocol(seen_items='keep')
+  assert kept.describe(mixed_dataset())['seen_items'] == 'kept'
   sampled = make_protocol('popularity', num_candidates=99, seed=5).describe(mixed_dataset())
   assert sampled['candidates'] == 'target + 99 popularity (seed 5)'
 
@@ -234,7 +241,8 @@ def sasrec():
 
 
 def plain_ranks(dataset, part, protocol, score_all) -> np.ndarray:
-  """Full ranking as one would explain it."""
+  """Full ranking as one would explain it, of the users whose rank counts."""
+  keeps_seen = protocol.seen_items == 'keep'
   drawn = iter(make_queries(dataset, part, protocol).candidates.tolist())
   ranks = []
   for user in range(len(dataset.lengths)):
@@ -243,8 +251,10 @@ def plain_ranks(dataset, part, protocol, score_all) -> np.ndarray:
       continue
     *before, target = items if part == 'test' else items[:-1]
     candidates = next(drawn)
+    if target in before and not keeps_seen:
+      continue
     if protocol.candidates == 'all':
-      candidates = [i for i in range(1, NUM_ITEMS + 1) if i not in before]
+      candidates = [i for i in range(1, NUM_ITEMS + 1) if keeps_seen or i not in before]
     scores = score_all(before)
     rank = 1
     for item in candidates:
@@ -254,13 +264,17 @@ def plain_ranks(dataset, part, protocol, score_all) -> np.ndarray:
   return np.array(ranks)
 
 
+@pytest.mark.parametrize('seen_items', SEEN_ITEMS)
 @pytest.mark.parametrize('candidates', ['all', 'uniform', 'popularity'])
 @pytest.mark.parametrize('part', PARTS)
-def test_evaluator_equals_a_plain_loop_over_users(part, candidates):
-  dataset, protocol = mixed_dataset(), make_protocol(candidates)
+def test_evaluator_equals_a_plain_loop_over_users(part, candidates, seen_items):
+  dataset, protocol = mixed_dataset(), make_protocol(candidates, seen_items=seen_items)
   model, params, score_all = sasrec()
   expected = plain_ranks(dataset, part, protocol, score_all)
-  assert len(expected) == (dataset.lengths >= 3).sum()
+  repeated = dataset.is_repeated(part).sum()
+  assert repeated > 2
+  left_out = 0 if seen_items == 'keep' else repeated
+  assert len(expected) == (dataset.lengths >= 3).sum() - left_out
   np.testing.assert_array_equal(run(model, dataset, part, protocol, params), expected)
 
 
@@ -340,10 +354,11 @@ def test_interruption_ends_the_evaluation():
   assert (rank(interrupted=lambda: False) == 1).all()
 
 
+@pytest.mark.parametrize('seen_items', SEEN_ITEMS)
 @pytest.mark.parametrize('candidates', ['all', 'uniform', 'popularity'])
 @pytest.mark.parametrize('part', PARTS)
-def test_popularity_baseline_equals_a_plain_loop(part, candidates):
-  dataset, protocol = mixed_dataset(), make_protocol(candidates)
+def test_popularity_baseline_equals_a_plain_loop(part, candidates, seen_items):
+  dataset, protocol = mixed_dataset(), make_protocol(candidates, seen_items=seen_items)
   counts = np.zeros(NUM_ITEMS + 1)
   for user in range(len(dataset.lengths)):
     items = history(dataset, user)
@@ -366,6 +381,37 @@ def test_random_baseline_is_near_chance():
   chance = baseline_metrics(dataset, 'test', protocol)['random']
   assert abs(chance['mean_rank'] - 5.5) < 4 * np.sqrt((10**2 - 1) / 12 / users)
   assert chance['hit@10'] == 1
+
+
+histories = st.lists(
+  st.lists(st.integers(1, NUM_ITEMS), min_size=3, max_size=9), min_size=1, max_size=6
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(histories=histories, seen_items=st.sampled_from(SEEN_ITEMS))
+def test_metrics_of_new_and_repeated_items_equal_a_plain_loop(histories, seen_items):
+  dataset, protocol = make_dataset(histories), make_protocol(seen_items=seen_items)
+  counts = np.bincount([i for h in histories for i in h[:-2]], minlength=NUM_ITEMS + 1)
+  repeated = [items[-1] in items[:-1] for items in histories]
+  np.testing.assert_array_equal(dataset.is_repeated('test'), repeated)
+  is_counted = protocol.is_counted(dataset, 'test')
+  assert is_counted.tolist() == [seen_items == 'keep' or not again for again in repeated]
+  ranks = plain_ranks(dataset, 'test', protocol, lambda before: counts)
+  if is_counted.any():
+    found = baseline_metrics(dataset, 'test', protocol)
+    assert found['popularity'] == ranking_metrics(ranks)
+    assert found['random']['users'] == sum(is_counted)
+  by_target = metrics_by_target(ranks, dataset.is_repeated('test'), is_counted)
+  for name, is_kind in (('new', False), ('repeated', True)):
+    users = [user for user, again in enumerate(repeated) if again == is_kind]
+    assert by_target.get(name, {'users': 0})['users'] == len(users)
+    of_kind = [
+      r for r, again in zip(ranks, np.array(repeated)[is_counted], strict=True) if again == is_kind
+    ]
+    assert ('mrr' in by_target.get(name, {})) == bool(of_kind)
+    if of_kind:
+      assert by_target[name] == ranking_metrics(np.array(of_kind))
 
 
 def test_random_baseline_follows_its_seed():

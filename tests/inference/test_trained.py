@@ -1,5 +1,7 @@
 """Every variant and fusion in use: as the trainer ranks, shares that sum, new users and items."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import make_queries
+from ur4rec_jax.inference.http_schema import make_question
 from ur4rec_jax.inference.query import CheckedQuery
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
@@ -50,7 +53,7 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   starts = zip(queries.starts, queries.lengths, queries.targets, strict=True)
   is_new = np.array([t not in recommender.dataset.item_ids[s : s + n] for s, n, t in starts])
   assert is_new.sum() > 50
-  np.testing.assert_array_equal(positions[is_new], ranks[is_new])
+  np.testing.assert_array_equal(positions[is_new], ranks)
   assert (np.diff(np.where(np.isfinite(scores), scores, -1e9), axis=1) <= 0).all()
 
   names = recommender.share_names
@@ -378,3 +381,20 @@ def test_a_history_of_ten_thousand_items_is_read_from_its_end(shop):
   short = recommender.answer([ids[-20:]], 5, without=ids)
   assert long.items == short.items
   np.testing.assert_allclose(long.scores[0], short.scores[0], atol=1e-5)
+
+
+def test_seen_items_are_recommended_as_the_model_was_evaluated(shop):
+  recommender, _ = make(shop, 'sasrec')
+  history = recommender.item_ids[:5]
+  keeps = copy.copy(recommender)
+  about = {'config': {'evaluation': {'seen_items': 'keep'}}}
+  keeps.settings = recommender.settings._replace(about=about)
+  seen = lambda r, **options: set(r.answer([history], 60, **options).items[0]) & set(history)
+  assert not recommender.keeps_seen
+  assert seen(recommender) == set()
+  assert seen(keeps) == set(history)
+  assert seen(keeps, keep_seen=False) == set()
+  assert seen(recommender, keep_seen=True) == set(history)
+  question = make_question(['sasrec'], 10, keeps.keeps_seen)
+  assert question(history=history).keep_seen
+  assert not question(history=history, keep_seen=False).keep_seen

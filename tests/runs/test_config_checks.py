@@ -100,6 +100,7 @@ OTHER = {
   'cpu_threads': 3,
   'mapping': 'shard_map',
   'transfer_guard': 'allow',
+  'parameter_table': True,
   'checkpoint.every_validations': 4,
   'checkpoint.max_to_keep': 5,
   'evaluation.batch_size': 17,

@@ -91,6 +91,20 @@ class Dataset:
     users = np.flatnonzero(positions >= 0)
     return users, self.item_ids[self.offsets[users] + positions[users]]
 
+  def is_repeated(self, part: str) -> np.ndarray:
+    """Tells for each user of `held_out` whether the held-out item is one that the user had before.
+
+    Returns:
+      `[users]` bool.
+    """
+    users, targets = self.held_out(part)
+    lengths = self.split.held_out[part][users]
+    entry = np.repeat(np.arange(len(users)), lengths)
+    first = np.cumsum(lengths) - lengths
+    place = np.arange(lengths.sum()) + (self.offsets[users] - first)[entry]
+    same = self.item_ids[place] == targets[entry]
+    return np.bincount(entry[same], minlength=len(users)) > 0
+
   @property
   def all_features(self) -> dict[str, dict[str, Any]]:
     """Features of `item` and `user`, by modality."""

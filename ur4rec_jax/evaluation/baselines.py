@@ -21,7 +21,7 @@ def baseline_metrics(dataset: Dataset, part: str, protocol: Protocol) -> dict[st
   rng = np.random.default_rng(protocol.seed)
   popularity_ranks, random_ranks = [], []
   for target, start, length, candidates in zip(
-    queries.targets, queries.starts, queries.lengths, queries.candidates, strict=True
+    queries.targets, queries.starts, queries.seen_lengths, queries.candidates, strict=True
   ):
     level = popularity[target]
     if candidates.size:
@@ -35,7 +35,8 @@ def baseline_metrics(dataset: Dataset, part: str, protocol: Protocol) -> dict[st
     popularity_ranks.append(1 + not_worse)
     # In a random order every rank of the target is equally likely.
     random_ranks.append(int(rng.integers(1, num_rivals + 2)))
+  is_counted = protocol.is_counted(dataset, part)
   return {
-    'popularity': metrics.ranking_metrics(np.array(popularity_ranks)),
-    'random': metrics.ranking_metrics(np.array(random_ranks)),
+    'popularity': metrics.ranking_metrics(np.array(popularity_ranks)[is_counted]),
+    'random': metrics.ranking_metrics(np.array(random_ranks)[is_counted]),
   }

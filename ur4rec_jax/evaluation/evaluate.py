@@ -29,7 +29,6 @@ from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings, renumber, with_p
 
 Array = jax.Array
 PyTree = Any
-PARTS = ('valid', 'test')
 
 
 class EvalData(NamedTuple):
@@ -79,18 +78,21 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
 
   Returns:
     `evaluator(params, interrupted=lambda: False)`: the ranks of the held-out items as `[users]`
-    int32, in the order of `Dataset.held_out`, or None once `interrupted()` is True. It raises
-    DivergenceError if a score is not finite.
+    int32, for the users whose rank counts, see `Protocol.is_counted`; or None once `interrupted()`
+    is True. It raises DivergenceError if a score is not finite.
   """
   queries = make_queries(data.dataset, part, data.protocol)
   batches, members = pack_queries(queries, model.max_length, data.users_per_batch)
-  seen_capacity = int(batches.seen_lengths.sum(-1).max())
+  seen_capacity = max(1, int(batches.seen_lengths.sum(-1).max()))
   rank = devices.MAPPINGS[data.mapping](
     make_eval_step(model, data.embeddings, seen_capacity),
     (data.params_axes, data.embeddings.axis, None, None, 0),
     (),
   )
-  encode = make_catalogue_encoder(model, data)
+  encode, is_counted = (
+    make_catalogue_encoder(model, data),
+    data.protocol.is_counted(data.dataset, part),
+  )
   count = devices.device_count()
   placed = [
     devices.shard(jax.tree.map(lambda x, i=i: x[i : i + count], batches))
@@ -112,7 +114,7 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
     flat = members.reshape(-1)
     ordered = np.zeros(len(queries.users), np.int32)
     ordered[flat[flat >= 0]] = ranks[flat >= 0]
-    return ordered
+    return ordered[is_counted]
 
   return evaluator
 

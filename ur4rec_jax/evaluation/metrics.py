@@ -35,6 +35,29 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
   return metrics | {'users': int(ranks.size)}
 
 
+def metrics_by_target(
+  ranks: np.ndarray, is_repeated: np.ndarray, is_counted: np.ndarray
+) -> dict[str, dict[str, float]]:
+  """Computes the metrics of held-out items that are new to their user, and of repeated ones.
+
+  Args:
+    ranks: `[counted users]`, see `ranking_metrics`.
+    is_repeated: `[users]` bool, whether the user had the item before.
+    is_counted: `[users]` bool, whose rank is in `ranks`.
+
+  Returns:
+    `ranking_metrics` of `new` and `repeated`; a kind without items is left out, and one without
+    ranks has only the number of its `users`.
+  """
+  found = {}
+  for name, is_kind in (('new', ~is_repeated), ('repeated', is_repeated)):
+    if (is_kind & is_counted).any():
+      found[name] = ranking_metrics(ranks[is_kind[is_counted]])
+    elif is_kind.any():
+      found[name] = {'users': int(is_kind.sum())}
+  return found
+
+
 def popularity_groups(counts: np.ndarray) -> np.ndarray:
   """Groups items by popularity.
 

@@ -24,6 +24,7 @@ class Queries(NamedTuple):
     targets: the held-out item id.
     starts: index into `Dataset.item_ids` of the user's first interaction.
     lengths: interactions before the target.
+    seen_lengths: the first of these whose items are left out of the ranking: all or none.
     candidates: `[users, candidates]` item ids to rank against; `[users, 0]` for all items.
   """
 
@@ -31,6 +32,7 @@ class Queries(NamedTuple):
   targets: np.ndarray
   starts: np.ndarray
   lengths: np.ndarray
+  seen_lengths: np.ndarray
   candidates: np.ndarray
 
 
@@ -42,7 +44,7 @@ class EvalBatch(NamedTuple):
     slots: `[users]` index of the user's slot in the flattened rows.
     targets: `[users]` item ids, 0 for an empty user.
     seen_starts: `[users]` index of the user's first interaction.
-    seen_lengths: `[users]` number of interactions before the target.
+    seen_lengths: `[users]`, see `Queries`.
     candidates: `[users, candidates]`, see `Queries`.
   """
 
@@ -66,12 +68,23 @@ def make_queries(dataset: Dataset, part: str, protocol: Protocol) -> Queries:
   starts, lengths = dataset.offsets[users], dataset.split.held_out[part][users]
   candidates = np.zeros((len(users), 0), np.int32)
   if protocol.candidates != 'all':
-    candidates = _draw_candidates(dataset, users, protocol)
-  return Queries(users, targets, starts, lengths, candidates)
+    candidates = _draw_candidates(dataset, users, starts + lengths, protocol)
+  seen_lengths = np.zeros_like(lengths) if protocol.keeps_seen else lengths
+  return Queries(users, targets, starts, lengths, seen_lengths, candidates)
 
 
-def _draw_candidates(dataset: Dataset, users: np.ndarray, protocol: Protocol) -> np.ndarray:
-  """Draws distinct items the user never has, `[users, num_candidates]`, 0 where there are none."""
+def _draw_candidates(
+  dataset: Dataset, users: np.ndarray, places: np.ndarray, protocol: Protocol
+) -> np.ndarray:
+  """Draws distinct items the user never has, `[users, num_candidates]`, 0 where there are none.
+
+  Args:
+    dataset: all interactions.
+    users: for whom to draw.
+    places: `[users]` index into `Dataset.item_ids` of the target. If seen items are kept, those
+      before it are drawn too.
+    protocol: says how.
+  """
   rng = np.random.default_rng(protocol.seed)
   weights = np.ones(dataset.num_items)
   if protocol.candidates == 'popularity':
@@ -79,10 +92,11 @@ def _draw_candidates(dataset: Dataset, users: np.ndarray, protocol: Protocol) ->
   candidates = np.zeros((len(users), protocol.num_candidates), np.int32)
   with np.errstate(divide='ignore'):
     log_weights = np.log(weights)
-  for row, user in zip(candidates, users, strict=True):
+  starts = places if protocol.keeps_seen else dataset.offsets[users]
+  for row, start, end in zip(candidates, starts, dataset.offsets[users + 1], strict=True):
     # Gumbel top-k: a draw without replacement in proportion to the weights.
     keys = log_weights + rng.gumbel(size=dataset.num_items)
-    keys[dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]] - 1] = -np.inf
+    keys[dataset.item_ids[start:end] - 1] = -np.inf
     best = np.argsort(-keys)[: protocol.num_candidates]
     best = best[np.isfinite(keys[best])]
     row[: len(best)] = best + 1
@@ -128,7 +142,7 @@ def pack_queries(
     slots_of,
     lookup(queries.targets),
     lookup(queries.starts),
-    lookup(queries.lengths),
+    lookup(queries.seen_lengths),
     queries.candidates[members],
   )
   return batches, members

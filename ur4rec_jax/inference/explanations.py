@@ -1,5 +1,7 @@
 """Explains a recommendation: items of the history and sentences that support it."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from ur4rec_jax.inference.query import Ids
 from ur4rec_jax.inference.trained import TEXT, TrainedRecommender
 
 _MOST_REASONS = 3
+_COMMON = 0.05  # Sentences of a larger share of the items tell nothing about one of them.
 
 
 class _Sentences(NamedTuple):
@@ -47,6 +50,8 @@ def explain(
     the user that are most alike, and their cosine in the space of the frozen encoder; it is None if
     the model reads no texts or there are no sentences. The user's sentences are those of the
     preference, or those that were written about the user, or those about the items of the history.
+    A stored sentence is left out if more than 5 % of the items, or users, have it, also with other
+    numbers in it.
   """
   known = recommender.lookup(history)[0][-recommender.max_length :]
   influences = recommender.influences(history, items, users)
@@ -109,23 +114,33 @@ def _user_sentences(
     return _Sentences(text.split(preference)[: len(tokens) - 1], _unit(tokens[1:][mask[1:]]))
   if written is not None and users is not None and written.rows(users)[1].any():
     (user,) = users
-    return _stored_sentences(recommender, 'user', written, [user])[user]
+    found = _stored_sentences(recommender, 'user', written, [user])[user]
+    return found if found.texts else None
   return None
 
 
 def _stored_sentences(
   recommender: TrainedRecommender, of: str, features: Features, rows: list[int]
 ) -> dict[int, _Sentences]:
-  """Reads the sentences about some items or users by their row."""
-  chosen = set(rows)
+  """Reads the sentences about some items or users by their row, without those that many have."""
+  chosen, texts, counts = set(rows), {}, Counter()
   stored = text.texts(recommender.config.data_dir, of, features.shape[1] - 1)
-  # Token 0 and the first text stand for the whole text, not for a sentence.
-  texts = {row: parts[1:] for row, parts in enumerate(stored) if row in chosen}
+  for row, parts in enumerate(stored):
+    # Token 0 and the first text stand for the whole text, not for a sentence.
+    counts.update({_without_numbers(part) for part in parts[1:]})
+    if row in chosen:
+      texts[row] = parts[1:]
+  most = max(2, _COMMON * features.shape[0])
   tokens, mask = features.rows(np.array(rows, int))
-  return {
-    row: _Sentences(texts[row], _unit(t[1:][m[1:]]))
-    for row, t, m in zip(rows, tokens, mask, strict=True)
-  }
+  found = {}
+  for row, t, m in zip(rows, tokens, mask, strict=True):
+    kept = [i for i, part in enumerate(texts[row]) if counts[_without_numbers(part)] <= most]
+    found[row] = _Sentences([texts[row][i] for i in kept], _unit(t[1:][m[1:]])[kept])
+  return found
+
+
+def _without_numbers(sentence: str) -> str:
+  return re.sub(r'\d+', '0', sentence.casefold())
 
 
 def _best_pair(about_item: _Sentences | None, about_user: _Sentences) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
   app = FastAPI(title='ur4rec_jax', lifespan=lifespan, docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   service = Service(recommender, batcher)
-  Question = make_question(recommender.branches, batcher.most_k)
+  Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   # The fields of a question depend on the model, so its type is only known here.
   @app.post('/recommend', responses=_problems(400, 404, 408, 413, 421, 422, 431, 503))

@@ -71,12 +71,13 @@ class Health(BaseModel):
   most_k: int
 
 
-def make_question(branches: list[str], most_k: int) -> type[BaseModel]:
+def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[BaseModel]:
   """Builds the model of a request to /recommend.
 
   Args:
     branches: names of the model's branches.
     most_k: the most items that a request can ask for.
+    keeps_seen: whether items of the history are recommended unless the request says otherwise.
   """
   weight = (float, Field(1.0, ge=0, le=MOST_WEIGHT))
   Weights = create_model('Weights', __base__=Strict, **dict.fromkeys(branches, weight))
@@ -95,7 +96,7 @@ def make_question(branches: list[str], most_k: int) -> type[BaseModel]:
     k: Whole = Field(min(10, most_k), ge=1, le=most_k)
     only: Ids = Field(None, min_length=1, max_length=MOST_IDS)
     without: Ids = Field((), max_length=MOST_IDS)
-    keep_seen: bool = False
+    keep_seen: bool = keeps_seen
     weights: Weights = Weights()
 
     @model_validator(mode='after')

@@ -23,7 +23,8 @@ class Query:
     k: number of items to recommend to each user.
     only: if given, only these items may be recommended.
     without: items that must not be recommended.
-    keep_seen: whether items of a user's own history may be recommended.
+    keep_seen: whether items of a user's own history may be recommended; None does as the model was
+      evaluated, see `Recommender.keeps_seen`.
     weights: `[branches]` or `[users, branches]`, factors of the branches' scores: 1 scores as
       trained, 0 switches a branch off. None means 1 for every branch.
     preferences: the users' own texts, or None.
@@ -33,7 +34,7 @@ class Query:
   k: int = 10
   only: Ids | None = None
   without: Ids = ()
-  keep_seen: bool = False
+  keep_seen: bool | None = None
   weights: Sequence[float] | np.ndarray | None = None
   preferences: UserTokens | None = None
 

@@ -117,6 +117,12 @@ class Recommender:
     self.batch_sizes = fitting or BATCH_SIZES[:1]
     self.most_k = min(len(self.item_ids), settings.most_k or len(self.item_ids))
 
+  @property
+  def keeps_seen(self) -> bool:
+    """Whether items of a user's history are recommended unless a query says otherwise."""
+    config = self.settings.about.get('config', {})
+    return config.get('evaluation', {}).get('seen_items') == 'keep'  # As the config stores it.
+
   def top(self, histories: Sequence[Ids], k: int = 10, **options: Any) -> Answer:
     """Finds the best items of each user.
 
@@ -179,10 +185,11 @@ class Recommender:
     without = np.zeros(0, np.int32)
     if query.without is not None and len(query.without):
       without = np.unique(self._lookup_filter(query.without, 'without'))
+    keep_seen = self.keeps_seen if query.keep_seen is None else query.keep_seen
     return CheckedQuery(
       [history.items for history in known],
       query.k,
-      [without if query.keep_seen else np.union1d(history.seen, without) for history in known],
+      [without if keep_seen else np.union1d(history.seen, without) for history in known],
       allowed,
       self._checked_weights(query.weights, known),
       preferences,

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation.protocol import SEEN_ITEMS
 from ur4rec_jax.models.fusion import BRANCH_FUSIONS, CALIBRATIONS, MODALITY_FUSIONS
 from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ITEM_INPUTS, NORMS
@@ -346,6 +347,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       choices=('all', 'uniform', 'popularity'),
     ),
     'evaluation.num_candidates': Knob(100, 'Number of sampled items for each user.', at_least=1),
+    'evaluation.seen_items': Knob(
+      'leave_out',
+      'Items that a user had before: leave them out of rankings and recommendations, or keep them.',
+      choices=SEEN_ITEMS,
+    ),
     'evaluation.seed': Knob(0, 'Seed of the samples and of the random baseline.', at_least=0),
     'evaluation.batch_size': Knob(
       64,

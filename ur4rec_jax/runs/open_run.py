@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, load_with_features, read_tables
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.evaluation.evaluate import PARTS, EvalData
-from ur4rec_jax.evaluation.protocol import Protocol
+from ur4rec_jax.evaluation.evaluate import EvalData
+from ur4rec_jax.evaluation.protocol import PARTS, Protocol
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 from ur4rec_jax.runs.checkpoint import read_latest
 from ur4rec_jax.runs.config_checks import check_config
@@ -84,6 +84,16 @@ class Run:
     """Returns the shapes of a checkpoint's arrays, see `saved_tree`."""
     padded = jax.eval_shape(self.embeddings.pad, self.shapes)
     return saved_tree(padded, len(self.stages))
+
+  def check_targets(self) -> None:
+    """Raises InputError if all held-out items of a part are left out of the ranking."""
+    for part in PARTS:
+      if not self.protocol.is_counted(self.dataset, part).any():
+        raise InputError(
+          f'every {part} item is a repeat: its user had it before, and '
+          "config.evaluation.seen_items='leave_out' leaves such items out; set "
+          '--config.evaluation.seen_items=keep to rank and recommend them too'
+        )
 
   def eval_data(self) -> EvalData:
     """Copies what an evaluation reads onto each device, with whole item tables."""

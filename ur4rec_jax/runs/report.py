@@ -93,7 +93,7 @@ def report_page(
       ('minutes of training', f'{timing["seconds"] / 60:,.1f}'),
     ],
     protocol=', '.join(f'{what}: {value}' for what, value in results['protocol'].items()),
-    warning=below_popularity(results),
+    warnings=[*filter(None, (below_popularity(results), repeated_targets(results)))],
     metrics=_METRICS,
     rows=_table_rows(results),
     stages=[(number, span) for number, span in enumerate(spans, 1)],
@@ -126,6 +126,25 @@ def below_popularity(results: dict[str, Any]) -> str:
   )
 
 
+def repeated_targets(results: dict[str, Any]) -> str:
+  """Says how many test items their users had before, and whether they count; empty if none.
+
+  Args:
+    results: content of `results.json`.
+  """
+  found = results.get('by_target', {}).get('test', {})
+  if 'repeated' not in found:
+    return ''
+  count = found['repeated']['users']
+  total = count + found.get('new', {'users': 0})['users']
+  is_counted = 'mrr' in found['repeated']
+  return (
+    f'repeated items: {count:,} of {total:,} test users ({count / total:.0%}) have a test item '
+    'that they had before; '
+    + ('they count' if is_counted else 'they do not count, as items that a user had are left out')
+  )
+
+
 def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, dict[str, str], bool]]:
   """Returns the rows of the test table: name, validation NDCG@10, values, whether it is best."""
   best = results.get('best_stage', len(results['stages']) - 1)
@@ -135,6 +154,9 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, dict[str, str],
   for i, stage in enumerate(results['stages']):
     valid = f'{stage["valid"]["ndcg@10"]:.4f}'
     rows.append((f'{i + 1} {stage["name"]}', valid, cells(stage['test']), i == best))
+  for name, values in results.get('by_target', {}).get('test', {}).items():
+    if 'mrr' in values:
+      rows.append((f'{name} items', '', cells(values), False))
   return rows
 
 

@@ -17,11 +17,12 @@ from ur4rec_jax.data.dataset import first_user
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import metrics
 from ur4rec_jax.evaluation.baselines import baseline_metrics
-from ur4rec_jax.evaluation.evaluate import PARTS, EvalData, make_evaluator
+from ur4rec_jax.evaluation.evaluate import EvalData, make_evaluator
+from ur4rec_jax.evaluation.protocol import PARTS
 from ur4rec_jax.files import write_file
 from ur4rec_jax.models.ur4rec import UR4Rec
 from ur4rec_jax.runs.open_run import Run, open_run, restore_best
-from ur4rec_jax.runs.report import PAGE, below_popularity, write_report
+from ur4rec_jax.runs.report import PAGE, below_popularity, repeated_targets, write_report
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import Stage
@@ -97,7 +98,8 @@ def write_results(
   }
   if devices.is_main_process():
     archive = io.BytesIO()
-    np.savez(archive, users=dataset.held_out('test')[0], ranks=best_ranks['test'])
+    users = dataset.held_out('test')[0][data.protocol.is_counted(dataset, 'test')]
+    np.savez(archive, users=users, ranks=best_ranks['test'])
     write_file(pathlib.Path(workdir) / 'test_ranks.npz', archive.getvalue())
     for name, content in (('timing.json', timing), ('results.json', results)):
       write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
@@ -125,7 +127,8 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     workdir: a folder that `train_and_evaluate` wrote.
 
   Returns:
-    `model`, `protocol`, `valid`, `test`, `by_popularity` and `baselines`, as in `results.json`.
+    `model`, `protocol`, `valid`, `test`, `by_popularity`, `baselines` and, if users had held-out
+    items before, `by_target`, as in `results.json`.
 
   Raises:
     InputError: the folder holds no run or another one.
@@ -134,6 +137,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   if not check_workdir(workdir, run, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   keep_compiled_programs(workdir, config)
+  run.check_targets()
   stage, params = restore_best(run, workdir)
   data = run.eval_data()
   with jax.transfer_guard(config.transfer_guard):
@@ -148,7 +152,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
 def rank_held_out(
   model: UR4Rec, data: EvalData, params: PyTree, parts: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """Returns the ranks of the held-out items by part, in the users' order.
+  """Returns the ranks of the held-out items that count by part, in the users' order.
 
   Args:
     model: with the branches that rank, and their fusion.
@@ -164,14 +168,20 @@ def _scores(stage: Stage, data: EvalData, ranks: dict[str, np.ndarray]) -> dict[
   """Returns the model's name, the protocol, metrics of both parts by popularity, and baselines."""
   dataset = data.dataset
   groups = metrics.popularity_groups(dataset.train_part().item_counts())
+  targets, by_target = {}, {}
+  for part in PARTS:
+    is_counted, is_repeated = data.protocol.is_counted(dataset, part), dataset.is_repeated(part)
+    targets[part] = dataset.held_out(part)[1][is_counted]
+    by_target[part] = metrics.metrics_by_target(ranks[part], is_repeated, is_counted)
+  has_repeats = any('repeated' in found for found in by_target.values())
   return {
     'model': ' + '.join(stage.model.branches),
     'protocol': data.protocol.describe(dataset),
     **{part: metrics.ranking_metrics(ranks[part]) for part in PARTS},
     'by_popularity': {
-      part: metrics.metrics_by_group(ranks[part], groups[dataset.held_out(part)[1]])
-      for part in PARTS
+      part: metrics.metrics_by_group(ranks[part], groups[targets[part]]) for part in PARTS
     },
+    **({'by_target': by_target} if has_repeats else {}),
     'baselines': baseline_metrics(dataset, 'test', data.protocol),
   }
 
@@ -189,6 +199,11 @@ def results_table(results: dict) -> str:
     **{f'{i} {stage["name"]}': stage['test'] for i, stage in enumerate(stages, 1)},
     results['model']: results['test'],
     f'{results["model"]} (valid)': results['valid'],
+    **{
+      f'{results["model"]} ({name} items)': values
+      for name, values in results.get('by_target', {}).get('test', {}).items()
+      if 'mrr' in values
+    },
   }
   names = [name for name in results['test'] if name != 'users']
   width = max(map(len, rows))
@@ -206,6 +221,8 @@ def results_table(results: dict) -> str:
     for name, values in results['by_popularity']['test'].items()
   ]
   lines.append(f'test ndcg@10 by popularity of the item: {", ".join(groups)}')
+  if note := repeated_targets(results):
+    lines.append(note)
   if warning := below_popularity(results):
     lines.append(f'warning: {warning}')
   return '\n'.join(lines)

@@ -29,10 +29,24 @@ def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str
   ]
   if len(run.stages) > 1:
     lines += [f'{f"stage {i}":<9}{stage}' for i, stage in enumerate(run.stages, 1)]
+  if warning := repeats_warning(run):
+    lines.append(warning)
   if progress.step:
     name = run.stages[len(progress.stages) - 1].name
     lines.append(f'resuming from step {progress.step}, in stage {name}')
   return '\n'.join(lines)
+
+
+def repeats_warning(run: Run) -> str:
+  """Warns of held-out items that do not count because their users had them before."""
+  is_repeated = run.dataset.is_repeated('test')
+  if run.protocol.keeps_seen or not is_repeated.any():
+    return ''
+  return (
+    f'warning: {is_repeated.sum():,} of {len(is_repeated):,} test users ({is_repeated.mean():.0%}) '
+    'have a test item that they had before. Such repeats do not count and are not recommended; set '
+    '--config.evaluation.seen_items=keep if they should be'
+  )
 
 
 def _feature_lines(run: Run) -> list[str]:

@@ -63,6 +63,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
   """
   run = open_run(config)
   run.embeddings.check_devices()
+  run.check_targets()
   batches = plan_batches(run)
   with claimed_workdir(workdir, run):
     with (
