@@ -50,7 +50,7 @@ _PARAMETERS = {
   'clean_ids': (
     str,
     'blanks: remove blanks around ids; decimals: read 7.0 as 7; missing: leave out rows whose id is'
-    ' empty, NULL, nan or the like; several with commas, or all (interactions)',
+    ' empty, NULL, nan or the like; several with commas, or all (interactions, amazon_reviews)',
   ),
   'delimiter': (
     str,

@@ -28,7 +28,7 @@ from data_prep.sources import columns as arrow_columns
 from ur4rec_jax.errors import InputError
 
 FILES = (('*.jsonl', 'raw_review_*/*.parquet'), ('meta_*.jsonl', 'raw_meta_*/*.parquet'))
-PARAMETERS: Mapping[str, Any] = {'hub_name': None, 'category': None}
+PARAMETERS: Mapping[str, Any] = {'hub_name': None, 'category': None, 'clean_ids': None}
 COLUMNS = {'user': 'user_id', 'item': 'parent_asin', 'time': 'timestamp', 'rating': 'rating'}
 _FIELDS = {
   'user_id': pa.string(),
@@ -95,13 +95,19 @@ def _classify(path: Path) -> tuple[int, str]:
   return 0, ''
 
 
-def read(*files: Path, hub_name: str | None = None, category: str | None = None) -> Raw:
+def read(
+  *files: Path,
+  hub_name: str | None = None,
+  category: str | None = None,
+  clean_ids: str | None = None,
+) -> Raw:
   """Reads the files from `find`, or a category on the hub.
 
   Args:
     *files: reviews, then metadata; no files to read from the hub.
     hub_name: dataset repository on the hub with the layout of McAuley-Lab/Amazon-Reviews-2023.
     category: name such as All_Beauty.
+    clean_ids: damages of ids to undo, see `ids.parse_cleanings`.
   """
   notes = []
   if files:
@@ -126,7 +132,8 @@ def read(*files: Path, hub_name: str | None = None, category: str | None = None)
     return Place(str(file), amazon.line(file, row))
 
   table = arrow_columns.joined(parts, [path] * len(parts))
-  raw = interactions.read_columns(path, table, COLUMNS, locate, interactions.PARAMETERS)
+  options = interactions.PARAMETERS | {'clean_ids': clean_ids}
+  raw = interactions.read_columns(path, table, COLUMNS, locate, options)
   return raw._replace(
     notes=tuple(notes), read_items=functools.partial(_read_items, metadata=metadata)
   )

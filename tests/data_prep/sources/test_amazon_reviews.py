@@ -204,7 +204,7 @@ def test_one_category_of_several_is_chosen(folder):
     (b'{"user_id": "\xff"}', 'line 7: is no JSON: '),
     (b'[1]', 'line 7: is no JSON object'),
     (lines([review(EVENTS[0], user_id=None)]), 'line 7: user_id is empty'),
-    (lines([review(EVENTS[0], parent_asin='')]), "line 7: parent_asin is empty: ''"),
+    (lines([review(EVENTS[0], parent_asin='')]), 'line 7: parent_asin is empty; fill it in'),
     (lines([review(EVENTS[0], timestamp=None)]), 'line 7: timestamp is empty'),
     (lines([review(EVENTS[0], timestamp='now')]), "line 7: timestamp is 'now', not a whole number"),
     (lines([review(EVENTS[0], timestamp=1_588_687)]), 'line 7: timestamp mixes units'),
