@@ -34,9 +34,13 @@ except ImportError as error:
   print(f"error: {error.name} is not installed; pip install 'ur4rec-jax[serve]'", file=sys.stderr)
   sys.exit(InputError.exit_code)
 
-BACKLOG = 256  # Connections that wait at the port until they are accepted.
+# Connections that wait at the port until they are accepted. If there were more, the kernel would
+# have clients try again after one, three and seven seconds.
+BACKLOG = 2048
 _MOST_FILES = 65_536  # Open files of the process, of which connections are most.
-_OTHER_FILES = 64  # Open files that are no connections.
+# Open files that are no connections, and new connections that are accepted before the oldest ones
+# are closed.
+_OTHER_FILES = 320
 STOP_SECONDS = 30  # How long clients may take to read their answers when the service stops.
 COMPILED = Counter('ur4rec_compilations', 'Programs compiled since the service was ready.')
 
@@ -90,8 +94,7 @@ def _most_connections() -> int:
   files = _MOST_FILES if most == resource.RLIM_INFINITY else min(most, _MOST_FILES)
   with contextlib.suppress(ValueError, OSError):
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
-  # As many connections as wait at the port may be accepted before the oldest ones are closed.
-  return max(files - BACKLOG - _OTHER_FILES, 1)
+  return max(files - _OTHER_FILES, 1)
 
 
 def _serve(app: AdmissionControl, listening: socket.socket, client_connections: int) -> None:

@@ -35,6 +35,7 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error
 FILES = 1024  # Open files of the service.
 RATE = 50  # Honest requests a second.
 MOST_TIMES_SLOWER, MOST_MEGABYTES = 3, 200
+SECONDS_TO_BEGIN = 2  # The attackers need so long to open their connections.
 PATIENCE = 30  # Seconds that an honest client waits for an answer.
 HEAD = b'POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
 
@@ -151,14 +152,15 @@ async def repeat(attack: Callable[[str], Awaitable[None]], address: str, pause: 
     await asyncio.sleep(pause * random.uniform(0.5, 1.5))
 
 
-def attack_all(port: int, ids: list[str]) -> None:
-  """Runs all attacks until the process is killed."""
+def attack_all(port: int, ids: list[str], has_begun: Any) -> None:
+  """Runs all attacks until the process is killed, and sets an event when they have begun."""
   _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
   os.nice(10)  # Real attackers run on other machines and take no time from the service's cores.
 
   async def run() -> None:
     attack = Attack(port, ids)
+    asyncio.get_running_loop().call_later(SECONDS_TO_BEGIN, has_begun.set)
     await asyncio.gather(
       *(
         repeat(getattr(attack, name), f'127.0.0.{at}', pause)
@@ -233,11 +235,11 @@ def measure(folder: str, seconds: float, calm_seconds: float) -> dict[str, Any]:
     calm, besieged, memory = Honest(port, ids), Honest(port, ids), []
     asyncio.run(calm.run(calm_seconds, lambda: None))
     before = memory_megabytes('VmRSS', process.pid)
-    hostile = multiprocessing.get_context('spawn').Process(
-      target=attack_all, args=(port, ids), daemon=True
-    )
+    context = multiprocessing.get_context('spawn')
+    has_begun = context.Event()
+    hostile = context.Process(target=attack_all, args=(port, ids, has_begun), daemon=True)
     hostile.start()
-    time.sleep(min(seconds / 4, 5))  # The attackers need this long to open their connections.
+    has_begun.wait(120)
     watch = lambda: memory.append(memory_megabytes('VmRSS', process.pid))
     asyncio.run(besieged.run(seconds, watch))
     address = f'http://127.0.0.1:{port}/metrics'

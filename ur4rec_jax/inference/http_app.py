@@ -134,11 +134,12 @@ class Service:
       }
     )
 
-  def items(self, search: Search = '') -> list[Item]:
+  # A search holds the interpreter, so that a thread of its own would cost more time, not less.
+  async def items(self, search: Search = '') -> list[Item]:
     """Finds items by a part of their title or id; upper and lower case are the same."""
     return [self._item(i) for i in self._find_items(search)]
 
-  def users(self, search: Search = '') -> list[str]:
+  async def users(self, search: Search = '') -> list[str]:
     """Finds known users by a part of their id; upper and lower case are the same."""
     return [self._user_names[i] for i in self._find_users(search)]
 
