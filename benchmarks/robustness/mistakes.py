@@ -359,6 +359,12 @@ def _start(case: Case, folder: pathlib.Path) -> None:
   main.main()
 
 
+def _outcome(folder: pathlib.Path, name: str) -> bytes | dict:
+  """Reads a file of a run's results, without the version of the program that wrote it."""
+  content = (folder / 'run' / name).read_bytes()
+  return json.loads(content) | {'git': None} if name == 'results.json' else content
+
+
 def run_case(case: Case, workdir: pathlib.Path) -> Outcome:
   """Runs a case on a copy of `WORKDIR/good` and judges how it ended."""
   folder, good = workdir / 'case', workdir / 'good'
@@ -394,10 +400,7 @@ def run_case(case: Case, workdir: pathlib.Path) -> Outcome:
   problems += ['a traceback'] if 'Traceback' in message else []
   if not case.code:
     files = [name for name in RESULTS if not (case.gap and name == 'metrics.jsonl')]
-    same = [(folder / 'run' / x).read_bytes() == (good / 'run' / x).read_bytes() for x in files]
-    problems += [
-      f'another {name}' for name, is_same in zip(files, same, strict=True) if not is_same
-    ]
+    problems += [f'another {x}' for x in files if _outcome(folder, x) != _outcome(good, x)]
   lines = [line for line in message.splitlines() if line.strip()]
   shown = [line for line in lines if line.startswith(('error', 'warning'))] or lines[-1:] or ['']
   return Outcome(code, shown[0], ', '.join(problems))
