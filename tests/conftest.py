@@ -58,6 +58,7 @@ def make_once(common_folder) -> Callable[[str, Callable], pathlib.Path]:
     folder, mark = common_folder / name, common_folder / f'{name}.made'
     with FileLock(common_folder / f'{name}.lock'):
       if not mark.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # Of an attempt that failed.
         folder.mkdir()
         make(folder)
         mark.touch()

@@ -28,7 +28,6 @@ from ur4rec_jax.errors import EXIT_CODES, exit_on_reported_error
 
 # Processes are forked from one that has imported everything, which saves seconds of each.
 _FORKS = multiprocessing.get_context('forkserver')
-_FORKS.set_forkserver_preload(['ur4rec_jax.main', 'ur4rec_jax.runs.sweep'])
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ('results.json', 'metrics.jsonl', 'test_ranks.npz')
 LIMIT_SECONDS = 600
@@ -417,6 +416,7 @@ def main() -> None:
   flags = parser.parse_args()
   workdir = flags.workdir.absolute()
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  _FORKS.set_forkserver_preload(['ur4rec_jax.main', 'ur4rec_jax.runs.sweep'])
   prepare(workdir)
   wrong = 0
   print('| mistake or damage | exit code | start again? | message | wrong |')

@@ -379,6 +379,8 @@ def test_a_signal_to_local_processes_ends_its_children(name, code, scheduler):
     env=os.environ | {'PYTHON': str(scheduler / 'stub')},
     stderr=subprocess.PIPE,
     text=True,
+    # Under nohup the tests ignore this signal, and the script would too.
+    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
   )
   listed = pathlib.Path(f'/proc/{script.pid}/task/{script.pid}/children')
   wait_for(script, lambda: len(children(listed, 'sleep')) == 2)

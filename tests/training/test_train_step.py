@@ -565,7 +565,8 @@ def test_rows_that_a_step_does_not_read_keep_parameters_and_moments():
   plan = few_users(2)
   first = Plan(*(x[:1] for x in plan))
   after_first = touched.dispatch(touched.init(), first)[0]
-  assert_trees_close(after_first.params, every.dispatch(every.init(), first)[0].params, 1e-6)
+  # The bias of the keys has no gradient but rounding errors, which Adam scales up.
+  assert_trees_close(after_first.params, every.dispatch(every.init(), first)[0].params, 1e-4)
   after_both = touched.dispatch(touched.init(), plan)[0]
   initial, once, twice = tables(touched.initial), tables(after_first), tables(after_both)
   assert len(once) == 3  # The parameter and its two moments.

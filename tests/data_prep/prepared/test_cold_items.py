@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from configs import default
 from data_prep import build_dataset, describe
 from data_prep.prepared import prepare
 from tests.helpers.recommenders import make
@@ -12,6 +11,7 @@ from ur4rec_jax.data.dataset import load_dataset, read_info, read_interactions, 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.baselines import baseline_metrics
 from ur4rec_jax.evaluation.cold_items import warm_items
+from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import make_queries
 
 ROWS = pd.DataFrame(
@@ -103,12 +103,11 @@ def shop(tmp_path):
 def test_cold_items_are_ranked_by_models_and_baselines(shop):
   dataset = load_dataset(shop)
   assert np.flatnonzero(~warm_items(dataset)[1:]).tolist() == [0, 1, 8, 9]
-  config = default.get_config('sasrec').evaluation
   for candidates in ('all', 'uniform', 'popularity'):
-    config.candidates, config.num_candidates = candidates, 20
-    found = baseline_metrics(dataset, 'test', config)
+    protocol = Protocol(candidates, num_candidates=20)
+    found = baseline_metrics(dataset, 'test', protocol)
     assert 0 < found['popularity']['mrr'] <= 1
-    offered = make_queries(dataset, 'test', config).candidates
+    offered = make_queries(dataset, 'test', protocol).candidates
     # A draw by popularity offers no item without interactions; an equal draw offers all of them.
     assert np.isin([1, 2, 9, 10], offered).all() == (candidates == 'uniform')
     assert np.isin([1, 2, 9, 10], offered).any() == (candidates == 'uniform')
