@@ -201,7 +201,7 @@ def as_reported(error: BaseException) -> ReportedError | None:
       )
   # Classes of jax, which this file does not import.
   if type(error).__name__ in ('JaxRuntimeError', 'XlaRuntimeError'):
-    if status == 'RESOURCE_EXHAUSTED':
+    if status == 'RESOURCE_EXHAUSTED' or 'out of memory' in message.lower():
       return OutOfMemoryError(f'out of memory: {message}')
     if status in _DEVICE_STATUSES:
       return DeviceError(f'a device failed; start the same command again to go on ({message})')

@@ -365,7 +365,7 @@ def kill_one(number, pair, workdir):
   assert f'process {number} of 2 ended with exit code 137 (SIGKILL)' in stderr
   assert 'start the same command again' in stderr
   if number:  # Without the coordinator, jax ends a process before it can say anything.
-    assert 'error: another process of this run has died' in stderr
+    assert 'error: another process of this run has died' in stderr, stderr
   assert not any(pathlib.Path(f'/proc/{child}').exists() for child in children)
   assert not (workdir / 'results.json').exists()
 
