@@ -21,31 +21,15 @@ from data_prep.sources import items as item_tables
 from data_prep.sources.hints import hint_about_spelling, hints_about_ids
 from data_prep.sources.raw_files import listed
 from data_prep.sources.selection import Selection
+from ur4rec_jax.data import column_names
 from ur4rec_jax.errors import InputError
 
-# Names that say what a column is, in lower case without blanks, dots, dashes and underscores.
-NAMES = {
-  'user': 'user userid uid customer customerid client clientid member memberid account accountid'
-  ' visitor visitorid reviewer reviewerid session sessionid',
-  'item': 'item itemid iid product productid article articleid movie movieid book bookid track'
-  ' trackid song songid sku asin parentasin business businessid',
-  'time': 'time timestamp ts date datetime unixtime unixreviewtime eventtime createdat',
-  'rating': 'rating ratings stars score overall',
-  'event': '',  # A column of kinds of events counts only where the flag names it.
-}
 OPTIONAL = ('time', 'rating', 'event')
-# Names of times that count where there is none of `NAMES`, as ordered_at or purchase_date.
-_LIKE_CREATED = re.compile(
-  '(added|booked|bought|checkedout|click|clicked|created|downloaded|interacted|interaction|invoice'
-  '|invoiced|listen|listened|occurred|order|ordered|paid|payment|placed|played|posted|purchase'
-  '|purchased|rated|rating|read|rented|review|reviewed|sale|sold|submitted|transaction|used|view'
-  '|viewed|visit|visited|watch|watched)(at|on|date|day|time|datetime|timestamp|ts)'
-)
 FILES = (tuple(f'*{kind}' for kind in (*tables.DELIMITERS, *tables.PARQUET)),)
 NONE = 'none'
 # Flags of the source and their defaults; None: look for it.
 PARAMETERS: Mapping[str, Any] = {
-  **{f'{role}_column': None for role in NAMES},
+  **{f'{role}_column': None for role in column_names.INTERACTIONS},
   'delimiter': None,
   'quoting': None,
   'items': None,
@@ -151,14 +135,11 @@ def _with_folders(file: tables.File, options: Mapping[str, Any]) -> tuple[str, .
 
   A log that has times is often kept in folders by day, and the day must not compete with the time.
   """
-  asked = {options[f'{role}_column'] for role in NAMES}
-  roles = [known.split() for known in NAMES.values()]
-  missing = [known for known in roles if not any(_plain(name) in known for name in file.columns)]
+  asked = {options[f'{role}_column'] for role in column_names.INTERACTIONS}
+  missing = [x for x in column_names.INTERACTIONS if not column_names.find(x, file.columns)]
   more = [name for name in file.folders if name not in file.columns]
-  return (
-    *file.columns,
-    *(name for name in more if name in asked or any(_plain(name) in known for known in missing)),
-  )
+  needed = asked.union(*(column_names.find(role, more) for role in missing))
+  return (*file.columns, *(name for name in more if name in needed))
 
 
 def from_table(data: Any, **parameters: Any) -> Raw:
@@ -191,7 +172,7 @@ def choose_columns(
   """Assigns columns to roles, by flag or by name; optional roles may stay without a column."""
   chosen: dict[str, str] = {}
   own = listed(names)
-  for role, known in NAMES.items():
+  for role in column_names.INTERACTIONS:
     flag = f'--{role}_column'
     wanted = options[f'{role}_column']
     if wanted is not None:
@@ -201,12 +182,10 @@ def choose_columns(
         raise InputError(f'{path}: no column {wanted!r} ({flag}); its columns are {own}')
       chosen[role] = wanted
       continue
-    taken = {options[f'{other}_column'] for other in NAMES} | set(chosen.values())
-    found = [name for name in names if _plain(name) in known.split() and name not in taken]
-    if role == 'time' and not found:
-      found = [
-        name for name in names if _LIKE_CREATED.fullmatch(_plain(name)) and name not in taken
-      ]
+    taken = {options[f'{other}_column'] for other in column_names.INTERACTIONS} | set(
+      chosen.values()
+    )
+    found = column_names.find(role, [name for name in names if name not in taken])
     if len(found) > 1:
       way_out = f', or {flag}={NONE}' if role in OPTIONAL else ''
       raise InputError(
@@ -237,10 +216,6 @@ def choose_columns(
 def _is_like_time(name: str) -> bool:
   """Whether a column may hold times, so that the order of the file is used only on request."""
   return bool(re.search(r'time|date|stamp|[_ ]at$|^day$', name, re.IGNORECASE))
-
-
-def _plain(name: str) -> str:
-  return re.sub(r'[\s._-]', '', name).lower()
 
 
 def _shown(columns: Mapping[str, str]) -> str:

@@ -8,22 +8,14 @@ from typing import Any, NamedTuple
 
 from data_prep.prepared.prepare import Item, Place
 from data_prep.sources import raw_files, tables
+from ur4rec_jax.data import column_names
 from ur4rec_jax.errors import InputError
 
 JSON_LINES = ('.jsonl', '.ndjson', '.json')
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
-# Usual names of each column, in lower case without blanks, dots, dashes and underscores.
-NAMES = {
-  'item_id': 'id item itemid iid product productid article articleid movie movieid book bookid'
-  ' track trackid song songid sku asin parentasin business businessid',
-  'title': 'title name itemname itemtitle productname producttitle',
-  'description': 'description desc summary plot overview abstract review text',
-  'genres': 'genre genres category categories',
-  'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
-}
 # Flags of the table and their defaults; None recognises the column by its name.
 PARAMETERS: Mapping[str, Any] = {
-  **{f'{role}_column': None for role in NAMES},
+  **{f'{role}_column': None for role in column_names.ITEMS},
   'text_columns': None,
   'images': None,
   'items_quoting': None,
@@ -115,7 +107,7 @@ def from_table(
 
 def id_column(path: str | Path, names: Sequence[str], wanted: str | None) -> str:
   """Finds the column of the items' ids."""
-  others = dict.fromkeys((f'{role}_column' for role in NAMES), 'none')
+  others = dict.fromkeys((f'{role}_column' for role in column_names.ITEMS), 'none')
   options = {'text_columns': None} | others | {'item_id_column': wanted}
   return _choose_columns(str(path), names, options)['item_id']
 
@@ -145,7 +137,7 @@ def genres(value: Any) -> tuple[str, ...]:
 def _choose_columns(path: str, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
   chosen: dict[str, str] = {}
   extra = (options['text_columns'] or '').split(',')
-  for role, known in NAMES.items():
+  for role in column_names.ITEMS:
     flag = f'--{role}_column'
     wanted = options[f'{role}_column']
     if wanted == 'none' and role != 'item_id' and wanted not in names:
@@ -157,13 +149,8 @@ def _choose_columns(path: str, names: Sequence[str], options: Mapping[str, Any])
         )
       chosen[role] = wanted
       continue
-    found = [
-      name
-      for name in names
-      if re.sub(r'[\s._-]', '', name).lower() in known.split()
-      and name not in chosen.values()
-      and name not in extra
-    ]
+    free = [name for name in names if name not in chosen.values() and name not in extra]
+    found = column_names.find(role, free)
     if len(found) > 1:
       way_out = '' if role == 'item_id' else f', or {flag}=none'
       raise InputError(

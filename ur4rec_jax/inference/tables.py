@@ -1,7 +1,6 @@
 """Reads tables that people give when they recommend: interactions of customers, and new goods."""
 
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,27 +11,10 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from ur4rec_jax.data import column_names
 from ur4rec_jax.errors import InputError
 
-# Usual names of columns, in lower case without blanks, dots, dashes and underscores.
-_ITEM_NAMES = (
-  'item itemid iid product productid article articleid movie movieid book bookid track trackid'
-  ' song songid sku asin parentasin business businessid'
-)
-INTERACTIONS = {
-  'user': 'user userid uid customer customerid client clientid member memberid account accountid'
-  ' visitor visitorid reviewer reviewerid session sessionid',
-  'item': _ITEM_NAMES,
-  'time': 'time timestamp ts date datetime unixtime unixreviewtime eventtime createdat orderedat'
-  ' orderdate purchasedat',
-}
-GOODS = {
-  'item_id': f'id {_ITEM_NAMES}',
-  'title': 'title name itemname itemtitle productname producttitle',
-  'description': 'description desc summary plot overview abstract review text',
-  'genres': 'genre genres category categories',
-  'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
-}
+_OF_CUSTOMERS = ('user', 'item', 'time')
 _NEEDED = ('user', 'item', 'item_id')
 _KINDS = ('.csv', '.tsv', '.parquet', '.jsonl')
 
@@ -94,8 +76,8 @@ def read_customers(path: str | pathlib.Path, options: Mapping[str, Any]) -> Cust
   """
   path = pathlib.Path(path)
   table = _read(path, '--histories', options.get('delimiter'))
-  names = {role: options.get(f'{role}_column') for role in INTERACTIONS}
-  columns = _columns(path, table.column_names, INTERACTIONS, names)
+  wanted = {role: options.get(f'{role}_column') for role in _OF_CUSTOMERS}
+  columns = _columns(path, table.column_names, wanted)
   users, items = (_ids(path, table, columns[role]) for role in ('user', 'item'))
   is_whole = pc.and_(pc.is_valid(users), pc.is_valid(items))
   rows = np.flatnonzero(is_whole.to_numpy(zero_copy_only=False))
@@ -123,8 +105,8 @@ def read_goods(path: str | pathlib.Path, options: Mapping[str, Any]) -> list[Goo
   """
   path = pathlib.Path(path)
   table = _read(path, '--add_items', None)
-  names = {role: options.get(f'{role}_column') for role in GOODS}
-  columns = _columns(path, table.column_names, GOODS, names)
+  wanted = {role: options.get(f'{role}_column') for role in column_names.ITEMS}
+  columns = _columns(path, table.column_names, wanted)
   found = {role: _texts(table[name]) for role, name in columns.items()}
   ids = found.pop('item_id')
   if len(set(ids)) < len(ids) or not all(ids):
@@ -189,22 +171,15 @@ def _read_delimited(path: pathlib.Path, delimiter: str | None) -> pa.Table:
 
 
 def _columns(
-  path: pathlib.Path,
-  present: Sequence[str],
-  roles: Mapping[str, str],
-  wanted: Mapping[str, str | None],
+  path: pathlib.Path, present: Sequence[str], wanted: Mapping[str, str | None]
 ) -> dict[str, str]:
   """Returns the column of each role: the one that the build was told, else one of a usual name."""
   chosen: dict[str, str] = {}
-  for role, known in roles.items():
-    if wanted[role] in present or wanted[role] == 'none':
-      found = [wanted[role]] if wanted[role] in present else []
+  for role, name in wanted.items():
+    if name in present or name == 'none':
+      found = [name] if name in present else []
     else:
-      found = [
-        name
-        for name in present
-        if re.sub(r'[\s._-]', '', name).lower() in known.split() and name not in chosen.values()
-      ]
+      found = column_names.find(role, [x for x in present if x not in chosen.values()])
     if len(found) > 1:
       raise InputError(f'{path}: {" and ".join(found)} may each be the {role}; leave one out')
     if found:

@@ -1,0 +1,50 @@
+"""Usual names of the columns in tables that people bring: interactions, and items."""
+
+import re
+from collections.abc import Iterable
+
+_ITEM_IDS = (
+  'item itemid iid product productid article articleid movie movieid book bookid track trackid'
+  ' song songid sku asin parentasin business businessid'
+)
+# By role, in lower case without blanks, dots, dashes and underscores.
+INTERACTIONS = {
+  'user': 'user userid uid customer customerid client clientid member memberid account accountid'
+  ' visitor visitorid reviewer reviewerid session sessionid',
+  'item': _ITEM_IDS,
+  'time': 'time timestamp ts date datetime unixtime unixreviewtime eventtime createdat',
+  'rating': 'rating ratings stars score overall',
+  'event': '',  # A column of kinds of events counts only where a flag names it.
+}
+ITEMS = {
+  'item_id': f'id {_ITEM_IDS}',
+  'title': 'title name itemname itemtitle productname producttitle',
+  'description': 'description desc summary plot overview abstract review text',
+  'genres': 'genre genres category categories',
+  'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
+}
+# Names of times that count where there is no usual one, such as ordered_at or purchase_date.
+_LIKE_CREATED = re.compile(
+  '(added|booked|bought|checkedout|click|clicked|created|downloaded|interacted|interaction|invoice'
+  '|invoiced|listen|listened|occurred|order|ordered|paid|payment|placed|played|posted|purchase'
+  '|purchased|rated|rating|read|rented|review|reviewed|sale|sold|submitted|transaction|used|view'
+  '|viewed|visit|visited|watch|watched)(at|on|date|day|time|datetime|timestamp|ts)'
+)
+
+
+def find(role: str, columns: Iterable[str]) -> list[str]:
+  """Returns the columns whose names are usual for a role.
+
+  Args:
+    role: a key of `INTERACTIONS` or `ITEMS`.
+    columns: names of columns.
+  """
+  columns, usual = list(columns), (INTERACTIONS | ITEMS)[role].split()
+  found = [name for name in columns if _plain(name) in usual]
+  if role == 'time' and not found:
+    found = [name for name in columns if _LIKE_CREATED.fullmatch(_plain(name))]
+  return found
+
+
+def _plain(name: str) -> str:
+  return re.sub(r'[\s._-]', '', name).lower()
