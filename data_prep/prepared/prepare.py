@@ -53,6 +53,7 @@ class Raw(NamedTuple):
     read_items: reads the metadata of some items, with notes, if the table does not fit in memory.
     hints: what may be wrong with the data, for the user; no part of the identity of the dataset.
     dropped: number of rows that reading left out, by reason.
+    dropped_users: original ids of the users without a row that was left, by reason.
     keep_cold_items: whether the items of `table` without interactions belong to the catalogue.
   """
 
@@ -69,6 +70,7 @@ class Raw(NamedTuple):
   read_items: Callable[[list[str]], tuple[dict[str, Item], list[str]]] | None = None
   hints: tuple[str, ...] = ()
   dropped: Mapping[str, int] = MappingProxyType({})
+  dropped_users: Mapping[str, list[str]] = MappingProxyType({})
   keep_cold_items: bool = False
 
   def where(self, *rows: int) -> str:
@@ -218,7 +220,8 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
     ),
     notes=(*notes, *raw.hints),
     dropped_users={
-      reason: [user_names[u] for u in dropped] for reason, dropped in ledger.dropped_users.items()
+      **raw.dropped_users,
+      **{reason: [user_names[u] for u in lost] for reason, lost in ledger.dropped_users.items()},
     },
   )
 

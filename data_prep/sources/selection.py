@@ -77,6 +77,7 @@ class Selection:
     }
     self.uses |= dict.fromkeys((*self._negative, *self._kinds), 'a column to look at')
     self._dropped: Counter[str] = Counter()
+    self._dropped_users: dict[str, set[str]] = {'event_weights': set(), 'where': set()}
     self._event_counts: Counter[str] = Counter()
     self._parts: list[tuple[Callable[[int], Place], np.ndarray | None]] = []
     self._ends: list[int] = []
@@ -99,10 +100,10 @@ class Selection:
     self._look(table)
     position = lambda row: '{0.path}, {0.unit} {0.number}'.format(place(row))
     is_kept = where.holds(self._conditions, table, position)
-    self._dropped['where'] += int((~is_kept).sum())
+    self._drop('where', ~is_kept, table)
     if self._event is not None:
       weights = events.weights_of(table[self._event], self._weights)
-      self._dropped['event_weights'] += int((is_kept & np.isnan(weights)).sum())
+      self._drop('event_weights', is_kept & np.isnan(weights), table)
       is_kept &= ~np.isnan(weights)
       table = table.append_column(_WEIGHT, pa.array(weights))
     rows = None if is_kept.all() else np.flatnonzero(is_kept)
@@ -111,6 +112,12 @@ class Selection:
     self._parts.append((place, rows))
     self._ends.append((self._ends[-1] if self._ends else 0) + table.num_rows)
     return table
+
+  def _drop(self, reason: str, is_dropped: np.ndarray, table: pa.Table) -> None:
+    """Counts the rows that a flag leaves out, and keeps their users."""
+    self._dropped[reason] += int(is_dropped.sum())
+    users = table[self.columns['user']].filter(pa.array(is_dropped)).unique()
+    self._dropped_users[reason].update(filter(None, users.cast(pa.string()).to_pylist()))
 
   def locate(self, row: int) -> Place:
     """Finds the position of a row, counted over all tables that `take` returned."""
@@ -125,9 +132,16 @@ class Selection:
       events.check(self._weights, self._event_counts, self._event)
 
   def note(self, raw: Raw) -> Raw:
-    """Adds the number of rows that were left out, and hints about the other columns."""
+    """Adds what was left out, and hints about the other columns."""
     dropped = {reason: count for reason, count in self._dropped.items() if count}
-    return raw._replace(dropped={**dropped, **raw.dropped}, hints=(*self._hints(), *raw.hints))
+    kept = set(pa.array(raw.users).dictionary.to_pylist())
+    # A user whose rows two flags leave out is named with the first.
+    dropped_users = {reason: sorted(users - kept) for reason, users in self._dropped_users.items()}
+    return raw._replace(
+      dropped={**dropped, **raw.dropped},
+      dropped_users=dropped_users,
+      hints=(*self._hints(), *raw.hints),
+    )
 
   def _look(self, table: pa.Table) -> None:
     for name in self._negative:

@@ -53,6 +53,7 @@ def test_returns_are_told_of_and_left_out_on_request(rows):
   raw = read(rows, where='quantity > 0')
   assert pairs(raw) == [('a', 'x'), ('b', 'x'), ('b', 'z')]
   assert raw.dropped == {'where': 3}
+  assert raw.dropped_users == {'event_weights': [], 'where': ['c']}
   assert raw.hints[0] == 'ignored columns: price, event'
   assert not any('negative' in hint for hint in raw.hints)
   assert raw.where(1, 2) == f'{rows}/0.csv, line 4 and {rows}/1.csv, line 3'
