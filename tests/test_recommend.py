@@ -109,7 +109,7 @@ def test_customers_of_a_table_are_recommended_new_goods(call, with_content, enco
   assert set(found['user']) == {'ann', 'u001'}
   assert set(found[found.user == 'ann']['item']) == {'fresh', *ids} - {ids[1], ids[3]}
   notes = (tmp_path / 'top.notes.csv').read_text()
-  assert 'bob,0,not in the training data; history: none of its 1 items' in notes
+  assert 'bob,0,"not in the training data; history: none of its 1 items' in notes
   one = call('recommend', *flags, f'--history={ids[1]},{ids[3]}', '--json', '--k=5')
   expected = [row['item'] for row in json.loads(one.stdout)['recommendations']]
   assert found[found.user == 'ann']['item'].tolist()[:5] == expected

@@ -185,7 +185,8 @@ TASTE = '--config.user_modalities=taste'
 def trained(run, encoded, tmp_path_factory):
   """A run with content, and what it printed."""
   workdir = tmp_path_factory.mktemp('with_content') / 'run'
-  done = run(workdir, f'--config.data_dir={encoded}', *BOTH, TASTE, '--config.num_epochs=2')
+  flags = (*BOTH, TASTE, '--config.num_epochs=2', '--config.parameter_table')
+  done = run(workdir, f'--config.data_dir={encoded}', *flags)
   assert done.returncode == 0, done.stderr
   return workdir, done
 

@@ -268,6 +268,7 @@ def whole(run_staged, tmp_path_factory) -> pathlib.Path:
   workdir = tmp_path_factory.mktemp('whole') / 'run'
   done = run_staged(workdir, *KEEP, *LAST, env={'JAX_LOG_COMPILES': '1'})
   (workdir / 'stderr').write_text(done.stderr)
+  (workdir / 'stdout').write_text(done.stdout)
   return workdir
 
 
@@ -348,9 +349,9 @@ def test_what_is_reported_of_stages(whole):
     assert of_stage[-1]['step'] == end
     assert 'valid/ndcg@10' in of_stage[-1]
     assert ('turn' in of_stage[-2]) == (stage == 'joint_finetune')
-  stderr = log_of(whole)
-  assert 'joint_finetune: sasrec | content_tower+user_tower' in stderr
-  assert 'pretrain_retriever: content_tower+user_tower' in stderr
+  shown = (whole / 'stdout').read_text()
+  assert 'joint_finetune: sasrec | content_tower+user_tower' in shown
+  assert 'pretrain_retriever: content_tower+user_tower' in shown
 
 
 def test_stages_that_train_the_same_share_a_program(whole):

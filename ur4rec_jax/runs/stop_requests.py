@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from ur4rec_jax.errors import ReportedError
 from ur4rec_jax.sharding import devices
 
 
@@ -16,6 +17,9 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
 
   After SIGTERM the process ends itself when `grace_seconds` are over, saved or not. Python handles
   a signal only after the call that it is in, and compiling may take longer than a scheduler waits.
+
+  If training fails for a reason that is not its own, the process ignores SIGTERM from then on.
+  Another process has probably died, the launcher ends the others, and this one must still say why.
   """
   received = []
   numbers = [signal.SIGTERM, signal.SIGINT]
@@ -43,9 +47,13 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
 
   watcher = threading.Thread(target=end_in_time, daemon=True)
   watcher.start()
+  is_failing = False
   try:
     # All processes of a run must get the same answer, or one would wait for the others.
     yield lambda: int(devices.any_process(bool(received))) and (received or [signal.SIGTERM])[0]
+  except Exception as error:
+    is_failing = not isinstance(error, ReportedError)
+    raise
   finally:
     is_over.set()
     signal.set_wakeup_fd(-1)
@@ -53,4 +61,5 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
     watcher.join()
     os.close(noticed)
     for number, handler in old.items():
-      signal.signal(number, handler)
+      ignores = is_failing and number == signal.SIGTERM
+      signal.signal(number, signal.SIG_IGN if ignores else handler)
