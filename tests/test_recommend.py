@@ -103,7 +103,7 @@ def test_customers_of_a_table_are_recommended_new_goods(call, with_content, enco
   done = call('recommend', *flags, f'--histories={orders}', f'--out={out}', '--k=60')
   assert (done.returncode, 'Traceback' in done.stderr) == (0, False), done.stderr
   assert 'added 1 items; 0 were already known' in done.stderr
-  assert '3 customers: 2 that the training data lack, 1 of the training data' in done.stderr
+  assert '3 customers: 2 not in the training data, 1 of the training data' in done.stderr
   assert '1 users got no recommendations; the first, bob: history: none' in done.stderr
   found = pq.read_table(out).to_pandas()
   assert set(found['user']) == {'ann', 'u001'}

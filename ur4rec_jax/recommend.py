@@ -38,6 +38,7 @@ from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
 _TYPES = {'user': pa.string(), 'rank': pa.int64(), 'item': pa.string(), 'title': pa.string()}
+_ROW_FILTERS = ('where', 'event_weights', 'clean_ids')  # Options of the build.
 _CHUNK = 4096  # Users whose recommendations are in memory at once.
 
 
@@ -108,23 +109,29 @@ def customers_of(path: str, recommender: TrainedRecommender) -> tuple[Group, str
   Raises:
     InputError: the table cannot be read.
   """
-  found = tables.read_customers(path, recommender.dataset.info['options'])
+  options = recommender.dataset.info['options']
+  found = tables.read_customers(path, options)
   dropped, users = read_dropped_users(recommender.config.data_dir), recommender.users
   notes, counts = {}, collections.Counter()
   for name in found.names:
     if name in users:
       counts['of the training data'] += 1
     elif name in dropped:
-      notes[name] = f'not in the training data: dropped by {dropped[name]} when it was built'
+      notes[name] = f'not in the training data: the build dropped them by {dropped[name]}'
       counts[f'dropped by {dropped[name]}'] += 1
     else:
       notes[name] = 'not in the training data'
-      counts['that the training data lack'] += 1
+      counts['not in the training data'] += 1
   rows = np.array([users.get(name, -1) for name in found.names])
   parts = ', '.join(f'{count:,} {what}' for what, count in counts.items())
   summary = f'{path}: {len(found.names):,} customers: {parts}'
   if found.incomplete:
     summary += f'; {found.incomplete:,} rows without a customer or an item were left out'
+  if ignored := [f'--{name}' for name in _ROW_FILTERS if options.get(name) is not None]:
+    summary += (
+      f'\nwarning: the build left rows out by {" and ".join(ignored)}; all '
+      'rows of this table count, so leave the same rows out before you pass it'
+    )
   return Group(found.names, found.history, rows, notes), summary
 
 

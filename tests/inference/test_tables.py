@@ -87,8 +87,11 @@ def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, mon
   path = write_table(tmp_path / 'all.csv', ','.join(rows[0]), rows[1:] + more)
   assert read_dropped_users(small_shop) == {'short': 'min_length'}
   group, summary = recommend.customers_of(path, recommender)
-  assert '28 customers: 25 of the training data, 1 dropped by min_length, 2 that' in summary
+  assert '28 customers: 25 of the training data, 1 dropped by min_length, 2 not' in summary
   assert '1 rows without' in summary
+  assert 'warning' not in summary
+  monkeypatch.setitem(recommender.dataset.info['options'], 'where', 'quantity > 0')
+  assert 'the build left rows out by --where' in recommend.customers_of(path, recommender)[1]
   flags = argparse.Namespace(**vars(FLAGS), out=tmp_path / 'top.parquet')
   count, refused = recommend.to_file(recommender, group, flags)
   table = pq.read_table(tmp_path / 'top.parquet').to_pandas()
@@ -96,7 +99,7 @@ def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, mon
   assert [name for name, _ in refused] == ['stranger']
   notes = {row['user']: row for row in csv.DictReader((tmp_path / 'top.notes.csv').open())}
   assert set(notes) == {'short', 'new', 'stranger'}
-  assert 'dropped by min_length' in notes['short']['note']
+  assert 'dropped them by min_length' in notes['short']['note']
   assert notes['short']['recommendations'] == '3'
   assert "none of its 1 items is in the catalogue, first 'nothing'" in notes['stranger']['note']
   assert '1 items that are not in the catalogue were ignored' in notes['new']['note']

@@ -48,7 +48,11 @@ def test_repeats_do_not_count_and_are_kept_on_request(run, tmp_path):
   assert kept['test']['mrr'] == pytest.approx(mean)
   # More rivals cannot make a rank better.
   assert new['mean_rank'] >= results['test']['mean_rank']
-  for word in ('sasrec (new items)', 'sasrec (repeated items)', 'they had before; they count'):
+  for word in (
+    'sasrec (items new to the user)',
+    'sasrec (repeated items)',
+    'they had before; they count',
+  ):
     assert word in done.stderr
 
 

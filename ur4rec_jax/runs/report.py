@@ -126,6 +126,18 @@ def below_popularity(results: dict[str, Any]) -> str:
   )
 
 
+def targets_apart(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+  """Returns the test metrics of new and of repeated items, if both count.
+
+  Args:
+    results: content of `results.json`.
+  """
+  found = results.get('by_target', {}).get('test', {})
+  counted = {name: values for name, values in found.items() if 'mrr' in values}
+  kinds = {'new': 'items new to the user', 'repeated': 'repeated items'}
+  return {kinds[name]: values for name, values in counted.items()} if len(counted) > 1 else {}
+
+
 def repeated_targets(results: dict[str, Any]) -> str:
   """Says how many test items their users had before, and whether they count; empty if none.
 
@@ -154,9 +166,8 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, dict[str, str],
   for i, stage in enumerate(results['stages']):
     valid = f'{stage["valid"]["ndcg@10"]:.4f}'
     rows.append((f'{i + 1} {stage["name"]}', valid, cells(stage['test']), i == best))
-  for name, values in results.get('by_target', {}).get('test', {}).items():
-    if 'mrr' in values:
-      rows.append((f'{name} items', '', cells(values), False))
+  for kind, values in targets_apart(results).items():
+    rows.append((kind, '', cells(values), False))
   return rows
 
 

@@ -22,7 +22,13 @@ from ur4rec_jax.evaluation.protocol import PARTS
 from ur4rec_jax.files import write_file
 from ur4rec_jax.models.ur4rec import UR4Rec
 from ur4rec_jax.runs.open_run import Run, open_run, restore_best
-from ur4rec_jax.runs.report import PAGE, below_popularity, repeated_targets, write_report
+from ur4rec_jax.runs.report import (
+  PAGE,
+  below_popularity,
+  repeated_targets,
+  targets_apart,
+  write_report,
+)
 from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import Stage
@@ -199,11 +205,7 @@ def results_table(results: dict) -> str:
     **{f'{i} {stage["name"]}': stage['test'] for i, stage in enumerate(stages, 1)},
     results['model']: results['test'],
     f'{results["model"]} (valid)': results['valid'],
-    **{
-      f'{results["model"]} ({name} items)': values
-      for name, values in results.get('by_target', {}).get('test', {}).items()
-      if 'mrr' in values
-    },
+    **{f'{results["model"]} ({kind})': values for kind, values in targets_apart(results).items()},
   }
   names = [name for name in results['test'] if name != 'users']
   width = max(map(len, rows))
