@@ -89,10 +89,8 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
     (data.params_axes, data.embeddings.axis, None, None, 0),
     (),
   )
-  encode, is_counted = (
-    make_catalogue_encoder(model, data),
-    data.protocol.is_counted(data.dataset, part),
-  )
+  encode = make_catalogue_encoder(model, data)
+  is_counted = data.protocol.is_counted(data.dataset, part)
   count = devices.device_count()
   placed = [
     devices.shard(jax.tree.map(lambda x, i=i: x[i : i + count], batches))
