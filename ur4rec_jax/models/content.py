@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ur4rec_jax.data.features import TokenTable
+from ur4rec_jax.models.attention import visible_memory
 from ur4rec_jax.models.cross_modal import AttentionPool, CrossModalBlock
 from ur4rec_jax.models.fusion import ModalityFusion
 from ur4rec_jax.models.layers import TokenProjection
@@ -120,9 +121,11 @@ class ContentTower(nn.Module):
       name: project(name)(features[name].tokens, deterministic=deterministic) for name in names
     }
     if len(names) > 1:
+      most = max(mask.shape[1] for mask in masks.values())
+      visible = {name: visible_memory(mask, most) for name, mask in masks.items()}
       for i in range(self.cross_modal_blocks):
         block = CrossModalBlock(self.num_heads, self.dropout, self.dtype, name=f'cross_modal_{i}')
-        tokens = block(tokens, masks, deterministic=deterministic)
+        tokens = block(tokens, visible, deterministic=deterministic)
     pool = lambda name: AttentionPool(self.pooled_vectors, self.dtype, name=f'{name}_attention')
     pooled = {name: pool(name)(tokens[name], masks[name]) for name in names}
     # As small as the item embeddings to which these vectors may be added.

@@ -1,5 +1,6 @@
 """Attention between the tokens of several modalities, and pooling of tokens into vectors."""
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from ur4rec_jax.models.layers import Dropout, masked_attention, take_positions
+from ur4rec_jax.models.attention import Visible, cross_attention
+from ur4rec_jax.models.layers import Dropout, take_positions
 
 Array = jax.Array
 
@@ -33,7 +35,7 @@ class CrossModalBlock(nn.Module):
   def __call__(
     self,
     tokens: Mapping[str, Array],
-    visible: Mapping[str, Array],
+    visible: Mapping[str, Visible],
     memory: Mapping[str, Array] = FrozenDict(),
     *,
     deterministic: bool,
@@ -43,8 +45,8 @@ class CrossModalBlock(nn.Module):
 
     Args:
       tokens: by modality, `[rows, tokens, dim]`; the number of tokens may differ.
-      visible: by modality, also those in `memory`: which of its tokens other modalities may attend
-        to, `[rows, tokens]` for all queries alike or `[rows, queries, tokens]`.
+      visible: by modality, also those in `memory`: which queries of other modalities may attend to
+        its tokens, `[rows, tokens]`.
       memory: tokens of the same form, which are attended to and do not change.
       deterministic: False applies dropout, with the `dropout` key.
       query_positions: `[rows, queries]`, the tokens of each modality to return; None for all.
@@ -57,36 +59,30 @@ class CrossModalBlock(nn.Module):
       return flat.reshape(*x.shape[:-1], width)
 
     norm = lambda x, name: nn.LayerNorm(dtype=self.dtype, name=name)(x)
-    heads = lambda x: x.reshape(*x.shape[:2], self.num_heads, -1)
-    queries, keys, values = {}, {}, {}
-    for name, x in {**tokens, **memory}.items():
-      parts = ('query', 'key', 'value') if name in tokens else ('key', 'value')
-      projected = dense(
-        norm(x, f'{name}_attention_norm'), len(parts) * x.shape[-1], f'{name}_{"_".join(parts)}'
+
+    def projected(x: Array, name: str, *parts: str) -> Array:
+      x = norm(x, f'{name}_attention_norm')
+      return dense(
+        x.reshape(-1, x.shape[-1]), len(parts) * x.shape[-1], f'{name}_{"_".join(parts)}'
       )
-      *query, keys[name], values[name] = map(heads, jnp.split(projected, len(parts), axis=-1))
-      queries[name] = [take_positions(q, query_positions) for q in query]
+
+    mixed = {}
+    if len(tokens) + len(memory) > 1:
+      mixed = cross_attention(
+        {name: projected(x, name, 'query', 'key', 'value') for name, x in tokens.items()},
+        {name: projected(x, name, 'key', 'value') for name, x in memory.items()},
+        visible,
+        self.num_heads,
+        query_positions,
+      )
     result = {}
     for name, x in tokens.items():
       x = take_positions(x, query_positions)
-      others = [other for other in keys if other != name]
-      if others:
-        join = lambda parts, others=others: jnp.concatenate([parts[o] for o in others], axis=1)
-        mask = jnp.concatenate(
-          [
-            jnp.broadcast_to(
-              take_positions(visible[o], query_positions)
-              if visible[o].ndim == 3
-              else visible[o][:, None],
-              (x.shape[0], x.shape[1], keys[o].shape[1]),
-            )
-            for o in others
-          ],
-          axis=2,
-        )
-        mixed = masked_attention(*queries[name], join(keys), join(values), mask).reshape(x.shape)
-        mixed = dropout(dense(mixed, x.shape[-1], f'{name}_attention_out'))
-        x = x + jnp.where(mask.any(-1, keepdims=True), mixed, 0)
+      if mixed:
+        change = dropout(dense(mixed[name], x.shape[-1], f'{name}_attention_out')).reshape(x.shape)
+        positions = x.shape[1] if query_positions is None else query_positions
+        sees = [visible[other].sees_any(positions) for other in visible if other != name]
+        x = x + jnp.where(functools.reduce(jnp.logical_or, sees)[..., None], change, 0)
       h = dense(norm(x, f'{name}_ffn_norm'), 2 * x.shape[-1], f'{name}_ffn_in')
       result[name] = x + dropout(dense(nn.gelu(h), x.shape[-1], f'{name}_ffn_out'))
     return result

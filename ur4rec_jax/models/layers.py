@@ -5,55 +5,6 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-QUERY_BLOCK = 64  # Queries in a block; they are compared only with keys up to the last of them.
-
-
-def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
-
-  The division by the total follows the product with the values. On CPU this halves the time of the
-  forward pass, because normalised weights are never written to memory.
-
-  Args:
-    query: `[batch, queries, heads, width]`; `key` and `value` alike with their own length.
-    mask: `[batch, queries, keys]`, True where query i may attend to key j.
-
-  Returns:
-    `[batch, queries, heads, width]` in the type of `value`. A query that may see nothing gets the
-    average of all values.
-  """
-  scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
-  # A finite number, so that a query without visible keys gives an average instead of NaN.
-  scores = jnp.where(mask[:, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-  total = weights.sum(-1)
-  mixed = jnp.einsum(
-    'bhqk,bkhd->bqhd', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-  )
-  return (mixed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
-
-
-def causal_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  """Computes `masked_attention` for a causal mask, without most of the masked scores.
-
-  Args:
-    query: `[batch, length, heads, width]`; `key` and `value` alike.
-    mask: `[batch, length, length]`, False wherever a query comes before the key.
-  """
-  length = query.shape[1]
-  if not isinstance(length, int):  # Exported programs take any length, so blocks cannot be counted.
-    return masked_attention(query, key, value, mask)
-  ends = range(QUERY_BLOCK, length + QUERY_BLOCK, QUERY_BLOCK)
-  blocks = [
-    masked_attention(
-      query[:, end - QUERY_BLOCK : end],
-      key[:, :end],
-      value[:, :end],
-      mask[:, end - QUERY_BLOCK : end, :end],
-    )
-    for end in ends
-  ]
-  return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
 
 
 def take_positions(x: Array, query_positions: Array | None) -> Array:

@@ -13,8 +13,15 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from ur4rec_jax.data.features import TokenTable
+from ur4rec_jax.models.attention import (
+  Visible,
+  masked_attention,
+  segment_ends,
+  self_attention,
+  visible_history,
+)
 from ur4rec_jax.models.content import ContentTower, EncodedItems
-from ur4rec_jax.models.layers import Dropout, causal_attention, masked_attention, take_positions
+from ur4rec_jax.models.layers import Dropout, take_positions
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
@@ -31,28 +38,8 @@ def segment_positions(segment_ids: Array) -> Array:
   Returns:
     `[batch, length]` int32 distances to the last token of the segment.
   """
-  length = segment_ids.shape[1]
-  index = jnp.arange(length, dtype=jnp.int32)
-  last = jnp.concatenate(
-    [segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], axis=1
-  )
-  segment_end = jax.lax.cummin(jnp.where(last, index, length), axis=1, reverse=True)
-  return segment_end - index
-
-
-def causal_mask(segment_ids: Array) -> Array:
-  """Returns True where a token may attend to another: at or before it, in the same segment.
-
-  Padding may attend to padding, so that no row of the mask is empty. Nothing reads the result.
-
-  Args:
-    segment_ids: `[batch, length]`.
-
-  Returns:
-    `[batch, length, length]` bool.
-  """
-  causal = jnp.tril(jnp.ones((segment_ids.shape[1],) * 2, bool))
-  return (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal
+  index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+  return segment_ends(segment_ids) - 1 - index
 
 
 class Attention(nn.Module):
@@ -67,34 +54,34 @@ class Attention(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, h: Array, mask: Array, query_positions: Array | None = None) -> Array:
-    """Mixes `h` `[batch, length, dim]` under a causal `mask` `[batch, length, length]`.
+  def __call__(self, h: Array, visible: Visible, query_positions: Array | None = None) -> Array:
+    """Mixes `h` `[batch * length, dim]`, of which each token sees the `visible` ones.
 
     Returns:
-      `[batch, length, dim]`, or `[batch, queries, dim]` for `query_positions` `[batch, queries]`.
+      `[batch * length, dim]`, or `[batch * queries, dim]` for `query_positions` `[batch, queries]`.
     """
-    batch, _, dim = h.shape
+    dim = h.shape[1]
     heads = self.num_heads, dim // self.num_heads
     kernel = self.param('kernel', nn.initializers.lecun_normal(), (dim, 3 * dim))
     bias = self.param('bias', nn.initializers.zeros, (3 * dim,))
     h, kernel, bias = promote_dtype(h, kernel, bias, dtype=self.dtype)
     if query_positions is None:
-      # Flattened: XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
-      both = (h.reshape(-1, dim) @ kernel + bias).reshape(*h.shape[:2], 3, *heads)
-      return causal_attention(*jnp.moveaxis(both, 2, 0), mask).reshape(h.shape)
+      return self_attention(h @ kernel + bias, visible, self.num_heads)
     # q . (W_k x + b_k) = (W_k' q) . x, up to a term that is equal for all x, and a mean of
     # W_v x + b_v is W_v times the mean of x, plus b_v. A few queries then need two products each,
     # instead of two for every item.
     of_query, of_key, of_value = jnp.moveaxis(kernel.reshape(dim, 3, *heads), 1, 0)
+    batch = len(query_positions)
+    h = h.reshape(batch, -1, dim)
     query = (
       take_positions(h, query_positions).reshape(-1, dim) @ of_query.reshape(dim, dim) + bias[:dim]
     )
     query = jnp.einsum('qhw,dhw->qhd', query.reshape(-1, *heads), of_key) * self.num_heads**0.5
     items = h[:, :, None]
-    visible = jnp.repeat(take_positions(mask, query_positions), self.num_heads, axis=1)
-    mixed = masked_attention(query.reshape(batch, -1, 1, dim), items, items, visible)
+    mask = jnp.repeat(visible.mask(query_positions), self.num_heads, axis=1)
+    mixed = masked_attention(query.reshape(batch, -1, 1, dim), items, items, mask)
     mixed = jnp.einsum('qhd,dhw->qhw', mixed.reshape(-1, self.num_heads, dim), of_value)
-    return mixed.reshape(batch, -1, dim) + bias[2 * dim :]
+    return mixed.reshape(-1, dim) + bias[2 * dim :]
 
 
 class Block(nn.Module):
@@ -118,9 +105,9 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, mask: Array, *, deterministic: bool, query_positions: Array | None = None
+    self, x: Array, visible: Visible, *, deterministic: bool, query_positions: Array | None = None
   ) -> Array:
-    """Maps tokens `x` `[batch * length, dim]` under a causal `mask` `[batch, length, length]`.
+    """Maps tokens `x` `[batch * length, dim]`, which attend to the `visible` `[batch, length]`.
 
     With `query_positions` `[batch, queries]`, returns those positions: `[batch * queries, dim]`.
     """
@@ -130,8 +117,7 @@ class Block(nn.Module):
 
     def attention(h: Array) -> Array:
       mix = Attention(self.num_heads, self.dtype, name='query_key_value')
-      mixed = mix(h.reshape(*mask.shape[:2], self.dim), mask, query_positions)
-      return dense(self.dim, 'attention_out')(mixed.reshape(-1, self.dim))
+      return dense(self.dim, 'attention_out')(mix(h, visible, query_positions))
 
     def feed_forward(h: Array) -> Array:
       h = dropout(nn.relu(dense(self.ffn_dim, 'ffn_in')(h)))
@@ -141,9 +127,8 @@ class Block(nn.Module):
       norm = layer_norm(f'{name}_norm')
       change = dropout(sublayer(norm(x) if self.norm == 'pre' else x))
       if query_positions is not None and name == 'attention':
-        x = take_positions(x.reshape(*mask.shape[:2], self.dim), query_positions).reshape(
-          -1, self.dim
-        )
+        x = x.reshape(*visible.since.shape, self.dim)
+        x = take_positions(x, query_positions).reshape(-1, self.dim)
       x = x + change if self.norm == 'pre' else norm(x + change)
     return x
 
@@ -249,8 +234,8 @@ class SASRec(nn.Module):
     # Flattened, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
     x = items.vectors[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
     x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
-    mask = causal_mask(segment_ids)
+    visible = visible_history(segment_ids)
     for i, block in enumerate(self.blocks, 1):
       cut = query_positions if i == len(self.blocks) else None
-      x = block(x, mask, deterministic=deterministic, query_positions=cut)
+      x = block(x, visible, deterministic=deterministic, query_positions=cut)
     return self.final_norm(x).reshape(item_ids.shape[0], -1, self.dim)

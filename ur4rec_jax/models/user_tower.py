@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 
 from ur4rec_jax.data.features import Preferences
+from ur4rec_jax.models.attention import Visible, masked_attention, visible_history
 from ur4rec_jax.models.content import Content
 from ur4rec_jax.models.cross_modal import CrossModalBlock
 from ur4rec_jax.models.fusion import ModalityFusion
-from ur4rec_jax.models.layers import Dropout, TokenProjection, masked_attention, take_positions
-from ur4rec_jax.models.sasrec import Block, causal_mask, segment_positions
+from ur4rec_jax.models.layers import Dropout, TokenProjection, take_positions
+from ur4rec_jax.models.sasrec import Block, segment_positions
 
 Array = jax.Array
 
@@ -28,25 +29,24 @@ class HistoryTokens(nn.Module):
   @nn.compact
   def __call__(
     self, content: Content, item_ids: Array, segment_ids: Array, *, deterministic: bool
-  ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns tokens `[batch, length, dim]` and a mask `[batch, length, length]` by modality.
+  ) -> tuple[dict[str, Array], dict[str, Visible]]:
+    """Returns tokens `[batch, length, dim]` and who may attend to them, by modality.
 
-    The mask says which positions may attend to a token. No position attends to padding or to an
-    item without the modality.
+    No position attends to an item without the modality.
     """
     flat_ids = item_ids.reshape(-1)
     position_embedding = self.param(
       'position_embedding', nn.initializers.normal(0.02), (self.max_length, self.dim)
     )
     positions = position_embedding[segment_positions(segment_ids).reshape(-1)]
-    causal = causal_mask(segment_ids)
+    since, until = visible_history(segment_ids)
     present = content.present[item_ids]
     tokens, visible = {}, {}
     for i in range(present.shape[-1]):
       x = (content.modalities[flat_ids, i] + positions).astype(self.dtype)
       x = Dropout(self.dropout)(x, deterministic=deterministic)
       tokens[f'modality_{i}'] = x.reshape(*item_ids.shape, self.dim)
-      visible[f'modality_{i}'] = causal & present[:, None, :, i]
+      visible[f'modality_{i}'] = Visible(since, jnp.where(present[..., i], until, 0))
     return tokens, visible
 
 
@@ -63,10 +63,10 @@ class PreferenceTokens(nn.Module):
   @nn.compact
   def __call__(
     self, preferences: Preferences | None, segment_ids: Array, *, deterministic: bool
-  ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns by modality the tokens of all users in a row, and which a position may attend to.
+  ) -> tuple[dict[str, Array], dict[str, Visible]]:
+    """Returns by modality the tokens of all users in a row, and which positions may attend to them.
 
-    The shapes are `[batch, segments * tokens, dim]` and `[batch, length, segments * tokens]`.
+    The shapes are `[batch, segments * tokens, dim]` and `[batch, segments * tokens]`.
     """
     tokens, visible = {}, {}
     for name, (values, mask) in (preferences.tables if preferences else {}).items():
@@ -75,8 +75,14 @@ class PreferenceTokens(nn.Module):
       x = project(values, deterministic=deterministic)
       tokens[f'preference_{name}'] = x.reshape(batch, -1, self.dim)
       is_own = segment_ids[..., None] == jnp.arange(1, segments + 1)
-      seen = (is_own & preferences.visible[..., None])[..., None] & mask[:, None]
-      visible[f'preference_{name}'] = seen.reshape(batch, segment_ids.shape[1], -1)
+      may_read = is_own & preferences.visible[..., None]
+      position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[:, None]
+      since = jnp.where(may_read, position, segment_ids.shape[1]).min(1)
+      until = jnp.where(may_read, position + 1, 0).max(1)
+      by_token = Visible(
+        jnp.broadcast_to(since[..., None], mask.shape), jnp.where(mask, until[..., None], 0)
+      )
+      visible[f'preference_{name}'] = Visible(*(x.reshape(batch, -1) for x in by_token))
     return tokens, visible
 
 
@@ -122,12 +128,13 @@ class UserTower(nn.Module):
     num_crossings = self.cross_modal_blocks if len(visible | memory_visible) > 1 else 0
     for name, x in states.items():
       flat = x.reshape(-1, self.dim)
-      mask = visible[name] | jnp.eye(x.shape[1], dtype=bool)
+      since, until = visible[name]
+      with_itself = Visible(since, jnp.maximum(until, since + 1))
       for i in range(self.num_blocks):
         sizes = self.dim, self.num_heads, self.ffn_dim, self.dropout, self.norm, self.dtype
         cut = query_positions if not num_crossings and i == self.num_blocks - 1 else None
         block = Block(*sizes, name=f'{name}_block_{i}')
-        flat = block(flat, mask, deterministic=deterministic, query_positions=cut)
+        flat = block(flat, with_itself, deterministic=deterministic, query_positions=cut)
       states[name] = flat.reshape(x.shape[0], -1, self.dim)
     visible |= memory_visible
     for i in range(num_crossings):
@@ -136,19 +143,20 @@ class UserTower(nn.Module):
       states = block(states, visible, memory, deterministic=deterministic, query_positions=cut)
     if not (num_crossings or self.num_blocks):
       states = {name: take_positions(x, query_positions) for name, x in states.items()}
-    visible = {name: take_positions(mask, query_positions) for name, mask in visible.items()}
     positions = next(iter(states.values())).shape[:2]
+    queries = positions[1] if query_positions is None else query_positions
+    masks = {name: x.mask(queries) for name, x in visible.items()}
     small = nn.initializers.normal(0.02)
     for name, tokens in memory.items():
       query = self.param(f'{name}_query', small, (self.dim,)).astype(self.dtype)
       query = jnp.broadcast_to(query, (*positions, 1, self.dim))
       tokens = tokens[:, :, None]
-      states[name] = masked_attention(query, tokens, tokens, visible[name])
+      states[name] = masked_attention(query, tokens, tokens, masks[name])
     norm = lambda name: nn.LayerNorm(dtype=self.dtype, name=f'{name}_norm')
     side_by_side = jnp.stack(
       [norm(name)(x).reshape(-1, self.dim) for name, x in states.items()], axis=1
     )
-    has_seen = jnp.stack([visible[name].any(-1).reshape(-1) for name in states], axis=1)
+    has_seen = jnp.stack([masks[name].any(-1).reshape(-1) for name in states], axis=1)
     join = ModalityFusion(self.fusion, tuple(states), self.dtype, name='fusion')
     return join(side_by_side, has_seen).reshape(*positions, self.dim), None
 
@@ -255,11 +263,11 @@ class ProxyTower(nn.Module):
     )
     memory = jnp.concatenate([*memory.values(), *texts[0].values()], axis=1)
     memory = norm('memory_norm')(memory.reshape(-1, self.dim))
-    visible = jnp.concatenate([*visible.values(), *texts[1].values()], axis=2)
-    visible = take_positions(visible, query_positions)
+    queries = length if query_positions is None else query_positions
+    visible = [x.mask(queries) for x in [*visible.values(), *texts[1].values()]]
     num_queries = self.num_proxies + 1
     # Every query of a position may attend to what the position may attend to.
-    visible = jnp.repeat(visible, num_queries, axis=1)
+    visible = jnp.repeat(jnp.concatenate(visible, axis=2), num_queries, axis=1)
 
     proxies = self.param('proxies', nn.initializers.normal(0.02), (self.num_proxies, self.dim))
     state = dense(self.dim, 'backbone')(backbone.reshape(-1, backbone.shape[-1]))

@@ -146,6 +146,16 @@ def device_count() -> int:
   return jax.device_count()
 
 
+def platform() -> str:
+  """Returns the kind of the devices: `cpu`, `gpu` or `tpu`."""
+  return _global_mesh().devices.flat[0].platform
+
+
+def compute_capability() -> float:
+  """Returns the generation of an NVIDIA GPU, e.g. 9.0 for an H100; 0 for other devices."""
+  return float(getattr(_global_mesh().devices.flat[0], 'compute_capability', None) or 0)
+
+
 def is_main_process() -> bool:
   """Returns True in the one process that prints and writes files."""
   return jax.process_index() == 0

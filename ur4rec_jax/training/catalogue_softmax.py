@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.devices import AXIS
 from ur4rec_jax.sharding.item_embeddings import index_from
 
@@ -75,6 +76,27 @@ def softmax(
 
 
 def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
+  arrays = hidden, item_vectors, targets, weights
+  if _has_kernel(hidden, item_vectors):
+    from ur4rec_jax.training.softmax_kernel import softmax_gradients  # Pallas imports in a second.
+
+    loss, hidden_gradient, item_gradient = softmax_gradients(*arrays)
+  else:
+    loss, hidden_gradient, item_gradient = _in_chunks(*arrays, chunk_size)
+  return loss, (hidden_gradient, item_gradient.astype(item_vectors.dtype))
+
+
+def _has_kernel(hidden: Array, item_vectors: Array) -> bool:
+  """Whether the TPU kernel takes a catalogue of this size."""
+  if devices.platform() != 'tpu':
+    return False
+  from ur4rec_jax.training.softmax_kernel import tokens_in_block
+
+  return tokens_in_block(*item_vectors.shape, hidden.dtype.itemsize) > 0
+
+
+def _in_chunks(hidden, item_vectors, targets, weights, chunk_size):
+  """Returns the loss and its gradients, that of the items in float32."""
   tokens, dim = hidden.shape
   chunk_size = min(chunk_size, tokens)
 
@@ -103,7 +125,7 @@ def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
     tuple(_chunks(x, chunk_size) for x in (hidden, targets, weights)),
   )
   hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
-  return losses.sum(), (hidden_gradient, item_gradient.astype(item_vectors.dtype))
+  return losses.sum(), hidden_gradient, item_gradient
 
 
 def _softmax_backward(chunk_size, residuals, cotangent):

@@ -1,0 +1,232 @@
+"""Attention: which keys a query may attend to, and the fastest way on each kind of device.
+
+`masked_attention` is the definition. `self_attention` and `cross_attention` compute the same in
+causal blocks on CPU, by cuDNN on GPU, and in one kernel on TPU (`attention_kernel.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ur4rec_jax.models.layers import take_positions
+from ur4rec_jax.sharding import devices
+
+Array = jax.Array
+QUERY_BLOCK = 64  # Queries in a block on CPU, compared only with keys up to the last of them.
+
+
+class Visible(NamedTuple):
+  """Says which queries may attend to each key: those at positions from `since` to before `until`.
+
+  Two numbers a key stand for every mask of this project, so that none is kept in memory: causal
+  within a segment, without items that lack a modality, or a user's text for the user's positions.
+
+  Attributes:
+    since: `[batch, keys]` int32.
+    until: `[batch, keys]` int32; no query attends to a key whose `until` is not above `since`.
+  """
+
+  since: Array
+  until: Array
+
+  def mask(self, queries: int | Array) -> Array:
+    """Returns True where a query may attend to a key.
+
+    Args:
+      queries: the number of positions, or `[batch, queries]` positions.
+
+    Returns:
+      `[batch, queries, keys]` bool.
+    """
+    if isinstance(queries, jax.Array):
+      positions = queries[..., None]
+    else:
+      positions = jnp.arange(queries, dtype=jnp.int32)[None, :, None]
+    return (self.since[:, None] <= positions) & (positions < self.until[:, None])
+
+  def sees_any(self, queries: int | Array) -> Array:
+    """Returns `[batch, queries]` bool: whether a query, given as in `mask`, sees a key."""
+    return self.mask(queries).any(-1)
+
+
+def visible_history(segment_ids: Array) -> Visible:
+  """Lets each position attend to itself and to earlier positions of its segment.
+
+  Padding may attend to padding, so that every query sees a key. Nothing reads the result.
+
+  Args:
+    segment_ids: `[batch, length]`, equal along one user's contiguous tokens, 0 for padding.
+  """
+  position = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+  return Visible(position, segment_ends(segment_ids))
+
+
+def segment_ends(segment_ids: Array) -> Array:
+  """Returns for each token `[batch, length]` the position after the end of its segment."""
+  length = segment_ids.shape[1]
+  is_last = jnp.concatenate(
+    [segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], axis=1
+  )
+  after = jnp.arange(1, length + 1, dtype=jnp.int32)
+  return jax.lax.cummin(jnp.where(is_last, after, length), axis=1, reverse=True)
+
+
+def visible_memory(mask: Array, queries: int) -> Visible:
+  """Lets all of `queries` queries attend to the keys whose `mask` `[batch, keys]` is True."""
+  return Visible(jnp.zeros(mask.shape, jnp.int32), jnp.where(mask, queries, 0))
+
+
+def self_attention(query_key_value: Array, visible: Visible, num_heads: int) -> Array:
+  """Lets the tokens of each history attend to themselves and to earlier ones.
+
+  Args:
+    query_key_value: `[batch * length, 3 * dim]`, side by side.
+    visible: `[batch, length]`; each query sees itself, and no key that comes after it.
+    num_heads: attention heads; divides `dim`.
+
+  Returns:
+    `[batch * length, dim]`.
+  """
+  batch, length = visible.since.shape
+  if _has_kernel(visible):
+    return _in_kernel([query_key_value], [visible], ((0,),), num_heads)[0]
+  parts = query_key_value.reshape(batch, length, 3, num_heads, -1)
+  query, key, value = jnp.moveaxis(parts, 2, 0)
+  if _has_cudnn(query, key):
+    mixed = _cudnn(query, key, value, visible.mask(length))
+  else:
+    mixed = causal_attention(query, key, value, visible)
+  return mixed.reshape(batch * length, -1)
+
+
+def cross_attention(
+  tokens: Mapping[str, Array],
+  memory: Mapping[str, Array],
+  visible: Mapping[str, Visible],
+  num_heads: int,
+  query_positions: Array | None = None,
+) -> dict[str, Array]:
+  """Lets the tokens of each modality attend to those of all other modalities and of the memory.
+
+  Args:
+    tokens: by modality `[batch * length, 3 * dim]`, queries, keys and values side by side.
+    memory: by name `[batch * length, 2 * dim]`, keys and values side by side.
+    visible: by modality and name of memory, `[batch, length]`.
+    num_heads: attention heads; divides `dim`.
+    query_positions: `[batch, queries]`, the queries of each modality to mix for; None for all.
+
+  Returns:
+    By modality `[batch * queries, dim]`, finite but meaningless for a query that sees nothing.
+  """
+  names = [*tokens, *memory]
+  others = {name: [other for other in names if other != name] for name in tokens}
+  lengths = {visible[name].since.shape[1] for name in tokens}
+  if query_positions is None and len(lengths) == 1 and _has_kernel(*visible.values()):
+    reads = tuple(tuple(names.index(other) for other in others[name]) for name in tokens)
+    sources = [*tokens.values(), *memory.values()]
+    mixed = _in_kernel(sources, [visible[name] for name in names], reads, num_heads)
+    return dict(zip(tokens, mixed, strict=True))
+  batch = visible[names[0]].since.shape[0]
+  heads = lambda x: x.reshape(batch, -1, num_heads, x.shape[-1] // num_heads)
+  queries, keys, values = {}, {}, {}
+  for name, x in {**tokens, **memory}.items():
+    *query, keys[name], values[name] = map(heads, jnp.split(x, 3 if name in tokens else 2, axis=-1))
+    queries[name] = [take_positions(q, query_positions) for q in query]
+  result = {}
+  for name in tokens:
+    (query,) = queries[name]
+    join = lambda parts, name=name: jnp.concatenate([parts[o] for o in others[name]], axis=1)
+    positions = query.shape[1] if query_positions is None else query_positions
+    mask = jnp.concatenate([visible[o].mask(positions) for o in others[name]], axis=2)
+    mix = _cudnn if _has_cudnn(query, join(keys)) else masked_attention
+    mixed = mix(query, join(keys), join(values), mask)
+    result[name] = mixed.reshape(-1, tokens[name].shape[1] // 3)
+  return result
+
+
+def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
+  """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
+
+  The division by the total follows the product with the values. On CPU this halves the time of the
+  forward pass, because normalised weights are never written to memory.
+
+  Args:
+    query: `[batch, queries, heads, width]`; `key` and `value` alike with their own length.
+    mask: `[batch, queries, keys]`, True where query i may attend to key j.
+
+  Returns:
+    `[batch, queries, heads, width]` in the type of `value`. A query that may see nothing gets the
+    average of all values.
+  """
+  scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
+  # A finite number, so that a query without visible keys gives an average instead of NaN.
+  scores = jnp.where(mask[:, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+  total = weights.sum(-1)
+  mixed = jnp.einsum(
+    'bhqk,bkhd->bqhd', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+  )
+  return (mixed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
+
+
+def causal_attention(query: Array, key: Array, value: Array, visible: Visible) -> Array:
+  """Computes `masked_attention` where no query sees a later key, without most masked scores.
+
+  Args:
+    query: `[batch, length, heads, width]`; `key` and `value` alike.
+    visible: `[batch, length]`.
+  """
+  length = query.shape[1]
+  mask = visible.mask(length)
+  if not isinstance(length, int):  # Exported programs take any length, so blocks cannot be counted.
+    return masked_attention(query, key, value, mask)
+  ends = range(QUERY_BLOCK, length + QUERY_BLOCK, QUERY_BLOCK)
+  blocks = [
+    masked_attention(
+      query[:, end - QUERY_BLOCK : end],
+      key[:, :end],
+      value[:, :end],
+      mask[:, end - QUERY_BLOCK : end, :end],
+    )
+    for end in ends
+  ]
+  return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+
+
+def _has_kernel(*visible: Visible) -> bool:
+  """Whether the TPU kernel takes these histories; exported programs take any length and device."""
+  sizes = [size for x in visible for size in x.since.shape]
+  return devices.platform() == 'tpu' and all(isinstance(size, int) for size in sizes)
+
+
+def _in_kernel(
+  sources: Sequence[Array],
+  visible: Sequence[Visible],
+  reads: tuple[tuple[int, ...], ...],
+  num_heads: int,
+) -> list[Array]:
+  from ur4rec_jax.models import attention_kernel  # Here, because importing Pallas takes a second.
+
+  mix = attention_kernel.Mix(
+    reads, tuple(x.since.shape[1] for x in visible), sources[0].shape[1] // 3, num_heads
+  )
+  return attention_kernel.fused_attention(mix, [jnp.stack(x, axis=1) for x in visible], sources)
+
+
+def _has_cudnn(query: Array, key: Array) -> bool:
+  """Whether cuDNN's fused attention takes these shapes with a mask."""
+  lengths = query.shape[1], key.shape[1]
+  return (
+    devices.platform() in ('gpu', 'cuda')
+    and devices.compute_capability() >= 8
+    and query.dtype in (jnp.bfloat16, jnp.float16)
+    and query.shape[3] % 8 == 0
+    and query.shape[3] <= 128
+    and all(isinstance(length, int) and length % 2 == 0 for length in lengths)
+  )
+
+
+def _cudnn(query: Array, key: Array, value: Array, mask: Array) -> Array:
+  return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation='cudnn')
