@@ -1,6 +1,7 @@
 """Compiles for a topology of accelerators without having one, and reports what was compiled."""
 
 import contextlib
+import math
 import os
 import pathlib
 import time
@@ -34,9 +35,14 @@ def describe(topology: Topology) -> list[jax.Device]:
   """Returns the devices of a topology, which only the compiler knows; errors as above."""
   if not topology.chip.torus:
     raise InputError(f'--topology={topology.name}: only TPUs can be compiled for yet')
-  # Nothing asks the network which TPU this machine has, and several processes may compile.
-  os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-  os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')
+  # The compiler otherwise asks the network which TPU this machine is, and allows one process.
+  os.environ |= {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': f'{topology.chip_name}-{math.prod(topology.axes)}',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_WORKER_ID': '0',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  }
   try:
     found = topologies.get_topology_desc(topology_name=topology.name, platform='tpu')
   except Exception as error:

@@ -15,13 +15,13 @@ The rules, which docs/accelerators.md explains:
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from benchmarks.accelerators import kernels
 from benchmarks.accelerators.hlo import (
   HOST_MEMORY,
   MAIN_MEMORY,
@@ -139,9 +139,8 @@ def count(module: Module) -> Counts:
 def short_name(op_name: str) -> str:
   """Shortens a source name: without the wrappers of the step, and alike for repeated layers."""
   name = re.sub(r'\bjit\((\w+)\)', r'\1', op_name)
-  name = re.sub(r'^(share|step|main|shard_map|pmap|while|body|/)+(?=/|$)', '', name).strip('/')
-  name = re.sub(r'^(?:while/body/)+', '', name)
-  return re.sub(r'_\d+(?=[/)]|$)', '_*', name)
+  inner = re.sub(r'^(?:(?:share|step|shard_map|while|body)(?:/|$))+', '', name)
+  return re.sub(r'_\d+(?=[/)]|$)', '_*', inner or name)
 
 
 class _Counter:
@@ -197,6 +196,9 @@ class _Counter:
     )
     if x.opcode in ('copy-start', 'slice-start') and len({a.space for a in x.arrays[:2]}) > 1:
       moved = 0.0  # The instruction that needs the copy reads it.
+    if stated := kernels.stated_cost(x):  # A kernel may read a part of an operand several times.
+      again = max(0.0, stated['bytes_accessed'] - moved)
+      moved, in_main = moved + again, in_main + again
     flops = self._flops(computation, x)
     link_bytes = self._link_bytes(computation, x)
     if not (moved or in_main or flops or link_bytes):
@@ -207,13 +209,17 @@ class _Counter:
     return Count(self._kind(x, link_bytes), name, flops, moved, in_main, link_bytes, times, x.name)
 
   def _name_of_source(self, computation: Computation, x: Instruction) -> str:
-    """Names an instruction that the compiler added after the first named one that it reads."""
-    for _ in range(8):
-      if not x.operands:
-        break
-      x = computation.operand(x, 0)
-      if '/' in x.op_name and x.opcode != 'parameter':
-        return 'copy of ' + short_name(x.op_name)
+    """Names an instruction that the compiler added after a named one that it reads or feeds."""
+    before = lambda y: [computation.operand(y, 0)] if y.operands else []
+    after = lambda y: computation.users[y.name][:1]
+    for word, neighbours in (('copy of', before), ('copy for', after)):
+      y = x
+      for _ in range(8):
+        if not (found := neighbours(y)):
+          break
+        y = found[0]
+        if '/' in y.op_name and y.opcode != 'parameter':
+          return f'{word} {short_name(y.op_name)}'
     return '(added by the compiler)'
 
   # Bytes. `measure` gives the bytes of an array that count.
@@ -300,7 +306,7 @@ class _Counter:
     if x.opcode == 'fusion':
       return sum(self._flops(inner, y) for inner in self.called(x) for y in inner)
     if x.opcode == 'custom-call':
-      return kernel_cost(x).get('flops', 0)
+      return kernels.flops(x, [computation.instructions[o].arrays[0] for o in x.operands])
     return 0
 
   # Links.
@@ -424,14 +430,6 @@ def _in_main(array: Array) -> float:
 
 def _target(x: Instruction) -> str:
   return x.attribute('custom_call_target').strip('"')
-
-
-def kernel_cost(x: Instruction) -> dict[str, float]:
-  """Returns the cost that the author of a Pallas kernel stated, or nothing."""
-  found = re.search(r'"cost_estimate":(\{[^}]*\})', x.attributes)
-  if not found:
-    return {}
-  return {name: float(value) for name, value in json.loads(found[1]).items()}
 
 
 def _dot_flops(x: Instruction, left: Array) -> float:

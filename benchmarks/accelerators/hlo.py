@@ -172,7 +172,9 @@ def parse(text: str) -> Module:
   Raises:
     ValueError: it is no program, or a line is not understood.
   """
-  computations, entry, current, partitions = {}, None, None, 1
+  computations, entry, partitions = {}, None, 1
+  lines: list[tuple[Computation, str]] = []
+  current = None
   for line in text.splitlines():
     if line.startswith('HloModule'):
       found = re.search(r'\b(?:num_partitions|replica_count)=(\d+)', line)
@@ -180,16 +182,24 @@ def parse(text: str) -> Module:
     elif found := _HEADER.match(line):
       current = computations[found[2]] = Computation(found[2])
       entry = current if found[1] else entry
-    elif current is not None and (found := _INSTRUCTION.match(line)):
-      x = _parse_instruction(line[found.end() :], found[2], bool(found[1]))
-      current.instructions[x.name] = x
+    elif current is not None and _INSTRUCTION.match(line):
+      lines.append((current, line))
+    elif line == '}':
+      current = None
+    elif current is not None:  # The attributes of a kernel may go on in the next line.
+      lines[-1] = (current, f'{lines[-1][1]} {line}')
+  for computation, line in lines:
+    x = _parse_instruction(line)
+    computation.instructions[x.name] = x
   if entry is None:
     raise ValueError('the text has no ENTRY computation; it is not that of a compiled program')
   return Module(computations, entry, partitions)
 
 
-def _parse_instruction(text: str, name: str, is_root: bool) -> Instruction:
-  text = _COMMENT.sub('', text)
+def _parse_instruction(line: str) -> Instruction:
+  found = _INSTRUCTION.match(line)
+  is_root, name = bool(found[1]), found[2]
+  text = _COMMENT.sub('', line[found.end() :])
   end = _closing(text, 0) + 1 if text.startswith('(') else text.index(' ')
   opcode = _OPCODE.match(text, end)
   if not opcode:
