@@ -3,7 +3,7 @@
 import ast
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,8 +52,14 @@ def make_config(settings: dict[str, Any]) -> ConfigDict:
   config.loss.name = settings['loss']
   config.optimizer.warmup_steps = 0  # As RecTools has it.
   config.optimizer.learning_rate = settings['learning_rate']
+  override(config, settings['overrides'])
+  return config
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> None:
+  """Sets the fields that `--config.FIELD=VALUE` name; InputError if they cannot be so."""
   config.lock()  # So that a field that does not exist is an error.
-  for override in settings['overrides']:
+  for override in overrides:
     field, _, value = override.removeprefix('--config.').partition('=')
     with contextlib.suppress(ValueError, SyntaxError):  # Which a word raises.
       value = ast.literal_eval(value)
@@ -62,7 +68,6 @@ def make_config(settings: dict[str, Any]) -> ConfigDict:
     except (AttributeError, KeyError, TypeError) as error:
       raise InputError(f'{override}: no such field, or no value for it ({error})') from error
   check_config(config)
-  return config
 
 
 def make_loop(config: ConfigDict, dataset: Dataset, workdir: str) -> TrainLoop:

@@ -118,7 +118,16 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
 
 
 def make_catalogue_encoder(model: nn.Module, data: EvalData) -> Callable[..., Catalogue]:
-  """Compiles `encode(params, features)`, which encodes all items.
+  """Compiles the function of `make_encode_step`."""
+  encode = make_encode_step(model, data)
+  if not data.embeddings.is_sharded:
+    return devices.on_each_device(encode)
+  axes = data.params_axes, data.embeddings.axis
+  return devices.MAPPINGS[data.mapping](encode, axes, (), out_axes=0)
+
+
+def make_encode_step(model: nn.Module, data: EvalData) -> Callable[..., Catalogue]:
+  """Builds `encode(params, features)`, which encodes all items, or those of one device.
 
   Cold items get the mean embedding of their nearest neighbours in a branch that knows items only by
   a table, see `cold_items.py`.
@@ -133,10 +142,7 @@ def make_catalogue_encoder(model: nn.Module, data: EvalData) -> Callable[..., Ca
       items |= {'sasrec': items['sasrec']._replace(vectors=vectors)}
     return Catalogue(items, model.covariances(items))
 
-  if not embeddings.is_sharded:
-    return devices.on_each_device(encode)
-  axes = data.params_axes, embeddings.axis
-  return devices.MAPPINGS[data.mapping](encode, axes, (), out_axes=0)
+  return encode
 
 
 def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: int) -> Callable:

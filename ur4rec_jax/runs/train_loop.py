@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ur4rec_jax.data.features import Tables, TokenTable
+from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.data.input_pipeline import TrainBatches
 from ur4rec_jax.errors import InputError, InterruptedBySignal, say
 from ur4rec_jax.evaluation.evaluate import EvalData, make_evaluator
@@ -28,7 +28,7 @@ from ur4rec_jax.runs.workdir import claimed_workdir, note_start
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ITEM_TABLE
 from ur4rec_jax.training.stages import Stage, stage_numbers
-from ur4rec_jax.training.train_data import TrainData, make_train_data
+from ur4rec_jax.training.train_data import make_train_data, train_data_axes
 from ur4rec_jax.training.train_state import (
   NEVER,
   SELECTION_METRIC,
@@ -204,10 +204,7 @@ class TrainLoop:
     self.progress = start.progress
     self.saved = self._position() if start.is_saved else None
     tables = run.tables._replace(items=run.embeddings.pad_features(run.tables.items))
-    feature_axes = Tables(items=run.embeddings.axis, users=None)
-    self.data_axes = TrainData(
-      item_ids=None, item_counts=None, tables=feature_axes, preference_starts=None
-    )
+    self.data_axes = train_data_axes(run.embeddings)
     train_data = make_train_data(run.dataset.train_part(), tables)
     self.data = devices.place(train_data, self.data_axes)
     self.eval_data = EvalData(

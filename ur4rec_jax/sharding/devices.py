@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ur4rec_jax.errors import DeviceError, InputError, LostProcessError, ReportedError, as_reported
 
@@ -141,9 +141,36 @@ def _leave(exit_code: int) -> None:
   os._exit(exit_code)
 
 
+# Devices to compile for that are not here; none to use those that are.
+_described: tuple[jax.Device, ...] = ()
+
+
+@contextlib.contextmanager
+def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
+  """Lets mapped functions be lowered for devices that are not here, see `lower`.
+
+  Args:
+    devices: of a topology, from `jax.experimental.topologies.get_topology_desc`.
+  """
+  global _described
+  before, _described = _described, tuple(devices)
+  _global_mesh.cache_clear()
+  try:
+    yield
+  finally:
+    _described = before
+    _global_mesh.cache_clear()
+
+
 def device_count() -> int:
   """Returns the number of devices of all processes."""
-  return jax.device_count()
+  return len(_described) or jax.device_count()
+
+
+def platform() -> str:
+  """Returns `cpu`, `gpu` or `tpu`, the kind of device that programs are compiled for."""
+  kind = (_described or jax.local_devices())[0].platform
+  return 'gpu' if kind in ('cuda', 'rocm') else kind
 
 
 def platform() -> str:
@@ -206,7 +233,7 @@ def _local_mesh() -> Mesh:
 
 @functools.cache
 def _global_mesh() -> Mesh:
-  by_process = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  by_process = sorted(_described or jax.devices(), key=lambda d: (d.process_index, d.id))
   return Mesh(np.array(by_process), (AXIS,))
 
 
@@ -225,7 +252,7 @@ def split(tree: PyTree, axis: int) -> PyTree:
   Returns:
     NumPy arrays `[devices, ..., rows / devices, ...]`.
   """
-  return jax.tree.map(lambda x: np.stack(np.split(x, jax.device_count(), axis)), tree)
+  return jax.tree.map(lambda x: np.stack(np.split(x, device_count(), axis)), tree)
 
 
 def shard(tree: PyTree) -> PyTree:
@@ -359,6 +386,43 @@ def shard_map(
   With `check_vma=True`, `pmean` of gradients would sum them over devices once more.
   """
   in_axes = tuple(in_axes)
+  mapped = _jit_shard_map(step, in_axes, donate_argnums, out_axes)
+  return lambda *args: _of_this_process(mapped(*_over_processes(args, in_axes)), out_axes)
+
+
+def lower(
+  step: Callable,
+  in_axes: Sequence[PyTree],
+  donate_argnums: Sequence[int],
+  out_axes: PyTree,
+  shapes: Sequence[PyTree],
+) -> jax.stages.Lowered:
+  """Lowers what `shard_map` maps, without running it; within `compiling_for` for other devices.
+
+  Args:
+    step: see `pmap`, like the next three.
+    in_axes: of the arguments.
+    donate_argnums: arguments whose memory the outputs take over.
+    out_axes: of the outputs.
+    shapes: for each argument, arrays or `jax.ShapeDtypeStruct`s; `[devices, ...]` where the axis
+      is 0.
+  """
+  in_axes = tuple(in_axes)
+  mapped = _jit_shard_map(step, in_axes, donate_argnums, out_axes)
+  return mapped.lower(*with_shardings(tuple(shapes), in_axes))
+
+
+def on_one_device(shapes: PyTree) -> PyTree:
+  """Returns the shapes of arrays that are all on the first device that is compiled for."""
+  where = SingleDeviceSharding((_described or jax.devices())[0])
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  return jax.tree.map(place, shapes)
+
+
+def _jit_shard_map(
+  step: Callable, in_axes: tuple[PyTree, ...], donate_argnums: Sequence[int], out_axes: PyTree
+) -> Callable:
+  """Compiles `step` mapped over all devices, for arrays that are spread over them."""
   in_specs, out_specs = _map_axes(_spec, in_axes), _map_axes(_spec, out_axes)
 
   def share(*args):
@@ -366,13 +430,12 @@ def shard_map(
     expand = lambda axis, tree: tree if axis is None else jax.tree.map(lambda x: x[None], tree)
     return _map_axes(expand, out_axes, step(*_map_axes(squeeze, in_axes, args)))
 
-  mapped = jax.jit(
+  return jax.jit(
     jax.shard_map(
       share, mesh=_global_mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=False
     ),
     donate_argnums=tuple(donate_argnums),
   )
-  return lambda *args: _of_this_process(mapped(*_over_processes(args, in_axes)), out_axes)
 
 
 MAPPINGS = {'pmap': pmap, 'shard_map': shard_map}

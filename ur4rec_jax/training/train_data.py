@@ -7,6 +7,7 @@ import numpy as np
 
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, preference_starts
+from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 
 class TrainData(NamedTuple):
@@ -38,3 +39,9 @@ def make_train_data(train_part: Dataset, tables: Tables) -> TrainData:
     tables,
     preference_starts(train_part),
   )
+
+
+def train_data_axes(embeddings: ItemEmbeddings) -> TrainData:
+  """Returns the dimension along which each array of `TrainData` is spread over devices."""
+  tables = Tables(items=embeddings.axis, users=None)
+  return TrainData(item_ids=None, item_counts=None, tables=tables, preference_starts=None)

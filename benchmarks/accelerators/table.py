@@ -1,0 +1,55 @@
+"""Tables of compiled figures, for the terminal and docs/performance.md."""
+
+import pathlib
+from typing import Any
+
+from benchmarks.quality.accuracy import markdown_table
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / 'benchmarks' / 'results' / 'accelerators'
+RESULTS_NAME = str(RESULTS.relative_to(ROOT))
+LABEL = 'compiled, not measured'
+
+
+def one_program(result: dict[str, Any]) -> str:
+  """Returns all figures of one program, as text."""
+  memory = result['memory']
+  figures = {
+    'matrix FLOPs a step': f'{result["tflop"]:.3f} TFLOP',
+    'bytes that instructions read and write': f'{result["gb_moved"]:.2f} GB',
+    'of these and of prefetches, in main memory': f'{result["gb_main_memory"]:.2f} GB',
+    **{f'over links by {name}': f'{gb:.4f} GB' for name, gb in result['gb_over_links'].items()},
+    'memory at its peak': f'{memory["peak"]:.2f} of {memory["of_chip"]:.1f} GB',
+    **{
+      f'step time at least, {name.replace("_", " ")}': f'{ms:.2f} ms, MFU {100 * mfu:.1f} %'
+      for (name, ms), mfu in zip(result['step_ms'].items(), result['mfu'].values(), strict=True)
+    },
+    'exchanges with the host': ', '.join(result['host_transfers']) or 'none',
+    'loops counted once': ', '.join(result['loops_counted_once']) or 'none',
+  }
+  width = max(map(len, figures))
+  lines = [f'{result["program"]} of {result["config"]} on {result["topology"]}, per chip ({LABEL})']
+  lines += [f'  {name:{width}}  {text}' for name, text in figures.items()]
+  for title, field in (('By kind', 'gb_by_kind'), ('By operation', 'gb_by_op')):
+    lines += ['', f'{title}, GB read and written:']
+    lines += [f'  {gb:9.3f}  {name}' for name, gb in result[field].items()]
+  return '\n'.join(lines)
+
+
+def summary_table(results: dict[str, dict[str, Any]]) -> str:
+  """Returns a row for each stored program."""
+  rows = [
+    {
+      'what': name,
+      'chips': x['topology'],
+      'TFLOP': f'{x["tflop"]:.3f}',
+      'GB moved': f'{x["gb_moved"]:.2f}',
+      'of them main memory': f'{x["gb_main_memory"]:.2f}',
+      'GB over links': f'{sum(x["gb_over_links"].values()):.3f}',
+      'peak memory, GB': f'{x["memory"]["peak"]:.2f} of {x["memory"]["of_chip"]:.0f}',
+      'step, ms': f'{x["step_ms"]["by_bytes"]:.2f}',
+      'MFU': f'{100 * x["mfu"]["by_bytes"]:.1f} %',
+    }
+    for name, x in results.items()
+  ]
+  return markdown_table(rows)
