@@ -219,7 +219,7 @@ def _has_cudnn(query: Array, key: Array) -> bool:
   """Whether cuDNN's fused attention takes these shapes with a mask."""
   lengths = query.shape[1], key.shape[1]
   return (
-    devices.platform() in ('gpu', 'cuda')
+    devices.platform() == 'gpu'
     and devices.compute_capability() >= 8
     and query.dtype in (jnp.bfloat16, jnp.float16)
     and query.shape[3] % 8 == 0

@@ -1,8 +1,12 @@
 """Layers that several models share."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from ur4rec_jax.sharding import devices
 
 Array = jax.Array
 
@@ -59,6 +63,17 @@ class Dropout(nn.Module):
     dropped = min(round(self.rate * 256), 255)
     if deterministic or not dropped:
       return x
-    words = jax.random.bits(self.make_rng('dropout'), (-(-x.size // 4),), jnp.uint32)
-    draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
-    return jnp.where(draws >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
+    keep = _keep(self.make_rng('dropout'), x.shape, dropped)
+    return jnp.where(keep, x * (256 / (256 - dropped)), 0).astype(x.dtype)
+
+
+def _keep(key: Array, shape: tuple[int, ...], dropped: int) -> Array:
+  """Returns `shape` bool, False with probability `dropped` / 256; a random word decides on four."""
+  if devices.platform() == 'cpu':
+    words = jax.random.bits(key, (-(-math.prod(shape) // 4),), jnp.uint32)
+    draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)
+    return draws[: math.prod(shape)].reshape(shape) >= dropped
+  # A word as four neighbours would be moved through memory by TPUs, whose tiles are 8 x 128 values.
+  words = jax.random.bits(key, (-(-shape[0] // 4), *shape[1:]), jnp.uint32)
+  parts = [(words >> shift & 255) >= dropped for shift in (0, 8, 16, 24)]
+  return jnp.concatenate(parts)[: shape[0]]

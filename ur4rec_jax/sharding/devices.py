@@ -173,14 +173,10 @@ def platform() -> str:
   return 'gpu' if kind in ('cuda', 'rocm') else kind
 
 
-def platform() -> str:
-  """Returns the kind of the devices: `cpu`, `gpu` or `tpu`."""
-  return _global_mesh().devices.flat[0].platform
-
-
 def compute_capability() -> float:
   """Returns the generation of an NVIDIA GPU, e.g. 9.0 for an H100; 0 for other devices."""
-  return float(getattr(_global_mesh().devices.flat[0], 'compute_capability', None) or 0)
+  device = (_described or jax.local_devices())[0]
+  return float(getattr(device, 'compute_capability', None) or 0)
 
 
 def is_main_process() -> bool:
