@@ -21,11 +21,13 @@ port=$("$python" -c 'import socket; s = socket.create_server(("", 0)); print(s.g
 
 pids=()
 stop_all() { # They save; 30 seconds later they are killed.
-  ((${#pids[@]})) || return 0
-  kill -s TERM "${pids[@]}" 2>/dev/null
-  (sleep 30 && kill -s KILL "${pids[@]}") >/dev/null 2>&1 &
+  # From bash's own list, which has a process that a signal comes too early to add to pids.
+  mapfile -t running < <(jobs -pr)
+  ((${#running[@]})) || return 0
+  kill -s TERM "${running[@]}" 2>/dev/null
+  (sleep 30 && kill -s KILL "${running[@]}") >/dev/null 2>&1 &
   killer=$!
-  wait "${pids[@]}" 2>/dev/null
+  wait "${running[@]}" 2>/dev/null
   kill "$killer" 2>/dev/null
 }
 trap 'stop_all; exit 143' TERM

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.features import make_features
 from ur4rec_jax.data.features import TokenTable
+from ur4rec_jax.models.attention import visible_history, visible_memory
 from ur4rec_jax.models.content import ContentTower
 from ur4rec_jax.models.cross_modal import AttentionPool, CrossModalBlock
 
@@ -24,8 +25,13 @@ def random_like(shapes, seed: int = 0):
 def make_tokens(names=tuple(COUNTS)):
   rng = np.random.default_rng(1)
   tokens = {n: jnp.asarray(rng.normal(size=(ROWS, COUNTS[n], DIM)), jnp.float32) for n in names}
-  visible = {n: jnp.asarray(rng.random((ROWS, COUNTS[n])) < 0.7) for n in names}
-  return tokens, visible
+  masks = {n: jnp.asarray(rng.random((ROWS, COUNTS[n])) < 0.7) for n in names}
+  return tokens, masks
+
+
+def visible_to_all(masks):
+  """Every query may attend to the keys whose mask is True."""
+  return {name: visible_memory(mask, max(COUNTS.values())) for name, mask in masks.items()}
 
 
 def make_block(tokens, visible):
@@ -36,7 +42,8 @@ def make_block(tokens, visible):
 
 
 def test_each_modality_reads_the_visible_tokens_of_the_others_and_itself_alone():
-  tokens, visible = make_tokens()
+  tokens, masks = make_tokens()
+  visible = visible_to_all(masks)
   apply = make_block(tokens, visible)
   jacobian = jax.jacrev(lambda t: {n: x.sum(-1) for n, x in apply(t, visible).items()})(tokens)
   for query, count in COUNTS.items():
@@ -47,14 +54,14 @@ def test_each_modality_reads_the_visible_tokens_of_the_others_and_itself_alone()
         if query == key:
           expected[:, row] = np.eye(count, dtype=bool)
         else:
-          expected[:, row] = np.asarray(visible[key])[row]
+          expected[:, row] = np.asarray(masks[key])[row]
         np.testing.assert_array_equal(read[row], expected, err_msg=f'{query} reads {key}')
 
 
-def test_a_mask_for_each_query_may_be_causal():
+def test_queries_may_be_kept_from_later_keys():
   tokens, _ = make_tokens(('text', 'image'))
   tokens = {name: x[:, :2] for name, x in tokens.items()}
-  causal = {name: jnp.tile(jnp.tril(jnp.ones((2, 2), bool)), (ROWS, 1, 1)) for name in tokens}
+  causal = dict.fromkeys(tokens, visible_history(jnp.ones((ROWS, 2), jnp.int32)))
   apply = make_block(tokens, causal)
   before = apply(tokens, causal)['text']
   after = apply(tokens | {'image': tokens['image'].at[:, 1, 0].add(1.0)}, causal)['text']
@@ -63,16 +70,17 @@ def test_a_mask_for_each_query_may_be_causal():
 
 
 def test_where_nothing_is_visible_attention_adds_nothing():
-  tokens, visible = make_tokens(('text', 'image'))
+  tokens, masks = make_tokens(('text', 'image'))
+  visible = visible_to_all(masks)
   apply = make_block(tokens, visible)
-  blind = visible | {'image': visible['image'] & False}
+  blind = visible_to_all(masks | {'image': masks['image'] & False})
   garbage = tokens | {'image': tokens['image'] * 1e3}
   np.testing.assert_array_equal(apply(tokens, blind)['text'], apply(garbage, blind)['text'])
 
 
 def test_pooling_equals_a_plain_computation_and_drops_masked_tokens():
-  tokens, visible = make_tokens(('image',))
-  tokens, mask = tokens['image'], visible['image'].at[:, 0].set(True)
+  tokens, masks = make_tokens(('image',))
+  tokens, mask = tokens['image'], masks['image'].at[:, 0].set(True)
   pool = AttentionPool(3, jnp.float32)
   params = random_like(pool.init(jax.random.key(0), tokens, mask))
   actual = pool.apply(params, jnp.where(mask[..., None], tokens, 1e5), mask)

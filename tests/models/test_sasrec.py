@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from configs import default
-from ur4rec_jax.models.layers import Dropout, masked_attention
+from ur4rec_jax.models.attention import masked_attention
+from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec, segment_positions
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 

@@ -1,0 +1,40 @@
+"""The TPU kernel gives the loss and gradients of a plain softmax, run on CPU step by step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ur4rec_jax.training.catalogue_softmax import plain_softmax
+from ur4rec_jax.training.softmax_kernel import softmax_gradients, tokens_in_block
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-4), ('bfloat16', 0.05)])
+@settings(max_examples=4, deadline=None)
+@given(
+  tokens=st.sampled_from([1, 255, 256, 300]),
+  num_items=st.sampled_from([1, 511, 512, 700]),
+  dim=st.sampled_from([3, 64]),
+  seed=st.integers(0, 99),
+)
+def test_it_is_a_plain_softmax(dtype, tolerance, tokens, num_items, dim, seed):
+  rng = np.random.default_rng(seed)
+  hidden, items = (jnp.asarray(rng.normal(size=(n, dim)), dtype) for n in (tokens, num_items))
+  targets = jnp.asarray(rng.integers(0, num_items, tokens), jnp.int32)
+  weights = jnp.asarray(rng.random(tokens) < 0.8, jnp.float32)
+  expected = jax.value_and_grad(plain_softmax, argnums=(0, 1))(hidden, items, targets, weights)
+  loss, *gradients = softmax_gradients(hidden, items, targets, weights, interpret=True)
+  np.testing.assert_allclose(loss, expected[0], rtol=1e-3)
+  for ours, plain in zip(gradients, expected[1], strict=True):
+    scale = max(1.0, float(jnp.abs(plain.astype(jnp.float32)).max()))
+    np.testing.assert_allclose(
+      np.asarray(ours, np.float32) / scale, np.asarray(plain, np.float32) / scale, atol=tolerance
+    )
+
+
+def test_a_catalogue_that_does_not_fit_is_left_to_the_chunks():
+  assert tokens_in_block(3_416, 256, 2) == 256
+  assert tokens_in_block(26_744, 128, 2) == 256
+  assert tokens_in_block(1_000_000, 64, 2) == 0
