@@ -179,6 +179,19 @@ def test_kernels_state_their_cost_or_have_a_formula():
   assert found.bytes == 100_000 + 8 + 4 * 8 * 2 * 256 * 128 * 2
 
 
+def test_a_product_of_a_library_for_gpus():
+  config = '"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
+  found = program(
+    '%x = bf16[256,64]{1,0} parameter(0)',
+    '%y = bf16[64,32]{1,0} parameter(1)',
+    '%z = (bf16[256,32]{1,0}, s8[33554432]{0}) custom-call(%x, %y), '
+    f'custom_call_target="__cublas$lt$matmul", backend_config={{{config}}}',
+    'ROOT %r = bf16[256,32]{1,0} get-tuple-element(%z), index=0',
+  )
+  assert found.flops == 2 * 256 * 64 * 32
+  assert found.bytes_by('kind') == {'matrix product': 2 * (256 * 64 + 64 * 32 + 256 * 32)}
+
+
 def test_of_two_branches_the_larger_counts_and_exchanges_with_the_host_are_found():
   branch = """
 %{name} (p: f32[{n}]) -> f32[] {{
