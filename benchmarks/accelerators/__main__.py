@@ -16,7 +16,7 @@ from typing import Any
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # Before jax is imported: the accelerators are only described.
 
-from benchmarks.accelerators import compiler, programs, table
+from benchmarks.accelerators import compiler, programs, terminal
 from benchmarks.accelerators.chips import parse_topology
 from benchmarks.speed.measure import parse
 from benchmarks.speed.ur4rec_side import override
@@ -41,15 +41,15 @@ def main() -> None:
   for name, default in vars(programs.Sizes()).items():
     add(f'--{name}', type=int, default=default, help=f'of the data; {default}')
   add('--hlo', help='file to write the compiled program to')
-  add('--out', metavar='NAME', help=f'store the result as {table.RESULTS_NAME}/NAME.json')
+  add('--out', metavar='NAME', help=f'store the result as {terminal.RESULTS_NAME}/NAME.json')
   add('--json', action='store_true', help='print nothing but the line of JSON')
   flags, overrides = parse(parser)
   result = measure(flags, overrides)
   if not flags.json:
-    print(table.one_program(result))
+    print(terminal.one_program(result))
   print(json.dumps(result))
   if flags.out:
-    path = table.RESULTS / f'{flags.out}.json'
+    path = terminal.RESULTS / f'{flags.out}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(result, indent=2).encode() + b'\n')
 

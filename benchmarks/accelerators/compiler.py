@@ -17,6 +17,25 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.sharding import devices
 
 TOP = 20
+# Without a GPU nothing can be timed, and the compiler finds no tiling for Triton's products.
+GPU_OPTIONS = {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_autotune_level': 0}
+# What the compiler must know of a GPU, from NVIDIA's guide to tuning for it.
+GPUS = {
+  'h100': """
+    platform_name: "CUDA"
+    device_description_str: "NVIDIA H100 80GB HBM3"
+    dnn_version_info { major: 9 minor: 10 patch: 0 }
+    gpu_device_info {
+      cuda_compute_capability { major: 9 minor: 0 }
+      core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+      device_memory_size: 80000000000 memory_bandwidth: 3350000000000 l2_cache_size: 52428800
+      threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+      registers_per_block_limit: 65536 registers_per_core_limit: 65536
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+      shared_memory_per_core: 233472
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+    }""",
+}
 _GB, _TERA = 1e9, 1e12
 
 
@@ -33,22 +52,32 @@ def compiling_for(topology: Topology) -> Iterator[None]:
 
 def describe(topology: Topology) -> list[jax.Device]:
   """Returns the devices of a topology, which only the compiler knows; errors as above."""
-  if not topology.chip.torus:
-    raise InputError(f'--topology={topology.name}: only TPUs can be compiled for yet')
-  # The compiler otherwise asks the network which TPU this machine is, and allows one process.
+  is_gpu = not topology.chip.torus
+  # The compiler for TPUs otherwise asks the network which TPU this is, and allows one process.
   os.environ |= {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_ACCELERATOR_TYPE': f'{topology.chip_name}-{math.prod(topology.axes)}',
     'TPU_WORKER_HOSTNAMES': 'localhost',
     'TPU_WORKER_ID': '0',
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1',
   }
   try:
-    found = topologies.get_topology_desc(topology_name=topology.name, platform='tpu')
+    if is_gpu:
+      found = topologies.get_topology_desc(
+        topology_name=topology.chip_name,
+        platform='cuda',
+        target_config=GPUS[topology.chip_name],
+        topology=f'1x1x{math.prod(topology.axes)}',
+      )
+    else:
+      found = topologies.get_topology_desc(topology_name=topology.name, platform='tpu')
   except Exception as error:
+    packages = 'jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12' if is_gpu else 'libtpu'
+    problem = (str(error).splitlines() or [type(error).__name__])[0]
     raise InputError(
-      f'--topology={topology.name}: cannot be described ({str(error).splitlines()[0]}); '
-      'it needs the compiler for TPUs: pip install libtpu'
+      f'--topology={topology.name}: cannot be described ({problem}); it needs the compiler: pip '
+      f'install {packages}, of the versions that jax[{"cuda12" if is_gpu else "tpu"}] names'
     ) from error
   return list(found.devices)
 
@@ -65,7 +94,7 @@ def report(
     text_file: where to write the compiled program, or None.
   """
   started = time.monotonic()
-  compiled = lowered.compile()
+  compiled = lowered.compile(None if topology.chip.torus else GPU_OPTIONS)
   seconds = time.monotonic() - started
   text = compiled.as_text()
   if text_file:

@@ -269,7 +269,8 @@ class _Counter:
       return measure(x.arrays[1])
     if x.opcode.endswith('-start'):  # The results follow the operands in the tuple.
       return sum(map(measure, x.arrays[len(x.arrays) // 2 :]))
-    parts = [math.inf] * len(x.arrays)
+    arrays = kernels.results(x)
+    parts = [math.inf] * len(arrays)
     if x.opcode == 'fusion':
       inner = self.called(x)[0]
       parts = self._updated(inner, inner.root)
@@ -277,7 +278,7 @@ class _Counter:
       parts = [operands[1].arrays[0].size]
     return sum(
       min(measure(a), n * a.item_bytes) if a.size else 0.0
-      for a, n in zip(x.arrays, parts, strict=True)
+      for a, n in zip(arrays, parts, strict=True)
     )
 
   def _updated(self, inner: Computation, x: Instruction) -> list[float]:
@@ -346,6 +347,8 @@ class _Counter:
       if 'fusion' in inside:
         nested = [c for inner in self.called(x) for y in inner for c in self.called(y)]
         inside |= {y.opcode for inner in nested for y in inner}
+    if kernels.is_library_product(x):
+      return 'matrix product'
     if x.opcode == 'custom-call':
       return f'kernel {_target(x)}'
     if inside & {'dot', 'convolution'}:

@@ -27,10 +27,27 @@ def flops(kernel: Instruction, operands: Sequence[Array]) -> float:
   """
   if stated := stated_cost(kernel):
     return stated['flops']
+  if is_library_product(kernel):
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', kernel.attributes)
+    dims = [operands[0].dims[int(i)] for i in re.findall(r'\d+', contracted[1])]
+    return 2 * kernel.arrays[0].size * math.prod(dims)
   for name, formula in FLOPS.items():
     if kernel.name.startswith(name):
       return formula(operands)
   return 0
+
+
+def is_library_product(kernel: Instruction) -> bool:
+  """Tells whether a custom call is a matrix product of NVIDIA's cuBLAS."""
+  return kernel.opcode == 'custom-call' and 'custom_call_target="__cublas' in kernel.attributes
+
+
+def results(kernel: Instruction) -> tuple[Array, ...]:
+  """Returns the results of an instruction, without the room that a library works in."""
+  is_library = re.search(r'custom_call_target="__cu(?:blas|dnn)', kernel.attributes)
+  if is_library and len(kernel.arrays) > 1 and kernel.arrays[-1].dtype in ('s8', 'u8'):
+    return kernel.arrays[:-1]
+  return kernel.arrays
 
 
 def _splash_attention(products: int) -> Callable[[Sequence[Array]], float]:

@@ -97,7 +97,7 @@ def train(run: Run) -> jax.stages.Lowered:
     shapes=(
       _placed(state, axes),
       _placed(make_train_data(run.dataset.train_part(), tables), data_axes),
-      devices.split(plan, axis=1),
+      devices.deal(plan, axis=1),
       np.int32(_STEPS),
       stage_numbers(stage, run.labels, batches.steps_per_epoch, max_turns),
     ),

@@ -17,6 +17,7 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.files import write_file
 
 PAGE = ROOT / 'docs' / 'performance.md'
+COMPILED = ROOT / 'benchmarks' / 'results' / 'accelerators'
 MISSING = 'not measured yet'
 ML_1M = '--data_dir=data/movielens_1m'
 BEAUTY = '--data_dir=data/amazon_beauty --max_length=50 --users=4000'
@@ -145,7 +146,59 @@ def page(stored: Stored) -> str:
   for name, result in stored.items():
     lines = [f'## {name}', '', _measured_on(result), '', *writers[result['benchmark']](result)]
     sections.append('\n'.join(lines))
+  sections.append(compiled_section(COMPILED))
   return '\n\n'.join(sections) + '\n'
+
+
+def compiled_section(folder: pathlib.Path) -> str:
+  """Returns the section on programs compiled for accelerators, from the files in a folder.
+
+  Args:
+    folder: NAME.json of the program as it is, and before/NAME.json as it was.
+  """
+  read = lambda where: {path.stem: json.loads(path.read_text()) for path in where.glob('*.json')}
+  before, now = read(folder / 'before'), read(folder)
+  rows = []
+  for name, newest in sorted((before | now).items()):
+    both = [x[name] for x in (before, now) if name in x]
+    figure = lambda text, both=both: ' → '.join(map(text, both))
+    row = {
+      'program': name,
+      'chips': newest['topology'],
+      'TFLOP': figure(lambda x: f'{x["tflop"]:.3f}'),
+      'GB moved': figure(lambda x: f'{x["gb_moved"]:.2f}'),
+      'in main memory': figure(lambda x: f'{x["gb_main_memory"]:.2f}'),
+      'GB over links': figure(lambda x: f'{sum(x["gb_over_links"].values()):.3f}'),
+      'peak GB': figure(lambda x: f'{x["memory"]["peak"]:.2f}'),
+      'step, ms': figure(lambda x: f'{x["step_ms"]["by_bytes"]:.2f}'),
+      'MFU': figure(lambda x: f'{100 * x["mfu"]["by_bytes"]:.1f} %'),
+    }
+    rows.append(row)
+  commands = '\n'.join(
+    f'python -m benchmarks.accelerators --out={name} {" ".join(_flags_of(x))}'
+    for name, x in sorted((before | now).items())
+  )
+  return f"""## Compiled for accelerators
+
+These figures are **compiled, not measured**: the compiler for the chip built the program on a
+machine without one, and the figures are counted in what it built. They are those of one chip in one
+step. [Accelerators](accelerators.md#the-compiled-table) explains them. An arrow leads from the
+program as it was before its kernels were written for accelerators to the program as it is.
+
+{markdown_table(rows)}
+
+```
+{commands}
+```"""
+
+
+def _flags_of(result: dict[str, Any]) -> Iterator[str]:
+  """Yields the flags of `benchmarks.accelerators` that gave a result."""
+  yield f'--topology={result["topology"]}'
+  yield f'--config={result["config"]}'
+  yield f'--program={result["program"]}'
+  yield from (f'--{name}={value}' for name, value in result['sizes'].items())
+  yield from result['overrides']
 
 
 def targets_table(stored: Stored) -> str:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.accelerators import chips, compiler, counts, hlo, table
+from benchmarks.accelerators import chips, compiler, counts, hlo, terminal
 from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import InputError
 
@@ -179,6 +179,19 @@ def test_kernels_state_their_cost_or_have_a_formula():
   assert found.bytes == 100_000 + 8 + 4 * 8 * 2 * 256 * 128 * 2
 
 
+def test_a_product_of_a_library_for_gpus():
+  config = '"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
+  found = program(
+    '%x = bf16[256,64]{1,0} parameter(0)',
+    '%y = bf16[64,32]{1,0} parameter(1)',
+    '%z = (bf16[256,32]{1,0}, s8[33554432]{0}) custom-call(%x, %y), '
+    f'custom_call_target="__cublas$lt$matmul", backend_config={{{config}}}',
+    'ROOT %r = bf16[256,32]{1,0} get-tuple-element(%z), index=0',
+  )
+  assert found.flops == 2 * 256 * 64 * 32
+  assert found.bytes_by('kind') == {'matrix product': 2 * (256 * 64 + 64 * 32 + 256 * 32)}
+
+
 def test_of_two_branches_the_larger_counts_and_exchanges_with_the_host_are_found():
   branch = """
 %{name} (p: f32[{n}]) -> f32[] {{
@@ -239,8 +252,7 @@ def test_the_slowest_of_three_bounds_the_step():
   assert found['mfu'] == {'by_bytes': 0.1667, 'by_main_memory': 0.1667}
   memory = {'peak': 1.0, 'of_chip': 34.4}
   result = {'program': 'train', 'config': 'c', 'topology': 'v6e:2x2', 'memory': memory, **found}
-  assert table.LABEL in table.one_program(result)
-  assert '| 16.7 % |' in table.summary_table({'name': result})
+  assert terminal.LABEL in terminal.one_program(result)
 
 
 @pytest.mark.skipif(

@@ -217,6 +217,27 @@ def test_targets_beside_what_was_found(tmp_path):
   assert 'This project (own) spent 10 s on compilation.' in page
 
 
+def test_compiled_programs_on_the_page(tmp_path):
+  result = {
+    'topology': 'v6e:2x2', 'config': 'movielens_1m', 'program': 'train', 'sizes': {'users': 9},
+    'overrides': ['--config.dtype=bfloat16'], 'tflop': 1.5, 'gb_moved': 36.49, 'gb_main_memory': 9,
+    'gb_over_links': {'all-reduce': 0.02, 'all-gather': 0.01}, 'memory': {'peak': 2},
+    'step_ms': {'by_bytes': 22.81}, 'mfu': {'by_bytes': 0.067},
+  }  # fmt: skip
+  (tmp_path / 'before').mkdir()
+  (tmp_path / 'before' / 'wide.json').write_text(json.dumps(result))
+  (tmp_path / 'wide.json').write_text(json.dumps(result | {'gb_moved': 12}))
+  (tmp_path / 'other.json').write_text(json.dumps(result))
+  section = performance.compiled_section(tmp_path)
+  assert 'compiled, not measured' in section
+  found = rows(section, 'GB moved')
+  assert found['wide']['GB moved'] == '36.49 → 12.00'
+  assert found['wide']['MFU'] == '6.7 % → 6.7 %'
+  assert found['other']['GB over links'] == '0.030'
+  command = '--out=other --topology=v6e:2x2 --config=movielens_1m --program=train --users=9'
+  assert f'{command} --config.dtype=bfloat16\n' in section
+
+
 def test_curves_and_profile_on_the_page(tmp_path):
   point = {'step_ms': 1234.56, 'us_a_token': 2.0, 'peak_mb': 700.4, 'ranked_per_second': 159.8}
   curves = {'items': {'10000': point, '1000000': {'error': 'not done in 180 s'}}}

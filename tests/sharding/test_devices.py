@@ -207,9 +207,31 @@ def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, t
   done = run(workdir, *flags, env=devices(2))
   assert done.returncode == 0, done.stderr
   assert 'resuming from step' in done.stdout
-  done = run(tmp_path / 'other', *flags, '--config.batch_size=104', env=devices(3))
+
+
+def test_any_number_of_devices_shares_rows_and_tables(run, one_device, tmp_path):
+  """Three divide neither the rows of a batch nor 64; a checkpoint of theirs goes on on two."""
+  workdir = tmp_path / 'run'
+  flags = (*EXACT, '--config.optimizer.item_embeddings=sharded')
+  of_one_epoch = (workdir, *flags, '--config.num_epochs=1')
+  done = run(*of_one_epoch, env=devices(3))
+  assert done.returncode == 0, done.stderr
+  rows = {x.shape[-2] for name, x in load_arrays(workdir).items() if 'item_embedding' in name}
+  assert rows == {192}
+  stored = json.loads((workdir / 'results.json').read_text())
+  evaluated = run(*of_one_epoch, '--mode=evaluate')
+  assert evaluated.returncode == 0, evaluated.stderr
+  assert json.loads(evaluated.stdout)['test'] == stored['test']
+  done = run(workdir, *flags, env=devices(2))
+  assert done.returncode == 0, done.stderr
+  assert 'resuming from step' in done.stdout
+  assert_close(workdir, one_device, spread=True)
+
+
+def test_more_devices_than_rows_are_refused(run, tmp_path):
+  done = run(tmp_path / 'run', *EXACT, '--config.batch_size=1', env=devices(9))
   assert done.returncode == 2
-  assert 'must divide 64' in done.stderr
+  assert 'config.batch_size=1 gives 8 rows, fewer than the 9 devices' in done.stderr
 
 
 def test_the_parameters_moved(one_device, run, tmp_path):

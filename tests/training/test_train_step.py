@@ -15,7 +15,7 @@ from ur4rec_jax.data.input_pipeline import Plan, TrainBatches
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec
 from ur4rec_jax.models.ur4rec import Encoded, UR4Rec
-from ur4rec_jax.sharding import devices
+from ur4rec_jax.sharding import devices, item_embeddings
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 from ur4rec_jax.training import (
   catalogue_softmax,
@@ -553,6 +553,31 @@ def test_a_step_on_the_rows_it_reads_is_the_step_on_all(loss):
   assert_trees_close(every[0].params, touched[0].params, 1e-6)
   np.testing.assert_allclose(every[1]['loss'], touched[1]['loss'], rtol=1e-6)
   np.testing.assert_allclose(every[1]['grad_norm'], touched[1]['grad_norm'], rtol=1e-5)
+
+
+@pytest.mark.parametrize('shares', [3, 8])
+@pytest.mark.parametrize('loss', ['bce', 'sampled_softmax'])
+def test_rows_that_their_owners_update_are_those_of_whole_tables(loss, shares, monkeypatch):
+  """Tables of ids alone, with AdamW, whose moments only the rows that are read may change."""
+  monkeypatch.setattr(item_embeddings, 'device_count', lambda: shares)
+  monkeypatch.setattr(devices, 'device_count', lambda: shares)
+  plan = devices.deal(first_steps(2), axis=1)
+  found = {}
+  for policy in ('touched', 'sharded'):
+    trainer = on_rows(policy, loss, 'adamw')
+    embeddings = ItemEmbeddings(policy, NUM_ITEMS)
+    state = embeddings.pad(trainer.initial)
+    axes = embeddings.axes(state)
+    cut_rows = lambda axis, x: x if axis is None else x.reshape(shares, -1, *x.shape[1:])
+    join_rows = lambda axis, x: x if axis is None else x.reshape(-1, *x.shape[2:])
+    by_axis = functools.partial(jax.tree.map, is_leaf=lambda x: x is None)
+    step = jax.vmap(trainer.step, (axes, None, 0, None, None), (axes, None), axis_name=devices.AXIS)
+    new, metrics = jax.jit(step)(
+      by_axis(cut_rows, axes, state), all_data(), plan, 2, trainer.numbers
+    )
+    new = embeddings.unpad(by_axis(join_rows, axes, new))
+    found[policy] = new.params, new.opt_state, metrics
+  assert_trees_close(found['sharded'], found['touched'], 1e-4)
 
 
 def test_rows_that_a_step_does_not_read_keep_parameters_and_moments():

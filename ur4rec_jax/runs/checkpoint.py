@@ -5,6 +5,7 @@ the latest step. Here a step counts only if its manifest, which is written last,
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -63,12 +64,18 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
   }
 
 
+def _axis_by_name(axes: PyTree) -> dict[str, int | None]:
+  """Returns the dimension along which each array is sharded by its name."""
+  leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: x is None)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): axis for path, axis in leaves}
+
+
 def checkpoint_folder(workdir: str) -> pathlib.Path:
   """Returns the folder of a run's checkpoints."""
   return pathlib.Path(workdir).absolute() / 'checkpoints'
 
 
-def read_latest(workdir: str, tree: PyTree) -> tuple[PyTree, dict] | None:
+def read_latest(workdir: str, tree: PyTree, axes: PyTree = None) -> tuple[PyTree, dict] | None:
   """Reads the newest complete step of a run that may be training at this moment.
 
   Nothing in the folder changes. A step that is being written or deleted does not count.
@@ -76,6 +83,7 @@ def read_latest(workdir: str, tree: PyTree) -> tuple[PyTree, dict] | None:
   Args:
     workdir: the run's folder.
     tree: arrays or shapes of the structure that was saved.
+    axes: the dimension along which each array was sharded, or None, as for `Checkpointer.restore`.
 
   Returns:
     The arrays, whole on each device of this process, and the progress; None without a step.
@@ -87,7 +95,7 @@ def read_latest(workdir: str, tree: PyTree) -> tuple[PyTree, dict] | None:
   for step in saved_steps(workdir):
     with contextlib.suppress(FileNotFoundError):  # The run may delete an old step meanwhile.
       if find_damage(folder / str(step)) is None:
-        return _read_step(folder / str(step), tree, None)
+        return _read_step(folder / str(step), tree, axes, whole=True)
   return None
 
 
@@ -98,22 +106,45 @@ def saved_steps(workdir: str) -> list[int]:
   return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
-def _read_step(folder: pathlib.Path, tree: PyTree, axes: PyTree) -> tuple[PyTree, dict]:
-  """Reads the arrays and the progress of one step; arguments as `Checkpointer.restore`."""
+def _read_step(
+  folder: pathlib.Path, tree: PyTree, axes: PyTree, whole: bool = False
+) -> tuple[PyTree, dict]:
+  """Reads the arrays and the progress of one step.
+
+  Args:
+    folder: of the step.
+    tree: see `Checkpointer.restore`, like the next.
+    axes: where arrays are sharded. There a stored array may have other padding than `tree`: it
+      depends on the number of devices.
+    whole: whether to place all arrays whole on each device.
+  """
   with ocp.Checkpointer(_array_handler()) as reader:
-    _check_arrays(folder, _shapes(reader.metadata(folder / 'state').item_metadata.tree), tree)
-    template = devices.with_shardings(tree, axes)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(template)
+    _check_arrays(folder, _shapes(reader.metadata(folder / 'state').item_metadata.tree), tree, axes)
+    placement = None if whole else axes
+    template = devices.with_shardings(tree, placement)
+    restore_args = jax.tree.map(
+      lambda x: dataclasses.replace(x, strict=False),
+      ocp.checkpoint_utils.construct_restore_args(template),
+    )
     arrays = reader.restore(folder / 'state', ocp.args.PyTreeRestore(template, restore_args))
   with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
     progress = reader.restore(folder / 'progress')
-  return devices.to_local(arrays, axes), progress
+  return devices.to_local(arrays, placement), progress
 
 
-def _check_arrays(folder: pathlib.Path, stored: dict[str, tuple[int, ...]], tree: PyTree) -> None:
+def _check_arrays(
+  folder: pathlib.Path, stored: dict[str, tuple[int, ...]], tree: PyTree, axes: PyTree
+) -> None:
   """Raises InputError unless the stored arrays have the names and shapes of `tree`."""
-  expected = _shapes(tree)
-  differing = sorted(name for name in stored | expected if stored.get(name) != expected.get(name))
+  expected, cut = _shapes(tree), _axis_by_name(axes)
+  without_padding = lambda name, shape: [n for i, n in enumerate(shape) if i != cut.get(name)]
+  differing = sorted(
+    name
+    for name in stored | expected
+    if name not in stored
+    or name not in expected
+    or without_padding(name, stored[name]) != without_padding(name, expected[name])
+  )
   if differing:
     name = differing[0]
     raise InputError(

@@ -57,7 +57,7 @@ class Dispatcher:
     state, metrics = self.train_step(
       state,
       self.data,
-      devices.shard(devices.split(plan, axis=1)),
+      devices.shard(devices.deal(plan, axis=1)),
       devices.replicate(np.int32(count)),
       self.numbers,
     )

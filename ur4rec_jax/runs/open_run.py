@@ -85,6 +85,13 @@ class Run:
     padded = jax.eval_shape(self.embeddings.pad, self.shapes)
     return saved_tree(padded, len(self.stages))
 
+  def stored_axes(self, stored: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Returns for each array of `stored` the dimension that is spread over devices, or None."""
+    return {
+      'state': self.embeddings.axes(stored['state']),
+      'best_params': self.embeddings.axes(stored['best_params'], axis=1),
+    }
+
   def check_targets(self) -> None:
     """Raises InputError if all held-out items of a part are left out of the ranking."""
     for part in PARTS:
@@ -150,7 +157,8 @@ def restore_best(run: Run, workdir: str) -> tuple[Stage, PyTree]:
   Raises:
     InputError: the run has not been validated yet.
   """
-  restored = read_latest(workdir, run.stored())
+  stored = run.stored()
+  restored = read_latest(workdir, stored, run.stored_axes(stored))
   best = TrainProgress.from_json(restored[1]).best_stage if restored else None
   if best is None:
     raise InputError(f'--workdir {workdir}: no validated checkpoint yet; go on training')

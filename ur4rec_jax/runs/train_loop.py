@@ -62,7 +62,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     InterruptedBySignal: SIGTERM or SIGINT came; the run is saved.
   """
   run = open_run(config)
-  run.embeddings.check_devices()
   run.check_targets()
   batches = plan_batches(run)
   with claimed_workdir(workdir, run):
@@ -81,7 +80,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
 
 
 def plan_batches(run: Run) -> TrainBatches:
-  """Plans the training batches of a run; InputError if the devices cannot share them equally."""
+  """Plans the training batches of a run; InputError if a device would get none of their rows."""
   config = run.config
   batches = TrainBatches(
     run.dataset.train_part(),
@@ -90,10 +89,10 @@ def plan_batches(run: Run) -> TrainBatches:
     crop=config.crop,
     seed=config.seed,
   )
-  if batches.rows % devices.device_count():
+  if batches.rows < devices.device_count():
     raise InputError(
-      f'config.batch_size={config.batch_size} gives {batches.rows} rows, which '
-      f'{devices.device_count()} devices cannot share equally; make it larger'
+      f'config.batch_size={config.batch_size} gives {batches.rows} rows, fewer than the '
+      f'{devices.device_count()} devices; make it larger'
     )
   return batches
 
@@ -136,10 +135,7 @@ class Start:
 def restore_or_create(run: Run, checkpointer: Checkpointer) -> Start:
   """Reads the latest checkpoint, or initialises the run if there is none."""
   stored, embeddings = run.stored(), run.embeddings
-  axes = {
-    'state': embeddings.axes(stored['state']),
-    'best_params': embeddings.axes(stored['best_params'], axis=1),
-  }
+  axes = run.stored_axes(stored)
   restored = checkpointer.restore(stored, axes)
   if restored is not None:
     arrays, progress = restored

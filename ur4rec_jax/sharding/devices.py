@@ -251,6 +251,30 @@ def split(tree: PyTree, axis: int) -> PyTree:
   return jax.tree.map(lambda x: np.stack(np.split(x, device_count(), axis)), tree)
 
 
+def deal(tree: PyTree, axis: int) -> PyTree:
+  """Cuts dimension `axis` of every array into parts as equal as can be, one for each device.
+
+  Args:
+    tree: NumPy arrays `[..., rows, ...]`.
+    axis: which dimension to cut.
+
+  Returns:
+    NumPy arrays `[devices, ..., rows / devices rounded up, ...]`. If the devices cannot share the
+    rows equally, the last devices have a row of zeros at their end.
+  """
+
+  def deal_one(x: np.ndarray) -> np.ndarray:
+    parts = np.array_split(x, device_count(), axis)
+    missing = [(0, 0)] * x.ndim
+    padded = []
+    for part in parts:
+      missing[axis] = 0, parts[0].shape[axis] - part.shape[axis]
+      padded.append(np.pad(part, missing))
+    return np.stack(padded)
+
+  return jax.tree.map(deal_one, tree)
+
+
 def shard(tree: PyTree) -> PyTree:
   """Places one slice of every array on each device of this process.
 

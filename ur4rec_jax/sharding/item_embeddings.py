@@ -7,14 +7,17 @@ moments in the optimizer state. `ItemEmbeddings` is the policy for all of them:
 - `touched`: every device holds whole tables, and a step updates only the rows of the items that it
   reads. The others keep parameters and moments (lazy Adam) and cost nothing.
 - `sharded`: the rows are spread over the devices. A step that reads some items collects their rows
-  from all devices and updates them as `touched` does. A loss over the whole catalogue is computed
-  on each device for its own rows, and then all rows are updated, each on its device.
+  from all devices and updates them as `touched` does. If there are so many devices that each has
+  few rows, a device gets only the rows that it reads itself, sends their gradients back, and
+  updates its own. A loss over the whole catalogue is computed on each device for its own rows, and
+  then all rows are updated, each on its device.
 
 Training numbers the items that a step reads from 1, in the order of their ids, and runs the model
 on that small catalogue.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,15 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ur4rec_jax.errors import InputError
 from ur4rec_jax.sharding.devices import AXIS, device_count
 
 Array = jax.Array
 PyTree = Any
 POLICIES = ('all', 'touched', 'sharded')
 ITEM_TABLE = 'item_embedding'  # The last part of an item table's name.
-# A sharded table is stored with a multiple of this many rows. The number of devices must divide it,
-# and what is stored does not depend on that number.
+# The rows of a sharded table are a multiple of this and of the number of devices. So 1, 2, 4 to 64
+# devices store the same arrays; a checkpoint of another number is cut or padded when it is read.
 _MULTIPLE = 64
 NOWHERE = np.iinfo(np.int32).max  # An index beyond every end, which scatter and gather drop.
 
@@ -70,20 +72,12 @@ class ItemEmbeddings:
       return self.num_items
     return _padded_length(self.num_items + 1) // device_count() - 1
 
-  def check_devices(self) -> None:
-    """Raises InputError if the devices cannot share the rows equally."""
-    if self.is_sharded and _MULTIPLE % device_count():
-      raise InputError(
-        f"config.optimizer.item_embeddings='sharded' on {device_count()} devices: their number "
-        f'must divide {_MULTIPLE}'
-      )
-
   def axes(self, tree: PyTree, axis: int = 0) -> PyTree:
     """Returns the dimension of each array that is spread over devices: `axis`, or None if whole."""
     return _map_item_tables(lambda x: axis if self.is_sharded else None, tree, lambda x: None)
 
   def pad(self, tree: PyTree) -> PyTree:
-    """Appends rows of zeros to every item table, up to the number of rows that is stored."""
+    """Appends rows of zeros to every item table, so that the devices can share the rows equally."""
     return _map_item_tables(_pad(jnp), tree) if self.is_sharded else tree
 
   def unpad(self, tree: PyTree) -> PyTree:
@@ -130,21 +124,37 @@ class ItemEmbeddings:
     Returns:
       `[rows]` int32, ascending, the same on each device: 0, each id once, and `NOWHERE` as padding.
     """
-    everywhere = jax.lax.all_gather(ids, AXIS, tiled=True)
-    size = min(everywhere.size, self.num_items) + 1
-    with_padding = jnp.concatenate([jnp.zeros(1, everywhere.dtype), everywhere])
+    return self._distinct(jax.lax.all_gather(ids, AXIS, tiled=True))
+
+  def _distinct(self, ids: Array) -> Array:
+    size = min(ids.size, self.num_items) + 1
+    with_padding = jnp.concatenate([jnp.zeros(1, ids.dtype), ids])
     return jnp.unique(with_padding, size=size, fill_value=NOWHERE)
 
-  def for_step(self, ids: Sequence[Array], needs_catalogue: bool) -> 'StepTables':
+  def for_step(
+    self, ids: Sequence[Array], needs_catalogue: bool, has_content: bool
+  ) -> 'StepTables':
     """Prepares the item tables of one training step, inside a mapped function.
 
     Args:
       ids: int32 arrays of the item ids that this device's step reads; 0 stands for no item.
       needs_catalogue: whether a loss needs the embeddings of all items.
+      has_content: whether the model encodes features of items.
     """
     if not self.is_partial:
       return StepTables(self)
-    read = self.read(jnp.concatenate([x.reshape(-1) for x in ids]))
+    flat = jnp.concatenate([x.reshape(-1) for x in ids])
+    if self.is_sharded and not needs_catalogue and not has_content:
+      rows = self.items_on_device + 1
+      if rows <= flat.size * jax.lax.axis_size(AXIS):
+        # A device has fewer rows than the steps of all devices read. So it is cheaper that each
+        # updates its own than that all update those that any device reads.
+        own = self._distinct(flat)
+        everywhere = jax.lax.all_gather(own, AXIS, tiled=True)
+        place = index_from(jax.lax.axis_index(AXIS) * rows, everywhere)
+        is_read = jnp.zeros(rows, bool).at[place].set(True, mode='drop')
+        return OwnTables(self, own, is_read)
+    read = self.read(flat)
     return DeviceTables(self, read) if needs_catalogue else ReadTables(self, read)
 
   # If tables are whole, these four do nothing: the first query is 0, and the others return their
@@ -281,6 +291,116 @@ class DeviceTables(StepTables):
     return jnp.sqrt(squares[False] + jax.lax.psum(squares[True], AXIS))
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnTables(DeviceTables):
+  """This device's rows of sharded item tables, of which the step updates those that it reads.
+
+  Attributes:
+    embeddings: the policy.
+    read: `[ids]` int32 ids of the items that this device's step reads.
+    is_read: `[rows]` bool: which of this device's rows the steps of all devices read.
+  """
+
+  is_read: Array
+
+  @property
+  def lookup(self) -> Callable[[Array], Array]:
+    return lambda table: exchange_rows(table, self.read)
+
+  def put_back(self, old: PyTree, new: PyTree) -> PyTree:
+    keep = lambda x, changed: jnp.where(self.is_read[:, None], changed, x)
+    return _map_item_tables(keep, old, lambda x, changed: changed, new)
+
+
+@jax.custom_vjp
+def exchange_rows(rows: Array, ids: Array) -> Array:
+  """Looks up rows of a sharded table that this device alone needs, inside a mapped function.
+
+  Each device sends the others the ids that they hold and gets their rows. Messages have equal
+  lengths, twice those of ids that are spread evenly; devices that hold more of them answer in
+  several rounds. So a device receives about as many rows as it needs, however many devices there
+  are. Gradients go the same way back.
+
+  Args:
+    rows: `[rows, width]`, this device's rows of the table.
+    ids: `[ids]` int32, ascending and distinct; `NOWHERE` for none.
+
+  Returns:
+    `[ids, width]`, zeros for `NOWHERE`.
+  """
+  messages = _Messages(ids, len(rows))
+
+  def round_trip(i: Array, found: Array) -> Array:
+    place, asked = messages.ask(i)
+    answer = jnp.take(rows, asked, axis=0, mode='fill', fill_value=0)
+    return found.at[place].set(_all_to_all(answer), mode='drop')
+
+  nothing = jnp.zeros((len(ids), *rows.shape[1:]), rows.dtype)
+  return jax.lax.fori_loop(0, messages.rounds, round_trip, nothing)
+
+
+def _exchange_forward(rows: Array, ids: Array) -> tuple[Array, tuple]:
+  return exchange_rows(rows, ids), (ids, jnp.zeros((len(rows), 0), rows.dtype))
+
+
+def _exchange_backward(residuals: tuple, gradient: Array) -> tuple[Array, None]:
+  ids, like = residuals
+  messages = _Messages(ids, len(like))
+
+  def send(i: Array, total: Array) -> Array:
+    place, asked = messages.ask(i)
+    sent = jnp.take(gradient, place, axis=0, mode='fill', fill_value=0)
+    return total.at[asked].add(_all_to_all(sent).astype(total.dtype), mode='drop')
+
+  # A row that many devices read has a sum of many small gradients.
+  nothing = jnp.zeros((len(like), *gradient.shape[1:]), jnp.float32)
+  total = jax.lax.fori_loop(0, messages.rounds, send, nothing)
+  return total.astype(like.dtype), None
+
+
+exchange_rows.defvjp(_exchange_forward, _exchange_backward)
+
+
+class _Messages:
+  """Who asks whom for which rows, in rounds.
+
+  Attributes:
+    rounds: `[]` int32, how many are needed until every device has all rows that it needs.
+  """
+
+  def __init__(self, ids: Array, rows: int):
+    """Sorts the ids by the device that holds them.
+
+    Args:
+      ids: see `exchange_rows`.
+      rows: rows on each device.
+    """
+    devices = jax.lax.axis_size(AXIS)
+    self._ids, self._rows = ids, rows
+    self._length = min(len(ids), -(-2 * len(ids) // devices))
+    borders = jnp.arange(devices + 1, dtype=jnp.int32) * rows
+    self._starts = jnp.searchsorted(ids, borders).astype(jnp.int32)
+    most = jnp.diff(self._starts).max()
+    self.rounds = jax.lax.pmax(-(-most // self._length), AXIS)
+
+  def ask(self, i: Array) -> tuple[Array, Array]:
+    """Sends the ids of round `i`.
+
+    Returns:
+      `[devices, length]` int32 each: indices of the ids that this device asks the others for; and
+      indices of the rows that the others ask this device for. `NOWHERE` where there is none.
+    """
+    place = self._starts[:-1, None] + i * self._length + jnp.arange(self._length, dtype=jnp.int32)
+    place = jnp.where(place < self._starts[1:, None], place, NOWHERE)
+    ids = jnp.take(self._ids, place, mode='fill', fill_value=NOWHERE)
+    return place, index_from(jax.lax.axis_index(AXIS) * self._rows, _all_to_all(ids))
+
+
+def _all_to_all(x: Array) -> Array:
+  """Sends `x[d]` to device d; in the result, row d is from device d."""
+  return jax.lax.all_to_all(x, AXIS, 0, 0)
+
+
 def with_placeholders(params: PyTree, num_items: int) -> PyTree:
   """Replaces item tables that a model declares but never reads by zeros `[num_items + 1, ...]`."""
   return _map_item_tables(lambda x: jnp.zeros((num_items + 1, *x.shape[1:])), params)
@@ -313,7 +433,8 @@ def _is_item_table(path: tuple) -> bool:
 
 
 def _padded_length(rows: int) -> int:
-  return -(-rows // _MULTIPLE) * _MULTIPLE
+  multiple = math.lcm(_MULTIPLE, device_count())
+  return -(-rows // multiple) * multiple
 
 
 def _pad(numpy: Any) -> Callable[[Array], Array]:

@@ -69,7 +69,9 @@ def make_train_step(
     weights = (target_ids > 0).astype(jnp.float32)
     negatives = draw_all_negatives(stage, jnp.maximum(target_ids - 1, 0), data, negatives_key)
     ids = drawn_ids(negatives, weights)
-    tables = embeddings.for_step([batch.item_ids, batch.targets, *ids.values()], needs_catalogue)
+    tables = embeddings.for_step(
+      [batch.item_ids, batch.targets, *ids.values()], needs_catalogue, bool(data.tables.items)
+    )
     batch = batch._replace(
       item_ids=tables.renumber(batch.item_ids), targets=tables.renumber(batch.targets)
     )

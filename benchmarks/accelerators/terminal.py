@@ -1,9 +1,7 @@
-"""Tables of compiled figures, for the terminal and docs/performance.md."""
+"""Shows the figures of a compiled program in the terminal."""
 
 import pathlib
 from typing import Any
-
-from benchmarks.quality.accuracy import markdown_table
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / 'benchmarks' / 'results' / 'accelerators'
@@ -34,22 +32,3 @@ def one_program(result: dict[str, Any]) -> str:
     lines += ['', f'{title}, GB read and written:']
     lines += [f'  {gb:9.3f}  {name}' for name, gb in result[field].items()]
   return '\n'.join(lines)
-
-
-def summary_table(results: dict[str, dict[str, Any]]) -> str:
-  """Returns a row for each stored program."""
-  rows = [
-    {
-      'what': name,
-      'chips': x['topology'],
-      'TFLOP': f'{x["tflop"]:.3f}',
-      'GB moved': f'{x["gb_moved"]:.2f}',
-      'of them main memory': f'{x["gb_main_memory"]:.2f}',
-      'GB over links': f'{sum(x["gb_over_links"].values()):.3f}',
-      'peak memory, GB': f'{x["memory"]["peak"]:.2f} of {x["memory"]["of_chip"]:.0f}',
-      'step, ms': f'{x["step_ms"]["by_bytes"]:.2f}',
-      'MFU': f'{100 * x["mfu"]["by_bytes"]:.1f} %',
-    }
-    for name, x in results.items()
-  ]
-  return markdown_table(rows)
