@@ -22,8 +22,10 @@ from ur4rec_jax.data.dataset import (
   FORMAT_VERSION,
   METADATA,
   VERSION,
-  read_interactions,
+  Interactions,
+  decode_interactions,
   read_items,
+  write_flat_arrays,
 )
 from ur4rec_jax.errors import InputError
 
@@ -47,6 +49,8 @@ def write(
 ) -> dict[str, Any]:
   """Writes pictures, interactions, items and, last, dataset.json into an empty folder.
 
+  The interactions are written twice: as TFDS data, and as flat arrays that training opens.
+
   Args:
     folder: existing, empty folder.
     data: the prepared dataset.
@@ -63,7 +67,7 @@ def write(
   _write_interactions(folder, data, origin)
   _write_items(folder, data, images, origin)
   _write_dropped_users(folder, data)
-  _verify(folder, data)
+  written = _verify(folder, data)
   metadata = {
     'name': origin.name,
     'source': source,
@@ -82,6 +86,7 @@ def write(
     'url': origin.url,
     'format_version': FORMAT_VERSION,
   }
+  write_flat_arrays(folder, metadata, written)
   text = json.dumps(metadata, indent=2, ensure_ascii=False) + '\n'
   (folder / METADATA).write_text(text, encoding='utf-8')
   return metadata
@@ -247,15 +252,20 @@ def _hash(names: list[str]) -> str:
   return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
-def _verify(folder: Path, data: prepare.Prepared) -> None:
-  """Reads the written data back, so that a failing disk cannot leave a broken dataset unnoticed."""
-  stored = read_interactions(folder)
+def _verify(folder: Path, data: prepare.Prepared) -> Interactions:
+  """Reads the written data back, so that a failing disk cannot leave a broken dataset unnoticed.
+
+  Returns:
+    The interactions.
+  """
+  stored = decode_interactions(folder)
   same = stored.user_ids == data.user_names and all(
     np.array_equal(getattr(stored, name), getattr(data, name))
     for name in ('offsets', 'item_ids', 'timestamps', 'ratings')
   )
   if not same or [item['original_id'] for item in read_items(folder)] != data.item_names:
     raise InputError(f'{folder}: what was written reads back differently; is the disk sound?')
+  return stored
 
 
 def _time_range(data: prepare.Prepared) -> list[int] | None:

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Preferences, TokenTable
 from ur4rec_jax.errors import InputError
 
 Array = jax.Array
 # The rows of a batch are a multiple of this, so that 1, 2, 4 and 8 devices get the same batches.
 ROW_MULTIPLE = 8
+_USERS_AT_ONCE = 1 << 20  # Users that are counted at once, so that intermediate arrays stay small.
 
 
 class Plan(NamedTuple):
@@ -51,11 +51,30 @@ class Batch(NamedTuple):
   users: Array
 
 
-def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
-  """Packs users into rows, by best fit decreasing over the histogram of lengths.
+class Packing(NamedTuple):
+  """Rows of slots, equal rows after one another.
 
-  The result depends only on how often each length occurs, so every epoch has the same number of
-  rows. Time is O(row_length^2), independent of the number of users.
+  Attributes:
+    patterns: `[patterns, slots]` lengths of the slots of a row, 0 for an empty slot.
+    repeats: `[patterns]` how many rows have the pattern.
+  """
+
+  patterns: np.ndarray
+  repeats: np.ndarray
+
+  @property
+  def slots(self) -> np.ndarray:
+    """`[rows, slots]` lengths of all slots."""
+    return np.repeat(self.patterns, self.repeats, axis=0)
+
+  @property
+  def num_rows(self) -> int:
+    """Number of rows."""
+    return int(self.repeats.sum())
+
+
+def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
+  """Packs users into rows, see `pack_histogram`.
 
   Args:
     lengths: `[users]` in 1..row_length.
@@ -64,8 +83,20 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
   Returns:
     `[rows, slots]` lengths, 0 for an empty slot; the other values are those of `lengths`.
   """
-  left = np.bincount(lengths, minlength=row_length + 1)
-  rows = []
+  return pack_histogram(np.bincount(lengths, minlength=row_length + 1)).slots
+
+
+def pack_histogram(histogram: np.ndarray) -> Packing:
+  """Packs users into rows, by best fit decreasing.
+
+  Every epoch has the same number of rows, because the result depends only on how often each length
+  occurs. Time is O(row_length^2), independent of the number of users.
+
+  Args:
+    histogram: `[row_length + 1]` number of users with each length; nobody has length 0.
+  """
+  left, row_length = histogram.copy(), len(histogram) - 1
+  patterns, counts = [], []
   while left.any():
     pattern, room, after = [], row_length, left.copy()
     while (fitting := np.flatnonzero(after[: room + 1])).size:
@@ -75,12 +106,13 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
       room -= longest
     used = left - after
     repeats = int((left[used > 0] // used[used > 0]).min())
-    rows += [pattern] * repeats
+    patterns.append(pattern)
+    counts.append(repeats)
     left -= repeats * used
-  packed = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
-  for row, pattern in zip(packed, rows, strict=True):
+  packed = np.zeros((len(patterns), max(map(len, patterns), default=0)), np.int32)
+  for row, pattern in zip(packed, patterns, strict=True):
     row[: len(pattern)] = pattern
-  return packed
+  return Packing(packed, np.array(counts, np.int64))
 
 
 def assign(slots: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -133,11 +165,13 @@ class TrainBatches:
     tokens: predicted items per epoch.
   """
 
-  def __init__(self, dataset: Dataset, *, max_length: int, batch_size: int, crop: str, seed: int):
+  def __init__(
+    self, train_lengths: np.ndarray, *, max_length: int, batch_size: int, crop: str, seed: int
+  ):
     """Packs the users, which fixes the shapes of all batches.
 
     Args:
-      dataset: interactions to train on, from `Dataset.train_part`.
+      train_lengths: `[users]` training interactions of each user, `Split.train_lengths`.
       max_length: tokens per row, and most tokens of a user per epoch.
       batch_size: average number of users per batch.
       crop: part of longer histories: the `last` tokens, or a `random` window in each epoch.
@@ -146,32 +180,42 @@ class TrainBatches:
     Raises:
       InputError: no user has two training interactions.
     """
-    available = dataset.lengths - 1  # The last item of a user is a target, never an input.
-    members = np.flatnonzero(available > 0)
-    if not members.size:
+    # Nothing of the size of the users is kept, and `train_lengths` may be mapped from a file.
+    histogram = np.zeros(max_length + 1, np.int64)
+    for start in range(0, len(train_lengths), _USERS_AT_ONCE):
+      inputs = np.clip(train_lengths[start : start + _USERS_AT_ONCE] - 1, 0, max_length)
+      histogram += np.bincount(inputs, minlength=max_length + 1)
+    histogram[0] = 0
+    self.users = int(histogram.sum())
+    if not self.users:
       raise InputError('no user has two training interactions; lower --min_rating or --k_core')
-    self._members = members
-    self._starts = dataset.offsets[members]
-    self._spare = np.maximum(available[members] - max_length, 0)
-    self._lengths = np.minimum(available[members], max_length)
+    self._train_lengths = train_lengths
+    self._max_length = max_length
     self._random_crop = crop == 'random'
     self._seed = seed
-    self._slots = pack(self._lengths, max_length)
-    share = len(self._slots) * batch_size / len(members)
+    self._packing = pack_histogram(histogram)
+    share = self._packing.num_rows * batch_size / self.users
     self.rows = ROW_MULTIPLE * max(1, round(share / ROW_MULTIPLE))
-    self.steps_per_epoch = -(-len(self._slots) // self.rows)
-    self.users = len(members)
-    self.tokens = int(self._lengths.sum())
+    self.steps_per_epoch = -(-self._packing.num_rows // self.rows)
+    self.tokens = int(histogram @ np.arange(max_length + 1))
 
   def epoch(self, epoch: int) -> Plan:
-    """Returns the batches of an epoch, `[steps_per_epoch, rows, slots]`."""
+    """Returns the batches of an epoch, `[steps_per_epoch, rows, slots]`.
+
+    The starts are indices into the `item_ids` of `Dataset.train_part`.
+    """
+    available = self._train_lengths - 1  # The last item of a user is a target, never an input.
+    members = np.flatnonzero(available > 0)
+    starts = (np.cumsum(self._train_lengths, dtype=np.int64) - self._train_lengths)[members]
+    # Sorting is several times faster with the smallest type.
+    lengths = np.minimum(available[members], self._max_length)
+    lengths = lengths.astype(np.min_scalar_type(self._max_length))
+    spare = np.maximum(available[members].astype(np.int64) - self._max_length, 0)
     rng = np.random.default_rng((self._seed, epoch))
-    assigned = assign(self._slots, self._lengths, rng.permutation(self.users))
+    assigned = assign(self._packing.slots, lengths, rng.permutation(self.users))
     assigned = assigned[rng.permutation(len(assigned))]
-    skip = self._spare
-    if self._random_crop:
-      skip = rng.integers(0, self._spare + 1)
-    plan = plan_rows(assigned, self._members, self._starts + skip, self._lengths, self.rows)
+    skip = rng.integers(0, spare + 1) if self._random_crop else spare
+    plan = plan_rows(assigned, members, starts + skip, lengths, self.rows)
     return Plan(*(x.reshape(self.steps_per_epoch, self.rows, -1) for x in plan))
 
 

@@ -84,7 +84,7 @@ def plan_batches(run: Run) -> TrainBatches:
   """Plans the training batches of a run; InputError if the devices cannot share them equally."""
   config = run.config
   batches = TrainBatches(
-    run.dataset.train_part(),
+    run.dataset.split.train_lengths,
     max_length=config.max_length,
     batch_size=config.batch_size,
     crop=config.crop,
