@@ -8,9 +8,9 @@ take minutes to write for ten million users. With it the folder has both, and a 
 long the same folder takes without the flat arrays.
 
 Each row is a process of its own that does what training does before its first step: it imports the
-program, opens the run, checks the data, plans the batches and computes the plan of an epoch. The
-memory is what the process has in RAM (`VmRSS`), the libraries and all touched pages of mapped files
-included. The first step itself copies the training items to the device, which the last column adds.
+program, opens the run, checks the data and plans the batches and the first epoch. The memory is what
+the process has in RAM (`VmRSS`), the libraries and all touched pages of mapped files included. The
+last row adds the copy of all training items, which goes to the device with the first step.
 """
 
 import argparse
@@ -112,10 +112,12 @@ def measure_one(folder: str) -> list[dict[str, Any]]:
   note('the run is open and checked')
   batches = plan_batches(run)
   note('the batches are planned')
-  batches.epoch(0)
-  note('the plan of an epoch is computed')
-  len(run.dataset.train_part().item_ids)
+  plan = batches.plan(0)
+  plan.steps(0, min(64, batches.steps_per_epoch))
+  note('the first epoch is planned')
+  train_part = run.dataset.train_part()
   note('the training part is copied')
+  assert train_part.num_users == run.dataset.num_users
   return rows
 
 

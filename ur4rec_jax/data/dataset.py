@@ -20,7 +20,7 @@ DROPPED_USERS = 'dropped_users.parquet'  # Only where a filter dropped users.
 VERSION = '1.0.0'  # Version of the TFDS data in a folder.
 _LISTS = ('genres', 'sentences')  # Fields with any number of values; all others have one.
 _READ_AT_ONCE = 10_000  # Examples per read, because a large dataset does not fit in memory.
-_AT_ONCE = 1 << 22  # Interactions that are handled at once, so that intermediate arrays stay small.
+_AT_ONCE = 1 << 20  # Interactions that are handled at once, so that intermediate arrays stay small.
 
 
 class Interactions(NamedTuple):
@@ -434,8 +434,36 @@ def _examples(
 
   The decoding of TFDS takes five times as long.
   """
-  import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
   from tensorflow_datasets.proto import tf_example_pb2
+
+  for records in read_records(data_dir, name, split, at_once):
+    examples = []
+    try:
+      for record in records:
+        features = tf_example_pb2.Example.FromString(record).features.feature
+        examples.append(
+          {field: getattr(f, f.WhichOneof('kind')).value for field, f in features.items()}
+        )
+    except Exception as error:
+      raise _unreadable(data_dir, name, error) from error
+    yield examples
+
+
+def read_records(
+  data_dir: str | pathlib.Path, name: str, split: str, at_once: int = _READ_AT_ONCE
+) -> Iterator[list[bytes]]:
+  """Yields lists of encoded examples of one TFDS dataset of a folder, in order.
+
+  Args:
+    data_dir: the folder.
+    name: name of the dataset.
+    split: name of its split.
+    at_once: length of a list.
+
+  Raises:
+    InputError: the data are missing or damaged.
+  """
+  import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
 
   try:
     folder = pathlib.Path(data_dir) / name / VERSION
@@ -444,21 +472,17 @@ def _examples(
     )
     for start in range(0, len(source), at_once):
       records = source.__getitems__(range(start, min(start + at_once, len(source))))
-      examples = []
-      for record in records:
-        if not record:  # The reader returns an empty record for a damaged one.
-          raise ValueError('a damaged record')
-        features = tf_example_pb2.Example.FromString(record).features.feature
-        examples.append(
-          {field: getattr(f, f.WhichOneof('kind')).value for field, f in features.items()}
-        )
-      yield examples
+      if not all(records):  # The reader returns an empty record for a damaged one.
+        raise ValueError('a damaged record')
+      yield records
   except Exception as error:  # Damaged files make the readers raise any kind of error.
-    kind, is_text, _ = name.partition('_texts')
-    way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
-    raise InputError(
-      f'data_dir {data_dir}: {name} cannot be read ({error!r}); {way_out}'
-    ) from error
+    raise _unreadable(data_dir, name, error) from error
+
+
+def _unreadable(data_dir: str | pathlib.Path, name: str, error: Exception) -> InputError:
+  kind, is_text, _ = name.partition('_texts')
+  way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
+  return InputError(f'data_dir {data_dir}: {name} cannot be read ({error!r}); {way_out}')
 
 
 def _rebuild(data_dir: str | pathlib.Path) -> str:

@@ -67,6 +67,11 @@ class Packing(NamedTuple):
     """`[rows, slots]` lengths of all slots."""
     return np.repeat(self.patterns, self.repeats, axis=0)
 
+  def filled_slots(self) -> np.ndarray:
+    """Returns the lengths of all slots that are not empty, row by row."""
+    rows = zip(self.patterns, self.repeats, strict=True)
+    return np.concatenate([np.tile(row[row > 0], count) for row, count in rows])
+
   @property
   def num_rows(self) -> int:
     """Number of rows."""
@@ -200,23 +205,68 @@ class TrainBatches:
     self.tokens = int(histogram @ np.arange(max_length + 1))
 
   def epoch(self, epoch: int) -> Plan:
-    """Returns the batches of an epoch, `[steps_per_epoch, rows, slots]`.
+    """Returns all batches of an epoch, `[steps_per_epoch, rows, slots]`."""
+    return self.plan(epoch).steps(0, self.steps_per_epoch)
 
-    The starts are indices into the `item_ids` of `Dataset.train_part`.
-    """
+  def plan(self, epoch: int) -> 'EpochPlan':
+    """Assigns the users to the rows of an epoch."""
     available = self._train_lengths - 1  # The last item of a user is a target, never an input.
-    members = np.flatnonzero(available > 0)
+    members = np.flatnonzero(available > 0).astype(np.int32)
     starts = (np.cumsum(self._train_lengths, dtype=np.int64) - self._train_lengths)[members]
     # Sorting is several times faster with the smallest type.
     lengths = np.minimum(available[members], self._max_length)
     lengths = lengths.astype(np.min_scalar_type(self._max_length))
-    spare = np.maximum(available[members].astype(np.int64) - self._max_length, 0)
+    spare = np.maximum(available[members] - self._max_length, 0)
     rng = np.random.default_rng((self._seed, epoch))
-    assigned = assign(self._packing.slots, lengths, rng.permutation(self.users))
-    assigned = assigned[rng.permutation(len(assigned))]
-    skip = rng.integers(0, spare + 1) if self._random_crop else spare
-    plan = plan_rows(assigned, members, starts + skip, lengths, self.rows)
-    return Plan(*(x.reshape(self.steps_per_epoch, self.rows, -1) for x in plan))
+    order = rng.permutation(self.users).astype(np.int32)
+    in_slots = np.empty_like(order)
+    slots = self._packing.filled_slots().astype(lengths.dtype)
+    in_slots[np.argsort(slots, kind='stable')] = order[np.argsort(lengths[order], kind='stable')]
+    rows = rng.permutation(self._packing.num_rows)
+    skip = rng.integers(0, spare.astype(np.int64) + 1) if self._random_crop else spare
+    starts = (starts + skip).astype(np.int32)
+    return EpochPlan(in_slots, rows, Plan(starts, lengths, members), self._packing, self.rows)
+
+
+class EpochPlan:
+  """The users in the rows of an epoch; positions of tokens are looked up for the steps asked for.
+
+  All rows together, with their empty slots, take several times as much memory.
+  """
+
+  def __init__(
+    self, in_slots: np.ndarray, order: np.ndarray, users: Plan, packing: Packing, rows: int
+  ):
+    """Keeps what the steps are looked up in.
+
+    Args:
+      in_slots: `[users]` index into `users` for each slot that is not empty, row by row.
+      order: `[number of rows]` order of the rows in the epoch.
+      users: `[users]` positions of the tokens of each user.
+      packing: the rows.
+      rows: rows per step.
+    """
+    self._in_slots, self._order, self._users, self._rows = in_slots, order, users, rows
+    counts = np.repeat(np.count_nonzero(packing.patterns, axis=1), packing.repeats)
+    self._ends = np.cumsum(counts)
+    self._counts = counts
+    self._slots = packing.patterns.shape[1]
+
+  def steps(self, start: int, stop: int) -> Plan:
+    """Returns the batches of some steps, `[stop - start, rows, slots]`."""
+    rows = self._order[start * self._rows : stop * self._rows]
+    slot = np.arange(self._slots)
+    counts = self._counts[rows][:, None]
+    is_filled = slot < counts
+    place = np.where(is_filled, self._ends[rows][:, None] - counts + slot, 0)
+    users = self._in_slots[place]
+    missing = ((0, (stop - start) * self._rows - len(rows)), (0, 0))
+
+    def lookup(x: np.ndarray | Array) -> np.ndarray:
+      found = np.pad(np.where(is_filled, x[users], 0).astype(np.int32), missing)
+      return found.reshape(stop - start, self._rows, self._slots)
+
+    return Plan(*map(lookup, self._users))
 
 
 def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
