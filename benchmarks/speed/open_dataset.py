@@ -8,9 +8,9 @@ take minutes to write for ten million users. With it the folder has both, and a 
 long the same folder takes without the flat arrays.
 
 Each row is a process of its own that does what training does before its first step: it imports the
-program, opens the run, checks the data and plans the batches and the first epoch. The memory is what
-the process has in RAM (`VmRSS`), the libraries and all touched pages of mapped files included. The
-last row adds the copy of all training items, which goes to the device with the first step.
+program, opens the run, checks the data and plans the batches and the first epoch. The memory is
+what the process has in RAM (`VmRSS`), the libraries and all touched pages of mapped files included.
+The last row adds the copy of all training items, which goes to the device with the first step.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.speed import measure
 
+RESULTS = measure.ROOT / 'benchmarks' / 'results' / 'large_data'
 ITEMS = 100_000
 MEAN_LENGTH = 20
 FLAT, DECODED = 'flat arrays', 'TFDS data decoded'
@@ -140,7 +141,7 @@ def main() -> None:
   add('--users', type=int, default=10_000_000, help='users to generate')
   add('--decoded', action='store_true', help='also measure the folder without flat arrays')
   add('--one', action='store_true', help=argparse.SUPPRESS)
-  measure.add_output_flags(parser)
+  measure.add_output_flags(parser, RESULTS)
   flags = parser.parse_args()
   if flags.one:
     print(json.dumps(measure_one(str(flags.folder))))
@@ -163,7 +164,7 @@ def main() -> None:
       for row in rows
     ]
   result = {'benchmark': 'open_dataset', 'counts': info['counts'], 'rows': found}
-  measure.report(flags, lines, {**result, **measure.machine()})
+  measure.report(flags, lines, {**result, **measure.machine()}, RESULTS)
 
 
 if __name__ == '__main__':

@@ -222,7 +222,7 @@ class TrainBatches:
     in_slots = np.empty_like(order)
     slots = self._packing.filled_slots().astype(lengths.dtype)
     in_slots[np.argsort(slots, kind='stable')] = order[np.argsort(lengths[order], kind='stable')]
-    rows = rng.permutation(self._packing.num_rows)
+    rows = rng.permutation(self._packing.num_rows).astype(np.int32)
     skip = rng.integers(0, spare.astype(np.int64) + 1) if self._random_crop else spare
     starts = (starts + skip).astype(np.int32)
     return EpochPlan(in_slots, rows, Plan(starts, lengths, members), self._packing, self.rows)
@@ -247,9 +247,9 @@ class EpochPlan:
       rows: rows per step.
     """
     self._in_slots, self._order, self._users, self._rows = in_slots, order, users, rows
-    counts = np.repeat(np.count_nonzero(packing.patterns, axis=1), packing.repeats)
-    self._ends = np.cumsum(counts)
-    self._counts = counts
+    counts = np.count_nonzero(packing.patterns, axis=1).astype(np.int32)
+    self._counts = np.repeat(counts, packing.repeats)
+    self._ends = np.cumsum(self._counts, dtype=np.int32)
     self._slots = packing.patterns.shape[1]
 
   def steps(self, start: int, stop: int) -> Plan:
