@@ -127,7 +127,7 @@ def test_arrays_of_other_interactions_are_refused(data_dir, tmp_path):
   folder = build([('a', i, i) for i in range(9)], tmp_path / 'data')
   shutil.rmtree(folder / 'flat')
   shutil.copytree(data_dir / 'flat', folder / 'flat')
-  with pytest.raises(InputError, match=r'made from other interactions.*splits, users'):
+  with pytest.raises(InputError, match=r'interactions differ from.*items, splits, users'):
     load_dataset(folder)
 
 
@@ -136,7 +136,7 @@ def test_arrays_beside_changed_tfds_data_are_refused(data_dir, tmp_path):
   shutil.copytree(data_dir, copy)
   (path,) = copy.glob('interactions/*/*.array_record*')
   path.write_bytes(path.read_bytes() + b'more')
-  with pytest.raises(InputError, match='TFDS data beside them'):
+  with pytest.raises(InputError, match='TFDS data beside it'):
     load_dataset(copy)
 
 

@@ -252,6 +252,7 @@ def _flat_arrays_belong_to(data_dir: str | pathlib.Path, info: dict[str, Any]) -
   return {
     'splits': {name: record['hash'] for name, record in info['splits'].items()},
     'users': info['ids_sha256']['users'],
+    'items': info['counts']['items'],
     'files': {path.name: path.stat().st_size for path in sorted(records)},
   }
 

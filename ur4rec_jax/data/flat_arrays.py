@@ -104,8 +104,8 @@ def find(
   if found != belongs_to:
     names = {name for name in (*found, *belongs_to) if found.get(name) != belongs_to.get(name)}
     raise InputError(
-      f'{folder}: these arrays were made from other interactions: they differ from dataset.json or'
-      f' the TFDS data beside them ({", ".join(sorted(names))}); {way_out}'
+      f'{folder}: does not belong to this data: its interactions differ from dataset.json or the'
+      f' TFDS data beside it ({", ".join(sorted(names))}); {way_out}'
     )
   return FlatArrays(folder, records, way_out)
 
