@@ -12,7 +12,7 @@ import numpy as np
 from data_prep import sources
 from data_prep.prepared import prepare
 from data_prep.sources import archives
-from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, load_dataset
+from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, check_interactions
 from ur4rec_jax.errors import InputError
 
 _MOST_SHOWN = 8  # Entries of an option or hash in a message.
@@ -82,7 +82,7 @@ def _given(value: Any) -> Any:
 
 def _check_sound(data_dir: Path) -> None:
   try:
-    load_dataset(data_dir)
+    check_interactions(data_dir)
   except InputError as error:
     raise InputError(
       f'{data_dir}: the interactions are not those of {METADATA}, or cannot be read; pass'

@@ -59,11 +59,11 @@ def make_parser(description: str, against_rectools: bool = True) -> argparse.Arg
   return parser
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
-  """Flags that `report` reads."""
+def add_output_flags(parser: argparse.ArgumentParser, folder: pathlib.Path = RESULTS) -> None:
+  """Flags that `report` reads; it stores results in the folder."""
   add = parser.add_argument
   add('--json', action='store_true', help='print nothing but the line of JSON')
-  add('--out', metavar='NAME', help=f'store it as {RESULTS.relative_to(ROOT)}/NAME.json')
+  add('--out', metavar='NAME', help=f'store it as {folder.relative_to(ROOT)}/NAME.json')
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
@@ -284,13 +284,18 @@ def machine() -> dict[str, Any]:
   return {'cores': len(os.sched_getaffinity(0)), 'load': round(os.getloadavg()[0], 1)}
 
 
-def report(flags: argparse.Namespace, lines: Sequence[str], result: dict[str, Any]) -> None:
+def report(
+  flags: argparse.Namespace,
+  lines: Sequence[str],
+  result: dict[str, Any],
+  folder: pathlib.Path = RESULTS,
+) -> None:
   """Prints a table and, as the last line, the result; stores it if that is asked for."""
   if not flags.json:
     print(*lines, sep='\n')
   if flags.out:
     from ur4rec_jax.files import write_file
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_file(RESULTS / f'{flags.out}.json', json.dumps(result, indent=1) + '\n')
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / f'{flags.out}.json', json.dumps(result, indent=1) + '\n')
   print(json.dumps(result))

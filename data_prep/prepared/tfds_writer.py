@@ -15,15 +15,16 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep.prepared import pictures, prepare
+from data_prep.prepared import example_bytes, pictures, prepare
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import (
   DROPPED_USERS,
   FORMAT_VERSION,
   METADATA,
   VERSION,
-  read_interactions,
-  read_items,
+  Interactions,
+  read_records,
+  write_flat_arrays,
 )
 from ur4rec_jax.errors import InputError
 
@@ -47,6 +48,8 @@ def write(
 ) -> dict[str, Any]:
   """Writes pictures, interactions, items and, last, dataset.json into an empty folder.
 
+  The interactions are written twice: as TFDS data, and as flat arrays that training opens.
+
   Args:
     folder: existing, empty folder.
     data: the prepared dataset.
@@ -63,7 +66,6 @@ def write(
   _write_interactions(folder, data, origin)
   _write_items(folder, data, images, origin)
   _write_dropped_users(folder, data)
-  _verify(folder, data)
   metadata = {
     'name': origin.name,
     'source': source,
@@ -82,6 +84,8 @@ def write(
     'url': origin.url,
     'format_version': FORMAT_VERSION,
   }
+  columns = data.user_names, data.offsets, data.item_ids, data.timestamps, data.ratings
+  write_flat_arrays(folder, metadata, Interactions(*columns))
   text = json.dumps(metadata, indent=2, ensure_ascii=False) + '\n'
   (folder / METADATA).write_text(text, encoding='utf-8')
   return metadata
@@ -108,27 +112,33 @@ class Table(NamedTuple):
 def write_records(
   folder: Path,
   table: Table,
-  examples: Iterable[dict[str, Any]],
+  examples: Iterable[dict[str, Any] | bytes],
   metadata: dict[str, Any] | None = None,
 ) -> None:
   """Writes one TFDS dataset into an empty folder, in order; faster than TFDS itself.
 
-  The same examples give the same bytes in every process.
+  The same examples give the same bytes in every process. They are read back once, so that a failing
+  disk cannot leave a broken dataset unnoticed.
 
   Args:
     folder: folder to create, `.../NAME/VERSION`.
     table: name, fields and origin of the dataset.
-    examples: text, list of texts, number or array by field.
+    examples: text, list of texts, number or array by field, or an example that is encoded already.
     metadata: content of metadata.json.
+
+  Raises:
+    InputError: the data read back differently.
   """
   folder.mkdir(parents=True)
   count = size = 0
+  written = hashlib.sha256()
   path = folder / f'{table.name}-{table.split}.array_record-00000-of-00001'
   with _disk_full_as_os_error():
     writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
     for example in examples:
-      record = _serialize(example)
+      record = example if isinstance(example, bytes) else _serialize(example)
       writer.write(record)
+      written.update(record)
       count, size = count + 1, size + len(record)
     writer.close()
   template = tfds.core.ShardedFileTemplate(
@@ -149,6 +159,12 @@ def write_records(
     disable_shuffling=True,
     metadata=tfds.core.MetadataDict(metadata) if metadata else None,
   )
+  found = hashlib.sha256()
+  for records in read_records(folder.parent.parent, table.name, table.split):
+    for record in records:
+      found.update(record)
+  if found.digest() != written.digest():
+    raise InputError(f'{folder}: what was written reads back differently; is the disk sound?')
 
 
 def _serialize(example: dict[str, Any]) -> bytes:
@@ -179,7 +195,6 @@ def _disk_full_as_os_error() -> Iterator[None]:
 
 
 def _write_interactions(folder: Path, data: prepare.Prepared, origin: Origin) -> None:
-  spans = map(slice, data.offsets[:-1], data.offsets[1:])
   table = Table(
     'interactions',
     'users',
@@ -193,16 +208,9 @@ def _write_interactions(folder: Path, data: prepare.Prepared, origin: Origin) ->
     ' item_ids are 1-based positions in the items dataset.',
     origin,
   )
-  examples = (
-    {
-      'user_id': name,
-      'item_ids': data.item_ids[span],
-      'timestamps': data.timestamps[span],
-      'ratings': data.ratings[span],
-    }
-    for name, span in zip(data.user_names, spans, strict=True)
-  )
-  write_records(folder / 'interactions' / VERSION, table, examples)
+  columns = data.item_ids, data.timestamps, data.ratings
+  histories = example_bytes.histories(data.user_names, data.offsets, *columns)
+  write_records(folder / 'interactions' / VERSION, table, histories)
 
 
 def _write_items(folder: Path, data: prepare.Prepared, images: list[str], origin: Origin) -> None:
@@ -245,17 +253,6 @@ def _write_dropped_users(folder: Path, data: prepare.Prepared) -> None:
 
 def _hash(names: list[str]) -> str:
   return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
-
-def _verify(folder: Path, data: prepare.Prepared) -> None:
-  """Reads the written data back, so that a failing disk cannot leave a broken dataset unnoticed."""
-  stored = read_interactions(folder)
-  same = stored.user_ids == data.user_names and all(
-    np.array_equal(getattr(stored, name), getattr(data, name))
-    for name in ('offsets', 'item_ids', 'timestamps', 'ratings')
-  )
-  if not same or [item['original_id'] for item in read_items(folder)] != data.item_names:
-    raise InputError(f'{folder}: what was written reads back differently; is the disk sound?')
 
 
 def _time_range(data: prepare.Prepared) -> list[int] | None:

@@ -41,7 +41,8 @@ def random_lengths(seed: int) -> tuple[np.ndarray, int]:
 
 def make_batches(histories, **options) -> TrainBatches:
   defaults = {'max_length': MAX_LENGTH, 'batch_size': 6, 'crop': 'last', 'seed': 3}
-  return TrainBatches(make_dataset(histories).train_part(), **(defaults | options))
+  lengths = make_dataset(histories).split.train_lengths
+  return TrainBatches(lengths, **(defaults | options))
 
 
 def windows(plan: Plan) -> list[tuple[int, int]]:

@@ -179,7 +179,7 @@ def test_chunk_size_changes_no_loss(name):
 @functools.cache
 def make_batches(batch_size: int = 20) -> TrainBatches:
   return TrainBatches(
-    training_part(), max_length=MAX_LENGTH, batch_size=batch_size, crop='last', seed=0
+    training_part().lengths, max_length=MAX_LENGTH, batch_size=batch_size, crop='last', seed=0
   )
 
 

@@ -1,5 +1,6 @@
 """Reads prepared folders, written by data_prep.build_dataset, into NumPy arrays."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ur4rec_jax.data import splits
+from ur4rec_jax import files
+from ur4rec_jax.data import flat_arrays, splits
 from ur4rec_jax.errors import InputError
 
 FORMAT_VERSION = 2
@@ -18,6 +20,7 @@ DROPPED_USERS = 'dropped_users.parquet'  # Only where a filter dropped users.
 VERSION = '1.0.0'  # Version of the TFDS data in a folder.
 _LISTS = ('genres', 'sentences')  # Fields with any number of values; all others have one.
 _READ_AT_ONCE = 10_000  # Examples per read, because a large dataset does not fit in memory.
+_AT_ONCE = 1 << 20  # Interactions that are handled at once, so that intermediate arrays stay small.
 
 
 class Interactions(NamedTuple):
@@ -66,6 +69,11 @@ class Dataset:
     return self.info['counts']['items']
 
   @property
+  def num_users(self) -> int:
+    """Number of histories."""
+    return len(self.offsets) - 1
+
+  @property
   def lengths(self) -> np.ndarray:
     """`[users]` history lengths."""
     return np.diff(self.offsets)
@@ -78,8 +86,21 @@ class Dataset:
   @property
   def is_train(self) -> np.ndarray:
     """`[interactions]` bool: whether each one belongs to the training part."""
-    ends = np.repeat(self.offsets[:-1] + self.split.train_lengths, self.lengths)
-    return np.arange(len(self.item_ids)) < ends
+    is_train = np.empty(len(self.item_ids), bool)
+    for users in self._blocks_of_users():
+      lengths = np.diff(self.offsets[users.start : users.stop + 1])
+      first = self.offsets[users.start]
+      ends = self.offsets[users] + self.split.train_lengths[users]
+      place = np.arange(first, first + lengths.sum())
+      is_train[first : first + len(place)] = place < np.repeat(ends, lengths)
+    return is_train
+
+  def _blocks_of_users(self) -> Iterator[slice]:
+    """Yields consecutive users with at most `_AT_ONCE` interactions together, but one at least."""
+    start, users = 0, self.num_users
+    while start < users:
+      fitting = int(np.searchsorted(self.offsets, self.offsets[start] + _AT_ONCE, 'right')) - 1
+      yield slice(start, start := min(max(fitting, start + 1), users))
 
   def item_counts(self) -> np.ndarray:
     """Counts the interactions of each item, `[num_items + 1]` by item id."""
@@ -97,13 +118,19 @@ class Dataset:
     Returns:
       `[users]` bool.
     """
-    users, targets = self.held_out(part)
-    lengths = self.split.held_out[part][users]
-    entry = np.repeat(np.arange(len(users)), lengths)
-    first = np.cumsum(lengths) - lengths
-    place = np.arange(lengths.sum()) + (self.offsets[users] - first)[entry]
-    same = self.item_ids[place] == targets[entry]
-    return np.bincount(entry[same], minlength=len(users)) > 0
+    return np.concatenate([np.zeros(0, bool), *self.repeated_blocks(part)])
+
+  def repeated_blocks(self, part: str) -> Iterator[np.ndarray]:
+    """Yields `is_repeated` in pieces, so that a question about some users need not wait for all."""
+    for block in self._blocks_of_users():
+      lengths = self.split.held_out[part][block]
+      starts, lengths = self.offsets[block][lengths >= 0], lengths[lengths >= 0]
+      targets = self.item_ids[starts + lengths]
+      entry = np.repeat(np.arange(len(starts)), lengths)
+      first = np.cumsum(lengths) - lengths
+      place = np.arange(lengths.sum()) + (starts - first)[entry]
+      same = self.item_ids[place] == targets[entry]
+      yield np.bincount(entry[same], minlength=len(starts)) > 0
 
   @property
   def all_features(self) -> dict[str, dict[str, Any]]:
@@ -127,29 +154,107 @@ class Dataset:
 
 
 def load_dataset(data_dir: str | pathlib.Path, split_name: str = splits.LEAVE_ONE_OUT) -> Dataset:
-  """Reads and splits the interactions of a prepared folder.
+  """Opens the interactions of a prepared folder with one of its splits.
+
+  The arrays are mapped into memory if the folder has flat arrays. Folders of earlier versions have
+  none; their interactions are decoded.
 
   Raises:
     InputError: the folder is missing, is no prepared dataset, has no such split, or has changed
       since it was written.
   """
   info = read_info(data_dir)
-  record = info['splits'].get(split_name)
-  if record is None:
+  if split_name not in info['splits']:
     raise InputError(
       f'data_dir {data_dir}: has no split {split_name!r}, only {", ".join(info["splits"])};'
       ' data_prep.build_dataset makes a split by time where the data has times'
     )
-  interactions = read_interactions(data_dir)
-  split = splits.make_split(split_name, record, interactions.offsets, interactions.timestamps)
-  found = splits.split_hash(
-    split_name, interactions.offsets, interactions.item_ids, split, info['counts']['items']
+  flat = _find_flat_arrays(data_dir, info)
+  if flat is None:
+    return _split(data_dir, info, split_name, decode_interactions(data_dir))
+  train_lengths, valid, test = flat[f'split_{split_name}']
+  split = splits.Split(train_lengths, {'valid': valid, 'test': test})
+  return Dataset(info, split_name, split, flat['item_ids'], flat['offsets'])
+
+
+def _split(
+  data_dir: str | pathlib.Path, info: dict[str, Any], split_name: str, interactions: Interactions
+) -> Dataset:
+  """Splits interactions; InputError if they are not those of dataset.json."""
+  record, offsets, item_ids = (
+    info['splits'][split_name],
+    interactions.offsets,
+    interactions.item_ids,
   )
+  split = splits.make_split(split_name, record, offsets, interactions.timestamps)
+  found = splits.split_hash(split_name, offsets, item_ids, split, info['counts']['items'])
   if found != record['hash']:
     raise InputError(
       f'data_dir {data_dir}: interactions differ from {METADATA}; {_rebuild(data_dir)}'
     )
-  return Dataset(info, split_name, split, interactions.item_ids, interactions.offsets)
+  return Dataset(info, split_name, split, item_ids, offsets)
+
+
+def check_interactions(data_dir: str | pathlib.Path) -> None:
+  """Decodes the TFDS data of a prepared folder and compares them with dataset.json.
+
+  Afterwards the folder has flat arrays, unless it cannot be written.
+
+  Raises:
+    InputError: they differ, or cannot be read.
+  """
+  info, interactions = read_info(data_dir), decode_interactions(data_dir)
+  for name in info['splits']:
+    _split(data_dir, info, name, interactions)
+  if _find_flat_arrays(data_dir, info) is None:
+    with contextlib.suppress(OSError):
+      write_flat_arrays(data_dir, info, interactions)
+
+
+def write_flat_arrays(
+  data_dir: str | pathlib.Path, info: dict[str, Any], interactions: Interactions
+) -> None:
+  """Writes the interactions and splits of a prepared folder as flat arrays.
+
+  Args:
+    data_dir: the folder, which holds the TFDS data.
+    info: content of dataset.json.
+    interactions: what the TFDS data hold.
+  """
+  ids = [name.encode() for name in interactions.user_ids]
+  arrays = {
+    'offsets': interactions.offsets,
+    'item_ids': interactions.item_ids,
+    'timestamps': interactions.timestamps,
+    'ratings': interactions.ratings,
+    'user_ids': np.frombuffer(b''.join(ids), np.uint8),
+    'user_id_offsets': np.cumsum([0, *map(len, ids)], dtype=np.int64),
+  }
+  for name in info['splits']:
+    split = _split(data_dir, info, name, interactions).split
+    cuts = [split.train_lengths, split.held_out['valid'], split.held_out['test']]
+    arrays[f'split_{name}'] = np.stack(cuts)
+  folder = pathlib.Path(data_dir) / flat_arrays.FOLDER
+  files.clean_up(folder)
+  with files.new_folder(folder) as draft:
+    flat_arrays.write(draft, arrays, _flat_arrays_belong_to(data_dir, info))
+
+
+def _find_flat_arrays(
+  data_dir: str | pathlib.Path, info: dict[str, Any]
+) -> flat_arrays.FlatArrays | None:
+  return flat_arrays.find(data_dir, _flat_arrays_belong_to(data_dir, info), _rebuild(data_dir))
+
+
+def _flat_arrays_belong_to(data_dir: str | pathlib.Path, info: dict[str, Any]) -> dict[str, Any]:
+  """Names the interactions of a folder by the hashes in dataset.json and the sizes of the files."""
+  records = (pathlib.Path(data_dir) / 'interactions' / VERSION).glob('*.array_record*')
+  return {
+    'splits': {name: record['hash'] for name, record in info['splits'].items()},
+    'users': info['ids_sha256']['users'],
+    'items': info['counts']['items'],
+    'files': {path.name: path.stat().st_size for path in sorted(records)},
+  }
 
 
 def read_info(data_dir: str | pathlib.Path) -> dict[str, Any]:
@@ -187,7 +292,22 @@ def read_versioned(path: pathlib.Path, format_version: int, way_out: str) -> dic
 
 
 def read_interactions(data_dir: str | pathlib.Path) -> Interactions:
-  """Reads all histories; InputError if they cannot be read."""
+  """Reads all histories, from flat arrays if there are any; InputError if they cannot be read."""
+  import pyarrow as pa  # Training does not need it.
+
+  flat = _find_flat_arrays(data_dir, read_info(data_dir))
+  if flat is None:
+    return decode_interactions(data_dir)
+  ends = flat['user_id_offsets']
+  user_ids = pa.LargeStringArray.from_buffers(
+    len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(flat['user_ids'])
+  )
+  columns = (flat[name] for name in Interactions._fields[1:])
+  return Interactions(user_ids.to_pylist(), *columns)
+
+
+def decode_interactions(data_dir: str | pathlib.Path) -> Interactions:
+  """Decodes all histories from the TFDS data; InputError if they cannot be read."""
   kinds = {'item_ids': np.int32, 'timestamps': np.int64, 'ratings': np.float32}
   columns: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
   user_ids: list[str] = []
@@ -203,7 +323,7 @@ def read_interactions(data_dir: str | pathlib.Path) -> Interactions:
 
 
 def first_user(data_dir: str | pathlib.Path) -> str:
-  """Returns the original id of the first user, without reading the others."""
+  """Decodes the original id of the first user, without reading the others."""
   return next(_examples(data_dir, 'interactions', 'users', 1))[0]['user_id'][0].decode()
 
 
@@ -315,8 +435,36 @@ def _examples(
 
   The decoding of TFDS takes five times as long.
   """
-  import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
   from tensorflow_datasets.proto import tf_example_pb2
+
+  for records in read_records(data_dir, name, split, at_once):
+    examples = []
+    try:
+      for record in records:
+        features = tf_example_pb2.Example.FromString(record).features.feature
+        examples.append(
+          {field: getattr(f, f.WhichOneof('kind')).value for field, f in features.items()}
+        )
+    except Exception as error:
+      raise _unreadable(data_dir, name, error) from error
+    yield examples
+
+
+def read_records(
+  data_dir: str | pathlib.Path, name: str, split: str, at_once: int = _READ_AT_ONCE
+) -> Iterator[list[bytes]]:
+  """Yields lists of encoded examples of one TFDS dataset of a folder, in order.
+
+  Args:
+    data_dir: the folder.
+    name: name of the dataset.
+    split: name of its split.
+    at_once: length of a list.
+
+  Raises:
+    InputError: the data are missing or damaged.
+  """
+  import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
 
   try:
     folder = pathlib.Path(data_dir) / name / VERSION
@@ -325,21 +473,17 @@ def _examples(
     )
     for start in range(0, len(source), at_once):
       records = source.__getitems__(range(start, min(start + at_once, len(source))))
-      examples = []
-      for record in records:
-        if not record:  # The reader returns an empty record for a damaged one.
-          raise ValueError('a damaged record')
-        features = tf_example_pb2.Example.FromString(record).features.feature
-        examples.append(
-          {field: getattr(f, f.WhichOneof('kind')).value for field, f in features.items()}
-        )
-      yield examples
+      if not all(records):  # The reader returns an empty record for a damaged one.
+        raise ValueError('a damaged record')
+      yield records
   except Exception as error:  # Damaged files make the readers raise any kind of error.
-    kind, is_text, _ = name.partition('_texts')
-    way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
-    raise InputError(
-      f'data_dir {data_dir}: {name} cannot be read ({error!r}); {way_out}'
-    ) from error
+    raise _unreadable(data_dir, name, error) from error
+
+
+def _unreadable(data_dir: str | pathlib.Path, name: str, error: Exception) -> InputError:
+  kind, is_text, _ = name.partition('_texts')
+  way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
+  return InputError(f'data_dir {data_dir}: {name} cannot be read ({error!r}); {way_out}')
 
 
 def _rebuild(data_dir: str | pathlib.Path) -> str:

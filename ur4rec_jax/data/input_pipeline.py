@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Preferences, TokenTable
 from ur4rec_jax.errors import InputError
 
 Array = jax.Array
 # The rows of a batch are a multiple of this, so that 1, 2, 4 and 8 devices get the same batches.
 ROW_MULTIPLE = 8
+_USERS_AT_ONCE = 1 << 20  # Users that are counted at once, so that intermediate arrays stay small.
 
 
 class Plan(NamedTuple):
@@ -51,11 +51,35 @@ class Batch(NamedTuple):
   users: Array
 
 
-def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
-  """Packs users into rows, by best fit decreasing over the histogram of lengths.
+class Packing(NamedTuple):
+  """Rows of slots, equal rows after one another.
 
-  The result depends only on how often each length occurs, so every epoch has the same number of
-  rows. Time is O(row_length^2), independent of the number of users.
+  Attributes:
+    patterns: `[patterns, slots]` lengths of the slots of a row, 0 for an empty slot.
+    repeats: `[patterns]` how many rows have the pattern.
+  """
+
+  patterns: np.ndarray
+  repeats: np.ndarray
+
+  @property
+  def slots(self) -> np.ndarray:
+    """`[rows, slots]` lengths of all slots."""
+    return np.repeat(self.patterns, self.repeats, axis=0)
+
+  def filled_slots(self) -> np.ndarray:
+    """Returns the lengths of all slots that are not empty, row by row."""
+    rows = zip(self.patterns, self.repeats, strict=True)
+    return np.concatenate([np.tile(row[row > 0], count) for row, count in rows])
+
+  @property
+  def num_rows(self) -> int:
+    """Number of rows."""
+    return int(self.repeats.sum())
+
+
+def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
+  """Packs users into rows, see `pack_histogram`.
 
   Args:
     lengths: `[users]` in 1..row_length.
@@ -64,8 +88,20 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
   Returns:
     `[rows, slots]` lengths, 0 for an empty slot; the other values are those of `lengths`.
   """
-  left = np.bincount(lengths, minlength=row_length + 1)
-  rows = []
+  return pack_histogram(np.bincount(lengths, minlength=row_length + 1)).slots
+
+
+def pack_histogram(histogram: np.ndarray) -> Packing:
+  """Packs users into rows, by best fit decreasing.
+
+  Every epoch has the same number of rows, because the result depends only on how often each length
+  occurs. Time is O(row_length^2), independent of the number of users.
+
+  Args:
+    histogram: `[row_length + 1]` number of users with each length; nobody has length 0.
+  """
+  left, row_length = histogram.copy(), len(histogram) - 1
+  patterns, counts = [], []
   while left.any():
     pattern, room, after = [], row_length, left.copy()
     while (fitting := np.flatnonzero(after[: room + 1])).size:
@@ -75,12 +111,13 @@ def pack(lengths: np.ndarray, row_length: int) -> np.ndarray:
       room -= longest
     used = left - after
     repeats = int((left[used > 0] // used[used > 0]).min())
-    rows += [pattern] * repeats
+    patterns.append(pattern)
+    counts.append(repeats)
     left -= repeats * used
-  packed = np.zeros((len(rows), max(map(len, rows), default=0)), np.int32)
-  for row, pattern in zip(packed, rows, strict=True):
+  packed = np.zeros((len(patterns), max(map(len, patterns), default=0)), np.int32)
+  for row, pattern in zip(packed, patterns, strict=True):
     row[: len(pattern)] = pattern
-  return packed
+  return Packing(packed, np.array(counts, np.int64))
 
 
 def assign(slots: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -133,11 +170,13 @@ class TrainBatches:
     tokens: predicted items per epoch.
   """
 
-  def __init__(self, dataset: Dataset, *, max_length: int, batch_size: int, crop: str, seed: int):
+  def __init__(
+    self, train_lengths: np.ndarray, *, max_length: int, batch_size: int, crop: str, seed: int
+  ):
     """Packs the users, which fixes the shapes of all batches.
 
     Args:
-      dataset: interactions to train on, from `Dataset.train_part`.
+      train_lengths: `[users]` training interactions of each user, `Split.train_lengths`.
       max_length: tokens per row, and most tokens of a user per epoch.
       batch_size: average number of users per batch.
       crop: part of longer histories: the `last` tokens, or a `random` window in each epoch.
@@ -146,33 +185,88 @@ class TrainBatches:
     Raises:
       InputError: no user has two training interactions.
     """
-    available = dataset.lengths - 1  # The last item of a user is a target, never an input.
-    members = np.flatnonzero(available > 0)
-    if not members.size:
+    # Nothing of the size of the users is kept, and `train_lengths` may be mapped from a file.
+    histogram = np.zeros(max_length + 1, np.int64)
+    for start in range(0, len(train_lengths), _USERS_AT_ONCE):
+      inputs = np.clip(train_lengths[start : start + _USERS_AT_ONCE] - 1, 0, max_length)
+      histogram += np.bincount(inputs, minlength=max_length + 1)
+    histogram[0] = 0
+    self.users = int(histogram.sum())
+    if not self.users:
       raise InputError('no user has two training interactions; lower --min_rating or --k_core')
-    self._members = members
-    self._starts = dataset.offsets[members]
-    self._spare = np.maximum(available[members] - max_length, 0)
-    self._lengths = np.minimum(available[members], max_length)
+    self._train_lengths = train_lengths
+    self._max_length = max_length
     self._random_crop = crop == 'random'
     self._seed = seed
-    self._slots = pack(self._lengths, max_length)
-    share = len(self._slots) * batch_size / len(members)
+    self._packing = pack_histogram(histogram)
+    share = self._packing.num_rows * batch_size / self.users
     self.rows = ROW_MULTIPLE * max(1, round(share / ROW_MULTIPLE))
-    self.steps_per_epoch = -(-len(self._slots) // self.rows)
-    self.users = len(members)
-    self.tokens = int(self._lengths.sum())
+    self.steps_per_epoch = -(-self._packing.num_rows // self.rows)
+    self.tokens = int(histogram @ np.arange(max_length + 1))
 
   def epoch(self, epoch: int) -> Plan:
-    """Returns the batches of an epoch, `[steps_per_epoch, rows, slots]`."""
+    """Returns all batches of an epoch, `[steps_per_epoch, rows, slots]`."""
+    return self.plan(epoch).steps(0, self.steps_per_epoch)
+
+  def plan(self, epoch: int) -> 'EpochPlan':
+    """Assigns the users to the rows of an epoch."""
+    available = self._train_lengths - 1  # The last item of a user is a target, never an input.
+    members = np.flatnonzero(available > 0).astype(np.int32)
+    starts = (np.cumsum(self._train_lengths, dtype=np.int64) - self._train_lengths)[members]
+    # Sorting is several times faster with the smallest type.
+    lengths = np.minimum(available[members], self._max_length)
+    lengths = lengths.astype(np.min_scalar_type(self._max_length))
+    spare = np.maximum(available[members] - self._max_length, 0)
     rng = np.random.default_rng((self._seed, epoch))
-    assigned = assign(self._slots, self._lengths, rng.permutation(self.users))
-    assigned = assigned[rng.permutation(len(assigned))]
-    skip = self._spare
-    if self._random_crop:
-      skip = rng.integers(0, self._spare + 1)
-    plan = plan_rows(assigned, self._members, self._starts + skip, self._lengths, self.rows)
-    return Plan(*(x.reshape(self.steps_per_epoch, self.rows, -1) for x in plan))
+    order = rng.permutation(self.users).astype(np.int32)
+    in_slots = np.empty_like(order)
+    slots = self._packing.filled_slots().astype(lengths.dtype)
+    in_slots[np.argsort(slots, kind='stable')] = order[np.argsort(lengths[order], kind='stable')]
+    rows = rng.permutation(self._packing.num_rows).astype(np.int32)
+    skip = rng.integers(0, spare.astype(np.int64) + 1) if self._random_crop else spare
+    starts = (starts + skip).astype(np.int32)
+    return EpochPlan(in_slots, rows, Plan(starts, lengths, members), self._packing, self.rows)
+
+
+class EpochPlan:
+  """The users in the rows of an epoch; positions of tokens are looked up for the steps asked for.
+
+  All rows together, with their empty slots, take several times as much memory.
+  """
+
+  def __init__(
+    self, in_slots: np.ndarray, order: np.ndarray, users: Plan, packing: Packing, rows: int
+  ):
+    """Keeps what the steps are looked up in.
+
+    Args:
+      in_slots: `[users]` index into `users` for each slot that is not empty, row by row.
+      order: `[number of rows]` order of the rows in the epoch.
+      users: `[users]` positions of the tokens of each user.
+      packing: the rows.
+      rows: rows per step.
+    """
+    self._in_slots, self._order, self._users, self._rows = in_slots, order, users, rows
+    counts = np.count_nonzero(packing.patterns, axis=1).astype(np.int32)
+    self._counts = np.repeat(counts, packing.repeats)
+    self._ends = np.cumsum(self._counts, dtype=np.int32)
+    self._slots = packing.patterns.shape[1]
+
+  def steps(self, start: int, stop: int) -> Plan:
+    """Returns the batches of some steps, `[stop - start, rows, slots]`."""
+    rows = self._order[start * self._rows : stop * self._rows]
+    slot = np.arange(self._slots)
+    counts = self._counts[rows][:, None]
+    is_filled = slot < counts
+    place = np.where(is_filled, self._ends[rows][:, None] - counts + slot, 0)
+    users = self._in_slots[place]
+    missing = ((0, (stop - start) * self._rows - len(rows)), (0, 0))
+
+    def lookup(x: np.ndarray | Array) -> np.ndarray:
+      found = np.pad(np.where(is_filled, x[users], 0).astype(np.int32), missing)
+      return found.reshape(stop - start, self._rows, self._slots)
+
+    return Plan(*map(lookup, self._users))
 
 
 def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:

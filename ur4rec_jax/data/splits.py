@@ -14,7 +14,7 @@ MIN_EVALUATED_LENGTH = 3
 
 
 class Split(NamedTuple):
-  """Where each user's history is cut, `[users]` each.
+  """Where each user's history is cut, `[users]` int32 each.
 
   Attributes:
     train_lengths: number of leading interactions to train on.
@@ -32,6 +32,7 @@ def leave_one_out(lengths: np.ndarray) -> Split:
   Args:
     lengths: `[users]` history lengths.
   """
+  lengths = lengths.astype(np.int32)
   is_evaluated = lengths >= MIN_EVALUATED_LENGTH
   position = lambda from_end: np.where(is_evaluated, lengths - from_end, -1)
   return Split(
@@ -52,8 +53,12 @@ def by_time(offsets: np.ndarray, timestamps: np.ndarray, valid_from: int, test_f
     valid_from: unix seconds.
     test_from: unix seconds, later.
   """
-  lengths = np.diff(offsets)
-  before = lambda border: np.diff(np.concatenate([[0], np.cumsum(timestamps < border)])[offsets])
+  lengths = np.diff(offsets).astype(np.int32)
+
+  def before(border: int) -> np.ndarray:
+    counts = np.concatenate([[0], np.cumsum(timestamps < border)])
+    return np.diff(counts[offsets]).astype(np.int32)
+
   train, seen = before(valid_from), before(test_from)
   return Split(
     train,

@@ -46,8 +46,13 @@ class Protocol(NamedTuple):
     Returns:
       `[users]` bool.
     """
-    is_repeated = dataset.is_repeated(part)
-    return np.ones_like(is_repeated) if self.keeps_seen else ~is_repeated
+    if self.keeps_seen:
+      return np.ones(np.count_nonzero(dataset.split.held_out[part] >= 0), bool)
+    return ~dataset.is_repeated(part)
+
+  def counts_any(self, dataset: Dataset, part: str) -> bool:
+    """Tells whether `is_counted` holds for any user; it looks at no more users than it must."""
+    return self.keeps_seen or not all(block.all() for block in dataset.repeated_blocks(part))
 
   def describe(self, dataset: Dataset) -> dict[str, str]:
     """Names the protocol as it stands beside a metric; the dataset gives the split."""
@@ -55,7 +60,9 @@ class Protocol(NamedTuple):
     if self.candidates != 'all':
       candidates = f'target + {self.num_candidates} {self.candidates} (seed {self.seed})'
     seen_items = 'kept' if self.keeps_seen else 'left out'
-    if not self.keeps_seen and any(dataset.is_repeated(part).any() for part in PARTS):
+    if not self.keeps_seen and any(
+      is_repeated.any() for part in PARTS for is_repeated in dataset.repeated_blocks(part)
+    ):
       seen_items = 'left out, also as targets'
     return {
       'split': splits.describe(dataset.split_name, dataset.info['splits'][dataset.split_name]),

@@ -49,11 +49,11 @@ class Dispatcher:
     """Trains `max_steps` from `step` on, or fewer: to the end of the epoch or to step `border`."""
     epoch, offset = divmod(step, self.batches.steps_per_epoch)
     if epoch != self._epoch:
-      self._epoch, self._plan = epoch, self.batches.epoch(epoch)
+      self._epoch, self._plan = epoch, self.batches.plan(epoch)
     count = min(self.max_steps, self.batches.steps_per_epoch - offset, border - step)
     # Padded, so that a shorter dispatch needs no second program; the step ignores the padding.
     padding = ((0, self.max_steps - count), (0, 0), (0, 0))
-    plan = Plan(*(np.pad(x[offset : offset + count], padding) for x in self._plan))
+    plan = Plan(*(np.pad(x, padding) for x in self._plan.steps(offset, offset + count)))
     state, metrics = self.train_step(
       state,
       self.data,

@@ -95,7 +95,7 @@ class Run:
   def check_targets(self) -> None:
     """Raises InputError if all held-out items of a part are left out of the ranking."""
     for part in PARTS:
-      if not self.protocol.is_counted(self.dataset, part).any():
+      if not self.protocol.counts_any(self.dataset, part):
         raise InputError(
           f'every {part} item is a repeat: its user had it before, and '
           "config.evaluation.seen_items='leave_out' leaves such items out; set "
@@ -138,13 +138,13 @@ def make_run(config: ConfigDict, dataset: Dataset) -> Run:
 
 
 def _check_dataset(config: ConfigDict, dataset: Dataset) -> None:
-  if dataset.num_items < 2 or len(dataset.lengths) < 2:
+  if dataset.num_items < 2 or dataset.num_users < 2:
     raise InputError(
-      f'config.data_dir={config.data_dir}: {len(dataset.lengths)} users and {dataset.num_items} '
+      f'config.data_dir={config.data_dir}: {dataset.num_users} users and {dataset.num_items} '
       'items; a recommender needs at least 2 of each'
     )
   for part in PARTS:
-    if not (dataset.split.held_out[part] >= 0).any():
+    if not dataset.info['splits'][dataset.split_name][f'{part}_users']:
       raise InputError(
         f'config.data_dir={config.data_dir}: split {dataset.split_name} has no {part} users; '
         'leave_one_out needs users with 3 interactions, time needs users before and after it'

@@ -83,7 +83,7 @@ def plan_batches(run: Run) -> TrainBatches:
   """Plans the training batches of a run; InputError if a device would get none of their rows."""
   config = run.config
   batches = TrainBatches(
-    run.dataset.train_part(),
+    run.dataset.split.train_lengths,
     max_length=config.max_length,
     batch_size=config.batch_size,
     crop=config.crop,
@@ -222,9 +222,6 @@ class TrainLoop:
     stage = self.stage = self.run.stages[len(self.progress.stages) - 1]
     self.total_steps = stage.total_steps(self.batches.steps_per_epoch)
     self.validate_every = stage.validate_every_epochs * self.batches.steps_per_epoch
-    branches = stage.config.branches
-    if branches not in self.validators:
-      self.validators[branches] = make_evaluator(stage.model, self.eval_data, 'valid')
     max_turns = max(len(stage.alternation) for stage in self.run.stages)
     numbers = stage_numbers(stage, self.run.labels, self.batches.steps_per_epoch, max_turns)
     number, later = len(self.progress.stages), self.run.stages[len(self.progress.stages) :]
@@ -260,6 +257,16 @@ class TrainLoop:
         out_axes=(self.axes['state'], None),
       )
     return self.train_steps[program]
+
+  def _validator(self) -> Callable:
+    """Returns the evaluator of the current stage; stages with the same branches share one.
+
+    It is made for the first validation, so that training begins before all queries are packed.
+    """
+    branches = self.stage.config.branches
+    if branches not in self.validators:
+      self.validators[branches] = make_evaluator(self.stage.model, self.eval_data, 'valid')
+    return self.validators[branches]
 
   def _stage_index(self) -> jax.Array:
     return devices.replicate(np.int32(len(self.progress.stages) - 1))
@@ -340,8 +347,7 @@ class TrainLoop:
     """Ranks the validation items, keeps the parameters if they are the best, and saves."""
     progress, best = self.progress, self.progress.stage
     self.dispatcher.flush()
-    validator = self.validators[self.stage.config.branches]
-    ranks = validator(self.state.params, interrupted=stop_requested)
+    ranks = self._validator()(self.state.params, interrupted=stop_requested)
     if ranks is None:
       self._save_and_stop(stop_requested())
     values = ranking_metrics(ranks)
