@@ -16,9 +16,8 @@ import numpy as np
 from data_prep import describe_page
 from data_prep.describe_page import percent
 from data_prep.flags import Parser
-from data_prep.prepared import pictures
 from ur4rec_jax import files
-from ur4rec_jax.data import splits
+from ur4rec_jax.data import item_pictures, splits
 from ur4rec_jax.data.dataset import Dataset, Interactions, read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
@@ -50,7 +49,7 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
     raise InputError(f'--out={out}: {what}; give the name of a file in a folder that exists')
   histories = read_interactions(data_dir)
   items = read_items(data_dir)
-  images = pictures.find(data_dir)
+  images = item_pictures.find(data_dir)
   figures = measure(info, histories, items, images)
   shown = facts(info, figures)
   page = describe_page.render(

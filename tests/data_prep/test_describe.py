@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from data_prep import build_dataset, describe, describe_page
-from data_prep.prepared import pictures, prepare
+from data_prep.prepared import prepare
 from tests.helpers.commands import run_here
 from tests.helpers.html_page import Page
 from tests.helpers.runs import ROOT
+from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError
 
@@ -70,7 +71,9 @@ def run(*flags: str, limit: tuple[str, ...] = ()) -> subprocess.CompletedProcess
 
 def test_figures_are_those_computed_by_hand(shop):
   items = read_items(shop)
-  figures = describe.measure(read_info(shop), read_interactions(shop), items, pictures.find(shop))
+  figures = describe.measure(
+    read_info(shop), read_interactions(shop), items, item_pictures.find(shop)
+  )
   assert figures.pop('warnings') == [
     '1 of 3 (33.3 %) evaluated users have their last two interactions at one time: the order of'
     ' the raw file decides which one is the test item',
