@@ -170,6 +170,10 @@ SOURCES = {
 }
 
 
+# One stage was better than the default four in our measurements, see docs/training.md.
+_ONE_STAGE = """--config.stages='("train",)'"""
+
+
 def training_command(
   metadata: Mapping[str, Any],
   data_dir: str | Path,
@@ -200,6 +204,7 @@ def training_command(
     f'python -m ur4rec_jax.main --config={config}{":" * bool(variant)}{variant}'
     f' --workdir={shlex.quote(str(workdir))} --config.data_dir={shlex.quote(str(data_dir))}'
     + (f' --config.modalities={modality}' if modality else '')
+    + (f' {_ONE_STAGE}' if variant and config == 'default' else '')
   )
 
 
