@@ -22,10 +22,11 @@ import numpy as np
 from data_prep import describe_page, identity, sources
 from data_prep.flags import Parser
 from data_prep.prepared import content, pictures, prepare, tfds_writer
-from data_prep.sources import archives, download, interactions, raw_files
-from data_prep.sources import items as item_tables
+from data_prep.sources import download, raw_files
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
+from ur4rec_jax.data.raw import archives, interactions
+from ur4rec_jax.data.raw import items as item_tables
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
 # Flags of single sources: name -> (type, help). Without a flag the default of the source counts.
@@ -50,8 +51,9 @@ _PARAMETERS = {
   ),
   'clean_ids': (
     str,
-    'blanks: remove blanks around ids; decimals: read 7.0 as 7; missing: leave out rows whose id is'
-    ' empty, NULL, nan or the like; several with commas, or all (interactions, amazon_reviews)',
+    'blanks: remove blanks around ids; decimals: read 7.0 as 7; empty: leave out rows without an'
+    ' id; missing: also those whose id is NULL, nan or the like; several with commas, or all'
+    ' (interactions, amazon_reviews)',
   ),
   'delimiter': (
     str,

@@ -38,7 +38,6 @@ from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
 _TYPES = {'user': pa.string(), 'rank': pa.int64(), 'item': pa.string(), 'title': pa.string()}
-_ROW_FILTERS = ('where', 'event_weights', 'clean_ids')  # Options of the build.
 _CHUNK = 4096  # Users whose recommendations are in memory at once.
 
 
@@ -124,14 +123,14 @@ def customers_of(path: str, recommender: TrainedRecommender) -> tuple[Group, str
       counts['not in the training data'] += 1
   rows = np.array([users.get(name, -1) for name in found.names])
   parts = ', '.join(f'{count:,} {what}' for what, count in counts.items())
-  summary = f'{path}: {len(found.names):,} customers: {parts}'
+  lines = [f'{path}: {len(found.names):,} customers: {parts}', *found.notes]
   if found.incomplete:
-    summary += f'; {found.incomplete:,} rows without a customer or an item were left out'
-  if ignored := [f'--{name}' for name in _ROW_FILTERS if options.get(name) is not None]:
-    summary += (
-      f'\nwarning: the build left rows out by {" and ".join(ignored)}; all '
-      'rows of this table count, so leave the same rows out before you pass it'
-    )
+    lines[0] += f'; {found.incomplete:,} rows without a customer or an item were left out'
+  for flag, count in found.dropped.items():
+    lost = len(found.dropped_users.get(flag, ()))
+    also = f', and with them {lost:,} customers' if lost else ''
+    lines.append(f'--{flag}={options[flag]} of the build leaves out {count:,} rows{also}')
+  summary = '\n'.join(lines)
   return Group(found.names, found.history, rows, notes), summary
 
 

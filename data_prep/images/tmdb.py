@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.images.web import NoPicture, Web
-from data_prep.sources import items as item_tables
-from data_prep.sources import tables
 from ur4rec_jax.data import item_pictures
+from ur4rec_jax.data.raw import items as item_tables
+from ur4rec_jax.data.raw import tables
 from ur4rec_jax.errors import InputError
 
 KEY = 'TMDB_API_KEY'

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from data_prep.prepared.prepare import Raw
 from data_prep.prepared.tfds_writer import Origin
-from data_prep.sources import amazon, amazon_reviews, interactions, movielens, raw_files, synthetic
+from data_prep.sources import amazon, amazon_reviews, movielens, raw_files, synthetic
+from ur4rec_jax.data.raw import interactions
+from ur4rec_jax.data.raw.records import Raw
 from ur4rec_jax.files import shipped_configs
 
 

@@ -5,7 +5,7 @@ import functools
 import pathlib
 import re
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import Dataset, iterate_items
 from ur4rec_jax.data.features import Features, TokenTable, load_features
+from ur4rec_jax.data.raw.records import Item
 from ur4rec_jax.encoders import pretrained, text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import cold_items
@@ -100,8 +101,9 @@ def _read_table(
   pictures: pathlib.Path,
 ) -> NewItems:
   goods = tables.read_goods(path, options)
-  new = [i for i, good in enumerate(goods) if good.name not in known]
-  chosen = [goods[i] for i in new]
+  names = list(goods)
+  new = [i for i, name in enumerate(names) if name not in known]
+  chosen = {names[i]: goods[names[i]] for i in new}
   encoded = {}
   for name, features in trained_on.items():
     count, width = features.max_tokens or features.shape[1], features.shape[2]
@@ -127,8 +129,8 @@ def _read_table(
       ' file can have them',
       stacklevel=2,
     )
-  files = [_picture_file(good.image, pictures) for good in goods]
-  return NewItems([good.name for good in goods], [good.title for good in goods], encoded, files)
+  files = [_picture_file(good.image, pictures) for good in goods.values()]
+  return NewItems(names, [good.title for good in goods.values()], encoded, files)
 
 
 def _is_encoded(name: str, features: Features) -> bool:
@@ -136,20 +138,18 @@ def _is_encoded(name: str, features: Features) -> bool:
   return name in (TEXT, IMAGE) and pretrained.can_encode(features.info['encoder'])
 
 
-def _encode_texts(
-  features: Features, goods: Sequence[tables.Good]
-) -> tuple[np.ndarray, np.ndarray]:
-  rows = [text.item_texts(good._asdict()) for good in goods]
+def _encode_texts(features: Features, goods: Mapping[str, Item]) -> tuple[np.ndarray, np.ndarray]:
+  rows = [text.item_texts(good._asdict()) for good in goods.values()]
   return text.encode_rows_like(features.folder, features.info, rows)
 
 
 def _encode_pictures(
-  features: Features, goods: Sequence[tables.Good], folder: pathlib.Path, image_size: int | None
+  features: Features, goods: Mapping[str, Item], folder: pathlib.Path, image_size: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
   from ur4rec_jax.encoders import pictures  # Only this function needs Pillow.
 
   contents, refused = [], {}
-  for row, good in enumerate(goods):
+  for row, good in enumerate(goods.values()):
     try:
       contents.append(_find_picture(good.image, folder).read_bytes() if good.image else None)
     except (OSError, ValueError) as error:
@@ -164,9 +164,10 @@ def _encode_pictures(
     refused |= damaged
   if refused:
     row, reason = next(iter(refused.items()))
+    name, good = list(goods.items())[row]
     warnings.warn(
       f'{len(refused)} pictures cannot be used, and their items are taken without; the first, of'
-      f' item {goods[row].name!r}: {goods[row].image!r:.80} {reason}',
+      f' item {name!r}: {good.image!r:.80} {reason}',
       stacklevel=2,
     )
   return tokens, mask

@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -100,14 +101,25 @@ def saved_steps(workdir: str) -> list[int]:
 
 def _read_step(folder: pathlib.Path, tree: PyTree, axes: PyTree) -> tuple[PyTree, dict]:
   """Reads the arrays and the progress of one step; arguments as `Checkpointer.restore`."""
-  with ocp.Checkpointer(_array_handler()) as reader:
+  with _without_warnings(), ocp.Checkpointer(_array_handler()) as reader:
     _check_arrays(folder, _shapes(reader.metadata(folder / 'state').item_metadata.tree), tree)
     template = devices.with_shardings(tree, axes)
     restore_args = ocp.checkpoint_utils.construct_restore_args(template)
     arrays = reader.restore(folder / 'state', ocp.args.PyTreeRestore(template, restore_args))
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+  with _without_warnings(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
     progress = reader.restore(folder / 'progress')
   return devices.to_local(arrays, axes), progress
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+  """Silences Orbax, which warns that a part of a step has no metadata of its own."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def _check_arrays(folder: pathlib.Path, stored: dict[str, tuple[int, ...]], tree: PyTree) -> None:
