@@ -7,6 +7,7 @@ items with picture and text. It is written to describe.html in the folder, or to
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,16 @@ def measure(
   """
   lengths = np.diff(histories.offsets)
   names = ('min', 'q1', 'median', 'q3', 'max')
-  known = {
-    name: sum(bool(item[name]) for item in items) for name in ('title', 'genres', 'description')
-  }
+  known = {name: sum(bool(item[name]) for item in items) for name in ('title', 'genres')}
+  columns = [name.strip() for name in (info['options'].get('text_columns') or '').split(',')]
+  columns = [name for name in columns if name]
+  own = sum(bool(_own_description(item['description'], columns)) for item in items)
+  known['description'] = own
+  if columns:
+    added = sum(
+      item['description'] != _own_description(item['description'], columns) for item in items
+    )
+    known['text columns'] = added
   known['picture'] = sum(path is not None for path in images)
   absent = [item['image'] for item, path in zip(items, images, strict=True) if not path]
   urls = sum('://' in image for image in absent)
@@ -111,6 +119,14 @@ def measure(
       *([f'picture files that items name and that are lost or damaged: {lost:,}'] if lost else []),
     ],
   }
+
+
+def _own_description(description: str, columns: Sequence[str]) -> str:
+  """Returns a description without the columns that the build appended to it, as `brand: Acme`."""
+  if not columns:
+    return description
+  names = '|'.join(map(re.escape, columns))
+  return re.split(rf'(?m)^(?:{names}): ', description, maxsplit=1)[0].strip()
 
 
 def _popularity(counts: np.ndarray) -> dict[str, float]:

@@ -19,7 +19,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.errors import InputError, StorageError, counted, exit_on_reported_error
 from ur4rec_jax.files import clean_up, expand_home, new_folder, write_file
 from ur4rec_jax.inference import exported, stored_format, thumbnails
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
@@ -161,17 +161,17 @@ def main(argv: list[str] | None = None) -> None:
     before = len(recommender.item_ids)
     recommender, known = recommender.add_items(flags.add_items, flags.pictures)
     added = len(recommender.item_ids) - before
-    print(f'added {added} items; {len(known)} were already known', file=sys.stderr)
+    print(f'added {counted(added, "item")}; already known: {len(known):,}', file=sys.stderr)
   manifest = export(recommender, flags.out, flags.users, not flags.without_pictures)
   out = pathlib.Path(flags.out)
   size = sum(path.stat().st_size for path in out.iterdir())
   print(
-    f'{flags.out}: {len(recommender.item_ids):,} items, {size / 1e6:,.1f} MB, for'
+    f'{flags.out}: {counted(len(recommender.item_ids), "item")}, {size / 1e6:,.1f} MB, for'
     f' {" and ".join(manifest["platforms"])}, jax {manifest["jax"]} or newer'
   )
   if pictures := exported.load_thumbnails(out):
     packed = (out / thumbnails.PACKED).stat().st_size
-    print(f'pictures of {len(pictures):,} items take {packed / 1e6:,.1f} MB of it')
+    print(f'pictures of {counted(len(pictures), "item")} take {packed / 1e6:,.1f} MB of it')
   print(f'next: python -m ur4rec_jax.serve --export={shlex.quote(flags.out)}')
 
 

@@ -98,6 +98,19 @@ def test_figures_are_those_computed_by_hand(shop):
   assert figures == {'density': 0.5, 'lengths': lengths, 'known': known}
 
 
+def test_text_columns_are_no_descriptions(tmp_path):
+  orders = tmp_path / 'orders.csv'
+  orders.write_text('user,item\n' + ''.join(f'u{i},i{j}\n' for i in range(3) for j in range(4)))
+  goods = tmp_path / 'goods.csv'
+  goods.write_text('item,description,brand,size\ni0,Good.,Acme,\ni1,,Acme,7\ni2,Fine.,,\ni3,,,\n')
+  flags = ['--source=interactions', f'--raw_dir={orders}', f'--items={goods}']
+  build_dataset.main([*flags, '--text_columns=brand,size', f'--data_dir={tmp_path / "data"}'])
+  result = run(f'--data_dir={tmp_path / "data"}')
+  rows = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+  assert ['description', '2 items (50 %)'] in rows
+  assert ['text', 'columns   2 items (50 %)'] in rows
+
+
 def test_the_command_prints_and_writes_a_page_of_its_own(shop):
   result = run(f'--data_dir={shop}')
   assert (result.returncode, result.stderr) == (0, '')

@@ -194,7 +194,7 @@ def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, mon
   assert read_dropped_users(small_shop) == {'short': 'min_length'}
   group, summary = recommend.customers_of(path, recommender)
   assert '28 customers: 25 of the training data, 1 dropped by min_length, 2 not' in summary
-  assert '1 rows without' in summary
+  assert 'left out 1 row without' in summary
   assert 'warning' not in summary
   options = recommender.dataset.info['options']
   with monkeypatch.context() as patch:
@@ -203,7 +203,7 @@ def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, mon
     patch.setitem(options, 'where', "sku != 'g03' and sku != 'g04'")
     fewer, summary = recommend.customers_of(path, recommender)
     assert 'of the build leaves out' in summary
-    assert 'and with them 1 customers' in summary
+    assert 'and with them 1 customer' in summary
     assert 'short' not in fewer.names
   flags = argparse.Namespace(**vars(FLAGS), out=tmp_path / 'top.parquet')
   count, refused = recommend.to_file(recommender, group, flags)
@@ -215,7 +215,7 @@ def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, mon
   assert 'dropped them by min_length' in notes['short']['note']
   assert notes['short']['recommendations'] == '3'
   assert "none of its 1 items is in the catalogue, first 'nothing'" in notes['stranger']['note']
-  assert '1 items that are not in the catalogue were ignored' in notes['new']['note']
+  assert 'ignored 1 item not in the catalogue' in notes['new']['note']
   # The order is that of the times, not of the file.
   expected = recommender.answer([['g04', 'g03']], 3).items[0]
   assert table[table.user == 'short']['item'].tolist() == expected
