@@ -11,6 +11,7 @@ per user) and `items` (one example per item). The last two are TFDS data in arra
 import contextlib
 import itertools
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,11 +21,12 @@ import numpy as np
 
 from data_prep import describe_page, identity, sources
 from data_prep.flags import Parser
-from data_prep.prepared import pictures, prepare, tfds_writer
-from data_prep.sources import archives, download, interactions, raw_files
-from data_prep.sources import items as item_tables
+from data_prep.prepared import content, pictures, prepare, tfds_writer
+from data_prep.sources import download, raw_files
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
+from ur4rec_jax.data.raw import archives, interactions
+from ur4rec_jax.data.raw import items as item_tables
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
 # Flags of single sources: name -> (type, help). Without a flag the default of the source counts.
@@ -49,8 +51,9 @@ _PARAMETERS = {
   ),
   'clean_ids': (
     str,
-    'blanks: remove blanks around ids; decimals: read 7.0 as 7; missing: leave out rows whose id is'
-    ' empty, NULL, nan or the like; several with commas, or all (interactions, amazon_reviews)',
+    'blanks: remove blanks around ids; decimals: read 7.0 as 7; empty: leave out rows without an'
+    ' id; missing: also those whose id is NULL, nan or the like; several with commas, or all'
+    ' (interactions, amazon_reviews)',
   ),
   'delimiter': (
     str,
@@ -81,6 +84,7 @@ _PARAMETERS = {
   'hub_name': (str, 'dataset on the HuggingFace hub to read (amazon_reviews)'),
   'category': (str, 'category to read, such as All_Beauty (amazon_reviews)'),
 }
+_MOST_SEARCHED = 10_000  # Items that are searched for texts and pictures to suggest what is next.
 # Counts of a split that the summary shows if they are not zero.
 _SPLIT_COUNTS = {
   'train_interactions': 'interactions train',
@@ -265,11 +269,24 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
     rows.append(('split', f'{splits.describe(name, record)} {record["hash"]}'))
     shown = {what: record[field] for field, what in _SPLIT_COUNTS.items() if record[field]}
     rows.append(('-', ', '.join(f'{n:,} {what}' for what, n in shown.items())))
-  rows += [
-    ('licence', metadata['licence']),
-    ('next', sources.training_command(metadata, data_dir)),
-  ]
+  rows += [('licence', metadata['licence']), *_next_rows(metadata, data_dir)]
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
+
+
+def _next_rows(metadata: dict[str, Any], data_dir: str | Path) -> list[tuple[str, str]]:
+  """Returns the next commands: what the items have is encoded before a model is trained."""
+  folder = shlex.quote(str(data_dir))
+  found = content.modalities(data_dir, _MOST_SEARCHED)
+  commands = []
+  if content.IMAGE not in found and content.has_urls(data_dir, _MOST_SEARCHED):
+    commands.append(f'python -m data_prep.download_images --data_dir={folder}')
+  if found or commands:
+    commands.append(f'python -m data_prep.encode --data_dir={folder}')
+  training = sources.training_command(metadata, data_dir)
+  if not commands:
+    return [('next', training)]
+  rows = [('- then' if i else 'next', command) for i, command in enumerate(commands)]
+  return [*rows, ('- or, ids alone', training)]
 
 
 def _flags() -> Parser:

@@ -7,6 +7,7 @@ items with picture and text. It is written to describe.html in the folder, or to
 """
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,8 @@ import numpy as np
 from data_prep import describe_page
 from data_prep.describe_page import percent
 from data_prep.flags import Parser
-from data_prep.prepared import pictures
 from ur4rec_jax import files
-from ur4rec_jax.data import splits
+from ur4rec_jax.data import item_pictures, splits
 from ur4rec_jax.data.dataset import Dataset, Interactions, read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
@@ -50,7 +50,7 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
     raise InputError(f'--out={out}: {what}; give the name of a file in a folder that exists')
   histories = read_interactions(data_dir)
   items = read_items(data_dir)
-  images = pictures.find(data_dir)
+  images = item_pictures.find(data_dir)
   figures = measure(info, histories, items, images)
   shown = facts(info, figures)
   page = describe_page.render(
@@ -87,9 +87,16 @@ def measure(
   """
   lengths = np.diff(histories.offsets)
   names = ('min', 'q1', 'median', 'q3', 'max')
-  known = {
-    name: sum(bool(item[name]) for item in items) for name in ('title', 'genres', 'description')
-  }
+  known = {name: sum(bool(item[name]) for item in items) for name in ('title', 'genres')}
+  columns = [name.strip() for name in (info['options'].get('text_columns') or '').split(',')]
+  columns = [name for name in columns if name]
+  own = sum(bool(_own_description(item['description'], columns)) for item in items)
+  known['description'] = own
+  if columns:
+    added = sum(
+      item['description'] != _own_description(item['description'], columns) for item in items
+    )
+    known['text columns'] = added
   known['picture'] = sum(path is not None for path in images)
   absent = [item['image'] for item, path in zip(items, images, strict=True) if not path]
   urls = sum('://' in image for image in absent)
@@ -112,6 +119,14 @@ def measure(
       *([f'picture files that items name and that are lost or damaged: {lost:,}'] if lost else []),
     ],
   }
+
+
+def _own_description(description: str, columns: Sequence[str]) -> str:
+  """Returns a description without the columns that the build appended to it, as `brand: Acme`."""
+  if not columns:
+    return description
+  names = '|'.join(map(re.escape, columns))
+  return re.split(rf'(?m)^(?:{names}): ', description, maxsplit=1)[0].strip()
 
 
 def _popularity(counts: np.ndarray) -> dict[str, float]:

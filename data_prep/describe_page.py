@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from ur4rec_jax import page
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import Interactions
+from ur4rec_jax.errors import counted
 from ur4rec_jax.page import CHARACTER, WIDTH, Bar, Curve, Ticks, plot, round_ticks
 
 _TEMPLATE = Path(__file__).with_name('describe.html')
@@ -147,11 +148,13 @@ def length_plot(lengths: np.ndarray, caption: str) -> dict[str, Any]:
   for i, number in enumerate(numbers[:shown].tolist()):
     first, last = low + i * width, low + (i + 1) * width - 1
     span = f'{first:,}' if width == 1 else f'{first:,} to {last:,}'
-    bars.append(Bar(first - 0.5, last + 0.5, number, f'{span} interactions: {number:,} users'))
+    bars.append(
+      Bar(first - 0.5, last + 0.5, number, f'{span} interactions: {counted(number, "user")}')
+    )
   if rest := int(numbers[shown:].sum()):
     end = bars[-1].right
     name = f'{int(end + 0.5):,}'
-    more = f'{name} interactions or more: {rest:,} users'
+    more = f'{name} interactions or more: {counted(rest, "user")}'
     bars.append(Bar(end + width, end + 3 * width, rest, more, is_rest=True))
     # No other label may overlap that of the last bar.
     ticks = [tick for tick in ticks if tick[0] < low + 0.85 * (end - low)]
@@ -197,7 +200,7 @@ def time_plot(times: np.ndarray, split: dict[str, Any] | None, caption: str) -> 
   edges = np.arange(first, last + 2).astype(f'M8[{unit}]')
   seconds = edges.astype('M8[s]').astype(np.int64).tolist()
   bars = [
-    Bar(*span, number, f'{name} of {edge}: {number:,} interactions')
+    Bar(*span, number, f'{name} of {edge}: {counted(number, "interaction")}')
     for span, number, edge in zip(
       itertools.pairwise(seconds), numbers.tolist(), edges[:-1], strict=True
     )
@@ -233,7 +236,7 @@ def rating_plot(ratings: np.ndarray, caption: str) -> dict[str, Any]:
     names = [f'{left:,g} to {right:,g}' for left, right in edges]
     ticks = round_ticks(borders[0], borders[-1], 5, least_step=0)
   bars = [
-    Bar(left, right, number, f'{name}: {number:,} interactions')
+    Bar(left, right, number, f'{name}: {counted(number, "interaction")}')
     for (left, right), number, name in zip(edges, numbers.tolist(), names, strict=True)
   ]
   return plot(
@@ -242,9 +245,12 @@ def rating_plot(ratings: np.ndarray, caption: str) -> dict[str, Any]:
 
 
 def _log_ticks(high: float) -> Ticks:
-  """Returns the powers of ten up to an exponent."""
+  """Returns powers of ten up to an exponent, on short axes also 2 and 5 times these."""
   exponents = range(int(high) + 1)
-  return [(k, f'{10**k:,}') for k in exponents][:: 1 + len(exponents) // 6]
+  if len(exponents) > 2:
+    return [(k, f'{10**k:,}') for k in exponents][:: 1 + len(exponents) // 6]
+  values = [factor * 10**k for k in exponents for factor in (1, 2, 5)]
+  return [(float(np.log10(x)), f'{x:,}') for x in values if np.log10(x) <= high]
 
 
 def _time_ticks(first: int, last: int) -> Ticks:
@@ -291,7 +297,8 @@ def sample_cards(
     chosen = sorted(candidates, key=lambda i: pictures[i] is None)[:_CARDS]
     if chosen:
       most, least = int(counts[chosen].max()), int(counts[chosen].min())
-      span = _times(least) if most == least else f'{most:,} to {_times(least)}'
+      span = counted(least, 'interaction')
+      span = span if most == least else f'{most:,} to {span}'
       cards = [_card(items[i], int(counts[i]), pictures[i]) for i in chosen]
       groups.append({'name': name, 'span': span, 'cards': cards})
   return groups
@@ -308,14 +315,10 @@ def _card(item: dict[str, Any], count: int, path: Path | None) -> dict[str, Any]
     or f'Item {item["original_id"][:_TITLE_LENGTH]}',
     'genres': ' · '.join(_excerpt(genre, _TITLE_LENGTH) for genre in item['genres'][:_MAX_GENRES]),
     'text': _excerpt(item['description'], _TEXT_LENGTH),
-    'count': _times(count),
+    'count': counted(count, 'interaction'),
     'picture': picture,
     'absence': absence,
   }
-
-
-def _times(count: int) -> str:
-  return f'{count:,} interaction{"s" * (count != 1)}'
 
 
 def _excerpt(text: str, length: int) -> str:

@@ -25,11 +25,12 @@ from data_prep.images.tmdb import Tmdb
 from data_prep.images.web import UNANSWERED, NoPicture, Settings, Web, httpx
 from data_prep.prepared import pictures
 from ur4rec_jax import files
+from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import read_info, read_items
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error, say
 
 SOURCES = ('urls', 'tmdb')
-_OUTCOMES = (pictures.FETCHED, pictures.MISSING, pictures.REJECTED, UNANSWERED)
+_OUTCOMES = (item_pictures.FETCHED, item_pictures.MISSING, item_pictures.REJECTED, UNANSWERED)
 # Finds the URL of an item's picture; may add to the item's record in the manifest.
 _Locate = Callable[[Web, dict[str, Any], dict[str, Any]], Awaitable[str]]
 
@@ -58,10 +59,10 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
   names = pictures.file_names(ids)
   locate, can_ask = _source(data_dir, items, size, settings)
   with files.disk_errors(data_dir), _manifest(data_dir) as note:
-    found = pictures.find(data_dir)
+    found = item_pictures.find(data_dir)
     last = {
       record['item']: record
-      for record in pictures.read_manifest(data_dir)
+      for record in item_pictures.read_manifest(data_dir)
       if record.get('source') == settings.source
     }
     todo = [
@@ -85,7 +86,7 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
         asyncio.run(_fetch_all(iter(todo), settings, locate, store, keep))
       except ExceptionGroup as errors:  # Every worker raises the same error.
         raise errors.exceptions[0] from None
-    found = pictures.find(data_dir)
+    found = item_pictures.find(data_dir)
     for record in _update_placeholders(
       data_dir, items, found, size if settings.placeholders else None
     ):
@@ -95,7 +96,7 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
     'items': len(items),
     **counts,
     'asked': len(now),
-    'fetched': done[pictures.FETCHED],
+    'fetched': done[item_pictures.FETCHED],
     'unanswered_now': done[UNANSWERED],
     'reasons': reasons,
   }
@@ -125,14 +126,14 @@ async def _own_url(web: Web, item: dict[str, Any], record: dict[str, Any]) -> st
 
 def _is_open(record: dict[str, Any] | None, settings: Settings) -> bool:
   """Whether to request the picture of an item that has none; final outcomes are not repeated."""
-  final = (pictures.MISSING, pictures.REJECTED)
+  final = (item_pictures.MISSING, item_pictures.REJECTED)
   return record is None or record['status'] not in final or settings.retry_failed
 
 
 @contextlib.contextmanager
 def _manifest(data_dir: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
   """Gives a function that appends to the manifest, to one process at a time."""
-  path = data_dir / pictures.MANIFEST
+  path = data_dir / item_pictures.MANIFEST
   path.parent.mkdir(exist_ok=True)
   taken = f'{data_dir}: another process is fetching pictures for it; wait until it ends, or stop it'
   lock = path.parent.with_name(f'{path.parent.name}.lock')
@@ -201,7 +202,7 @@ def _update_placeholders(
   Yields:
     The manifest's record of each new card.
   """
-  folder = data_dir / pictures.FOLDER / 'placeholders'
+  folder = data_dir / item_pictures.FOLDER / 'placeholders'
   if image_size is not None:
     folder.mkdir(exist_ok=True)
   names = pictures.file_names([item['original_id'] for item in items])
@@ -219,7 +220,7 @@ def _outcomes(
   ids: list[str], found: list[Path | None], records: dict[str, dict[str, Any]]
 ) -> tuple[dict[str, int], dict[str, str]]:
   """Counts the items by outcome; also returns the first reason of each outcome."""
-  fields = ('pictures', pictures.MISSING, pictures.REJECTED, UNANSWERED, 'not_asked')
+  fields = ('pictures', item_pictures.MISSING, item_pictures.REJECTED, UNANSWERED, 'not_asked')
   counts = dict.fromkeys(fields, 0)
   reasons: dict[str, str] = {}
   for name, path in zip(ids, found, strict=True):
@@ -240,8 +241,8 @@ def summary(counts: dict[str, Any], data_dir: str | Path) -> str:
     ('fetched', f'{counts["fetched"]:,} now'),
   ]
   ways_out = {
-    pictures.MISSING: '--retry_failed asks again',
-    pictures.REJECTED: '--retry_failed asks again',
+    item_pictures.MISSING: '--retry_failed asks again',
+    item_pictures.REJECTED: '--retry_failed asks again',
     UNANSWERED: 'the same command asks again',
   }
   for outcome, way_out in ways_out.items():
@@ -251,7 +252,7 @@ def summary(counts: dict[str, Any], data_dir: str | Path) -> str:
     rows.append((outcome, text))
   rows += [
     ('not asked', f'{counts["not_asked"]:,}'),
-    ('manifest', str(Path(data_dir) / pictures.MANIFEST)),
+    ('manifest', str(Path(data_dir) / item_pictures.MANIFEST)),
   ]
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 

@@ -1,16 +1,19 @@
 """Encodes texts, pictures or other data of a prepared dataset into token embeddings.
 
-  python -m data_prep.encode --data_dir=data/shop --modality=text
+  python -m data_prep.encode --data_dir=data/shop
+  python -m data_prep.encode --data_dir=data/shop --modality=text,image --encoder=hashing,color
   python -m data_prep.encode --data_dir=data/shop --modality=image --encoder=facebook/dinov2-small
   python -m data_prep.encode --data_dir=data/shop --modality=audio --import=audio.npz
   python -m data_prep.encode --data_dir=data/shop --modality=attributes --import=items.csv \\
     --columns=brand,categories
 
-The embeddings are written to features/item/MODALITY and features/user/MODALITY of the dataset. If
-the command is stopped, the same command continues its work. See docs/embeddings.md.
+Without --modality the texts and pictures that the items have are encoded. The embeddings are
+written to features/item/MODALITY and features/user/MODALITY of the dataset. If the command is
+stopped, the same command continues its work. See docs/embeddings.md.
 """
 
 import argparse
+import copy
 import os
 import re
 import shutil
@@ -31,6 +34,8 @@ from data_prep.embeddings import (
   text_tokens,
 )
 from data_prep.flags import Parser
+from data_prep.prepared import content
+from data_prep.prepared.content import IMAGE, TEXT
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info, texts_origin
 from ur4rec_jax.data.features import load_features, read_features_info
@@ -38,7 +43,6 @@ from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.encoders import pictures, projection, text
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error, say
 
-TEXT, IMAGE = 'text', 'image'
 _KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}
 _MOST_REASONS = 5
 _MOST_COMPARED = 100_000  # Larger catalogues show neighbours only on request.
@@ -154,7 +158,14 @@ def _mock_texts(data_dir: str | Path, of: str) -> str:
 def summary(
   info: dict[str, Any], seconds: float | None, data_dir: str | Path, neighbours: list[str]
 ) -> str:
-  """Formats a summary for the user."""
+  """Formats a summary for the user.
+
+  Args:
+    info: the content of info.json.
+    seconds: how long it took; None if the features were there already.
+    data_dir: the prepared folder.
+    neighbours: the lines of `nearest`.
+  """
   of, counts, encoder = info['of'], info['counts'], info['encoder']
   place = Path(data_dir) / 'features' / of / info['modality']
   notes = ['built in, for trying things out'] if encoder['is_builtin'] else []
@@ -199,14 +210,17 @@ def summary(
     *((('time', f'{seconds:.1f} s, {info["rows"] / seconds:,.1f} {of}s/s'),) if seconds else ()),
     *(('neighbours', line) for line in neighbours),
   ]
-  if info['of'] == 'item':
-    here = {path.name for path in (Path(data_dir) / 'features' / 'item').iterdir()}
-    variant = 'multimodal' if {TEXT, IMAGE} <= here else 'text'
-    is_alone = TEXT not in here or info['modality'] not in (TEXT, IMAGE)
-    modality = info['modality'] if is_alone else None
-    command = sources.training_command(read_info(data_dir), data_dir, variant, modality)
-    rows.append(('next', command))
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
+
+
+def _next_command(data_dir: str | Path, modality: str) -> str:
+  """Returns the command that trains with the features of items, of which one kind is the latest."""
+  here = {path.name for path in (Path(data_dir) / 'features' / 'item').iterdir()}
+  variant = 'multimodal' if {TEXT, IMAGE} <= here else 'text'
+  is_alone = TEXT not in here or modality not in (TEXT, IMAGE)
+  return sources.training_command(
+    read_info(data_dir), data_dir, variant, modality if is_alone else None
+  )
 
 
 def nearest(data_dir: str | Path, modality: str, wanted: str | None, count: int = 5) -> list[str]:
@@ -257,7 +271,11 @@ def _flags() -> Parser:
   parser = Parser(__doc__)
   add = parser.add_argument
   add('--data_dir', required=True, help='folder of the prepared dataset')
-  add('--modality', required=True, help='text, image, or with --import any name')
+  add(
+    '--modality',
+    help='text, image, or both with a comma between them; with --import any name; without it what'
+    ' the items have',
+  )
   add(
     '--of',
     choices=_KINDS,
@@ -266,7 +284,7 @@ def _flags() -> Parser:
   add(
     '--encoder',
     help='folder or hub name of a model, or a built-in encoder: hashing (texts), color (pictures);'
-    f' without it {text.DEFAULT} or {pictures.DEFAULT}',
+    f' without it {text.DEFAULT} or {pictures.DEFAULT}; one for each modality, with commas between',
   )
   add('--max_tokens', type=int, default=8, help='most sentences of a text that get a token')
   add('--grid', type=int, default=3, help='parts per side of a picture; 0: only the whole picture')
@@ -320,6 +338,35 @@ def _flags() -> Parser:
   return parser
 
 
+def _of_each_modality(flags: argparse.Namespace) -> list[argparse.Namespace]:
+  """Returns the flags of each modality."""
+  if flags.modality is not None:
+    names = [name.strip() for name in flags.modality.split(',')]
+  elif flags.file is not None:
+    raise InputError('--import: needs --modality, a name for the features')
+  else:
+    names = content.modalities(flags.data_dir)
+    if not names:
+      raise InputError(
+        f'--data_dir={flags.data_dir}: its items have no texts and no pictures; build it with an'
+        ' item table, or --import features'
+      )
+  encoders = [flags.encoder] if len(names) == 1 else (flags.encoder or '').split(',')
+  if flags.encoder is None:
+    encoders = [None] * len(names)
+  for flag, count in (('encoder', len(encoders)), ('import', 1)):
+    if count != len(names) and (flag == 'encoder' or flags.file is not None):
+      raise InputError(
+        f'--{flag}: there are {len(names)} modalities ({", ".join(names)}) and {count} for them;'
+        ' give one for each, or encode them one after the other'
+      )
+  found = []
+  for name, encoder in zip(names, encoders, strict=True):
+    found.append(copy.copy(flags))
+    found[-1].modality, found[-1].encoder = name, encoder
+  return found
+
+
 def _check(flags: argparse.Namespace) -> None:
   if not re.fullmatch(r'[a-z0-9][a-z0-9_-]*', flags.modality):
     raise InputError(
@@ -353,23 +400,34 @@ def _check(flags: argparse.Namespace) -> None:
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, encodes and prints the summary."""
-  flags = _flags().parse(argv)
-  _check(flags)
-  of = flags.of or 'item'
-  if not flags.of and flags.file is None and flags.modality == TEXT:
-    of = 'both' if (Path(flags.data_dir) / 'user_texts').is_dir() else 'item'
+  jobs = _of_each_modality(_flags().parse(argv))
+  for flags in jobs:
+    _check(flags)
   try:
-    for kind in _KINDS[of]:
-      start = time.monotonic()
-      info, is_new = encode(flags.data_dir, kind, flags)
-      seconds = time.monotonic() - start if is_new else None
-      is_item = kind == 'item'
-      lines = nearest(flags.data_dir, flags.modality, flags.neighbours or None) if is_item else []
-      say(summary(info, seconds, flags.data_dir, lines))
+    for number, flags in enumerate(jobs):
+      if number:
+        say('')
+      _encode_modality(flags)
   except KeyboardInterrupt:
     raise InterruptedBySignal(
       'stopped; finished work is kept, and the same command continues', signal.SIGINT
     ) from None
+  if jobs[0].of != 'user':
+    say(f'{"next":<14} {_next_command(jobs[-1].data_dir, jobs[-1].modality)}')
+
+
+def _encode_modality(flags: argparse.Namespace) -> None:
+  """Encodes one modality of items, users or both, and prints the summaries."""
+  of = flags.of or 'item'
+  if not flags.of and flags.file is None and flags.modality == TEXT:
+    of = 'both' if (Path(flags.data_dir) / 'user_texts').is_dir() else 'item'
+  for kind in _KINDS[of]:
+    start = time.monotonic()
+    info, is_new = encode(flags.data_dir, kind, flags)
+    seconds = time.monotonic() - start if is_new else None
+    is_item = kind == 'item'
+    lines = nearest(flags.data_dir, flags.modality, flags.neighbours or None) if is_item else []
+    say(summary(info, seconds, flags.data_dir, lines))
 
 
 if __name__ == '__main__':

@@ -11,8 +11,8 @@ import numpy as np
 
 from data_prep import sources
 from data_prep.prepared import prepare
-from data_prep.sources import archives
 from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, check_interactions
+from ur4rec_jax.data.raw import archives
 from ur4rec_jax.errors import InputError
 
 _MOST_SHOWN = 8  # Entries of an option or hash in a message.

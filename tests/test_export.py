@@ -1,5 +1,6 @@
 """The exported folder: the same top-k in a process that has jax and NumPy alone, or a refusal."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.recommenders import make
 from tests.helpers.runs import ROOT
@@ -18,7 +20,7 @@ from ur4rec_jax.inference import exported
 ALONE = """
 import json, sys
 for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'pyarrow', 'pandas', 'tqdm',
-             'tensorflow_datasets', 'torch', 'ur4rec_jax.models', 'data_prep'):
+             'tensorflow_datasets', 'torch', 'PIL', 'ur4rec_jax.models', 'data_prep'):
   sys.modules[name] = None
 from ur4rec_jax import exported
 for line in sys.stdin:
@@ -101,6 +103,49 @@ def test_what_this_process_cannot_run_is_refused(folders, tmp_path, field, value
   (folder / 'manifest.json').write_text(exported.manifest_text(manifest | {field: value}))
   with pytest.raises(InputError, match=message):
     exported.load(folder)
+
+
+def test_pictures_are_small_copies_of_those_of_old_and_new_items(small_shop, tmp_path):
+  recommender = make(small_shop, 'multimodal')[0]
+  count = len(recommender.item_ids)
+  Image.new('RGB', (900, 500), 'teal').save(tmp_path / 'wide.png')
+  (tmp_path / 'goods.csv').write_text(
+    'sku,title,description,image\nn1,New,A warm lamp.,wide.png\nn2,Other,A dark lamp.,\n'
+  )
+  larger, _ = recommender.add_items(tmp_path / 'goods.csv')
+  export(larger, tmp_path / 'model')
+  found = exported.load_thumbnails(tmp_path / 'model')
+  assert len(found) == count + 1
+  colours = []
+  for item in range(count + 1):
+    image = Image.open(io.BytesIO(found.read(item)))
+    image.load()
+    colours.append(np.asarray(image.convert('RGB')).mean((0, 1)))
+    assert (image.format, max(image.size)) == ('JPEG', 200 if item == count else 64)
+  for item, path in enumerate(larger.picture_files()[:-1]):
+    original = np.asarray(Image.open(path).convert('RGB')).mean((0, 1))
+    np.testing.assert_allclose(colours[item], original, atol=3)
+  assert found.read(count + 1) is None
+  assert found.version(count + 1) == ''
+
+  packed = tmp_path / 'model/pictures.bin'
+  content = bytearray(packed.read_bytes())
+  content[-1] ^= 1
+  packed.write_bytes(content)
+  changed = exported.load_thumbnails(tmp_path / 'model')
+  assert changed.read(count) is None
+  assert changed.read(0) == found.read(0)
+  packed.write_bytes(content[:-1])
+  with pytest.raises(InputError, match=r'pictures\.bin: has changed since it was written'):
+    exported.load_thumbnails(tmp_path / 'model')
+  packed.unlink()
+  with pytest.raises(InputError, match=r'pictures\.bin: cannot be read'):
+    exported.load_thumbnails(tmp_path / 'model')
+  assert exported.load(tmp_path / 'model').item_ids == larger.item_ids
+
+  export(larger, tmp_path / 'plain', with_pictures=False)
+  assert exported.load_thumbnails(tmp_path / 'plain') is None
+  assert not list((tmp_path / 'plain').glob('pictures*'))
 
 
 def test_bfloat16_and_new_items_are_kept_and_nothing_is_overwritten(shop, tmp_path):

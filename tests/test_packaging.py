@@ -156,6 +156,7 @@ def test_a_wheel_runs_every_command(wheel, environment_with_libraries, empty_fol
     'encode': (data, '--modality=text', '--encoder=hashing'),
     'train': run,
     'evaluate': run,
+    'compare': ('runs/shop',),
     'recommend': ('--workdir=runs/shop', '--user=u001'),
     'export': ('--workdir=runs/shop', '--out=model'),
     'serve': ('--help',),

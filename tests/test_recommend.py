@@ -102,9 +102,9 @@ def test_customers_of_a_table_are_recommended_new_goods(call, with_content, enco
   flags = (f'--workdir={with_content}', f'--add_items={table}')
   done = call('recommend', *flags, f'--histories={orders}', f'--out={out}', '--k=60')
   assert (done.returncode, 'Traceback' in done.stderr) == (0, False), done.stderr
-  assert 'added 1 items; 0 were already known' in done.stderr
+  assert 'added 1 item; already known: 0' in done.stderr
   assert '3 customers: 2 not in the training data, 1 of the training data' in done.stderr
-  assert '1 users got no recommendations; the first, bob: history: none' in done.stderr
+  assert 'no recommendations for 1 user; the first, bob: history: none' in done.stderr
   found = pq.read_table(out).to_pandas()
   assert set(found['user']) == {'ann', 'u001'}
   assert set(found[found.user == 'ann']['item']) == {'fresh', *ids} - {ids[1], ids[3]}
@@ -114,7 +114,7 @@ def test_customers_of_a_table_are_recommended_new_goods(call, with_content, enco
   expected = [row['item'] for row in json.loads(one.stdout)['recommendations']]
   assert found[found.user == 'ann']['item'].tolist()[:5] == expected
   done = call('export', *flags, f'--out={tmp_path}/model')
-  assert (done.returncode, 'added 1 items' in done.stderr) == (0, True), done.stderr
+  assert (done.returncode, 'added 1 item;' in done.stderr) == (0, True), done.stderr
   recommender = exported.load(tmp_path / 'model')
   assert recommender.top([[ids[1], ids[3]]], 5).items[0] == expected
   assert recommender.titles[-1] == 'The Quiet Comet'
@@ -125,7 +125,7 @@ def test_filters_come_by_flag_or_file(call, finished, data_dir, tmp_path):
   (tmp_path / 'only.txt').write_text('\n'.join([*ids[:4], 'nothing']))
   flags = (f'--workdir={finished}', f'--history={ids[0]},nothing', '--json')
   done = call('recommend', *flags, f'--only={tmp_path}/only.txt', f'--without={ids[3]}')
-  assert 'ignored 1 items that are not in the catalogue: nothing' in done.stderr
+  assert 'ignored 1 item not in the catalogue: nothing' in done.stderr
   found = json.loads(done.stdout)
   assert {row['item'] for row in found['recommendations']} == {ids[1], ids[2]}
   assert found['unknown'] == ['nothing']

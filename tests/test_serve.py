@@ -1,6 +1,7 @@
 """The service as a process on a free port: answers, limits, overload, stop, and its page."""
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from ur4rec_jax.inference.admission import make_host_check
 ALONE = """
 import sys
 for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'pyarrow', 'pandas', 'tqdm',
-             'tensorflow_datasets', 'torch', 'ur4rec_jax.models', 'data_prep'):
+             'tensorflow_datasets', 'torch', 'PIL', 'ur4rec_jax.models', 'data_prep'):
   sys.modules[name] = None
 from ur4rec_jax.serve import main
 main()
@@ -139,8 +140,9 @@ def test_requests_at_once_are_answered_as_by_the_trainer_and_nothing_is_compiled
 def test_items_users_and_histories_are_found(recommender, address):
   fetch = lambda path: json.loads(get(f'{address}/{path}')[2])
   item, title = recommender.item_ids[7], recommender.titles[7]
-  assert {'item': item, 'title': title} in fetch(f'items?search={title[:9].upper().split()[0]}')
-  assert {'item': item, 'title': title} in fetch(f'items?search={item}')
+  named = lambda path: [(found['item'], found['title']) for found in fetch(path)]
+  assert (item, title) in named(f'items?search={title[:9].upper().split()[0]}')
+  assert (item, title) in named(f'items?search={item}')
   assert [found['item'] for found in fetch('items')] == recommender.item_ids[:20]
   assert fetch('items?search=nothing%20has%20this') == []
   users = list(recommender.users)
@@ -377,6 +379,67 @@ def test_an_export_without_users_says_so_and_a_taken_port_is_named(
   assert 'cannot be opened' in line
 
 
+# Ids that could lead elsewhere, or that an address cannot hold as they are.
+ODD_IDS = [
+  'a/b',
+  '../../manifest.json',
+  '/etc/passwd',
+  'ü 50% ?#&',
+  'a%2Fb',
+  '...',
+  '\'"<img>',
+  'x\\y',
+]
+
+
+@pytest.fixture(scope='module')
+def illustrated(small_shop, tmp_path_factory):
+  """An export with pictures of all items but the last; the first items have odd ids."""
+  folder = tmp_path_factory.mktemp('illustrated') / 'model'
+  recommender = copy.copy(make(small_shop, 'multimodal')[0])
+  files = [*recommender.picture_files()[:-1], None]
+  recommender.picture_files = lambda: files
+  recommender.items = {
+    **recommender.items,
+    'ids': [*ODD_IDS, *recommender.item_ids[len(ODD_IDS) :]],
+  }
+  export(recommender, folder)
+  return folder
+
+
+def test_pictures_are_served_by_the_address_in_the_answers_and_kept(serve, illustrated):
+  def fetch(picture, **headers):
+    url = f'{address}/{picture}'
+    try:
+      with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
+        return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+      return error.code, error.headers, error.read()
+
+  with serve(illustrated, '--batch=1') as (_, address):
+    items = {row['item']: row for row in json.loads(get(f'{address}/items')[2])}
+    assert list(items)[: len(ODD_IDS)] == ODD_IDS
+    assert json.loads(get(f'{address}/health')[2])['pictures'] == len(items) - 1
+    contents = set()
+    for name in list(items)[:-1]:
+      status, headers, content = fetch(items[name]['picture'])
+      assert (status, headers['Content-Type']) == (200, 'image/jpeg')
+      assert headers['Cache-Control'] == 'public, max-age=31536000, immutable'
+      contents.add(content)
+      again = fetch(items[name]['picture'], **{'If-None-Match': headers['ETag']})
+      assert (again[0], again[2]) == (304, b'')
+      # Without the version in the address the picture may change.
+      assert fetch(items[name]['picture'].split('?')[0])[1]['Cache-Control'] == 'no-cache'
+    assert len(contents) == len(items) - 1
+    for row in ask(address, history=[ODD_IDS[0]], k=19)['recommendations']:
+      assert row.get('picture') == items[row['item']].get('picture')
+    last = list(items)[-1]
+    assert 'picture' not in items[last]
+    for path in (last, '', 'nothing', '..%2F..%2Fmanifest.json%00', '%FF', '../manifest.json'):
+      assert fetch(f'pictures/{path}')[0] == 404, path
+    assert fetch('pictures/' + 'x' * 300)[0] == 422
+
+
 def test_overload_is_refused_and_stopping_loses_nothing(folder, environment):
   command = [
     sys.executable,
@@ -402,7 +465,7 @@ def test_the_service_keeps_to_its_openapi(address, tmp_path):
   command += ['--checks=all', '--max-examples=15', '--seed=1', '--generation-database=none']
   done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
-  assert '6 selected' in done.stdout
+  assert '7 selected' in done.stdout
 
 
 @pytest.fixture(scope='module')
@@ -437,6 +500,37 @@ CONTRASTS = """() => {
       return [element.textContent, (Math.max(...two) + .05) / (Math.min(...two) + .05)];
     });
 }"""
+
+
+@pytest.mark.parametrize('width', [390, 1280])
+def test_the_page_shows_pictures_and_letters_where_there_are_none(
+  browser, serve, illustrated, tmp_path, width
+):
+  damaged = shutil.copytree(illustrated, tmp_path / 'model')
+  packed = bytearray((damaged / 'pictures.bin').read_bytes())
+  packed[100] ^= 1  # Of the first item.
+  (damaged / 'pictures.bin').write_bytes(packed)
+  with serve(damaged, '--batch=1') as (_, address):
+    page = browser.new_page(viewport={'width': width, 'height': 844})
+    page.goto(address)
+    names = json.loads(get(f'{address}/items')[2])
+    first, second, last = names[0], names[1], names[-1]
+    for item in (first, second, last):
+      page.get_by_label('Add a title').fill(item['item'])
+      page.get_by_role('option', name=item['title']).first.click()
+    # The newest one is above: it has no picture, and the picture of the oldest is damaged.
+    page.wait_for_function(
+      """() => [...document.querySelectorAll('#history .poster')].map(x => x.tagName).join()
+      === 'DIV,IMG,DIV' && document.querySelector('#history img').naturalWidth"""
+    )
+    shown = page.locator('#history img')
+    assert shown.get_attribute('alt') == second['title']
+    assert shown.get_attribute('loading') == 'lazy'
+    page.wait_for_function(
+      """() => [...document.querySelectorAll('#found img')].some(x => x.naturalWidth)"""
+    )
+    assert page.evaluate('document.documentElement.scrollWidth') == width
+    page.close()
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])

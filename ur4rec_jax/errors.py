@@ -110,6 +110,11 @@ def printable(text: str) -> str:
   return _CONTROLS.sub(lambda match: match[0].encode('unicode_escape').decode(), text)
 
 
+def counted(number: int, noun: str) -> str:
+  """Formats a number of things, such as `1 user` and `1,200 users`."""
+  return f'{number:,} {noun}{"s" * (number != 1)}'
+
+
 def say(message: str, file: TextIO | None = None) -> None:
   """Prints a message at once, with control characters made visible; on stdout by default."""
   print(printable(message), file=file or sys.stdout, flush=True)

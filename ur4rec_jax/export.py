@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import pathlib
+import shlex
 import sys
 from typing import Any
 
@@ -18,9 +19,9 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error
+from ur4rec_jax.errors import InputError, StorageError, counted, exit_on_reported_error
 from ur4rec_jax.files import clean_up, expand_home, new_folder, write_file
-from ur4rec_jax.inference import exported, stored_format
+from ur4rec_jax.inference import exported, stored_format, thumbnails
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
@@ -28,7 +29,10 @@ PLATFORMS = ('cpu', 'cuda')
 
 
 def export(
-  recommender: TrainedRecommender, out: str | pathlib.Path, with_users: bool = False
+  recommender: TrainedRecommender,
+  out: str | pathlib.Path,
+  with_users: bool = False,
+  with_pictures: bool = True,
 ) -> dict[str, Any]:
   """Writes the folder. After an error nothing is left of it.
 
@@ -37,6 +41,7 @@ def export(
     out: the folder to write, which must not exist.
     with_users: whether to add the users of the data with their histories, so that requests can
       give a user's id.
+    with_pictures: whether to add small copies of the items' pictures, which the page shows.
 
   Returns:
     The manifest.
@@ -61,19 +66,22 @@ def export(
   }
   if with_users:
     contents[exported.USERS] = _pack(_users(recommender), dtypes)
-  manifest = {
-    'format_version': exported.FORMAT_VERSION,
-    'jax': jax.__version__,
-    'platforms': list(PLATFORMS),
-    'files': {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()},
-    'dtypes': dtypes,
-    'settings': recommender.settings.to_manifest(),
-  }
-  manifest = json.loads(json.dumps(manifest))  # Tuples become lists, as when the file is read.
-  contents[exported.MANIFEST] = exported.manifest_text(manifest).encode()
+  pictures = recommender.picture_files() if with_pictures else []
   try:
     clean_up(out)
     with new_folder(out) as draft:
+      if any(pictures):
+        contents[exported.PICTURES] = _pack(thumbnails.pack(pictures, draft), dtypes)
+      manifest = {
+        'format_version': exported.FORMAT_VERSION,
+        'jax': jax.__version__,
+        'platforms': list(PLATFORMS),
+        'files': {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()},
+        'dtypes': dtypes,
+        'settings': recommender.settings.to_manifest(),
+      }
+      manifest = json.loads(json.dumps(manifest))  # Tuples become lists, as when it is read.
+      contents[exported.MANIFEST] = exported.manifest_text(manifest).encode()
       for name, content in contents.items():
         write_file(draft / name, content)
   except OSError as error:
@@ -143,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
   add('--add_items', help=ADD_ITEMS)
   add('--pictures', help=PICTURES)
   add('--users', action='store_true', help='add the users of the data and their histories')
+  add('--without_pictures', action='store_true', help="leave the items' pictures out")
   add('--approximate', action='store_true', help='search large catalogues approximately')
   flags = parser.parse_args(expand_home(argv))
   if flags.pictures is not None and flags.add_items is None:
@@ -152,13 +161,18 @@ def main(argv: list[str] | None = None) -> None:
     before = len(recommender.item_ids)
     recommender, known = recommender.add_items(flags.add_items, flags.pictures)
     added = len(recommender.item_ids) - before
-    print(f'added {added} items; {len(known)} were already known', file=sys.stderr)
-  manifest = export(recommender, flags.out, flags.users)
-  size = sum(path.stat().st_size for path in pathlib.Path(flags.out).iterdir())
+    print(f'added {counted(added, "item")}; already known: {len(known):,}', file=sys.stderr)
+  manifest = export(recommender, flags.out, flags.users, not flags.without_pictures)
+  out = pathlib.Path(flags.out)
+  size = sum(path.stat().st_size for path in out.iterdir())
   print(
-    f'{flags.out}: {len(recommender.item_ids):,} items, {size / 1e6:,.1f} MB, for'
+    f'{flags.out}: {counted(len(recommender.item_ids), "item")}, {size / 1e6:,.1f} MB, for'
     f' {" and ".join(manifest["platforms"])}, jax {manifest["jax"]} or newer'
   )
+  if pictures := exported.load_thumbnails(out):
+    packed = (out / thumbnails.PACKED).stat().st_size
+    print(f'pictures of {counted(len(pictures), "item")} take {packed / 1e6:,.1f} MB of it')
+  print(f'next: python -m ur4rec_jax.serve --export={shlex.quote(flags.out)}')
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ur4rec_jax.data.dataset import read_dropped_users
 from ur4rec_jax.data.original_ids import read_ids
-from ur4rec_jax.errors import InputError, StorageError, exit_on_reported_error, say
+from ur4rec_jax.errors import InputError, StorageError, counted, exit_on_reported_error, say
 from ur4rec_jax.files import expand_home, write_file
 from ur4rec_jax.inference import frames, tables
 from ur4rec_jax.inference.explanations import explain
@@ -38,7 +38,6 @@ from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
 _TYPES = {'user': pa.string(), 'rank': pa.int64(), 'item': pa.string(), 'title': pa.string()}
-_ROW_FILTERS = ('where', 'event_weights', 'clean_ids')  # Options of the build.
 _CHUNK = 4096  # Users whose recommendations are in memory at once.
 
 
@@ -124,14 +123,14 @@ def customers_of(path: str, recommender: TrainedRecommender) -> tuple[Group, str
       counts['not in the training data'] += 1
   rows = np.array([users.get(name, -1) for name in found.names])
   parts = ', '.join(f'{count:,} {what}' for what, count in counts.items())
-  summary = f'{path}: {len(found.names):,} customers: {parts}'
+  lines = [f'{path}: {counted(len(found.names), "customer")}: {parts}', *found.notes]
   if found.incomplete:
-    summary += f'; {found.incomplete:,} rows without a customer or an item were left out'
-  if ignored := [f'--{name}' for name in _ROW_FILTERS if options.get(name) is not None]:
-    summary += (
-      f'\nwarning: the build left rows out by {" and ".join(ignored)}; all '
-      'rows of this table count, so leave the same rows out before you pass it'
-    )
+    lines[0] += f'; left out {counted(found.incomplete, "row")} without a customer or an item'
+  for flag, count in found.dropped.items():
+    lost = len(found.dropped_users.get(flag, ()))
+    also = f', and with them {counted(lost, "customer")}' if lost else ''
+    lines.append(f'--{flag}={options[flag]} of the build leaves out {counted(count, "row")}{also}')
+  summary = '\n'.join(lines)
   return Group(found.names, found.history, rows, notes), summary
 
 
@@ -175,7 +174,7 @@ def to_file(
           refused.append((name, problem))
         ignored = ''
         if unknown and not problem:
-          ignored = f'{len(unknown)} items that are not in the catalogue were ignored'
+          ignored = f'ignored {counted(len(unknown), "item")} not in the catalogue'
         if note := '; '.join(filter(None, (group.notes.get(name), problem, ignored))):
           notes.append((name, count, note))
     bar.close()
@@ -303,7 +302,9 @@ def main(argv: list[str] | None = None) -> None:
   if flags.add_items:
     before = len(recommender.item_ids)
     recommender, known = recommender.add_items(flags.add_items, flags.pictures)
-    note(f'added {len(recommender.item_ids) - before} items; {len(known)} were already known')
+    note(
+      f'added {counted(len(recommender.item_ids) - before, "item")}; already known: {len(known):,}'
+    )
   if flags.out is not None:
     if flags.all_users:
       group = all_users(recommender)
@@ -311,16 +312,17 @@ def main(argv: list[str] | None = None) -> None:
       group, summary = customers_of(flags.histories, recommender)
       note(summary)
     rows, refused = to_file(recommender, group, flags)
-    note(f'{flags.out}: {rows:,} rows, {len(group.names) - len(refused):,} users')
+    note(f'{flags.out}: {counted(rows, "row")}, {counted(len(group.names) - len(refused), "user")}')
     if refused:
-      note('{:,} users got no recommendations; the first, {}: {}'.format(len(refused), *refused[0]))
+      name, problem = refused[0]
+      note(f'no recommendations for {counted(len(refused), "user")}; the first, {name}: {problem}')
     if (notes := notes_path(pathlib.Path(flags.out))).exists():
       note(f'{notes}: names the users about whom there is something to say')
     return
   found = to_one(recommender, flags)
   if found['unknown']:
     names = ', '.join(found['unknown'][:5]) + ', ...' * (len(found['unknown']) > 5)
-    note(f'ignored {len(found["unknown"])} items that are not in the catalogue: {names}')
+    note(f'ignored {counted(len(found["unknown"]), "item")} not in the catalogue: {names}')
   if found['history']['read'] < found['history']['items']:
     note('the model reads the latest {read:,} of {items:,} items'.format(**found['history']))
   say(json.dumps(found) if flags.json else as_text(found, recommender.share_names))

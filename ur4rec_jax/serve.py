@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
   batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
   is_allowed = make_host_check(flags.host, allowed)
-  app = AdmissionControl(make_app(recommender, batcher), flags.queue, is_allowed)
+  thumbnails = exported.load_thumbnails(flags.export)
+  app = AdmissionControl(make_app(recommender, batcher, thumbnails), flags.queue, is_allowed)
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: event.endswith('backend_compile_duration') and COMPILED.inc()
   )

@@ -37,15 +37,9 @@ from PIL import Image
 from data_prep import build_dataset
 from data_prep.embeddings import imported_tokens
 from data_prep.prepared import pictures
-from data_prep.sources import (
-  amazon,
-  amazon_reviews,
-  archives,
-  interactions,
-  items,
-  raw_files,
-  spreadsheets,
-)
+from data_prep.sources import amazon, amazon_reviews, raw_files, spreadsheets
+from ur4rec_jax.data.raw import archives, interactions, items
+from ur4rec_jax.data.raw.texts import utf8_lines
 from ur4rec_jax.errors import InputError, ReportedError
 
 _SECONDS = 10
@@ -202,7 +196,7 @@ def kinds(scratch: Path) -> dict[str, Kind]:
     archives.unpack(path, ('ratings.dat', 'movies.dat', 'image/*'), folder)
 
   def catalogue(path: Path, folder: Path) -> None:
-    records = ((number, amazon._parse(text)) for number, text in raw_files.utf8_lines(path))
+    records = ((number, amazon._parse(text)) for number, text in utf8_lines(path))
     amazon.catalogue(path, records, 'asin', amazon._item)
 
   def features(path: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.embeddings.feature_files import Row, Source
 from data_prep.embeddings.imported_tokens import original_ids
-from data_prep.sources import items
+from ur4rec_jax.data.raw import items
 from ur4rec_jax.errors import InputError
 
 NAME_WIDTH = 96  # Random sign vectors of this width are almost orthogonal.

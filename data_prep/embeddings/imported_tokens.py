@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.embeddings.feature_files import Row, Source
-from data_prep.sources import archives, raw_files
+from data_prep.sources import raw_files
 from ur4rec_jax.data.dataset import iterate_items, read_info, read_interactions
+from ur4rec_jax.data.raw import archives
 from ur4rec_jax.encoders import pretrained
 from ur4rec_jax.errors import InputError
 

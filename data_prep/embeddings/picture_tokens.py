@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.embeddings.feature_files import Row, Source
-from data_prep.prepared import pictures
+from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.encoders import pretrained
 from ur4rec_jax.encoders.pictures import Encoder
@@ -34,7 +34,7 @@ def source(data_dir: str | Path, encoder: Encoder, processes: int = 0) -> Source
     InputError: the folder is no prepared dataset, or no item has a picture.
   """
   info = read_info(data_dir)
-  found = pictures.find(data_dir)
+  found = item_pictures.find(data_dir)
   if not any(found):
     raise InputError(
       f'data_dir {data_dir}: no item has a picture; fetch them: python -m data_prep.download_images'
@@ -56,10 +56,10 @@ def source(data_dir: str | Path, encoder: Encoder, processes: int = 0) -> Source
 
 
 def _rows(data_dir: Path, found: list[Path | None]) -> Iterator[Row]:
-  records = pictures.read_manifest(data_dir)
+  records = item_pictures.read_manifest(data_dir)
   last = {record['item']: record for record in records}
   fetched = {
-    r['item']: r.get('stored_sha256', '') for r in records if r['status'] == pictures.FETCHED
+    r['item']: r.get('stored_sha256', '') for r in records if r['status'] == item_pictures.FETCHED
   }
   for item, path in zip(iterate_items(data_dir), found, strict=True):
     name = item['original_id']

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.images.web import NoPicture, Web
-from data_prep.prepared import pictures
-from data_prep.sources import items as item_tables
-from data_prep.sources import tables
+from ur4rec_jax.data import item_pictures
+from ur4rec_jax.data.raw import items as item_tables
+from ur4rec_jax.data.raw import tables
 from ur4rec_jax.errors import InputError
 
 KEY = 'TMDB_API_KEY'
@@ -55,17 +55,17 @@ class Tmdb:
     try:
       movie = await self._movie(web, item)
       if movie is None:
-        raise NoPicture(pictures.MISSING, 'TMDB knows no such movie with a poster')
+        raise NoPicture(item_pictures.MISSING, 'TMDB knows no such movie with a poster')
       record['match'] = f'{movie["title"]} ({_year(movie)}), TMDB {movie["id"]}'
       poster = movie['poster_path']
       if poster is None:
-        raise NoPicture(pictures.MISSING, 'TMDB has no poster of it')
+        raise NoPicture(item_pictures.MISSING, 'TMDB has no poster of it')
       if not re.fullmatch(r'/[\w.-]+', poster, re.ASCII):
         raise ValueError(poster)
     except InputError:  # A wrong key, which is a ValueError too.
       raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-      raise NoPicture(pictures.REJECTED, 'the answer of TMDB has an unknown form') from error
+      raise NoPicture(item_pictures.REJECTED, 'the answer of TMDB has an unknown form') from error
     return self._posters + poster
 
   async def _movie(self, web: Web, item: dict[str, Any]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from data_prep.images import addresses
 from data_prep.prepared import pictures
 from data_prep.retry_after import seconds_to_wait
+from ur4rec_jax.data import item_pictures
 
 try:
   import httpx
@@ -155,7 +156,7 @@ class Web:
       try:
         return await self._request(url, kind, headers)
       except addresses.Refused as error:
-        raise NoPicture(pictures.REJECTED, str(error)) from None
+        raise NoPicture(item_pictures.REJECTED, str(error)) from None
       except _TryAgain as error:
         reason, wait = str(error), error.wait
       except httpx.TransportError as error:
@@ -175,8 +176,8 @@ class Web:
         reason = f'redirected to another host, {target.host}'
         if await self._is_allowed(target.host):
           reason = f'redirected to another host; --redirect_hosts={target.host} would allow it'
-        raise NoPicture(pictures.REJECTED, reason)
-    raise NoPicture(pictures.REJECTED, f'redirected more than {_MAX_REDIRECTS} times')
+        raise NoPicture(item_pictures.REJECTED, reason)
+    raise NoPicture(item_pictures.REJECTED, f'redirected more than {_MAX_REDIRECTS} times')
 
   async def _may_follow(self, url: 'httpx.URL', target: 'httpx.URL') -> bool:
     """Whether to follow a redirect: the target may be a machine inside the user's own network."""
@@ -212,9 +213,9 @@ def _url(address: str, base: str = '') -> 'httpx.URL':
     url = httpx.URL(urllib.parse.urljoin(base, address))
     url.host.encode('idna')  # Looking up the address does this too, but outside of our handlers.
   except (httpx.InvalidURL, ValueError) as error:
-    raise NoPicture(pictures.REJECTED, f'no usable URL ({error})') from error
+    raise NoPicture(item_pictures.REJECTED, f'no usable URL ({error})') from error
   if url.scheme not in ('http', 'https') or not url.host or (url.port or 0) > 65535:
-    raise NoPicture(pictures.REJECTED, f'no usable URL: {address[:200]!r}')
+    raise NoPicture(item_pictures.REJECTED, f'no usable URL: {address[:200]!r}')
   return url
 
 
@@ -225,21 +226,23 @@ async def _content(response: 'httpx.Response', kind: str) -> bytes:
     wait = seconds_to_wait(headers.get('retry-after', ''), _LONGEST_WAIT) or 0.0
     raise _TryAgain(f'the server answers {code}', wait)
   if code != 200:
-    status = pictures.MISSING if code >= 400 else pictures.REJECTED
+    status = item_pictures.MISSING if code >= 400 else item_pictures.REJECTED
     raise NoPicture(status, f'the server answers {code}', code)
   content_type = headers.get('content-type', 'none')
   if not content_type.lower().startswith(kind):
-    raise NoPicture(pictures.REJECTED, f'content type {content_type[:80]}, not {kind}')
+    raise NoPicture(item_pictures.REJECTED, f'content type {content_type[:80]}, not {kind}')
   encoding = headers.get('content-encoding', 'identity')
   if encoding != 'identity':
-    raise NoPicture(pictures.REJECTED, f'content encoding {encoding[:80]}, which was not asked for')
+    raise NoPicture(
+      item_pictures.REJECTED, f'content encoding {encoding[:80]}, which was not asked for'
+    )
   limit = f'more than {pictures.MAX_BYTES:,} bytes'
   declared = headers.get('content-length', '')
   if declared.isdecimal() and int(declared) > pictures.MAX_BYTES:
-    raise NoPicture(pictures.REJECTED, f'{limit}: {int(declared):,} declared')
+    raise NoPicture(item_pictures.REJECTED, f'{limit}: {int(declared):,} declared')
   content = bytearray()
   async for part in response.aiter_raw():
     content += part
     if len(content) > pictures.MAX_BYTES:
-      raise NoPicture(pictures.REJECTED, limit)
+      raise NoPicture(item_pictures.REJECTED, limit)
   return bytes(content)

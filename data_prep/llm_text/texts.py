@@ -11,7 +11,6 @@ import tensorflow_datasets as tfds
 
 from data_prep.prepared import tfds_writer
 from data_prep.sources import raw_files
-from data_prep.sources.items import json_lines
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import (
   VERSION,
@@ -20,6 +19,7 @@ from ur4rec_jax.data.dataset import (
   read_info,
   read_interactions,
 )
+from ur4rec_jax.data.raw.items import json_lines
 from ur4rec_jax.encoders import sentences
 from ur4rec_jax.encoders.sentences import known_text
 from ur4rec_jax.errors import InputError

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as arrow_json
 
-from data_prep.prepared.prepare import Item, Place, Raw
-from data_prep.sources import archives, interactions, items, raw_files, tables
+from ur4rec_jax.data.raw import archives, interactions, items, tables
+from ur4rec_jax.data.raw.records import Item, Place, Raw
+from ur4rec_jax.data.raw.texts import shown, utf8_lines
 from ur4rec_jax.errors import InputError
 
 # Either layout: as downloaded, or the pair.
@@ -33,7 +34,7 @@ def read(reviews: Path, metadata: Path) -> Raw:
   columns = _read_reviews(reviews)
   users, asins = (columns[name].combine_chunks() for name in ('reviewerID', 'asin'))
   # Lines are Python dict literals, JSON in later releases.
-  records = ((number, _parse(text)) for number, text in raw_files.utf8_lines(metadata))
+  records = ((number, _parse(text)) for number, text in utf8_lines(metadata))
   table, notes = catalogue(metadata, records, 'asin', _item)
   known = pa.array(list(table))
   if missing := pc.sum(pc.invert(pc.is_in(pc.unique(asins), known))).as_py():
@@ -78,7 +79,7 @@ def _read_reviews(path: Path) -> pa.Table:
         ),
       )
   except pa.ArrowInvalid as error:
-    check_reviews(path, raw_files.utf8_lines(path), _FIELDS)
+    check_reviews(path, utf8_lines(path), _FIELDS)
     raise InputError(f'{path}: cannot be read ({error}); download it again') from error
   except OSError as error:
     raise InputError(
@@ -112,11 +113,10 @@ def check_reviews(
     except (ValueError, RecursionError) as error:
       text = line.decode(errors='replace').strip() if isinstance(line, bytes) else line
       raise InputError(
-        f'{where}: is no JSON: {raw_files.shown(text)}; download the file again, or correct the'
-        ' line'
+        f'{where}: is no JSON: {shown(text)}; download the file again, or correct the line'
       ) from error
     if not isinstance(review, dict):
-      raise InputError(f'{where}: is no JSON object: {raw_files.shown(str(review))}; correct it')
+      raise InputError(f'{where}: is no JSON object: {shown(str(review))}; correct it')
     for name, kind in fields.items():
       value = review.get(name)
       wanted = (
@@ -129,7 +129,7 @@ def check_reviews(
 
 def line(path: Path, row: int) -> int:
   """Returns the line number of a row (from 0) of JSON lines."""
-  for index, (number, _) in enumerate(raw_files.utf8_lines(path)):
+  for index, (number, _) in enumerate(utf8_lines(path)):
     if index == row:
       return number
   raise IndexError(row)

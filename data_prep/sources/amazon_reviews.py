@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import json as arrow_json
 
-from data_prep.prepared.prepare import Item, Place, Raw
-from data_prep.sources import amazon, archives, interactions, items, tables
-from data_prep.sources import columns as arrow_columns
+from data_prep.sources import amazon
+from ur4rec_jax.data.raw import archives, interactions, items, tables
+from ur4rec_jax.data.raw import columns as arrow_columns
+from ur4rec_jax.data.raw.records import Item, Place, Raw
 from ur4rec_jax.errors import InputError
 
 FILES = (('*.jsonl', 'raw_review_*/*.parquet'), ('meta_*.jsonl', 'raw_meta_*/*.parquet'))

@@ -9,7 +9,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, download_manager
 
-from data_prep.sources import archives, raw_files
+from data_prep.sources import raw_files
+from ur4rec_jax.data.raw import archives
 from ur4rec_jax.errors import InputError
 
 CHECKSUMS = Path(__file__).parent / 'checksums.tsv'

@@ -7,9 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.prepared.prepare import Item, Raw
-from data_prep.sources import items as item_tables
 from data_prep.sources import raw_files, spreadsheets
+from ur4rec_jax.data.raw import items as item_tables
+from ur4rec_jax.data.raw.records import Item, Raw
+from ur4rec_jax.data.raw.texts import shown
 from ur4rec_jax.errors import InputError
 
 
@@ -22,14 +23,13 @@ def read_movielens_100k(data: Path, items: Path, genres: Path) -> Raw:
     if len(fields) != 5 + len(names):
       raise InputError(
         f"{items}, line {number}: expected {5 + len(names)} columns separated by '|' (id, title,"
-        f' two dates, url, {len(names)} genre flags), found {len(fields)}: {raw_files.shown(line)};'
+        f' two dates, url, {len(names)} genre flags), found {len(fields)}: {shown(line)};'
         ' use u.item and u.genre of one download'
       )
     flags = fields[5:]
     if not set(flags) <= {'0', '1'}:
       raise InputError(
-        f'{items}, line {number}: a genre flag is neither 0 nor 1: {raw_files.shown(line)};'
-        ' correct it'
+        f'{items}, line {number}: a genre flag is neither 0 nor 1: {shown(line)}; correct it'
       )
     marked = tuple(name for name, flag in zip(names, flags, strict=True) if flag == '1')
     _add_item(table, items, number, fields[0], Item(title=fields[1], genres=marked))
@@ -44,7 +44,7 @@ def read_movielens_1m(data: Path, items: Path) -> Raw:
     if len(fields) != 3:
       raise InputError(
         f"{items}, line {number}: expected 3 columns separated by '::' (id, title, genres),"
-        f' found {len(fields)}: {raw_files.shown(line)}; correct the line'
+        f' found {len(fields)}: {shown(line)}; correct the line'
       )
     genres = tuple(name for name in fields[2].split('|') if name)
     _add_item(table, items, number, fields[0], Item(title=fields[1], genres=genres))

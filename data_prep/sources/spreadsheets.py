@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import archives, raw_files, tables
+from data_prep.sources import raw_files
+from ur4rec_jax.data.raw import archives, tables
 from ur4rec_jax.errors import InputError
 
 # Excel's own limit of rows. Numbers of rows and columns beyond these come from damaged files, and

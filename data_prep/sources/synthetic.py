@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.prepared.prepare import Item, Raw
 from data_prep.sources import vocabulary
+from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
 
 NUM_TOPICS = len(vocabulary.TOPICS)

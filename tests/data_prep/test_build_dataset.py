@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -345,6 +346,29 @@ def test_a_full_disk_and_an_unwritable_place(run_build, ml_1m, tmp_path):
   result = run_build(*flags, f'--data_dir={ml_1m}/movies.dat/data')
   assert result.returncode == 2
   assert 'cannot be written (Not a directory)' in result.stderr
+
+
+def test_what_is_next_depends_on_what_the_items_have(tmp_path, capsys):
+  orders = tmp_path / 'orders.csv'
+  orders.write_text('user,item\n' + ''.join(f'u{i},i{j}\n' for i in range(4) for j in range(5)))
+  Image.new('RGB', (32, 32)).save(tmp_path / 'a.png')
+
+  def next_commands(name: str, header: str = '', value: str = '') -> list[str]:
+    goods = tmp_path / 'goods.csv'
+    goods.write_text(f'item,{header}\n' + ''.join(f'i{j},{value}\n' for j in range(5)))
+    items = [f'--items={goods}'] if header else []
+    data_dir = f'--data_dir={tmp_path / name}'
+    build_dataset.main(['--source=interactions', f'--raw_dir={orders}', data_dir, *items])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith('next '))
+    assert f'--data_dir={tmp_path / name}' in lines[start] or len(lines) == start + 1
+    return [re.search(r'python -m (\S+)', line)[1] for line in lines[start:]]
+
+  train, encode, fetch = 'ur4rec_jax.main', 'data_prep.encode', 'data_prep.download_images'
+  assert next_commands('bare') == [train]
+  assert next_commands('texts', 'title', 'A lamp') == [encode, train]
+  assert next_commands('pictures', 'image', 'a.png') == [encode, train]
+  assert next_commands('urls', 'image', 'https://shop.example/a.png') == [fetch, encode, train]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from data_prep import build_dataset, describe, describe_page
-from data_prep.prepared import pictures, prepare
+from data_prep.prepared import prepare
 from tests.helpers.commands import run_here
 from tests.helpers.html_page import Page
 from tests.helpers.runs import ROOT
+from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import read_info, read_interactions, read_items
 from ur4rec_jax.errors import InputError
 
@@ -70,7 +71,9 @@ def run(*flags: str, limit: tuple[str, ...] = ()) -> subprocess.CompletedProcess
 
 def test_figures_are_those_computed_by_hand(shop):
   items = read_items(shop)
-  figures = describe.measure(read_info(shop), read_interactions(shop), items, pictures.find(shop))
+  figures = describe.measure(
+    read_info(shop), read_interactions(shop), items, item_pictures.find(shop)
+  )
   assert figures.pop('warnings') == [
     '1 of 3 (33.3 %) evaluated users have their last two interactions at one time: the order of'
     ' the raw file decides which one is the test item',
@@ -93,6 +96,19 @@ def test_figures_are_those_computed_by_hand(shop):
   lengths = {'min': 2, 'q1': 2.75, 'median': 3, 'q3': 3.25, 'max': 4, 'mean': 3}
   known = {'title': 5, 'genres': 1, 'description': 1, 'picture': 2, 'picture URL': 1}
   assert figures == {'density': 0.5, 'lengths': lengths, 'known': known}
+
+
+def test_text_columns_are_no_descriptions(tmp_path):
+  orders = tmp_path / 'orders.csv'
+  orders.write_text('user,item\n' + ''.join(f'u{i},i{j}\n' for i in range(3) for j in range(4)))
+  goods = tmp_path / 'goods.csv'
+  goods.write_text('item,description,brand,size\ni0,Good.,Acme,\ni1,,Acme,7\ni2,Fine.,,\ni3,,,\n')
+  flags = ['--source=interactions', f'--raw_dir={orders}', f'--items={goods}']
+  build_dataset.main([*flags, '--text_columns=brand,size', f'--data_dir={tmp_path / "data"}'])
+  result = run(f'--data_dir={tmp_path / "data"}')
+  rows = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+  assert ['description', '2 items (50 %)'] in rows
+  assert ['text', 'columns   2 items (50 %)'] in rows
 
 
 def test_the_command_prints_and_writes_a_page_of_its_own(shop):

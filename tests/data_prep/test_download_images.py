@@ -22,6 +22,7 @@ from data_prep import build_dataset, download_images
 from data_prep.prepared import pictures
 from tests.helpers.commands import run_here
 from tests.helpers.runs import ROOT
+from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import BusyError, InputError
 
@@ -208,7 +209,7 @@ def test_every_way_to_misbehave(server, dataset, make_picture):
   assert found['broken']['bytes'] == len(good) - 200
   assert found['good']['url'] == f'{server.url}/good'
   ids = [item['original_id'] for item in read_items(data_dir)]
-  has = {name for name, path in zip(ids, pictures.find(data_dir), strict=True) if path}
+  has = {name for name, path in zip(ids, item_pictures.find(data_dir), strict=True) if path}
   assert has == fetched
   assert {key: n for key, n in counts.items() if key != 'reasons'} == {
     'items': 22,
@@ -315,7 +316,7 @@ def test_a_second_run_asks_only_for_what_has_no_answer_yet(server, dataset, make
   assert not list(data_dir.rglob('*.incomplete-*'))
   assert download_images.download(data_dir, once)['asked'] == 0
   assert download_images.download(data_dir, once._replace(retry_failed=True))['pictures'] == 4
-  assert all(pictures.find(data_dir))
+  assert all(item_pictures.find(data_dir))
 
 
 def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, make_picture):
@@ -340,9 +341,9 @@ def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, ma
     download_images.download(data_dir, LOCAL)
   os.kill(process.pid, signal.SIGKILL)
   process.communicate()
-  complete = [r['item'] for r in pictures.read_manifest(data_dir)]
+  complete = [r['item'] for r in item_pictures.read_manifest(data_dir)]
   assert 10 <= len(complete) < 60
-  assert sum(path is not None for path in pictures.find(data_dir)) == len(complete)
+  assert sum(path is not None for path in item_pictures.find(data_dir)) == len(complete)
   counts = download_images.download(data_dir, LOCAL)
   assert (counts['pictures'], counts['fetched']) == (60, 60 - len(complete))
   assert {server.counts()[f'/{name}'] for name in complete} == {1}
@@ -386,11 +387,11 @@ def test_placeholders_are_no_pictures(server, dataset, make_picture):
   settings = BRIEF._replace(placeholders=True)
   counts = download_images.download(data_dir, settings)
   assert (counts['pictures'], counts['missing'], counts['not_asked']) == (0, 1, 1)
-  assert pictures.find(data_dir) == [None, None]
+  assert item_pictures.find(data_dir) == [None, None]
   cards = [data_dir / 'images/placeholders' / name for name in ('a.jpg', 'b.jpg')]
   for card in cards:
     assert pictures.normalise(card.read_bytes()) == (card.read_bytes(), '.jpg')
-  lines = [r for r in pictures.read_manifest(data_dir) if r['status'] == 'placeholder']
+  lines = [r for r in item_pictures.read_manifest(data_dir) if r['status'] == 'placeholder']
   assert [(r['item'], r['path']) for r in lines] == [
     ('a', 'images/placeholders/a.jpg'),
     ('b', 'images/placeholders/b.jpg'),

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from data_prep.llm_text import texts
 from tests.helpers.runs import ROOT
 from ur4rec_jax.data import dataset as prepared
 from ur4rec_jax.data.features import load_features
-from ur4rec_jax.encoders import pretrained, text
+from ur4rec_jax.encoders import pictures, pretrained, text
 
 MINILM = 'sentence-transformers/all-MiniLM-L6-v2'
 # Title, genre, plot; made to be told apart by anybody who understands them.
@@ -905,11 +907,44 @@ def test_a_name_that_cannot_be_had_says_how_to_get_it(build):
   assert '--encoder=hashing' in done.stderr
 
 
+@pytest.mark.parametrize('flags', [('--modality=image, text', '--encoder=color,hashing'), ()])
+def test_several_modalities_in_one_call(build, capsys, monkeypatch, flags):
+  """The same features as by a call each, and one next command that trains with all of them."""
+  monkeypatch.setattr(text, 'DEFAULT', 'hashing')  # The real ones need a network.
+  monkeypatch.setattr(pictures, 'DEFAULT', 'color')
+  items = [{'image': picture(seed)} for seed in range(3)]
+  data_dir, other = build(items), build(items, 'other')
+  run(data_dir, *flags, '--workers=0')
+  printed = capsys.readouterr().out
+  assert len(re.findall('^features ', printed, re.MULTILINE)) == 2
+  (command,) = re.findall('^next +(.*)', printed, re.MULTILINE)
+  assert ':multimodal' in command
+  assert shlex.split(command)[-1] == '--config.stages=("train",)'
+  for one in (['--modality=text', '--encoder=hashing'], ['--modality=image', '--encoder=color']):
+    run(other, *one, '--workers=0')
+  for name in ('text', 'image'):
+    ours, theirs = (read(folder, name) for folder in (data_dir, other))
+    assert ours[0]['encoder'] == theirs[0]['encoder']
+    np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+def test_without_modality_what_the_items_have_is_encoded(build, fails, monkeypatch):
+  monkeypatch.setattr(text, 'DEFAULT', 'hashing')
+  data_dir = build([{}] * 3)
+  run(data_dir)
+  assert [path.name for path in (data_dir / 'features/item').iterdir()] == ['text']
+  assert 'no texts and no pictures' in fails(build([{'title': ''}] * 3, 'bare'))
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
     (['--modality=../x'], 'must be a name of lower-case letters'),
     (['--modality=audio'], 'pass --import=FILE'),
+    (['--modality=text,audio'], 'pass --import=FILE'),
+    (['--import=f.npz'], 'needs --modality, a name for the features'),
+    (['--modality=audio,video', '--import=f.npz'], '2 modalities (audio, video) and 1 for them'),
+    (['--modality=text,image', '--encoder=hashing'], '--encoder: there are 2 modalities'),
     (['--modality=image', '--of=user'], 'users have no pictures'),
     (['--modality=text', '--ids=f'], '--item_id_column are about --import'),
     (['--modality=text', '--batch_size=0'], '--batch_size must be 1 or more'),

@@ -2,30 +2,33 @@
 
 import argparse
 import csv
+import gzip
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from data_prep.prepared import prepare
 from tests.helpers.goods import row_of_item, write_picture, write_table
 from tests.helpers.recommenders import make
 from ur4rec_jax import recommend
 from ur4rec_jax.data.dataset import read_dropped_users, read_info
 from ur4rec_jax.data.features import load_features
+from ur4rec_jax.data.raw import interactions
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.inference import tables
 from ur4rec_jax.inference.new_items import read_new_items
 
 FLAGS = argparse.Namespace(k=3, only=None, without=None, keep_seen=False)
-IDS = st.text('ab 07-\n",;é', min_size=1, max_size=4).filter(str.strip)
+IDS = st.text('ab 07-",;é', min_size=1, max_size=4).filter(str.strip)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-  rows=st.lists(st.tuples(IDS, IDS, st.integers(-5, 2**40)), min_size=1, max_size=20),
+  rows=st.lists(st.tuples(IDS, IDS, st.integers(0, 10**10)), min_size=1, max_size=20),
   kind=st.sampled_from(['.csv', '.parquet', '.jsonl']),
 )
 def test_histories_of_every_file_are_those_that_were_written(tmp_path_factory, rows, kind):
@@ -43,7 +46,7 @@ def test_histories_of_every_file_are_those_that_were_written(tmp_path_factory, r
     expected.setdefault(user, []).append(item)
   histories = {name: found.history(i) for i, name in enumerate(found.names)}
   assert histories == expected
-  assert found.incomplete == 0
+  assert (found.incomplete, found.dropped) == (0, {})
 
 
 def test_quotes_in_tsv_bad_rows_and_dates(tmp_path):
@@ -59,16 +62,19 @@ def test_quotes_in_tsv_bad_rows_and_dates(tmp_path):
 @pytest.mark.parametrize(
   ('name', 'content', 'message'),
   [
-    ('a.csv', 'who,item\na,b\n', 'no column is recognised as the user; its columns are who, item'),
-    ('a.csv', 'user,item,time\na,b,soon\n', 'time must hold a number or a date'),
+    ('a.csv', 'who,item\na,b\n', 'no column is recognised as the user .*it says who, item'),
+    ('a.csv', 'user,item,time\na,b,soon\n', "line 2: time is 'soon'; write all times"),
+    ('a.csv', 'user,item,time\na,b,\n', 'line 2: time is empty; fill it in'),
     ('a.csv', 'user,customer,item\na,b,c\n', 'user and customer may each be the user'),
-    ('a.csv', 'user,item\na,b,c\n', 'cannot be read'),
-    ('a.csv', 'user,item\na,\n', 'no row has both'),
-    ('a.csv', b'user,item\n\xff,b\n', 'cannot be read'),
-    ('a.csv', '', 'cannot be read'),
-    ('a.parquet', 'user', 'cannot be read'),
+    ('a.csv', 'user,item\na,b,c\n', 'line 2: expected 2 columns separated by'),
+    ('a.csv', 'user,item\na,\n', 'no row has a user and an item'),
+    ('a.csv', b'user,item\n\xff,b\n', 'line 2: bytes that are not UTF-8'),
+    ('a.csv', 'user,item\na,"b"c\n', 'line 2: text after the closing quote'),
+    ('a.csv', '', 'the file is empty'),
+    ('a.parquet', 'user', 'is no Parquet file'),
+    ('a.jsonl', 'user', 'cannot be read'),
     ('a.xlsx', 'user', 'must be a file ending in .csv'),
-    ('', '', 'no such file'),
+    ('', '', 'no CSV, TSV or Parquet file in it; give --histories the file itself'),
   ],
 )
 def test_a_wrong_table_is_one_message(tmp_path, name, content, message):
@@ -76,6 +82,106 @@ def test_a_wrong_table_is_one_message(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(InputError, match=message):
     tables.read_customers(tmp_path / name, {})
+  with pytest.raises(InputError, match=r'--histories=.*nowhere\.csv: no such file'):
+    tables.read_customers(tmp_path / 'nowhere.csv', {})
+
+
+BIG = 'x' * 200_000
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'histories'),
+  [
+    (
+      'a.tsv',
+      'user\titem\nann\t12" disc\nann\t"7\nbob\tx"\n',
+      {'ann': ['12" disc', '"7'], 'bob': ['x"']},
+    ),
+    ('a.csv', 'user,item\rann,a\rann,"b, c"\r', {'ann': ['a', 'b, c']}),
+    ('a.csv', f'user,item,note\nann,a,{BIG}\n', {'ann': ['a']}),
+    ('a.tab', '\ufeffuser\titem\nann\t007\n', {'ann': ['007']}),
+    ('day=2024-05-02/a.csv', 'user,item\nann,a\n', {'ann': ['a']}),
+  ],
+)
+def test_files_are_read_as_the_build_reads_them(tmp_path, name, content, histories):
+  path = tmp_path / name
+  path.parent.mkdir(exist_ok=True)
+  path.write_bytes(content.encode())
+  found = tables.read_customers(path, {})
+  assert {user: found.history(i) for i, user in enumerate(found.names)} == histories
+  with gzip.open(f'{path}.gz', 'wb') as file:
+    file.write(content.encode())
+  assert tables.read_customers(f'{path}.gz', {}).items == found.items
+
+
+ROW = st.tuples(
+  st.sampled_from('abc'),
+  st.sampled_from('xyz'),
+  st.integers(10**9, 10**9 + 5),
+  st.integers(-2, 3),
+  st.sampled_from(['view', 'buy', 'other']),
+)
+FLAGS_OF_BUILD = [
+  {},
+  {'where': 'quantity > 0'},
+  {'where': "quantity >= 0 and event != 'other'"},
+  {'event_column': 'event', 'event_weights': 'view=1,buy=5'},
+  {'event_column': 'event', 'event_weights': 'view=1,buy=5', 'where': 'quantity > 0'},
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+  rows=st.lists(ROW, min_size=1, max_size=25),
+  flags=st.sampled_from(FLAGS_OF_BUILD),
+  least=st.sampled_from([None, 2.0]),
+  drop_duplicates=st.booleans(),
+)
+def test_histories_have_the_rows_that_the_build_keeps(
+  tmp_path_factory, rows, flags, least, drop_duplicates
+):
+  """The same table through the build and as histories gives every user the same history."""
+  folder = tmp_path_factory.mktemp('orders')
+  least = least if 'event_column' in flags else None  # The other tables have no ratings.
+  path = write_table(folder / 'orders.csv', 'user,item,time,quantity,event', rows)
+  options = prepare.Options(min_rating=least, drop_duplicates=drop_duplicates)
+  stored = {**interactions.PARAMETERS, **options._asdict(), **flags}
+  try:
+    raw = interactions.read_files([path], {**interactions.PARAMETERS, **flags}, every_kind=False)
+    built = prepare.prepare(raw, options)
+  except InputError:  # No row is left, or duplicates have to be dropped by a flag.
+    assume(False)
+  expected = {
+    user: [built.item_names[item - 1] for item in built.item_ids[start:end]]
+    for user, start, end in zip(
+      built.user_names, built.offsets[:-1], built.offsets[1:], strict=True
+    )
+  }
+  found = tables.read_customers(path, stored)
+  assert {user: found.history(i) for i, user in enumerate(found.names)} == expected
+  assert len(found.codes) + sum(found.dropped.values()) == len(rows)
+  lost = {user for users in found.dropped_users.values() for user in users}
+  assert {row[0] for row in rows} - set(found.names) >= lost
+
+
+def test_flags_of_the_build_without_a_column_are_named(tmp_path):
+  path = write_table(tmp_path / 'a.csv', 'user,item', [['ann', 'a'], ['', 'b'], ['ann', 'NULL']])
+  options = {
+    'where': 'quantity > 0',
+    'event_column': 'kind',
+    'event_weights': 'buy=1',
+    'min_rating': 3.0,
+    'user_column': 'customer',
+  }
+  found = tables.read_customers(path, options)
+  assert (found.names, found.history(0), found.incomplete) == (['ann'], ['a', 'NULL'], 1)
+  warnings = [note for note in found.notes if note.startswith('warning')]
+  assert len(warnings) == 3
+  assert '--where=quantity > 0, but this table has no column quantity' in warnings[0]
+  assert '--event_weights=buy=1, but this table has no column kind' in warnings[1]
+  assert '--min_rating=3, but this table has no ratings' in warnings[2]
+  found = tables.read_customers(path, {'clean_ids': 'missing'})
+  assert (found.history(0), found.incomplete) == (['a'], 2)
 
 
 def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, monkeypatch):
@@ -88,10 +194,17 @@ def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, mon
   assert read_dropped_users(small_shop) == {'short': 'min_length'}
   group, summary = recommend.customers_of(path, recommender)
   assert '28 customers: 25 of the training data, 1 dropped by min_length, 2 not' in summary
-  assert '1 rows without' in summary
+  assert 'left out 1 row without' in summary
   assert 'warning' not in summary
-  monkeypatch.setitem(recommender.dataset.info['options'], 'where', 'quantity > 0')
-  assert 'the build left rows out by --where' in recommend.customers_of(path, recommender)[1]
+  options = recommender.dataset.info['options']
+  with monkeypatch.context() as patch:
+    patch.setitem(options, 'where', 'quantity > 0')
+    assert 'the build left rows out by --where' in recommend.customers_of(path, recommender)[1]
+    patch.setitem(options, 'where', "sku != 'g03' and sku != 'g04'")
+    fewer, summary = recommend.customers_of(path, recommender)
+    assert 'of the build leaves out' in summary
+    assert 'and with them 1 customer' in summary
+    assert 'short' not in fewer.names
   flags = argparse.Namespace(**vars(FLAGS), out=tmp_path / 'top.parquet')
   count, refused = recommend.to_file(recommender, group, flags)
   table = pq.read_table(tmp_path / 'top.parquet').to_pandas()
@@ -102,7 +215,7 @@ def test_every_customer_of_a_file_is_answered_or_named(small_shop, tmp_path, mon
   assert 'dropped them by min_length' in notes['short']['note']
   assert notes['short']['recommendations'] == '3'
   assert "none of its 1 items is in the catalogue, first 'nothing'" in notes['stranger']['note']
-  assert '1 items that are not in the catalogue were ignored' in notes['new']['note']
+  assert 'ignored 1 item not in the catalogue' in notes['new']['note']
   # The order is that of the times, not of the file.
   expected = recommender.answer([['g04', 'g03']], 3).items[0]
   assert table[table.user == 'short']['item'].tolist() == expected
@@ -170,8 +283,11 @@ def test_a_bad_picture_costs_an_item_its_picture_alone(read, tmp_path, picture, 
 @pytest.mark.parametrize(
   ('rows', 'message'),
   [
-    ([['a', 'One', ''], ['a', 'Two', '']], "two have the same .'a'"),
-    ([['', 'One', '']], 'an item has no id'),
+    (
+      [['a', 'One', ''], ['a', 'Two', '']],
+      "line 3: item 'a' is in the table twice, first in line 2",
+    ),
+    ([['', 'One', '']], 'line 2: id is empty; fill it in or remove the row'),
     ([['a', '', '']], "item 'a' has no features"),
   ],
 )

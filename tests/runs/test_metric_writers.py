@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import select
 import termios
 
 from ur4rec_jax.runs.metric_writers import Course, Progress
@@ -19,8 +20,9 @@ def test_the_bar_fits_80_columns_with_stage_and_time_left():
     bar = Progress(COURSE)
     bar.update(12_000, loss=12.3456)
     bar.close()
-    os.set_blocking(reader, False)
-    shown = os.read(reader, 10_000).decode()
+    shown = ''
+    while select.select([reader], [], [], 1)[0]:  # A loaded machine hands it over in parts.
+      shown += os.read(reader, 10_000).decode()
   os.close(reader)
   last = re.split(r'[\r\n]+', shown.strip())[-1]
   assert len(last) <= 80
@@ -40,6 +42,16 @@ def test_lines_without_a_terminal_have_step_stage_and_time_left(capsys):
     r'\[2/4 pretrain_retriever 40/12000 steps, at most \d+:\d\d:\d\d left\] epoch 1: good', line
   )
   assert note == 'pretrain_retriever is over'
+
+
+def test_with_patience_the_time_left_is_that_without_a_better_validation(capsys, monkeypatch):
+  clock = iter([0.0, 20.0, 20.0, 20.0, 20.0])
+  monkeypatch.setattr('time.monotonic', lambda: next(clock))
+  bar = Progress(COURSE._replace(done=0, total=30_000, later=0))
+  bar.update(20, loss=1.0)
+  bar.line('epoch 1: good', end=80)
+  line = capsys.readouterr().err.strip()
+  assert '20/30000 steps, 0:01:00 left, more while validation improves (at most 8:19:40)]' in line
 
 
 def test_the_time_left_is_that_of_all_stages():

@@ -67,6 +67,25 @@ def lines_of(plot: str) -> list[list[tuple[float, float]]]:
   ]
 
 
+def test_a_single_loss_has_one_plot_and_a_stage_with_one_loss_has_its_curve():
+  results, timing, started, measured = hand_made()
+  for line in measured:
+    if line['stage'] in STAGES[:2]:
+      line.pop('loss/retriever', None)
+  plots = plots_of(report.report_page('run', results, timing, started, measured))
+  assert len(lines_of(plots['Losses'])) == 4 + 2
+  for line in measured:
+    line.pop('loss/retriever', None)
+  assert 'Losses' not in plots_of(report.report_page('run', results, timing, started, measured))
+
+
+def test_numbers_are_named_where_the_table_becomes_blocks():
+  page = Page(report.report_page('run', *hand_made()))
+  names = [cell['data-name'] for cell in page.all('td') if 'data-name' in cell]
+  assert names[:3] == ['valid ndcg@10', 'ndcg@10', 'hit@10']
+  assert len(names) == 7 * 6
+
+
 def test_a_run_writes_its_page(finished):
   html = (finished / 'report.html').read_text()
   page = Page(html)

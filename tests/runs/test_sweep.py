@@ -12,7 +12,9 @@ import pytest
 from benchmarks.robustness.small_runs import lines
 from configs import default
 from tests.helpers.runs import wait_for
+from ur4rec_jax import compare
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.runs import sweep
 
 GRID = """
@@ -88,10 +90,68 @@ def test_a_killed_sweep_goes_on_to_the_table_of_its_runs(start, run, finished, g
   assert [row[0] for row in rows[1:3]] == ['config', 'sasrec.dropout=0.5']
   assert f'{scores[2]:.4f} {scores[3]:.4f}' in rows[2][-1]
 
+  best = max(zip([run['valid']['ndcg@10'] for run in runs], names, strict=True), key=lambda x: x[0])
+  assert f'--workdir={workdir / best[1]} --user=' in table
+  assert f'python -m ur4rec_jax.compare {workdir} OTHER_WORKDIR' in table
+
   again = run(workdir, *flags)
   assert again.returncode == 0, again.stderr
   assert again.stdout.count('finished before') == 4
   assert again.stdout.endswith(table)
+
+
+@pytest.fixture
+def make_run(finished, tmp_path):
+  """Makes the workdir of a run: `make_run(name, seed, worse, **fields)`, with ranks + `worse`."""
+
+  def make_run(name, seed, worse=0, **fields):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    shutil.copy(finished / 'config.json', folder)
+    with np.load(finished / 'test_ranks.npz') as found:
+      users, ranks = found['users'], found['ranks'] + worse
+    np.savez(folder / 'test_ranks.npz', users=users, ranks=ranks)
+    results = json.loads((finished / 'results.json').read_text()) | {'seed': seed} | fields
+    results['test'] = ranking_metrics(ranks)
+    (folder / 'results.json').write_text(json.dumps(results))
+    return results['test']['ndcg@10']
+
+  return make_run
+
+
+def test_runs_that_were_trained_apart_are_compared(make_run, tmp_path, capsys):
+  ids = [make_run(f'ids/seed{seed}', seed, worse=seed) for seed in (0, 1, 2)]
+  text = make_run('text', 0)
+  make_run('other', 0, protocol={'split': 'another'})
+  folders = [str(tmp_path / name) for name in ('ids', 'text', 'other')]
+  compare.main([f'{folders[0]}/', *folders[1:]])
+  header, *rows, about, apart = capsys.readouterr().out.splitlines()[1:]
+  assert header.split()[:2] == ['variant', 'seeds']
+  assert [row.split()[0] for row in rows] == folders
+  assert [row.split()[1] for row in rows] == ['0,1,2', '0', '0']
+  assert f'{statistics.mean(ids):.4f} ± {statistics.stdev(ids):.4f}' in rows[0]
+  assert f'{100 * (text / statistics.mean(ids) - 1):+.1f} %' in rows[1]
+  assert rows[0].endswith(' '.join(f'{value:.4f}' for value in ids))
+  assert '%' not in rows[2]
+  assert about.endswith(folders[0])
+  assert f'{folders[2]}: no gain, as the data, the split or the protocol' in apart
+  compare.main(folders[:1])
+  assert 'gain' not in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_named(make_run, tmp_path):
+  make_run('a/seed0', 0)
+  make_run('sweep/x=1/seed0', 0)
+  for names, message in (
+    (['nothing'], 'nothing: holds no run'),
+    (['sweep'], f'name the folders in it, such as {tmp_path}/sweep/x=1'),
+    (['a', 'a'], 'a/seed0 is there more than once'),
+  ):
+    with pytest.raises(InputError, match=message):
+      sweep.compare([tmp_path / name for name in names])
+  (tmp_path / 'a/seed0/results.json').unlink()
+  with pytest.raises(InputError, match='seed0: is not finished'):
+    sweep.compare([tmp_path / 'a'])
 
 
 def test_a_member_that_diverges_does_not_stop_the_others(run, grid, tmp_path):

@@ -13,6 +13,7 @@ MAX_PIXELS = 50_000_000
 MIN_SIDE = 8  # Smaller pictures are tracking pixels or placeholders.
 MAX_RATIO = 20  # Largest ratio of the long side to the short side.
 QUALITY = 90
+_THUMBNAIL_QUALITY = 80
 # How to turn a picture upright, by the orientation in its EXIF data.
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -122,6 +123,22 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
   except Exception:  # The picture is usable without its EXIF data.
     return 1
+
+
+def thumbnail(data: bytes, side: int) -> bytes:
+  """Returns a small JPEG file of a picture.
+
+  Args:
+    data: content of a picture file.
+    side: largest long side in pixels; small pictures are not enlarged.
+
+  Raises:
+    BadPicture: see `normalise`.
+  """
+  image = open_normalised(data, side)
+  image.thumbnail((side, side), Image.Resampling.LANCZOS)
+  image.save(file := io.BytesIO(), 'JPEG', quality=_THUMBNAIL_QUALITY, optimize=True)
+  return file.getvalue()
 
 
 def to_jpeg(image: Image.Image) -> bytes:

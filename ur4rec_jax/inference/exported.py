@@ -24,10 +24,12 @@ import numpy as np
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.inference.recommender import Recommender, Users, make_users
 from ur4rec_jax.inference.stored_format import Settings
+from ur4rec_jax.inference.thumbnails import Thumbnails
 
 FORMAT_VERSION = 1
 MANIFEST, PROGRAM, ARRAYS, ITEMS = 'manifest.json', 'program.bin', 'arrays.npz', 'items.json'
 USERS = 'users.npz'  # Only folders that were exported with --users have it.
+PICTURES = 'pictures.npz'  # The index of the pictures, in folders that have some.
 _AGAIN = 'export it again: python -m ur4rec_jax.export --workdir=DIR --out=FOLDER'
 
 
@@ -63,6 +65,23 @@ def load(folder: str | pathlib.Path) -> Recommender:
   if USERS in contents:
     users = _users(_unpack(contents[USERS], manifest), settings)
   return Recommender(program, arrays, json.loads(contents[ITEMS]), settings, users)
+
+
+def load_thumbnails(folder: str | pathlib.Path) -> Thumbnails | None:
+  """Opens the pictures of an exported folder; None if it has none.
+
+  Args:
+    folder: the folder that `ur4rec_jax.export` wrote.
+
+  Raises:
+    InputError: this is not an exported folder, or a file is missing or has changed.
+  """
+  folder = pathlib.Path(folder)
+  manifest = _read_manifest(folder)
+  if PICTURES not in manifest['files']:
+    return None
+  index = _unpack(_read(folder, PICTURES, manifest['files'][PICTURES]), manifest)
+  return Thumbnails(folder, index)
 
 
 def _as_tree(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -29,24 +30,29 @@ from ur4rec_jax.inference.http_schema import (
 )
 from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.recommender import Recommender
+from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 
 MOST_FOUND = 20  # Results of a search.
 METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody may ask for them.
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
 _PAGE_HEADERS = {
   'Content-Security-Policy': "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline';"
-  " style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none';"
+  " style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none';"
   " frame-ancestors 'none'"
 }
 Search = Annotated[str, fastapi.Query(max_length=MOST_CHARACTERS)]
+ItemName = Annotated[str, fastapi.Path(max_length=MOST_CHARACTERS)]
 
 
-def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
+def make_app(
+  recommender: Recommender, batcher: Batcher, thumbnails: Thumbnails | None = None
+) -> FastAPI:
   """Builds the ASGI application.
 
   Args:
     recommender: the recommender to serve.
     batcher: a batcher of the same recommender.
+    thumbnails: the pictures of the items, if there are some.
   """
 
   @contextlib.asynccontextmanager
@@ -57,7 +63,7 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
 
   app = FastAPI(title='ur4rec_jax', lifespan=lifespan, docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
-  service = Service(recommender, batcher)
+  service = Service(recommender, batcher, thumbnails)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   # The fields of a question depend on the model, so its type is only known here.
@@ -66,9 +72,15 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
     """Returns the best items."""
     return await service.recommend(question, request)
 
-  app.get('/items', responses=_problems(422, 503))(service.items)
+  # Items without a picture have no such field.
+  items = {'responses': _problems(422, 503), 'response_model_exclude_unset': True}
+  app.get('/items', **items)(service.items)
   app.get('/users', responses=_problems(422, 503))(service.users)
-  app.get('/history', responses=_problems(404, 422, 503))(service.history)
+  items = {'responses': _problems(404, 422, 503), 'response_model_exclude_unset': True}
+  app.get('/history', **items)(service.history)
+  found = {200: {'content': {MEDIA_TYPE: {}}}, 304: {'description': 'The picture is the same.'}}
+  picture = {'responses': found | _problems(404, 422, 503), 'response_class': fastapi.Response}
+  app.get('/pictures/{item:path}', **picture)(service.picture)
   app.get('/health')(service.health)
   app.get('/metrics', response_class=PlainTextResponse)(make_metrics())
   app.get('/', include_in_schema=False)(page)
@@ -78,14 +90,17 @@ def make_app(recommender: Recommender, batcher: Batcher) -> FastAPI:
 class Service:
   """The handlers of all routes that need the recommender."""
 
-  def __init__(self, recommender: Recommender, batcher: Batcher):
+  def __init__(
+    self, recommender: Recommender, batcher: Batcher, thumbnails: Thumbnails | None = None
+  ):
     """Prepares the searches.
 
     Args:
       recommender: the recommender to serve.
       batcher: a batcher of the same recommender.
+      thumbnails: the pictures of the items, if there are some.
     """
-    self._recommender, self._batcher = recommender, batcher
+    self._recommender, self._batcher, self._thumbnails = recommender, batcher, thumbnails
     names = zip(recommender.titles, recommender.item_ids, strict=True)
     self._find_items = make_search([f'{title} {item}' for title, item in names])
     users = recommender.known_users
@@ -130,7 +145,9 @@ class Service:
         'user': question.user,
         'history': {'items': count, 'read': min(count, recommender.max_length)},
         'unknown': answer.unknown[0],
-        'recommendations': recommender.recommendations(answer),
+        'recommendations': [
+          row | self._picture_of(row['item']) for row in recommender.recommendations(answer)
+        ],
       }
     )
 
@@ -151,6 +168,43 @@ class Service:
       raise HTTPException(404, str(error)) from error
     return [self._item(number - 1) for number in known.items[-MOST_IDS:].tolist()]
 
+  # Not async, because it may wait for the disk.
+  def picture(self, item: ItemName, request: fastapi.Request) -> fastapi.Response:
+    """Returns a small picture of an item as JPEG.
+
+    The addresses in other answers change with the picture, so theirs may be kept for ever.
+    """
+    index, version = self._version_of(item)
+    if not version:
+      raise HTTPException(404, f'item {item!r} has no picture')
+    etag = f'"{version}"'
+    is_lasting = request.query_params.get('v') == version
+    headers = {
+      'ETag': etag,
+      'Cache-Control': 'public, max-age=31536000, immutable' if is_lasting else 'no-cache',
+      'X-Content-Type-Options': 'nosniff',
+    }
+    if etag in request.headers.get('If-None-Match', ''):
+      return fastapi.Response(status_code=304, headers=headers)
+    content = self._thumbnails.read(index)
+    if content is None:
+      raise HTTPException(404, f'the picture of item {item!r} is damaged; export it again')
+    return fastapi.Response(content, media_type=MEDIA_TYPE, headers=headers)
+
+  def _version_of(self, item: str) -> tuple[int, str]:
+    """Returns the index of an item and the version of its picture, '' without one."""
+    numbers, _ = self._recommender.lookup([item])
+    if self._thumbnails is None or not numbers.size:
+      return -1, ''
+    index = int(numbers[0]) - 1  # Item numbers begin at 1.
+    return index, self._thumbnails.version(index)
+
+  def _picture_of(self, item: str) -> dict[str, str]:
+    """Returns the field `picture` of an item, or nothing."""
+    _, version = self._version_of(item)
+    address = f'pictures/{urllib.parse.quote(item, safe="")}?v={version}'
+    return {'picture': address} if version else {}
+
   async def health(self) -> Health:
     """Describes the served model. It answers as soon as the service can recommend."""
     recommender = self._recommender
@@ -159,6 +213,7 @@ class Service:
       dataset=recommender.about.get('dataset', {}).get('name', ''),
       items=len(recommender.item_ids),
       users=len(self._user_names),
+      pictures=len(self._thumbnails or ()),
       paths=recommender.branches,
       share_names=recommender.share_names,
       max_length=recommender.max_length,
@@ -166,7 +221,8 @@ class Service:
     )
 
   def _item(self, index: int) -> dict[str, str]:
-    return {'item': self._recommender.item_ids[index], 'title': self._recommender.titles[index]}
+    item = self._recommender.item_ids[index]
+    return {'item': item, 'title': self._recommender.titles[index], **self._picture_of(item)}
 
 
 def make_metrics() -> Callable:

@@ -31,10 +31,11 @@ class Problem(BaseModel):
 
 
 class Item(BaseModel):
-  """An item of the catalogue."""
+  """An item of the catalogue; `picture` is the address of its picture, if it has one."""
 
   item: str
   title: str
+  picture: str = None
 
 
 class Recommended(Item):
@@ -65,6 +66,7 @@ class Health(BaseModel):
   dataset: str
   items: int
   users: int
+  pictures: int
   paths: list[str]
   share_names: list[str]
   max_length: int

@@ -5,7 +5,7 @@ import functools
 import pathlib
 import re
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import Dataset, iterate_items
 from ur4rec_jax.data.features import Features, TokenTable, load_features
+from ur4rec_jax.data.raw.records import Item
 from ur4rec_jax.encoders import pretrained, text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import cold_items
@@ -39,11 +41,13 @@ class NewItems(NamedTuple):
     ids: original ids.
     titles: titles.
     tables: content by modality; row i belongs to item i, and there is no row for padding.
+    pictures: picture files, None for items without one.
   """
 
   ids: list[str]
   titles: list[str]
   tables: dict[str, TokenTable]
+  pictures: list[pathlib.Path | None]
 
   def select(self, indices: np.ndarray) -> 'NewItems':
     """Returns some of the items.
@@ -55,6 +59,7 @@ class NewItems(NamedTuple):
       [self.ids[i] for i in indices],
       [self.titles[i] for i in indices],
       {name: TokenTable(x.tokens[indices], x.mask[indices]) for name, x in self.tables.items()},
+      [self.pictures[i] for i in indices],
     )
 
 
@@ -96,8 +101,9 @@ def _read_table(
   pictures: pathlib.Path,
 ) -> NewItems:
   goods = tables.read_goods(path, options)
-  new = [i for i, good in enumerate(goods) if good.name not in known]
-  chosen = [goods[i] for i in new]
+  names = list(goods)
+  new = [i for i, name in enumerate(names) if name not in known]
+  chosen = {names[i]: goods[names[i]] for i in new}
   encoded = {}
   for name, features in trained_on.items():
     count, width = features.max_tokens or features.shape[1], features.shape[2]
@@ -123,7 +129,8 @@ def _read_table(
       ' file can have them',
       stacklevel=2,
     )
-  return NewItems([good.name for good in goods], [good.title for good in goods], encoded)
+  files = [_picture_file(good.image, pictures) for good in goods.values()]
+  return NewItems(names, [good.title for good in goods.values()], encoded, files)
 
 
 def _is_encoded(name: str, features: Features) -> bool:
@@ -131,22 +138,20 @@ def _is_encoded(name: str, features: Features) -> bool:
   return name in (TEXT, IMAGE) and pretrained.can_encode(features.info['encoder'])
 
 
-def _encode_texts(
-  features: Features, goods: Sequence[tables.Good]
-) -> tuple[np.ndarray, np.ndarray]:
-  rows = [text.item_texts(good._asdict()) for good in goods]
+def _encode_texts(features: Features, goods: Mapping[str, Item]) -> tuple[np.ndarray, np.ndarray]:
+  rows = [text.item_texts(good._asdict()) for good in goods.values()]
   return text.encode_rows_like(features.folder, features.info, rows)
 
 
 def _encode_pictures(
-  features: Features, goods: Sequence[tables.Good], folder: pathlib.Path, image_size: int | None
+  features: Features, goods: Mapping[str, Item], folder: pathlib.Path, image_size: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
   from ur4rec_jax.encoders import pictures  # Only this function needs Pillow.
 
   contents, refused = [], {}
-  for row, good in enumerate(goods):
+  for row, good in enumerate(goods.values()):
     try:
-      contents.append(_picture(good.image, folder) if good.image else None)
+      contents.append(_find_picture(good.image, folder).read_bytes() if good.image else None)
     except (OSError, ValueError) as error:
       contents.append(None)
       refused[row] = str(error)
@@ -159,16 +164,17 @@ def _encode_pictures(
     refused |= damaged
   if refused:
     row, reason = next(iter(refused.items()))
+    name, good = list(goods.items())[row]
     warnings.warn(
       f'{len(refused)} pictures cannot be used, and their items are taken without; the first, of'
-      f' item {goods[row].name!r}: {goods[row].image!r:.80} {reason}',
+      f' item {name!r}: {good.image!r:.80} {reason}',
       stacklevel=2,
     )
   return tokens, mask
 
 
-def _picture(name: str, folder: pathlib.Path) -> bytes:
-  """Reads a picture file, which must be inside the folder."""
+def _find_picture(name: str, folder: pathlib.Path) -> pathlib.Path:
+  """Returns the path of a picture file, which must be inside the folder."""
   if re.match(r'https?://', name):
     raise ValueError('is a URL; download it and put the file name into the table')
   path = (folder / name).resolve()
@@ -176,7 +182,14 @@ def _picture(name: str, folder: pathlib.Path) -> bytes:
     raise ValueError(f'leads out of {folder}')
   if not path.is_file():
     raise ValueError(f'is not in {folder}')
-  return path.read_bytes()
+  return path
+
+
+def _picture_file(name: str, folder: pathlib.Path) -> pathlib.Path | None:
+  try:
+    return _find_picture(name, folder) if name else None
+  except (OSError, ValueError):  # `_encode_pictures` reports them.
+    return None
 
 
 def _read_folder(folder: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItems:
@@ -192,7 +205,8 @@ def _read_folder(folder: pathlib.Path, trained_on: Mapping[str, Features]) -> Ne
         )
     features = dataclasses.replace(features, max_tokens=ours.max_tokens)
     tables[name] = TokenTable(*(x[1:] for x in features.table()))  # Row 0 is padding.
-  return NewItems([i['original_id'] for i in items], [i['title'] for i in items], tables)
+  ids, titles = [i['original_id'] for i in items], [i['title'] for i in items]
+  return NewItems(ids, titles, tables, item_pictures.find(folder))
 
 
 def _read_npz(path: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItems:
@@ -219,7 +233,8 @@ def _read_npz(path: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItem
     tokens = tokens[:, : features.max_tokens or None]
     # Encoders never give a token of zeros, so zeros mark a missing token.
     tables[name] = TokenTable(tokens.astype(np.float32), tokens.any(2))
-  return NewItems(ids, [str(title) for title in arrays.get('titles', ids)], tables)
+  titles = [str(title) for title in arrays.get('titles', ids)]
+  return NewItems(ids, titles, tables, [None] * len(ids))
 
 
 class NewItemEncoder:

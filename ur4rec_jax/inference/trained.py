@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.data.features import (
   Features,
@@ -141,6 +142,7 @@ class TrainedRecommender(Recommender):
     if (cold := cold_items_of(model, trained.dataset)) is not None:
       sasrec = item_arrays['sasrec']
       sasrec['vectors'] = with_mean_of_nearest(sasrec['vectors'], cold)
+    self._new_pictures: list[pathlib.Path | None] = []
     self._set_catalogue(trained.items, item_arrays, settings)
 
   def _set_catalogue(
@@ -324,7 +326,7 @@ class TrainedRecommender(Recommender):
       for name, features in self.dataset.features.items()
     }
     tables[TEXT] = TokenTable(tokens[None], mask[None])
-    larger = self._with_items(NewItems([_PREFERENCE], ['the preference'], tables))
+    larger = self._with_items(NewItems([_PREFERENCE], ['the preference'], tables, [None]))
     # The model reads the latest `max_length` items, and the preference must be one of them.
     number, others = [len(larger.item_ids)], self.max_length - 1
     known = [
@@ -382,7 +384,12 @@ class TrainedRecommender(Recommender):
     items = {'ids': [*self.item_ids, *new.ids], 'titles': [*self.titles, *new.titles]}
     larger = copy.copy(self)
     larger._set_catalogue(items, joined, self.settings)
+    larger._new_pictures = [*self._new_pictures, *new.pictures]
     return larger
+
+  def picture_files(self) -> list[pathlib.Path | None]:
+    """Returns `[items]` the picture file of each item, None for items without one."""
+    return [*item_pictures.find(self.config.data_dir), *self._new_pictures]
 
   def influences(self, history: Ids, items: Ids, users: Sequence[int] | None = None) -> np.ndarray:
     """Measures how much each item of a history raises the scores of some items.

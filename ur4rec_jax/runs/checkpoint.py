@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -118,7 +119,7 @@ def _read_step(
       depends on the number of devices.
     whole: whether to place all arrays whole on each device.
   """
-  with ocp.Checkpointer(_array_handler()) as reader:
+  with _without_warnings(), ocp.Checkpointer(_array_handler()) as reader:
     _check_arrays(folder, _shapes(reader.metadata(folder / 'state').item_metadata.tree), tree, axes)
     placement = None if whole else axes
     template = devices.with_shardings(tree, placement)
@@ -127,9 +128,20 @@ def _read_step(
       ocp.checkpoint_utils.construct_restore_args(template),
     )
     arrays = reader.restore(folder / 'state', ocp.args.PyTreeRestore(template, restore_args))
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+  with _without_warnings(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
     progress = reader.restore(folder / 'progress')
   return devices.to_local(arrays, placement), progress
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+  """Silences Orbax, which warns that a part of a step has no metadata of its own."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def _check_arrays(

@@ -13,6 +13,8 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.files import shipped_configs
 from ur4rec_jax.runs.knobs import no_such_field
 
+_FOLDERS = ('data_dir', 'compilation_cache')  # Fields in which ~ is the home folder.
+
 
 def load_config(place: str) -> ConfigDict:
   """Returns the config of a config file.
@@ -29,6 +31,9 @@ def load_config(place: str) -> ConfigDict:
   config = call_function(path, 'get_config', *([variant] if colon else []))
   if not isinstance(config, ConfigDict):
     raise InputError(f'{path}: get_config must return a ConfigDict, not {config!r:.60}')
+  for field in _FOLDERS:
+    if isinstance(config.get(field), str):
+      config[field] = os.path.expanduser(config[field])
   return config
 
 

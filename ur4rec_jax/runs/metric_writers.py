@@ -168,14 +168,16 @@ class Course(NamedTuple):
     """Names the stage, e.g. `2/4 pretrain_retriever`; without a number if it is alone."""
     return f'{self.number}/{self.num_stages} {self.stage}' if self.num_stages > 1 else self.stage
 
-  def seconds_left(self, done: int, seconds: float) -> float:
-    """Estimates the time until the end of the run if every stage takes all its steps.
+  def seconds_left(self, done: int, seconds: float, end: int | None = None) -> float:
+    """Estimates the time until the end of the run if the later stages take all their steps.
 
     Args:
       done: steps that the stage has taken by now.
       seconds: time that those after `self.done` took.
+      end: steps of the stage at its end; None: all that it may take.
     """
-    return seconds / max(done - self.done, 1) * (self.total - done + self.later)
+    end = self.total if end is None else end
+    return seconds / max(done - self.done, 1) * (end - done + self.later)
 
 
 class Progress:
@@ -193,19 +195,30 @@ class Progress:
       bar_format='{desc} {percentage:3.0f}%|{bar}| {n}/{total}{postfix}',
     )
     self._start = time.monotonic()
-    self._done = course.done
+    self._done, self._end = course.done, course.total
 
   def update(self, step: int, loss: float) -> None:
     """Moves to `step` of the stage."""
     moved, self._done = step - self._done, step
-    self._bar.set_postfix_str(f'loss {loss:.3f}, {self._left()} left', refresh=False)
+    more = '+' * (self._end < self._course.total)
+    self._bar.set_postfix_str(f'loss {loss:.3f}, {self._left(self._end)}{more} left', refresh=False)
     self._bar.update(moved)
 
-  def line(self, message: str) -> None:
-    """Prints a message that stays; without a terminal, with the step and the time left."""
+  def line(self, message: str, end: int | None = None) -> None:
+    """Prints a message that stays; without a terminal, with the step and the time left.
+
+    Args:
+      message: the message.
+      end: step of the stage at which it ends unless validation improves; None: the last one.
+    """
+    total = self._course.total
+    self._end = total if end is None else min(end, total)
     if self._bar.disable:
-      steps = f'{self._done}/{self._course.total} steps, at most {self._left()} left'
-      message = f'[{self._course} {steps}] {message}'
+      most = f'at most {self._left(total)}'
+      left = f'{most} left'
+      if self._end < total:
+        left = f'{self._left(self._end)} left, more while validation improves ({most})'
+      message = f'[{self._course} {self._done}/{total} steps, {left}] {message}'
     self.note(message)
 
   def note(self, message: str) -> None:
@@ -213,8 +226,8 @@ class Progress:
     self._bar.write(message, file=sys.stderr)
     sys.stderr.flush()
 
-  def _left(self) -> str:
-    return _clock(self._course.seconds_left(self._done, time.monotonic() - self._start))
+  def _left(self, end: int) -> str:
+    return _clock(self._course.seconds_left(self._done, time.monotonic() - self._start, end))
 
   def close(self) -> None:
     self._bar.close()
@@ -245,10 +258,10 @@ class Reporter:
     self._writer.write_curves(step, self._stage, {'sequences_per_second': speed})
     self._bar.update(step - self._first_step, values['loss'])
 
-  def validated(self, step: int, values: dict[str, float], message: str) -> None:
-    """Reports a validation."""
+  def validated(self, step: int, values: dict[str, float], message: str, end: int) -> None:
+    """Reports a validation; the stage ends at step `end` of the run unless another is better."""
     self._writer.write(step, self._stage, {f'valid/{name}': x for name, x in values.items()})
-    self._bar.line(message)
+    self._bar.line(message, end - self._first_step)
 
   def position(self) -> int:
     """Makes `metrics.jsonl` durable and returns its size."""
@@ -272,7 +285,7 @@ class NullReporter:
   def trained(self, step: int, values: dict[str, float], speed: float) -> None:
     pass
 
-  def validated(self, step: int, values: dict[str, float], message: str) -> None:
+  def validated(self, step: int, values: dict[str, float], message: str, end: int) -> None:
     pass
 
   def position(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ur4rec_jax.errors import counted
 from ur4rec_jax.files import write_file
 from ur4rec_jax.page import Bar, Curve, plot, render, round_ticks
 from ur4rec_jax.runs.config_checks import flatten
@@ -183,7 +184,8 @@ def _curve_plots(
   plots = []
   for key, (title, caption) in _TITLES.items():
     names = [name for name in found if name == key or (key.endswith('/') and name.startswith(key))]
-    if not names:
+    # A run with a single loss has its curve in the plot of the training loss already.
+    if not names or (key == 'loss/' and len(names) == 1):
       continue
     dots = []
     if key == 'valid/ndcg@10':
@@ -247,13 +249,13 @@ def popularity_plot(groups: dict[str, dict[str, float]]) -> dict[str, Any]:
   """Plots the NDCG@10 of test users by the popularity of their test item."""
   scores = [(name, values['ndcg@10'], values['users']) for name, values in groups.items()]
   bars = [
-    Bar(i - 0.35, i + 0.35, score, f'{name}: {score:.4f}, {users:,} users')
+    Bar(i - 0.35, i + 0.35, score, f'{name}: {score:.4f}, {counted(users, "user")}')
     for i, (name, score, users) in enumerate(scores)
   ]
   return plot(
     'By popularity of the test item',
     'test NDCG@10 of '
-    + ', '.join(f'{users:,} users ({name}) {score:.4f}' for name, score, users in scores),
+    + ', '.join(f'{counted(users, "user")} ({name}) {score:.4f}' for name, score, users in scores),
     bars=bars,
     x_label='',
     x_ticks=[(i, name) for i, (name, _, _) in enumerate(scores)],

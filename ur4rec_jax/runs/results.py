@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import first_user
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.errors import InputError, counted
 from ur4rec_jax.evaluation import metrics
 from ur4rec_jax.evaluation.baselines import baseline_metrics
 from ur4rec_jax.evaluation.evaluate import EvalData, make_evaluator
@@ -211,7 +211,7 @@ def results_table(results: dict) -> str:
   width = max(map(len, rows))
   protocol = ', '.join(f'{name}: {value}' for name, value in results['protocol'].items())
   lines = [
-    f'\ntest, {results["test"]["users"]:,} users; {protocol}',
+    f'\ntest, {counted(results["test"]["users"], "user")}; {protocol}',
     ' ' * width + ''.join(f'{name:>10}' for name in names),
   ]
   for row, values in rows.items():
@@ -219,7 +219,7 @@ def results_table(results: dict) -> str:
     cells = ''.join(f'{values[n]:>10.{d}f}' for n, d in zip(names, digits, strict=True))
     lines.append(f'{row:<{width}}{cells}')
   groups = [
-    f'{name} {values["ndcg@10"]:.4f} ({values["users"]:,} users)'
+    f'{name} {values["ndcg@10"]:.4f} ({counted(values["users"], "user")})'
     for name, values in results['by_popularity']['test'].items()
   ]
   lines.append(f'test ndcg@10 by popularity of the item: {", ".join(groups)}')

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from ur4rec_jax.data.input_pipeline import TrainBatches
+from ur4rec_jax.errors import counted
 from ur4rec_jax.runs.open_run import Run
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.train_state import TrainProgress
@@ -17,10 +18,10 @@ def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str
   counts, config = run.dataset.info['counts'], run.config
   filled = batches.tokens / (batches.steps_per_epoch * batches.rows * config.max_length)
   lines = [parameter_table(run.shapes.params, run.labels), ''] if config.parameter_table else []
+  sizes = ', '.join(counted(counts[f'{noun}s'], noun) for noun in ('user', 'item', 'interaction'))
   lines += [
     f'model    {" + ".join(config.branches)}: {parameter_counts(run.shapes.params, run.labels)}',
-    f'data     {run.dataset.info["name"]}: {counts["users"]:,} users, {counts["items"]:,} items, '
-    f'{counts["interactions"]:,} interactions, split {run.dataset.split_name} '
+    f'data     {run.dataset.info["name"]}: {sizes}, split {run.dataset.split_name} '
     f'{run.dataset.split_hash}',
     f'batches  {batches.steps_per_epoch} an epoch of {batches.rows} rows x {config.max_length} '
     f'tokens, {filled:.0%} filled, {batches.users / batches.steps_per_epoch:.0f} users each',

@@ -9,6 +9,7 @@ import hashlib
 import json
 import pathlib
 import re
+import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from ur4rec_jax.data.dataset import first_user
 from ur4rec_jax.errors import DivergenceError, InputError, say
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.files import write_file
@@ -23,6 +25,7 @@ from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.config_checks import check_config, flatten
 from ur4rec_jax.runs.config_files import call_function
 from ur4rec_jax.runs.knobs import no_such_field
+from ur4rec_jax.runs.report import PAGE
 from ur4rec_jax.runs.workdir import is_started_with
 from ur4rec_jax.sharding import devices
 
@@ -82,10 +85,56 @@ def run_sweep(
       summary = summarise(finished)
       write_file(pathlib.Path(workdir) / 'sweep.json', json.dumps(summary, indent=2) + '\n')
   if summary:
-    say(f'\n{summary_table(summary)}')
+    say(f'\n{summary_table(summary, pathlib.Path(workdir).name)}\n')
+    say('\n'.join(_next_lines(finished, workdir)))
   if diverged:
     raise DivergenceError('\n'.join(diverged))
   return summary
+
+
+def _next_lines(
+  finished: Sequence[tuple[Member, dict[str, Any], np.ndarray]], workdir: str
+) -> list[str]:
+  """Returns where the reports are, and two commands that use the runs."""
+  best, *_ = max(finished, key=lambda run: run[1]['valid'][METRIC])
+  folder = pathlib.Path(workdir) / best.name
+  user = shlex.quote(first_user(best.config.data_dir))
+  return [
+    f'best     {folder} by validation; its report: {folder / PAGE}',
+    f'next     python -m ur4rec_jax.compare {shlex.quote(str(workdir))} OTHER_WORKDIR',
+    f'         python -m ur4rec_jax.recommend --workdir={shlex.quote(str(folder))} --user={user}',
+  ]
+
+
+def compare(workdirs: Sequence[str | pathlib.Path]) -> dict[str, Any]:
+  """Compares finished runs with those of the first workdir.
+
+  Args:
+    workdirs: workdirs of single runs, or of `run_sweep` with seeds alone.
+
+  Returns:
+    See `summarise`; the variants have the names of the workdirs.
+
+  Raises:
+    InputError: a folder holds no finished run, a run is not finished, or two have one seed.
+  """
+  runs = []
+  for workdir in workdirs:
+    path, name = pathlib.Path(workdir), str(workdir).rstrip('/')
+    folders = [path] if (path / 'config.json').exists() else sorted(path.glob('seed*'))
+    if not folders:
+      inside = sorted({x.parent.parent for x in path.glob('*/seed*/results.json')})
+      hint = f'; name the folders in it, such as {inside[0]}' if inside else ''
+      raise InputError(f'{path}: holds no run{hint}')
+    for folder in folders:
+      if not (folder / 'results.json').exists():
+        raise InputError(f'{folder}: is not finished; start its training again, or leave it out')
+      results, ranks = read_run(folder)
+      runs.append((Member(name, {}, ConfigDict({'seed': results['seed']})), results, ranks))
+  names = [member.name for member, *_ in runs]
+  if repeated := {name for name in names if names.count(name) > 1}:
+    raise InputError(f'{", ".join(sorted(repeated))} is there more than once; name each run once')
+  return summarise(runs)
 
 
 def load_grid(place: str) -> list[dict[str, Any]]:
@@ -253,15 +302,21 @@ def paired_p_value(differences: np.ndarray) -> float:
   return (as_far + 1) / (FLIPS + 1)
 
 
-def summary_table(summary: dict[str, Any]) -> str:
-  """Formats the result of `summarise`, one row for each variant."""
+def summary_table(summary: dict[str, Any], name: str = '') -> str:
+  """Formats the result of `summarise`, one row for each variant.
+
+  Args:
+    summary: the result.
+    name: name of a single variant that overrides nothing.
+  """
+  is_alone = len(summary['variants']) == 1
   rows = [['variant', 'seeds', *_TABLE_METRICS, 'gain', 'p', f'{METRIC} of each seed']]
   scores = {member['name']: member['test'][METRIC] for member in summary['members']}
   for variant in summary['variants']:
     prefix = variant['name'] + '/' if variant['name'] else ''
     rows.append(
       [
-        variant['name'] or 'config',
+        variant['name'] or (is_alone and name) or 'config',
         ','.join(map(str, variant['seeds'])),
         *(mean_and_spread(variant['mean'][m], variant['sd'][m]) for m in _TABLE_METRICS),
         '' if variant['gain'] is None else f'{100 * variant["gain"]:+.1f} %',
@@ -269,10 +324,22 @@ def summary_table(summary: dict[str, Any]) -> str:
         ' '.join(f'{scores[f"{prefix}seed{seed}"]:.4f}' for seed in variant['seeds']),
       ]
     )
+  if is_alone:  # There is nothing to compare it with.
+    rows = [[*row[:-3], row[-1]] for row in rows]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
   if len(rows) > 2:
     lines.append(f'gain and paired p value: of {METRIC} over that of {rows[1][0]}')
+  others = [
+    row[0]
+    for row, variant in zip(rows[2:], summary['variants'][1:], strict=True)
+    if variant['p'] is None
+  ]
+  if others:
+    lines.append(
+      f'{", ".join(others)}: no gain, as the data, the split or the protocol are not those of'
+      f' {rows[1][0]}'
+    )
   return '\n'.join(['test', *lines])
 
 

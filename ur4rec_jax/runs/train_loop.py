@@ -313,10 +313,13 @@ class TrainLoop:
 
   def _is_over(self) -> bool:
     progress = self.progress
-    waited = progress.step - progress.stage.best_step
-    out_of_patience = waited >= self.stage.patience * self.validate_every
+    out_of_patience = progress.step >= self._out_of_patience_at()
     is_validated = progress.validated_step == progress.step
     return is_validated and (self._steps_in_stage() >= self.total_steps or out_of_patience)
+
+  def _out_of_patience_at(self) -> int:
+    """Returns the step at which the stage ends unless a validation before is better."""
+    return self.progress.stage.best_step + self.stage.patience * self.validate_every
 
   def _why_over(self) -> str:
     """Says why the stage is over and what its best validation was."""
@@ -362,7 +365,7 @@ class TrainLoop:
       f'epoch {epoch}: {self.dispatcher.last_dispatch()}valid {SELECTION_METRIC} {score:.4f}, '
       f'best {best.valid[SELECTION_METRIC]:.4f} at epoch {best.best_epoch}'
     )
-    self.reporter.validated(progress.step, values, message)
+    self.reporter.validated(progress.step, values, message, self._out_of_patience_at())
     count = done // self.validate_every
     if done and (self._is_over() or count % self.config.checkpoint.every_validations == 0):
       self._save()

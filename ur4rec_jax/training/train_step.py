@@ -51,7 +51,7 @@ def make_train_step(
     `train_step(state, data, plan, num_steps, numbers)` with `plan` `[steps, rows, slots]`, this
     device's rows of each step, of which the first `num_steps` are taken, and the `numbers` of the
     stage. It returns the new state and metrics `[steps]`: `loss`, the weighted sum, and `loss/NAME`
-    each loss if there are several, all means over the tokens of all devices; `weight/NAME` a
+    each loss without its weight, all means over the tokens of all devices; `weight/NAME` a
     learned loss weight; `gate/NAME` the share of a branch or modality; `grad_norm`; `turn`, the
     index of the trained group; `finite`, whether loss and gradient are.
   """
@@ -157,7 +157,7 @@ def make_objective(
       )
       values = all_losses(encoded, inputs)
       reported = {
-        **({f'loss/{name}': x for name, x in values.items()} if len(values) > 1 else {}),
+        **{f'loss/{name}': x for name, x in values.items()},
         **{f'weight/{name}': jnp.exp(-x) for name, x in encoded.log_variances.items()},
         **{f'gate/{name}': x for name, x in _gates(reported, stage.config.modalities).items()},
       }

@@ -10,6 +10,7 @@ from PIL import Image
 
 from data_prep import build_dataset
 from data_prep.prepared import pictures, prepare
+from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.errors import InputError
 
@@ -285,20 +286,20 @@ def test_finding_pictures_leaves_out_what_is_lost_or_damaged(shop, tmp_path):
   data_dir = tmp_path / 'data'
   build(shop, data_dir)
   a, c = (data_dir / 'images' / f'{name}.jpg' for name in 'ac')
-  assert pictures.find(data_dir) == [a, None, c]
+  assert item_pictures.find(data_dir) == [a, None, c]
   content = c.read_bytes()
   c.write_bytes(content[:-10] + b'0123456789')
-  assert pictures.find(data_dir) == [a, None, None]
+  assert item_pictures.find(data_dir) == [a, None, None]
   c.write_bytes(content)
   a.unlink()
   with (data_dir / 'images/manifest.jsonl').open('a') as file:
     file.write('{"item": "c", "status": "miss')
-  assert pictures.find(str(data_dir)) == [None, None, c]
+  assert item_pictures.find(str(data_dir)) == [None, None, c]
   with pytest.raises(InputError, match='items cannot be read'):
-    pictures.find(shop)
+    item_pictures.find(shop)
 
 
 def test_a_dataset_without_pictures_has_none(sequences, tmp_path):
   build_dataset.build('sequences', tmp_path / 'data', sequences)
-  assert pictures.find(tmp_path / 'data') == [None, None, None]
+  assert item_pictures.find(tmp_path / 'data') == [None, None, None]
   assert not (tmp_path / 'data/images').exists()

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from data_prep.prepared import prepare
-from data_prep.prepared.prepare import Item, Options, Raw
+from data_prep.prepared.prepare import Options
+from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
 
 

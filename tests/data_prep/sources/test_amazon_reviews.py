@@ -14,9 +14,10 @@ import pytest
 
 from data_prep import build_dataset
 from data_prep.prepared import prepare
-from data_prep.prepared.prepare import Item, Options
+from data_prep.prepared.prepare import Options
 from data_prep.sources import amazon_reviews
 from tests.helpers.runs import ROOT
+from ur4rec_jax.data.raw.records import Item
 from ur4rec_jax.errors import InputError
 
 EVENTS = [

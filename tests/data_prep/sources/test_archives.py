@@ -15,8 +15,10 @@ from PIL import Image
 from data_prep import build_dataset
 from data_prep.embeddings import imported_tokens
 from data_prep.prepared import prepare
-from data_prep.sources import archives, interactions, raw_files
-from data_prep.sources import items as item_tables
+from data_prep.sources import raw_files
+from ur4rec_jax.data.raw import archives, interactions
+from ur4rec_jax.data.raw import items as item_tables
+from ur4rec_jax.data.raw.texts import utf8_lines
 from ur4rec_jax.errors import InputError
 
 PATTERNS = ('ratings.dat', 'movies.dat', 'image/*')
@@ -264,7 +266,7 @@ def test_single_gz_files_are_read_wherever_text_is(ml_1m, sequences, tmp_path):
 def test_a_gz_file_of_zeros_is_refused(tmp_path):
   path = tmp_path / 'x.csv.gz'
   path.write_bytes(gzip.compress(b'a' * (70 << 20)))
-  for read in (raw_files.read_bytes, lambda path: list(raw_files.utf8_lines(path))):
+  for read in (raw_files.read_bytes, lambda path: list(utf8_lines(path))):
     with pytest.raises(InputError, match='unpacks to more than 67,108,864 bytes'):
       read(path)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_prep import build_dataset
 from data_prep.prepared import prepare
-from data_prep.sources import interactions, tables
+from ur4rec_jax.data.raw import interactions, tables
 from ur4rec_jax.errors import InputError
 
 DAY = 86_400

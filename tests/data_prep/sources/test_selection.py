@@ -6,7 +6,7 @@ import pytest
 
 from data_prep import build_dataset
 from data_prep.prepared import prepare
-from data_prep.sources import interactions
+from ur4rec_jax.data.raw import interactions
 from ur4rec_jax.errors import InputError
 
 HEADER = 'customer,sku,purchased_at,quantity,price,event\n'

@@ -183,7 +183,9 @@ def test_the_next_command_has_a_workdir_of_its_own(tmp_path, monkeypatch):
     '--workdir=runs/my shop-audio',
     '--config.data_dir=my shop',
     '--config.modalities=audio',
+    '--config.stages=("train",)',
   ]
+  assert '--config.stages' not in sources.training_command(shop, 'my shop')
 
 
 @pytest.mark.parametrize('source', sources.SOURCES)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.sources import interactions, times
+from ur4rec_jax.data.raw import interactions, times
 from ur4rec_jax.errors import InputError
 
 NANOSECONDS = 10**9

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import where
+from ur4rec_jax.data.raw import where
 from ur4rec_jax.errors import InputError
 
 OPERATORS = {

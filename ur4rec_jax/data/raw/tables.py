@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv as arrow_csv
 
-from data_prep.prepared.prepare import Place
-from data_prep.sources import archives
-from data_prep.sources.raw_files import shown
+from ur4rec_jax.data.raw import archives
+from ur4rec_jax.data.raw.records import Place
+from ur4rec_jax.data.raw.texts import shown
 from ur4rec_jax.errors import InputError
 
 DELIMITERS = {'.csv': ',', '.tsv': '\t', '.tab': '\t'}

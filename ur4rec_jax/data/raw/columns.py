@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sources import tables
+from ur4rec_jax.data.raw import tables
 from ur4rec_jax.errors import InputError
 
 _IDS = ('user', 'item')

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sources.raw_files import listed
-from data_prep.sources.tables import first_true, plain_numbers
+from ur4rec_jax.data.raw.tables import first_true, plain_numbers
+from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
 
 _OPERATORS = {

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sources.tables import first_true, plain_numbers
+from ur4rec_jax.data.raw.tables import first_true, plain_numbers
 from ur4rec_jax.errors import InputError
 
 # Unix times by their size: seconds reach 10^11 in the year 5138, milliseconds in 1973.

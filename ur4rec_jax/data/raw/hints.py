@@ -4,7 +4,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
-from data_prep.sources import ids, raw_files
+from ur4rec_jax.data.raw import ids
+from ur4rec_jax.data.raw.texts import shown
 
 _DAMAGES = {
   ids.BLANKS: ('have blanks around them', 'keep the blanks', 'removes them'),
@@ -22,15 +23,15 @@ def hints_about_ids(found: Mapping[str, ids.Ids], cleanings: Collection[str]) ->
   """
   hints = []
   for cleaning, (fault, meaning, effect) in _DAMAGES.items():
-    shown = [
+    examples = [
       f'{role}s: {column.found[cleaning]}'
       for role, column in found.items()
       if cleaning in column.found
     ]
-    if shown:
+    if examples:
       meaning = '' if cleaning in cleanings else f' {meaning};'
       hints.append(
-        f'ids that {fault} ({"; ".join(shown)}){meaning} --clean_ids={cleaning} {effect}'
+        f'ids that {fault} ({"; ".join(examples)}){meaning} --clean_ids={cleaning} {effect}'
       )
   return hints
 
@@ -55,7 +56,7 @@ def hint_about_spelling(
     if alike:
       return (
         f'{len(alike):,} of {len(unknown):,} items that are not in the item table are spelled'
-        f' otherwise there, first {raw_files.shown(alike[0])}; pass --clean_ids={cleaning}, or'
+        f' otherwise there, first {shown(alike[0])}; pass --clean_ids={cleaning}, or'
         ' spell them alike'
       )
   return None

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import interactions, tables
+from ur4rec_jax.data.raw import interactions, tables
 from ur4rec_jax.errors import InputError
 
 # Characters that mean something to a parser are as frequent as those that do not.

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.prepared import prepare
-from data_prep.sources import ids, interactions
 from ur4rec_jax.data.original_ids import read_ids
+from ur4rec_jax.data.raw import ids, interactions
 from ur4rec_jax.errors import InputError
 
 IDS = st.text(
@@ -58,6 +58,7 @@ def test_rows_without_a_user_are_left_out_on_request_and_counted(word):
   if word is None or not word.strip():
     assert 'row 2: user is empty' in fault(rows)
     assert '--clean_ids=missing' in fault(rows)
+    assert interactions.from_table(rows, clean_ids='empty').dropped == {'clean_ids': 2}
   else:
     raw = interactions.from_table(rows)
     assert f'{word!r} in 2 rows' in raw.hints[0]

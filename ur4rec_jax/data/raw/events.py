@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sources.raw_files import listed
+from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
 
 _MOST_SHOWN = 12  # Kinds in a message.

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.sources.raw_files import shown
+from ur4rec_jax.data.raw.texts import shown
 from ur4rec_jax.errors import InputError
 
 # Values of --clean_ids. Each one undoes one kind of damage.
-BLANKS, DECIMALS, MISSING = CLEANINGS = ('blanks', 'decimals', 'missing')
+BLANKS, DECIMALS, MISSING, EMPTY = CLEANINGS = ('blanks', 'decimals', 'missing', 'empty')
 ALL = 'all'
 # What programs write for a value that they do not have, in lower case.
 _NO_ID = r'^(null|nan|none|nil|nat|n/a|na|#n/a|<na>|\(null\)|undefined|\\n)$'
@@ -63,7 +63,9 @@ def clean(names: pa.Array, cleanings: Collection[str]) -> pa.Array:
   if DECIMALS in cleanings:
     names = pc.replace_substring_regex(names, _DECIMAL, r'\1')
   if MISSING in cleanings:
-    names = pc.if_else(pc.or_(_is_blank(names), _says_missing(names)), _NULL, names)
+    names = pc.if_else(_says_missing(names), _NULL, names)
+  if MISSING in cleanings or EMPTY in cleanings:
+    names = pc.if_else(_is_blank(names), _NULL, names)
   return names
 
 
@@ -109,10 +111,11 @@ def read(column: pa.ChunkedArray, name: str, where: Where, cleanings: Collection
   # A null in the dictionary is a missing id as well as a null in the column.
   present &= names.is_valid().to_numpy(zero_copy_only=False)[indices] if len(names) else False
   names = names.fill_null('')
-  if not present.all() and MISSING not in cleanings:
+  may_be_empty = MISSING in cleanings or EMPTY in cleanings
+  if not present.all() and not may_be_empty:
     raise InputError(f'{where(int(np.argmin(present)))}: {name} is empty; {_WAY_OUT}')
   counts = np.bincount(indices[present], minlength=len(names))
-  if MISSING not in cleanings:
+  if not may_be_empty:
     _refuse(names, counts, _is_blank(names), indices, f'{name} is empty', where, _WAY_OUT)
   is_broken = pc.and_not(pc.match_substring_regex(names, _CONTROL), _is_blank(names))
   fault = f'{name} is no text on one line'

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.sources import interactions
-from tests.data_prep.sources.test_tables import attempt
+from tests.data.raw.test_tables import attempt
+from ur4rec_jax.data.raw import interactions
 from ur4rec_jax.errors import InputError
 
 _DAY = datetime.datetime(2024, 5, 31, 12)

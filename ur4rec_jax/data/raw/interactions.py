@@ -6,7 +6,7 @@
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.prepared.prepare import Item, Place, Raw
-from data_prep.sources import columns as arrow_columns
-from data_prep.sources import ids, tables, times
-from data_prep.sources import items as item_tables
-from data_prep.sources.hints import hint_about_spelling, hints_about_ids
-from data_prep.sources.raw_files import listed
-from data_prep.sources.selection import Selection
 from ur4rec_jax.data import column_names
+from ur4rec_jax.data.raw import columns as arrow_columns
+from ur4rec_jax.data.raw import ids, tables, times
+from ur4rec_jax.data.raw import items as item_tables
+from ur4rec_jax.data.raw.hints import hint_about_spelling, hints_about_ids
+from ur4rec_jax.data.raw.records import Item, Place, Raw
+from ur4rec_jax.data.raw.selection import Selection
+from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
 
 OPTIONAL = ('time', 'rating', 'event')
@@ -95,7 +95,20 @@ def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path
 
 def read(*files: Path, **parameters: Any) -> Raw:
   """Reads files of interactions, one after the other, and the item table."""
-  options = {**PARAMETERS, **parameters}
+  return read_files(files, {**PARAMETERS, **parameters})
+
+
+def read_files(files: Sequence[Path], options: Mapping[str, Any], every_kind: bool = True) -> Raw:
+  """Reads files of interactions, one after the other.
+
+  Args:
+    files: the files.
+    options: all of `PARAMETERS`.
+    every_kind: whether every kind of event that has a weight must occur.
+
+  Raises:
+    InputError: a file or an option is wrong.
+  """
   parts = [path for path in files if not tables.is_empty(path)] if len(files) > 1 else list(files)
   if not parts:
     raise InputError(f'{files[0].parent}: no rows in its {len(files)} files; export them again')
@@ -103,7 +116,7 @@ def read(*files: Path, **parameters: Any) -> Raw:
   if len(parts) < len(files):
     notes.append(f'{len(files) - len(parts):,} of {len(files):,} files have no rows: skipped')
   opened = [
-    tables.open_file(path, _delimiter(options['delimiter']), options['quoting'], '--quoting')
+    tables.open_file(path, parse_delimiter(options['delimiter']), options['quoting'], '--quoting')
     for path in parts
   ]
   names = _with_folders(opened[0], options)
@@ -123,7 +136,8 @@ def read(*files: Path, **parameters: Any) -> Raw:
     part = selection.take(table, functools.partial(tables.place, file))
     found.append(arrow_columns.encoded(part, selection.columns, str(file.path)))
     notes += file.notes
-  selection.check()
+  if every_kind:
+    selection.check()
   path = str(files[0] if len(files) == 1 else files[0].parent)
   table = arrow_columns.joined(found, list(map(str, parts)))
   raw = selection.note(read_columns(path, table, columns, selection.locate, options))
@@ -150,20 +164,35 @@ def from_table(data: Any, **parameters: Any) -> Raw:
     **parameters: flags of `--source=interactions`, e.g. `user_column='customer'`; `items` may be a
       table in memory, too.
   """
-  memory = arrow_columns.in_memory(data, 'the table')
-  options = {**PARAMETERS, **parameters}
+  return read_memory(data, 'the table', {**PARAMETERS, **parameters})
+
+
+def read_memory(data: Any, name: str, options: Mapping[str, Any], every_kind: bool = True) -> Raw:
+  """Reads a table in memory.
+
+  Args:
+    data: the interactions.
+    name: what messages call the table.
+    options: all of `PARAMETERS`.
+    every_kind: whether every kind of event that has a weight must occur.
+
+  Raises:
+    InputError: the table or an option is wrong.
+  """
+  memory = arrow_columns.in_memory(data, name)
   if unknown := sorted(set(options) - set(PARAMETERS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(PARAMETERS)}')
-  columns = choose_columns('the table', memory.columns, options, None)
-  selection = Selection('the table', columns, [memory.columns], options)
+  columns = choose_columns(name, memory.columns, options, None)
+  selection = Selection(name, columns, [memory.columns], options)
   table = memory.select(list(selection.uses), selection.looked_at)
   if not table.num_rows:
-    raise InputError('the table: has no rows')
-  table = arrow_columns.simplified(table, 'the table', selection.looked_at)
-  table = selection.take(table, lambda row: Place('the table', row + 1, 'row'))
-  selection.check()
-  table = arrow_columns.encoded(table, selection.columns, 'the table')
-  return selection.note(read_columns('the table', table, columns, selection.locate, options))
+    raise InputError(f'{name}: has no rows')
+  table = arrow_columns.simplified(table, name, selection.looked_at)
+  table = selection.take(table, lambda row: Place(name, row + 1, 'row'))
+  if every_kind:
+    selection.check()
+  table = arrow_columns.encoded(table, selection.columns, name)
+  return selection.note(read_columns(name, table, columns, selection.locate, options))
 
 
 def choose_columns(
@@ -222,7 +251,8 @@ def _shown(columns: Mapping[str, str]) -> str:
   return ', '.join(f'{role} = {name}' for role, name in columns.items())
 
 
-def _delimiter(value: str | None) -> str | None:
+def parse_delimiter(value: str | None) -> str | None:
+  """Reads `--delimiter`; None chooses it by the extension."""
   if value is None:
     return None
   value = {'tab': '\t', '\\t': '\t', 'space': ' '}.get(value, value)
@@ -311,7 +341,11 @@ def _read_items(options: Mapping[str, Any]) -> tuple[dict[str, Item], list[str]]
     (Place(name, number, 'row'), row)
     for number, row in enumerate(memory.select(columns).to_pylist(), 1)
   )
-  return item_tables.from_table(item_tables.Table(name, memory.columns, rows), **settings)
+  images = settings.pop('images')
+  read_image = functools.partial(item_tables.find_image, None if images is None else Path(images))
+  return item_tables.from_table(
+    item_tables.Table(name, memory.columns, rows), read_image, **settings
+  )
 
 
 def _check_no_item_flags(options: Mapping[str, Any]) -> None:

@@ -1,14 +1,16 @@
 """Reads item tables in CSV, TSV, Parquet or JSON lines."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.prepared.prepare import Item, Place
-from data_prep.sources import raw_files, tables
 from ur4rec_jax.data import column_names
+from ur4rec_jax.data.raw import tables
+from ur4rec_jax.data.raw.records import Item, Place
+from ur4rec_jax.data.raw.texts import shown, utf8_lines
 from ur4rec_jax.errors import InputError
 
 JSON_LINES = ('.jsonl', '.ndjson', '.json')
@@ -53,9 +55,9 @@ def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
     raise InputError(
       f'{path}: no such file; --items must be a CSV, TSV, Parquet or JSON lines file'
     )
-  pictures = Path(parameters.pop('images', None) or path.parent)
+  folder = Path(parameters.pop('images', None) or path.parent)
   table = open_table(path, parameters.get('items_quoting'))
-  return from_table(table, images=pictures, **parameters)
+  return from_table(table, functools.partial(find_image, folder), **parameters)
 
 
 def open_table(path: Path, quoting: str | None = None) -> Table:
@@ -69,14 +71,20 @@ def open_table(path: Path, quoting: str | None = None) -> Table:
 
 
 def from_table(
-  source: Table, *, images: str | Path | None = None, **parameters: Any
+  source: Table, read_image: Callable[[Any, str, str], Path | str | None], **parameters: Any
 ) -> tuple[dict[str, Item], list[str]]:
-  """Reads an item table that is open or in memory; see `read`."""
+  """Reads an item table that is open or in memory; see `read`.
+
+  Args:
+    source: the table.
+    read_image: returns the picture of an item from the value in the table, the name of the column
+      and the position of the row, such as `find_image` in a folder.
+    **parameters: see `PARAMETERS`, without `images`.
+  """
   options = {**PARAMETERS, **parameters}
   path, names = source.path, source.columns
   columns = _choose_columns(path, names, options)
   extra = _text_columns(path, names, options['text_columns'])
-  folder = None if images is None else Path(images)
   table: dict[str, Item] = {}
   places: dict[str, Place] = {}
   for place, row in source.rows(list(dict.fromkeys([*columns.values(), *extra]))):
@@ -84,7 +92,7 @@ def from_table(
     name = original_id(row.get(columns['item_id']), columns['item_id'], where)
     if name in table:
       raise InputError(
-        f'{where}: item {raw_files.shown(name)} is in the table twice, first in {places[name].unit}'
+        f'{where}: item {shown(name)} is in the table twice, first in {places[name].unit}'
         f' {places[name].number}; remove one of the two'
       )
     value = lambda role, row=row: row.get(columns[role]) if role in columns else None
@@ -95,14 +103,14 @@ def from_table(
       title=text(value('title')),
       genres=genres(value('genres')),
       description='\n'.join(filter(None, texts)),
-      image=_image(value('image'), folder, columns.get('image', ''), where),
+      image=read_image(value('image'), columns.get('image', ''), where),
     )
   if not table:
     raise InputError(f'{path}: no items in the table; export it again')
-  shown = ', '.join(f'{role} = {name}' for role, name in columns.items())
+  used = ', '.join(f'{role} = {name}' for role, name in columns.items())
   if extra:
-    shown += f', text = {"+".join(extra)}'
-  return table, [f'item table: {shown}', *source.notes]
+    used += f', text = {"+".join(extra)}'
+  return table, [f'item table: {used}', *source.notes]
 
 
 def id_column(path: str | Path, names: Sequence[str], wanted: str | None) -> str:
@@ -194,7 +202,7 @@ def original_id(value: Any, column: str, where: str) -> str:
   return name
 
 
-def _image(value: Any, folder: Path | None, column: str, where: str) -> Path | str | None:
+def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path | str | None:
   """Returns an existing picture file inside the folder, or an unchanged URL."""
   name = text(value)
   if not name:
@@ -222,18 +230,16 @@ def _image(value: Any, folder: Path | None, column: str, where: str) -> Path | s
 
 def json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
   """Yields the objects of a JSON lines file with their positions."""
-  for number, line in raw_files.utf8_lines(path):
+  for number, line in utf8_lines(path):
     try:
       row = json.loads(line)
       _checked_depth(row)
     except (ValueError, RecursionError) as error:
       raise InputError(
-        f'{path}, line {number}: is no JSON ({error}): {raw_files.shown(line)}; write one object a'
-        ' line'
+        f'{path}, line {number}: is no JSON ({error}): {shown(line)}; write one object a line'
       ) from error
     if not isinstance(row, dict):
       raise InputError(
-        f'{path}, line {number}: is no JSON object: {raw_files.shown(line)}; write one object a'
-        ' line'
+        f'{path}, line {number}: is no JSON object: {shown(line)}; write one object a line'
       )
     yield Place(str(path), number), row

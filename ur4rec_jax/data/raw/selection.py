@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.prepared.prepare import Place, Raw
-from data_prep.sources import events, where
-from data_prep.sources.raw_files import listed
+from ur4rec_jax.data.raw import events, where
+from ur4rec_jax.data.raw.records import Place, Raw
+from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
 
 # Names of columns that are worth a look although they play no role, spelled as in `NAMES`.
