@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.devices import AXIS
 from ur4rec_jax.sharding.item_embeddings import index_from
+from ur4rec_jax.training.negatives import Negatives
 
 Array = jax.Array
 
@@ -77,17 +78,17 @@ def softmax(
 
 def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
   arrays = hidden, item_vectors, targets, weights
-  if _has_kernel(hidden, item_vectors):
+  if has_kernel(hidden, item_vectors):
     from ur4rec_jax.training.softmax_kernel import softmax_gradients  # Pallas imports in a second.
 
-    loss, hidden_gradient, item_gradient = softmax_gradients(*arrays)
+    loss, hidden_gradient, item_gradient, _ = softmax_gradients(*arrays)
   else:
     loss, hidden_gradient, item_gradient = _in_chunks(*arrays, chunk_size)
   return loss, (hidden_gradient, item_gradient.astype(item_vectors.dtype))
 
 
-def _has_kernel(hidden: Array, item_vectors: Array) -> bool:
-  """Whether the TPU kernel takes a catalogue of this size."""
+def has_kernel(hidden: Array, item_vectors: Array) -> bool:
+  """Whether the devices have a kernel that takes so many items of this width."""
   if devices.platform() != 'tpu':
     return False
   from ur4rec_jax.training.softmax_kernel import tokens_in_block
@@ -136,6 +137,56 @@ def _softmax_backward(chunk_size, residuals, cotangent):
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@jax.custom_vjp
+def fused_sampled_softmax(
+  hidden: Array,
+  target_vectors: Array,
+  negative_vectors: Array,
+  targets: Array,
+  weights: Array,
+  negatives: Negatives,
+) -> Array:
+  """Sums `losses.sampled_softmax` over tokens in the kernel of `has_kernel`.
+
+  Args:
+    hidden: `[tokens, dim]`.
+    target_vectors: `[tokens, dim]`.
+    negative_vectors: `[negatives, dim]`.
+    targets: `[tokens]` int32, numbered as the negatives are.
+    weights: `[tokens]`.
+    negatives: shared by all tokens.
+
+  Returns:
+    Scalar sum over tokens.
+  """
+  arrays = hidden, target_vectors, negative_vectors, targets, weights, negatives
+  return _sampled_forward(*arrays)[0]
+
+
+def _sampled_forward(hidden, target_vectors, negative_vectors, targets, weights, negatives):
+  from ur4rec_jax.training.softmax_kernel import Sampled, softmax_gradients
+
+  positive = (hidden * target_vectors).sum(-1, dtype=jnp.float32)
+  found = softmax_gradients(
+    hidden, negative_vectors, targets, weights, Sampled(positive, *negatives)
+  )
+  of_positive = found.positive[:, None]
+  gradients = (
+    (found.hidden + of_positive * target_vectors).astype(hidden.dtype),
+    (of_positive * hidden).astype(target_vectors.dtype),
+    found.items.astype(negative_vectors.dtype),
+  )
+  return found.loss, gradients
+
+
+def _sampled_backward(gradients, cotangent):
+  scaled = ((g * cotangent).astype(g.dtype) for g in gradients)
+  return (*scaled, None, None, None)
+
+
+fused_sampled_softmax.defvjp(_sampled_forward, _sampled_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

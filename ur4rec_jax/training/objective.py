@@ -227,6 +227,9 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
 
   def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives):
     negative_vectors = item_vectors[negatives.items]
+    if catalogue_softmax.has_kernel(hidden, negative_vectors):
+      vectors = hidden, item_vectors[targets], negative_vectors
+      return catalogue_softmax.fused_sampled_softmax(*vectors, targets, weights, negatives)
 
     def loss(hidden, targets, weights):
       positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""Cross-entropy over the whole catalogue in one TPU kernel, without logits in memory.
+"""Cross-entropy over the catalogue or shared negatives in one TPU kernel, without logits in memory.
 
 One pass over the tokens computes the loss and both gradients, as `catalogue_softmax.softmax` does
 in chunks: while a block of tokens is in the chip's fast memory, so are its logits over all items.
@@ -6,6 +6,7 @@ The catalogue and its gradient stay there from the first block to the last.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,31 +33,81 @@ def tokens_in_block(num_items: int, dim: int, itemsize: int) -> int:
   return next((n for n in (_TOKENS, _TOKENS // 2) if 4 * n * num_items < left), 0)
 
 
-def softmax_gradients(
-  hidden: Array, item_vectors: Array, targets: Array, weights: Array, *, interpret: bool = False
-) -> tuple[Array, Array, Array]:
-  """Returns the weighted sum of the losses and its gradients; arguments as `softmax`.
+class Sampled(NamedTuple):
+  """What a softmax over shared negatives adds to a softmax over a catalogue.
 
-  Returns:
-    `[]`, and the gradients of `hidden` in its type and of `item_vectors` in float32.
+  Attributes:
+    positive: `[tokens]` float32, logits of the targets.
+    ids: `[negatives]` int32; a negative that is a token's target is left out of its sum.
+    log_expected_count: `[negatives]` float32, which is subtracted from the logits.
+  """
+
+  positive: Array
+  ids: Array
+  log_expected_count: Array
+
+
+class Gradients(NamedTuple):
+  """What the kernel computes.
+
+  Attributes:
+    loss: `[]`, the weighted sum over tokens.
+    hidden: `[tokens, dim]` in the type of `hidden`.
+    items: `[items, dim]` float32.
+    positive: `[tokens]` float32 of the targets' logits, of a softmax over negatives; else None.
+  """
+
+  loss: Array
+  hidden: Array
+  items: Array
+  positive: Array | None
+
+
+def softmax_gradients(
+  hidden: Array,
+  item_vectors: Array,
+  targets: Array,
+  weights: Array,
+  sampled: Sampled | None = None,
+  *,
+  interpret: bool = False,
+) -> Gradients:
+  """Computes the loss and its gradients.
+
+  Args:
+    hidden: `[tokens, dim]`.
+    item_vectors: `[items, dim]`, the catalogue or the negatives.
+    targets: `[tokens]` int32 rows of the catalogue; with negatives, numbers as in `sampled.ids`.
+    weights: `[tokens]`.
+    sampled: None for a softmax over the catalogue.
+    interpret: whether to run as plain jax operations, on any device.
   """
   (tokens, dim), num_items = hidden.shape, item_vectors.shape[0]
   block = tokens_in_block(num_items, dim, hidden.dtype.itemsize)
   blocks = -(-tokens // block)
   in_blocks = lambda x: jnp.pad(x, (0, blocks * block - tokens)).reshape(blocks, 1, block)
-  items = jnp.pad(item_vectors, ((0, -num_items % _ITEMS), (0, 0)))
-  whole = pl.BlockSpec(items.shape, lambda i: (0, 0), pipeline_mode=pl.Buffered(1))
+  with_all_pieces = lambda x: jnp.pad(x, ((0, -num_items % _ITEMS), (0, 0)))
+  items = with_all_pieces(item_vectors)
+  whole = lambda x: pl.BlockSpec(x.shape, lambda i: (0, 0), pipeline_mode=pl.Buffered(1))
   of_tokens = pl.BlockSpec((block, dim), lambda i: (i, 0))
   number = pl.BlockSpec((1, 1, block), lambda i: (i, 0, 0))
-  losses, hidden_gradient, item_gradient = pl.pallas_call(
-    functools.partial(_kernel, tokens, num_items),
+  numbers = jax.ShapeDtypeStruct((blocks, 1, block), jnp.float32)
+  arrays = [hidden, items, in_blocks(targets), in_blocks(weights.astype(jnp.float32))]
+  specs = [of_tokens, whole(items), number, number]
+  if sampled is not None:
+    of_negatives = [with_all_pieces(x[:, None]) for x in (sampled.ids, sampled.log_expected_count)]
+    arrays += [in_blocks(sampled.positive), *of_negatives]
+    specs += [number, *map(whole, of_negatives)]
+  results = pl.pallas_call(
+    functools.partial(_kernel, tokens, num_items, sampled is not None),
     grid=(blocks,),
-    in_specs=[of_tokens, whole, number, number],
-    out_specs=[number, of_tokens, whole],
+    in_specs=specs,
+    out_specs=[number, of_tokens, whole(items), number],
     out_shape=[
-      jax.ShapeDtypeStruct((blocks, 1, block), jnp.float32),
+      numbers,
       jax.ShapeDtypeStruct(hidden.shape, hidden.dtype),
       jax.ShapeDtypeStruct(items.shape, jnp.float32),
+      numbers,
     ],
     scratch_shapes=[pltpu.VMEM((len(items), block), jnp.float32)],
     cost_estimate=pl.CostEstimate(
@@ -64,78 +115,81 @@ def softmax_gradients(
       transcendentals=tokens * num_items,
       bytes_accessed=2 * hidden.size * hidden.dtype.itemsize
       + items.size * (items.dtype.itemsize + 4)
-      + 12 * tokens,
+      + 16 * tokens,
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('arbitrary',), vmem_limit_bytes=_FAST_MEMORY
     ),
     interpret=interpret,
     name='catalogue_softmax',
-  )(hidden, items, in_blocks(targets), in_blocks(weights.astype(jnp.float32)))
-  return losses.sum(), hidden_gradient, item_gradient[:num_items]
+  )(*arrays)
+  losses, of_hidden, of_items, of_positive = results
+  of_positive = None if sampled is None else of_positive.reshape(-1)[:tokens]
+  return Gradients(losses.sum(), of_hidden, of_items[:num_items], of_positive)
 
 
-def _kernel(
-  tokens: int,
-  num_items: int,
-  hidden,
-  items,
-  targets,
-  weights,
-  losses,
-  hidden_gradient,
-  item_gradient,
-  logits,
-) -> None:
+def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
   """Computes a block of tokens; logits are `[items, tokens]`, so that a number a token is a row."""
-  step = pl.program_id(0)
+  hidden, items, targets, weights = refs[:4]
+  positive, ids, log_expected_count = refs[4:7] if is_sampled else (None,) * 3
+  losses, of_hidden, of_items, of_positive, logits = refs[-5:]
+  step, block = pl.program_id(0), hidden.shape[0]
 
   @pl.when(step == 0)
   def _():
-    item_gradient[...] = jnp.zeros_like(item_gradient)
+    of_items[...] = jnp.zeros_like(of_items)
 
-  block = hidden.shape[0]
   # What lies behind the last token is undefined, and zero times NaN is NaN.
   token = step * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
   states = jnp.where(token < tokens, hidden[...], 0).astype(hidden.dtype)
 
   def for_pieces(function, start):
-    """Carries a value through `function(slice of the catalogue, its items from 0, value)`."""
+    """Carries a value through `function(slice of the items, their rows, value)`."""
 
     def piece(i, value):
       begin = pl.multiple_of(i * _ITEMS, _ITEMS)
-      item = begin + jax.lax.broadcasted_iota(jnp.int32, (_ITEMS, 1), 0)
-      return function(pl.ds(begin, _ITEMS), item, value)
+      row = begin + jax.lax.broadcasted_iota(jnp.int32, (_ITEMS, 1), 0)
+      return function(pl.ds(begin, _ITEMS), row, value)
 
     return jax.lax.fori_loop(0, items.shape[0] // _ITEMS, piece, start)
 
-  def find_highest(piece, item, highest):
+  def find_highest(piece, row, highest):
     values = _dot(items[piece, :], states, 1, 1)
-    values = jnp.where(item < num_items, values, _LOWEST)
+    counts = row < num_items
+    if is_sampled:
+      values -= log_expected_count[piece, :]
+      counts &= ids[piece, :] != targets[0]
+    values = jnp.where(counts, values, _LOWEST)
     logits[piece, :] = values
     return jnp.maximum(highest, values.max(0, keepdims=True))
 
-  def add_up(piece, item, sums):
+  def add_up(piece, row, sums):
     total, of_target = sums
     values = logits[piece, :] - highest
     exponentials = jnp.exp(values)
     logits[piece, :] = exponentials
-    of_target += jnp.where(item == targets[0], values, 0).sum(0, keepdims=True)
+    if not is_sampled:
+      of_target += jnp.where(row == targets[0], values, 0).sum(0, keepdims=True)
     return total + exponentials.sum(0, keepdims=True), of_target
 
-  def differentiate(piece, item, gradient):
-    change = logits[piece, :] * (weight / total) - jnp.where(item == targets[0], weight, 0)
+  def differentiate(piece, row, gradient):
+    change = logits[piece, :] * (weight / total)
+    if not is_sampled:
+      change -= jnp.where(row == targets[0], weight, 0)
     change = change.astype(hidden.dtype)
-    item_gradient[piece, :] += _dot(change, states, 1, 0)
+    of_items[piece, :] += _dot(change, states, 1, 0)
     return gradient + _dot(change, items[piece, :], 0, 0)
 
   zeros = jnp.zeros((1, block), jnp.float32)
-  highest = for_pieces(find_highest, zeros + _LOWEST)
-  total, target_logit = for_pieces(add_up, (zeros, zeros))
+  highest = for_pieces(find_highest, positive[0] if is_sampled else zeros + _LOWEST)
+  target_logit = positive[0] - highest if is_sampled else zeros
+  of_target = jnp.exp(target_logit) if is_sampled else zeros
+  total, target_logit = for_pieces(add_up, (of_target, target_logit))
   weight = weights[0]
   losses[0] = (jnp.log(total) - target_logit) * weight
+  of_positive[0] = weight * (of_target / total - 1)
   gradient = for_pieces(differentiate, jnp.zeros(hidden.shape, jnp.float32))
-  hidden_gradient[...] = gradient.astype(hidden.dtype)
+  of_hidden[...] = gradient.astype(hidden.dtype)
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
