@@ -150,6 +150,9 @@ def summary(found: counts.Counts, topology: Topology, dtype: str) -> dict[str, A
     'mfu': {name: round(milliseconds['flops'] / t, 4) if t else 0.0 for name, t in times.items()},
     'gb_by_kind': gigabytes('kind'),
     'gb_by_op': gigabytes('op_name'),
+    'gb_of_largest_arrays': {
+      name: round(size / _GB, 4) for name, size in found.largest_arrays(TOP).items()
+    },
     'loops_counted_once': found.unknown_loops,
     'host_transfers': found.host_transfers,
   }

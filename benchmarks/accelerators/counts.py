@@ -90,11 +90,17 @@ class Counts:
     counts: of all instructions that do anything.
     unknown_loops: names of loops that were counted once.
     host_transfers: names of instructions that exchange data with the host.
+    arrays: bytes of the arrays that are computed, by type and shape.
   """
 
   counts: list[Count]
   unknown_loops: list[str]
   host_transfers: list[str]
+  arrays: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def largest_arrays(self, number: int) -> dict[str, float]:
+    """Returns the bytes of the largest arrays, by type and shape."""
+    return dict(sorted(self.arrays.items(), key=lambda item: -item[1])[:number])
 
   @property
   def flops(self) -> float:
@@ -133,7 +139,7 @@ def count(module: Module) -> Counts:
   """Counts a whole program, see the module's docstring."""
   counter = _Counter(module)
   counts = list(counter.walk(module.entry, 1, ()))
-  return Counts(counts, counter.unknown_loops, counter.host_transfers)
+  return Counts(counts, counter.unknown_loops, counter.host_transfers, counter.arrays)
 
 
 def short_name(op_name: str) -> str:
@@ -148,6 +154,7 @@ class _Counter:
     self.module = module
     self.unknown_loops: list[str] = []
     self.host_transfers: list[str] = []
+    self.arrays: dict[str, float] = {}
 
   def called(self, x: Instruction) -> list[Computation]:
     return [self.module.computations[name] for name in x.called]
@@ -199,6 +206,7 @@ class _Counter:
     if stated := kernels.stated_cost(x):  # A kernel may read a part of an operand several times.
       again = max(0.0, stated['bytes_accessed'] - moved)
       moved, in_main = moved + again, in_main + again
+    self.arrays |= {str(a): a.bytes for a in kernels.results(x)}
     flops = self._flops(computation, x)
     link_bytes = self._link_bytes(computation, x)
     if not (moved or in_main or flops or link_bytes):

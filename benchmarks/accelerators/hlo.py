@@ -31,6 +31,9 @@ class Array:
   dims: tuple[int, ...]
   layout: str = ''
 
+  def __str__(self) -> str:
+    return f'{self.dtype}[{",".join(map(str, self.dims))}]'
+
   @property
   def size(self) -> int:
     """Number of elements."""

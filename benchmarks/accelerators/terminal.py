@@ -31,4 +31,6 @@ def one_program(result: dict[str, Any]) -> str:
   for title, field in (('By kind', 'gb_by_kind'), ('By operation', 'gb_by_op')):
     lines += ['', f'{title}, GB read and written:']
     lines += [f'  {gb:9.3f}  {name}' for name, gb in result[field].items()]
+  lines += ['', 'The largest arrays, GB:']
+  lines += [f'  {gb:9.3f}  {name}' for name, gb in result['gb_of_largest_arrays'].items()]
   return '\n'.join(lines)

@@ -40,7 +40,8 @@ def generate(folder: pathlib.Path, users: int, with_records: bool) -> None:
   rng = np.random.default_rng(0)
   lengths = 3 + rng.geometric(1 / (MEAN_LENGTH - 3), users)
   offsets = np.concatenate([[0], np.cumsum(lengths)])
-  item_ids = (ITEMS * rng.random(offsets[-1], np.float32) ** 3).astype(np.int32) + 1
+  item_ids = (ITEMS * rng.random(offsets[-1], np.float32) ** 3).astype(np.int32)
+  item_ids = np.minimum(item_ids + 1, ITEMS)
   first = rng.integers(1_500_000_000, 1_600_000_000, users)
   position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
   timestamps = np.repeat(first, lengths) + 3600 * position
@@ -50,7 +51,7 @@ def generate(folder: pathlib.Path, users: int, with_records: bool) -> None:
     item_names=[*map(str, range(1, ITEMS + 1))],
     items=[prepare.Item()] * ITEMS,
     offsets=offsets,
-    item_ids=np.minimum(item_ids, ITEMS),
+    item_ids=item_ids,
     timestamps=timestamps,
     ratings=np.ones(offsets[-1], np.float32),
     has_timestamps=True,

@@ -69,6 +69,12 @@ def test_gradients_of_a_dense_layer_are_two_more_products():
   assert found.flops == 3 * 2 * 64 * 32 * 48
 
 
+def test_the_largest_arrays_of_a_program():
+  """Attention without a kernel computes scores of all pairs of positions."""
+  found = counted(lambda q: jax.nn.softmax(jnp.einsum('bqd,bkd->bqk', q, q)) @ q, (4, 64, 8))
+  assert next(iter(found.largest_arrays(1).items())) == ('f32[4,64,64]', 4 * 64 * 64 * 4)
+
+
 def test_an_elementwise_operation_reads_and_writes_its_arrays_once():
   found = counted(lambda x, y: jnp.maximum(x * 2 + y, 0), (1000, 256), (1000, 256))
   assert found.bytes == found.main_bytes == 3 * 1000 * 256 * 4

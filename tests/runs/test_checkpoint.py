@@ -1,13 +1,15 @@
 """Damaged checkpoints are detected, named, and passed over."""
 
 import shutil
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.robustness.small_runs import load_arrays
-from tests.helpers.runs import PROGRAM
+from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.errors import StorageError
 from ur4rec_jax.runs.checkpoint import Checkpointer, find_damage
 
@@ -93,6 +95,21 @@ def test_a_damaged_step_is_named_and_the_one_before_restored(damage, tmp_path, c
   assert restore(tmp_path)[1] == {'step': 10}  # And it stays that way.
   save_steps(tmp_path, 20)  # The step can be reached and saved again.
   assert restore(tmp_path)[1] == {'step': 20}
+
+
+def test_restoring_prints_no_warnings_of_libraries(tmp_path):
+  """In a process of its own, as absl writes warnings before anybody sets it up."""
+  save_steps(tmp_path, 10)
+  script = (
+    'from tests.runs.test_checkpoint import TREE\n'
+    'from ur4rec_jax.runs.checkpoint import read_latest\n'
+    f'print(read_latest({str(tmp_path)!r}, TREE)[1])\n'
+  )
+  command = [sys.executable, '-c', script]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+  assert done.stdout == "{'step': 10}\n"
+  assert 'METADATA' not in done.stderr
+  assert 'WARNING' not in done.stderr
 
 
 def test_without_any_whole_step_there_is_nothing_to_restore(tmp_path, capfd):

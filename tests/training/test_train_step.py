@@ -576,7 +576,16 @@ def test_rows_that_their_owners_update_are_those_of_whole_tables(loss, shares, m
       by_axis(cut_rows, axes, state), all_data(), plan, 2, trainer.numbers
     )
     new = embeddings.unpad(by_axis(join_rows, axes, new))
-    found[policy] = new.params, new.opt_state, metrics
+    found[policy] = {
+      jax.tree_util.keystr(path): x
+      for path, x in jax.tree_util.tree_leaves_with_path((new.params, new.opt_state, metrics))
+    }
+  # The bias of the keys has no gradient but rounding errors, which Adam scales up.
+  found = {
+    policy: {name: x for name, x in arrays.items() if "['query_key_value']['bias']" not in name}
+    for policy, arrays in found.items()
+  }
+  assert any('item_embedding' in name for name in found['sharded'])
   assert_trees_close(found['sharded'], found['touched'], 1e-4)
 
 
