@@ -55,6 +55,13 @@ CHIPS = {
 }
 
 
+def of_device(kind: str) -> Chip | None:
+  """Returns the chip that jax calls `kind`, e.g. `NVIDIA H100 80GB HBM3`; None if unknown."""
+  words = kind.lower().replace('tpu v6 lite', 'v6e').replace('tpu v5 lite', 'v5e')
+  words = words.replace('tpu v5', 'v5p').replace('h200', 'h100')  # Equal but for their memory.
+  return next((chip for name, chip in CHIPS.items() if name in words), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
   """Chips that are joined to one machine.

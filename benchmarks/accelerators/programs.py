@@ -58,12 +58,16 @@ class _Zeros(Features):
     return TokenTable(np.zeros((*shape, width), dtype), np.zeros(shape, bool))
 
 
+def history_lengths(sizes: Sizes) -> np.ndarray:
+  """Draws a length for each user; those of ML-1M are about log-normal, from 16 to 2,300."""
+  lengths = np.random.default_rng(0).lognormal(np.log(sizes.length - 10), 1.05, sizes.users)
+  return np.clip(lengths.astype(int) + 10, 16, 24 * sizes.length)
+
+
 def generate_run(config: ConfigDict, sizes: Sizes) -> Run:
   """Opens a run on generated data of the given sizes."""
-  rng = np.random.default_rng(0)
-  # ML-1M's lengths are about log-normal, from 16 to 2,300 interactions.
-  lengths = rng.lognormal(np.log(sizes.length - 10), 1.05, sizes.users).astype(int) + 10
-  offsets = np.concatenate([[0], np.cumsum(np.clip(lengths, 16, 24 * sizes.length))])
+  offsets = np.concatenate([[0], np.cumsum(history_lengths(sizes))])
+  rng = np.random.default_rng(1)
   item_ids = rng.integers(1, sizes.items + 1, offsets[-1]).astype(np.int32)
   dataset = make_dataset(item_ids, offsets, sizes.items)
   features = lambda rows, names, cut: {name: _zeros(rows, *_CONTENT[name], cut) for name in names}

@@ -22,7 +22,7 @@ from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.runs.checkpoint import Checkpointer
 from ur4rec_jax.runs.config_checks import check_config
 from ur4rec_jax.runs.metric_writers import NullReporter
-from ur4rec_jax.runs.open_run import make_run
+from ur4rec_jax.runs.open_run import Run, make_run
 from ur4rec_jax.runs.train_loop import TrainLoop, plan_batches, restore_or_create
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import stage_numbers
@@ -72,8 +72,12 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> None:
 
 def make_loop(config: ConfigDict, dataset: Dataset, workdir: str) -> TrainLoop:
   """The program's training loop at its start; it reports and saves nothing."""
-  run = make_run(config, dataset)
-  checkpointer = Checkpointer(workdir, config.checkpoint.max_to_keep)
+  return loop_of(make_run(config, dataset), workdir)
+
+
+def loop_of(run: Run, workdir: str) -> TrainLoop:
+  """The training loop of an opened run, as `make_loop`."""
+  checkpointer = Checkpointer(workdir, run.config.checkpoint.max_to_keep)
   start = restore_or_create(run, checkpointer)
   return TrainLoop(run, plan_batches(run), start, checkpointer, NullReporter())
 

@@ -106,7 +106,7 @@ def read(column: pa.ChunkedArray, name: str, where: Where, cleanings: Collection
   if isinstance(encoded, pa.ChunkedArray):
     encoded = encoded.chunk(0)
   present = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
-  indices = np.asarray(encoded.indices.fill_null(0)).astype(np.int64)
+  indices = np.asarray(encoded.indices.fill_null(0))
   names = _as_text(encoded.dictionary, name, indices, where, cleanings)
   # A null in the dictionary is a missing id as well as a null in the column.
   present &= names.is_valid().to_numpy(zero_copy_only=False)[indices] if len(names) else False
@@ -123,8 +123,10 @@ def read(column: pa.ChunkedArray, name: str, where: Where, cleanings: Collection
   found = _describe(names, counts)
   cleaned = clean(names, cleanings)
   unique = cleaned.dictionary_encode()
-  new = np.asarray(unique.indices.fill_null(-1)).astype(np.int64)
-  rows = np.where(present, new[indices], -1) if len(new) else np.full(len(present), -1)
+  new = np.asarray(unique.indices.fill_null(-1))
+  rows = np.full(len(present), -1, np.int32)
+  if len(new):
+    rows[present] = new[indices[present]]
   is_missing = rows < 0
   encoded = pa.DictionaryArray.from_arrays(
     pa.array(rows, pa.int32(), mask=is_missing), unique.dictionary

@@ -123,25 +123,36 @@ def read_files(files: Sequence[Path], options: Mapping[str, Any], every_kind: bo
   columns = choose_columns(str(parts[0]), names, options, opened[0].delimiter)
   all_names = [(*file.columns, *file.folders) for file in opened]
   selection = Selection(str(parts[0]), columns, all_names, options)
+  # The columns of the files are not kept: encoded ones take a fraction of their memory.
+  table = _read_encoded(opened, all_names, selection)
+  notes += [note for file in opened for note in file.notes]
+  if every_kind:
+    selection.check()
+  path = str(files[0] if len(files) == 1 else files[0].parent)
+  raw = selection.note(read_columns(path, table, columns, selection.locate, options))
+  return raw._replace(notes=(*raw.notes[:1], *notes, *raw.notes[1:]))
+
+
+def _read_encoded(
+  opened: Sequence[tables.File],
+  all_names: Sequence[Sequence[str]],
+  selection: Selection,
+) -> pa.Table:
+  """Reads the wanted rows of all files; users and items are dictionary-encoded."""
   found = []
   for file, names in zip(opened, all_names, strict=True):
     for name, use in selection.uses.items():
       if name not in names:
         raise InputError(
-          f'{file.path}: no column {name!r} ({use}), which {parts[0].name} has; its columns'
-          f' are {listed(file.columns)}; give all files the same columns'
+          f'{file.path}: no column {name!r} ({use}), which {opened[0].path.name} has; its'
+          f' columns are {listed(file.columns)}; give all files the same columns'
         )
     table = tables.read(file, list(selection.uses))
     table = arrow_columns.simplified(table, str(file.path), selection.looked_at)
-    part = selection.take(table, functools.partial(tables.place, file))
-    found.append(arrow_columns.encoded(part, selection.columns, str(file.path)))
-    notes += file.notes
-  if every_kind:
-    selection.check()
-  path = str(files[0] if len(files) == 1 else files[0].parent)
-  table = arrow_columns.joined(found, list(map(str, parts)))
-  raw = selection.note(read_columns(path, table, columns, selection.locate, options))
-  return raw._replace(notes=(*raw.notes[:1], *notes, *raw.notes[1:]))
+    table = selection.take(table, functools.partial(tables.place, file))
+    found.append(arrow_columns.encoded(table, selection.columns, str(file.path)))
+    del table
+  return arrow_columns.joined(found, [str(file.path) for file in opened])
 
 
 def _with_folders(file: tables.File, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -362,7 +373,9 @@ def _ratings(column: pa.ChunkedArray, name: str, where: Any) -> np.ndarray:
         f'{where(odd)}: {name} is not a number: {column[odd].as_py()!r}; correct it, or leave the'
         f' ratings out: --rating_column={NONE}'
       )
-    column = tables.plain_numbers(column)
+    kind = pa.float32()
+    chunks = [tables.plain_numbers(chunk).cast(kind, safe=False) for chunk in column.chunks]
+    column = pa.chunked_array(chunks, kind)
   elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
     raise InputError(
       f'{where(0)}: {name} is of type {column.type}, not numbers; convert it, or leave the ratings'

@@ -124,7 +124,9 @@ def _text(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
       if odd is not None:
         raise _unlike(column, odd, name, where)
       try:
-        values = plain_numbers(column).cast(type_).to_numpy()
+        # One chunk at a time, because the copies of all texts would take much memory.
+        chunks = [plain_numbers(chunk).cast(type_) for chunk in column.chunks]
+        values = pa.chunked_array(chunks, type_).to_numpy()
       except pa.ArrowInvalid as error:  # The number does not fit in 64 bits.
         fits = lambda row: -(2**63) <= float(column[row].as_py()) < 2**63
         odd = next((row for row in range(len(column)) if not fits(row)), 0)
