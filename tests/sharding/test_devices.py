@@ -194,6 +194,20 @@ def test_losses_of_all_items_train_the_same_where_these_are_spread(
   assert results[0]['test'] == results[1]['test']
 
 
+@pytest.mark.parametrize('mapping', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)])
+def test_devices_that_exchange_the_rows_they_read_train_the_same(mapping, run, start, tmp_path):
+  """Tables of ids alone, of which a device has fewer rows than a step reads."""
+  reference, workdir = tmp_path / 'touched', tmp_path / 'run'
+  flags = (*EXACT, '--config.loss.name=sampled_softmax', '--config.loss.num_negatives=4')
+  done = run(reference, *flags, '--config.optimizer.item_embeddings=touched', env=devices(2))
+  assert done.returncode == 0, done.stderr
+  flags += ('--config.optimizer.item_embeddings=sharded',)
+  run_on_two_devices(run, start, workdir, flags, mapping)
+  assert_close(workdir, reference, spread=True)
+  results = [json.loads((w / 'results.json').read_text()) for w in (workdir, reference)]
+  assert results[0] == results[1]
+
+
 def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, tmp_path):
   _, flags = on_two_devices
   flags += ('--config.optimizer.item_embeddings=sharded',)
