@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 "${PYTHON:-python}" -m benchmarks.accelerators.check \
-  --out="benchmarks/results/accelerators/measured-$(hostname).json" "$@"
+  --out="benchmarks/results/accelerators/measured/$(hostname).json" "$@"

@@ -243,6 +243,7 @@ def main() -> None:
     result[name]['part_seconds'] = round(time.perf_counter() - began, 1)
     print(f'{name}: {json.dumps(result[name])}', flush=True)
     if flags.out:
+      flags.out.parent.mkdir(parents=True, exist_ok=True)
       write_file(flags.out, json.dumps(result, indent=2).encode() + b'\n')
   sys.exit(failed)
 

@@ -146,8 +146,33 @@ def page(stored: Stored) -> str:
   for name, result in stored.items():
     lines = [f'## {name}', '', _measured_on(result), '', *writers[result['benchmark']](result)]
     sections.append('\n'.join(lines))
-  sections.append(compiled_section(COMPILED))
+  sections += [compiled_section(COMPILED), measured_section(COMPILED / 'measured')]
   return '\n\n'.join(sections) + '\n'
+
+
+def measured_section(folder: pathlib.Path) -> str:
+  """Returns the section on accelerators that `launch/accelerator_check.sh` was run on."""
+  lines = ['## Measured on accelerators']
+  for path in sorted(folder.glob('*.json')):
+    found = json.loads(path.read_text())
+    rows = [
+      {
+        'training step': name,
+        'ms': part.get('ms_a_step', part.get('error', part.get('skipped', ''))),
+        'users/s': part.get('users_per_second', ''),
+        'MFU': f'{100 * part["mfu"]:.1f} %' if 'mfu' in part else '',
+        'peak GB': part.get('peak_gb', ''),
+        'users ranked/s': part.get('ranked_users_per_second', ''),
+      }
+      for name, part in found.items()
+      if name.startswith(('sasrec', 'multimodal'))
+    ]
+    lines += [f'{found["device"]}, jax {found["jax"]}:', markdown_table(rows)]
+  if len(lines) == 1:
+    lines.append(
+      'None yet: `bash launch/accelerator_check.sh` measures the one at hand in minutes.'
+    )
+  return '\n\n'.join(lines)
 
 
 def compiled_section(folder: pathlib.Path) -> str:
