@@ -110,8 +110,8 @@ def main() -> None:
     with small_disk(disk):
       of_disk = [*command, f'--workdir={disk / "run"}']
       code, seconds, printed = fill_once(of_disk, disk, workdir / 'log', reported)
-      problems = [f'exit code {code}'] if code != StorageError.exit_code else []
-      problems += [f'{seconds:.1f} s'] if seconds > LIMIT_SECONDS else []
+      problems = [f'exit code {code}'] if code not in (0, StorageError.exit_code) else []
+      problems += [f'{seconds:.1f} s'] if code and seconds > LIMIT_SECONDS else []
       problems += ['a traceback'] if 'Traceback' in printed else []
       if again := start(of_disk, workdir / 'log-again').wait():
         problems += [f'with room: exit code {again}']

@@ -4,6 +4,7 @@ Orbax alone restores a file with a flipped byte without an error, and takes an e
 the latest step. Here a step counts only if its manifest, which is written last, matches every file.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -178,6 +179,24 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
   return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
+class _QuietLoop(asyncio.SelectorEventLoop):
+  """Ignores a write that ends when another has failed and closed the loop, instead of printing it."""
+
+  def call_soon_threadsafe(self, callback, *args, **kwargs):
+    try:
+      return super().call_soon_threadsafe(callback, *args, **kwargs)
+    except RuntimeError:
+      if not self.is_closed():
+        raise
+
+
+class _QuietPolicy(asyncio.DefaultEventLoopPolicy):
+  """Makes the loops in which Orbax waits for its writes."""
+
+  def new_event_loop(self) -> asyncio.AbstractEventLoop:
+    return _QuietLoop()
+
+
 class Checkpointer:
   """Saves and restores steps in `WORKDIR/checkpoints`, keeping the latest ones."""
 
@@ -242,6 +261,8 @@ class Checkpointer:
     # The threads of Orbax would print tracebacks of errors that are raised here, too.
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_QuietPolicy())
     try:
       self._reserve(sum(x.nbytes for x in jax.tree.leaves(tree)))
       if step in self._manager.all_steps():
@@ -263,6 +284,8 @@ class Checkpointer:
         f'checkpoint of step {step} could not be written to {self._folder}: {reason}\n'
         'make room or choose another --workdir; the same command goes on from the last good step'
       ) from error
+    finally:
+      asyncio.set_event_loop_policy(policy)
     logging.set_verbosity(verbosity)  # After an error the close would print it once more.
 
   def _reserve(self, size: int) -> None:
