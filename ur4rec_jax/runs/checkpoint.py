@@ -180,7 +180,7 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 class _QuietLoop(asyncio.SelectorEventLoop):
-  """Ignores a write that ends when another has failed and closed the loop, instead of printing it."""
+  """Ignores, without a word, a write that ends when another has failed and closed the loop."""
 
   def call_soon_threadsafe(self, callback, *args, **kwargs):
     try:
