@@ -91,6 +91,15 @@ class Topology:
     used = sum((n > 1) + (n >= chip.torus) for n in self.axes)
     return chip.link * used
 
+  @property
+  def hops(self) -> float:
+    """Links that a message passes on its way from one chip to another, on average."""
+    torus = self.chip.torus
+    if not torus:
+      return 1.0
+    distance = lambda n: n / 4 if n >= torus else (n * n - 1) / (3 * n)
+    return max(1.0, sum(map(distance, self.axes)))
+
 
 def parse_topology(name: str) -> Topology:
   """Reads a topology's name.

@@ -123,7 +123,9 @@ def memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, float
 def summary(found: counts.Counts, topology: Topology, dtype: str) -> dict[str, Any]:
   """Returns counts and the time that they take at least, see docs/accelerators.md."""
   chip = topology.chip
-  links = sum(found.link_bytes.values())
+  # Other collectives send to neighbours alone.
+  hops = lambda name: topology.hops if 'all-to-all' in name else 1
+  links = sum(sent * hops(name) for name, sent in found.link_bytes.items())
   milliseconds = {
     'flops': found.flops / chip.flops[dtype],
     'bytes': found.bytes / chip.bandwidth,

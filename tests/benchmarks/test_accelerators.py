@@ -238,6 +238,19 @@ def test_links_of_a_topology():
   assert chips.parse_topology('h100').link_bandwidth == 450e9
 
 
+def test_a_message_to_any_chip_passes_several_links():
+  """In a ring of 16 a chip is 4 away on average, in a row of 2 half a link."""
+  assert chips.parse_topology('v6e:16x16').hops == 8
+  assert chips.parse_topology('v6e:2x2').hops == 1
+  rows = np.arange(8)
+  mean = np.abs(rows[:, None] - rows).mean()
+  assert chips.parse_topology('v6e:8x8').hops == pytest.approx(2 * mean)
+  exchange = counts.Count('collective', 'a', 0, 0, 0, {'all-to-all': 4e9}, 1, 'x')
+  sent = counts.Counts([exchange], [], [])
+  found = compiler.summary(sent, chips.parse_topology('v6e:16x16'), 'bfloat16')
+  assert found['ms']['links'] == 1e3 * 8 * 4e9 / 400e9
+
+
 @pytest.mark.parametrize('name', ['v5e', 'v9:2x2', 'v5e:2x', 'v5e:2x2 ', ''])
 def test_a_topology_that_is_not_known(name):
   with pytest.raises(InputError, match='--topology='):
