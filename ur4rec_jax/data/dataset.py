@@ -437,53 +437,45 @@ def _examples(
   """
   from tensorflow_datasets.proto import tf_example_pb2
 
-  for records in read_records(data_dir, name, split, at_once):
-    examples = []
-    try:
+  try:
+    for records in read_records(pathlib.Path(data_dir) / name / VERSION, split, at_once):
+      examples = []
       for record in records:
         features = tf_example_pb2.Example.FromString(record).features.feature
         examples.append(
           {field: getattr(f, f.WhichOneof('kind')).value for field, f in features.items()}
         )
-    except Exception as error:
-      raise _unreadable(data_dir, name, error) from error
-    yield examples
+      yield examples
+  except Exception as error:  # Damaged files make the readers raise any kind of error.
+    kind, is_text, _ = name.partition('_texts')
+    way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
+    raise InputError(
+      f'data_dir {data_dir}: {name} cannot be read ({error!r}); {way_out}'
+    ) from error
 
 
 def read_records(
-  data_dir: str | pathlib.Path, name: str, split: str, at_once: int = _READ_AT_ONCE
+  folder: pathlib.Path, split: str, at_once: int = _READ_AT_ONCE
 ) -> Iterator[list[bytes]]:
-  """Yields lists of encoded examples of one TFDS dataset of a folder, in order.
+  """Yields lists of encoded examples of one TFDS dataset, in order.
+
+  Missing or damaged files raise any kind of error.
 
   Args:
-    data_dir: the folder.
-    name: name of the dataset.
+    folder: folder of the dataset, `.../NAME/VERSION`.
     split: name of its split.
     at_once: length of a list.
-
-  Raises:
-    InputError: the data are missing or damaged.
   """
   import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
 
-  try:
-    folder = pathlib.Path(data_dir) / name / VERSION
-    source = tfds.builder_from_directory(folder).as_data_source(
-      split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    for start in range(0, len(source), at_once):
-      records = source.__getitems__(range(start, min(start + at_once, len(source))))
-      if not all(records):  # The reader returns an empty record for a damaged one.
-        raise ValueError('a damaged record')
-      yield records
-  except Exception as error:  # Damaged files make the readers raise any kind of error.
-    raise _unreadable(data_dir, name, error) from error
-
-
-def _unreadable(data_dir: str | pathlib.Path, name: str, error: Exception) -> InputError:
-  kind, is_text, _ = name.partition('_texts')
-  way_out = _rewrite(data_dir, kind) if is_text else _rebuild(data_dir)
-  return InputError(f'data_dir {data_dir}: {name} cannot be read ({error!r}); {way_out}')
+  source = tfds.builder_from_directory(folder).as_data_source(
+    split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+  )
+  for start in range(0, len(source), at_once):
+    records = source.__getitems__(range(start, min(start + at_once, len(source))))
+    if not all(records):  # The reader returns an empty record for a damaged one.
+      raise ValueError('a damaged record')
+    yield records
 
 
 def _rebuild(data_dir: str | pathlib.Path) -> str:
