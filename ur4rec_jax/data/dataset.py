@@ -455,17 +455,16 @@ def _examples(
 
 
 def read_records(
-  folder: str | pathlib.Path, split: str, at_once: int = _READ_AT_ONCE
+  folder: pathlib.Path, split: str, at_once: int = _READ_AT_ONCE
 ) -> Iterator[list[bytes]]:
-  """Yields lists of encoded examples of a TFDS dataset, in order.
+  """Yields lists of encoded examples of one TFDS dataset, in order.
+
+  Missing or damaged files raise any kind of error.
 
   Args:
-    folder: `.../NAME/VERSION`.
-    split: name of the split.
+    folder: folder of the dataset, `.../NAME/VERSION`.
+    split: name of its split.
     at_once: length of a list.
-
-  Raises:
-    Exception: of any kind, if the files are damaged.
   """
   import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
 
