@@ -135,7 +135,7 @@ def test_the_table_marks_the_result_and_text_is_never_markup():
   page = Page(html)
   (marked,) = re.findall('<tr class="best">(.*?)</tr>', html)
   assert '3 three' in marked
-  assert '<td>0.1900</td>' in marked
+  assert '<td data-name="ndcg@10">0.1900</td>' in marked
   assert '2 <b>two</b>' in page.texts
   assert 'python <x>' in page.texts
   assert not page.all('i')
