@@ -71,7 +71,7 @@ class Attention(nn.Module):
     # W_v x + b_v is W_v times the mean of x, plus b_v. A few queries then need two products each,
     # instead of two for every item.
     of_query, of_key, of_value = jnp.moveaxis(kernel.reshape(dim, 3, *heads), 1, 0)
-    batch = len(query_positions)
+    batch = query_positions.shape[0]
     h = h.reshape(batch, -1, dim)
     query = (
       take_positions(h, query_positions).reshape(-1, dim) @ of_query.reshape(dim, dim) + bias[:dim]
