@@ -137,11 +137,13 @@ def cross_attention(
   result = {}
   for name in tokens:
     (query,) = queries[name]
-    join = lambda parts, name=name: jnp.concatenate([parts[o] for o in others[name]], axis=1)
+    key, value = (
+      jnp.concatenate([parts[o] for o in others[name]], axis=1) for parts in (keys, values)
+    )
     positions = query.shape[1] if query_positions is None else query_positions
     mask = jnp.concatenate([visible[o].mask(positions) for o in others[name]], axis=2)
-    mix = _cudnn if _has_cudnn(query, join(keys)) else masked_attention
-    mixed = mix(query, join(keys), join(values), mask)
+    mix = _cudnn if _has_cudnn(query, key) else masked_attention
+    mixed = mix(query, key, value, mask)
     result[name] = mixed.reshape(-1, tokens[name].shape[1] // 3)
   return result
 

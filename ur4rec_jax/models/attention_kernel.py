@@ -21,7 +21,7 @@ _SUBLANES = 8  # The number of tokens in a block must be a multiple of this.
 _WANTED_TOKENS = 128  # Short histories share a block, because the chip multiplies 128 x 128 values.
 _MOST_TOKENS = 512
 _QUERIES = 256  # Queries whose scores are in fast memory at once.
-_FAST_MEMORY = 64 * 2**20  # Bytes; what the smallest of the TPUs since v5e has.
+FAST_MEMORY = 64 * 2**20  # Bytes; what the smallest of the TPUs since v5e has.
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
@@ -137,7 +137,7 @@ def _call(kernel, mix: Mix, rows: int, arrays, outputs, scratch=()) -> list[Arra
       bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*arguments, *outputs]),
     ),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel',), vmem_limit_bytes=_FAST_MEMORY
+      dimension_semantics=('parallel',), vmem_limit_bytes=FAST_MEMORY
     ),
     interpret=mix.interpret,
     name=kernel.__name__.strip('_'),
@@ -161,7 +161,7 @@ def _forward_kernel(mix: Mix, *refs) -> None:
       for columns, query, reads in _heads(mix, visible, sources, index, rows):
         weights, total = _exponentials(query, reads)
         mixed = sum(
-          _dot(w.astype(x.value.dtype), x.value, 1, 0) for w, x in zip(weights, reads, strict=True)
+          dot(w.astype(x.value.dtype), x.value, 1, 0) for w, x in zip(weights, reads, strict=True)
         )
         output[rows, columns[0]] = (mixed / total).astype(output.dtype)
 
@@ -180,15 +180,15 @@ def _backward_kernel(mix: Mix, *refs) -> None:
         weights, total = _exponentials(query, reads)
         weights = [w / total for w in weights]
         upstream = cotangent[rows, columns[0]]
-        changes = [_dot(upstream, x.value, 1, 1) for x in reads]
+        changes = [dot(upstream, x.value, 1, 1) for x in reads]
         mean = sum((w * c).sum(-1, keepdims=True) for w, c in zip(weights, changes, strict=True))
         of_query = 0.0
         for w, change, x in zip(weights, changes, reads, strict=True):
           of_score = w * (change - mean) * query.shape[1] ** -0.5
           of_score = jnp.where(x.mask, of_score, 0).astype(query.dtype)
-          of_query += _dot(of_score, x.key, 1, 0)
-          sums[x.source][:, columns[0]] += _dot(of_score, query, 0, 0)
-          sums[x.source][:, columns[1]] += _dot(w.astype(query.dtype), upstream, 0, 0)
+          of_query += dot(of_score, x.key, 1, 0)
+          sums[x.source][:, columns[0]] += dot(of_score, query, 0, 0)
+          sums[x.source][:, columns[1]] += dot(w.astype(query.dtype), upstream, 0, 0)
         gradients[index][rows, columns[0]] = of_query.astype(query.dtype)
 
     _for_queries(cotangent.shape[0], differentiate)
@@ -240,13 +240,13 @@ def _heads(
 def _exponentials(query: Array, reads: Sequence[_Read]) -> tuple[list[Array], Array]:
   """Returns the weights before they are normalised `[queries, keys]`, and their sum."""
   scale = query.shape[1] ** -0.5
-  scores = [jnp.where(x.mask, _dot(query, x.key, 1, 1) * scale, _LOWEST) for x in reads]
+  scores = [jnp.where(x.mask, dot(query, x.key, 1, 1) * scale, _LOWEST) for x in reads]
   top = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores])
   weights = [jnp.exp(x - top) for x in scores]
   return weights, sum(x.sum(-1, keepdims=True) for x in weights)
 
 
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+def dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
   """Multiplies matrices over one axis each, in float32."""
   dimensions = ((axis_a,), (axis_b,)), ((), ())
   return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

@@ -131,9 +131,11 @@ def _in_chunks(hidden, item_vectors, targets, weights, chunk_size):
 
 def _softmax_backward(chunk_size, residuals, cotangent):
   del chunk_size
-  hidden_gradient, item_gradient = residuals
-  scale = lambda g: (g * cotangent).astype(g.dtype)
-  return scale(hidden_gradient), scale(item_gradient), None, None
+  return (*_scaled(residuals, cotangent), None, None)
+
+
+def _scaled(gradients, cotangent):
+  return ((g * cotangent).astype(g.dtype) for g in gradients)
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -182,8 +184,7 @@ def _sampled_forward(hidden, target_vectors, negative_vectors, targets, weights,
 
 
 def _sampled_backward(gradients, cotangent):
-  scaled = ((g * cotangent).astype(g.dtype) for g in gradients)
-  return (*scaled, None, None, None)
+  return (*_scaled(gradients, cotangent), None, None, None)
 
 
 fused_sampled_softmax.defvjp(_sampled_forward, _sampled_backward)

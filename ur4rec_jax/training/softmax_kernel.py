@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ur4rec_jax.models.attention_kernel import FAST_MEMORY, dot
+
 Array = jax.Array
 _TOKENS = 256  # In a block; half as many if the catalogue leaves no room.
 _ITEMS = 512  # The catalogue is read in pieces of so many items, in loops that compile fast.
-_FAST_MEMORY = 64 * 2**20  # Bytes; what the smallest of the TPUs since v5e has.
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
@@ -29,7 +30,7 @@ def tokens_in_block(num_items: int, dim: int, itemsize: int) -> int:
     itemsize: bytes of a number of the vectors.
   """
   catalogue = num_items * (-(-dim // 128) * 128) * (itemsize + 4)
-  left = 0.75 * _FAST_MEMORY - catalogue
+  left = 0.75 * FAST_MEMORY - catalogue
   return next((n for n in (_TOKENS, _TOKENS // 2) if 4 * n * num_items < left), 0)
 
 
@@ -118,7 +119,7 @@ def softmax_gradients(
       + 16 * tokens,
     ),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('arbitrary',), vmem_limit_bytes=_FAST_MEMORY
+      dimension_semantics=('arbitrary',), vmem_limit_bytes=FAST_MEMORY
     ),
     interpret=interpret,
     name='catalogue_softmax',
@@ -154,7 +155,7 @@ def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
     return jax.lax.fori_loop(0, items.shape[0] // _ITEMS, piece, start)
 
   def find_highest(piece, row, highest):
-    values = _dot(items[piece, :], states, 1, 1)
+    values = dot(items[piece, :], states, 1, 1)
     counts = row < num_items
     if is_sampled:
       values -= log_expected_count[piece, :]
@@ -177,8 +178,8 @@ def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
     if not is_sampled:
       change -= jnp.where(row == targets[0], weight, 0)
     change = change.astype(hidden.dtype)
-    of_items[piece, :] += _dot(change, states, 1, 0)
-    return gradient + _dot(change, items[piece, :], 0, 0)
+    of_items[piece, :] += dot(change, states, 1, 0)
+    return gradient + dot(change, items[piece, :], 0, 0)
 
   zeros = jnp.zeros((1, block), jnp.float32)
   highest = for_pieces(find_highest, positive[0] if is_sampled else zeros + _LOWEST)
@@ -190,9 +191,3 @@ def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
   of_positive[0] = weight * (of_target / total - 1)
   gradient = for_pieces(differentiate, jnp.zeros(hidden.shape, jnp.float32))
   of_hidden[...] = gradient.astype(hidden.dtype)
-
-
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-  """Multiplies matrices over one axis each, in float32."""
-  dimensions = ((axis_a,), (axis_b,)), ((), ())
-  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
