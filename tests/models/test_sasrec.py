@@ -7,14 +7,29 @@ import numpy as np
 import pytest
 
 from configs import default
-from ur4rec_jax.models.attention import masked_attention
+from ur4rec_jax.models.attention import causal_attention, masked_attention, visible_history
 from ur4rec_jax.models.layers import Dropout
 from ur4rec_jax.models.sasrec import SASRec, segment_positions
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 
 NUM_ITEMS = 30
 LENGTH = 12
-NORMS = ('pre', 'post')
+WINDOWED = {
+  'norm': 'post',
+  'positions': 'rotary',
+  'window': 3,
+  'activation': 'swiglu',
+  'input_norm': True,
+}
+KINDS = (
+  {'norm': 'pre'},
+  {'norm': 'post'},
+  {'norm': 'pre', 'positions': 'rotary', 'activation': 'gelu'},
+  WINDOWED,
+)
+each_kind = pytest.mark.parametrize(
+  'kind', KINDS, ids=lambda kind: '-'.join(map(str, kind.values()))
+)
 
 
 def small_model(**fields) -> SASRec:
@@ -101,10 +116,10 @@ def test_attention_is_finite_for_large_scores_and_for_a_query_that_sees_nothing(
   assert all(np.isfinite(x).all() for x in (mixed, *gradients))
 
 
-@pytest.mark.parametrize('norm', NORMS)
-def test_a_state_depends_on_nothing_later_and_on_no_other_segment(norm):
+@each_kind
+def test_a_state_depends_on_nothing_later_and_on_no_other_segment(kind):
   """Every token is another item, so the embeddings' gradient tells which tokens were read."""
-  model = small_model(norm=norm)
+  model = small_model(**kind)
   params = large_params(model)
   item_ids = jnp.arange(1, LENGTH + 1)[None]
   segment_ids = jnp.array([[1] * 4 + [2] * 5 + [3] + [0] * 2])
@@ -115,14 +130,16 @@ def test_a_state_depends_on_nothing_later_and_on_no_other_segment(norm):
   # [state, dim, item, dim] -> [state, item]
   read = np.abs(jax.jit(jax.jacrev(hidden))(params['item_embedding'])).sum((1, 3))[:, 1:]
   segments = np.asarray(segment_ids[0])
-  may_read = (segments[:, None] == segments) & np.tril(np.ones((LENGTH, LENGTH), bool))
+  distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+  is_near = (distance >= 0) & (distance < kind.get('window', LENGTH))
+  may_read = (segments[:, None] == segments) & is_near
   np.testing.assert_array_equal(read[:, :LENGTH] > 0, may_read)
   np.testing.assert_array_equal(read[:, LENGTH:], 0)
 
 
-@pytest.mark.parametrize('norm', NORMS)
-def test_padding_on_either_side_changes_nothing(norm):
-  model = small_model(norm=norm)
+@each_kind
+def test_padding_on_either_side_changes_nothing(kind):
+  model = small_model(**kind)
   params = large_params(model)
   history = np.array([5, 9, 2, 2, 30])
   padding = np.zeros(LENGTH - len(history), int)
@@ -133,9 +150,9 @@ def test_padding_on_either_side_changes_nothing(norm):
   np.testing.assert_allclose(right, bare, atol=1e-5)
 
 
-@pytest.mark.parametrize('norm', NORMS)
-def test_users_packed_into_a_row_are_encoded_as_if_alone(norm):
-  model = small_model(norm=norm, num_blocks=2)
+@each_kind
+def test_users_packed_into_a_row_are_encoded_as_if_alone(kind):
+  model = small_model(**kind, num_blocks=2)
   params = large_params(model)
   rng = np.random.default_rng(0)
   rows = [[3, 1, 5, 2], [LENGTH], [4, 4, 3]]  # Lengths of the users in each row.
@@ -155,16 +172,51 @@ def test_users_packed_into_a_row_are_encoded_as_if_alone(norm):
     np.testing.assert_allclose(together[row, part], states, atol=1e-5)
 
 
+@each_kind
+def test_last_states_alone_equal_those_among_all(kind):
+  model = small_model(**kind, num_blocks=2)
+  params = large_params(model)
+  item_ids = np.arange(1, LENGTH + 1).reshape(2, -1)
+  positions = np.array([[5, 2], [0, 5]])
+  some = functools.partial(states, query_positions=jnp.asarray(positions))
+  found = model.apply({'params': params}, jnp.asarray(item_ids), method=some)
+  expected = np.take_along_axis(encode(model, params, item_ids), positions[..., None], axis=1)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_with_rotary_positions_a_prefix_has_the_same_state_in_training_as_in_a_query():
+  model = small_model(**WINDOWED, num_blocks=2)
+  params = large_params(model)
+  history = np.arange(1, LENGTH + 1)
+  trained = encode(model, params, history[None])[0]
+  for end in (1, 4, LENGTH):
+    asked = encode(model, params, history[None, max(0, end - 5) : end])[0, -1]
+    np.testing.assert_allclose(trained[end - 1], asked, atol=1e-5)
+
+
+def test_a_window_longer_than_a_block_of_queries_reads_exactly_the_window():
+  """On CPU, scores are computed for blocks of 64 queries."""
+  length, window = 200, 70
+  query, key, value = jax.random.normal(jax.random.key(0), (3, 1, length, 2, 4))
+  distance = np.arange(length)[:, None] - np.arange(length)
+  mask = jnp.asarray((distance >= 0) & (distance < window))[None]
+  visible = visible_history(jnp.ones((1, length), jnp.int32), window)
+  np.testing.assert_array_equal(visible.mask(length), mask)
+  found = causal_attention(query, key, value, visible, window)
+  np.testing.assert_allclose(found, masked_attention(query, key, value, mask), atol=1e-5)
+
+
 def test_two_users_with_the_same_items_in_one_row_have_the_same_states():
   model = small_model()
   hidden = encode(model, large_params(model), [[7, 8, 9, 7, 8, 9]], [[1, 1, 1, 2, 2, 2]])[0]
   np.testing.assert_allclose(hidden[:3], hidden[3:], atol=1e-5)
 
 
-def test_order_matters():
-  model = small_model()
+@each_kind
+def test_order_matters(kind):
+  model = small_model(**kind)
   hidden = encode(model, large_params(model), [[7, 8, 9], [8, 7, 9]])
-  assert np.abs(hidden[0, -1] - hidden[1, -1]).max() > 1e-2
+  assert np.abs(hidden[0, -1] - hidden[1, -1]).max() > 1e-3
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -177,14 +229,14 @@ def states_and_gradients(model: SASRec, params, item_ids):
   return hidden, gradients
 
 
-@pytest.mark.parametrize('norm', NORMS)
-def test_empty_rows_empty_tails_and_full_rows_are_finite_in_either_type(norm):
+@each_kind
+def test_empty_rows_empty_tails_and_full_rows_are_finite_in_either_type(kind):
   full = np.arange(1, LENGTH + 1)
   item_ids = jnp.array([np.zeros(LENGTH, int), np.where(full < 5, full, 0), full])
-  params = large_params(small_model(norm=norm))
+  params = large_params(small_model(**kind))
   hidden = {}
   for dtype in (jnp.dtype('float32'), jnp.dtype('bfloat16')):
-    model = small_model(norm=norm, dtype=dtype)
+    model = small_model(**kind, dtype=dtype)
     assert {x.dtype for x in jax.tree.leaves(parameter_shapes(model))} == {jnp.dtype('float32')}
     hidden[dtype.name], gradients = states_and_gradients(model, params, item_ids)
     assert hidden[dtype.name].dtype == dtype

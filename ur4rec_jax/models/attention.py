@@ -51,16 +51,18 @@ class Visible(NamedTuple):
     return self.mask(queries).any(-1)
 
 
-def visible_history(segment_ids: Array) -> Visible:
+def visible_history(segment_ids: Array, window: int = 0) -> Visible:
   """Lets each position attend to itself and to earlier positions of its segment.
 
   Padding may attend to padding, so that every query sees a key. Nothing reads the result.
 
   Args:
     segment_ids: `[batch, length]`, equal along one user's contiguous tokens, 0 for padding.
+    window: number of positions that a query sees, itself included; 0 for all of its segment.
   """
   position = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
-  return Visible(position, segment_ends(segment_ids))
+  ends = segment_ends(segment_ids)
+  return Visible(position, jnp.minimum(ends, position + window) if window else ends)
 
 
 def segment_ends(segment_ids: Array) -> Array:
@@ -78,13 +80,17 @@ def visible_memory(mask: Array, queries: int) -> Visible:
   return Visible(jnp.zeros(mask.shape, jnp.int32), jnp.where(mask, queries, 0))
 
 
-def self_attention(query_key_value: Array, visible: Visible, num_heads: int) -> Array:
+def self_attention(
+  query_key_value: Array, visible: Visible, num_heads: int, window: int = 0
+) -> Array:
   """Lets the tokens of each history attend to themselves and to earlier ones.
 
   Args:
     query_key_value: `[batch * length, 3 * dim]`, side by side.
     visible: `[batch, length]`; each query sees itself, and no key that comes after it.
     num_heads: attention heads; divides `dim`.
+    window: most positions that a query sees according to `visible`; 0 for no limit. On CPU, scores
+      outside of it are not computed.
 
   Returns:
     `[batch * length, dim]`.
@@ -97,7 +103,7 @@ def self_attention(query_key_value: Array, visible: Visible, num_heads: int) -> 
   if _has_cudnn(query, key):
     mixed = _cudnn(query, key, value, visible.mask(length))
   else:
-    mixed = causal_attention(query, key, value, visible)
+    mixed = causal_attention(query, key, value, visible, window)
   return mixed.reshape(batch * length, -1)
 
 
@@ -173,27 +179,32 @@ def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
   return (mixed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
 
 
-def causal_attention(query: Array, key: Array, value: Array, visible: Visible) -> Array:
+def causal_attention(
+  query: Array, key: Array, value: Array, visible: Visible, window: int = 0
+) -> Array:
   """Computes `masked_attention` where no query sees a later key, without most masked scores.
 
   Args:
     query: `[batch, length, heads, width]`; `key` and `value` alike.
     visible: `[batch, length]`.
+    window: see `self_attention`.
   """
   length = query.shape[1]
   mask = visible.mask(length)
   if not isinstance(length, int):  # Exported programs take any length, so blocks cannot be counted.
     return masked_attention(query, key, value, mask)
-  ends = range(QUERY_BLOCK, length + QUERY_BLOCK, QUERY_BLOCK)
-  blocks = [
-    masked_attention(
-      query[:, end - QUERY_BLOCK : end],
-      key[:, :end],
-      value[:, :end],
-      mask[:, end - QUERY_BLOCK : end, :end],
+  blocks = []
+  for start in range(0, length, QUERY_BLOCK):
+    end = start + QUERY_BLOCK
+    first = max(0, start + 1 - window) if window else 0
+    blocks.append(
+      masked_attention(
+        query[:, start:end],
+        key[:, first:end],
+        value[:, first:end],
+        mask[:, start:end, first:end],
+      )
     )
-    for end in ends
-  ]
   return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
 
 

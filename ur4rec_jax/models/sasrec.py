@@ -27,6 +27,9 @@ Array = jax.Array
 ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
 OF_CONTENT = ('content', 'id+content')  # These read features whenever items are encoded.
 NORMS = ('pre', 'post')
+POSITIONS = ('absolute', 'rotary')
+ACTIVATIONS = ('relu', 'gelu', 'swiglu')
+ROTARY_BASE = 10_000.0  # Su et al. 2021, section 3.2.2.
 
 
 def segment_positions(segment_ids: Array) -> Array:
@@ -42,16 +45,40 @@ def segment_positions(segment_ids: Array) -> Array:
   return segment_ends(segment_ids) - 1 - index
 
 
+def rotated(x: Array) -> Array:
+  """Rotates queries or keys by their position (rotary embedding: Su et al. 2021, eq. 34).
+
+  The inner product of a rotated query and key depends on their distance, not on their positions.
+
+  Args:
+    x: `[batch, length, ..., width]`, where width is even.
+
+  Returns:
+    The same shape and type.
+  """
+  half = x.shape[-1] // 2
+  rates = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * rates
+  angles = angles.reshape(x.shape[1], *[1] * (x.ndim - 3), half)
+  cosine, sine = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+  first, second = x[..., :half], x[..., half:]
+  return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
 class Attention(nn.Module):
   """Causal self-attention; queries, keys and values share one kernel `[dim, 3 * dim]`.
 
   Attributes:
     num_heads: attention heads; divides the width.
     dtype: computation type.
+    rotary: whether queries and keys are rotated by their position.
+    window: most positions that a query sees; 0 for no limit.
   """
 
   num_heads: int
   dtype: jnp.dtype
+  rotary: bool = False
+  window: int = 0
 
   @nn.compact
   def __call__(self, h: Array, visible: Visible, query_positions: Array | None = None) -> Array:
@@ -65,8 +92,18 @@ class Attention(nn.Module):
     kernel = self.param('kernel', nn.initializers.lecun_normal(), (dim, 3 * dim))
     bias = self.param('bias', nn.initializers.zeros, (3 * dim,))
     h, kernel, bias = promote_dtype(h, kernel, bias, dtype=self.dtype)
+    if self.rotary:
+      batch = visible.since.shape[0]
+      mixed = (h @ kernel + bias).reshape(batch, -1, 3, *heads)
+      query_key, value = rotated(mixed[:, :, :2]), mixed[:, :, 2:]
+      if query_positions is not None:
+        query = take_positions(query_key[:, :, 0], query_positions)
+        mask = visible.mask(query_positions)
+        return masked_attention(query, query_key[:, :, 1], value[:, :, 0], mask).reshape(-1, dim)
+      mixed = jnp.concatenate([query_key, value], axis=2).reshape(-1, 3 * dim)
+      return self_attention(mixed, visible, self.num_heads, self.window)
     if query_positions is None:
-      return self_attention(h @ kernel + bias, visible, self.num_heads)
+      return self_attention(h @ kernel + bias, visible, self.num_heads, self.window)
     # q . (W_k x + b_k) = (W_k' q) . x, up to a term that is equal for all x, and a mean of
     # W_v x + b_v is W_v times the mean of x, plus b_v. A few queries then need two products each,
     # instead of two for every item.
@@ -102,6 +139,9 @@ class Block(nn.Module):
   dropout: float
   norm: str
   dtype: jnp.dtype
+  activation: str = 'relu'
+  rotary: bool = False
+  window: int = 0
 
   @nn.compact
   def __call__(
@@ -116,12 +156,15 @@ class Block(nn.Module):
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
 
     def attention(h: Array) -> Array:
-      mix = Attention(self.num_heads, self.dtype, name='query_key_value')
+      mix = Attention(self.num_heads, self.dtype, self.rotary, self.window, name='query_key_value')
       return dense(self.dim, 'attention_out')(mix(h, visible, query_positions))
 
     def feed_forward(h: Array) -> Array:
-      h = dropout(nn.relu(dense(self.ffn_dim, 'ffn_in')(h)))
-      return dense(self.dim, 'ffn_out')(h)
+      if self.activation == 'swiglu':
+        h = nn.silu(dense(self.ffn_dim, 'ffn_gate')(h)) * dense(self.ffn_dim, 'ffn_in')(h)
+      else:
+        h = getattr(nn, self.activation)(dense(self.ffn_dim, 'ffn_in')(h))
+      return dense(self.dim, 'ffn_out')(dropout(h))
 
     for name, sublayer in (('attention', attention), ('ffn', feed_forward)):
       norm = layer_norm(f'{name}_norm')
@@ -164,6 +207,10 @@ class SASRec(nn.Module):
   ffn_dim: int = 64
   dropout: float = 0.1
   norm: str = 'pre'
+  activation: str = 'relu'
+  positions: str = 'absolute'
+  window: int = 0
+  input_norm: bool = False
   item_input: str = 'id'
   item_scale: float = 0.02
   whitening: float = 1.0
@@ -175,11 +222,24 @@ class SASRec(nn.Module):
     if self.has_item_table:
       shape = self.num_items + 1, self.dim
       self.item_embedding = self.param('item_embedding', normal(self.item_scale), shape)
-    shape = self.max_length, self.dim
-    self.position_embedding = self.param('position_embedding', normal(0.02), shape)
+    if self.positions == 'absolute':
+      shape = self.max_length, self.dim
+      self.position_embedding = self.param('position_embedding', normal(0.02), shape)
     self.embedding_dropout = Dropout(self.dropout)
+    if self.input_norm:
+      self.embedding_norm = nn.LayerNorm(dtype=self.dtype)
     self.blocks = [
-      Block(self.dim, self.num_heads, self.ffn_dim, self.dropout, self.norm, self.dtype)
+      Block(
+        self.dim,
+        self.num_heads,
+        self.ffn_dim,
+        self.dropout,
+        self.norm,
+        self.dtype,
+        self.activation,
+        self.positions == 'rotary',
+        self.window,
+      )
       for _ in range(self.num_blocks)
     ]
     self.final_norm = nn.LayerNorm(dtype=self.dtype)
@@ -230,11 +290,15 @@ class SASRec(nn.Module):
       `[batch, length, dim]` hidden states, or `[batch, queries, dim]`; finite but meaningless where
       `segment_ids` is 0.
     """
-    positions = segment_positions(segment_ids)
     # Flattened, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
-    x = items.vectors[item_ids.reshape(-1)] + self.position_embedding[positions.reshape(-1)]
-    x = self.embedding_dropout(x.astype(self.dtype), deterministic=deterministic)
-    visible = visible_history(segment_ids)
+    x = items.vectors[item_ids.reshape(-1)]
+    if self.positions == 'absolute':
+      x += self.position_embedding[segment_positions(segment_ids).reshape(-1)]
+    x = x.astype(self.dtype)
+    if self.input_norm:
+      x = self.embedding_norm(x)
+    x = self.embedding_dropout(x, deterministic=deterministic)
+    visible = visible_history(segment_ids, self.window)
     for i, block in enumerate(self.blocks, 1):
       cut = query_positions if i == len(self.blocks) else None
       x = block(x, visible, deterministic=deterministic, query_positions=cut)

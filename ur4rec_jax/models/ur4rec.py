@@ -19,6 +19,7 @@ from ur4rec_jax.models.sasrec import OF_CONTENT, SASRec
 Array = jax.Array
 BRANCHES = ('sasrec', 'retriever')
 FUSED = 'fused'
+TEMPERED = ('info_nce', 'contrast', 'same_target')  # Losses that share a learned temperature.
 
 
 class Encoded(NamedTuple):
@@ -71,7 +72,7 @@ class UR4Rec(nn.Module):
   def setup(self):
     constant = lambda name, value: self.param(name, nn.initializers.constant(value), ())
     self.log_temperature = self.matching_scale = self.matching_bias = None
-    if 'info_nce' in self.losses or 'contrast' in self.losses:
+    if not self.losses.keys().isdisjoint(TEMPERED):
       self.log_temperature = constant('log_temperature', math.log(self.temperature))
     if 'matching' in self.losses:
       # Scores that suit a softmax over the catalogue are too large for a binary decision.

@@ -51,6 +51,13 @@ def check_config(config: ConfigDict) -> None:
   for name, width in _DIVIDES:
     if fields[width] % fields[name]:
       raise InputError(f'config.{name}={fields[name]}: must divide config.{width}={fields[width]}')
+  head_width = fields['sasrec.dim'] // fields['sasrec.num_heads']
+  if fields['sasrec.positions'] == 'rotary' and head_width % 2:
+    raise InputError(
+      "config.sasrec.positions='rotary' turns pairs of numbers, so config.sasrec.dim="
+      f'{fields["sasrec.dim"]} '
+      f'must be an even multiple of config.sasrec.num_heads={fields["sasrec.num_heads"]}'
+    )
   _check_branches(fields)
   _check_losses(fields)
   _check_item_embeddings(config)
@@ -99,6 +106,7 @@ def _check_losses(fields: dict[str, Any]) -> None:
     ),
     'loss.weights.contrast': (has_proxies, "the branch retriever with retriever.query='proxies'"),
     'loss.weights.matching': ('retriever' in branches, 'the branch retriever'),
+    'loss.weights.same_target': ('sasrec' in branches, 'the branch sasrec'),
     'loss.weights.consistency': (len(fields['modalities']) > 1, 'two modalities'),
     'loss.weights.info_nce': (len(fields['modalities']) > 1, 'two modalities'),
     'loss.weights.diversity': (

@@ -18,7 +18,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.protocol import SEEN_ITEMS
 from ur4rec_jax.models.fusion import BRANCH_FUSIONS, CALIBRATIONS, MODALITY_FUSIONS
 from ur4rec_jax.models.retriever import QUERIES
-from ur4rec_jax.models.sasrec import ITEM_INPUTS, NORMS
+from ur4rec_jax.models.sasrec import ACTIVATIONS, ITEM_INPUTS, NORMS, POSITIONS
 from ur4rec_jax.sharding.devices import MAPPINGS
 from ur4rec_jax.sharding.item_embeddings import POLICIES
 from ur4rec_jax.training.losses import DIVERSITIES, RETRIEVAL_LOSSES
@@ -152,6 +152,18 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'sasrec.norm': Knob(
       'post', 'Layer norm before (pre) or after (post) attention and feed-forward.', choices=NORMS
     ),
+    'sasrec.activation': Knob(
+      'relu', 'Non-linearity of the feed-forward layers.', choices=ACTIVATIONS
+    ),
+    'sasrec.positions': Knob(
+      'absolute',
+      'Order of a history: an embedding for each distance from its end, or rotary by distance.',
+      choices=POSITIONS,
+    ),
+    'sasrec.window': Knob(
+      0, 'Most items that a position attends to, itself included; 0 for all.', at_least=0
+    ),
+    'sasrec.input_norm': Knob(False, 'Whether item embeddings pass a layer norm before block 1.'),
     'sasrec.item_input': Knob(
       'id',
       'Item vectors: id embeddings, the same started from content, content alone, or their sum.',
@@ -284,6 +296,9 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     ),
     'loss.weights.matching': Knob(
       0.0, 'Weight of the loss that tells own targets from those of other tokens.', at_least=0
+    ),
+    'loss.weights.same_target': Knob(
+      0.0, 'Weight of the loss that makes states before the same next item alike.', at_least=0
     ),
     'loss.weighting': Knob(
       'fixed',

@@ -59,12 +59,37 @@ class Sample(NamedTuple):
       has a row for each number.
     targets: `[sample]` int32 from 0, rows of the step's item vectors.
     weights: `[sample]` float32.
+    pairs: `[2, sample]` indices of two tokens each that have the same target.
+    pair_numbers: `[sample]` int32, as `numbers`, of the targets of the pairs.
+    pair_weights: `[sample]` float32, 0 where two tokens are no pair.
   """
 
   tokens: Array
   numbers: Array
   targets: Array
   weights: Array
+  pairs: Array
+  pair_numbers: Array
+  pair_weights: Array
+
+
+def make_sample(inputs: LossInputs, size: int) -> Sample:
+  """Chooses at most `size` tokens and as many pairs of tokens with the same target."""
+  count = inputs.numbers.size
+  tokens = jnp.linspace(0, count - 1, min(size, count), dtype=int)
+  # Sorted by target, neighbours are mostly pairs. They are mostly of different users, as few users
+  # have an item twice.
+  by_target = jnp.argsort(inputs.numbers)
+  first = jnp.linspace(0, count - 2, min(size, count - 1), dtype=int)
+  pairs = jnp.stack([by_target[first], by_target[first + 1]])
+  a, b = inputs.numbers[pairs]
+  return Sample(
+    tokens,
+    *(x[tokens] for x in (inputs.numbers, inputs.targets, inputs.weights)),
+    pairs,
+    a,
+    ((a == b) & (a > 0)).astype(jnp.float32),
+  )
 
 
 def make_losses(stage: Stage, num_items: int) -> Callable[[Encoded, LossInputs], dict[str, Array]]:
@@ -92,10 +117,7 @@ def make_losses(stage: Stage, num_items: int) -> Callable[[Encoded, LossInputs],
   }
 
   def all_losses(encoded: Encoded, inputs: LossInputs) -> dict[str, Array]:
-    count = inputs.targets.size
-    tokens = jnp.linspace(0, count - 1, min(config.contrast_items, count), dtype=int)
-    parts = inputs.numbers, inputs.targets, inputs.weights
-    sample = Sample(tokens, *(x[tokens] for x in parts))
+    sample = make_sample(inputs, config.contrast_items)
     return {
       name: retrieval[name](encoded, inputs)
       if name in retrieval
@@ -183,12 +205,24 @@ def matching(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
   )
 
 
+def same_target(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
+  """Makes two states of `sasrec` alike if the same item comes next (ICSRec: Qin et al. 2024).
+
+  Of all pairs of the sample, each state must find the other one of its pair.
+  """
+  del config
+  users = encoded.users['sasrec']
+  a, b = users.reshape(-1, users.shape[-1])[sample.pairs]
+  return losses.info_nce(a, b, sample.pair_numbers, sample.pair_weights, encoded.log_temperature)
+
+
 AUXILIARY = {
   'consistency': consistency,
   'info_nce': info_nce,
   'diversity': diversity,
   'contrast': contrast,
   'matching': matching,
+  'same_target': same_target,
 }
 
 

@@ -20,6 +20,7 @@ Array = jax.Array
 PyTree = Any
 ALL = 'all'
 OF_RETRIEVER = ('contrast', 'matching')  # Losses that need the retriever's own vectors.
+OF_SASREC = ('same_target',)  # These read states of the branch sasrec.
 ALTERNATIONS = ('steps', 'adaptive')
 STARTS = ('best', 'last')
 _TOWERS = {'retriever': ('user_tower', 'content_tower')}
@@ -131,11 +132,16 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
     )
   has_content = config.sasrec.item_input in OF_CONTENT
   for loss in losses:
-    is_auxiliary = loss not in (*BRANCHES, FUSED)
-    if is_auxiliary and 'retriever' not in branches and (loss in OF_RETRIEVER or not has_content):
+    if loss in (*BRANCHES, FUSED):
+      continue
+    if loss in OF_SASREC:
+      has_input = 'sasrec' in branches
+    else:
+      has_input = 'retriever' in branches or (loss not in OF_RETRIEVER and has_content)
+    if not has_input:
       raise InputError(
         f'{field}: {loss} needs vectors that no branch of this stage makes; take it out, or add a '
-        'loss of the retriever'
+        f'loss of {"sasrec" if loss in OF_SASREC else "the retriever"}'
       )
   config = config.copy_and_resolve_references()
   with config.ignore_type():
