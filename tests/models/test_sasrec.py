@@ -26,6 +26,7 @@ KINDS = (
   {'norm': 'post'},
   {'norm': 'pre', 'positions': 'rotary', 'activation': 'gelu'},
   WINDOWED,
+  {'block': 'gru', 'positions': 'none'},
 )
 each_kind = pytest.mark.parametrize(
   'kind', KINDS, ids=lambda kind: '-'.join(map(str, kind.values()))

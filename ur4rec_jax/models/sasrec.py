@@ -21,13 +21,15 @@ from ur4rec_jax.models.attention import (
   visible_history,
 )
 from ur4rec_jax.models.content import ContentTower, EncodedItems
+from ur4rec_jax.models.gru4rec import GRUBlock
 from ur4rec_jax.models.layers import Dropout, take_positions
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
 OF_CONTENT = ('content', 'id+content')  # These read features whenever items are encoded.
 NORMS = ('pre', 'post')
-POSITIONS = ('absolute', 'rotary')
+POSITIONS = ('absolute', 'rotary', 'none')
+BLOCKS = ('transformer', 'gru')
 ACTIVATIONS = ('relu', 'gelu', 'swiglu')
 ROTARY_BASE = 10_000.0  # Su et al. 2021, section 3.2.2.
 
@@ -131,6 +133,9 @@ class Block(nn.Module):
     dropout: rate on the outputs of both sublayers and inside the feed-forward network.
     norm: `pre` normalises the input of each sublayer, `post` each sum.
     dtype: computation type; parameters and reductions stay float32.
+    activation: see `SASRec`.
+    rotary: see `Attention`.
+    window: see `Attention`.
   """
 
   dim: int
@@ -186,11 +191,18 @@ class SASRec(nn.Module):
     num_items: catalogue size; item ids are 1..num_items, 0 is padding.
     max_length: longest sequence, the number of position embeddings.
     dim: embedding and hidden width.
-    num_blocks: transformer blocks.
+    num_blocks: transformer blocks or recurrent layers.
     num_heads: attention heads; divides `dim`.
     ffn_dim: width of the hidden feed-forward layer.
     dropout: rate on embeddings and inside the blocks.
+    block: one of `BLOCKS`; recurrent layers use neither heads, feed-forward network nor window.
     norm: `pre` or `post` normalisation.
+    activation: of the feed-forward network, one of `ACTIVATIONS`; `swiglu` has a gate (Shazeer
+      2020).
+    positions: `absolute` adds an embedding of the distance from the end of the history; `rotary`
+      rotates queries and keys; one of `POSITIONS`.
+    window: most items that a position attends to, itself included; 0 for all.
+    input_norm: whether the sum of item and position embedding is normalised.
     item_input: one of `ITEM_INPUTS`.
     item_scale: root mean square of the table at the start.
     whitening: of the initial table with `id_from_content`, see `initial_item_embeddings`.
@@ -206,6 +218,7 @@ class SASRec(nn.Module):
   num_heads: int = 1
   ffn_dim: int = 64
   dropout: float = 0.1
+  block: str = 'transformer'
   norm: str = 'pre'
   activation: str = 'relu'
   positions: str = 'absolute'
@@ -228,21 +241,23 @@ class SASRec(nn.Module):
     self.embedding_dropout = Dropout(self.dropout)
     if self.input_norm:
       self.embedding_norm = nn.LayerNorm(dtype=self.dtype)
-    self.blocks = [
-      Block(
-        self.dim,
-        self.num_heads,
-        self.ffn_dim,
-        self.dropout,
-        self.norm,
-        self.dtype,
-        self.activation,
-        self.positions == 'rotary',
-        self.window,
-      )
-      for _ in range(self.num_blocks)
-    ]
+    self.blocks = [self._block() for _ in range(self.num_blocks)]
     self.final_norm = nn.LayerNorm(dtype=self.dtype)
+
+  def _block(self) -> nn.Module:
+    if self.block == 'gru':
+      return GRUBlock(self.dim, self.dropout, self.dtype)
+    return Block(
+      self.dim,
+      self.num_heads,
+      self.ffn_dim,
+      self.dropout,
+      self.norm,
+      self.dtype,
+      self.activation,
+      self.positions == 'rotary',
+      self.window,
+    )
 
   @property
   def has_item_table(self) -> bool:
@@ -298,8 +313,9 @@ class SASRec(nn.Module):
     if self.input_norm:
       x = self.embedding_norm(x)
     x = self.embedding_dropout(x, deterministic=deterministic)
-    visible = visible_history(segment_ids, self.window)
+    is_transformer = self.block == 'transformer'
+    history = visible_history(segment_ids, self.window) if is_transformer else segment_ids
     for i, block in enumerate(self.blocks, 1):
       cut = query_positions if i == len(self.blocks) else None
-      x = block(x, visible, deterministic=deterministic, query_positions=cut)
+      x = block(x, history, deterministic=deterministic, query_positions=cut)
     return self.final_norm(x).reshape(item_ids.shape[0], -1, self.dim)

@@ -18,7 +18,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.protocol import SEEN_ITEMS
 from ur4rec_jax.models.fusion import BRANCH_FUSIONS, CALIBRATIONS, MODALITY_FUSIONS
 from ur4rec_jax.models.retriever import QUERIES
-from ur4rec_jax.models.sasrec import ACTIVATIONS, ITEM_INPUTS, NORMS, POSITIONS
+from ur4rec_jax.models.sasrec import ACTIVATIONS, BLOCKS, ITEM_INPUTS, NORMS, POSITIONS
 from ur4rec_jax.sharding.devices import MAPPINGS
 from ur4rec_jax.sharding.item_embeddings import POLICIES
 from ur4rec_jax.training.losses import DIVERSITIES, RETRIEVAL_LOSSES
@@ -143,7 +143,10 @@ SECTIONS: dict[str, dict[str, Knob]] = {
   },
   'Branch sasrec': {
     'sasrec.dim': Knob(64, 'Width of item embeddings and hidden states.', at_least=1),
-    'sasrec.num_blocks': Knob(2, 'Number of transformer blocks.', at_least=1),
+    'sasrec.block': Knob(
+      'transformer', 'What reads a history: SASRec, or recurrent layers (GRU4Rec).', choices=BLOCKS
+    ),
+    'sasrec.num_blocks': Knob(2, 'Number of transformer blocks or recurrent layers.', at_least=1),
     'sasrec.num_heads': Knob(1, 'Number of attention heads; must divide sasrec.dim.', at_least=1),
     'sasrec.ffn_dim': Knob(64, 'Width of the hidden feed-forward layer.', at_least=1),
     'sasrec.dropout': Knob(
@@ -157,7 +160,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     ),
     'sasrec.positions': Knob(
       'absolute',
-      'Order of a history: an embedding for each distance from its end, or rotary by distance.',
+      'Order of a history: an embedding of the distance from its end, rotary by distance, or none.',
       choices=POSITIONS,
     ),
     'sasrec.window': Knob(
