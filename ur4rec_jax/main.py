@@ -1,7 +1,8 @@
 r"""Trains or evaluates the model that a config describes.
 
   python -m ur4rec_jax.main --config=NAME[:VARIANT] --workdir=DIR [--mode=train|evaluate] \
-    [--config.a.b=value ...] [--seeds=0,1,2] [--sweep=FILE.py:FUNCTION]
+    [--config.a.b=value ...] [--seeds=0,1,2] [--sweep=FILE.py:FUNCTION] \
+    [--search=FILE.py:FUNCTION --trials=N]
 
 NAME is a config file or the name of a config of this project, such as movielens_1m.
 """
@@ -50,6 +51,12 @@ _SEEDS = flags.DEFINE_list('seeds', [], 'Trains once with each, in WORKDIR/seedN
 _SWEEP = flags.DEFINE_string(
   'sweep', None, 'FILE.py:FUNCTION that lists variants of the config; FUNCTION may be left out.'
 )
+_SEARCH = flags.DEFINE_string(
+  'search', None, 'FILE.py:FUNCTION that draws variants of the config from an optuna.Trial.'
+)
+_TRIALS = flags.DEFINE_integer(
+  'trials', 20, 'Trials of --search, those of earlier starts included.'
+)
 _HELP = flags.DEFINE_bool('help', False, 'Shows this.', short_name='h')
 
 
@@ -76,8 +83,15 @@ def _parse_flags() -> None:
   seeds = _SEEDS.value
   if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
     raise InputError(f'--seeds={",".join(seeds)}: must be different whole numbers, e.g. 0,1,2')
-  if _MODE.value != 'train' and (seeds or _SWEEP.value):
-    raise InputError(f'--mode={_MODE.value}: works on one run, without --seeds and --sweep')
+  if _MODE.value != 'train' and (seeds or _SWEEP.value or _SEARCH.value):
+    raise InputError(f'--mode={_MODE.value}: works on one run, without --seeds, --sweep, --search')
+  if _SEARCH.value and (seeds or _SWEEP.value):
+    raise InputError(
+      '--search draws variants with one seed; leave out --seeds and --sweep, and run the best'
+      ' settings with several seeds afterwards'
+    )
+  if _TRIALS.value < 1:
+    raise InputError(f'--trials={_TRIALS.value}: must be at least 1')
 
 
 @contextlib.contextmanager
@@ -103,12 +117,14 @@ def main() -> None:
   logging.set_verbosity(logging.WARNING)  # Libraries tell much at INFO.
 
   # These take seconds to import, and a wrong flag should be answered at once.
-  from ur4rec_jax.runs import results, sweep, train_loop
+  from ur4rec_jax.runs import results, search, sweep, train_loop
   from ur4rec_jax.sharding import devices
 
   devices.use_cpu_threads(_CONFIG.value.get('cpu_threads', 0))
   with _knobs_of_memory(), devices.joined_processes():
-    if _SEEDS.value or _SWEEP.value:
+    if _SEARCH.value:
+      search.run_search(_CONFIG.value, _WORKDIR.value, _SEARCH.value, _TRIALS.value)
+    elif _SEEDS.value or _SWEEP.value:
       seeds = [int(seed) for seed in _SEEDS.value]
       sweep.run_sweep(_CONFIG.value, _WORKDIR.value, seeds, _SWEEP.value)
     elif _MODE.value == 'train':

@@ -112,6 +112,7 @@ def plot(title: str, caption: str, **fields: Any) -> dict[str, Any]:
   """
   p = Plot(title, caption, **fields)
   points = [point for curve in p.curves for line in curve.lines for point in line]
+  points += [(x, y) for x, y, _ in p.dots]
   xs = [x for bar in p.bars for x in (bar.left, bar.right)] + [x for x, _ in points]
   xs += [x for left, right, *_ in p.bands for x in (left, right)] if p.curves else []
   start, end = min(xs), max(max(xs), min(xs) + 1e-9)

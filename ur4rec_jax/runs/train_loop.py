@@ -45,12 +45,16 @@ from ur4rec_jax.training.train_step import make_train_step
 PyTree = Any
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
+def train_and_evaluate(
+  config: ConfigDict, workdir: str, on_validation: Callable[[int, float], None] | None = None
+) -> dict:
   """Trains, or goes on training, and writes the metrics of the best parameters to `results.json`.
 
   Args:
     config: see `configs/default.py`.
     workdir: the run's folder; if a run was started in it, it goes on.
+    on_validation: is called after each validation with the stage's epoch and the NDCG@10. What it
+      raises ends the run, which can be started again.
 
   Returns:
     The contents of `results.json`.
@@ -75,6 +79,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
       note_start(workdir, run)
       with contextlib.closing(_open_reporter(run, batches, start, workdir)) as reporter:
         loop = TrainLoop(run, batches, start, checkpointer, reporter)
+        loop.on_validation = on_validation or loop.on_validation
         loop.run_to_end(stop_requested)
     return write_results(run, workdir, loop.progress, loop.best_params, loop.eval_data)
 
@@ -215,6 +220,7 @@ class TrainLoop:
     )
     self.validators, self.train_steps = {}, {}
     self.started = time.monotonic() - self.progress.seconds
+    self.on_validation: Callable[[int, float], None] = lambda epoch, score: None
     self._enter_stage()
 
   def _enter_stage(self) -> None:
@@ -369,6 +375,7 @@ class TrainLoop:
     count = done // self.validate_every
     if done and (self._is_over() or count % self.config.checkpoint.every_validations == 0):
       self._save()
+    self.on_validation(epoch, score)
 
   def _position(self) -> tuple[int, int, int]:
     return self.progress.step, len(self.progress.stages), self.progress.validated_step

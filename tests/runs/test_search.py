@@ -1,0 +1,74 @@
+"""A search is runs of a sweep: it finds the better settings, ends weak ones early, and goes on."""
+
+import json
+
+import pytest
+
+from benchmarks.robustness.small_runs import lines
+from tests.helpers.runs import wait_for
+
+SEARCH = """
+def get_search(trial):
+  # With 1e-9 nothing is learned.
+  return {'optimizer.learning_rate': trial.suggest_categorical('rate', [1e-2, 1e-9])}
+
+def unknown(trial):
+  return {'sasrec.drop': trial.suggest_float('x', 0.1, 0.5)}
+
+def nothing(trial):
+  return None
+"""
+
+
+@pytest.fixture
+def space(tmp_path):
+  path = tmp_path / 'space.py'
+  path.write_text(SEARCH)
+  return path
+
+
+def read(workdir):
+  return json.loads((workdir / 'search.json').read_text())
+
+
+def test_a_killed_search_goes_on_and_finds_the_better_rate(start, run, space, tmp_path):
+  workdir = tmp_path / 'search'
+  first = start(workdir, f'--search={space}', '--trials=5')
+  wait_for(first, lambda: any(lines(folder) for folder in workdir.glob('*/seed0')))
+  first.kill()
+  first.communicate()
+  done = run(workdir, f'--search={space}', '--trials=5')
+  assert done.returncode == 0, done.stderr
+  summary = read(workdir)
+  best, *others = summary['trials']
+  assert best['overrides'] == {'optimizer.learning_rate': 1e-2}
+  assert best['state'] == 'complete'
+  assert best['valid'] == max(trial['valid'] for trial in summary['trials'])
+  # The same settings are one run, however often they are drawn.
+  assert len(others) == 1
+  results = json.loads((workdir / best['folder'] / 'results.json').read_text())
+  assert results['valid']['ndcg@10'] == best['valid']
+  assert f'best           {workdir / best["folder"]} by validation' in done.stdout
+  assert 'test items decided nothing' in (workdir / 'search.html').read_text()
+  # More trials go on from there.
+  more = run(workdir, f'--search={space}', '--trials=5')
+  assert 'trial ' not in more.stdout
+  assert read(workdir) == summary
+
+
+@pytest.mark.parametrize(
+  ('flags', 'told'),
+  [
+    (['--search=FILE:unknown'], 'sasrec.drop: no such field'),
+    (['--search=FILE:nothing'], 'must return a dict'),
+    (['--search=FILE:absent'], 'has no function absent'),
+    (['--search=FILE', '--trials=0'], '--trials=0: must be at least 1'),
+    (['--search=FILE', '--seeds=0,1'], 'leave out --seeds'),
+    (['--search=FILE', '--mode=evaluate'], 'works on one run'),
+  ],
+)
+def test_a_search_that_cannot_be_is_refused(run, space, tmp_path, flags, told):
+  done = run(tmp_path / 'search', *(flag.replace('FILE', str(space)) for flag in flags))
+  assert done.returncode == 2
+  assert told in done.stderr
+  assert 'Traceback' not in done.stderr

@@ -1,0 +1,278 @@
+"""Searches for good settings: Optuna proposes variants of a config, and weak ones end early.
+
+A trial is a run like any other, in `WORKDIR/VARIANT/seedN`. Its value is its best validation; test
+items decide nothing. `WORKDIR/search.db` remembers all trials, so the same command goes on.
+"""
+
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ur4rec_jax import page
+from ur4rec_jax.errors import DivergenceError, InputError, say
+from ur4rec_jax.files import write_file
+from ur4rec_jax.runs import train_loop
+from ur4rec_jax.runs.config_files import call_function
+from ur4rec_jax.runs.sweep import METRIC, Member, is_finished, make_members, read_run
+
+if TYPE_CHECKING:
+  import optuna
+
+TEMPLATE = pathlib.Path(__file__).with_name('search.html')
+PAGE, RECORD = 'search.html', 'search.json'
+_UNPRUNED_TRIALS = 4  # These show what a usual validation is at each epoch.
+_SHOWN = 10  # Trials in the table on the terminal.
+
+
+class Pruned(Exception):
+  """A run is worse than the others were at the same epoch."""
+
+
+def run_search(config: ConfigDict, workdir: str, place: str, trials: int) -> dict[str, Any]:
+  """Runs trials until `trials` have ended, and prints which settings are best and which matter.
+
+  Args:
+    config: what the trials have in common.
+    workdir: holds a folder for each of them.
+    place: `FILE.py:FUNCTION`, or `FILE.py` for its `get_search`. The function gets an
+      `optuna.Trial` and returns the fields to override, by dotted name.
+    trials: number of trials that have ended, those of earlier calls included.
+
+  Returns:
+    The contents of `search.json`, see `summarise`.
+
+  Raises:
+    InputError: the function or a config is impossible, or there are several processes.
+  """
+  if jax.process_count() > 1:
+    raise InputError('--search works in one process; give each process a search of its own')
+  optuna, space = _optuna(), _space(place)
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  study = optuna.create_study(
+    study_name='search',
+    storage=f'sqlite:///{folder.absolute() / "search.db"}',
+    load_if_exists=True,
+    direction='maximize',
+    sampler=optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=_UNPRUNED_TRIALS),
+    pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED_TRIALS),
+  )
+  _ask_again_for_stopped(study)
+  while (ended := _count_ended(study)) < trials:
+    trial = study.ask()
+    member = _member(config, space, trial, place)
+    say(f'trial {ended + 1} of {trials}: {member.variant or "config"}')
+    _run_trial(study, trial, member, folder)
+  summary = summarise(study)
+  write_file(folder / RECORD, json.dumps(summary, indent=2) + '\n')
+  write_file(folder / PAGE, _page(summary, workdir))
+  say(f'\n{_table(summary)}\n')
+  say('\n'.join(_last_lines(summary, folder)))
+  return summary
+
+
+def _optuna() -> Any:
+  try:
+    import optuna
+  except ImportError as error:
+    raise InputError(
+      "--search needs Optuna: pip install 'ur4rec-jax[search]' (in a clone: '.[search]')"
+    ) from error
+  optuna.logging.set_verbosity(optuna.logging.WARNING)
+  logging.getLogger('alembic').setLevel(logging.WARNING)
+  return optuna
+
+
+def _space(place: str) -> Callable[['optuna.Trial'], dict[str, Any]]:
+  path, _, name = place.partition(':')
+
+  def space(trial: 'optuna.Trial') -> dict[str, Any]:
+    return call_function(path, name or 'get_search', trial)
+
+  return space
+
+
+def _member(config: ConfigDict, space: Callable, trial: 'optuna.Trial', place: str) -> Member:
+  try:
+    overrides = space(trial)
+    if not isinstance(overrides, dict):
+      raise InputError("must return a dict such as {'sasrec.dropout': trial.suggest_float(...)}")
+    (member,) = make_members(config, (), [overrides])
+  except InputError as error:
+    raise InputError(f'--search={place}: {error}') from error
+  trial.set_user_attr('overrides', json.loads(json.dumps(overrides)))
+  trial.set_user_attr('folder', member.name)
+  return member
+
+
+def _run_trial(
+  study: 'optuna.Study', trial: 'optuna.Trial', member: Member, workdir: pathlib.Path
+) -> None:
+  """Runs one trial and stores how it ended; if it is stopped, it stays open."""
+  from optuna.trial import TrialState
+
+  reported = set()
+
+  def report(epoch: int, score: float) -> None:
+    if epoch in reported:  # Of a later stage. Stages begin again at epoch 0.
+      return
+    reported.add(epoch)
+    trial.report(score, epoch)
+    if trial.should_prune():
+      raise Pruned
+
+  folder = workdir / member.name
+  try:
+    if not is_finished(folder, member.config):
+      train_loop.train_and_evaluate(member.config, str(folder), report)
+  except Pruned:
+    study.tell(trial, state=TrialState.PRUNED)
+    say('ended early: worse than the median of the others at this epoch')
+  except DivergenceError as error:
+    trial.set_user_attr('diverged', True)
+    study.tell(trial, state=TrialState.FAIL)
+    say(f'{error}; the search goes on without it')
+  else:
+    study.tell(trial, read_run(folder)[0]['valid'][METRIC])
+
+
+def _ask_again_for_stopped(study: 'optuna.Study') -> None:
+  """Puts trials that were running when the search was stopped at the head of the queue."""
+  from optuna.trial import TrialState
+
+  for trial in study.get_trials(states=(TrialState.RUNNING,)):
+    study.tell(trial.number, state=TrialState.FAIL)
+    study.enqueue_trial(trial.params)
+
+
+def _count_ended(study: 'optuna.Study') -> int:
+  from optuna.trial import TrialState
+
+  ended = (TrialState.COMPLETE, TrialState.PRUNED)
+  trials = study.get_trials(deepcopy=False)
+  return sum(trial.state in ended or 'diverged' in trial.user_attrs for trial in trials)
+
+
+def summarise(study: 'optuna.Study') -> dict[str, Any]:
+  """Returns the trials and what mattered.
+
+  Returns:
+    `trials`, the best first, each with `overrides`, `state`, `valid` (its NDCG@10 at the last
+    epoch that was reported if it ended early) and `folder`; `importance` of each parameter, shares
+    that add up to 1, {} if there are too few trials; `seconds`, the time of all trials.
+  """
+  from optuna.trial import TrialState
+
+  found = {}
+  for trial in study.get_trials():
+    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.value is None:
+      continue
+    found[trial.user_attrs['folder']] = {
+      'overrides': trial.user_attrs['overrides'],
+      'parameters': trial.params,
+      'state': trial.state.name.lower(),
+      'valid': trial.value,
+      'folder': trial.user_attrs['folder'],
+      'seconds': trial.duration.total_seconds(),
+    }
+  trials = sorted(found.values(), key=lambda x: (x['state'] != 'complete', -x['valid']))
+  return {
+    'trials': trials,
+    'importance': _importance(study),
+    'seconds': sum(trial['seconds'] for trial in trials),
+  }
+
+
+def _importance(study: 'optuna.Study') -> dict[str, float]:
+  import optuna
+
+  evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+  try:
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+  except (ValueError, RuntimeError):  # Too few trials, or all alike.
+    return {}
+
+
+def _table(summary: dict[str, Any]) -> str:
+  trials = summary['trials'][:_SHOWN]
+  lines = [f'{"valid":>8}  {"state":<13}settings']
+  for trial in trials:
+    settings = ', '.join(f'{name}={_text(x)}' for name, x in trial['overrides'].items())
+    lines.append(f'{trial["valid"]:>8.4f}  {_state(trial):<13}{settings}')
+  return '\n'.join(lines)
+
+
+def _state(trial: dict[str, Any]) -> str:
+  return 'ended early' if trial['state'] == 'pruned' else trial['state']
+
+
+def _text(value: Any) -> str:
+  return f'{value:.3g}' if isinstance(value, float) else str(value)
+
+
+def _last_lines(summary: dict[str, Any], folder: pathlib.Path) -> Iterator[str]:
+  if not summary['trials']:
+    yield 'no trial has ended with a result'
+    return
+  best = summary['trials'][0]
+  if summary['importance']:
+    shares = (f'{name} {share:.0%}' for name, share in summary['importance'].items())
+    yield f'what mattered  {", ".join(shares)}'
+  yield f'best           {folder / best["folder"]} by validation'
+  yield f'page           {folder / PAGE}'
+
+
+def _page(summary: dict[str, Any], workdir: str) -> str:
+  names = list(summary['trials'][0]['parameters']) if summary['trials'] else []
+  names.sort(key=lambda name: -summary['importance'].get(name, 0))
+  plots = [plot for name in names if (plot := _plot(name, summary['trials']))]
+  return page.render(
+    TEMPLATE,
+    title=pathlib.Path(workdir).name,
+    trials=summary['trials'],
+    importance=summary['importance'],
+    minutes=summary['seconds'] / 60,
+    plots=plots,
+    text=_text,
+    state=_state,
+  )
+
+
+def _plot(name: str, trials: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """Draws the validation of all trials over one parameter; None if they have a single value."""
+  points = [(trial['parameters'][name], trial) for trial in trials if name in trial['parameters']]
+  values = [value for value, _ in points]
+  if len({str(value) for value in values}) < 2:
+    return None
+  is_number = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
+  if is_number and min(values) > 0 and max(values) > 20 * min(values):
+    at, label = math.log10, f'{name} (logarithmic)'
+  elif is_number:
+    at, label = float, name
+  else:
+    order = sorted({str(value) for value in values})
+    at, label = (lambda value: float(order.index(str(value)))), name
+  if is_number:
+    ticks = [(at(value), _text(value)) for value in (min(values), max(values))]
+  else:
+    ticks = [(float(i), text) for i, text in enumerate(order)]
+  dots = [
+    (at(value), trial['valid'], f'{_text(value)}: {trial["valid"]:.4f}') for value, trial in points
+  ]
+  scores = [trial['valid'] for trial in trials]
+  return page.plot(
+    name,
+    'Each point is a trial; those that ended early are drawn at their last validation.',
+    x_label=label,
+    x_ticks=ticks,
+    y_label=f'validation {METRIC}',
+    least_y_step=0.0001,
+    low=max(0, min(scores) - 0.2 * (max(scores) - min(scores))),
+    dots=dots,
+  )
