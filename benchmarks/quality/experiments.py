@@ -1,0 +1,332 @@
+"""Checks the statistics of experiments by simulation, where the truth is known.
+
+  python -m benchmarks.quality.experiments
+
+- A/A tests: one population of users is split 2,000 times by the hash of another salt. At a fixed
+  horizon 4 to 6 % of the tests are below .05, and at most 5 % of the always-valid intervals ever
+  exclude zero, although one looks a hundred times.
+- A/B tests with a true gain of 5 %: as many are found as the power calculation says.
+- Interleaving: how many users two rankers of known quality need, against an A/B test of the same
+  two.
+- Off-policy estimates: how many of 1,000 intervals hold the true reward of the new policy.
+
+The result is stored in `benchmarks/results/experiments.json`; docs/experiments.md quotes it.
+"""
+
+import argparse
+import json
+import pathlib
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ur4rec_jax.errors import exit_on_reported_error, say
+from ur4rec_jax.files import write_file
+from ur4rec_jax.online import interleaving, off_policy, statistics
+from ur4rec_jax.online.analysis import LOOKS
+from ur4rec_jax.online.experiments import position
+
+RESULTS = pathlib.Path(__file__).parents[1] / 'results' / 'experiments.json'
+LEVEL = 0.05
+START = 1_767_225_600  # 2026-01-01.
+METRICS = ('conversion', 'click-through', 'revenue', 'revenue, CUPED')
+_DAY = 86_400
+
+
+def people(users: int, rng: np.random.Generator, lift: float = 0.0) -> dict[str, np.ndarray]:
+  """Draws users of a shop who click and buy more or less often.
+
+  Args:
+    users: number of users.
+    rng: random numbers.
+    lift: relative gain of the probabilities to click and to buy, and so of every metric.
+
+  Returns:
+    For each of `METRICS` `[users, 3]` numerator, denominator and covariate.
+  """
+  taste = rng.gamma(4.0, 0.25, users)  # Mean 1: users differ.
+  shown = 10.0 * (1 + rng.poisson(2.0, users))
+  click = np.minimum(0.08 * taste * (1 + lift), 1)
+  clicks = rng.binomial(shown.astype(int), click).astype(float)
+  buys = (rng.random(users) < 0.12 * taste * (1 + lift)) * (1.0 + rng.poisson(0.3, users))
+  # What one pays varies less than how often one buys.
+  paid = buys * rng.lognormal(3.0, 0.5, users)
+  before = rng.poisson(3.0 * taste) * np.exp(3.0)
+  one, zero = np.ones(users), np.zeros(users)
+  return {
+    'conversion': np.stack([(buys > 0).astype(float), one, zero], -1),
+    'click-through': np.stack([clicks, shown, zero], -1),
+    'revenue': np.stack([paid, one, zero], -1),
+    'revenue, CUPED': np.stack([paid, one, before], -1),
+  }
+
+
+def tested(values: np.ndarray, in_arm: np.ndarray, is_adjusted: bool) -> tuple[float, bool, bool]:
+  """Tests two arms.
+
+  Returns:
+    The p value at the end, whether any always-valid interval excludes zero, and whether any
+    interval for a fixed horizon does.
+  """
+  ends = np.unique(np.linspace(0, len(values), LOOKS + 1)[1:].astype(int))
+  of_arm = np.concatenate([[0], np.cumsum(in_arm)])[ends]
+  control = statistics.moments(values[~in_arm], ends - of_arm)
+  treatment = statistics.moments(values[in_arm], of_arm)
+  looks = statistics.sequential(control, treatment, LEVEL, len(values))
+  found = statistics.compare(control.last(), treatment.last(), LEVEL, is_adjusted)
+  distance = np.abs(looks.difference)
+  fixed = NormalDist().inv_cdf(1 - LEVEL / 2) * looks.error
+  return found.p or 1.0, bool((distance > looks.half_width).any()), bool((distance > fixed).any())
+
+
+def null_tests(tests: int, users: int, seed: int) -> dict[str, Any]:
+  """Splits one population again and again, and counts false alarms."""
+  values = people(users, np.random.default_rng(seed))
+  names = [f'u{i}' for i in range(users)]
+  p = {metric: [] for metric in METRICS}
+  crossed = dict.fromkeys(METRICS, 0)
+  peeked = dict.fromkeys(METRICS, 0)
+  balance = []
+  for test in range(tests):
+    at = np.array([position(f'A/A {test}', name) for name in names])
+    in_arm = at >= 0.5
+    balance.append(statistics.share_p([(~in_arm).sum(), in_arm.sum()], [0.5, 0.5]))
+    for metric in METRICS:
+      value, has_crossed, has_peeked = tested(values[metric], in_arm, 'CUPED' in metric)
+      p[metric].append(value)
+      crossed[metric] += has_crossed
+      peeked[metric] += has_peeked
+  return {
+    'tests': tests,
+    'users': users,
+    'looks': LOOKS,
+    'below .05 at the end': {m: float(np.mean(np.array(p[m]) < LEVEL)) for m in METRICS},
+    'always-valid intervals that ever cross': {m: crossed[m] / tests for m in METRICS},
+    'p values below .05 at any look': {m: peeked[m] / tests for m in METRICS},
+    'sample ratios below .05': float(np.mean(np.array(balance) < LEVEL)),
+  }
+
+
+def power_tests(tests: int, seed: int, lift: float = 0.05, power: float = 0.8) -> dict[str, Any]:
+  """Runs A/B tests as large as the power calculation says, and counts those that find the gain."""
+  rng = np.random.default_rng(seed)
+  found = {}
+  for metric in ('conversion', 'click-through'):
+    before = statistics.moments(people(1_000_000, rng)[metric]).last()
+    (users,) = statistics.users_needed(before, [lift], LEVEL, power)
+    hits = 0
+    for _ in range(tests):
+      arms = [people(users // 2, rng, gain)[metric] for gain in (0.0, lift)]
+      control, treatment = (statistics.moments(arm).last() for arm in arms)
+      p = statistics.compare(control, treatment, LEVEL, False).p
+      hits += p is not None and p < LEVEL
+    found[metric] = {'users': users, 'by calculation': power, 'found': hits / tests}
+  return {'tests': tests, 'gain': lift, **found}
+
+
+def sessions(
+  users: int, rng: np.random.Generator, noises: tuple[float, float], requests: int = 5
+) -> dict[str, np.ndarray]:
+  """Simulates users who are shown rankings of two rankers, alone and interleaved.
+
+  A ranker sorts 20 items by their relevance plus noise; less noise is a better ranker. Users look
+  at position `i` with probability `1 / i` and click what they look at by its relevance.
+
+  Args:
+    users: number of users.
+    rng: random numbers.
+    noises: standard deviation of the noise of the first and the second ranker.
+    requests: rankings that each user is shown.
+
+  Returns:
+    `[users]` clicks in five requests with each ranker alone, and net score of the interleaved ones.
+  """
+  length = 10
+  looks = 1 / np.arange(1, length + 1)
+  found = {name: np.zeros(users) for name in ('first', 'second', 'score')}
+  mood = rng.gamma(4.0, 0.25, users)
+  for user in range(users):
+    for _ in range(requests):
+      relevance = rng.normal(size=20)
+      rate = np.minimum(0.3 * mood[user] / (1 + np.exp(-2 * relevance)), 1)
+      rankings = [np.argsort(-(relevance + rng.normal(0, noise, 20))) for noise in noises]
+      for name, ranking in zip(('first', 'second'), rankings, strict=True):
+        found[name][user] += (rng.random(length) < looks * rate[ranking[:length]]).sum()
+      items, teams = interleaving.team_draft(*(r.tolist() for r in rankings), length, rng)
+      hits = rng.random(length) < looks * rate[items]
+      found['score'][user] += np.sign(interleaving.team_credit(teams, hits.tolist()))
+  return found
+
+
+def interleaving_tests(tests: int, pool: int, seed: int, power: float = 0.8) -> dict[str, Any]:
+  """Returns the users that an A/B test and interleaving need to tell two rankers apart.
+
+  The sizes come from the means and variances of a pool of users, and are checked by tests on users
+  drawn from it.
+  """
+  from scipy.stats import norm
+
+  rng = np.random.default_rng(seed)
+  drawn = sessions(pool, rng, (1.0, 0.8))
+  clicks = [np.stack([drawn[name], np.ones(pool), np.zeros(pool)], -1) for name in drawn][:2]
+  base, better = (statistics.moments(values).last() for values in clicks)
+  gain = float(statistics.ratio_or_zero(better) / statistics.ratio_or_zero(base) - 1)
+  (of_test,) = statistics.users_needed(base, [gain], LEVEL, power)
+  score = drawn['score']
+  quantiles = norm.ppf(1 - LEVEL / 2) + norm.ppf(power)
+  interleaved = int(np.ceil((quantiles * score.std() / score.mean()) ** 2))
+  hits = {'A/B': 0, 'interleaving': 0, 'no difference, interleaving': 0}
+  for _ in range(tests):
+    halves = [
+      statistics.moments(values[rng.integers(0, pool, of_test // 2)]).last() for values in clicks
+    ]
+    p = statistics.compare(*halves, LEVEL, False).p
+    hits['A/B'] += p is not None and p < LEVEL
+    sample = score[rng.integers(0, pool, interleaved)]
+    teams = ('first', 'second')
+    hits['interleaving'] += interleaving.prefer(sample, teams).p_permutation < LEVEL
+    # Scores whose signs are drawn anew belong to two rankers that are equal.
+    equal = sample * rng.choice([-1, 1], len(sample))
+    p = interleaving.prefer(equal, teams).p_permutation
+    hits['no difference, interleaving'] += p < LEVEL
+  return {
+    'tests': tests,
+    'gain in clicks': gain,
+    'users of the A/B test': of_test,
+    'users of interleaving': interleaved,
+    'ratio': of_test / interleaved,
+    'found': {name: count / tests for name, count in hits.items()},
+  }
+
+
+def logged_trials(
+  requests: int, rng: np.random.Generator, actions: int = 8, users: int | None = None
+) -> tuple[off_policy.Trials, float]:
+  """Draws a log of one policy and the true reward of another.
+
+  Each request has a context. Both policies show one of eight items with a softmax over their own
+  scores. The model of the doubly robust estimate is wrong by a factor and by noise.
+
+  Returns:
+    The log, and the mean reward that the other policy would have had for these contexts' law.
+  """
+  users = users or requests // 2
+  user = rng.integers(0, users, requests)
+  # Contexts of one user are alike, so requests of a user depend on each other.
+  context = 0.5 * rng.normal(size=(users, 1))[user] + rng.normal(size=(requests, 3)) * [1, 1, 0.5]
+  sides = np.random.default_rng(0).normal(size=(3, 3, actions))  # The same world in every log.
+  rate = 1 / (1 + np.exp(-(context @ sides[0] - 1)))
+  softmax = lambda scores: (e := np.exp(scores - scores.max(1, keepdims=True))) / e.sum(1)[:, None]
+  logged = softmax(0.6 * (context @ sides[1]))
+  wanted = softmax(0.6 * (context @ sides[0]))
+  action = (logged.cumsum(1) > rng.random((requests, 1))).argmax(1)
+  row = np.arange(requests)
+  reward = (rng.random(requests) < rate[row, action]).astype(float)
+  guess = 0.8 * rate + 0.1 * rng.normal(size=rate.shape)
+  trials = off_policy.Trials(
+    row,
+    reward,
+    wanted[row, action] / logged[row, action],
+    user,
+    guess[row, action],
+    (wanted * guess).sum(1),
+  )
+  return trials, float((wanted * rate).sum(1).mean())
+
+
+def off_policy_tests(logs: int, requests: int, seed: int) -> dict[str, Any]:
+  """Counts the intervals that hold the truth, over many logs."""
+  rng = np.random.default_rng(seed)
+  # The truth is the mean over all contexts, of which one log has only a sample.
+  truth = float(np.mean([logged_trials(100_000, rng)[1] for _ in range(20)]))
+  held = dict.fromkeys(('IPS', 'SNIPS', 'DR'), 0)
+  widths = dict.fromkeys(held, 0.0)
+  effective = 0.0
+  for _ in range(logs):
+    found = off_policy.evaluate(logged_trials(requests, rng)[0])
+    effective += found.effective / logs
+    for estimate in found.estimates[1:]:
+      held[estimate.method] += estimate.low <= truth <= estimate.high
+      widths[estimate.method] += (estimate.high - estimate.low) / logs
+  return {
+    'logs': logs,
+    'requests': requests,
+    'true reward': truth,
+    'mean effective exposures': effective,
+    'intervals that hold the truth': {method: count / logs for method, count in held.items()},
+    'mean width': widths,
+  }
+
+
+def simulated_tables(
+  users: int, seed: int, lift: float = 0.0, days: int = 20, salt: str = 'demo'
+) -> tuple[pa.Table, pa.Table]:
+  """Makes the two tables of an experiment with the arms `old` and `new`, half of the users each.
+
+  Args:
+    users: number of users.
+    seed: of the random numbers.
+    lift: relative gain of the arm `new` in clicks and buys.
+    days: days over which the users come.
+    salt: salt of the assignment.
+  """
+  rng = np.random.default_rng(seed)
+  shown, done = [], []
+  taste = rng.gamma(4.0, 0.25, users)
+  for number in range(users):
+    user = f'u{number}'
+    arm = 'old' if position(salt, user) < 0.5 else 'new'
+    gain = 1 + lift * (arm == 'new')
+    first = START + (20 + days * rng.random()) * _DAY
+    for _ in range(rng.poisson(2 * taste[number])):
+      early = first - rng.uniform(0.1, 15) * _DAY
+      done.append((f'e{len(done)}', user, f'i{rng.integers(50)}', 'buy', early, '', 20.0))
+    for visit in range(1 + rng.poisson(1.0)):
+      request = f'r{number}-{visit}'
+      moment = first + visit * 0.4 * _DAY
+      for place, item in enumerate(rng.choice(50, 5, replace=False).tolist(), 1):
+        shown.append((request, user, moment, arm, f'i{item}', place))
+        if rng.random() < 0.15 * taste[number] * gain / place:
+          click = (f'e{len(done)}', user, f'i{item}', 'click', moment + 60, request, 0.0)
+          done.append(click)
+          if rng.random() < 0.4:
+            price = float(np.round(rng.lognormal(3, 0.5), 2))
+            done.append((f'e{len(done)}', user, f'i{item}', 'buy', moment + 600, request, price))
+  table = lambda rows, names: pa.table(
+    {name: [row[i] for row in rows] for i, name in enumerate(names)}
+  )
+  return (
+    table(shown, ('request_id', 'user', 'time', 'arm', 'item', 'position')),
+    table(done, ('id', 'user', 'item', 'kind', 'time', 'request_id', 'value')),
+  )
+
+
+@exit_on_reported_error
+def main() -> None:
+  """Runs the simulations and stores their results."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--tests', type=int, default=2000, help='A/A tests, and as many A/B tests')
+  parser.add_argument('--users', type=int, default=5000, help='users of an A/A test')
+  parser.add_argument('--logs', type=int, default=1000, help='logs of the off-policy estimates')
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--out', type=pathlib.Path, default=RESULTS)
+  flags = parser.parse_args()
+  parts = {
+    'A/A': lambda: null_tests(flags.tests, flags.users, flags.seed),
+    'A/B': lambda: power_tests(flags.tests, flags.seed),
+    'interleaving': lambda: interleaving_tests(flags.tests, 20_000, flags.seed),
+    'off-policy': lambda: off_policy_tests(flags.logs, 2000, flags.seed),
+  }
+  found = {}
+  for name, run in parts.items():
+    found[name] = run()
+    say(f'{name}: {json.dumps(found[name], indent=1)}')
+  write_file(flags.out, json.dumps({'seed': flags.seed, **found}, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main()
