@@ -322,7 +322,7 @@ def power(
   if len(measured.arm) < 2:
     raise InputError(f'{logs.paths[0]}: power needs two users or more whose window has ended')
   if daily_users is None:
-    daily_users = len(logs.users) / max((shown.time[-1] - shown.time[0]) / DAY, 1.0)
+    daily_users = len(measured.arm) / max((measured.start[-1] - measured.start[0]) / DAY, 1.0)
   shares = [arm.share for arm in experiment.arms]
   of_all = 1 / (shares[0] + shares[1])
   factor = statistics.sequential_factor(experiment.level, wanted)

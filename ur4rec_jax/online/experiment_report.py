@@ -65,11 +65,7 @@ def always_valid(row: Row) -> tuple[float, float]:
 
 def summary(result: Result) -> str:
   """Formats the result as a table for the terminal."""
-  level = f'{1 - result.experiment.level:.0%}'
-  rows = [
-    ('metric', 'arm', 'control', 'arm has', 'change', level, 'p', f'{level} always', 'p', 'verdict')
-  ]
-  rows += [cells(row, result) for row in result.rows]
+  rows = [column_names(result), *(cells(row, result) for row in result.rows)]
   lines = [headline(result), '', *aligned(rows)]
   lines += ['', how_to_read(result)]
   lines += [f'stop {arm}: {reason}' for arm, reason in result.stopped.items()]
@@ -106,6 +102,16 @@ def how_to_read(result: Result) -> str:
   )
 
 
+def column_names(result: Result) -> tuple[str, ...]:
+  """Returns the names of what `cells` returns."""
+  level = f'{1 - result.experiment.level:.0%}'
+  arms = [arm.name for arm in result.experiment.arms]
+  names = [f'{level} interval', 'p', f'{level} always valid', 'p, always valid', 'verdict']
+  if len(arms) == 2:
+    return ('metric', *arms, 'change', *names)
+  return ('metric', 'arm', arms[0], 'arm has', 'change', *names)
+
+
 def cells(row: Row, result: Result) -> tuple[str, ...]:
   """Returns the cells of one comparison."""
   fixed, looks = row.fixed, row.looks
@@ -114,7 +120,7 @@ def cells(row: Row, result: Result) -> tuple[str, ...]:
   verdict = row.verdict(result.experiment.level, result.is_over)
   return (
     row.metric.name,
-    row.arm.name,
+    *([row.arm.name] if len(result.users) > 2 else []),
     value_text(row.metric, fixed.control),
     value_text(row.metric, fixed.treatment),
     _percent(fixed.relative),
@@ -140,6 +146,10 @@ def p_text(p: float) -> str:
 
 def _percent(share: float) -> str:
   return f'{share:+.1%}' if np.isfinite(share) else '-'
+
+
+def _plain_percent(share: float) -> str:
+  return '0' if abs(share) < 1e-9 else f'{100 * share:+g}'
 
 
 def _interval(low: float, high: float) -> str:
@@ -174,13 +184,15 @@ def page(result: Result) -> str:
     ],
     how_to_read=how_to_read(result),
     level=f'{1 - experiment.level:.0%}'.replace('%', '\xa0%'),
+    names=column_names(result),
     rows=[
       (cells(row, result), row.verdict(experiment.level, result.is_over)) for row in result.rows
     ],
     forest=_forest(result),
-    plots=[*(_over_users(row) for row in result.rows[:_MOST_PLOTS]), _arrivals(result)],
+    first_plot=_over_users(first),
+    plots=[*(_over_users(row) for row in result.rows[1:_MOST_PLOTS]), _arrivals(result)],
     details=[
-      ('window', f'{experiment.window_days:g} days after the first exposure'),
+      ('window', f'{experiment.window_days:g} x 24 hours after the first exposure'),
       (
         'left out',
         f'{counted(result.unfinished, "user")} whose window has not ended',
@@ -226,7 +238,7 @@ def _forest(result: Result) -> dict[str, Any]:
     always = tuple(end / scale for end in always_valid(row))
     found.append((row, row.fixed.relative, row.fixed.relative_interval, always))
   ends = [end for _, at, fixed, _ in found for end in (at, *fixed) if np.isfinite(end)] or [0.0]
-  reach = max(max(map(abs, ends)) * 1.6, 1e-3)
+  reach = max(max(map(abs, ends)) * 1.6, 1e-2)
   # An always-valid interval of a young experiment is many times wider than the fixed one.
   x = lambda value: round(WIDTH / 2 + (WIDTH / 2 - 12) * float(np.clip(value / reach, -1, 1)), 1)
   lines = []
@@ -246,9 +258,7 @@ def _forest(result: Result) -> dict[str, Any]:
       }
     )
   height = 22 + _ROW * len(found)
-  ticks = [
-    (x(at), '0' if at == 0 else _percent(at)) for at, _ in round_ticks(-reach, reach, 5, 1e-4)
-  ]
+  ticks = [(x(at), f'{_plain_percent(at)}%') for at, _ in round_ticks(-reach, reach, 5, 1e-3)]
   return {'lines': lines, 'ticks': ticks, 'zero': x(0), 'width': WIDTH, 'height': height}
 
 
@@ -275,11 +285,8 @@ def _over_users(row: Row) -> dict[str, Any]:
     ' finished their window',
     x_label='users',
     x_ticks=[(t, text) for t, text in round_ticks(start, end, 4) if start <= t <= end],
-    y_label='',
-    y_ticks=[
-      (t, '0' if t == 0 else f'{t:+.1%}' if high - low < 0.08 else f'{t:+.0%}')
-      for t, _ in round_ticks(low - margin, high + margin, 5, 1e-4)
-    ],
+    y_label='%',
+    y_ticks=[(t, _plain_percent(t)) for t, _ in round_ticks(low - margin, high + margin, 5, 1e-3)],
     low=low - margin,
     curves=[
       Curve('change', [line(at)]),

@@ -90,20 +90,21 @@ def moments(values: np.ndarray, ends: Sequence[int] | None = None) -> Moments:
     values: `[users, 3]` numerator, denominator and covariate of each user.
     ends: numbers of users.
   """
-  ends = np.array([len(values)] if ends is None else ends)
   # Sums of squares around the mean of all, as those around zero would lose digits.
   center = values.mean(0) if len(values) else np.zeros(values.shape[1])
   around = values - center
-  sums = np.concatenate([np.zeros((1, around.shape[1])), around.cumsum(0)])[ends]
-  products = np.concatenate(
-    [np.zeros((1, *[around.shape[1]] * 2)), (around[:, :, None] * around[:, None]).cumsum(0)]
-  )[ends]
+  if ends is None:
+    cov = around.T @ around / max(len(values) - 1, 1)
+    return Moments(np.array([len(values)]), center[None], cov[None])
+  ends = np.array(ends)
+  width = values.shape[1]
+  sums = np.concatenate([np.zeros((1, width)), around.cumsum(0)])[ends]
+  products = (around[:, :, None] * around[:, None]).cumsum(0)
+  products = np.concatenate([np.zeros((1, width, width)), products])[ends]
   count = np.maximum(ends, 1)[:, None]
   mean = sums / count
-  cov = (products - count[..., None] * mean[:, :, None] * mean[:, None]) / np.maximum(ends - 1, 1)[
-    :, None, None
-  ]
-  return Moments(ends, mean + center, cov)
+  squares = count[..., None] * mean[:, :, None] * mean[:, None]
+  return Moments(ends, mean + center, (products - squares) / np.maximum(ends - 1, 1)[:, None, None])
 
 
 def _influence(mean: np.ndarray, slope: np.ndarray) -> np.ndarray:
@@ -195,8 +196,10 @@ def compare(control: Moments, treatment: Moments, level: float, with_covariate: 
     InputError: tea-tasting is not installed.
   """
   test = _metric(with_covariate, confidence_level=1 - level)
+  if not has_variance(control, treatment):
+    values = (float(ratio_or_zero(arm)) for arm in (control, treatment))
+    return Comparison(*values, 0.0, (math.nan, math.nan), math.nan, (math.nan, math.nan), None)
   found = test.analyze_aggregates(_aggregates(control), _aggregates(treatment))
-  is_known = math.isfinite(found.pvalue) and has_variance(control, treatment)
   return Comparison(
     found.control,
     found.treatment,
@@ -204,7 +207,7 @@ def compare(control: Moments, treatment: Moments, level: float, with_covariate: 
     (found.effect_size_ci_lower, found.effect_size_ci_upper),
     found.rel_effect_size,
     (found.rel_effect_size_ci_lower, found.rel_effect_size_ci_upper),
-    found.pvalue if is_known else None,
+    found.pvalue,
   )
 
 
