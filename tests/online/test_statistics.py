@@ -114,6 +114,24 @@ def test_an_arm_without_variance_proves_nothing():
   assert looks.p.tolist() == [1]
 
 
+def test_a_metric_that_never_happens_has_no_p_value():
+  pytest.importorskip('tea_tasting')
+  never = statistics.moments(users(50, 0) * [0, 1, 1]).last()
+  found = statistics.compare(never, never, 0.05, False)
+  assert found.p is None
+  assert (found.control, found.treatment, found.difference) == (0, 0, 0)
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_control_without_events_has_a_difference_but_no_relative_one():
+  pytest.importorskip('tea_tasting')
+  never = statistics.moments(users(200, 0) * [0, 1, 1]).last()
+  found = statistics.compare(never, statistics.moments(users(200, 1)).last(), 0.05, False)
+  assert found.p < 0.001
+  assert found.interval[0] > 0
+  assert not np.isfinite(found.relative)
+
+
 def test_the_interval_is_narrowest_near_the_planned_users():
   count = np.arange(100, 20001, 100)
   cov = np.broadcast_to(np.diag([1.0, 0, 0]), (len(count), 3, 3))

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ur4rec_jax.data.raw import texts
 from ur4rec_jax.errors import InputError, counted
 from ur4rec_jax.online import statistics
 from ur4rec_jax.online.experiments import Arm, Experiment, Metric, assign
@@ -159,8 +160,8 @@ def _check_mixed(logs: Logs, is_mixed: np.ndarray, warnings: list[str]) -> None:
   mixed = int(is_mixed.sum())
   if not mixed:
     return
-  example = logs.users[int(np.argmax(is_mixed))].as_py()
-  found = f'{counted(mixed, "user")} of {len(is_mixed):,} in two arms, such as {example!r}'
+  example = texts.shown(logs.users[int(np.argmax(is_mixed))].as_py())
+  found = f'{counted(mixed, "user")} of {len(is_mixed):,} in two arms, such as {example}'
   if mixed > _MOST_IN_TWO_ARMS * len(is_mixed):
     raise InputError(
       f'{logs.paths[0]}: {found}; an arm must stay with its user. Was the salt or the order of the'

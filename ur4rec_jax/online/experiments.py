@@ -258,7 +258,7 @@ class _Fields:
     value = self.take(name, default)
     if not isinstance(value, str) or not value.strip():
       raise InputError(f'{self.where}: {name} must be a text, {_found(value)}')
-    return value
+    return value.strip()  # As in tables, where blanks around names do not count.
 
   def choice(self, name: str, choices: Collection[str], default: str | None = None) -> str:
     value = self.text(name, default)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.online.logs import Logs, reacted
 
@@ -209,12 +210,12 @@ def scores_of(logs: Logs, event: str) -> np.ndarray:
   """
   if len(logs.arms) != 2:
     raise InputError(
-      f'{logs.paths[0]}: interleaving needs two teams, found {", ".join(logs.arms)}; log with each'
+      f'{logs.paths[0]}: interleaving needs two teams, found {listed(logs.arms)}; log with each'
       ' item which ranker it came from (column team or arm)'
     )
   if event not in logs.kinds:
     raise InputError(
-      f'{logs.paths[1]}: has no events of the kind {event!r}; kinds are {", ".join(logs.kinds)}'
+      f'{logs.paths[1]}: has no events of the kind {event!r}; kinds are {listed(logs.kinds)}'
     )
   shown = logs.exposures
   is_hit = np.isfinite(reacted(logs, event))

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ur4rec_jax.data.raw import columns, tables, times
+from ur4rec_jax.data.raw import columns, tables, texts, times
 from ur4rec_jax.data.raw.items import json_lines
 from ur4rec_jax.data.raw.records import Place
 from ur4rec_jax.errors import InputError, counted
@@ -209,7 +209,7 @@ def read_table(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) 
     _check_columns(path, file.columns, needed)
     names = [*needed, *(name for name in optional if name in file.columns)]
     table = columns.simplified(tables.read(file, names), str(path))
-    where = lambda row: _shown(tables.place(file, row))
+    where = lambda row: _at(tables.place(file, row))
   found = {}
   for name in table.column_names:
     if name in _NUMBERS:
@@ -235,21 +235,28 @@ def _read_json(
       continue
     for (place, row), value in zip(rows, values, strict=True):
       if isinstance(value, list | dict | bool):
-        raise InputError(f'{_shown(place)}: {name} must be a text or a number, not {value!r}')
+        raise InputError(
+          f'{_at(place)}: {name} must be a text or a number, not {texts.shown(repr(value))}'
+        )
       if name in needed and name not in row:
         raise InputError(
-          f'{_shown(place)}: has no field {name!r}; each line needs {", ".join(needed)}'
+          f'{_at(place)}: has no field {name!r}; each line needs {", ".join(needed)}'
         )
     kinds = {type(value) for value in values} - {type(None)}
     # Mixed numbers and texts are ids; times and numbers of one type keep it.
     if len(kinds) > 1 and kinds != {int, float}:
       values = [None if value is None else str(value) for value in values]
     found[name] = pa.chunked_array([pa.array(values)])
-  return pa.table(found), lambda row: _shown(rows[row][0])
+  return pa.table(found), lambda row: _at(rows[row][0])
 
 
-def _shown(place: Place) -> str:
+def _at(place: Place) -> str:
   return f'{place.path}, {place.unit} {place.number}'
+
+
+def _value(column: pa.ChunkedArray, row: int) -> str:
+  value = column[row].as_py()
+  return texts.shown(value) if isinstance(value, str) else repr(value)
 
 
 def _check_columns(path: Path, found: Sequence[str], needed: Sequence[str]) -> None:
@@ -283,14 +290,14 @@ def _numbers(column: pa.ChunkedArray, name: str, where: Callable[[int], str]) ->
     is_number = pc.match_substring_regex(column, r'^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$')
     row = tables.first_true(pc.invert(pc.fill_null(is_number, True)))
     if row is not None:
-      raise InputError(f'{where(row)}: {name} must be a number, not {column[row].as_py()!r}')
+      raise InputError(f'{where(row)}: {name} must be a number, not {_value(column, row)}')
   found = column.cast(pa.float64())
   # A value that is left out is worth nothing; a position or probability must be known.
   if name == 'value':
     found = pc.fill_null(found, 0.0)
   row = tables.first_true(pc.invert(pc.fill_null(pc.is_finite(found), False)))
   if row is not None:
-    raise InputError(f'{where(row)}: {name} must be a finite number, not {column[row].as_py()!r}')
+    raise InputError(f'{where(row)}: {name} must be a finite number, not {_value(column, row)}')
   return found
 
 
@@ -342,8 +349,8 @@ def _without_repeats(
       earlier = int(first[request[row]])
       column = table.columns[name]
       raise InputError(
-        f'{table.where(row)}: request {table.columns["request_id"][row].as_py()!r} has {name}'
-        f' {column[row].as_py()!r}, and {column[earlier].as_py()!r} in an earlier row; each'
+        f'{table.where(row)}: request {_value(table.columns["request_id"], row)} has {name}'
+        f' {_value(column, row)}, and {_value(column, earlier)} in an earlier row; each'
         ' request needs an id of its own'
       )
   key = request * (item.max() + 1) + item
@@ -360,8 +367,8 @@ def _without_repeats(
   if differs.any():
     row = int(repeated[np.argmax(differs)])
     raise InputError(
-      f'{table.where(row)}: request {table.columns["request_id"][row].as_py()!r} shows item'
-      f' {table.columns["item"][row].as_py()!r} twice, with another position, time or arm; log'
+      f'{table.where(row)}: request {_value(table.columns["request_id"], row)} shows item'
+      f' {_value(table.columns["item"], row)} twice, with another position, time or arm; log'
       ' each item of an answer once'
     )
   warnings.append(f'{counted(len(repeated), "repeated exposure")} counted once: equal rows')
@@ -381,7 +388,7 @@ def _check_arms(table: Table, arms: Sequence[str] | None) -> tuple[str, ...]:
   if unknown.size:
     row = int(unknown[0])
     raise InputError(
-      f'{table.where(row)}: the experiment has no arm {found[row].as_py()!r}; its arms are'
+      f'{table.where(row)}: the experiment has no arm {_value(found, row)}; its arms are'
       f' {", ".join(arms)}. Leave out the rows of other experiments'
     )
   for number, name in enumerate(arms):
@@ -419,9 +426,9 @@ def _without_repeated_events(table: Table, warnings: list[str]) -> Table:
 def _warn_about_links(table: Table, events: Events, warnings: list[str], exposures: str) -> None:
   strangers = int((events.user < 0).sum())
   if strangers == len(events.user):
-    row = table.columns['user'][0].as_py()
+    user = _value(table.columns['user'], 0)
     raise InputError(
-      f'{table.path}: no event has a user of {exposures} (the first one has {row!r}); use the same'
+      f'{table.path}: no event has a user of {exposures} (the first one has {user}); use the same'
       ' ids in both'
     )
   if strangers:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ur4rec_jax.data.raw import texts
 from ur4rec_jax.errors import InputError, counted
 from ur4rec_jax.online.logs import Logs, Table, reacted, read_table
 
@@ -167,7 +168,7 @@ def trials_of(logs: Logs, target: str | Path, event: str) -> tuple[Trials, list[
   """
   if event not in logs.kinds:
     raise InputError(
-      f'{logs.paths[1]}: has no events of the kind {event!r}; kinds are {", ".join(logs.kinds)}'
+      f'{logs.paths[1]}: has no events of the kind {event!r}; kinds are {texts.listed(logs.kinds)}'
     )
   table = read_table(Path(target), ('request_id', 'item', 'propensity'), ('predicted',))
   shown = logs.exposures
@@ -203,9 +204,9 @@ def trials_of(logs: Logs, target: str | Path, event: str) -> tuple[Trials, list[
     lengths = np.bincount(shown.request, minlength=requests)
     short = np.flatnonzero(np.abs(sums - lengths) > 0.01 * lengths)
     if short.size:
-      name = logs.requests[int(short[0])].as_py()
+      name = texts.shown(logs.requests[int(short[0])].as_py())
       raise InputError(
-        f'{target}: the propensities of request {name!r} add up to {sums[short[0]]:.3f}, but it'
+        f'{target}: the propensities of request {name} add up to {sums[short[0]]:.3f}, but it'
         f' shows {counted(int(lengths[short[0]]), "item")}; with predictions, list all items that'
         ' the new policy may show'
       )

@@ -199,7 +199,9 @@ def compare(control: Moments, treatment: Moments, level: float, with_covariate: 
   if not has_variance(control, treatment):
     values = (float(ratio_or_zero(arm)) for arm in (control, treatment))
     return Comparison(*values, 0.0, (math.nan, math.nan), math.nan, (math.nan, math.nan), None)
-  found = test.analyze_aggregates(_aggregates(control), _aggregates(treatment))
+  # Relative to a control that is zero, there is no interval.
+  with np.errstate(divide='ignore', invalid='ignore'):
+    found = test.analyze_aggregates(_aggregates(control), _aggregates(treatment))
   return Comparison(
     found.control,
     found.treatment,
@@ -268,8 +270,9 @@ def share_p(counts: Sequence[int], shares: Sequence[float]) -> float:
 
 
 def has_variance(*arms: Moments) -> bool:
-  """Whether users differ in the numerator or the denominator in any arm."""
-  return any(np.abs(arm.cov[:2, :2]).sum() > 0 for arm in arms)
+  """Whether the metric varies between the users of any arm."""
+  none = np.zeros(())
+  return any(_variance(m.cov, _influence(m.mean, none)).any() for m in arms if m.mean[1] > 0)
 
 
 def _aggregates(m: Moments) -> Any:
