@@ -17,7 +17,7 @@ import argparse
 import json
 import pathlib
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -126,61 +126,96 @@ def power_tests(tests: int, seed: int, lift: float = 0.05, power: float = 0.8) -
   return {'tests': tests, 'gain': lift, **found}
 
 
-def sessions(
-  users: int, rng: np.random.Generator, noises: tuple[float, float], requests: int = 5
-) -> dict[str, np.ndarray]:
-  """Simulates users who are shown rankings of two rankers, alone and interleaved.
+class Sessions(NamedTuple):
+  """Users who were shown the rankings of two rankers, alone and interleaved.
 
-  A ranker sorts 20 items by their relevance plus noise; less noise is a better ranker. Users look
-  at position `i` with probability `1 / i` and click what they look at by its relevance.
+  Attributes:
+    alone: for each ranker `[users, 3]`: requests with a click, requests, and zeros.
+    chance: for each ranker `[users]` sum of the true probabilities of a click.
+    score: `[users]` interleaved requests that the second ranker won minus those of the first.
+  """
+
+  alone: tuple[np.ndarray, np.ndarray]
+  chance: tuple[np.ndarray, np.ndarray]
+  score: np.ndarray
+
+
+def sessions(
+  users: int, rng: np.random.Generator, noises: tuple[float, float], attraction: float = -3.0
+) -> Sessions:
+  """Simulates users by the cascade model (Craswell, Zoeter, Taylor and Ramsey, WSDM 2008).
+
+  A user looks at a list from the top, clicks the first item that attracts, and gives up after each
+  position with probability .1. Some users come often and most of them rarely. A ranker sorts 20
+  items by their relevance plus noise; less noise is a better ranker.
 
   Args:
     users: number of users.
     rng: random numbers.
     noises: standard deviation of the noise of the first and the second ranker.
-    requests: rankings that each user is shown.
-
-  Returns:
-    `[users]` clicks in five requests with each ranker alone, and net score of the interleaved ones.
+    attraction: log odds with which an item of average relevance is clicked.
   """
-  length = 10
-  looks = 1 / np.arange(1, length + 1)
-  found = {name: np.zeros(users) for name in ('first', 'second', 'score')}
-  mood = rng.gamma(4.0, 0.25, users)
-  for user in range(users):
-    for _ in range(requests):
-      relevance = rng.normal(size=20)
-      rate = np.minimum(0.3 * mood[user] / (1 + np.exp(-2 * relevance)), 1)
-      rankings = [np.argsort(-(relevance + rng.normal(0, noise, 20))) for noise in noises]
-      for name, ranking in zip(('first', 'second'), rankings, strict=True):
-        found[name][user] += (rng.random(length) < looks * rate[ranking[:length]]).sum()
-      items, teams = interleaving.team_draft(*(r.tolist() for r in rankings), length, rng)
-      hits = rng.random(length) < looks * rate[items]
-      found['score'][user] += np.sign(interleaving.team_credit(teams, hits.tolist()))
-  return found
+  requests = 1 + rng.poisson(rng.gamma(1.0, 4.0, users))
+  user = np.repeat(np.arange(users), requests)
+  relevance = rng.normal(size=(len(user), 20))
+  mood = rng.normal(0, 0.5, users)[user, None]
+  rate = 1 / (1 + np.exp(-(2 * relevance + attraction + mood)))
+  rankings = [
+    np.argsort(-(relevance + rng.normal(0, noise, relevance.shape)), 1)[:, :10] for noise in noises
+  ]
+  patience = 0.9 ** np.arange(10)
+
+  def clicked(shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the clicked position, -1 without a click, and the probability of a click."""
+    attracts = np.take_along_axis(rate, shown, 1)
+    passed = np.cumprod(1 - attracts, 1)
+    chance = attracts * patience * np.concatenate([np.ones((len(shown), 1)), passed[:, :-1]], 1)
+    draw = rng.random((len(shown), 1))
+    at = (chance.cumsum(1) > draw).argmax(1)
+    total = chance.sum(1)
+    return np.where(draw[:, 0] < total, at, -1), total
+
+  alone, chance = [], []
+  for ranking in rankings:
+    at, total = clicked(ranking)
+    hits = np.bincount(user, at >= 0, users)
+    alone.append(np.stack([hits, requests.astype(float), np.zeros(users)], -1))
+    chance.append(np.bincount(user, total, users))
+  lists = [
+    interleaving.team_draft(first, second, 10, rng)
+    for first, second in zip(rankings[0].tolist(), rankings[1].tolist(), strict=True)
+  ]
+  teams = np.array([teams for _, teams in lists])
+  at, _ = clicked(np.array([items for items, _ in lists]))
+  credit = np.where(at < 0, 0, 2 * teams[np.arange(len(at)), at] - 1)
+  return Sessions(tuple(alone), tuple(chance), np.bincount(user, credit, users))
 
 
 def interleaving_tests(tests: int, pool: int, seed: int, power: float = 0.8) -> dict[str, Any]:
   """Returns the users that an A/B test and interleaving need to tell two rankers apart.
 
-  The sizes come from the means and variances of a pool of users, and are checked by tests on users
-  drawn from it.
+  The A/B test has the metric that needs the fewest users here: requests with a click, by all
+  requests. The sizes come from a pool of users, and are checked by tests on users drawn from it.
   """
-  from scipy.stats import norm
-
   rng = np.random.default_rng(seed)
   drawn = sessions(pool, rng, (1.0, 0.8))
-  clicks = [np.stack([drawn[name], np.ones(pool), np.zeros(pool)], -1) for name in drawn][:2]
-  base, better = (statistics.moments(values).last() for values in clicks)
-  gain = float(statistics.ratio_or_zero(better) / statistics.ratio_or_zero(base) - 1)
+  base = statistics.moments(drawn.alone[0]).last()
+  gain = float(drawn.chance[1].sum() / drawn.chance[0].sum() - 1)
   (of_test,) = statistics.users_needed(base, [gain], LEVEL, power)
-  score = drawn['score']
-  quantiles = norm.ppf(1 - LEVEL / 2) + norm.ppf(power)
+  by_user = drawn.alone[0] * [1, 0, 0] + [0, 1, 0]
+  (of_clicks,) = statistics.users_needed(statistics.moments(by_user).last(), [gain], LEVEL, power)
+  score = drawn.score
+  quantiles = NormalDist().inv_cdf(1 - LEVEL / 2) + NormalDist().inv_cdf(power)
   interleaved = int(np.ceil((quantiles * score.std() / score.mean()) ** 2))
-  hits = {'A/B': 0, 'interleaving': 0, 'no difference, interleaving': 0}
+  # The clicks of a pool differ from their probabilities by chance, which would look like a gain.
+  offset = [
+    values * [1, 0, 0] * (chance.sum() / values[:, 0].sum()) + values * [0, 1, 1]
+    for values, chance in zip(drawn.alone, drawn.chance, strict=True)
+  ]
+  hits = {'A/B': 0, 'interleaving': 0, 'equal rankers, interleaving': 0}
   for _ in range(tests):
     halves = [
-      statistics.moments(values[rng.integers(0, pool, of_test // 2)]).last() for values in clicks
+      statistics.moments(values[rng.integers(0, pool, of_test // 2)]).last() for values in offset
     ]
     p = statistics.compare(*halves, LEVEL, False).p
     hits['A/B'] += p is not None and p < LEVEL
@@ -190,11 +225,14 @@ def interleaving_tests(tests: int, pool: int, seed: int, power: float = 0.8) -> 
     # Scores whose signs are drawn anew belong to two rankers that are equal.
     equal = sample * rng.choice([-1, 1], len(sample))
     p = interleaving.prefer(equal, teams).p_permutation
-    hits['no difference, interleaving'] += p < LEVEL
+    hits['equal rankers, interleaving'] += p < LEVEL
   return {
     'tests': tests,
-    'gain in clicks': gain,
+    'pool': pool,
+    'requests with a click': float(statistics.ratio_or_zero(base)),
+    'gain': gain,
     'users of the A/B test': of_test,
+    'users of the A/B test by clicks a user': of_clicks,
     'users of interleaving': interleaved,
     'ratio': of_test / interleaved,
     'found': {name: count / tests for name, count in hits.items()},
@@ -318,7 +356,7 @@ def main() -> None:
   parts = {
     'A/A': lambda: null_tests(flags.tests, flags.users, flags.seed),
     'A/B': lambda: power_tests(flags.tests, flags.seed),
-    'interleaving': lambda: interleaving_tests(flags.tests, 20_000, flags.seed),
+    'interleaving': lambda: interleaving_tests(flags.tests, 30_000, flags.seed),
     'off-policy': lambda: off_policy_tests(flags.logs, 2000, flags.seed),
   }
   found = {}

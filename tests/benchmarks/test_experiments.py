@@ -23,10 +23,10 @@ def test_off_policy():
 
 
 def test_interleaving():
-  found = experiments.interleaving_tests(tests=30, pool=800, seed=1)
+  found = experiments.interleaving_tests(tests=30, pool=1500, seed=1)
   assert found['ratio'] >= 3
   assert found['found']['interleaving'] > 0.5
-  assert found['found']['no difference, interleaving'] <= 0.25
+  assert found['found']['equal rankers, interleaving'] <= 0.25
 
 
 def test_the_stored_results_keep_what_the_docs_promise():
