@@ -31,6 +31,7 @@ from ur4rec_jax.online.experiments import position
 RESULTS = pathlib.Path(__file__).parents[1] / 'results' / 'experiments.json'
 LEVEL = 0.05
 START = 1_767_225_600  # 2026-01-01.
+PARTS = ('A/A', 'A/B', 'interleaving', 'off-policy')
 METRICS = ('conversion', 'click-through', 'revenue', 'revenue, CUPED')
 _DAY = 86_400
 
@@ -274,11 +275,11 @@ def logged_trials(
   return trials, float((wanted * rate).sum(1).mean())
 
 
-def off_policy_tests(logs: int, requests: int, seed: int) -> dict[str, Any]:
+def off_policy_tests(logs: int, requests: int, seed: int, chunks: int = 20) -> dict[str, Any]:
   """Counts the intervals that hold the truth, over many logs."""
   rng = np.random.default_rng(seed)
   # The truth is the mean over all contexts, of which one log has only a sample.
-  truth = float(np.mean([logged_trials(100_000, rng)[1] for _ in range(20)]))
+  truth = float(np.mean([logged_trials(100_000, rng)[1] for _ in range(chunks)]))
   held = dict.fromkeys(('IPS', 'SNIPS', 'DR'), 0)
   widths = dict.fromkeys(held, 0.0)
   effective = 0.0
@@ -351,6 +352,9 @@ def main() -> None:
   parser.add_argument('--users', type=int, default=5000, help='users of an A/A test')
   parser.add_argument('--logs', type=int, default=1000, help='logs of the off-policy estimates')
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--parts', nargs='+', choices=PARTS, default=PARTS, help='others keep their stored results'
+  )
   parser.add_argument('--out', type=pathlib.Path, default=RESULTS)
   flags = parser.parse_args()
   parts = {
@@ -359,11 +363,11 @@ def main() -> None:
     'interleaving': lambda: interleaving_tests(flags.tests, 30_000, flags.seed),
     'off-policy': lambda: off_policy_tests(flags.logs, 2000, flags.seed),
   }
-  found = {}
-  for name, run in parts.items():
-    found[name] = run()
+  found = json.loads(flags.out.read_text()) if flags.out.exists() else {}
+  for name in flags.parts:
+    found[name] = {'seed': flags.seed, **parts[name]()}
     say(f'{name}: {json.dumps(found[name], indent=1)}')
-  write_file(flags.out, json.dumps({'seed': flags.seed, **found}, indent=1) + '\n')
+    write_file(flags.out, json.dumps(found, indent=1) + '\n')
 
 
 if __name__ == '__main__':
