@@ -104,7 +104,7 @@ def measure(experiment: Experiment, logs: Logs) -> Measured:
   is_mixed = np.zeros(count, bool)
   is_mixed[shown.user[shown.arm != arm[shown.user]]] = True
   _check_mixed(logs, is_mixed, warnings)
-  window, history = experiment.window_days * DAY, experiment.history_days * DAY
+  window = experiment.window_days * DAY
   end = max(shown.time[-1], events.time[-1] if len(events.time) else -np.inf)
   is_finished = start + window <= end
   kept = np.flatnonzero(is_finished & ~is_mixed)
@@ -117,43 +117,58 @@ def measure(experiment: Experiment, logs: Logs) -> Measured:
   kept = kept[np.argsort(start[kept], kind='stable')]
   if experiment.assignment == 'hash':
     _check_assignment(experiment, logs, arm[kept], start[kept], kept, warnings)
-  later = np.where(events.user >= 0, events.time - start[events.user], np.nan)
-  inside = (later >= 0) & (later < window)
-  before = (later < 0) & (later >= -history)
   values = {}
   for metric in experiment.metrics:
+    values[metric.name] = _numbers(experiment, metric, logs, start)[kept]
     if metric.event not in logs.kinds:
       warnings.append(f'metric {metric.name}: the events have no kind {metric.event!r}')
-    if metric.kind == 'sum' and events.value is None:
-      raise InputError(
-        f'{logs.paths[1]}: metric {metric.name!r} needs a column value; add it, or count events'
-      )
-    kind = logs.kinds.index(metric.event) if metric.event in logs.kinds else -1
-    is_kind = events.kind == kind
-    worth = events.value if metric.kind == 'sum' else np.ones(len(events.user))
-    total = lambda chosen, worth=worth, is_kind=is_kind: np.bincount(
-      events.user[chosen & is_kind], worth[chosen & is_kind], count
-    )
-    if metric.kind == 'rate':
-      since = shown.time - start[shown.user]
-      is_shown = since < window
-      is_hit = is_shown & (reacted(logs, metric.event) < start[shown.user] + window)
-      numerator = np.bincount(shown.user[is_hit], minlength=count).astype(float)
-      denominator = np.bincount(shown.user[is_shown], minlength=count).astype(float)
-    else:
-      numerator, denominator = total(inside), np.ones(count)
-    if metric.kind == 'conversion':
-      numerator = (numerator > 0).astype(float)
-    covariate = total(before) if metric.cuped else np.zeros(count)
-    if metric.cuped and not covariate[kept].any():
+    if metric.cuped and not values[metric.name][:, 2].any():
       warnings.append(
         f'metric {metric.name}: cuped has nothing to use, as no {metric.event!r} event lies in the'
         f' {experiment.history_days:g} days before a first exposure; add earlier events'
       )
-    values[metric.name] = np.stack([numerator, denominator, covariate], -1)[kept]
   return Measured(
     arm[kept], start[kept], values, int((~is_finished & ~is_mixed).sum()), tuple(warnings)
   )
+
+
+def _numbers(experiment: Experiment, metric: Metric, logs: Logs, start: np.ndarray) -> np.ndarray:
+  """Returns `[users, 3]` numerator, denominator and covariate of one metric.
+
+  Args:
+    experiment: has the lengths of the window and of the history.
+    metric: the metric.
+    logs: exposures and events.
+    start: `[users]` time of the first exposure.
+
+  Raises:
+    InputError: the metric needs values that the events lack.
+  """
+  shown, events, count = logs.exposures, logs.events, len(start)
+  window, history = experiment.window_days * DAY, experiment.history_days * DAY
+  if metric.kind == 'sum' and events.value is None:
+    raise InputError(
+      f'{logs.paths[1]}: metric {metric.name!r} needs a column value; add it, or count events'
+    )
+  kind = logs.kinds.index(metric.event) if metric.event in logs.kinds else -1
+  chosen = np.flatnonzero((events.kind == kind) & (events.user >= 0))
+  user = events.user[chosen]
+  since = events.time[chosen] - start[user]
+  worth = events.value[chosen] if metric.kind == 'sum' else np.ones(len(chosen))
+  total = lambda rows: np.bincount(user[rows], worth[rows], count)
+  denominator, covariate = np.ones(count), np.zeros(count)
+  if metric.kind == 'rate':
+    is_shown = shown.time < start[shown.user] + window
+    is_hit = is_shown & (reacted(logs, metric.event) < start[shown.user] + window)
+    numerator = np.bincount(shown.user, is_hit, count)
+    denominator = np.bincount(shown.user, is_shown, count)
+  else:
+    numerator = total((since >= 0) & (since < window))
+  if metric.kind == 'conversion':
+    numerator = (numerator > 0).astype(float)
+  if metric.cuped:
+    covariate = total((since < 0) & (since >= -history))
+  return np.stack([numerator, denominator, covariate], -1)
 
 
 def _check_mixed(logs: Logs, is_mixed: np.ndarray, warnings: list[str]) -> None:

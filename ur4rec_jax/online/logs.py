@@ -6,6 +6,7 @@ and optionally `request_id` and `value`. Both are tables (CSV, TSV, Parquet or J
 can come from any service.
 """
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ _EXPOSURE = ('request_id', 'user', 'time', 'item')
 _EVENT = ('id', 'user', 'item', 'kind', 'time')
 _NUMBERS = ('position', 'propensity', 'value', 'predicted')
 _JSON = ('.jsonl', '.ndjson', '.json')
+_CLOCK_SKEW = 86_400.0  # A day: clocks and time zones of two servers may differ.
 _MAY_BE_BLANK = ('arm', 'team', 'request_id')  # `request_id` only in events.
 
 
@@ -152,7 +154,12 @@ def read_logs(
     times_shown = _seconds(shown)
   shown, times_shown = _without_repeats(shown, times_shown, by_item, warnings)
   names = _check_arms(shown, arms)
-  done = _without_repeated_events(done, warnings)
+  late = np.flatnonzero(times_shown > time.time() + _CLOCK_SKEW)
+  if late.size:
+    raise InputError(
+      f'{shown.where(int(late[0]))}: time lies in the future; correct the clock of the service'
+    )
+  done, times_done = _without_repeated_events(done, warnings)
   users, requests, items = (
     pc.unique(shown.columns[name].combine_chunks()) for name in ('user', 'request_id', 'item')
   )
@@ -175,7 +182,7 @@ def read_logs(
     item=_codes(done.columns['item'], items),
     request=np.full(len(user), -1) if request is None else _codes(request, requests),
     kind=_codes(done.columns['kind'], kinds),
-    time=_seconds(done),
+    time=times_done,
     value=done.floats('value'),
   )
   _warn_about_links(done, logged, warnings, shown.path)
@@ -413,14 +420,26 @@ def _check_propensities(table: Table, exposures: Exposures) -> None:
     )
 
 
-def _without_repeated_events(table: Table, warnings: list[str]) -> Table:
+def _without_repeated_events(table: Table, warnings: list[str]) -> tuple[Table, np.ndarray]:
+  """Counts each event once, and leaves out those of the future; returns their times, too.
+
+  One event of next year would make every window look finished.
+  """
+  seconds = _seconds(table)
   ids = _dense(table.columns['id'])
-  kept = np.sort(np.unique(ids, return_index=True)[1])
-  if len(kept) < len(ids):
-    repeats = counted(len(ids) - len(kept), 'event')
-    warnings.append(f'{repeats} with the id of an earlier one left out')
-    return table.take(kept)
-  return table
+  is_first = np.zeros(len(ids), bool)
+  is_first[np.unique(ids, return_index=True)[1]] = True
+  is_past = seconds <= time.time() + _CLOCK_SKEW
+  if not is_first.all():
+    warnings.append(
+      f'{counted(int((~is_first).sum()), "event")} with the id of an earlier one left out'
+    )
+  if not is_past.all():
+    warnings.append(f'{counted(int((~is_past).sum()), "event")} dated in the future left out')
+  kept = np.flatnonzero(is_first & is_past)
+  if not kept.size:
+    raise InputError(f'{table.path}: all events lie in the future; correct their times')
+  return (table, seconds) if len(kept) == len(ids) else (table.take(kept), seconds[kept])
 
 
 def _warn_about_links(table: Table, events: Events, warnings: list[str], exposures: str) -> None:
@@ -462,7 +481,7 @@ def reacted(logs: Logs, kind: str) -> np.ndarray:
   wanted = np.flatnonzero(
     (logs.events.kind == number) & (logs.events.user >= 0) & (logs.events.item >= 0)
   )
-  user, item, request, time = (
+  user, item, request, moment = (
     getattr(logs.events, name)[wanted] for name in ('user', 'item', 'request', 'time')
   )
   first = np.full(len(shown.user), np.inf)
@@ -476,11 +495,11 @@ def reacted(logs: Logs, kind: str) -> np.ndarray:
   exposure = order[at]
   # A request id is not a secret: an event of another user does not count.
   fits = (key[exposure] == asked) & (shown.user[exposure] == user[named])
-  np.minimum.at(first, exposure[fits], time[named][fits])
+  np.minimum.at(first, exposure[fits], moment[named][fits])
 
   free = np.flatnonzero(request < 0)
   pair = np.concatenate([shown.user * items + shown.item, user[free] * items + item[free]])
-  moment = np.concatenate([shown.time, time[free]])
+  moment = np.concatenate([shown.time, moment[free]])
   is_event = np.arange(len(pair)) >= len(key)
   order = np.lexsort((is_event, moment, pair))
   latest = np.maximum.accumulate(np.where(is_event[order], -1, np.arange(len(pair))))
