@@ -160,6 +160,7 @@ def test_a_wheel_runs_every_command(wheel, environment_with_libraries, empty_fol
     'recommend': ('--workdir=runs/shop', '--user=u001'),
     'export': ('--workdir=runs/shop', '--out=model'),
     'serve': ('--help',),
+    'experiment': ('--help',),
   }
   assert commands.keys() == cli.COMMANDS.keys()
   codes = {'download-images': 2}  # The items of the synthetic data have pictures, not links.

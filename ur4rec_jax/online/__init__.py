@@ -1,0 +1,1 @@
+"""Learning from a live service: experiments, interleaving and estimates from its logs."""
