@@ -9,15 +9,14 @@ stopped, the same command goes on. docs/updates.md explains the gate.
 """
 
 import argparse
-import json
 import pathlib
 import shlex
 import shutil
+from typing import Any
 
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 from ur4rec_jax.files import expand_home
 
-GATE = 'gate.json'
 EXPORT = 'export'
 
 
@@ -88,12 +87,13 @@ def main(argv: list[str] | None = None) -> None:
 
   # These take seconds to import, and a wrong flag should be answered at once.
   from ur4rec_jax.runs import gate, update_run
+  from ur4rec_jax.runs.workdir import stored_config
   from ur4rec_jax.sharding import devices
 
+  devices.use_cpu_threads(stored_config(flags.workdir).cpu_threads)
   config = update_run.update_config(
     flags.workdir, flags.data_dir, flags.epochs, flags.replay, flags.moments
   )
-  devices.use_cpu_threads(config.cpu_threads)
   verdict = update_run.train_and_judge(config, flags.out, flags.margin)
   say('\n' + gate.table(verdict))
   out = pathlib.Path(flags.out)
@@ -103,18 +103,18 @@ def main(argv: list[str] | None = None) -> None:
   if verdict['reasons'] and flags.force:
     say('promoted all the same, as --force says')
   if is_promoted and flags.registry:
-    version = _promote(out, flags)
+    version = _promote(out, verdict, flags)
     say(f'promoted: version {version} in {flags.registry}')
   elif is_promoted:
     say('passed: it may replace the model before; --registry=DIR promotes it')
   else:
     say(
-      f'kept aside in {out}: {flags.workdir} goes on to serve; look at {out / GATE}, train for'
-      ' longer, or correct the data'
+      f'kept aside in {out}: {flags.workdir} goes on to serve; look at'
+      f' {out / update_run.GATE}, train for longer, or correct the data'
     )
 
 
-def _promote(out: pathlib.Path, flags: argparse.Namespace) -> str:
+def _promote(out: pathlib.Path, verdict: dict[str, Any], flags: argparse.Namespace) -> str:
   """Exports the update into its workdir and copies that into the registry."""
   from ur4rec_jax.inference import registry
   from ur4rec_jax.inference.exporting import export
@@ -123,7 +123,7 @@ def _promote(out: pathlib.Path, flags: argparse.Namespace) -> str:
   shutil.rmtree(out / EXPORT, ignore_errors=True)  # It may be of fewer epochs.
   export(load(out), out / EXPORT, flags.users)
   reason = f'update of {shlex.quote(flags.workdir)} with {shlex.quote(flags.data_dir)}'
-  groups = json.loads((out / GATE).read_text())['groups'].items()
+  groups = verdict['groups'].items()
   numbers = [f'{name} {x["before"]:.4f} to {x["after"]:.4f}' for name, x in groups]
   return registry.promote(flags.registry, out / EXPORT, f'{reason}: {", ".join(numbers)}')
 
