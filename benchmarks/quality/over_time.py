@@ -75,7 +75,7 @@ def small_config(data_dir: pathlib.Path, epochs: int) -> ConfigDict:
       'optimizer.warmup_steps': 50,
       'num_epochs': epochs,
       'validate_every_epochs': 5,
-      'patience': 3,
+      'patience': 2,
       'seed': _SEED,
     }
   )
