@@ -116,12 +116,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def _promote(out: pathlib.Path, verdict: dict[str, Any], flags: argparse.Namespace) -> str:
   """Exports the update into its workdir and copies that into the registry."""
-  from ur4rec_jax.inference import registry
+  from ur4rec_jax.inference import exported, registry
   from ur4rec_jax.inference.exporting import export
   from ur4rec_jax.inference.trained import load
 
-  shutil.rmtree(out / EXPORT, ignore_errors=True)  # It may be of fewer epochs.
-  export(load(out), out / EXPORT, flags.users)
+  recommender = load(out)
+  if not exported.is_of(out / EXPORT, recommender.settings):
+    shutil.rmtree(out / EXPORT, ignore_errors=True)  # It is of fewer epochs, for example.
+    export(recommender, out / EXPORT, flags.users)
   reason = f'update of {shlex.quote(flags.workdir)} with {shlex.quote(flags.data_dir)}'
   groups = verdict['groups'].items()
   numbers = [f'{name} {x["before"]:.4f} to {x["after"]:.4f}' for name, x in groups]
