@@ -15,7 +15,7 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from ur4rec_jax.evaluation.evaluate import make_evaluator
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import make_queries
+from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop, update_run, warm_start
 from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.sharding import devices
@@ -121,51 +122,52 @@ class ItemKnn:
     return np.array(found)[Protocol().is_counted(dataset, 'test')]
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Runs all windows; finished trainings in the scratch folder are not repeated."""
+def compare(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  """Yields the results after each window; what the scratch folder has is not repeated."""
   scratch = arguments.scratch
   scratch.mkdir(parents=True, exist_ok=True)
   events = windows_of(read_events(arguments.data), arguments.start, arguments.windows)
-  data = [scratch / f'data{w}' for w in range(len(events))]
   orders = _write(scratch / 'events0.csv', events[0])
-  build_dataset.build('interactions', data[0], orders)
-  base = small_config(data[0], arguments.epochs)
-  seconds = _seconds(_train, base, scratch / 'run0')
-  serving = retrained = static = scratch / 'run0'
-  knn, rows = ItemKnn(load_dataset(data[0])), []
-  for w in range(1, len(events)):
-    orders = _write(scratch / f'events{w}.csv', events[w])
-    append_seconds = _seconds(build_dataset.append, data[w - 1], orders, data[w])
-    row = {'window': w, 'append_seconds': append_seconds, 'ndcg@10': {}, 'new_items': {}}
-    row |= _test({'static': static, 'update': serving, 'retrain': retrained}, knn, data[w], data)
-    config = update_run.update_config(
-      serving, data[w], arguments.update_epochs, arguments.replay, arguments.moments
-    )
-    out = scratch / f'update{w}'
-    row['update_seconds'] = _seconds(_train, config, out)
-    verdict = update_run.train_and_judge(config, str(out), arguments.margin)
-    row |= {'gate': verdict, 'update_steps': _steps(out)}
-    if verdict['is_promoted']:
-      serving = out
-    config = small_config(data[w], arguments.epochs)
-    retrained = scratch / f'retrain{w}'
-    row['retrain_seconds'] = _seconds(_train, config, retrained)
-    row['retrain_steps'] = _steps(retrained)
-    knn = ItemKnn(load_dataset(data[w]))
-    rows.append(row)
-    say(json.dumps(row))
-  return {
+  build_dataset.build('interactions', scratch / 'data0', orders)
+  _train(small_config(scratch / 'data0', arguments.epochs), scratch / 'run0')
+  settings = 'start', 'epochs', 'update_epochs', 'replay', 'moments', 'margin'
+  results = {
     'data': arguments.data.name,
     'events': [len(window) for window in events],
-    'settings': {
-      name: getattr(arguments, name)
-      for name in ('start', 'epochs', 'update_epochs', 'replay', 'moments', 'margin')
-    },
-    'first_seconds': seconds,
-    'windows': rows,
-    'poisoned': _poisoned(arguments, events[-1], data[-2]),
+    'settings': {name: getattr(arguments, name) for name in settings} | {'seed': _SEED},
+    'windows': [],
+    'poisoned': None,
     'device': devices.describe_devices(),
   }
+  for w in range(1, len(events)):
+    finished = scratch / f'window{w}.json'
+    if not finished.exists():
+      write_file(finished, json.dumps(_window(arguments, w, events[w])))
+    results['windows'].append(json.loads(finished.read_text()))
+    yield results
+  yield results | {'poisoned': _poisoned(arguments, events[-1], scratch / f'data{len(events) - 2}')}
+
+
+def _window(arguments: argparse.Namespace, w: int, events: list) -> dict[str, Any]:
+  """Tests all models on a window, and lets them learn it."""
+  scratch = arguments.scratch
+  data = scratch / f'data{w}'
+  orders = _write(scratch / f'events{w}.csv', events)
+  append_seconds = _seconds(build_dataset.append, scratch / f'data{w - 1}', orders, data)
+  serving = _last_promoted(scratch, w - 1)
+  trained = scratch / (f'retrain{w - 1}' if w > 1 else 'run0')
+  workdirs = {'static': scratch / 'run0', 'update': serving, 'retrain': trained}
+  row = {'window': w, 'append_seconds': append_seconds, **_test(workdirs, scratch, w)}
+  config = update_run.update_config(
+    serving, data, arguments.update_epochs, arguments.replay, arguments.moments
+  )
+  out, retrained = scratch / f'update{w}', scratch / f'retrain{w}'
+  row['update_seconds'] = _seconds(_train, config, out)
+  row['gate'] = update_run.train_and_judge(config, str(out), arguments.margin)
+  row['update_steps'] = _steps(out)
+  row['retrain_seconds'] = _seconds(_train, small_config(data, arguments.epochs), retrained)
+  row['retrain_steps'] = _steps(retrained)
+  return row
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -177,24 +179,22 @@ def _steps(workdir: pathlib.Path) -> int:
   return json.loads((workdir / 'results.json').read_text())['stages'][0]['steps']
 
 
-def _test(
-  workdirs: dict[str, pathlib.Path], knn: ItemKnn, now: pathlib.Path, data: list[pathlib.Path]
-) -> dict[str, Any]:
+def _test(workdirs: dict[str, pathlib.Path], scratch: pathlib.Path, w: int) -> dict[str, Any]:
   """Ranks the last item of each user with new events in a window that no model has learned."""
-  config = update_run.update_config(workdirs['static'], now, epochs=1)
+  before = load_dataset(scratch / f'data{w - 1}')
+  config = update_run.update_config(workdirs['static'], scratch / f'data{w}', epochs=1)
   run = open_run(config)
   evaluator = make_evaluator(run.stages[-1].model, _eval_data(run), 'test')
-  ranks = {'item-kNN': knn.ranks(run.dataset)}
+  ranks = {'item-kNN': ItemKnn(before).ranks(run.dataset)}
   for name, workdir in workdirs.items():
     config.init.run = str(workdir.absolute())
     ranks[name] = evaluator(devices.replicate(warm_start.warm_params(run)))
   users, targets = run.dataset.held_out('test')
   counted = run.protocol.is_counted(run.dataset, 'test')
-  before = load_dataset(data[int(now.name.removeprefix('data')) - 1])
   old_lengths = np.zeros(run.dataset.num_users, np.int64)
   old_lengths[: before.num_users] = before.lengths  # Numbers of users stay.
   is_new = (run.dataset.lengths > old_lengths)[users[counted]]
-  is_new_item = is_new & (targets[counted] > load_dataset(data[0]).num_items)
+  is_new_item = is_new & (targets[counted] > load_dataset(scratch / 'data0').num_items)
   mean = lambda chosen: {
     name: float(gains(ranks[name][chosen], 10).mean()) if chosen.any() else None for name in MODELS
   }
@@ -266,12 +266,11 @@ def table(results: dict[str, Any]) -> str:
     + ' | '.join(f'{means[name]:.4f}' for name in MODELS)
     + f' | {means["update"] / means["retrain"]:.0%} | | |'
   )
-  poisoned = results['poisoned']
-  lines += [
-    '',
-    f'The last window with shuffled items: {"promoted" if poisoned["is_promoted"] else "refused"}'
-    + (f' ({"; ".join(poisoned["reasons"])}).' if poisoned['reasons'] else '.'),
-  ]
+  if poisoned := results['poisoned']:
+    outcome = (
+      'promoted' if poisoned['is_promoted'] else f'refused: {"; ".join(poisoned["reasons"])}'
+    )
+    lines += ['', f'The last window with shuffled items was {outcome}.']
   return '\n'.join(lines)
 
 
@@ -304,8 +303,8 @@ def main() -> None:
   if not arguments.table:
     if not (arguments.data and arguments.scratch):
       raise InputError('--data and --scratch are missing; --help says what they are')
-    results = compare(arguments)
-    arguments.out.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+    for results in compare(arguments):
+      write_file(arguments.out, json.dumps(results, indent=2) + '\n')
   results = json.loads(arguments.out.read_text(encoding='utf-8'))
   say(table(results))
   if arguments.out == RESULTS and PAGE.exists():
