@@ -250,7 +250,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(days, tmp_path, environme
   subprocess.run(command('expected'), cwd=ROOT, env=environment, check=True, capture_output=True)
   seconds, rng = time.monotonic() - started, random.Random(0)
   served = tmp_path / 'expected-models' / 'versions' / '000001'
-  for number in range(4):
+  for number in range(3):
     name = f'killed-{number}'
     process = subprocess.Popen(
       command(name), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True

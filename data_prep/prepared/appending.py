@@ -92,77 +92,29 @@ def append(
     InputError: the new file is no new day of this dataset.
   """
   _check_columns(old, raw)
-  known_users = old.interactions.user_ids
-  known_items = [item['original_id'] for item in old.items]
-  users, user_names = _number(raw.users, known_users)
+  events = _number_events(old, raw)
+  rows, dropped, notes = _choose(old, raw, events, options, takes_late)
   cold = raw.table if raw.keep_cold_items and raw.table else ()
-  items, item_names = _number(raw.items, known_items, cold)
-  num_users, num_items = len(known_users), len(known_items)
-  if (users >= num_users).all() and (items >= num_items).all():
-    raise InputError(
-      f'{raw.path}: none of its users and items is in {old.folder}, such as user'
-      f' {user_names[users[0]]!r} and item {item_names[items[0]]!r}, where {old.folder} has'
-      f' {known_users[0]!r} and {known_items[0]!r}; give the ids of the same kind'
-    )
-  rows, dropped, repeats = np.arange(len(users)), Counter(raw.dropped), 0
-  times = None
-  if raw.timestamps is not None:
-    times = (raw.timestamps // raw.ticks_per_second).astype(np.int64)
-    rows = _without_repeats(old, raw, users, items, times)
-    repeats = dropped['repeated'] = len(users) - len(rows)
-    if not len(rows):
-      raise InputError(
-        f'{raw.path}: all {counted(len(users), "event")} are in {old.folder} already: these are'
-        ' old days again; give the file of the new day'
-      )
-    late = int((times[rows] < old.end).sum())
-    if not takes_late and (times[rows] <= old.end).all():
-      raise InputError(
-        f'{raw.path}: has no event after {_date(old.end)}, the last one of {old.folder}, and is no'
-        f' new day; its last one is of {_date(times[rows].max())}; pass --late to add late events'
-        ' alone'
-      )
-  before = len(rows)
-  if options.min_rating is not None:
-    rows = rows[raw.ratings[rows] >= options.min_rating]
-    dropped['min_rating'] = before - len(rows)
-  rows, by_core = _core(rows, users, items, (num_users, num_items), options)
-  dropped |= by_core
-  stays = np.array([name in cold for name in item_names], bool)
-  stays[:num_items] = True
-  kept_users = _kept(users[rows], num_users, len(user_names))
-  kept_items = _kept(items[rows], num_items, len(item_names)) | stays
-  if not len(rows) and kept_items.sum() == num_items:
-    reasons = ', '.join(f'{name} {count:,}' for name, count in dropped.items() if count)
+  kept_users, kept_items = (
+    _kept(numbers.of_rows[rows], numbers.known, len(numbers.names))
+    for numbers in (events.users, events.items)
+  )
+  kept_items |= np.array([name in cold for name in events.items.names], bool)
+  users, items = events.users.only(kept_users), events.items.only(kept_items)
+  new_items = items.names[items.known :]
+  if not len(rows) and not new_items:
+    reasons = ', '.join(f'{name} {count:,}' for name, count in dropped.items())
     raise InputError(
       f'{raw.path}: the settings of {old.folder} leave out all its events ({reasons}); there is'
       ' nothing to append'
     )
-  new_users, new_items = kept_users[num_users:].sum(), kept_items[num_items:].sum()
-  # Numbers without the users and items that were left out; those of old ones do not change.
-  users, items = np.cumsum(kept_users)[users] - 1, np.cumsum(kept_items)[items] - 1
-  lost = [name for name, kept in zip(user_names, kept_users, strict=True) if not kept]
-  item_names = [name for name, kept in zip(item_names, kept_items, strict=True) if kept]
-  user_names = [name for name, kept in zip(user_names, kept_users, strict=True) if kept]
-  table, notes = _table(raw, item_names[num_items:])
-  joined = _join(old, raw, rows, users, items, times, len(user_names))
-  notes = [
-    f'appended {counted(len(rows), "event")}, {counted(int(new_users), "new user")} and'
-    f' {counted(int(new_items), "new item")} to {counted(num_users, "user")} and'
-    f' {counted(num_items, "item")}',
-    *([f'{counted(repeats, "repeated event")} left out'] if repeats else []),
-    *([f'{counted(late, "late event")} placed by time'] if times is not None and late else []),
-    *raw.notes,
-    *notes,
-    *raw.hints,
-  ]
+  table, more = _table(raw, new_items)
+  joined = _join(old, raw, rows, events._replace(users=users, items=items))
+  lost = [name for name, kept in zip(events.users.names, kept_users, strict=True) if not kept]
   return prepare.Prepared(
-    user_names=user_names,
-    item_names=item_names,
-    items=[
-      *map(_old_item, old.items),
-      *(table.get(name, Item()) for name in item_names[num_items:]),
-    ],
+    user_names=users.names,
+    item_names=items.names,
+    items=[*map(_old_item, old.items), *(table.get(name, Item()) for name in new_items)],
     offsets=joined.offsets,
     item_ids=joined.item_ids,
     timestamps=joined.timestamps,
@@ -170,17 +122,120 @@ def append(
     has_timestamps=raw.timestamps is not None,
     has_ratings=raw.ratings is not None,
     rows_read=len(raw.users) + sum(raw.dropped.values()),
-    dropped={'users': {}, 'items': {}, 'interactions': {k: n for k, n in dropped.items() if n}},
+    dropped={'users': {}, 'items': {}, 'interactions': dropped},
     splits=prepare.make_splits(
       joined.offsets,
       joined.item_ids,
       None if raw.timestamps is None else joined.timestamps,
       options.time_split,
-      len(item_names),
+      len(items.names),
     ),
-    notes=tuple(notes),
+    notes=(
+      f'appended {counted(len(rows), "event")}, {counted(users.new, "new user")} and'
+      f' {counted(items.new, "new item")} to {counted(users.known, "user")} and'
+      f' {counted(items.known, "item")}',
+      *notes,
+      *raw.notes,
+      *more,
+      *raw.hints,
+    ),
     dropped_users={**raw.dropped_users, **({'k_core': lost} if lost else {})},
   )
+
+
+class _Numbers(NamedTuple):
+  """Numbers from 0 of the users or of the items: the known ones, then the new ones.
+
+  Attributes:
+    of_rows: `[rows]` the number in each new row.
+    names: original ids of all numbers.
+    known: how many are known.
+  """
+
+  of_rows: np.ndarray
+  names: list[str]
+  known: int
+
+  @property
+  def new(self) -> int:
+    return len(self.names) - self.known
+
+  def only(self, is_kept: np.ndarray) -> '_Numbers':
+    """Leaves out some new ones, after which the next ones have smaller numbers."""
+    names = [name for name, kept in zip(self.names, is_kept, strict=True) if kept]
+    return _Numbers(np.cumsum(is_kept)[self.of_rows] - 1, names, self.known)
+
+
+class _Events(NamedTuple):
+  """The new rows in numbers.
+
+  Attributes:
+    users: who.
+    items: what.
+    times: `[rows]` whole unix seconds; None if the data have no times.
+  """
+
+  users: _Numbers
+  items: _Numbers
+  times: np.ndarray | None
+
+
+def _number_events(old: Old, raw: Raw) -> _Events:
+  """Numbers the new rows; InputError if none of their users and items is known."""
+  known_users = old.interactions.user_ids
+  known_items = [item['original_id'] for item in old.items]
+  users = _number(raw.users, known_users)
+  items = _number(raw.items, known_items, raw.table if raw.keep_cold_items and raw.table else ())
+  if all((numbers.of_rows >= numbers.known).all() for numbers in (users, items)):
+    user, item = (numbers.names[numbers.of_rows[0]] for numbers in (users, items))
+    raise InputError(
+      f'{raw.path}: none of its users and items is in {old.folder}, such as user {user!r} and item'
+      f' {item!r}, where {old.folder} has {known_users[0]!r} and {known_items[0]!r}; give the ids'
+      ' of the same kind'
+    )
+  times = None
+  if raw.timestamps is not None:
+    times = (raw.timestamps // raw.ticks_per_second).astype(np.int64)
+  return _Events(users, items, times)
+
+
+def _choose(
+  old: Old, raw: Raw, events: _Events, options: prepare.Options, takes_late: bool
+) -> tuple[np.ndarray, dict[str, int], list[str]]:
+  """Leaves out rows by the rules above.
+
+  Returns:
+    Indices of the rows that are left, the number of the others by reason, and notes.
+
+  Raises:
+    InputError: all rows are repeats, or all are late.
+  """
+  rows, dropped, notes = np.arange(len(raw.users)), Counter(raw.dropped), []
+  if events.times is not None:
+    rows = _without_repeats(old, raw, events)
+    if not len(rows):
+      raise InputError(
+        f'{raw.path}: all {counted(len(raw.users), "event")} are in {old.folder} already: these are'
+        ' old days again; give the file of the new day'
+      )
+    times = events.times[rows]
+    if not takes_late and (times <= old.end).all():
+      raise InputError(
+        f'{raw.path}: has no event after {_date(old.end)}, the last one of {old.folder}, and is no'
+        f' new day; its last one is of {_date(times.max())}; pass --late to add late events alone'
+      )
+    if repeats := len(raw.users) - len(rows):
+      dropped['repeated'] = repeats
+      notes.append(f'{counted(repeats, "repeated event")} left out')
+    if late := int((times < old.end).sum()):
+      notes.append(f'{counted(late, "late event")} placed by time')
+  if options.min_rating is not None:
+    before = len(rows)
+    rows = rows[raw.ratings[rows] >= options.min_rating]
+    dropped['min_rating'] = before - len(rows)
+  rows, by_core = _core(rows, events, options)
+  dropped.update(by_core)
+  return rows, {reason: count for reason, count in dropped.items() if count}, notes
 
 
 def _check_columns(old: Old, raw: Raw) -> None:
@@ -199,24 +254,19 @@ def _check_columns(old: Old, raw: Raw) -> None:
       )
 
 
-def _number(ids: Any, known: Sequence[str], others: Any = ()) -> tuple[np.ndarray, list[str]]:
-  """Numbers ids from 0: the known ones as they are, then the new ones in the order of a build.
-
-  Returns:
-    `[rows]` numbers, and the names of all numbers.
-  """
+def _number(ids: Any, known: Sequence[str], others: Any = ()) -> _Numbers:
+  """Numbers ids: the known ones as they are, then the new ones in the order of a build."""
   names, indices = prepare.encode_ids(ids, others)
   places = {name: i for i, name in enumerate(known)}
   new = [name for name in names if name not in places]
   places |= {name: len(known) + i for i, name in enumerate(new)}
   lookup = np.array([places[name] for name in names], np.int64)
-  return lookup[indices], [*known, *new]
+  return _Numbers(lookup[indices], [*known, *new], len(known))
 
 
-def _without_repeats(
-  old: Old, raw: Raw, users: np.ndarray, items: np.ndarray, times: np.ndarray
-) -> np.ndarray:
+def _without_repeats(old: Old, raw: Raw, events: _Events) -> np.ndarray:
   """Returns the indices of new rows that are neither in the old data nor in an earlier new row."""
+  users, items, times = events.users.of_rows, events.items.of_rows, events.times
   order = np.lexsort((raw.timestamps, items, users))
   same = np.ones(len(order) - 1, bool)
   for column in (users, items, raw.timestamps):
@@ -246,25 +296,21 @@ def _without_repeats(
 
 
 def _core(
-  rows: np.ndarray,
-  users: np.ndarray,
-  items: np.ndarray,
-  num_known: tuple[int, int],
-  options: prepare.Options,
+  rows: np.ndarray, events: _Events, options: prepare.Options
 ) -> tuple[np.ndarray, dict[str, int]]:
   """Leaves out new users and items with too few events; returns what is left, and counts."""
   dropped = Counter()
   limits = (
-    ('k_core', items, num_known[1], options.k_core),
-    ('k_core', users, num_known[0], options.k_core),
-    ('min_length', users, num_known[0], options.min_length),
+    ('k_core', events.items, options.k_core),
+    ('k_core', events.users, options.k_core),
+    ('min_length', events.users, options.min_length),
   )
   while True:
     before = len(rows)
-    for reason, numbers, known, least in limits:
+    for reason, numbers, least in limits:
       if least is not None and len(rows):
-        enough = np.bincount(numbers[rows])[numbers[rows]] >= least
-        kept = rows[(numbers[rows] < known) | enough]
+        found = numbers.of_rows[rows]
+        kept = rows[(found < numbers.known) | (np.bincount(found)[found] >= least)]
         dropped[reason] += len(rows) - len(kept)
         rows = kept
     if len(rows) == before:
@@ -295,16 +341,9 @@ def _table(raw: Raw, new: list[str]) -> tuple[dict[str, Item], list[str]]:
   return raw.table, []
 
 
-def _join(
-  old: Old,
-  raw: Raw,
-  rows: np.ndarray,
-  users: np.ndarray,
-  items: np.ndarray,
-  times: np.ndarray | None,
-  num_users: int,
-) -> Interactions:
+def _join(old: Old, raw: Raw, rows: np.ndarray, events: _Events) -> Interactions:
   """Puts old and new events into one order: by user, then by time, old ones first."""
+  users, items, times = events.users.of_rows, events.items.of_rows, events.times
   before = old.interactions
   if times is not None:  # New events within a second keep their order.
     rows = rows[np.argsort(raw.timestamps[rows], kind='stable')]
@@ -313,7 +352,7 @@ def _join(
   item_ids = np.concatenate([before.item_ids, items[rows] + 1]).astype(np.int32)
   new_ratings = np.ones(len(rows)) if raw.ratings is None else raw.ratings[rows]
   ratings = np.concatenate([before.ratings, new_ratings]).astype(np.float32)
-  lengths = np.bincount(owners, minlength=num_users)
+  lengths = np.bincount(owners, minlength=len(events.users.names))
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   if times is None:
     order = np.argsort(owners, kind='stable')
