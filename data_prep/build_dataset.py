@@ -3,11 +3,13 @@
   python -m data_prep.build_dataset --source=movielens_1m --raw_dir=raw/ml-1m --data_dir=data/ml-1m
   python -m data_prep.build_dataset --source=interactions --raw_dir=orders.csv --data_dir=data/shop
   python -m data_prep.build_dataset --source=synthetic --data_dir=data/synthetic
+  python -m data_prep.build_dataset --append --raw_dir=day2.csv --data_dir=data/shop --out=data/day2
 
 The folder holds dataset.json (counts, options, split hashes, licence), `interactions` (one example
 per user) and `items` (one example per item). The last two are TFDS data in array_record files.
 """
 
+import argparse
 import contextlib
 import itertools
 import os
@@ -19,14 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import describe_page, identity, sources
+from data_prep import carry_over, describe_page, identity, sources
 from data_prep.flags import Parser
-from data_prep.prepared import content, pictures, prepare, tfds_writer
+from data_prep.prepared import appending, content, pictures, prepare, tfds_writer
 from data_prep.sources import download, raw_files
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
+from ur4rec_jax.data.dataset import read_info
 from ur4rec_jax.data.raw import archives, interactions
 from ur4rec_jax.data.raw import items as item_tables
+from ur4rec_jax.data.raw.records import Raw
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
 # Flags of single sources: name -> (type, help). Without a flag the default of the source counts.
@@ -194,11 +198,7 @@ def _build(
       scratch = stack.enter_context(files.scratch_folder(data_dir))
       paths = download.fetch(spec.archive, spec.files, scratch)
       wanted['raw_sha256'] = identity.fingerprints(paths, spec, parameters)
-    elif paths and archives.is_archive(paths[0]):
-      scratch = stack.enter_context(files.scratch_folder(data_dir))
-      patterns = (*itertools.chain(*raw_files.alternatives(spec.files)), *spec.more)
-      stack.enter_context(archives.unpacked(paths[0], patterns, scratch))
-      paths = _find(spec, scratch, parameters)
+    paths = _unpacked(stack, spec, paths, data_dir, parameters)
     # All checks of the input come before the first write.
     raw = spec.read(*paths, **parameters)
     data = prepare.prepare(raw, options)
@@ -207,6 +207,107 @@ def _build(
       extra = {**wanted, 'notes': list(data.notes)}
       metadata = tfds_writer.write(folder, data, spec.origin, source, extra, options.image_size)
   return metadata, True
+
+
+def _unpacked(
+  stack: contextlib.ExitStack,
+  spec: sources.Source,
+  paths: list[Path],
+  data_dir: Path,
+  parameters: Mapping[str, Any],
+) -> list[Path]:
+  """Returns the raw files; those of an archive are unpacked until `stack` ends."""
+  if not paths or not archives.is_archive(paths[0]):
+    return paths
+  scratch = stack.enter_context(files.scratch_folder(data_dir))
+  patterns = (*itertools.chain(*raw_files.alternatives(spec.files)), *spec.more)
+  stack.enter_context(archives.unpacked(paths[0], patterns, scratch))
+  return _find(spec, scratch, parameters)
+
+
+def append(
+  data_dir: str | Path,
+  raw_dir: str | Path,
+  out: str | Path,
+  given: Mapping[str, Any] = MappingProxyType({}),
+  takes_late: bool = False,
+) -> tuple[dict[str, Any], bool]:
+  """Builds a new version of a dataset: the old one, which stays as it is, and new events.
+
+  The settings are those of the first build. `appending` has the rules of joining.
+
+  Args:
+    data_dir: folder of the old version.
+    raw_dir: folder, archive or file with the new events.
+    out: folder to create.
+    given: flags by name, such as `items`; a setting of the first build can only be repeated.
+    takes_late: see `appending.append`.
+
+  Returns:
+    The content of the new dataset.json, and whether it was built now.
+
+  Raises:
+    InputError: the old folder or the new events are wrong, or `out` cannot be written.
+  """
+  old_dir, out = (Path(os.path.realpath(folder)) for folder in (data_dir, out))
+  old = appending.read_old(old_dir)
+  if out == old_dir or old_dir in out.parents:
+    raise InputError(f'--out={out}: is in the old folder, which stays as it is; give another one')
+  source = old.info['source']
+  spec = sources.SOURCES[source]
+  options, parameters = _settings_again(old.info, spec, given)
+  paths = _raw_files(source, raw_dir, out, parameters)
+  parent = appending.parent_record(old.info)
+  wanted = {
+    'options': old.info['options'],
+    'raw_sha256': identity.fingerprints(paths, spec, parameters),
+    'parent': parent,
+  }
+  with files.disk_errors(out, '--out'), contextlib.ExitStack() as stack:
+    files.clean_up(out)
+    if (same := identity.find_same(out, source, wanted, overwrite=False)) is not None:
+      return same, False
+    paths = _unpacked(stack, spec, paths, out, parameters)
+    data = appending.append(old, _read_more(spec, paths, parameters), options, takes_late)
+    version = len(parent['chain']) + 1
+    carry_over.answers(old_dir, out)
+    with files.new_folder(out) as folder:
+      data, notes = appending.bring_pictures(old, data, folder, options.image_size, version)
+      notes = [*data.notes, *notes, *carry_over.notes(old_dir)]
+      extra = {**wanted, 'version': version, 'notes': notes}
+      metadata = tfds_writer.write(folder, data, spec.origin, source, extra, options.image_size)
+      carry_over.texts(old_dir, folder)
+      carry_over.features(old_dir, folder)
+  return metadata, True
+
+
+def _settings_again(
+  info: Mapping[str, Any], spec: sources.Source, given: Mapping[str, Any]
+) -> tuple[prepare.Options, dict[str, Any]]:
+  """Returns the options and parameters of the first build, with the item table of today."""
+  recorded = dict(info['options'])
+  if info['source'] == 'synthetic':
+    raise InputError('--append: the synthetic source has no new days; build it with other sizes')
+  for name, value in given.items():
+    if name in recorded and recorded[name] != value:
+      raise InputError(
+        f'--{name}={value}: the first build had {recorded[name]}, and --append works with the'
+        ' settings of the first build; leave the flag out'
+      )
+    if name not in recorded and name not in spec.parameters:
+      raise InputError(f'--{name} is no flag of --source={info["source"]}; leave it out')
+  parameters = {**spec.parameters, **recorded, **given}
+  if 'items' in parameters and parameters['items'] is None:
+    parameters |= {name: interactions.PARAMETERS[name] for name in interactions.ABOUT_ITEMS}
+  options = {name: recorded[name] for name in prepare.Options._fields if name in recorded}
+  return prepare.Options(**options), {name: parameters[name] for name in spec.parameters}
+
+
+def _read_more(spec: sources.Source, paths: list[Path], parameters: Mapping[str, Any]) -> Raw:
+  """Reads raw files of a new day, on which not every kind of event needs to occur."""
+  if spec.read is interactions.read:
+    return interactions.read_files(paths, parameters, every_kind=False)
+  return spec.read(*paths, **parameters)
 
 
 def _raw_files(
@@ -254,6 +355,8 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
     ('items', describe_page.item_count(counts)),
     ('interactions', f'{counts["interactions"]:,}, median {counts["median_length"]:g} a user'),
   ]
+  if 'parent' in metadata:
+    rows.append(('version', f'{metadata["version"]}, after {metadata["parent"]["hash"]}'))
   if 'rows_read' in metadata:  # Older folders do not say it.
     rows.append(('rows read', f'{metadata["rows_read"]:,}'))
   if metadata['time_range']:
@@ -324,16 +427,54 @@ def _flags() -> Parser:
     help='replace the dataset in --data_dir, with the texts and embeddings made from it, when the'
     ' new one is complete',
   )
+  add(
+    '--append',
+    action='store_true',
+    help='add the new events in --raw_dir to the dataset in --data_dir, as a new folder --out; the'
+    ' settings are those of the first build, see docs/updates.md',
+  )
+  add('--out', help='with --append: folder to create')
+  add(
+    '--late',
+    action='store_true',
+    help='with --append: take a file whose events are all earlier than the last old one',
+  )
   for name, (kind, text) in _PARAMETERS.items():
     how = {'action': 'store_true'} if kind is bool else {'type': kind}
     add(f'--{name}', default=None, help=text, **how)
   return parser
 
 
+def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+  for name, what in (
+    ('data_dir', 'the folder of the old version'),
+    ('raw_dir', 'the file of the new events'),
+    ('out', 'the folder to create'),
+  ):
+    if not getattr(flags, name):
+      raise InputError(f'--{name} is missing: {what}')
+  if flags.overwrite:
+    raise InputError('--overwrite: --append never replaces a folder; leave it out')
+  values = vars(flags)
+  defaults = prepare.Options()._asdict()
+  given = {name: values[name] for name in defaults if values[name] != defaults[name]}
+  given |= {name: values[name] for name in _PARAMETERS if values[name] is not None}
+  source = read_info(flags.data_dir)['source']
+  if flags.source not in (None, source):
+    raise InputError(f'--source={flags.source}: {flags.data_dir} is of --source={source}')
+  return append(flags.data_dir, flags.raw_dir, flags.out, given, flags.late)
+
+
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, builds the dataset and prints the summary."""
   flags = _flags().parse(argv)
+  if flags.append:
+    metadata, is_new = _append(flags)
+    say(summary(metadata, flags.out, is_new))
+    return
+  if flags.out or flags.late:
+    raise InputError(f'--{"out" if flags.out else "late"} is for --append; leave it out')
   if flags.source not in sources.SOURCES:
     given = '' if flags.source is None else f', not {flags.source!r}'
     raise InputError(f'--source must be one of {", ".join(sources.SOURCES)}{given}')

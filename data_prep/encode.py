@@ -81,7 +81,12 @@ def encode(data_dir: str | Path, of: str, flags: argparse.Namespace) -> tuple[di
     }
     fitted = _items_projection(data_dir, flags.modality, form, source) if of == 'user' else None
     return feature_files.write(
-      target, source._replace(info=about), form, projection=fitted, overwrite=flags.overwrite
+      target,
+      source._replace(info=about),
+      form,
+      projection=fitted,
+      earlier=feature_files.find_earlier(data_dir, of, flags.modality),
+      overwrite=flags.overwrite,
     )
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
@@ -183,6 +188,8 @@ def summary(
     rows.append(('- without', f'{record["rows"]:,}: {reason}; first {of} {record["first"]!r}'))
   if counts['without']:
     rows.append(('- all', str(place / feature_files.MASKED)))
+  if reused := counts.get('reused'):
+    rows.append(('- known', f'{reused:,} rows of the version before are used again'))
   if info.get('unknown_ids'):
     rows.append(('unknown', f'{info["unknown_ids"]:,} ids of the file are not in the dataset'))
   rows.append(

@@ -31,6 +31,7 @@ COMMANDS = {
   'encode': Command('data_prep.encode', 'turn texts and pictures into embeddings'),
   'train': Command('ur4rec_jax.main', 'train and evaluate a model'),
   'evaluate': Command('ur4rec_jax.main', 'evaluate a trained model again', ('--mode=evaluate',)),
+  'update': Command('ur4rec_jax.update', 'train a model on with new data, and promote it'),
   'compare': Command('ur4rec_jax.compare', 'compare finished runs in one table'),
   'recommend': Command('ur4rec_jax.recommend', 'recommend with a trained model'),
   'export': Command('ur4rec_jax.export', 'write a trained model into a folder to serve'),

@@ -1,13 +1,14 @@
 r"""Trains or evaluates the model that a config describes.
 
   python -m ur4rec_jax.main --config=NAME[:VARIANT] --workdir=DIR [--mode=train|evaluate] \
-    [--config.a.b=value ...] [--seeds=0,1,2] [--sweep=FILE.py:FUNCTION] \
+    [--config.a.b=value ...] [--init_from=RUN] [--seeds=0,1,2] [--sweep=FILE.py:FUNCTION] \
     [--search=FILE.py:FUNCTION --trials=N]
 
 NAME is a config file or the name of a config of this project, such as movielens_1m.
 """
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -57,6 +58,9 @@ _SEARCH = flags.DEFINE_string(
 _TRIALS = flags.DEFINE_integer(
   'trials', 20, 'Trials of --search, those of earlier starts included.'
 )
+_INIT_FROM = flags.DEFINE_string(
+  'init_from', None, 'Workdir of a run whose parameters this one starts with: config.init.run.'
+)
 _HELP = flags.DEFINE_bool('help', False, 'Shows this.', short_name='h')
 
 
@@ -80,6 +84,8 @@ def _parse_flags() -> None:
     raise InputError('--config is missing: a config file or a name such as movielens_1m')
   if not _WORKDIR.value:
     raise InputError('--workdir is missing: the folder in which the run is kept')
+  if _INIT_FROM.value:
+    _CONFIG.value.init.run = os.path.abspath(_INIT_FROM.value)
   seeds = _SEEDS.value
   if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
     raise InputError(f'--seeds={",".join(seeds)}: must be different whole numbers, e.g. 0,1,2')

@@ -20,12 +20,32 @@ from tqdm import tqdm
 
 from data_prep.embeddings.shard_files import ShardFiles
 from ur4rec_jax import files
-from ur4rec_jax.data.features import FORMAT_VERSION, INFO, read_features_info
+from ur4rec_jax.data.features import (
+  FORMAT_VERSION,
+  INFO,
+  Features,
+  open_features,
+  read_features_info,
+)
 from ur4rec_jax.encoders.projection import Moments, Projection
+from ur4rec_jax.encoders.projection import load as load_projection
 from ur4rec_jax.errors import InputError
 
 MASKED = 'masked.jsonl'
+# Folder of the features of the version of the dataset before this one, as `features` is built.
+EARLIER = 'earlier_features'
 _PROGRESS = 'progress.jsonl'
+_SAME = (
+  'of',
+  'modality',
+  'encoder',
+  'tokens',
+  'encoded_width',
+  'width',
+  'dtype',
+  'is_whitened',
+  'is_normalised',
+)  # What must be equal for rows of the version before to be used.
 # By default about 256 shards of 256 to 16,384 rows.
 _MIN_SHARD, _MAX_SHARD, _USUAL_SHARDS = 256, 16384, 256
 
@@ -44,6 +64,61 @@ class Row(NamedTuple):
   content: Any
   key: bytes = b''
   reason: str = ''
+
+
+class Earlier(NamedTuple):
+  """Features of the version of the dataset before this one, whose rows need not be encoded again.
+
+  Attributes:
+    features: the stored rows.
+    reasons: why rows without tokens have none, by id.
+  """
+
+  features: Features
+  reasons: dict[str, str]
+
+  @property
+  def projection(self) -> Projection | None:
+    """What the rows were projected with."""
+    info = self.features.info
+    return load_projection(self.features.folder, info['projection']) if info['projection'] else None
+
+  def is_like(self, source: 'Source', form: 'Form') -> bool:
+    """Tells whether the same rows would now be encoded and stored in the same way."""
+    info = self.features.info
+    here = json.loads(json.dumps(_settings(source, form, None)))
+    return all(info.get(name) == here[name] for name in _SAME) and form.rows_per_shard in (
+      None,
+      info['rows_per_shard'],
+    )
+
+  def rows(self, number: int, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and mask of the first rows of a shard, as many as are the same as before."""
+    info, folder = self.features.info, self.features.folder
+    records, start = info['shards'], number * info['rows_per_shard']
+    count = records[number]['rows'] if number < len(records) else 0
+    files_of = ShardFiles(folder, len(records), info['dtype'], str(folder))
+    if (
+      count > len(rows)
+      or not count
+      or _inputs_hash(rows[:count]) != records[number]['inputs_sha256']
+      or not files_of.is_sound(number, records[number])
+    ):
+      count = 0
+    return self.features.rows(np.arange(start, start + count))
+
+
+def find_earlier(data_dir: Path, of: str, modality: str) -> Earlier | None:
+  """Opens the features of the version before; None if there are none that can be read."""
+  folder = data_dir / EARLIER / of / modality
+  try:
+    info = read_features_info(folder, 'delete it')
+    features = open_features(folder, info, 'delete it')
+    lines = (folder / MASKED).read_text(encoding='utf-8').splitlines()
+    reasons = {record['id']: record['reason'] for record in map(json.loads, lines)}
+  except (InputError, OSError, ValueError, LookupError):
+    return None
+  return Earlier(features, reasons)
 
 
 class Source(NamedTuple):
@@ -100,6 +175,7 @@ def write(
   form: Form = Form(),
   *,
   projection: Projection | None = None,
+  earlier: Earlier | None = None,
   overwrite: bool = False,
 ) -> tuple[dict[str, Any], bool]:
   """Encodes and stores all rows, unless the same features exist already.
@@ -109,6 +185,7 @@ def write(
     source: what to encode.
     form: how to store it.
     projection: fitted projection to use; None fits one to these rows if the form needs it.
+    earlier: features of the version before, whose rows and projection are used where they can be.
     overwrite: whether other features may be replaced.
 
   Returns:
@@ -122,6 +199,11 @@ def write(
     raise InputError(
       f'--width={form.width}: must be at most {source.width}, the width of {source.name}'
     )
+  if earlier is not None and not earlier.is_like(source, form):
+    earlier = None
+  if earlier is not None:  # Rows keep their places in the shards, and their space.
+    form = form._replace(rows_per_shard=earlier.features.info['rows_per_shard'])
+    projection = projection or earlier.projection
   settings = _settings(source, form, projection)
   with files.disk_errors(target), _workplace(target) as draft:
     if target.exists() and not overwrite:
@@ -132,7 +214,7 @@ def write(
     count = -(-source.count // settings['rows_per_shard'])
     final = ShardFiles(ready, count, form.dtype, source.name)
     full = ShardFiles(draft / 'full', count, 'float32', source.name) if form.projects else final
-    records = _encode(draft, full, source, form, settings)
+    records = _encode(draft, full, source, form, settings, earlier)
     about_projection = None
     if form.projects:
       shutil.rmtree(ready, ignore_errors=True)
@@ -140,7 +222,7 @@ def write(
       projection = projection or _fit(full, form)
       projection.save(ready)
       about_projection = projection.info
-      records = _project(full, final, records, projection)
+      records = _project(full, final, records, projection, earlier)
     info = _info(settings, records, about_projection)
     lines = (
       json.dumps({'id': name, 'reason': reason}, ensure_ascii=False) + '\n'
@@ -193,11 +275,15 @@ def _shards(source: Source, settings: dict[str, Any]) -> Iterator[tuple[list[Row
   """Yields the rows of each shard and their hash."""
   rows = source.rows()
   while shard := list(itertools.islice(rows, settings['rows_per_shard'])):
-    digest = hashlib.sha256()
-    for row in shard:
-      digest.update(f'{row.reason}\0{len(row.key)}\0'.encode())
-      digest.update(row.key)
-    yield shard, digest.hexdigest()
+    yield shard, _inputs_hash(shard)
+
+
+def _inputs_hash(rows: list[Row]) -> str:
+  digest = hashlib.sha256()
+  for row in rows:
+    digest.update(f'{row.reason}\0{len(row.key)}\0'.encode())
+    digest.update(row.key)
+  return digest.hexdigest()
 
 
 def _same(target: Path, source: Source, settings: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +312,12 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def _encode(
-  draft: Path, store: ShardFiles, source: Source, form: Form, settings: dict[str, Any]
+  draft: Path,
+  store: ShardFiles,
+  source: Source,
+  form: Form,
+  settings: dict[str, Any],
+  earlier: Earlier | None,
 ) -> list[dict[str, Any]]:
   """Encodes and writes the shards that are still missing; returns the records of all shards."""
   done = _progress(draft, settings)
@@ -249,16 +340,20 @@ def _encode(
         bar.update(len(rows))
         records.append(record)
         continue
-      tokens, mask, reasons = source.encode(rows, bar.update)
-      if form.normalise:
-        lengths = np.linalg.norm(tokens, axis=-1, keepdims=True)
-        tokens = np.divide(tokens, lengths, out=np.zeros_like(tokens), where=lengths > 0)
+      known = _known(earlier, number, rows, source, form)
+      count = len(known[1])
+      tokens, mask, reasons = _encode_rows(source, form, rows[count:], bar.update)
+      tokens, mask = (np.concatenate(parts) for parts in zip(known, (tokens, mask), strict=True))
+      reasons = {at + count: reason for at, reason in reasons.items()}
+      for at in range(count):
+        reasons[at] = earlier.reasons.get(rows[at].id, '')
       masked = _check(source, settings['of'], rows, tokens, mask, reasons)
       record = {
         'shard': number,
         'rows': len(rows),
         'inputs_sha256': digest,
         'masked': masked,
+        'reused': count,
         **store.write(number, tokens, mask, [row.id for row in rows]),
       }
       log.write(json.dumps(record) + '\n')
@@ -275,6 +370,39 @@ def _encode(
       f' ({record["rows"]:,}: {reason}, first {record["first"]!r})'
     )
   return records
+
+
+def _encode_rows(
+  source: Source, form: Form, rows: list[Row], advance: Callable[[float], object]
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+  """Encodes rows, see `Source.encode`, and normalises them if the form says so."""
+  if not rows:
+    return _no_rows(source)
+  tokens, mask, reasons = source.encode(rows, advance)
+  if form.normalise:
+    lengths = np.linalg.norm(tokens, axis=-1, keepdims=True)
+    tokens = np.divide(tokens, lengths, out=np.zeros_like(tokens), where=lengths > 0)
+  return tokens, mask, reasons
+
+
+def _no_rows(source: Source) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+  shape = 0, source.tokens, source.width
+  return np.zeros(shape, np.float32), np.zeros(shape[:2], bool), {}
+
+
+def _known(
+  earlier: Earlier | None, number: int, rows: list[Row], source: Source, form: Form
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns tokens and mask of the rows of a shard that need not be encoded.
+
+  If the stored rows are projected, ones stand for their tokens until `_project` puts them in.
+  """
+  if earlier is None:
+    return _no_rows(source)[:2]
+  tokens, mask = earlier.rows(number, rows)
+  if form.projects:
+    tokens = np.broadcast_to(mask[..., None], (*mask.shape, source.width)).astype(np.float32)
+  return tokens, mask
 
 
 def _masked(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -342,6 +470,7 @@ def _project(
   ready: ShardFiles,
   records: list[dict[str, Any]],
   projection: Projection,
+  earlier: Earlier | None,
 ) -> list[dict[str, Any]]:
   """Projects all shards of `full` into `ready`; returns their new records."""
   projected = []
@@ -349,6 +478,9 @@ def _project(
     tokens, mask = full.read(number)
     few = np.zeros((*mask.shape, projection.width), np.float32)
     few[mask] = projection.apply(tokens[mask])
+    if count := record.get('reused', 0):
+      start = number * earlier.features.info['rows_per_shard']
+      few[:count], _ = earlier.features.rows(np.arange(start, start + count))
     names = [f'row {i} of shard {number}' for i in range(len(mask))]
     projected.append({**record, **ready.write(number, few, mask, names)})
   return projected
@@ -362,6 +494,7 @@ def _info(
   masked = sum(len(record['masked']) for record in records)
   error, total = map(sum, zip(*(record['squares'] for record in records), strict=True))
   inputs = [record['inputs_sha256'] for record in records]
+  reused = sum(record.get('reused', 0) for record in records)
   return {
     'format_version': FORMAT_VERSION,
     **settings,
@@ -373,6 +506,9 @@ def _info(
       'without': masked,
       'tokens': sum(record['filled'] for record in records),
       'bytes': sum(record['bytes'] for record in records),
+      **(
+        {'reused': reused} if (reused := sum(record.get('reused', 0) for record in records)) else {}
+      ),
     },
     'masked': _masked(records),
     'projection': about_projection,

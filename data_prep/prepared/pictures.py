@@ -69,23 +69,33 @@ def _read(path: Path) -> bytes:
 
 
 def import_all(
-  folder: Path, names: Sequence[str], images: Sequence[bytes | Path | str | None], image_size: int
+  folder: Path,
+  names: Sequence[str],
+  images: Sequence[bytes | Path | str | None],
+  image_size: int,
+  subfolder: str = '',
 ) -> tuple[list[str], list[str]]:
-  """Stores the pictures of a new dataset in its folder.
+  """Stores the pictures of new items in the folder of their dataset.
 
   Args:
     folder: folder of the dataset.
     names: `[items]` original ids.
     images: `[items]` content, file, URL or None.
     image_size: see `normalise`.
+    subfolder: where in the folder of pictures they are stored.
 
   Returns:
     `[items]` paths relative to `folder`, or URLs, '' without a picture; and notes for the user.
   """
-  (folder / FOLDER).mkdir()
+  if not any(isinstance(image, bytes | Path) for image in images):
+    return [image or '' for image in images], []
+  place = Path(subfolder)
+  (folder / FOLDER / place).mkdir(parents=True)
 
   def bring(name: str, image: bytes | Path | str | None) -> dict[str, Any] | None:
-    return store(image, folder, name, image_size) if isinstance(image, bytes | Path) else None
+    if not isinstance(image, bytes | Path):
+      return None
+    return store(image, folder, str(place / name), image_size)
 
   with ThreadPoolExecutor(_THREADS) as pool:
     records = list(pool.map(bring, file_names(names), images))
@@ -99,10 +109,8 @@ def import_all(
     lines.append({'item': name, 'source': 'files', **origin, **record})
     if record['status'] == REJECTED:
       refused.append(f'item {name}: {origin.get("file", "its picture")} {record["reason"]}')
-  if not lines:
-    (folder / FOLDER).rmdir()
-    return paths, []
-  (folder / MANIFEST).write_text(''.join(map(manifest_line, lines)), encoding='utf-8')
+  with (folder / MANIFEST).open('a', encoding='utf-8') as manifest:
+    manifest.writelines(map(manifest_line, lines))
   if not refused:
     return paths, []
   note = f'pictures: {len(refused):,} of {len(lines):,} refused, their items are kept without'

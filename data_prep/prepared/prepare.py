@@ -74,8 +74,8 @@ class Prepared(NamedTuple):
 
 def prepare(raw: Raw, options: Options = Options()) -> Prepared:
   """Filters rows, sorts each user's rows by time and gives users and items dense indices."""
-  user_names, users = _encode(raw.users)
-  item_names, items = _encode(raw.items, raw.table if raw.keep_cold_items else ())
+  user_names, users = encode_ids(raw.users)
+  item_names, items = encode_ids(raw.items, raw.table if raw.keep_cold_items else ())
   unknown = _unknown_items(raw, item_names, items)
   # No filter drops these items.
   stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
@@ -294,7 +294,9 @@ class _Ledger:
     self._has_rows = has_rows
 
 
-def _encode(ids: np.ndarray | pa.Array, others: Iterable[str] = ()) -> tuple[list[str], np.ndarray]:
+def encode_ids(
+  ids: np.ndarray | pa.Array, others: Iterable[str] = ()
+) -> tuple[list[str], np.ndarray]:
   """Returns sorted distinct ids, by number if all are whole numbers, and `[rows]` indices.
 
   Args:

@@ -196,6 +196,20 @@ def load_features(
     raise InputError(
       f'{folder}: does not say what share of the training part was held back; {again}'
     )
+  return open_features(folder, info, again)
+
+
+def open_features(folder: pathlib.Path, info: dict[str, Any], way_out: str) -> Features:
+  """Opens the arrays of features, memory-mapped.
+
+  Args:
+    folder: folder of the features.
+    info: its info.json.
+    way_out: end of the message if a file is missing or damaged.
+
+  Raises:
+    InputError: a file is missing or damaged.
+  """
   shards: dict[str, list[np.ndarray]] = {}
   for kind, dtype, *shape in array_kinds(info):
     shards[kind] = []
@@ -204,10 +218,10 @@ def load_features(
       try:
         array = np.load(path, mmap_mode='r', allow_pickle=False)
       except (OSError, ValueError, EOFError) as error:
-        raise InputError(f'{path}: cannot be read ({error}); {again}') from error
+        raise InputError(f'{path}: cannot be read ({error}); {way_out}') from error
       if array.dtype != dtype or array.shape != (record['rows'], *shape):
         raise InputError(
-          f'{path}: holds {array.dtype} {array.shape}, not what was written; {again}'
+          f'{path}: holds {array.dtype} {array.shape}, not what was written; {way_out}'
         )
       shards[kind].append(array)
   return Features(folder, info, shards)

@@ -171,7 +171,14 @@ class TrainBatches:
   """
 
   def __init__(
-    self, train_lengths: np.ndarray, *, max_length: int, batch_size: int, crop: str, seed: int
+    self,
+    train_lengths: np.ndarray,
+    *,
+    max_length: int,
+    batch_size: int,
+    crop: str,
+    seed: int,
+    trains: np.ndarray | None = None,
   ):
     """Packs the users, which fixes the shapes of all batches.
 
@@ -181,6 +188,7 @@ class TrainBatches:
       batch_size: average number of users per batch.
       crop: part of longer histories: the `last` tokens, or a `random` window in each epoch.
       seed: seed of the order of users and of random windows.
+      trains: `[users]` bool, the users to train on; None for all.
 
     Raises:
       InputError: no user has two training interactions.
@@ -189,12 +197,14 @@ class TrainBatches:
     histogram = np.zeros(max_length + 1, np.int64)
     for start in range(0, len(train_lengths), _USERS_AT_ONCE):
       inputs = np.clip(train_lengths[start : start + _USERS_AT_ONCE] - 1, 0, max_length)
+      if trains is not None:
+        inputs = inputs * trains[start : start + _USERS_AT_ONCE]
       histogram += np.bincount(inputs, minlength=max_length + 1)
     histogram[0] = 0
     self.users = int(histogram.sum())
     if not self.users:
       raise InputError('no user has two training interactions; lower --min_rating or --k_core')
-    self._train_lengths = train_lengths
+    self._train_lengths, self._trains = train_lengths, trains
     self._max_length = max_length
     self._random_crop = crop == 'random'
     self._seed = seed
@@ -211,7 +221,8 @@ class TrainBatches:
   def plan(self, epoch: int) -> 'EpochPlan':
     """Assigns the users to the rows of an epoch."""
     available = self._train_lengths - 1  # The last item of a user is a target, never an input.
-    members = np.flatnonzero(available > 0).astype(np.int32)
+    is_member = available > 0 if self._trains is None else (available > 0) & self._trains
+    members = np.flatnonzero(is_member).astype(np.int32)
     starts = (np.cumsum(self._train_lengths, dtype=np.int64) - self._train_lengths)[members]
     # Sorting is several times faster with the smallest type.
     lengths = np.minimum(available[members], self._max_length)

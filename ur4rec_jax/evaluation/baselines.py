@@ -14,6 +14,12 @@ def baseline_metrics(dataset: Dataset, part: str, protocol: Protocol) -> dict[st
   Returns:
     `{'popularity': metrics, 'random': metrics}`.
   """
+  ranks = baseline_ranks(dataset, part, protocol)
+  return {name: metrics.ranking_metrics(found) for name, found in ranks.items()}
+
+
+def baseline_ranks(dataset: Dataset, part: str, protocol: Protocol) -> dict[str, np.ndarray]:
+  """Returns the ranks `[counted users]` of held-out items by `popularity` and in `random` order."""
   queries = make_queries(dataset, part, protocol)
   popularity = dataset.train_part().item_counts()
   popularity[0] = -1  # Below every item.
@@ -37,6 +43,6 @@ def baseline_metrics(dataset: Dataset, part: str, protocol: Protocol) -> dict[st
     random_ranks.append(int(rng.integers(1, num_rivals + 2)))
   is_counted = protocol.is_counted(dataset, part)
   return {
-    'popularity': metrics.ranking_metrics(np.array(popularity_ranks)[is_counted]),
-    'random': metrics.ranking_metrics(np.array(random_ranks)[is_counted]),
+    'popularity': np.array(popularity_ranks)[is_counted],
+    'random': np.array(random_ranks)[is_counted],
   }

@@ -67,6 +67,18 @@ def load(folder: str | pathlib.Path) -> Recommender:
   return Recommender(program, arrays, json.loads(contents[ITEMS]), settings, users)
 
 
+def is_of(folder: str | pathlib.Path, settings: Settings) -> bool:
+  """Tells whether a folder holds the export of a model with these settings.
+
+  Exporting twice gives the same numbers, but not the same bytes of the program.
+  """
+  try:
+    manifest = _read_manifest(pathlib.Path(folder))
+  except InputError:
+    return False
+  return manifest['settings'] == json.loads(json.dumps(settings.to_manifest()))
+
+
 def load_thumbnails(folder: str | pathlib.Path) -> Thumbnails | None:
   """Opens the pictures of an exported folder; None if it has none.
 

@@ -141,6 +141,20 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       ('train',), 'Names of the stages to train, in order; a stage may occur several times.'
     ),
   },
+  'Warm start': {
+    'init.run': Knob('', 'Folder of a run whose parameters this one starts with, by original ids.'),
+    'init.moments': Knob(
+      'reset',
+      "Moments of the optimizer: start at zero (reset), or go on from the run's last (carry).",
+      choices=('reset', 'carry'),
+    ),
+    'init.replay': Knob(
+      1.0,
+      'Share of the users without new events who are trained on, beside all who have some.',
+      at_least=0,
+      at_most=1,
+    ),
+  },
   'Branch sasrec': {
     'sasrec.dim': Knob(64, 'Width of item embeddings and hidden states.', at_least=1),
     'sasrec.block': Knob(

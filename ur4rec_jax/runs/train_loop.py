@@ -17,6 +17,7 @@ from ur4rec_jax.errors import InputError, InterruptedBySignal, say
 from ur4rec_jax.evaluation.evaluate import EvalData, make_evaluator
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.content import initial_item_embeddings
+from ur4rec_jax.runs import warm_start
 from ur4rec_jax.runs.checkpoint import Checkpointer
 from ur4rec_jax.runs.dispatcher import Dispatcher
 from ur4rec_jax.runs.metric_writers import Course, MetricWriter, NullReporter, Reporter
@@ -93,6 +94,7 @@ def plan_batches(run: Run) -> TrainBatches:
     batch_size=config.batch_size,
     crop=config.crop,
     seed=config.seed,
+    trains=warm_start.users_to_train(run),
   )
   if batches.rows < devices.device_count():
     raise InputError(
@@ -146,11 +148,16 @@ def restore_or_create(run: Run, checkpointer: Checkpointer) -> Start:
     arrays, progress = restored
     progress = TrainProgress.from_json(progress)
     return Start(arrays['state'], arrays['best_params'], axes, progress, is_saved=True)
-  state = devices.create(lambda: embeddings.pad(run.create_state()), axes['state'])
-  if 'sasrec' in run.config.branches and run.config.sasrec.item_input == 'id_from_content':
-    _begin_items_as_content(run, state.params, axes['state'].params)
+  progress = TrainProgress()
+  if run.config.init.run:
+    state = devices.place(warm_start.warm_state(run), axes['state'])
+    progress.validated_step = NEVER  # What the run starts with may stay its best.
+  else:
+    state = devices.create(lambda: embeddings.pad(run.create_state()), axes['state'])
+    if 'sasrec' in run.config.branches and run.config.sasrec.item_input == 'id_from_content':
+      _begin_items_as_content(run, state.params, axes['state'].params)
   best_params = repeat_params(state.params, len(run.stages))
-  return Start(state, best_params, axes, TrainProgress(), is_saved=False)
+  return Start(state, best_params, axes, progress, is_saved=False)
 
 
 def _begin_items_as_content(run: Run, params: PyTree, axes: PyTree) -> None:

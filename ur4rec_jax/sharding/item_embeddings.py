@@ -74,15 +74,15 @@ class ItemEmbeddings:
 
   def axes(self, tree: PyTree, axis: int = 0) -> PyTree:
     """Returns the dimension of each array that is spread over devices: `axis`, or None if whole."""
-    return _map_item_tables(lambda x: axis if self.is_sharded else None, tree, lambda x: None)
+    return map_item_tables(lambda x: axis if self.is_sharded else None, tree, lambda x: None)
 
   def pad(self, tree: PyTree) -> PyTree:
     """Appends rows of zeros to every item table, so that the devices can share the rows equally."""
-    return _map_item_tables(_pad(jnp), tree) if self.is_sharded else tree
+    return map_item_tables(_pad(jnp), tree) if self.is_sharded else tree
 
   def unpad(self, tree: PyTree) -> PyTree:
     """Undoes `pad`."""
-    return _map_item_tables(lambda x: x[: self.num_items + 1], tree)
+    return map_item_tables(lambda x: x[: self.num_items + 1], tree)
 
   def pad_features(self, tables: PyTree) -> PyTree:
     """Pads NumPy features `[items + 1, ...]` like item tables."""
@@ -243,7 +243,7 @@ class ReadTables(StepTables):
     return renumber(ids, self.read)
 
   def take(self, tree: PyTree) -> PyTree:
-    return _map_item_tables(self._take_rows, tree)
+    return map_item_tables(self._take_rows, tree)
 
   def take_features(self, features: PyTree) -> PyTree:
     return jax.tree.map(self._take_rows, features)
@@ -253,7 +253,7 @@ class ReadTables(StepTables):
 
   def put_back(self, old: PyTree, new: PyTree) -> PyTree:
     put = lambda x, rows: self.embeddings.put(x, self.read, rows)
-    return _map_item_tables(put, old, lambda x, changed: changed, new)
+    return map_item_tables(put, old, lambda x, changed: changed, new)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ class DeviceTables(StepTables):
     # An item table's gradient is this device's rows, already summed over the devices' tokens.
     mean = lambda g, trains: jax.lax.pmean(g, AXIS) if trains else g
     part = lambda g, trains: g / jax.lax.axis_size(AXIS) if trains else g
-    return _map_item_tables(part, gradients, mean, is_trainable)
+    return map_item_tables(part, gradients, mean, is_trainable)
 
   def norm(self, gradients: PyTree) -> Array:
     squares = {True: jnp.zeros(()), False: jnp.zeros(())}
@@ -309,7 +309,7 @@ class OwnTables(DeviceTables):
 
   def put_back(self, old: PyTree, new: PyTree) -> PyTree:
     keep = lambda x, changed: jnp.where(self.is_read[:, None], changed, x)
-    return _map_item_tables(keep, old, lambda x, changed: changed, new)
+    return map_item_tables(keep, old, lambda x, changed: changed, new)
 
 
 @jax.custom_vjp
@@ -403,7 +403,7 @@ def _all_to_all(x: Array) -> Array:
 
 def with_placeholders(params: PyTree, num_items: int) -> PyTree:
   """Replaces item tables that a model declares but never reads by zeros `[num_items + 1, ...]`."""
-  return _map_item_tables(lambda x: jnp.zeros((num_items + 1, *x.shape[1:])), params)
+  return map_item_tables(lambda x: jnp.zeros((num_items + 1, *x.shape[1:])), params)
 
 
 def renumber(ids: Array, read: Array) -> Array:
@@ -417,7 +417,7 @@ def index_from(first: Array | int, ids: Array) -> Array:
   return jnp.where(index >= 0, index, NOWHERE)  # A negative index would count from the end.
 
 
-def _map_item_tables(
+def map_item_tables(
   function: Callable, tree: PyTree, otherwise: Callable = lambda x, *rest: x, *rest: PyTree
 ) -> PyTree:
   """Maps `function` over the item tables of a tree, and `otherwise` over its other arrays."""

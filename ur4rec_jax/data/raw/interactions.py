@@ -40,7 +40,8 @@ PARAMETERS: Mapping[str, Any] = {
   'event_weights': None,
   'clean_ids': None,
 }
-_ABOUT_ITEMS = (*item_tables.PARAMETERS, 'partial_items', 'keep_cold_items')
+# Those of them that are about the item table.
+ABOUT_ITEMS = (*item_tables.PARAMETERS, 'partial_items', 'keep_cold_items')
 
 
 def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
@@ -360,7 +361,7 @@ def _read_items(options: Mapping[str, Any]) -> tuple[dict[str, Item], list[str]]
 
 
 def _check_no_item_flags(options: Mapping[str, Any]) -> None:
-  for name in _ABOUT_ITEMS:
+  for name in ABOUT_ITEMS:
     if options[name] != PARAMETERS[name]:
       raise InputError(f'--{name} is about the item table; pass it with --items, or leave it out')
 

@@ -1,0 +1,117 @@
+"""The registry of served models: promoting, rolling back, and kills in between."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers.runs import ROOT
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.inference import registry
+
+
+def make_export(folder, content):
+  folder.mkdir(parents=True)
+  (folder / 'manifest.json').write_text(json.dumps({'content': content}))
+  (folder / 'arrays.npz').write_text(content)
+  return folder
+
+
+def test_promotes_and_rolls_back(tmp_path):
+  models = tmp_path / 'models'
+  assert registry.current(models) is None
+  first = registry.promote(models, make_export(tmp_path / 'a', 'first'), 'the first')
+  second = registry.promote(models, make_export(tmp_path / 'b', 'second'))
+  assert (first, second) == ('000001', '000002')
+  assert registry.current(models) == second
+  with open(os.path.join(registry.path(models, second), 'arrays.npz')) as file:
+    assert file.read() == 'second'
+  assert registry.rollback(models) == first == registry.current(models)
+  with pytest.raises(InputError, match='nothing was promoted before version 000001'):
+    registry.rollback(models)
+  # The number of the version that was rolled back is not used again, and a rollback skips it.
+  third = registry.promote(models, make_export(tmp_path / 'c', 'third'))
+  assert third == '000003'
+  assert registry.rollback(models) == first
+  record = json.loads((models / 'current.json').read_text())
+  assert record['reason'] == 'rolled back from version 000003'
+  assert not (models / 'lock').exists()
+
+
+def test_promoting_the_current_model_again_changes_nothing(tmp_path):
+  export = make_export(tmp_path / 'a', 'first')
+  assert registry.promote(tmp_path / 'models', export) == '000001'
+  before = (tmp_path / 'models' / 'current.json').read_bytes()
+  assert registry.promote(tmp_path / 'models', export) == '000001'
+  assert (tmp_path / 'models' / 'current.json').read_bytes() == before
+
+
+def test_wrong_input_is_named(tmp_path):
+  with pytest.raises(InputError, match='no exported model'):
+    registry.promote(tmp_path / 'models', tmp_path)
+  assert not (tmp_path / 'models').exists()
+  with pytest.raises(InputError, match='no registry of models'):
+    registry.rollback(tmp_path / 'models')
+  registry.promote(tmp_path / 'models', make_export(tmp_path / 'a', 'first'))
+  for damaged in ('', '[]', '{"version": "000002", "history": ["000001"]}', '{"version": 1}'):
+    (tmp_path / 'models' / 'current.json').write_text(damaged)
+    for act in (
+      lambda: registry.current(tmp_path / 'models'),
+      lambda: registry.rollback(tmp_path / 'models'),
+      lambda: registry.promote(tmp_path / 'models', tmp_path / 'a'),
+    ):
+      with pytest.raises(InputError, match=r'current\.json: is damaged'):
+        act()
+
+
+def test_a_registry_written_by_hand_can_be_read(tmp_path):
+  export = make_export(tmp_path / 'a', 'first')
+  make_export(tmp_path / 'models' / 'versions' / '000007', 'seventh')
+  record = {'version': '000007', 'history': ['000007']}
+  (tmp_path / 'models' / 'current.json').write_text(json.dumps(record))
+  assert registry.current(tmp_path / 'models') == '000007'
+  assert registry.promote(tmp_path / 'models', export) == '000008'
+
+
+PROMOTER = """
+import sys
+from ur4rec_jax.inference import registry
+print('ready', flush=True)
+registry.promote(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_a_kill_leaves_the_old_or_the_new_version(tmp_path):
+  models = tmp_path / 'models'
+  registry.promote(models, make_export(tmp_path / 'old', 'old'))
+  new = make_export(tmp_path / 'new', 'new')
+  for i in range(200):  # Enough files that kills hit the copy.
+    (new / f'part-{i}').write_bytes(b'x' * 10_000)
+  rng, seen = random.Random(0), set()
+  for _ in range(8):
+    process = subprocess.Popen(
+      [sys.executable, '-c', PROMOTER, models, new], stdout=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.readline()
+    time.sleep(rng.uniform(0, 0.04))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    version = registry.current(models)
+    seen.add(version)
+    folder = models / 'versions' / version
+    if version == '000001':
+      assert (folder / 'arrays.npz').read_text() == 'old'
+    else:
+      assert sorted(x.name for x in folder.iterdir()) == sorted(x.name for x in new.iterdir())
+      registry.rollback(models)
+  version = registry.promote(models, new)
+  # Nothing is left of the killed promotions, apart from versions that were current once.
+  numbers = [int(x.name) for x in (models / 'versions').iterdir()]
+  assert max(numbers) == int(version)
+  assert seen >= {'000001'}

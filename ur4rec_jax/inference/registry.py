@@ -1,0 +1,156 @@
+"""A registry: a folder with the models that have been served, and which of them is served now.
+
+  REGISTRY/
+    versions/000001/ ...      one export each, as `ur4rec_jax.export` writes it
+    current.json              the promoted version, and the ones before it
+
+A kill at any moment leaves the old model or the new one promoted, never a part of one.
+"""
+
+import datetime
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ur4rec_jax import files
+from ur4rec_jax.errors import InputError, StorageError
+
+CURRENT = 'current.json'
+_VERSIONS = 'versions'
+_MANIFEST = 'manifest.json'  # Of an export; it holds the hashes of the other files.
+
+
+def current(registry: str | Path) -> str | None:
+  """Returns the name of the promoted version; None if there is none yet.
+
+  Raises:
+    InputError: `current.json` is damaged.
+  """
+  record = _read(registry)
+  return record['version'] if record else None
+
+
+def path(registry: str | Path, version: str) -> str:
+  """Returns the folder of a version."""
+  return str(Path(registry) / _VERSIONS / version)
+
+
+def promote(registry: str | Path, export_dir: str | Path, reason: str = '') -> str:
+  """Copies an export into the registry and makes it the current version.
+
+  Nothing changes if the current version is the same export already.
+
+  Args:
+    registry: the folder; it is made if it is not there.
+    export_dir: a folder that `ur4rec_jax.export` wrote.
+    reason: why it is promoted, for people who read `current.json`.
+
+  Returns:
+    The name of the version.
+
+  Raises:
+    InputError: `export_dir` is no export, or `current.json` is damaged.
+    BusyError: another process changes the registry.
+    StorageError: the registry cannot be written.
+  """
+  registry, export_dir = Path(registry), Path(export_dir)
+  if not (export_dir / _MANIFEST).is_file():
+    raise InputError(
+      f'{export_dir}: no exported model (no {_MANIFEST}); export it:'
+      ' python -m ur4rec_jax.export --workdir=DIR --out=FOLDER'
+    )
+  try:
+    (registry / _VERSIONS).mkdir(parents=True, exist_ok=True)
+    with _locked(registry):
+      record = _read(registry)
+      if record and _is_same(export_dir, Path(path(registry, record['version']))):
+        return record['version']
+      newest = int(record['newest']) if record else 0
+      _remove_leftovers(registry, newest)
+      version = f'{newest + 1:06}'
+      with files.new_folder(registry / _VERSIONS / version) as draft:
+        shutil.copytree(export_dir, draft, dirs_exist_ok=True)
+      history = (
+        record['history'][: record['history'].index(record['version']) + 1] if record else []
+      )
+      _write(registry, version, [*history, version], version, reason)
+      return version
+  except OSError as error:
+    raise StorageError(f'{registry}: cannot be written ({error.strerror or error})') from error
+
+
+def rollback(registry: str | Path) -> str:
+  """Makes the version before the current one current again.
+
+  Returns:
+    The name of the version.
+
+  Raises:
+    InputError: no version was promoted before the current one.
+    BusyError: another process changes the registry.
+    StorageError: the registry cannot be written.
+  """
+  registry = Path(registry)
+  if not (registry / CURRENT).is_file():
+    raise InputError(f'{registry}: no registry of models (no {CURRENT}); promote a model first')
+  with _locked(registry):
+    record = _read(registry)
+    before = record['history'].index(record['version']) - 1
+    if before < 0:
+      raise InputError(
+        f'{registry}: nothing was promoted before version {record["version"]}; it stays the'
+        ' current one'
+      )
+    version = record['history'][before]
+    reason = f'rolled back from version {record["version"]}'
+    _write(registry, version, record['history'], record['newest'], reason)
+    return version
+
+
+def _read(registry: str | Path) -> dict[str, Any] | None:
+  file = Path(registry) / CURRENT
+  try:
+    record = json.loads(file.read_text(encoding='utf-8'))
+    version, history = record['version'], record['history']
+    if version not in history or not all(name.isdecimal() for name in history):
+      raise ValueError('its version is not in its history')
+    int(record.setdefault('newest', max(history)))
+    return record
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    raise InputError(
+      f'{file}: is damaged ({error!r:.200}); put back a copy, or write'
+      ' {"version": NAME, "history": [NAME]} with the name of a folder in'
+      f' {file.parent / _VERSIONS}'
+    ) from error
+
+
+def _write(registry: Path, version: str, history: list[str], newest: str, reason: str) -> None:
+  record = {
+    'version': version,
+    'history': history,
+    'newest': newest,  # Numbers are never used twice, also after a rollback.
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'reason': reason,
+  }
+  files.write_file(registry / CURRENT, json.dumps(record, indent=2) + '\n')
+
+
+def _locked(registry: Path) -> Any:
+  return files.only_process(
+    registry / 'lock', f'another process changes the registry {registry}; wait until it ends'
+  )
+
+
+def _is_same(export_dir: Path, version: Path) -> bool:
+  here = version / _MANIFEST
+  return here.is_file() and here.read_bytes() == (export_dir / _MANIFEST).read_bytes()
+
+
+def _remove_leftovers(registry: Path, newest: int) -> None:
+  """Removes what a killed promotion left: drafts, and a version that never became current."""
+  for folder in (registry / _VERSIONS).iterdir():
+    if not folder.name.isdecimal() or int(folder.name) > newest:
+      shutil.rmtree(folder)

@@ -1,0 +1,134 @@
+"""Updates a trained model with new data, and promotes it if it is not worse than before.
+
+  python -m ur4rec_jax.update --workdir=runs/shop --data_dir=data/day2 --out=runs/day2 \\
+    --registry=models
+  python -m ur4rec_jax.update --registry=models --rollback
+
+The update trains for a few epochs from the parameters of the run in --workdir. If the command is
+stopped, the same command goes on. docs/updates.md explains the gate.
+"""
+
+import argparse
+import pathlib
+import shlex
+import shutil
+from typing import Any
+
+from ur4rec_jax.errors import InputError, exit_on_reported_error, say
+from ur4rec_jax.files import expand_home
+
+EXPORT = 'export'
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  add = parser.add_argument
+  add('--workdir', help='folder of the run whose model serves')
+  add('--data_dir', help='prepared folder with the new events, from build_dataset --append')
+  add('--out', help='workdir of the update; it is resumed if it was started')
+  add('--registry', help='folder of served models, to which an update that passes is promoted')
+  add('--epochs', type=int, default=2, help='epochs to train; default 2')
+  add(
+    '--replay',
+    type=float,
+    default=1.0,
+    help='share, 0 to 1, of the users without new events who are trained on too; default 1',
+  )
+  add(
+    '--moments',
+    choices=('reset', 'carry'),
+    default='reset',
+    help='moments of the optimizer: from zero, or from the run before; default reset',
+  )
+  add(
+    '--margin',
+    type=float,
+    default=0.02,
+    help='largest relative loss of NDCG@10 with which an update still passes; default 0.02',
+  )
+  add('--force', action='store_true', help='promote it also if the gate refuses it')
+  add('--users', action='store_true', help='export the users and their histories, too')
+  add('--rollback', action='store_true', help='serve the version before the current one again')
+  return parser
+
+
+def _check(flags: argparse.Namespace) -> None:
+  """Raises InputError for the first flag that is missing or impossible."""
+  if flags.rollback:
+    if not flags.registry:
+      raise InputError('--registry is missing: the folder whose current model is rolled back')
+    if flags.workdir or flags.data_dir or flags.out:
+      raise InputError('--rollback: works on --registry alone; leave the other folders out')
+    return
+  for name in ('workdir', 'data_dir', 'out'):
+    if not getattr(flags, name):
+      raise InputError(f'--{name} is missing; --help says what it is')
+  if flags.epochs < 1:
+    raise InputError(f'--epochs={flags.epochs}: must be at least 1')
+  for name in ('replay', 'margin'):
+    if not 0 <= getattr(flags, name) <= 1:
+      raise InputError(f'--{name}={getattr(flags, name):g}: must be in [0, 1]')
+  if pathlib.Path(flags.out).resolve() == pathlib.Path(flags.workdir).resolve():
+    raise InputError(f'--out={flags.out}: is the folder of the old run, which stays; give another')
+
+
+@exit_on_reported_error
+def main(argv: list[str] | None = None) -> None:
+  """Reads the flags, and updates or rolls back."""
+  flags = _parser().parse_args(expand_home(argv))
+  _check(flags)
+  if flags.rollback:
+    from ur4rec_jax.inference import registry
+
+    say(f'{flags.registry}: version {registry.rollback(flags.registry)} serves again')
+    return
+
+  # These take seconds to import, and a wrong flag should be answered at once.
+  from ur4rec_jax.runs import gate, update_run
+  from ur4rec_jax.runs.workdir import stored_config
+  from ur4rec_jax.sharding import devices
+
+  devices.use_cpu_threads(stored_config(flags.workdir).cpu_threads)
+  config = update_run.update_config(
+    flags.workdir, flags.data_dir, flags.epochs, flags.replay, flags.moments
+  )
+  verdict = update_run.train_and_judge(config, flags.out, flags.margin)
+  say('\n' + gate.table(verdict))
+  out = pathlib.Path(flags.out)
+  is_promoted = verdict['is_promoted'] or flags.force
+  for reason in verdict['reasons']:
+    say(f'refused: {reason}')
+  if verdict['reasons'] and flags.force:
+    say('promoted all the same, as --force says')
+  if is_promoted and flags.registry:
+    version = _promote(out, verdict, flags)
+    say(f'promoted: version {version} in {flags.registry}')
+  elif is_promoted:
+    say('passed: it may replace the model before; --registry=DIR promotes it')
+  else:
+    say(
+      f'kept aside in {out}: {flags.workdir} goes on to serve; look at'
+      f' {out / update_run.GATE}, train for longer, or correct the data'
+    )
+
+
+def _promote(out: pathlib.Path, verdict: dict[str, Any], flags: argparse.Namespace) -> str:
+  """Exports the update into its workdir and copies that into the registry."""
+  from ur4rec_jax.inference import exported, registry
+  from ur4rec_jax.inference.exporting import export
+  from ur4rec_jax.inference.trained import load
+
+  recommender = load(out)
+  if not exported.is_of(out / EXPORT, recommender.settings):
+    shutil.rmtree(out / EXPORT, ignore_errors=True)  # It is of fewer epochs, for example.
+    export(recommender, out / EXPORT, flags.users)
+  reason = f'update of {shlex.quote(flags.workdir)} with {shlex.quote(flags.data_dir)}'
+  groups = verdict['groups'].items()
+  numbers = [f'{name} {x["before"]:.4f} to {x["after"]:.4f}' for name, x in groups]
+  return registry.promote(flags.registry, out / EXPORT, f'{reason}: {", ".join(numbers)}')
+
+
+if __name__ == '__main__':
+  main()
