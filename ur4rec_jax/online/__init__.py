@@ -1,0 +1,1 @@
+"""What happens around a model that serves: events, what was shown, experiments."""
