@@ -35,6 +35,7 @@ COMMANDS = {
   'recommend': Command('ur4rec_jax.recommend', 'recommend with a trained model'),
   'export': Command('ur4rec_jax.export', 'write a trained model into a folder to serve'),
   'serve': Command('ur4rec_jax.serve', 'serve an exported model over HTTP'),
+  'feedback': Command('ur4rec_jax.feedback', 'export events, or delete those of a user'),
 }
 
 

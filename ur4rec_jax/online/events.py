@@ -1,7 +1,10 @@
 """What users do with items, and what they were shown. Needs only the standard library."""
 
+import enum
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ur4rec_jax.errors import InputError
@@ -69,6 +72,43 @@ class Exposure(NamedTuple):
   arm: str
   model: str
   items: tuple[Shown, ...]
+
+
+class Outcome(enum.Enum):
+  """What became of an event: stored, stored earlier, or of a user who was deleted after it."""
+
+  NEW = 'accepted'
+  DUPLICATE = 'duplicates'
+  DELETED = 'of_deleted_users'
+
+
+class History(NamedTuple):
+  """What the store knows of a user.
+
+  Attributes:
+    items: items of the user's latest events, the oldest first.
+    times: when, in seconds since 1970.
+    is_deleted: whether the user was deleted once, so that older copies must not be used either.
+  """
+
+  items: list[str]
+  times: list[float]
+  is_deleted: bool = False
+
+
+def user_hash(user: str) -> str:
+  """Returns the name under which a deleted user is remembered."""
+  return hashlib.sha256(user.encode()).hexdigest()
+
+
+def pack_items(items: Sequence[Shown]) -> str:
+  """Writes shown items as JSON."""
+  return json.dumps(items, ensure_ascii=False, separators=(',', ':'))
+
+
+def unpack_items(text: str) -> tuple[Shown, ...]:
+  """Reads what `pack_items` wrote."""
+  return tuple(Shown(*item) for item in json.loads(text))
 
 
 def check_event(fields: Any, now: float, keep_seconds: float = math.inf) -> Event:

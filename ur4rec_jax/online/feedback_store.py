@@ -6,17 +6,22 @@ not stored again.
 """
 
 import contextlib
-import enum
-import hashlib
-import json
 import pathlib
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.online.events import Event, Exposure, Shown
+from ur4rec_jax.online.events import (
+  Event,
+  Exposure,
+  History,
+  Outcome,
+  pack_items,
+  unpack_items,
+  user_hash,
+)
 
 _BUSY_SECONDS = 5  # Another process may be writing: a second service, or a command.
 _EXPIRED_AT_ONCE = 5000  # Rows in one transaction, so that no writer waits for long.
@@ -37,28 +42,6 @@ CREATE INDEX exposures_of_user ON exposures (user);
 CREATE INDEX exposures_by_time ON exposures (time);
 CREATE TABLE deleted_users (user_hash TEXT PRIMARY KEY, time REAL NOT NULL) WITHOUT ROWID;
 """
-
-
-class Outcome(enum.Enum):
-  """What became of an event: stored, stored earlier, or of a user who was deleted after it."""
-
-  NEW = 'accepted'
-  DUPLICATE = 'duplicates'
-  DELETED = 'of_deleted_users'
-
-
-class History(NamedTuple):
-  """What the store knows of a user.
-
-  Attributes:
-    items: items of the user's latest events, the oldest first.
-    times: when, in seconds since 1970.
-    is_deleted: whether the user was deleted once, so that older copies must not be used either.
-  """
-
-  items: list[str]
-  times: list[float]
-  is_deleted: bool = False
 
 
 class FeedbackStore(Protocol):
@@ -115,21 +98,6 @@ def open_store(place: str) -> FeedbackStore:
   except ImportError as error:
     raise InputError(f"{error.name} is not installed; pip install 'ur4rec-jax[redis]'") from error
   return RedisStore(place)
-
-
-def user_hash(user: str) -> str:
-  """Returns the name under which a deleted user is remembered."""
-  return hashlib.sha256(user.encode()).hexdigest()
-
-
-def pack_items(items: Sequence[Shown]) -> str:
-  """Writes shown items as JSON."""
-  return json.dumps(items, ensure_ascii=False, separators=(',', ':'))
-
-
-def unpack_items(text: str) -> tuple[Shown, ...]:
-  """Reads what `pack_items` wrote."""
-  return tuple(Shown(*item) for item in json.loads(text))
 
 
 class SqliteStore:

@@ -4,15 +4,15 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ur4rec_jax.errors import InputError, StorageError, say
-from ur4rec_jax.online.events import Event, Exposure
-from ur4rec_jax.online.feedback_store import (
+from ur4rec_jax.online.events import (
+  Event,
+  Exposure,
   History,
   Outcome,
   pack_items,
