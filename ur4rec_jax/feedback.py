@@ -23,6 +23,8 @@ from ur4rec_jax.inference import exported
 from ur4rec_jax.online.events import KINDS, Event, Exposure
 from ur4rec_jax.online.feedback_store import FeedbackStore, open_store
 
+# Proposed to the build: the kinds that count by default, those that cost more effort more.
+_WEIGHTS = {'click': 1, 'cart': 3, 'buy': 5}
 EVENTS, EXPOSURES = 'events.csv', 'exposures.csv'
 _EVENT_COLUMNS = ('user', 'item', 'timestamp', 'kind', 'value', 'id', 'request_id')
 _EXPOSURE_COLUMNS = (
@@ -107,11 +109,12 @@ def main(argv: list[str] | None = None) -> None:
     kinds = ', '.join(f'{kind} {counts[kind]:,}' for kind in KINDS if kind in counts)
     say(f'{flags.out}: {counted(sum(counts.values()), "event")} ({kinds or "none"})')
     say(f'{flags.out}: {counted(shown, "shown item")}')
-    say(
-      f'next: python -m data_prep.build_dataset --source=interactions --data_dir=data/live'
-      f' --raw_dir={shlex.quote(flags.out)}/{EVENTS}'
-      ' --event_column=kind --event_weights=click=1,cart=3,buy=5'
-    )
+    if weights := ','.join(f'{kind}={_WEIGHTS[kind]}' for kind in _WEIGHTS if kind in counts):
+      say(
+        f'next: python -m data_prep.build_dataset --source=interactions --data_dir=data/live'
+        f' --raw_dir={shlex.quote(flags.out)}/{EVENTS} --event_column=kind'
+        f' --event_weights={weights}'
+      )
   elif flags.delete_user is not None:
     count = store.delete_user(flags.delete_user, time.time())
     say(f'deleted {counted(count, "event")} of the user, and what was shown to the user')

@@ -23,7 +23,6 @@ import jax
 import jax.export
 import numpy as np
 
-from ur4rec_jax import files
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.inference.recommender import Recommender, Users, make_users
 from ur4rec_jax.inference.stored_format import Settings
@@ -126,6 +125,8 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
     InputError: this is not an exported folder, or a file is missing or has changed.
     OSError: the folder cannot be written.
   """
+  from ur4rec_jax import files  # Needs filelock, which machines that only recommend may lack.
+
   folder = pathlib.Path(folder)
   manifest = _read_manifest(folder)
   if USERS not in manifest['files']:
