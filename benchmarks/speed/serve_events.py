@@ -204,49 +204,50 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Measures all four."""
   found: dict[str, Any] = {}
   with tempfile.TemporaryDirectory() as scratch:
-    cache, db = f'{scratch}/cache', f'{scratch}/events.db'
-    place = flags.events or db
-    users = list(exported.load(flags.export).known_users.index)
-    plain = service(f'--export={flags.export}', cache=cache)
-    with plain as without:
-      with service(f'--export={flags.export}', f'--events={place}', cache=cache) as with_events:
-        sides = {
-          'recommendations_without_events': (without, 0.0),
-          'recommendations': (with_events, 0.0),
-          'half_events': (with_events, 0.5),
-          'events_alone': (with_events, 1.0),
-        }
-        rates = {name: [] for name in sides}
-        for round_number in range(ROUNDS + 1):
-          for name, (port, share) in sides.items():
-            requests = Requests(flags.export, share)
-            rate = asyncio.run(per_second(port, requests, flags.seconds if round_number else 1))
-            if round_number:  # The first one warms up.
-              rates[name].append(rate)
-        found['per_second'] = {name: round(float(np.median(x)), 1) for name, x in rates.items()}
-        found['ratio'] = round(
-          found['per_second']['half_events']
-          / found['per_second']['recommendations_without_events'], 3
-        )  # fmt: skip
-        asked = users[:50]
-        numbers = itertools.count(10**9)
-        load = [
-          event(user, item, next(numbers))
-          for user in asked
-          for item in exported.load(flags.export).item_ids[:STORED_EVENTS]
-        ]
-        asyncio.run(_send(with_events, load))
-        fresh = asyncio.run(medians((without, with_events), asked, flags.asks))
-        found['p50_ms'] = {'without': round(fresh[0], 3), 'fresh_history': round(fresh[1], 3)}
-        found['fresh_history_costs_ms'] = round(fresh[1] - fresh[0], 3)
+    cache = f'{scratch}/cache'
+    _measure_costs(flags, f'{scratch}/events.db', cache, found)
     if flags.events is None:
       size = sum(path.stat().st_size for path in pathlib.Path(scratch).glob('events.db*'))
       found['store_mb'] = round(size / 1e6, 1)
+    print(json.dumps(found), file=sys.stderr, flush=True)
     exports = [flags.export, flags.next]
     found['swap'] = _measure_swaps(exports, flags, scratch, cache)
     if flags.larger:
       found['swap_compiled'] = _measure_swaps([*exports, flags.larger], flags, scratch, cache)
   return found | machine()
+
+
+def _measure_costs(flags: argparse.Namespace, db: str, cache: str, found: dict[str, Any]) -> None:
+  """Measures services with and without events in turns."""
+  known = exported.load(flags.export)
+  users, place = list(known.known_users.index), flags.events or db
+  flag = f'--export={flags.export}'
+  with (
+    service(flag, cache=cache) as without,
+    service(flag, f'--events={place}', cache=cache) as with_events,
+  ):
+    sides = {
+      'recommendations_without_events': (without, 0.0),
+      'recommendations': (with_events, 0.0),
+      'half_events': (with_events, 0.5),
+      'events_alone': (with_events, 1.0),
+    }
+    rates = {name: [] for name in sides}
+    for round_number in range(ROUNDS + 1):
+      for name, (port, share) in sides.items():
+        requests = Requests(flags.export, share)
+        rate = asyncio.run(per_second(port, requests, flags.seconds if round_number else 1))
+        if round_number:  # The first one warms up.
+          rates[name].append(rate)
+    found['per_second'] = {name: round(float(np.median(x)), 1) for name, x in rates.items()}
+    ratio = np.divide(rates['half_events'], rates['recommendations_without_events'])
+    found['ratio'] = round(float(np.median(ratio)), 3)
+    numbers, items = itertools.count(10**9), known.item_ids[:STORED_EVENTS]
+    load = [event(user, item, next(numbers)) for user in users[:50] for item in items]
+    asyncio.run(_send(with_events, load))
+    waits = asyncio.run(medians((without, with_events), users[:50], flags.asks))
+    found['p50_ms'] = {'without': round(waits[0], 3), 'fresh_history': round(waits[1], 3)}
+    found['fresh_history_costs_ms'] = round(waits[1] - waits[0], 3)
 
 
 def _measure_swaps(

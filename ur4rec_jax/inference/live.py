@@ -4,9 +4,7 @@ A request stays with the model that it came to, so that no request fails or wait
 """
 
 import asyncio
-import contextlib
 import gc
-import os
 import pathlib
 import sys
 import threading
@@ -22,7 +20,6 @@ from ur4rec_jax.inference.batcher import Batcher
 from ur4rec_jax.inference.feedback import Feedback
 
 WATCH_SECONDS = 1
-_LOADER_NICENESS = 19  # Requests come before the loading of the next model.
 SWAPS = Counter('ur4rec_model_swaps', 'Changes of the served model.')
 REFUSED = Counter('ur4rec_model_refused', 'Versions that could not be loaded.', ['version'])
 SERVED = Gauge('ur4rec_model_served', '1 for the version that is served.', ['version'])
@@ -168,8 +165,5 @@ def _content(folder: str) -> bytes:
 
 
 def _become_loader() -> None:
+  # The thread keeps its priority: it holds the interpreter at times, and requests wait for that.
   _loading.is_on = True
-  # On Linux this concerns the thread alone.
-  if sys.platform == 'linux':
-    with contextlib.suppress(OSError):
-      os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADER_NICENESS)
