@@ -48,7 +48,7 @@ _HEAD = 'HTTP/1.1\r\nHost: localhost\r\n'
 
 
 @contextlib.contextmanager
-def service(*flags: str, cache: str) -> Iterator[int]:
+def service(*flags: str, cache: str) -> Iterator[tuple[int, subprocess.Popen]]:
   """Runs a service on a free port while the block runs, and stops it."""
   command = [sys.executable, '-m', 'ur4rec_jax.serve', '--port=0', '--client_connections=2000']
   process = subprocess.Popen(
@@ -61,7 +61,7 @@ def service(*flags: str, cache: str) -> Iterator[int]:
     line = process.stdout.readline()
     if not line.startswith('ready'):
       raise InputError(f'the service did not start: {line or "see above"}')
-    yield int(line.rsplit(':', 1)[1])
+    yield int(line.rsplit(':', 1)[1]), process
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
   finally:
@@ -133,11 +133,21 @@ async def medians(ports: Sequence[int], users: Sequence[str], asks: int) -> list
 
 
 class TimedLoad(Load):
-  """Also remembers when the requests were due."""
+  """Also remembers when the requests were due, and opens connections when all are busy."""
 
   def __init__(self, port: int, requests: Sequence[bytes]):
     super().__init__(port, requests)
     self.dues: list[float] = []
+
+  def ask(self, due: float) -> None:
+    if self._idle:
+      super().ask(due)
+    else:
+      self._opening = asyncio.create_task(self._connect_and_ask(due))
+
+  async def _connect_and_ask(self, due: float) -> None:
+    await self.connect(1)
+    super().ask(due)
 
   def on_answer(self, client: Client, status: int, may_retry: bool, due: float) -> None:
     if status == 200:
@@ -146,11 +156,11 @@ class TimedLoad(Load):
 
 
 async def swap_under_load(
-  port: int, requests: Sequence[bytes], folder: str, exports: Sequence[str], flags: Any
+  load: 'TimedLoad', process: subprocess.Popen, folder: str, exports: Sequence[str], flags: Any
 ) -> dict[str, Any]:
   """Promotes one export after the other while requests come."""
-  load, rng = TimedLoad(port, requests), np.random.default_rng(0)
-  await load.connect(300)
+  rng = np.random.default_rng(0)
+  await load.connect(20)
   swaps: list[tuple[float, float]] = []
   done = asyncio.Event()
 
@@ -169,8 +179,8 @@ async def swap_under_load(
     start = time.perf_counter()
     # By a thread, as the promotion copies files, and this process must go on asking.
     version = await asyncio.to_thread(registry.promote, folder, export, f'swap {number}')
-    while not await asyncio.to_thread(_is_served, port, version):
-      await asyncio.sleep(0.05)
+    while f'serving version {version}' not in await asyncio.to_thread(process.stdout.readline):
+      pass
     swaps.append((start, time.perf_counter() + 0.5))
   done.set()
   await asking
@@ -184,6 +194,7 @@ async def swap_under_load(
     'swaps': len(swaps),
     'requests': counts['sent'],
     'failed': counts['sent'] - counts[200] + counts['not sent'],
+    'answers': {str(key): n for key, n in counts.items()},
     'rate_per_s': flags.rate,
     'seconds_to_swap': round(float(np.median([b - a - 0.5 for a, b in swaps])), 2),
     'p99_ms_without': round(float(np.percentile(before, 99)), 2),
@@ -191,13 +202,6 @@ async def swap_under_load(
     'max_ms_during': round(float(during.max()), 2),
     'p99_ratio': round(float(np.percentile(during, 99) / np.percentile(before, 99)), 3),
   }
-
-
-def _is_served(port: int, version: str) -> bool:
-  import urllib.request
-
-  with urllib.request.urlopen(f'http://127.0.0.1:{port}/metrics') as answer:
-    return f'ur4rec_model_served{{version="{version}"}} 1.0' in answer.read().decode()
 
 
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
@@ -223,8 +227,8 @@ def _measure_costs(flags: argparse.Namespace, db: str, cache: str, found: dict[s
   users, place = list(known.known_users.index), flags.events or db
   flag = f'--export={flags.export}'
   with (
-    service(flag, cache=cache) as without,
-    service(flag, f'--events={place}', cache=cache) as with_events,
+    service(flag, cache=cache) as (without, _),
+    service(flag, f'--events={place}', cache=cache) as (with_events, _),
   ):
     sides = {
       'recommendations_without_events': (without, 0.0),
@@ -255,12 +259,12 @@ def _measure_swaps(
 ) -> dict[str, Any]:
   folder = tempfile.mkdtemp(dir=scratch)
   registry.promote(folder, exports[0])
-  place = flags.events or f'{folder}/events.db'
-  with service(
-    f'--registry={folder}', f'--events={place}', cache=f'{cache}-{len(exports)}'
-  ) as port:
-    requests = Requests(exports[0], 0.3)
-    return asyncio.run(swap_under_load(port, requests, folder, exports, flags))
+  where = f'--registry={folder}', f'--events={flags.events or f"{folder}/events.db"}'
+  with service(*where, cache=f'{cache}-{len(exports)}') as (port, process):
+    load = TimedLoad(port, Requests(exports[0], 0.3))
+    found = asyncio.run(swap_under_load(load, process, folder, exports, flags))
+  print(json.dumps(found), file=sys.stderr, flush=True)
+  return found
 
 
 async def _send(port: int, requests: Sequence[bytes]) -> None:

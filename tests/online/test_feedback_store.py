@@ -106,7 +106,7 @@ def test_nothing_of_a_deleted_user_is_in_the_file(tmp_path):
     )
     read = lambda: b''.join(path.read_bytes() for path in tmp_path.iterdir())
     assert b'unmistakable' in read()
-    store.delete_user(name, NOW)
+    store.delete_user('unmistakable', NOW)
     assert b'unmistakable' not in read()
 
 
