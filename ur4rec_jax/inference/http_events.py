@@ -19,9 +19,10 @@ from ur4rec_jax.online.events import KINDS, MOST_CHARACTERS, MOST_EVENTS, Event,
 UNKNOWN_ITEMS = Counter('ur4rec_events_unknown_items', 'Events with items that the model lacks.')
 BURST_SECONDS = 10  # A client that was silent may send the events of so many seconds at once.
 _MOST_CLIENTS = 10_000  # Whose use of the limit is remembered.
+_ONE_LINE = r'^[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$'
 _ID = {
   'anyOf': [
-    {'type': 'string', 'minLength': 1, 'maxLength': MOST_CHARACTERS, 'pattern': '^[^\\x00]*$'},
+    {'type': 'string', 'minLength': 1, 'maxLength': MOST_CHARACTERS, 'pattern': _ONE_LINE},
     {'type': 'integer', 'minimum': -(10**15), 'maximum': 10**15},
   ]
 }
@@ -44,7 +45,7 @@ _EVENT = {
     'request_id': {
       'type': 'string',
       'maxLength': MOST_CHARACTERS,
-      'pattern': '^[^\\x00]*$',
+      'pattern': f'^$|{_ONE_LINE}',
       'description': 'the id of the answer in which the user saw the item',
     },
   },

@@ -4,6 +4,7 @@ import enum
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ MOST_CHARACTERS = 256  # In an id.
 MOST_EVENTS = 1000  # In a request.
 # Clocks of senders may be ahead of this machine's by so much.
 FUTURE_SECONDS = 300
+_CONTROLS = re.compile(r'[\x00-\x1f\x7f]')
 _OTHER_UNIT = 1e11  # Seconds since 1970 beyond this are milliseconds or smaller.
 
 
@@ -153,8 +155,9 @@ def _id(fields: Mapping[str, Any], name: str) -> str:
     raise InputError(f'{name}: must be text or a whole number, not {_shown(value)}')
   if len(value) > MOST_CHARACTERS:
     raise InputError(f'{name}: has {len(value):,} characters; {MOST_CHARACTERS} are allowed')
-  if '\0' in value or not _is_unicode(value):
-    raise InputError(f'{name}: {value[:80]!r} has characters that cannot be stored')
+  # The build refuses such ids, so one of them would keep a log from being trained on.
+  if _CONTROLS.search(value) or not value.strip() or not _is_unicode(value):
+    raise InputError(f'{name}: {value[:80]!r} must be text on one line')
   return value
 
 
