@@ -33,6 +33,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.quality.accuracy import put_between_marks
 from benchmarks.speed.measure import ROOT, machine
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.files import write_file
@@ -40,6 +41,8 @@ from ur4rec_jax.inference import exported
 from ur4rec_jax.online.feedback_store import open_store
 
 STORED = ROOT / 'benchmarks' / 'results' / 'robustness' / 'kill_events.json'
+PAGE = ROOT / 'docs' / 'live.md'
+NAMES = {'sqlite': 'SQLite', 'redis': 'Redis'}
 CLIENTS = 8
 
 
@@ -206,6 +209,15 @@ def measure(flags: argparse.Namespace, place: str, cache: str) -> dict[str, Any]
   }
 
 
+def sentence(found: dict[str, Any]) -> str:
+  """Describes the result in a sentence for docs/live.md."""
+  return (
+    f'{NAMES[found["store"]]}, {found["kills"]} kills: of {found["acknowledged"]:,} acknowledged'
+    f' events {found["lost"]} were lost and {found["counted_twice"]} counted twice;'
+    f' {found["without_answer"]:,} were sent again because no answer came.'
+  )
+
+
 def _total(senders: list[Sender]) -> collections.Counter[str]:
   return sum((sender.counts.copy() for sender in senders), collections.Counter())
 
@@ -232,7 +244,9 @@ def main() -> None:
   if flags.keep:
     STORED.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(STORED.read_text()) if STORED.exists() else {}
-    write_file(STORED, json.dumps(kept | {found['store']: found}, indent=2) + '\n')
+    kept[found['store']] = found
+    write_file(STORED, json.dumps(kept, indent=2) + '\n')
+    put_between_marks(PAGE, 'kills', '\n'.join(map(sentence, kept.values())))
   print(json.dumps(found))
   bad = ('lost', 'counted_twice', 'changed', 'never_sent', 'accepted_more_than_stored')
   sys.exit(1 if any(found[name] for name in bad) else 0)

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.accuracy import put_between_marks
 from benchmarks.speed.measure import ROOT, machine
 from benchmarks.speed.serve_load import Client, Load
 from ur4rec_jax.errors import InputError, exit_on_reported_error
@@ -40,6 +41,7 @@ from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import exported, registry
 
 STORED = ROOT / 'benchmarks/results/inference/events.json'
+PAGE = ROOT / 'docs' / 'live.md'
 CLIENTS = 64
 SWAPS = 20
 ROUNDS = 3  # Services take turns, because other processes of the machine change what it can do.
@@ -291,6 +293,21 @@ def broken_promises(found: dict[str, Any]) -> list[str]:
   ]
 
 
+def sentence(found: dict[str, Any]) -> str:
+  """Describes the result in a sentence for docs/live.md."""
+  rates, swap = found['per_second'], found['swap']
+  return (
+    f'On {found["cores"]} cores that the services, their clients and other programs shared (load'
+    f' {found["load"]:.0f}): {rates["recommendations_without_events"]:.0f} recommendations a second'
+    f' without events, {rates["recommendations"]:.0f} with them, {rates["half_events"]:.0f} requests'
+    f' of which half were events. The median answer took {found["p50_ms"]["without"]:.1f} ms without'
+    f' events and {found["p50_ms"]["fresh_history"]:.1f} ms with a history of'
+    f' {STORED_EVENTS} stored events. {swap["swaps"]} changes of the model at'
+    f' {swap["rate_per_s"]:g} requests a second: {swap["failed"]} of {swap["requests"]:,} failed, p99'
+    f' {swap["p99_ms_during"]:.0f} ms around a change and {swap["p99_ms_without"]:.0f} ms between.'
+  )
+
+
 @exit_on_reported_error
 def main() -> None:
   """Reads the flags, measures, and prints the result."""
@@ -313,6 +330,7 @@ def main() -> None:
   print(json.dumps(found, indent=2))
   if flags.keep:
     write_file(STORED, json.dumps(found, indent=2) + '\n')
+    put_between_marks(PAGE, 'events', sentence(found))
   print(json.dumps(found))
   sys.exit(1 if found['broken'] else 0)
 

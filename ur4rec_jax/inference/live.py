@@ -137,7 +137,7 @@ class LiveModel:
   def _swap(self, served: Served) -> None:
     former, self._served = self._served, served
     self._start(served)
-    SERVED.labels(former.version).set(0)
+    SERVED.remove(former.version)
     SERVED.labels(served.version).set(1)
     SWAPS.inc()
     if not self._inside.get(id(former)):
