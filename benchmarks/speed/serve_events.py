@@ -295,16 +295,16 @@ def broken_promises(found: dict[str, Any]) -> list[str]:
 
 def sentence(found: dict[str, Any]) -> str:
   """Describes the result in a sentence for docs/live.md."""
-  rates, swap = found['per_second'], found['swap']
+  rates, waits, swap = found['per_second'], found['p50_ms'], found['swap']
   return (
     f'On {found["cores"]} cores that the services, their clients and other programs shared (load'
-    f' {found["load"]:.0f}): {rates["recommendations_without_events"]:.0f} recommendations a second'
-    f' without events, {rates["recommendations"]:.0f} with them, {rates["half_events"]:.0f} requests'
-    f' of which half were events. The median answer took {found["p50_ms"]["without"]:.1f} ms without'
-    f' events and {found["p50_ms"]["fresh_history"]:.1f} ms with a history of'
-    f' {STORED_EVENTS} stored events. {swap["swaps"]} changes of the model at'
-    f' {swap["rate_per_s"]:g} requests a second: {swap["failed"]} of {swap["requests"]:,} failed, p99'
-    f' {swap["p99_ms_during"]:.0f} ms around a change and {swap["p99_ms_without"]:.0f} ms between.'
+    f' {found["load"]:.0f}): {rates["recommendations_without_events"]:.0f} recommendations a'
+    f' second without events, {rates["recommendations"]:.0f} with them, {rates["half_events"]:.0f}'
+    f' requests of which half were events. The median answer took {waits["without"]:.1f} ms'
+    f' without events and {waits["fresh_history"]:.1f} ms with a history of {STORED_EVENTS} stored'
+    f' events. {swap["swaps"]} changes of the model at {swap["rate_per_s"]:g} requests a second:'
+    f' {swap["failed"]} of {swap["requests"]:,} failed, p99 {swap["p99_ms_during"]:.0f} ms around a'
+    f' change and {swap["p99_ms_without"]:.0f} ms between.'
   )
 
 
