@@ -12,6 +12,7 @@ from prometheus_client import Counter
 
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
+from ur4rec_jax.inference.connections import client_name
 from ur4rec_jax.inference.feedback import EVENTS, Feedback
 from ur4rec_jax.inference.http_schema import problem
 from ur4rec_jax.online.events import KINDS, MOST_CHARACTERS, MOST_EVENTS, Event, check_event
@@ -97,7 +98,7 @@ class EventRoute:
     except InputError as error:
       EVENTS.labels('refused').inc()
       raise HTTPException(422, str(error)) from error
-    client = request.client.host if request.client else ''
+    client = client_name(request.client.host if request.client else '')
     if wait := self._seconds_to_wait(client, len(events)):
       EVENTS.labels('refused').inc(len(events))
       answer = problem(429, f'more than {self._rate:g} events a second; try again in {wait} s')
