@@ -37,6 +37,7 @@ COMMANDS = {
   'export': Command('ur4rec_jax.export', 'write a trained model into a folder to serve'),
   'serve': Command('ur4rec_jax.serve', 'serve an exported model over HTTP'),
   'experiment': Command('ur4rec_jax.experiment', 'plan and read experiments'),
+  'feedback': Command('ur4rec_jax.feedback', 'export events, or delete those of a user'),
 }
 
 

@@ -3,13 +3,18 @@
   pip install 'ur4rec-jax[serve]'      # in a checkout: pip install -e '.[serve]'
   python -m ur4rec_jax.serve --export=shop-model --port=8000
 
-The model needs jax and NumPy, and nothing that training needs. Requests that come together are
-ranked together, in batches whose sizes are compiled before the first request. docs/inference.md
-lists the routes and the limits.
+  python -m ur4rec_jax.serve --registry=models --events=events.db
+
+The second one takes events, ranks with what users just did, and changes to a newly promoted model
+while it serves; docs/live.md says more. The model needs jax and NumPy, and nothing that training
+needs. Requests that come together are ranked together, in batches whose sizes are compiled before
+the first request. docs/inference.md lists the routes and the limits.
 """
 
 import argparse
 import contextlib
+import gc
+import math
 import signal
 import socket
 import sys
@@ -28,8 +33,13 @@ try:
   from ur4rec_jax.inference.admission import AdmissionControl, make_host_check
   from ur4rec_jax.inference.batcher import Batcher
   from ur4rec_jax.inference.connections import make_protocol
-  from ur4rec_jax.inference.http_app import make_app
+  from ur4rec_jax.inference.feedback import Feedback
+  from ur4rec_jax.inference.http_app import Live, make_app
+  from ur4rec_jax.inference.http_events import EventRoute
+  from ur4rec_jax.inference.live import LiveModel, Served, is_loading, open_current
   from ur4rec_jax.inference.recommender import BATCH_SIZES
+  from ur4rec_jax.online.events import KINDS
+  from ur4rec_jax.online.feedback_store import open_store
 except ImportError as error:
   print(f"error: {error.name} is not installed; pip install 'ur4rec-jax[serve]'", file=sys.stderr)
   sys.exit(InputError.exit_code)
@@ -50,7 +60,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
-  add('--export', required=True, help='folder that ur4rec_jax.export wrote')
+  add('--export', help='folder that ur4rec_jax.export wrote')
+  add('--registry', help='folder of promoted models; a newly promoted one is served at once')
+  add('--events', help='where to keep events: a SQLite file, which is made, or redis://HOST:PORT/0')
+  add(
+    '--event_kinds',
+    default='click,cart,buy',
+    help=f'kinds of events that belong to the history of a user: some of {", ".join(KINDS)}',
+  )
+  add('--keep_days', type=float, default=math.inf, help='delete events that are older')
+  add(
+    '--events_per_second',
+    type=float,
+    default=2000,
+    help='most events of one client, on average; inf for no limit',
+  )
   add('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 for all networks')
   add('--port', type=int, default=8000, help='port to listen on; 0 for any free port')
   add('--batch', type=int, default=64, choices=BATCH_SIZES, help='most requests in a batch')
@@ -72,7 +96,22 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   for name, least in (('wait_ms', 0), ('queue', 1), ('client_connections', 1)):
     if not least <= getattr(flags, name) <= 100_000:
       raise InputError(f'--{name}={getattr(flags, name)}: must be from {least} to 100000')
+  for name in ('keep_days', 'events_per_second'):
+    if not getattr(flags, name) > 0:
+      raise InputError(f'--{name}={getattr(flags, name):g}: must be more than 0')
+  if (flags.export is None) == (flags.registry is None):
+    raise InputError('give one of --export=FOLDER and --registry=FOLDER')
+  flags.event_kinds = [kind.strip() for kind in flags.event_kinds.split(',')]
+  if unknown := [kind for kind in flags.event_kinds if kind not in KINDS]:
+    raise InputError(f'--event_kinds: {unknown[0]!r} is none of {", ".join(KINDS)}')
   return flags
+
+
+def _open_events(flags: argparse.Namespace) -> Live | None:
+  if flags.events is None:
+    return None
+  feedback = Feedback(open_store(flags.events), flags.event_kinds, flags.keep_days * 86_400)
+  return Live(feedback, EventRoute(feedback, flags.events_per_second))
 
 
 def _open_port(host: str, port: int) -> socket.socket:
@@ -125,14 +164,28 @@ def main(argv: list[str] | None = None) -> None:
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: sys.exit(0))
   start = time.monotonic()
-  recommender = exported.load(flags.export)
-  batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
+  # What was imported stays until the end. Without it, looking for garbage takes a few milliseconds
+  # instead of hundreds, in which nobody is answered.
+  gc.collect()
+  gc.freeze()
+  live = _open_events(flags)
+
+  def load(folder: str, version: str = '') -> Served:
+    digest = exported.model_hash(folder)[:12]
+    recommender = exported.load(folder)
+    batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
+    thumbnails = exported.load_thumbnails(folder)
+    app = make_app(recommender, batcher, thumbnails, digest, live)
+    return Served(app, batcher, version or digest)
+
+  served = load(*(open_current(flags.registry) if flags.registry else (flags.export,)))
+  model = LiveModel(served, load, flags.registry, live.feedback if live else None)
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
-  is_allowed = make_host_check(flags.host, allowed)
-  thumbnails = exported.load_thumbnails(flags.export)
-  app = AdmissionControl(make_app(recommender, batcher, thumbnails), flags.queue, is_allowed)
+  app = AdmissionControl(model, flags.queue, make_host_check(flags.host, allowed))
   jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: event.endswith('backend_compile_duration') and COMPILED.inc()
+    lambda event, *_, **__: (
+      event.endswith('backend_compile_duration') and not is_loading() and COMPILED.inc()
+    )
   )
   with _open_port(flags.host, flags.port) as listening:
     host, port = listening.getsockname()[:2]

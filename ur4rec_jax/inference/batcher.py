@@ -155,6 +155,10 @@ class Batcher:
           settle = future.set_exception if isinstance(answer, Exception) else future.set_result
           settle(answer)
 
+  def close(self) -> None:
+    """Ends the thread, when all jobs are answered."""
+    self._thread.shutdown(wait=False)
+
   async def _next_batch(self) -> list[Waiting]:
     await self._line.filled()
     if len(self._line) < self._most_jobs:

@@ -14,7 +14,9 @@ import hashlib
 import io
 import json
 import pathlib
-from collections.abc import Mapping
+import shutil
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +32,8 @@ FORMAT_VERSION = 1
 MANIFEST, PROGRAM, ARRAYS, ITEMS = 'manifest.json', 'program.bin', 'arrays.npz', 'items.json'
 USERS = 'users.npz'  # Only folders that were exported with --users have it.
 PICTURES = 'pictures.npz'  # The index of the pictures, in folders that have some.
+# Programs in use by the hash of their file.
+_programs: weakref.WeakValueDictionary[str, Callable[..., Any]] = weakref.WeakValueDictionary()
 _AGAIN = 'export it again: python -m ur4rec_jax.export --workdir=DIR --out=FOLDER'
 
 
@@ -58,7 +62,7 @@ def load(folder: str | pathlib.Path) -> Recommender:
       f'{folder}: was exported for {", ".join(manifest["platforms"])}, not for {device}; set'
       ' JAX_PLATFORMS=cpu, or export it again for this device'
     )
-  program = jax.jit(jax.export.deserialize(bytearray(contents[PROGRAM])).call)
+  program = _program(contents[PROGRAM], manifest['files'][PROGRAM])
   arrays = _as_tree(_unpack(contents[ARRAYS], manifest))
   settings = Settings.from_manifest(manifest['settings'])
   users = None
@@ -79,6 +83,27 @@ def is_of(folder: str | pathlib.Path, settings: Settings) -> bool:
   return manifest['settings'] == json.loads(json.dumps(settings.to_manifest()))
 
 
+def model_hash(folder: str | pathlib.Path) -> str:
+  """Returns the SHA-256 of all that an exported folder holds.
+
+  Args:
+    folder: the folder that `ur4rec_jax.export` wrote.
+
+  Raises:
+    InputError: this is not an exported folder.
+  """
+  return hashlib.sha256(manifest_text(_read_manifest(pathlib.Path(folder))).encode()).hexdigest()
+
+
+def _program(content: bytes, digest: str) -> Callable[..., Any]:
+  """Reads a program. A model that was only trained on has the same one, already compiled."""
+  program = _programs.get(digest)
+  if program is None:
+    program = jax.jit(jax.export.deserialize(bytearray(content)).call)
+    _programs[digest] = program
+  return program
+
+
 def load_thumbnails(folder: str | pathlib.Path) -> Thumbnails | None:
   """Opens the pictures of an exported folder; None if it has none.
 
@@ -94,6 +119,52 @@ def load_thumbnails(folder: str | pathlib.Path) -> Thumbnails | None:
     return None
   index = _unpack(_read(folder, PICTURES, manifest['files'][PICTURES]), manifest)
   return Thumbnails(folder, index)
+
+
+def forget_user(folder: str | pathlib.Path, user: str) -> bool:
+  """Removes a user's history and texts from an exported folder, in one step.
+
+  The parameters of the model stay as they are, and the user had a part in their training.
+
+  Args:
+    folder: the folder that `ur4rec_jax.export` wrote.
+    user: the user's original id.
+
+  Returns:
+    Whether the folder had the user.
+
+  Raises:
+    InputError: this is not an exported folder, or a file is missing or has changed.
+    OSError: the folder cannot be written.
+  """
+  from ur4rec_jax import files  # Needs filelock, which machines that only recommend may lack.
+
+  folder = pathlib.Path(folder)
+  manifest = _read_manifest(folder)
+  if USERS not in manifest['files']:
+    return False
+  content = _read(folder, USERS, manifest['files'][USERS])
+  with np.load(io.BytesIO(content), allow_pickle=False) as file:
+    arrays = dict(file)
+  (rows,) = np.nonzero(arrays['ids'] == user)
+  if not rows.size:
+    return False
+  row, offsets = int(rows[0]), arrays.pop('offsets')
+  start, end = offsets[row : row + 2]
+  items = np.delete(arrays.pop('items'), slice(start, end))
+  arrays = {name: np.delete(values, row, 0) for name, values in arrays.items()}
+  lengths = np.delete(np.diff(offsets), row)
+  arrays |= {'items': items, 'offsets': np.append([0], np.cumsum(lengths)).astype(offsets.dtype)}
+  archive = io.BytesIO()
+  np.savez(archive, **arrays)
+  manifest['files'][USERS] = hashlib.sha256(archive.getvalue()).hexdigest()
+  with files.new_folder(folder) as draft:
+    for path in folder.iterdir():
+      if path.name not in (USERS, MANIFEST):
+        shutil.copy2(path, draft / path.name)
+    files.write_file(draft / USERS, archive.getvalue())
+    files.write_file(draft / MANIFEST, manifest_text(manifest))
+  return True
 
 
 def _as_tree(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:

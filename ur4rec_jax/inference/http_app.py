@@ -1,13 +1,12 @@
 """The routes of the HTTP service: recommendations as JSON, and a page to try them."""
 
-import asyncio
-import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import fastapi
 import numpy as np
@@ -16,19 +15,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 
-from ur4rec_jax.errors import InputError
-from ur4rec_jax.inference.admission import TURN
+from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
 from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
+from ur4rec_jax.inference.feedback import Coverage, Feedback, join_history, new_request_id
+from ur4rec_jax.inference.http_events import OPENAPI, EventRoute
 from ur4rec_jax.inference.http_schema import (
   MOST_CHARACTERS,
   Health,
   Item,
   Problem,
   Recommendations,
+  Stored,
   make_question,
   problem,
 )
-from ur4rec_jax.inference.query import Query
+from ur4rec_jax.inference.query import Known, Query, UserTokens
 from ur4rec_jax.inference.recommender import Recommender
 from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 
@@ -41,36 +43,67 @@ _PAGE_HEADERS = {
   " frame-ancestors 'none'"
 }
 Search = Annotated[str, fastapi.Query(max_length=MOST_CHARACTERS)]
+UserName = Annotated[str, fastapi.Query(min_length=1, max_length=MOST_CHARACTERS)]
 ItemName = Annotated[str, fastapi.Path(max_length=MOST_CHARACTERS)]
 
 
+class Live(NamedTuple):
+  """Events of a running service.
+
+  Attributes:
+    feedback: keeps them.
+    route: takes them.
+  """
+
+  feedback: Feedback
+  route: EventRoute
+
+
 def make_app(
-  recommender: Recommender, batcher: Batcher, thumbnails: Thumbnails | None = None
+  recommender: Recommender,
+  batcher: Batcher,
+  thumbnails: Thumbnails | None = None,
+  model: str = '',
+  live: Live | None = None,
 ) -> FastAPI:
-  """Builds the ASGI application.
+  """Builds the ASGI application of one model. The caller runs the batcher.
 
   Args:
     recommender: the recommender to serve.
     batcher: a batcher of the same recommender.
     thumbnails: the pictures of the items, if there are some.
+    model: the start of the model's hash.
+    live: events, if the service takes some.
   """
-
-  @contextlib.asynccontextmanager
-  async def lifespan(_):
-    running = asyncio.create_task(batcher.run())
-    yield
-    running.cancel()
-
-  app = FastAPI(title='ur4rec_jax', lifespan=lifespan, docs_url=None, redoc_url=None)
+  app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
-  service = Service(recommender, batcher, thumbnails)
+  feedback = None if live is None else live.feedback
+  service = Service(recommender, batcher, thumbnails, model, feedback)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
+
+  K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
+  usual_k = min(10, batcher.most_k)
 
   # The fields of a question depend on the model, so its type is only known here.
   @app.post('/recommend', responses=_problems(400, 404, 408, 413, 421, 422, 431, 503))
   async def recommend(question: Question, request: fastapi.Request) -> Recommendations:
     """Returns the best items."""
     return await service.recommend(question, request)
+
+  @app.get('/recommend', responses=_problems(404, 421, 422, 431, 503))
+  async def recommend_to_user(
+    user: UserName, request: fastapi.Request, k: K = usual_k
+  ) -> Recommendations:
+    """Returns the best items for a user."""
+    return await service.recommend(Question(user=user, k=k), request)
+
+  if live is not None:
+    refusals = _problems(400, 408, 413, 415, 421, 422, 429, 431, 503)
+
+    @app.post('/events', responses=refusals, openapi_extra=OPENAPI)
+    async def events(request: fastapi.Request) -> Stored:
+      """Stores one event or several; it answers when they are durable."""
+      return await live.route(request, recommender.number_of)
 
   # Items without a picture have no such field.
   items = {'responses': _problems(422, 503), 'response_model_exclude_unset': True}
@@ -91,7 +124,12 @@ class Service:
   """The handlers of all routes that need the recommender."""
 
   def __init__(
-    self, recommender: Recommender, batcher: Batcher, thumbnails: Thumbnails | None = None
+    self,
+    recommender: Recommender,
+    batcher: Batcher,
+    thumbnails: Thumbnails | None = None,
+    model: str = '',
+    feedback: Feedback | None = None,
   ):
     """Prepares the searches.
 
@@ -99,8 +137,13 @@ class Service:
       recommender: the recommender to serve.
       batcher: a batcher of the same recommender.
       thumbnails: the pictures of the items, if there are some.
+      model: the start of the model's hash.
+      feedback: the events, if the service takes some.
     """
     self._recommender, self._batcher, self._thumbnails = recommender, batcher, thumbnails
+    self._model, self._feedback = model, feedback
+    self._coverage = Coverage(recommender)
+    self._until = recommender.about.get('data_until', -math.inf)
     names = zip(recommender.titles, recommender.item_ids, strict=True)
     self._find_items = make_search([f'{title} {item}' for title, item in names])
     users = recommender.known_users
@@ -128,7 +171,7 @@ class Service:
       if question.user is None:
         checked = recommender.check(query)
       else:
-        known, texts = recommender.known_user(question.user)
+        known, texts = await self._user(question.user)
         checked = recommender.check_known(dataclasses.replace(query, preferences=texts), [known])
     except InputError as error:  # The schema checked the rest, so ids must be unknown.
       raise HTTPException(404, str(error)) from error
@@ -140,16 +183,52 @@ class Service:
       request.scope[TURN].end()
     answer = await self._batcher.answer(Job(checked, only, client))
     count = len(checked.histories[0])
+    rows = recommender.recommendations(answer)
     return JSONResponse(
       {
+        'request_id': self._shown(question.user or '', rows),
         'user': question.user,
         'history': {'items': count, 'read': min(count, recommender.max_length)},
         'unknown': answer.unknown[0],
-        'recommendations': [
-          row | self._picture_of(row['item']) for row in recommender.recommendations(answer)
-        ],
+        'recommendations': [row | self._picture_of(row['item']) for row in rows],
       }
     )
+
+  async def _user(self, name: str) -> tuple[Known, UserTokens]:
+    """Returns a user's history up to the latest event, and the user's own texts."""
+    if self._feedback is None:
+      return self._recommender.known_user(name)
+    try:
+      stored = await self._feedback.history(name)
+    except StorageError as error:
+      headers = {'Retry-After': str(RETRY_SECONDS)}
+      raise HTTPException(503, f'{error}; give a history instead', headers) from error
+    users = self._recommender.known_users
+    known, texts = None, self._batcher.no_texts
+    # What was exported about a deleted user stays in the file until the next export.
+    if users is not None and name in users.index and not stored.is_deleted:
+      known, texts = self._recommender.known_user(name)
+    joined = join_history(self._recommender, known, stored, self._until)
+    if known is None and not joined.items.size:
+      about = 'no event with an item of the catalogue' if stored.items else 'no event yet'
+      raise InputError(f'user {name!r}: is unknown, and has {about}; give a history')
+    return joined, texts
+
+  async def _is_deleted(self, user: str) -> bool:
+    """Tells whether a user was deleted after the export, which still has the user's history."""
+    if self._feedback is None:
+      return False
+    try:
+      return (await self._feedback.history(user)).is_deleted
+    except StorageError as error:
+      raise HTTPException(503, str(error), {'Retry-After': str(RETRY_SECONDS)}) from error
+
+  def _shown(self, user: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Logs and counts what an answer shows, and returns the answer's id."""
+    if self._feedback is None:
+      return new_request_id()
+    self._coverage.count(self._recommender.number_of(row['item']) for row in rows)
+    return self._feedback.show(user, self._model, rows)
 
   # A search holds the interpreter, so that a thread of its own would cost more time, not less.
   async def items(self, search: Search = '') -> list[Item]:
@@ -158,14 +237,20 @@ class Service:
 
   async def users(self, search: Search = '') -> list[str]:
     """Finds known users by a part of their id; upper and lower case are the same."""
-    return [self._user_names[i] for i in self._find_users(search)]
+    names = [self._user_names[i] for i in self._find_users(search)]
+    return [name for name in names if not await self._is_deleted(name)]
 
   async def history(self, user: Search) -> list[Item]:
-    """Returns the latest items of a known user, 1,000 at most, the oldest first."""
+    """Returns the latest items of a known user, 1,000 at most, the oldest first.
+
+    They are those of the export. Stored events are not told to anybody.
+    """
     try:
       known, _ = self._recommender.known_user(user)
     except InputError as error:
       raise HTTPException(404, str(error)) from error
+    if await self._is_deleted(user):
+      raise HTTPException(404, f'user {user!r}: is unknown')
     return [self._item(number - 1) for number in known.items[-MOST_IDS:].tolist()]
 
   # Not async, because it may wait for the disk.

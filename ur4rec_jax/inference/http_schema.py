@@ -50,13 +50,27 @@ class Recommendations(BaseModel):
   """The best items for a user.
 
   `history` has the number of known items and the number of items that the model reads. `unknown`
-  has the items that are not in the catalogue; they were ignored.
+  has the items that are not in the catalogue; they were ignored. Events may have the `request_id`
+  of the answer in which the user saw the item.
   """
 
+  request_id: str
   user: str | None
   history: dict[str, int]
   unknown: list[str]
   recommendations: list[Recommended]
+
+
+class Stored(BaseModel):
+  """What became of the events of a request; all that are counted here are durable.
+
+  `duplicates` were stored earlier. Those `of_deleted_users` happened before their user was deleted,
+  and were not stored.
+  """
+
+  accepted: int
+  duplicates: int
+  of_deleted_users: int
 
 
 class Health(BaseModel):

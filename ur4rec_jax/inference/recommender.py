@@ -305,6 +305,10 @@ class Recommender:
         found.append(number)
     return np.array(found, np.int32), unknown
 
+  def number_of(self, item: str) -> int:
+    """Returns the number of an item, 0 if the catalogue does not have it."""
+    return self._number_of.get(item, 0)
+
   def known_user(self, name: str) -> tuple[Known, UserTokens]:
     """Returns a known user's history and the user's own texts.
 

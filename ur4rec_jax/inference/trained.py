@@ -95,6 +95,8 @@ def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None
     items['ids'].append(item['original_id'])
     items['titles'].append(item['title'])
   about = {'dataset': run.dataset.identity(), 'config': stage.config.to_dict()}
+  if time_range := run.dataset.info.get('time_range'):
+    about['data_until'] = time_range[1]
   finished = pathlib.Path(workdir) / 'results.json'
   if finished.is_file():
     found = json.loads(finished.read_text())

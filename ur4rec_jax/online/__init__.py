@@ -1,1 +1,1 @@
-"""Learning from a live service: experiments, interleaving and estimates from its logs."""
+"""What happens around a model that serves: events, what was shown, experiments."""

@@ -1,0 +1,152 @@
+"""The route that takes events: what it accepts, and how many a client may send."""
+
+import json
+import math
+import time
+from typing import Any
+
+import fastapi
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+from prometheus_client import Counter
+
+from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
+from ur4rec_jax.inference.connections import client_name
+from ur4rec_jax.inference.feedback import EVENTS, Feedback
+from ur4rec_jax.inference.http_schema import problem
+from ur4rec_jax.online.events import KINDS, MOST_CHARACTERS, MOST_EVENTS, Event, check_event
+
+UNKNOWN_ITEMS = Counter('ur4rec_events_unknown_items', 'Events with items that the model lacks.')
+BURST_SECONDS = 10  # A client that was silent may send the events of so many seconds at once.
+_MOST_CLIENTS = 10_000  # Whose use of the limit is remembered.
+_ONE_LINE = r'^[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$'
+_ID = {
+  'anyOf': [
+    {'type': 'string', 'minLength': 1, 'maxLength': MOST_CHARACTERS, 'pattern': _ONE_LINE},
+    {'type': 'integer', 'minimum': -(10**15), 'maximum': 10**15},
+  ]
+}
+_EVENT = {
+  'type': 'object',
+  'title': 'Event',
+  'required': ['user', 'item', 'kind', 'id'],
+  'additionalProperties': False,
+  'properties': {
+    'user': _ID,
+    'item': _ID,
+    'id': _ID | {'description': 'two events of a user with the same id are the same event'},
+    'kind': {'enum': list(KINDS)},
+    'time': {
+      'type': 'number',
+      'minimum': 0,
+      'description': 'seconds since 1970; without it the time at which the event arrives',
+    },
+    'value': {'type': ['number', 'null'], 'minimum': -1e14, 'maximum': 1e14},
+    'request_id': {
+      'type': 'string',
+      'maxLength': MOST_CHARACTERS,
+      'pattern': f'^$|{_ONE_LINE}',
+      'description': 'the id of the answer in which the user saw the item',
+    },
+  },
+}
+# What the route is in openapi.json; `check_event` checks it.
+OPENAPI = {
+  'requestBody': {
+    'required': True,
+    'content': {
+      'application/json': {
+        'schema': {
+          'anyOf': [
+            _EVENT,
+            {'type': 'array', 'items': _EVENT, 'minItems': 1, 'maxItems': MOST_EVENTS},
+          ]
+        }
+      }
+    },
+  }
+}
+
+
+class EventRoute:
+  """The handler of `POST /events`."""
+
+  def __init__(self, feedback: Feedback, events_per_second: float):
+    """Remembers the limit.
+
+    Args:
+      feedback: where events go.
+      events_per_second: the most events of one client, on average.
+    """
+    self._feedback, self._rate = feedback, events_per_second
+    self._spent: dict[str, tuple[float, float]] = {}  # By client: when, and how much is used.
+
+  async def __call__(self, request: fastapi.Request, has_item: Any) -> JSONResponse:
+    """Stores one event or a list of them, all or none.
+
+    Args:
+      request: the request.
+      has_item: tells whether the served model knows an item.
+    """
+    # Another site's page may send other types of content without being asked (CORS).
+    kind = request.headers.get('content-type', '').partition(';')[0].strip().casefold()
+    if kind != 'application/json':
+      raise HTTPException(415, 'the body must be JSON: set Content-Type: application/json')
+    try:
+      events = self._parse(await request.body())
+    except InputError as error:
+      EVENTS.labels('refused').inc()
+      raise HTTPException(422, str(error)) from error
+    client = client_name(request.client.host if request.client else '')
+    if wait := self._seconds_to_wait(client, len(events)):
+      EVENTS.labels('refused').inc(len(events))
+      answer = problem(429, f'more than {self._rate:g} events a second; try again in {wait} s')
+      answer.headers['Retry-After'] = str(wait)
+      return answer
+    if TURN in request.scope:
+      request.scope[TURN].end()
+    try:
+      counts = await self._feedback.add(events)
+    except StorageError as error:
+      answer = problem(503, f'nothing was stored, send it again later: {error}')
+      answer.headers['Retry-After'] = str(RETRY_SECONDS)
+      return answer
+    if unknown := sum(not has_item(event.item) for event in events):
+      UNKNOWN_ITEMS.inc(unknown)
+    return JSONResponse(counts)
+
+  def _parse(self, body: bytes) -> list[Event]:
+    try:
+      content = json.loads(body, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+      raise HTTPException(400, f'the body is no JSON: {str(error)[:200]}') from error
+    rows = content if isinstance(content, list) else [content]
+    if not 1 <= len(rows) <= MOST_EVENTS:
+      raise InputError(f'a request has {len(rows):,} events; 1 to {MOST_EVENTS:,} are allowed')
+    now, events = time.time(), []
+    for number, row in enumerate(rows):
+      try:
+        events.append(check_event(row, now, self._feedback.keep_seconds))
+      except InputError as error:
+        where = f'event {number}: ' if isinstance(content, list) else ''
+        raise InputError(f'{where}{error}; nothing of this request was stored') from error
+    return events
+
+  def _seconds_to_wait(self, client: str, count: int) -> int:
+    """Takes events from what a client may send; returns 0, or after how long it may try again."""
+    if not math.isfinite(self._rate):
+      return 0
+    now = time.monotonic()
+    before, spent = self._spent.pop(client, (now, 0.0))
+    spent = max(spent - (now - before) * self._rate, 0)
+    most = max(self._rate * BURST_SECONDS, MOST_EVENTS)
+    is_allowed = spent + count <= most
+    if len(self._spent) >= _MOST_CLIENTS:
+      del self._spent[next(iter(self._spent))]  # The one that was silent for the longest time.
+    self._spent[client] = now, spent + count * is_allowed
+    return 0 if is_allowed else max(math.ceil((spent + count - most) / self._rate), 1)
+
+
+def _refuse(name: str) -> None:
+  raise ValueError(f'{name} is no number of JSON')

@@ -1,0 +1,169 @@
+"""Serves one model after the other: the next one is loaded beside the current one.
+
+A request stays with the model that it came to, so that no request fails or waits for a change.
+"""
+
+import asyncio
+import gc
+import pathlib
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from prometheus_client import Counter, Gauge
+
+from ur4rec_jax.errors import InputError, as_reported, say
+from ur4rec_jax.inference import registry
+from ur4rec_jax.inference.batcher import Batcher
+from ur4rec_jax.inference.feedback import Feedback
+
+WATCH_SECONDS = 1
+SWAPS = Counter('ur4rec_model_swaps', 'Changes of the served model.')
+REFUSED = Counter('ur4rec_model_refused', 'Versions that could not be loaded.', ['version'])
+SERVED = Gauge('ur4rec_model_served', '1 for the version that is served.', ['version'])
+_loading = threading.local()
+
+
+class Served(NamedTuple):
+  """A model that answers.
+
+  Attributes:
+    app: the ASGI application of this model.
+    batcher: its batcher.
+    version: its name in the registry, or the start of its hash.
+  """
+
+  app: Callable
+  batcher: Batcher
+  version: str
+
+
+def is_loading() -> bool:
+  """Tells whether this thread loads the next model, which may compile."""
+  return getattr(_loading, 'is_on', False)
+
+
+class LiveModel:
+  """An ASGI application that passes requests on to the current model."""
+
+  def __init__(
+    self,
+    served: Served,
+    load: Callable[[str, str], Served],
+    folder: str | None = None,
+    feedback: Feedback | None = None,
+  ):
+    """Starts with a model.
+
+    Args:
+      served: the model to begin with.
+      load: makes a model ready, from its folder and the name of its version.
+      folder: the registry to watch, if there is one.
+      feedback: events that are written while the service runs.
+    """
+    self._served, self._load, self._folder, self._feedback = served, load, folder, feedback
+    self._inside: dict[int, int] = {}
+    self._tasks: dict[int, asyncio.Task] = {}
+    self._thread = ThreadPoolExecutor(1, initializer=_become_loader)
+    SERVED.labels(served.version).set(1)
+
+  async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    if scope['type'] == 'lifespan':
+      await self._live(receive, send)
+      return
+    served = self._served
+    key = id(served)
+    self._inside[key] = self._inside.get(key, 0) + 1
+    try:
+      await served.app(scope, receive, send)
+    finally:
+      self._inside[key] -= 1
+      if served is not self._served and not self._inside[key]:
+        self._let_go(served)
+
+  async def _live(self, receive: Callable, send: Callable) -> None:
+    """Runs what runs beside the requests, from the start of the service to its end."""
+    await receive()
+    self._start(self._served)
+    others = []
+    if self._folder is not None:
+      others.append(asyncio.create_task(self._watch(self._folder)))
+    if self._feedback is not None:
+      others.append(asyncio.create_task(self._feedback.run()))
+    await send({'type': 'lifespan.startup.complete'})
+    await receive()
+    for task in (*others, *self._tasks.values()):
+      task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)  # Events that wait are written.
+    await send({'type': 'lifespan.shutdown.complete'})
+
+  def _start(self, served: Served) -> None:
+    self._tasks[id(served)] = asyncio.create_task(served.batcher.run())
+
+  def _let_go(self, served: Served) -> None:
+    """Ends a former model, when its last request was answered."""
+    self._inside.pop(id(served), None)
+    if task := self._tasks.pop(id(served), None):
+      task.cancel()
+      served.batcher.close()
+
+  async def _watch(self, folder: str) -> None:
+    refused, loop = b'', asyncio.get_running_loop()
+    while True:
+      await asyncio.sleep(WATCH_SECONDS)
+      version, content = None, _content(folder)
+      if content == refused:
+        continue
+      try:
+        version = registry.current(folder)
+        if version is None or version == self._served.version:
+          refused = b''
+          continue
+        place = registry.path(folder, version)
+        served = await loop.run_in_executor(self._thread, self._load, place, version)
+      except Exception as error:
+        refused = content  # It is named once, and tried again when the file changes.
+        reason = as_reported(error) or repr(error)
+        REFUSED.labels(version or registry.CURRENT).inc()
+        say(f'version {version} is refused, {self._served.version} goes on: {reason}', sys.stderr)
+        continue
+      self._swap(served)
+      del served
+      # The former model may be large, and cycles keep it until they are looked for.
+      await loop.run_in_executor(self._thread, gc.collect)
+
+  def _swap(self, served: Served) -> None:
+    former, self._served = self._served, served
+    self._start(served)
+    SERVED.remove(former.version)
+    SERVED.labels(served.version).set(1)
+    SWAPS.inc()
+    if not self._inside.get(id(former)):
+      self._let_go(former)
+    say(f'serving version {served.version} after {former.version}')
+
+
+def open_current(folder: str) -> tuple[str, str]:
+  """Returns the folder and the name of the version that a registry serves.
+
+  Raises:
+    InputError: there is none.
+  """
+  version = registry.current(folder)
+  if version is None:
+    raise InputError(f'--registry={folder}: has no model yet; promote one, or give --export=FOLDER')
+  return registry.path(folder, version), version
+
+
+def _content(folder: str) -> bytes:
+  try:
+    return (pathlib.Path(folder) / registry.CURRENT).read_bytes()
+  except OSError:  # `registry.current` says what is wrong.
+    return b'unreadable'
+
+
+def _become_loader() -> None:
+  # The thread keeps its priority: it holds the interpreter at times, and requests wait for that.
+  _loading.is_on = True

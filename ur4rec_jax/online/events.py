@@ -1,0 +1,196 @@
+"""What users do with items, and what they were shown. Needs only the standard library."""
+
+import enum
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ur4rec_jax.errors import InputError
+
+KINDS = ('view', 'click', 'cart', 'buy', 'rating', 'skip')
+CLICK = 'click'
+MOST_CHARACTERS = 256  # In an id.
+MOST_EVENTS = 1000  # In a request.
+# Clocks of senders may be ahead of this machine's by so much.
+FUTURE_SECONDS = 300
+_CONTROLS = re.compile(r'[\x00-\x1f\x7f]')
+_OTHER_UNIT = 1e11  # Seconds since 1970 beyond this are milliseconds or smaller.
+
+
+class Event(NamedTuple):
+  """Something that a user did with an item.
+
+  Attributes:
+    user: the user.
+    id: the event's own id. Two events of a user with the same id are the same event.
+    item: the item, which the catalogue may not have yet.
+    kind: one of `KINDS`.
+    time: seconds since 1970.
+    value: for example the stars of a rating or the price of a purchase; None without one.
+    request_id: the answer in which the user saw the item; '' if that is unknown.
+  """
+
+  user: str
+  id: str
+  item: str
+  kind: str
+  time: float
+  value: float | None = None
+  request_id: str = ''
+
+
+class Shown(NamedTuple):
+  """An item of an answer.
+
+  Attributes:
+    item: the item.
+    score: its score.
+    propensity: the probability with which the service showed this item at this position.
+  """
+
+  item: str
+  score: float
+  propensity: float = 1.0
+
+
+class Exposure(NamedTuple):
+  """What the service showed in one answer.
+
+  Attributes:
+    request_id: the id in the answer.
+    user: the user; '' if the request had a history of its own.
+    time: seconds since 1970.
+    arm: the arm of an experiment.
+    model: the start of the model's hash.
+    items: the items, the one at position 1 first.
+  """
+
+  request_id: str
+  user: str
+  time: float
+  arm: str
+  model: str
+  items: tuple[Shown, ...]
+
+
+class Outcome(enum.Enum):
+  """What became of an event: stored, stored earlier, or of a user who was deleted after it."""
+
+  NEW = 'accepted'
+  DUPLICATE = 'duplicates'
+  DELETED = 'of_deleted_users'
+
+
+class History(NamedTuple):
+  """What the store knows of a user.
+
+  Attributes:
+    items: items of the user's latest events, the oldest first.
+    times: when, in seconds since 1970.
+    is_deleted: whether the user was deleted once, so that older copies must not be used either.
+  """
+
+  items: list[str]
+  times: list[float]
+  is_deleted: bool = False
+
+
+def user_hash(user: str) -> str:
+  """Returns the name under which a deleted user is remembered."""
+  return hashlib.sha256(user.encode()).hexdigest()
+
+
+def pack_items(items: Sequence[Shown]) -> str:
+  """Writes shown items as JSON."""
+  return json.dumps(items, ensure_ascii=False, separators=(',', ':'))
+
+
+def unpack_items(text: str) -> tuple[Shown, ...]:
+  """Reads what `pack_items` wrote."""
+  return tuple(Shown(*item) for item in json.loads(text))
+
+
+def check_event(fields: Any, now: float, keep_seconds: float = math.inf) -> Event:
+  """Makes an event from what somebody sent.
+
+  Args:
+    fields: `user`, `item`, `kind` and `id`, and optionally `time` (without it: now), `value` and
+      `request_id`. Ids may be whole numbers.
+    now: seconds since 1970.
+    keep_seconds: events older than this are refused, because they would be deleted at once.
+
+  Raises:
+    InputError: a field is missing, unknown or wrong; the message names it.
+  """
+  if not isinstance(fields, Mapping):
+    raise InputError('an event must be an object with user, item, kind and id')
+  if unknown := fields.keys() - set(Event._fields):
+    first = min(map(str, unknown))
+    raise InputError(f'{first[:80]}: there is no such field; there are {", ".join(Event._fields)}')
+  kind = fields.get('kind')
+  if not isinstance(kind, str) or kind not in KINDS:
+    raise InputError(f'kind: must be one of {", ".join(KINDS)}, not {_shown(kind)}')
+  return Event(
+    _id(fields, 'user'),
+    _id(fields, 'id'),
+    _id(fields, 'item'),
+    kind,
+    _time(fields.get('time', now), now, keep_seconds),
+    None if fields.get('value') is None else _number(fields['value'], 'value'),
+    _id(fields, 'request_id') if fields.get('request_id') else '',
+  )
+
+
+def _id(fields: Mapping[str, Any], name: str) -> str:
+  """Returns an id as text: a string, or a whole number, which JSON may write as 3.0."""
+  value = fields.get(name)
+  if isinstance(value, float) and value.is_integer():
+    value = int(value)
+  if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18:
+    return str(value)
+  if not isinstance(value, str) or not value:
+    raise InputError(f'{name}: must be text or a whole number, not {_shown(value)}')
+  if len(value) > MOST_CHARACTERS:
+    raise InputError(f'{name}: has {len(value):,} characters; {MOST_CHARACTERS} are allowed')
+  # The build refuses such ids, so one of them would keep a log from being trained on.
+  if _CONTROLS.search(value) or not value.strip() or not _is_unicode(value):
+    raise InputError(f'{name}: {value[:80]!r} must be text on one line')
+  return value
+
+
+def _time(value: Any, now: float, keep_seconds: float) -> float:
+  time = _number(value, 'time')
+  if time > _OTHER_UNIT:
+    raise InputError(f'time: {time:.0f} must be in seconds since 1970, not in milliseconds')
+  if time > now + FUTURE_SECONDS:
+    raise InputError(f'time: {time:.0f} lies {time - now:,.0f} s in the future; correct the clock')
+  if time < 0:
+    raise InputError(f'time: {time:.0f} must be seconds since 1970, 0 or more')
+  if time < now - keep_seconds:
+    raise InputError(f'time: {time:.0f} is older than the days for which events are kept')
+  return time
+
+
+def _number(value: Any, name: str) -> float:
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not is_number or not abs(value) < 1e15:  # False for NaN, too.
+    raise InputError(f'{name}: must be a number, not {_shown(value)}')
+  return float(value)
+
+
+def _is_unicode(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # Half of a surrogate pair.
+    return False
+  return True
+
+
+def _shown(value: Any) -> str:
+  """Formats a wrong value for a message."""
+  if value is None:
+    return 'missing'
+  return repr(value[:80] if isinstance(value, str) else value)[:100]

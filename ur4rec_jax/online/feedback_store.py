@@ -1,0 +1,296 @@
+"""Keeps events and what was shown: in one SQLite file, or in Redis by its address.
+
+Both stores have the same functions. What `write` has returned is on the disk: it survives a kill of
+this process, and for SQLite a power cut. An event with the id of an earlier one of the same user is
+not stored again.
+"""
+
+import contextlib
+import pathlib
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.online.events import (
+  Event,
+  Exposure,
+  History,
+  Outcome,
+  pack_items,
+  unpack_items,
+  user_hash,
+)
+
+_BUSY_SECONDS = 5  # Another process may be writing: a second service, or a command.
+_EXPIRED_AT_ONCE = 5000  # Rows in one transaction, so that no writer waits for long.
+_APPLICATION_ID, _VERSION = 0x75723472, 1  # Of the file: "ur4r", and its format.
+_TABLES = """
+CREATE TABLE events (
+  number INTEGER PRIMARY KEY, user TEXT NOT NULL, id TEXT NOT NULL, item TEXT NOT NULL,
+  kind TEXT NOT NULL, time REAL NOT NULL, value REAL, request_id TEXT NOT NULL,
+  UNIQUE (user, id)
+);
+CREATE INDEX events_of_user ON events (user, time, number, kind, item);
+CREATE INDEX events_by_time ON events (time);
+CREATE TABLE exposures (
+  number INTEGER PRIMARY KEY, request_id TEXT NOT NULL UNIQUE, user TEXT NOT NULL,
+  time REAL NOT NULL, arm TEXT NOT NULL, model TEXT NOT NULL, items TEXT NOT NULL
+);
+CREATE INDEX exposures_of_user ON exposures (user);
+CREATE INDEX exposures_by_time ON exposures (time);
+CREATE TABLE deleted_users (user_hash TEXT PRIMARY KEY, time REAL NOT NULL) WITHOUT ROWID;
+"""
+
+
+class FeedbackStore(Protocol):
+  """The functions that every store has. All raise StorageError if the store cannot be reached.
+
+  Attributes:
+    waits: whether reading goes over a network, so that an event loop must not wait for it.
+  """
+
+  waits: bool
+
+  def write(self, events: Sequence[Event], exposures: Sequence[Exposure] = ()) -> list[Outcome]:
+    """Stores all or nothing; when it returns, all is durable. One outcome per event."""
+
+  def history(self, user: str, kinds: Sequence[str], most: int) -> History:
+    """Reads the latest events of some kinds."""
+
+  def exposure(self, request_id: str) -> Exposure | None:
+    """Finds what was shown in an answer."""
+
+  def delete_user(self, user: str, now: float) -> int:
+    """Deletes what is stored about a user, and returns the number of events."""
+
+  def expire(self, before: float) -> int:
+    """Deletes what happened before a time, and returns the number of events."""
+
+  def events(self) -> Iterator[Event]:
+    """Reads all events, those of one user in the order of time."""
+
+  def exposures(self) -> Iterator[Exposure]:
+    """Reads all that was shown."""
+
+  def close(self) -> None:
+    """Closes the store."""
+
+
+def open_store(place: str) -> FeedbackStore:
+  """Opens a store, and makes it if it is not there.
+
+  Args:
+    place: the path of a SQLite file, or an address such as `redis://localhost:6379/0`.
+
+  Raises:
+    InputError: the file is something else, or its folder is missing, or Redis cannot be reached or
+      would lose events.
+  """
+  scheme, is_address, _ = place.partition('://')
+  if not is_address:
+    return SqliteStore(place)
+  if scheme not in ('redis', 'rediss'):
+    raise InputError(f'{scheme}://: no such store of events; give a file, or redis://HOST:PORT/0')
+  try:
+    from ur4rec_jax.online.redis_store import RedisStore
+  except ImportError as error:
+    raise InputError(f"{error.name} is not installed; pip install 'ur4rec-jax[redis]'") from error
+  return RedisStore(place)
+
+
+class SqliteStore:
+  """A file of SQLite in WAL mode. Several processes of one machine may have it open."""
+
+  waits = False
+
+  def __init__(self, path: str):
+    """Opens the file, or makes it.
+
+    Args:
+      path: the file; its folder must exist.
+
+    Raises:
+      InputError: it cannot be opened, or is not such a file.
+    """
+    self._path = path
+    self._lock = threading.Lock()  # One thread at a time uses the connection that writes.
+    self._reads = threading.local()
+    self._readers: list[sqlite3.Connection] = []
+    if not pathlib.Path(path).absolute().parent.is_dir():
+      raise InputError(f'{path}: its folder does not exist; make it, or give another file')
+    try:
+      self._connection = self._connect()
+      self._prepare()
+    except sqlite3.Error as error:
+      raise InputError(
+        f'{path}: cannot be opened as a store of events ({error}); give another file, which is made'
+      ) from error
+
+  def _connect(self) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+      self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    # FULL writes each transaction to the disk before it ends, NORMAL would not in WAL mode.
+    connection.execute('PRAGMA synchronous = FULL')
+    return connection
+
+  def _prepare(self) -> None:
+    connection = self._connection
+    one = lambda name: connection.execute(f'PRAGMA {name}').fetchone()[0]
+    connection.execute('PRAGMA journal_mode = WAL')
+    # Deleted rows are overwritten with zeros, and the log of changes does not stay large.
+    connection.execute('PRAGMA secure_delete = ON')
+    connection.execute('PRAGMA journal_size_limit = 16777216')
+    connection.execute('PRAGMA cache_size = -65536')
+    with self._transaction():
+      is_new = one('application_id') == 0 and one('schema_version') == 0
+      if is_new:
+        for statement in _TABLES.split(';'):
+          connection.execute(statement)
+        connection.execute(f'PRAGMA application_id = {_APPLICATION_ID}')
+        connection.execute(f'PRAGMA user_version = {_VERSION}')
+    if one('application_id') != _APPLICATION_ID:
+      raise InputError(f'{self._path}: is another SQLite file; give another one, which is made')
+    if one('user_version') != _VERSION:
+      raise InputError(
+        f'{self._path}: is of format {one("user_version")}, this version reads {_VERSION}'
+      )
+
+  @contextlib.contextmanager
+  def _transaction(self) -> Iterator[sqlite3.Connection]:
+    """Runs the block as one transaction on the connection that writes."""
+    with self._lock, self._errors():
+      self._connection.execute('BEGIN IMMEDIATE')
+      try:
+        yield self._connection
+        self._connection.execute('COMMIT')
+      except BaseException:
+        with contextlib.suppress(sqlite3.Error):  # A full disk has ended the transaction already.
+          self._connection.execute('ROLLBACK')
+        raise
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    try:
+      yield
+    except sqlite3.Error as error:
+      raise StorageError(
+        f'{self._path}: the store of events cannot be used now ({error}); make room or give access'
+      ) from error
+
+  def _reader(self) -> sqlite3.Connection:
+    """Returns this thread's own connection: reading never waits for a writer."""
+    if not hasattr(self._reads, 'connection'):
+      connection = self._connect()
+      connection.execute('PRAGMA query_only = ON')
+      self._reads.connection = connection
+      self._readers.append(connection)
+    return self._reads.connection
+
+  def write(self, events: Sequence[Event], exposures: Sequence[Exposure] = ()) -> list[Outcome]:
+    outcomes = []
+    with self._transaction() as connection:
+      execute = connection.execute
+      find = 'SELECT time FROM deleted_users WHERE user_hash = ?'
+      deleted: dict[str, float] = {}
+      if execute('SELECT 1 FROM deleted_users LIMIT 1').fetchone():
+        for user in {x.user for x in (*events, *exposures)}:
+          if row := execute(find, (user_hash(user),)).fetchone():
+            deleted[user] = row[0]
+      for event in events:
+        if event.time <= deleted.get(event.user, -1):
+          outcomes.append(Outcome.DELETED)
+          continue
+        done = execute(
+          'INSERT INTO events (user, id, item, kind, time, value, request_id)'
+          ' VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING',
+          event,
+        )
+        outcomes.append(Outcome.NEW if done.rowcount else Outcome.DUPLICATE)
+      connection.executemany(
+        'INSERT INTO exposures (request_id, user, time, arm, model, items)'
+        ' VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING',
+        [
+          (*exposure[:5], pack_items(exposure.items))
+          for exposure in exposures
+          if exposure.time > deleted.get(exposure.user, -1)
+        ],
+      )
+    return outcomes
+
+  def history(self, user: str, kinds: Sequence[str], most: int) -> History:
+    with self._errors():
+      execute = self._reader().execute
+      rows = execute(
+        'SELECT item, time FROM events INDEXED BY events_of_user WHERE user = ?'
+        f' AND kind IN ({",".join("?" * len(kinds))}) ORDER BY time DESC, number DESC LIMIT ?',
+        (user, *kinds, most),
+      ).fetchall()
+      find = 'SELECT 1 FROM deleted_users WHERE user_hash = ?'
+      is_deleted = execute(find, (user_hash(user),)).fetchone() is not None
+    rows.reverse()
+    return History([item for item, _ in rows], [time for _, time in rows], is_deleted)
+
+  def exposure(self, request_id: str) -> Exposure | None:
+    with self._errors():
+      row = (
+        self._reader()
+        .execute(
+          'SELECT request_id, user, time, arm, model, items FROM exposures WHERE request_id = ?',
+          (request_id,),
+        )
+        .fetchone()
+      )
+    return _exposure(row) if row else None
+
+  def delete_user(self, user: str, now: float) -> int:
+    with self._transaction() as connection:
+      count = connection.execute('DELETE FROM events WHERE user = ?', (user,)).rowcount
+      connection.execute('DELETE FROM exposures WHERE user = ?', (user,))
+      connection.execute(
+        'INSERT OR REPLACE INTO deleted_users VALUES (?, ?)', (user_hash(user), now)
+      )
+    # The log of changes still holds the rows; this empties it if nobody reads just now.
+    with self._lock, self._errors():
+      self._connection.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+    return count
+
+  def expire(self, before: float) -> int:
+    total = 0
+    for table in ('events', 'exposures'):
+      while True:
+        with self._transaction() as connection:
+          count = connection.execute(
+            f'DELETE FROM {table} WHERE number IN'
+            f' (SELECT number FROM {table} WHERE time < ? LIMIT {_EXPIRED_AT_ONCE})',
+            (before,),
+          ).rowcount
+        total += count if table == 'events' else 0
+        if count < _EXPIRED_AT_ONCE:
+          break
+    return total
+
+  def events(self) -> Iterator[Event]:
+    query = 'SELECT user, id, item, kind, time, value, request_id FROM events'
+    for row in self._rows(f'{query} ORDER BY user, time, number'):
+      yield Event(*row)
+
+  def exposures(self) -> Iterator[Exposure]:
+    query = 'SELECT request_id, user, time, arm, model, items FROM exposures ORDER BY number'
+    yield from map(_exposure, self._rows(query))
+
+  def _rows(self, query: str) -> Iterator[Any]:
+    """Reads rows on a connection of their own, which sees one state of the file."""
+    with self._errors(), contextlib.closing(self._connect()) as connection:
+      yield from connection.execute(query)
+
+  def close(self) -> None:
+    with self._lock:
+      for connection in (*self._readers, self._connection):
+        connection.close()
+
+
+def _exposure(row: Sequence[Any]) -> Exposure:
+  return Exposure(*row[:5], unpack_items(row[5]))

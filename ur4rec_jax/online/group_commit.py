@@ -1,0 +1,114 @@
+"""Writes the events of many requests in one transaction, so that they wait for the disk once."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from ur4rec_jax.errors import StorageError
+from ur4rec_jax.online.events import Event, Exposure, Outcome
+from ur4rec_jax.online.feedback_store import FeedbackStore
+
+_MOST_EVENTS = 5000  # In a transaction.
+_MOST_EXPOSURES = 10_000  # That wait; the store cannot keep up if there are more.
+_EXPOSURE_SECONDS = 0.5  # Nobody waits for exposures, so they wait for events to join.
+
+
+class _Waiting(NamedTuple):
+  events: Sequence[Event]
+  outcomes: asyncio.Future
+
+
+class GroupCommit:
+  """Collects events while the disk is busy with those before them.
+
+  Attributes:
+    lost_exposures: exposures that could not be written.
+  """
+
+  def __init__(self, store: FeedbackStore):
+    """Prepares a thread of its own for the store.
+
+    Args:
+      store: the store to write to.
+    """
+    self._store, self._thread = store, ThreadPoolExecutor(1)
+    self._waiting: list[_Waiting] = []
+    self._exposures: list[Exposure] = []
+    self._has_events = asyncio.Event()
+    self.lost_exposures = 0
+
+  async def write(self, events: Sequence[Event]) -> list[Outcome]:
+    """Waits until the events are durable.
+
+    Raises:
+      StorageError: they are not, and none of them was stored.
+    """
+    outcomes = asyncio.get_running_loop().create_future()
+    self._waiting.append(_Waiting(events, outcomes))
+    self._has_events.set()
+    return await outcomes
+
+  def note(self, exposure: Exposure) -> None:
+    """Has an exposure written soon; nobody waits for it."""
+    if len(self._exposures) < _MOST_EXPOSURES:
+      self._exposures.append(exposure)
+    else:
+      self.lost_exposures += 1
+
+  async def run(self) -> None:
+    """Writes until the task is cancelled, and then what still waits."""
+    try:
+      while True:
+        with contextlib.suppress(TimeoutError):
+          async with asyncio.timeout(_EXPOSURE_SECONDS):
+            await self._has_events.wait()
+        await self._write_some()
+    finally:
+      while self._waiting or self._exposures:
+        await self._write_some()
+
+  async def _write_some(self) -> None:
+    taken, count = [], 0
+    while self._waiting and (not taken or count + len(self._waiting[0].events) <= _MOST_EVENTS):
+      taken.append(self._waiting.pop(0))
+      count += len(taken[-1].events)
+    if not self._waiting:
+      self._has_events.clear()
+    exposures, self._exposures = self._exposures, []
+    if not taken and not exposures:
+      return
+    events = [event for waiting in taken for event in waiting.events]
+    loop = asyncio.get_running_loop()
+    writing = loop.run_in_executor(self._thread, self._store.write, events, exposures)
+    try:
+      # A transaction that has begun goes to its end, also if this task is cancelled meanwhile.
+      outcomes = await asyncio.shield(writing)
+    except asyncio.CancelledError:
+      await self._settle(taken, writing)
+      raise
+    except Exception as error:
+      self.lost_exposures += len(exposures)
+      self._fail(taken, error)
+    else:
+      self._answer(taken, outcomes)
+
+  async def _settle(self, taken: Sequence[_Waiting], writing: asyncio.Future) -> None:
+    try:
+      self._answer(taken, await writing)
+    except StorageError as error:
+      self._fail(taken, error)
+
+  def _answer(self, taken: Sequence[_Waiting], outcomes: Sequence[Outcome]) -> None:
+    start = 0
+    for waiting in taken:
+      end = start + len(waiting.events)
+      if not waiting.outcomes.done():  # The client may have left.
+        waiting.outcomes.set_result(outcomes[start:end])
+      start = end
+
+  def _fail(self, taken: Sequence[_Waiting], error: Exception) -> None:
+    for waiting in taken:
+      if not waiting.outcomes.done():
+        waiting.outcomes.set_exception(error)

@@ -1,0 +1,195 @@
+"""Keeps events and what was shown in Redis, for several services that share them."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ur4rec_jax.errors import InputError, StorageError, say
+from ur4rec_jax.online.events import (
+  Event,
+  Exposure,
+  History,
+  Outcome,
+  pack_items,
+  unpack_items,
+  user_hash,
+)
+
+_PREFIX = 'ur4rec:'
+_SECONDS = 3  # A Redis that does not answer within this time counts as lost.
+_READ_AT_ONCE = 256  # Events of a user, read from the newest on until enough are of the kinds.
+# Keys: EVENTS + user is a hash from ids to events, ORDER + user sorts the ids by time. SHOWN +
+# request id is an exposure, SHOWN_TO + user has the user's request ids by time.
+_EVENTS, _ORDER = f'{_PREFIX}events:', f'{_PREFIX}order:'
+_SHOWN, _SHOWN_TO = f'{_PREFIX}shown:', f'{_PREFIX}shown_to:'
+_DELETED = f'{_PREFIX}deleted'  # A hash from hashes of users to times.
+
+# A script runs as a whole, so that no event is ever counted without being in order.
+_ADD = """
+local deleted = redis.call('HGET', KEYS[3], ARGV[1])
+if deleted and tonumber(ARGV[3]) <= tonumber(deleted) then return 2 end
+if redis.call('HSETNX', KEYS[1], ARGV[2], ARGV[4]) == 0 then return 0 end
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
+return 1
+"""
+_SHOW = """
+local deleted = redis.call('HGET', KEYS[3], ARGV[1])
+if deleted and tonumber(ARGV[3]) <= tonumber(deleted) then return 0 end
+redis.call('SET', KEYS[1], ARGV[4])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
+return 1
+"""
+_OUTCOMES = (Outcome.DUPLICATE, Outcome.NEW, Outcome.DELETED)
+
+
+class RedisStore:
+  """A database of one Redis server, which must write its log to the disk (`appendonly yes`)."""
+
+  waits = True
+
+  def __init__(self, address: str):
+    """Connects to the server.
+
+    Args:
+      address: `redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`.
+
+    Raises:
+      InputError: the server cannot be reached, or would lose events when it ends.
+    """
+    self._name = address.rpartition('@')[2].removeprefix('redis://')  # Without the password.
+    try:
+      self._redis = redis.Redis.from_url(
+        address,
+        decode_responses=True,
+        socket_timeout=_SECONDS,
+        socket_connect_timeout=_SECONDS,
+        # The sender of an event tries again; the same event would not be counted twice.
+        retry=Retry(NoBackoff(), 0),
+      )
+      self._redis.ping()
+    except (redis.RedisError, ValueError) as error:
+      raise InputError(f'Redis at {self._name}: cannot be reached ({error})') from error
+    self._check_durability()
+
+  def _check_durability(self) -> None:
+    try:
+      settings = self._redis.config_get('append*')
+    except redis.RedisError:  # Hosted servers forbid it.
+      say(f'note: Redis at {self._name} does not tell whether it is durable', sys.stderr)
+      return
+    if settings.get('appendonly') != 'yes':
+      raise InputError(
+        f'Redis at {self._name}: would lose events when it ends; set appendonly yes and'
+        ' appendfsync always in its configuration'
+      )
+    if settings.get('appendfsync') != 'always':
+      say(
+        f'note: Redis at {self._name} may lose the last second of events in a power cut; set'
+        ' appendfsync always',
+        sys.stderr,
+      )
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    try:
+      yield
+    except redis.RedisError as error:
+      raise StorageError(f'Redis at {self._name}: cannot be used now ({error})') from error
+
+  def write(self, events: Sequence[Event], exposures: Sequence[Exposure] = ()) -> list[Outcome]:
+    with self._errors(), self._redis.pipeline(transaction=True) as pipeline:
+      for e in events:
+        content = json.dumps([e.item, e.kind, e.time, e.value, e.request_id])
+        keys = _EVENTS + e.user, _ORDER + e.user, _DELETED
+        pipeline.eval(_ADD, 3, *keys, user_hash(e.user), e.id, repr(e.time), content)
+      for x in exposures:
+        content = json.dumps([*x[:5], pack_items(x.items)])
+        keys = _SHOWN + x.request_id, _SHOWN_TO + x.user, _DELETED
+        pipeline.eval(_SHOW, 3, *keys, user_hash(x.user), x.request_id, repr(x.time), content)
+      found = pipeline.execute()
+    return [_OUTCOMES[int(code)] for code in found[: len(events)]]
+
+  def history(self, user: str, kinds: Sequence[str], most: int) -> History:
+    rows: list[tuple[str, float]] = []
+    start = 0
+    with self._errors():
+      is_deleted = self._redis.hexists(_DELETED, user_hash(user))
+      while len(rows) < most:
+        ids = self._redis.zrevrange(_ORDER + user, start, start + _READ_AT_ONCE - 1)
+        if not ids:
+          break
+        for content in self._redis.hmget(_EVENTS + user, ids):
+          item, kind, time, *_ = json.loads(content) if content else ('', '', 0)
+          if kind in kinds:
+            rows.append((item, time))
+        start += len(ids)
+    rows = rows[:most][::-1]
+    return History([item for item, _ in rows], [time for _, time in rows], bool(is_deleted))
+
+  def exposure(self, request_id: str) -> Exposure | None:
+    with self._errors():
+      content = self._redis.get(_SHOWN + request_id)
+    return _exposure(content) if content else None
+
+  def delete_user(self, user: str, now: float) -> int:
+    with self._errors(), self._redis.pipeline(transaction=True) as pipeline:
+      # First, so that nothing older is written from now on.
+      self._redis.hset(_DELETED, user_hash(user), repr(now))
+      shown = self._redis.zrange(_SHOWN_TO + user, 0, -1)
+      pipeline.hlen(_EVENTS + user)
+      pipeline.delete(_EVENTS + user, _ORDER + user, _SHOWN_TO + user)
+      for request_id in shown:
+        pipeline.delete(_SHOWN + request_id)
+      return pipeline.execute()[0]
+
+  def expire(self, before: float) -> int:
+    total = 0
+    with self._errors():
+      for user in self._names(_ORDER):
+        ids = self._redis.zrangebyscore(_ORDER + user, '-inf', f'({before!r}')
+        if ids:
+          with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hdel(_EVENTS + user, *ids)
+            pipeline.zrem(_ORDER + user, *ids)
+            total += pipeline.execute()[0]
+      for user in self._names(_SHOWN_TO):
+        ids = self._redis.zrangebyscore(_SHOWN_TO + user, '-inf', f'({before!r}')
+        if ids:
+          with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.delete(*(_SHOWN + request_id for request_id in ids))
+            pipeline.zrem(_SHOWN_TO + user, *ids)
+            pipeline.execute()
+    return total
+
+  def events(self) -> Iterator[Event]:
+    with self._errors():
+      for user in sorted(self._names(_ORDER)):
+        ids = self._redis.zrange(_ORDER + user, 0, -1)
+        contents = self._redis.hmget(_EVENTS + user, ids) if ids else []
+        for name, content in zip(ids, contents, strict=True):
+          if content:
+            item, kind, time, value, request_id = json.loads(content)
+            yield Event(user, name, item, kind, time, value, request_id)
+
+  def exposures(self) -> Iterator[Exposure]:
+    with self._errors():
+      for name in self._names(_SHOWN):
+        if content := self._redis.get(_SHOWN + name):
+          yield _exposure(content)
+
+  def _names(self, kind: str) -> set[str]:
+    """Returns what follows `kind` in the names of keys; a scan may give a key twice."""
+    return {key.removeprefix(kind) for key in self._redis.scan_iter(f'{kind}*', count=1000)}
+
+  def close(self) -> None:
+    self._redis.close()
+
+
+def _exposure(content: str) -> Exposure:
+  *fields, items = json.loads(content)
+  return Exposure(*fields, unpack_items(items))
