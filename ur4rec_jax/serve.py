@@ -30,6 +30,7 @@ try:
   from ur4rec_jax.inference.connections import make_protocol
   from ur4rec_jax.inference.http_app import make_app
   from ur4rec_jax.inference.recommender import BATCH_SIZES
+  from ur4rec_jax.inference.rules import load as load_rules
 except ImportError as error:
   print(f"error: {error.name} is not installed; pip install 'ur4rec-jax[serve]'", file=sys.stderr)
   sys.exit(InputError.exit_code)
@@ -51,6 +52,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('--export', required=True, help='folder that ur4rec_jax.export wrote')
+  add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
   add('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 for all networks')
   add('--port', type=int, default=8000, help='port to listen on; 0 for any free port')
   add('--batch', type=int, default=64, choices=BATCH_SIZES, help='most requests in a batch')
@@ -130,7 +132,9 @@ def main(argv: list[str] | None = None) -> None:
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
   is_allowed = make_host_check(flags.host, allowed)
   thumbnails = exported.load_thumbnails(flags.export)
-  app = AdmissionControl(make_app(recommender, batcher, thumbnails), flags.queue, is_allowed)
+  rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
+  handlers = make_app(recommender, batcher, thumbnails, rules)
+  app = AdmissionControl(handlers, flags.queue, is_allowed)
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: event.endswith('backend_compile_duration') and COMPILED.inc()
   )
