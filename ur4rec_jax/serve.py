@@ -10,6 +10,7 @@ lists the routes and the limits.
 
 import argparse
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -77,6 +78,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   return flags
 
 
+def _keep_compiled_programs(folder: str) -> None:
+  """Lets every start but the first find its programs compiled, in the exported folder."""
+  if not jax.config.jax_compilation_cache_dir and os.access(folder, os.W_OK):
+    jax.config.update(
+      'jax_compilation_cache_dir', os.path.join(os.path.abspath(folder), 'compiled')
+    )
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
 def _open_port(host: str, port: int) -> socket.socket:
   try:
     return socket.create_server((host, port), backlog=BACKLOG)
@@ -127,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: sys.exit(0))
   start = time.monotonic()
+  _keep_compiled_programs(flags.export)
   recommender = exported.load(flags.export)
   batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
