@@ -115,6 +115,7 @@ def test_wrong_arguments(files, tmp_path, arguments, message):
   assert 'Traceback' not in done.stderr
 
 
+@pytest.mark.slow  # It builds and trains again, to be stopped there.
 def test_a_signal_stops_the_command_that_runs_and_is_told(files, tmp_path, environment):
   command = [sys.executable, '-m', 'ur4rec_jax.quick', str(files[0]), f'--out={tmp_path / "out"}']
   process = subprocess.Popen(

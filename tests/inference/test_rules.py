@@ -88,10 +88,8 @@ def test_what_always_holds(question, tmp_path_factory):
   ranked = sorted(passed, key=lambda i: -q['scores'][i - 1])[: q['count']]
   items = np.array(ranked + [0] * (12 - len(ranked)))[: max(q['count'], 1)]
   scores = np.array([q['scores'][i - 1] if i else -np.inf for i in items])
-  likeness = lambda of, item: np.array(
-    [float(q['kinds'][i - 1] == q['kinds'][item - 1]) for i in of]
-  )
-  choice = rules.choose(items, scores, q['k'], lambda i: i in passed, likeness)
+  vectors = np.array([[0.0] * 3] + [[float(x == name) for name in KINDS] for x in q['kinds']])
+  choice = rules.choose(items, scores, q['k'], lambda i: i in passed, lambda: vectors)
   found = [pick.item for pick in choice.picks]
   assert len(found) == len(set(found)) <= q['k']
   assert set(found) <= set(ranked) | {i for i in q['pins'].values() if i in passed}
@@ -223,8 +221,8 @@ def test_diversity_separates_what_is_alike(recommender, tmp_path):
   for strength in (0.0, 0.9):
     rules = load(write(tmp_path, f'[diversity]\nstrength = {strength}'), ids)
     found = recommender.lookup(recommender.top([ids[:3]], k=6, rules=rules).items[0])[0]
-    likeness = [recommender._likeness(found, i).mean() for i in found]
-    mean[strength] = np.mean(likeness)
+    vectors = recommender._vectors_of_likeness()[found]
+    mean[strength] = np.mean(vectors @ vectors.T)
   assert mean[0.9] < mean[0.0]
 
 

@@ -201,32 +201,32 @@ class Recommender:
       ranking: the candidates.
       rules: the rules.
     """
-    excluded = set(query.excluded[0].tolist())
     is_allowed = lambda item: (
-      item not in excluded and (query.allowed is None or bool(query.allowed[item]))
+      item not in query.excluded[0] and (query.allowed is None or bool(query.allowed[item]))
     )
-    choice = rules.choose(ranking.items[0], ranking.scores[0], query.k, is_allowed, self._likeness)
+    choice = rules.choose(
+      ranking.items[0], ranking.scores[0], query.k, is_allowed, self._vectors_of_likeness
+    )
     if any(query.problems):
       choice = choice._replace(picks=[], notes=[])
     at = np.array([pick.at for pick in choice.picks], int)
-    scores = np.where(at < 0, np.nan, ranking.scores[0][at]) if len(at) else np.zeros(0)
-    shares = np.where(at[:, None] < 0, np.nan, ranking.shares[0][at])
+    scores, shares = ranking.scores[0][at], ranking.shares[0][at]
+    scores[at < 0], shares[at < 0] = np.nan, np.nan
     numbers = [pick.item for pick in choice.picks]
     return Answer(
       [[self._ids_by_number[i] for i in numbers]],
       [[self._titles_by_number[i] for i in numbers]],
-      [scores.astype(np.float32)],
-      [shares.astype(np.float32)],
+      [scores],
+      [shares],
       list(query.unknown),
       list(query.problems) or [''],
       [choice],
     )
 
-  def _likeness(self, items: np.ndarray, item: int) -> np.ndarray:
-    """Returns the cosines of some items with one, for diversity."""
+  def _vectors_of_likeness(self) -> np.ndarray:
+    """Returns `[items + 1, width]` vectors of length 1, by which diversity compares items."""
     vectors = self.item_vectors().vectors
-    of_kind = vectors.get(CONTENT, vectors.get(SEQUENCE))
-    return of_kind[items] @ of_kind[item]
+    return vectors.get(CONTENT, vectors.get(SEQUENCE))
 
   def check(self, query: Query) -> CheckedQuery:
     """Checks a query and looks its ids up; a wrong history is a problem of its user alone.

@@ -15,7 +15,7 @@ import operator
 import pathlib
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,7 +153,7 @@ class Rules:
     scores: np.ndarray,
     k: int,
     is_allowed: Callable[[int], bool],
-    similarity: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    vectors: Callable[[], np.ndarray] | None = None,
   ) -> Choice:
     """Makes the list of a user.
 
@@ -162,61 +162,48 @@ class Rules:
       scores: `[candidates]` their scores, -inf where no item is left.
       k: length of the list.
       is_allowed: whether the user may get an item, which pins must be, too.
-      similarity: returns the cosines `[candidates]` of the candidates with an item; diversity needs
-        it.
+      vectors: returns `[items + 1, width]` the vectors of length 1 whose products are the likeness
+        of items; diversity needs it.
     """
     count = int(np.isfinite(scores).sum())
     is_all = count < len(items)
-    items, scores = items[:count], scores[:count].astype(np.float64)
-    boosted, reasons = self._boosted(items, scores)
+    items, scores = items[:count], scores[:count]
+    boosted = self._boosted(items, scores)
     pins, notes = self._pins(k, is_allowed)
     counts = [Counter() for _ in self.caps]
     for item in pins.values():
       self._count(counts, item)
-    free = ~np.isin(items, list(pins.values()))
-    order = np.argsort(-boosted, kind='stable')
-    order = order[free[order]]
-    distance = _Distance(items, boosted, self.diversity, similarity)
-    for item in pins.values():
-      distance.add(item)
+    pinned, wanted = set(pins.values()), max(k - len(pins), 0)
+    order = _by_score(boosted)
+    if self.diversity and count:
+      order = _by_difference(boosted, self.diversity, vectors(), items, list(pins.values()))
     chosen: list[int] = []
-    capped = 0
-    wanted = max(k - len(pins), 0)
-    if not self.diversity:
-      for at in order.tolist():
-        if len(chosen) == wanted:
-          break
-        if self._fits(counts, int(items[at])):
-          self._count(counts, int(items[at]))
-          chosen.append(at)
-        else:
-          capped += 1
-    else:
-      left = np.zeros(count, bool)
-      left[order] = True
-      while len(chosen) < wanted and left.any():
-        at = distance.best(left)
-        left[at] = False
-        if self._fits(counts, int(items[at])):
-          self._count(counts, int(items[at]))
-          distance.add(int(items[at]))
-          chosen.append(at)
-        else:
-          capped += 1
-    picks = self._joined(items, chosen, pins, k, reasons)
+    capped, numbers = 0, items.tolist()
+    for at in order:
+      if len(chosen) == wanted:
+        break
+      if numbers[at] in pinned:
+        continue
+      if not self._fits(counts, numbers[at]):
+        capped += 1
+        continue
+      self._count(counts, numbers[at])
+      chosen.append(at)
+      if self.diversity:
+        order.send(at)  # Later items should differ from this one.
+    picks = self._joined(numbers, chosen, pins, k)
     is_final = is_all or self._is_final(len(chosen) == wanted, scores, boosted[chosen])
     if len(picks) < k:
       notes += self._why_short(len(picks), capped, is_all, count)
     return Choice(picks, is_final, notes)
 
-  def _boosted(self, items: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, dict[int, list]]:
-    total, reasons = scores.copy(), {}
+  def _boosted(self, items: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    total = scores.astype(np.float64)
     for boost in self.boosts:
-      holds = boost.holds[np.minimum(items, len(boost.holds) - 1)] & (items < len(boost.holds))
-      total += boost.add * holds
-      for item in items[holds].tolist():
-        reasons.setdefault(item, []).append(f'score {boost.add:+g}: {boost.where}')
-    return total, reasons
+      # Items that were added to the catalogue after `load` get no boost.
+      known = np.minimum(items, len(boost.holds) - 1)
+      total += boost.add * (boost.holds[known] & (known == items))
+    return total
 
   def _pins(self, k: int, is_allowed: Callable[[int], bool]) -> tuple[dict[int, int], list[str]]:
     pins, notes = {}, []
@@ -242,27 +229,26 @@ class Rules:
       counts[i].update(_values_of(cap, item))
 
   def _joined(
-    self,
-    items: np.ndarray,
-    chosen: Sequence[int],
-    pins: Mapping[int, int],
-    k: int,
-    reasons: Mapping[int, list[str]],
+    self, numbers: Sequence[int], chosen: Sequence[int], pins: Mapping[int, int], k: int
   ) -> list[Pick]:
     """Puts the pins at their positions; in a list that is too short they come at its end."""
-    index = {item: at for at, item in enumerate(items.tolist())}
-    others, waiting, picks = list(chosen), dict(pins), []
-    while len(picks) < k and (others or waiting):
+    others, waiting, picks = iter(chosen), dict(pins), []
+    other = next(others, None)
+    while len(picks) < k and (other is not None or waiting):
       position = len(picks) + 1
-      if position in waiting or not others:
-        wanted = position if position in waiting else min(waiting)
-        item = waiting.pop(wanted)
-        why = [f'pinned to position {wanted}', *reasons.get(item, ())]
-        picks.append(Pick(item, index.get(item, -1), why))
-        continue
-      at = others.pop(0)
-      picks.append(Pick(int(items[at]), at, list(reasons.get(int(items[at]), ()))))
+      if position in waiting or other is None:
+        position = position if position in waiting else min(waiting)
+        item = waiting.pop(position)
+        at = numbers.index(item) if item in numbers else -1
+        picks.append(Pick(item, at, [f'pinned to position {position}', *self._gains(item)]))
+      else:
+        picks.append(Pick(numbers[other], other, self._gains(numbers[other])))
+        other = next(others, None)
     return picks
+
+  def _gains(self, item: int) -> list[str]:
+    """Says which boosts an item gets."""
+    return [f'score {x.add:+g}: {x.where}' for x in self.boosts if x.holds[item : item + 1].any()]
 
   def _is_final(self, is_full: bool, scores: np.ndarray, chosen: np.ndarray) -> bool:
     """Tells whether no item beyond the candidates can enter the list."""
@@ -291,30 +277,35 @@ class Rules:
     return [f'{"nothing is" if not found else f"only {found} are"} recommended: {why}']
 
 
-class _Distance:
-  """Maximal marginal relevance: the score of an item, less its likeness to the items before it."""
+def _by_score(scores: np.ndarray) -> Iterator[int]:
+  yield from np.argsort(-scores, kind='stable').tolist()
 
-  def __init__(
-    self,
-    items: np.ndarray,
-    scores: np.ndarray,
-    strength: float,
-    similarity: Callable[[np.ndarray, int], np.ndarray] | None,
-  ):
-    self._items, self._strength, self._similarity = items, strength, similarity
-    low, high = (scores.min(), scores.max()) if len(scores) else (0, 1)
-    self._relevance = (scores - low) / max(high - low, 1e-9)
-    self._nearest = np.zeros(len(items))
 
-  def add(self, item: int) -> None:
-    """Notes an item of the list."""
-    if self._strength:
-      self._nearest = np.maximum(self._nearest, self._similarity(self._items, item))
+def _by_difference(
+  scores: np.ndarray, strength: float, vectors: np.ndarray, items: np.ndarray, pins: list[int]
+) -> Generator[int, int | None, None]:
+  """Yields candidates by maximal marginal relevance: the score, less the likeness to a list.
 
-  def best(self, left: np.ndarray) -> int:
-    """Returns the index of the best of the items that are left."""
-    value = (1 - self._strength) * self._relevance - self._strength * self._nearest
-    return int(np.argmax(np.where(left, value, -np.inf)))
+  Args:
+    scores: `[candidates]`.
+    strength: 0 sorts by score alone, 1 by difference alone.
+    vectors: `[items + 1, width]` of length 1.
+    items: `[candidates]` item numbers.
+    pins: item numbers that are in the list already. A candidate joins it when it is sent back.
+  """
+  low, high = scores.min(), scores.max()
+  relevance = (1 - strength) * (scores - low) / max(high - low, 1e-9)
+  of_items, nearest = vectors[items], np.zeros(len(items))
+  for item in pins:
+    nearest = np.maximum(nearest, of_items @ vectors[item])
+  value = relevance - strength * nearest
+  for _ in range(len(items)):
+    at = int(value.argmax())
+    if (yield at) is not None:
+      yield at  # The answer to `send`, which nobody reads.
+      nearest = np.maximum(nearest, of_items @ of_items[at])
+    relevance[at] = -np.inf
+    value = relevance - strength * nearest
 
 
 def _values_of(cap: Cap, item: int) -> tuple[str, ...]:
