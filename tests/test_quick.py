@@ -61,7 +61,6 @@ def test_quick_goes_on_where_train_stopped_and_exports(trained, files):
     'data_prep.encode',
     'ur4rec_jax.baselines',
     'ur4rec_jax.main',
-    'ur4rec_jax.main',
     'ur4rec_jax.export',
   ]
   assert [line.endswith('# done before') for line in commands] == [
@@ -72,13 +71,14 @@ def test_quick_goes_on_where_train_stopped_and_exports(trained, files):
     True,
     False,
   ]
+  assert 'SASRec: no time is left' in done.stdout
   assert 'time = ordered (its values are times)' in done.stdout
   assert 'item-kNN' in done.stdout
   assert 'popularity' in done.stdout
   recommender = exported.load(out / 'export')
   assert len(recommender.known_users.index) == 26
   again = run_here(quick.main, flags)
-  assert again.stdout.count('# done before') == 5
+  assert again.stdout.count('# done before') == 4
   # A command that was printed is what a user can type.
   words = shlex.split(commands[2].removeprefix('$ '), comments=True)[2:]
   typed = subprocess.run([sys.executable, '-m', *words], capture_output=True, text=True)
@@ -164,12 +164,19 @@ def test_shops_whose_customers_buy_again_recommend_seen_items(tmp_path, items, a
   assert quick.seen_items(tmp_path / 'data') == answer
 
 
-def test_time_is_divided_once_and_never_below_a_quarter(tmp_path):
+def test_time_is_divided_once_and_the_second_model_gets_what_is_left(tmp_path):
   order = quick.Order(tmp_path / 'o.csv', tmp_path / 'out', minutes=10)
   commands = quick.Commands(order)
-  first = quick._minutes_by_model(commands, order, ['text'])
-  assert sum(first.values()) == pytest.approx(10 - 70 / 60, abs=0.05)
-  commands._started -= 1000
-  assert quick._minutes_by_model(commands, order, ['text']) == first
-  longer = quick.Order(order.orders, order.out, minutes=20)
-  assert sum(quick._minutes_by_model(commands, longer, []).values()) == 5
+  minutes = lambda name, of=order: quick._minutes_of(commands, of, name, True)
+  first = minutes('content')
+  assert first == pytest.approx(0.6 * (10 - 50 / 60), abs=0.05)
+  commands._started -= 300
+  assert minutes('content') == first
+  assert minutes('ids') == pytest.approx(10 - 5 - 50 / 60 - 20 / 60, abs=0.05)
+  commands._started -= 290
+  assert minutes('ids') == pytest.approx(10 - 5 - 50 / 60 - 20 / 60, abs=0.05)
+  shorter = quick.Order(order.orders, order.out, minutes=9)
+  assert minutes('content', shorter) == 0.25 * 9  # A quarter, whatever came before.
+  assert minutes('ids', shorter) is None
+  longer = quick.Order(order.orders, order.out, minutes=30)
+  assert quick._minutes_of(commands, longer, 'ids', False) == pytest.approx(30 - 10.6, abs=0.1)

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 RECORD = 'quick.json'
 _BUILD_FLAGS = ('user_column', 'item_column', 'time_column', 'where')
-_SHARE_OF_IDS = 0.35  # Of the time for training, if there is a model with content, too.
-_SECONDS_AROUND_TRAINING = 70  # To start two trainings, evaluate, export and serve.
-_LEAST_SHARE = 0.25  # Of the minutes, which training gets whatever came before.
+_SHARE_OF_CONTENT = 0.6  # Of the time for training; the rest is for the model on ids.
+_SECONDS_AFTER_TRAINING = 50  # To evaluate, export and start the service.
+_SECONDS_TO_START = 20  # A training that has less time is not worth its start.
+_LEAST_SHARE = 0.25  # Of the minutes, which the first training gets whatever came before.
 _SECONDS_OF_PROGRESS = 15  # From one line of progress to the next, where there is no terminal.
 _REPEATS = 0.2  # With more targets that their users had before, items are recommended again.
 _MOST_ITEMS_OF_SOFTMAX = 50_000
@@ -47,6 +48,7 @@ _SUMMARY = ('users', 'items', 'interactions', 'note')
 # A short training gets further with a higher learning rate than that of long ones.
 _SHORT = ('--config.optimizer.learning_rate=0.003', '--config.optimizer.warmup_steps=30')
 _MINUTES_OF_SHORT = 30
+_SMALL_BATCH = '--batch=16'  # Fewer programs are compiled before the page is there.
 _ONE_STAGE = '--config.stages=("train",)'
 
 
@@ -212,9 +214,14 @@ def make_models(order: Order) -> Models:
   common = [f'--seen_items={keeps_seen}', f'--out={order.out / "baselines.json"}']
   commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *common)
   metrics = json.loads((order.out / 'baselines.json').read_text())
-  minutes = _minutes_by_model(commands, order, modalities)
   found = {}
-  for name, limit in minutes.items():
+  for name in ('content', 'ids') if modalities else ('ids',):
+    limit = _minutes_of(commands, order, name, bool(modalities))
+    if limit is None:
+      say(
+        f'\n{_title(name, modalities)}: no time is left; --minutes={2 * order.minutes:g} has more'
+      )
+      continue
     found[name] = _train(commands, data, name, limit, modalities, keeps_seen)
     metrics[_title(name, modalities)] = found[name]['test']
   best = max(found, key=lambda name: found[name]['valid']['ndcg@10'])
@@ -294,20 +301,28 @@ def seen_items(data: pathlib.Path) -> str:
   return 'keep'
 
 
-def _minutes_by_model(
-  commands: Commands, order: Order, modalities: Sequence[str]
-) -> dict[str, float]:
-  """Divides the time that is left among the models; a later call divides it in the same way."""
-  before = commands.record.get('plan')
-  if before and before['minutes'] == order.minutes:
-    return before['by_model']
-  total = 60 * order.minutes
-  left = total - commands.seconds() - _SECONDS_AROUND_TRAINING
-  left = max(left, _LEAST_SHARE * total) / 60
-  shares = {'ids': _SHARE_OF_IDS, 'content': 1 - _SHARE_OF_IDS} if modalities else {'ids': 1.0}
-  by_model = {name: max(round(share * left, 3), 0.001) for name, share in shares.items()}
-  commands.remember('plan', {'minutes': order.minutes, 'by_model': by_model})
-  return by_model
+def _minutes_of(commands: Commands, order: Order, name: str, is_one_of_two: bool) -> float | None:
+  """Decides how long a model is trained; a later call decides the same.
+
+  The model with contents comes first. The one on ids gets the time that is left, if there is some.
+
+  Returns:
+    Minutes, or None for a model that is left out.
+  """
+  plan = commands.record.get('plan')
+  if not plan or plan['minutes'] != order.minutes:
+    plan = {'minutes': order.minutes, 'by_model': {}}
+  if name not in plan['by_model']:
+    left = 60 * order.minutes - commands.seconds() - _SECONDS_AFTER_TRAINING
+    if not plan['by_model']:
+      left *= _SHARE_OF_CONTENT if is_one_of_two else 1.0
+      left = max(left, _LEAST_SHARE * 60 * order.minutes)
+    else:
+      left -= _SECONDS_TO_START
+    is_worth_it = not plan['by_model'] or left > _SECONDS_TO_START
+    plan['by_model'][name] = max(round(left / 60, 3), 0.001) if is_worth_it else None
+    commands.remember('plan', plan)
+  return plan['by_model'][name]
 
 
 def _title(name: str, modalities: Sequence[str]) -> str:
@@ -504,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
   say('\n'.join(_lines_of_end(order, models, folder)))
   if flags.no_serve or not can_serve:
     return
-  words = ['ur4rec_jax.serve', f'--export={folder}', f'--port={flags.port}']
+  words = ['ur4rec_jax.serve', f'--export={folder}', f'--port={flags.port}', _SMALL_BATCH]
   say(f'\n$ python -m {printable(shlex.join(words))}')
   os.execv(sys.executable, [sys.executable, '-m', *words])
 
