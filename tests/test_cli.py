@@ -33,7 +33,7 @@ def test_it_lists_its_commands(arguments):
 
 
 @pytest.mark.parametrize(
-  ('typed', 'word'), [('trian', 'did you mean train?'), ('zzz', 'known are build, ')]
+  ('typed', 'word'), [('trian', 'did you mean train?'), ('zzz', 'known are quick, build, ')]
 )
 def test_an_unknown_command(typed, word):
   done = ur4rec(typed)

@@ -468,6 +468,69 @@ def test_the_service_keeps_to_its_openapi(address, tmp_path):
   assert '8 selected' in done.stdout
 
 
+@pytest.mark.parametrize('by', ['sequence', 'content', 'both', 'users'])
+def test_similar_items(recommender, address, by):
+  item = recommender.item_ids[7]
+  status, _, content = get(f'{address}/similar?item={item}&k=6&by={by}')
+  assert status == 200, content
+  expected = recommender.similar(item, k=6, by=by)
+  found = json.loads(content)
+  assert [row['item'] for row in found] == [row['item'] for row in expected]
+  assert [row['title'] for row in found] == [row['title'] for row in expected]
+
+
+def test_wrong_questions_about_similar_items(address, recommender):
+  status, _, content = get(f'{address}/similar?item=nothing')
+  assert (status, 'is in the catalogue' in content) == (404, True)
+  assert get(f'{address}/similar?item={recommender.item_ids[0]}&k=0')[0] == 422
+  assert get(f'{address}/similar?item={recommender.item_ids[0]}&by=colour')[0] == 422
+
+
+def test_the_service_follows_rules(serve, folder, recommender, tmp_path):
+  ids = recommender.item_ids
+  lines = [f'{name},{"ab"[i % 2]},{i % 3}' for i, name in enumerate(ids)]
+  (tmp_path / 'goods.csv').write_text('\n'.join(['sku,kind,stock', *lines]))
+  rules = tmp_path / 'rules.toml'
+  rules.write_text(
+    'attributes = "goods.csv"\nbought = "keep"\n[[filter]]\nwhere = "stock > 0"\n[[cap]]\n'
+    f'attribute = "kind"\nmost = 3\n[[pin]]\nitem = "{ids[1]}"\nposition = 1\n[diversity]\n'
+    'strength = 0.2'
+  )
+  with serve(folder, '--batch=4', f'--rules={rules}') as (_, address):
+    found = ask(address, history=ids[:4], k=5)
+    rows = found['recommendations']
+    assert rows[0]['item'] == ids[1]
+    assert rows[0]['rules'] == ['pinned to position 1']
+    kinds = [ids.index(row['item']) % 2 for row in rows]
+    assert max(map(kinds.count, (0, 1))) <= 3
+    assert all(ids.index(row['item']) % 3 for row in rows)
+    assert [row['rank'] for row in rows] == [1, 2, 3, 4, 5]
+    short = ask(address, history=ids[:4], k=8)
+    assert len(short['recommendations']) == 6
+    assert 'would exceed a cap (3 of one kind)' in short['notes'][0]
+    plain = ask(address, history=ids[:4], k=5, rules=False, keep_seen=True)
+    check(plain, recommender.top([ids[:4]], k=5, keep_seen=True), recommender)
+    with ThreadPoolExecutor(8) as pool:  # Requests with and without rules share the service.
+      again = pool.map(lambda i: ask(address, history=ids[:4], k=5, rules=bool(i % 2)), range(8))
+      lists = [[row['item'] for row in answer['recommendations']] for answer in again]
+    assert lists[1::2] == [[row['item'] for row in rows]] * 4
+    assert metric(address, 'ur4rec_compilations_total') == 0
+
+
+def test_buying_again_is_answered_for_each_history(serve, folder, recommender, tmp_path):
+  rules = tmp_path / 'rules.toml'
+  rules.write_text('bought = "only"')
+  ids = recommender.item_ids
+  asked = [ids[i : i + 3] for i in range(4)]
+  with (
+    serve(folder, '--batch=4', f'--rules={rules}') as (_, address),
+    ThreadPoolExecutor(4) as pool,
+  ):
+    found = list(pool.map(lambda history: ask(address, history=history), asked))
+  for history, answer in zip(asked, found, strict=True):
+    assert {row['item'] for row in answer['recommendations']} == set(history)
+
+
 @pytest.fixture(scope='module')
 def browser():
   """Chromium, which must be on the machine."""
@@ -600,3 +663,32 @@ def test_the_page_recommends_by_user_by_titles_and_by_weights(
   assert problems == []
   assert {url for url in fetched if not url.startswith((address, 'data:'))} == set()
   page.close()
+
+
+def test_the_page_shows_similar_items_on_click_and_by_keyboard(browser, address, recommender):
+  page = browser.new_page(viewport={'width': 390, 'height': 844})
+  problems = []
+  page.on('pageerror', lambda error: problems.append(str(error)))
+  page.goto(address)
+  title = page.locator('#found button.title').first
+  title.wait_for()
+  name = title.inner_text()
+  title.focus()
+  page.keyboard.press('Enter')
+  page.get_by_role('dialog', name=f'Similar to {name}').wait_for()
+  item = recommender.item_ids[recommender.titles.index(name)]
+  for label, by in (('order and content', 'both'), ('users who have it', 'users')):
+    page.get_by_label('Similar by').select_option(label=label)
+    rows = recommender.similar(item, by=by)
+    expected = [row['item'] for row in rows]
+    page.wait_for_function(
+      """expected => JSON.stringify(expected) === JSON.stringify(
+      [...document.querySelectorAll('#similar-items .values')].map(x => x.textContent))""",
+      arg=expected,
+    )
+  low = [(text, ratio) for text, ratio in page.evaluate(CONTRASTS) if ratio < 4.5]
+  assert low == []
+  assert page.evaluate('document.documentElement.scrollWidth') == 390
+  page.keyboard.press('Escape')
+  page.locator('#similar').wait_for(state='hidden')
+  assert problems == []

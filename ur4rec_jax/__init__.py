@@ -1,17 +1,22 @@
-"""A sequential recommender: `ur4rec_jax.load(workdir)` gives a trained model ready to use."""
+"""A sequential recommender: `ur4rec_jax.load(workdir)` gives a trained model ready to use.
+
+`ur4rec_jax.train(orders)` trains one on a table of interactions.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from ur4rec_jax.inference.trained import load
+  from ur4rec_jax.quick import train
   from ur4rec_jax.runs.knobs import default_config, default_stage
 
-__all__ = ['default_config', 'default_stage', 'load']
+__all__ = ['default_config', 'default_stage', 'load', 'train']
 
 # These are imported when they are used: they are slow to import, and an export needs only a part.
 _MODULES = {
   'load': 'ur4rec_jax.inference.trained',
+  'train': 'ur4rec_jax.quick',
   'default_config': 'ur4rec_jax.runs.knobs',
   'default_stage': 'ur4rec_jax.runs.knobs',
 }

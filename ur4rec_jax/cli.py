@@ -24,6 +24,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+  'quick': Command('ur4rec_jax.quick', 'from a table of orders to a served page'),
   'build': Command('data_prep.build_dataset', 'turn raw interactions into a prepared folder'),
   'describe': Command('data_prep.describe', 'write a page about a prepared folder'),
   'download-images': Command('data_prep.download_images', "download the items' pictures"),
@@ -32,6 +33,7 @@ COMMANDS = {
   'train': Command('ur4rec_jax.main', 'train and evaluate a model'),
   'evaluate': Command('ur4rec_jax.main', 'evaluate a trained model again', ('--mode=evaluate',)),
   'update': Command('ur4rec_jax.update', 'train a model on with new data, and promote it'),
+  'baselines': Command('ur4rec_jax.baselines', 'measure popularity, item-kNN and EASE'),
   'compare': Command('ur4rec_jax.compare', 'compare finished runs in one table'),
   'recommend': Command('ur4rec_jax.recommend', 'recommend with a trained model'),
   'export': Command('ur4rec_jax.export', 'write a trained model into a folder to serve'),

@@ -3,6 +3,7 @@
   python -m ur4rec_jax.recommend --workdir=runs/shop --user=u042
   python -m ur4rec_jax.recommend --workdir=runs/shop --history=S0-1,S3-7 --explain
   python -m ur4rec_jax.recommend --workdir=runs/shop --preference="Short, dark science fiction."
+  python -m ur4rec_jax.recommend --workdir=runs/shop --similar_to=S0-1 --by=content
   python -m ur4rec_jax.recommend --workdir=runs/shop --all_users --out=top.parquet
   python -m ur4rec_jax.recommend --workdir=runs/shop --histories=orders.csv --out=top.parquet
 
@@ -31,13 +32,21 @@ from ur4rec_jax.data.dataset import read_dropped_users
 from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.errors import InputError, StorageError, counted, exit_on_reported_error, say
 from ur4rec_jax.files import expand_home, write_file
-from ur4rec_jax.inference import frames, tables
+from ur4rec_jax.inference import frames, rules, tables
 from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.query import Query
+from ur4rec_jax.inference.rules import Rules
+from ur4rec_jax.inference.similar import BOTH, KINDS
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
-_TYPES = {'user': pa.string(), 'rank': pa.int64(), 'item': pa.string(), 'title': pa.string()}
+_TYPES = {
+  'user': pa.string(),
+  'rank': pa.int64(),
+  'item': pa.string(),
+  'title': pa.string(),
+  'rules': pa.string(),
+}
 _CHUNK = 4096  # Users whose recommendations are in memory at once.
 
 
@@ -73,6 +82,7 @@ def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[s
     'history': {'items': known, 'read': min(known, recommender.max_length)},
     'unknown': unknown,
     'recommendations': recommendations,
+    **({'notes': answer.choices[0].notes} if answer.choices else {}),
   }
 
 
@@ -208,7 +218,14 @@ def _query(
   known = set() if flags.only is flags.without is None else set(recommender.item_ids)
   only = None if flags.only is None else read_ids(flags.only, known)
   without = () if flags.without is None else read_ids(flags.without, known)
-  return Query(histories, flags.k, only, without, flags.keep_seen)
+  found = None if flags.rules is None else load_rules(flags.rules, tuple(recommender.item_ids))
+  return Query(histories, flags.k, only, without, flags.keep_seen, rules=found)
+
+
+@functools.lru_cache(1)  # One file for all parts of a table of users.
+def load_rules(path: str, item_ids: tuple[str, ...]) -> Rules:
+  """Reads a file of rules for a catalogue."""
+  return rules.load(path, item_ids)
 
 
 def as_text(found: dict[str, Any], share_names: list[str]) -> str:
@@ -220,19 +237,36 @@ def as_text(found: dict[str, Any], share_names: list[str]) -> str:
   """
   recommendations = found['recommendations']
   if not recommendations:
-    return 'no item is left to recommend; --keep_seen allows items of the history, too'
+    left = 'no item is left to recommend; --keep_seen allows items of the history, too'
+    return '\n'.join(found.get('notes') or [left])
   width = max(len(row['item']) for row in recommendations)
   columns = ''.join(f'{name:>{max(len(name) + 2, 10)}}' for name in ('score', *share_names))
   lines = [f'{"":3} {"item":<{width}}{columns}  title']
   for row in recommendations:
     values = {'score': row['score'], **row['shares']}
-    cells = ''.join(f'{value:>{max(len(name) + 2, 10)}.4f}' for name, value in values.items())
+    cells = ''.join(_cell(value, max(len(name) + 2, 10)) for name, value in values.items())
     lines.append(f'{row["rank"]:>3} {row["item"]:<{width}}{cells}  {row["title"]}')
+    lines += [f'      {reason}' for reason in row.get('rules', ())]
     for reason in row.get('because', ()):
       lines.append(f'      {reason["influence"]:+.4f} {reason["title"] or reason["item"]}')
     if match := row.get('text'):
       lines.append(f'      "{match["item"]}" ~ "{match["user"]}" ({match["cosine"]:.2f})')
-  return '\n'.join(lines)
+  return '\n'.join([*lines, *found.get('notes', ())])
+
+
+def _cell(value: float | None, width: int) -> str:
+  return f'{"-":>{width}}' if value is None else f'{value:>{width}.4f}'
+
+
+def similar_as_text(rows: list[dict[str, Any]]) -> str:
+  """Formats the result of `Recommender.similar` as a table."""
+  if not rows:
+    return 'no user who has the item has another one'
+  width = max(len(row['item']) for row in rows)
+  return '\n'.join(
+    f'{i:>3} {row["item"]:<{width}} {row["similarity"]:>9.4f}  {row["title"]}'
+    for i, row in enumerate(rows, 1)
+  )
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -245,6 +279,8 @@ def _flags() -> argparse.ArgumentParser:
   add('--user', help='original id of a user of the data; the whole history is used')
   add('--history', help='item ids with commas between them, the oldest first, or a file of ids')
   add('--preference', help='what the user likes, in words; alone or with --user or --history')
+  add('--similar_to', help='item ids with commas between them: show the items most similar to them')
+  add('--by', choices=KINDS, default=BOTH, help='with --similar_to: what is compared')
   add('--all_users', action='store_true', help='recommend to every user of the data')
   add(
     '--histories',
@@ -255,6 +291,7 @@ def _flags() -> argparse.ArgumentParser:
   add('--k', type=int, default=10, help='number of items to recommend')
   add('--only', help='recommend only these items: ids with commas between them, or a file of ids')
   add('--without', help='do not recommend these items: ids, or a file of ids')
+  add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
   add(
     '--keep_seen',
     action=argparse.BooleanOptionalAction,
@@ -272,6 +309,10 @@ def _check(flags: argparse.Namespace) -> None:
   if flags.user is not None and flags.history is not None:
     raise InputError('--user and --history exclude each other; leave one out')
   about_one = [flags.user, flags.history, flags.preference]
+  if flags.similar_to is not None:
+    if any(x is not None for x in (*about_one, flags.out)) or flags.all_users or flags.explain:
+      raise InputError('--similar_to: takes --by, --k, --add_items and --json alone')
+    return
   name = '--all_users' if flags.all_users else '--histories'
   if flags.all_users and flags.histories is not None:
     raise InputError('--all_users and --histories exclude each other; leave one out')
@@ -305,6 +346,11 @@ def main(argv: list[str] | None = None) -> None:
     note(
       f'added {counted(len(recommender.item_ids) - before, "item")}; already known: {len(known):,}'
     )
+  if flags.similar_to is not None:
+    items = read_ids(flags.similar_to, set(recommender.item_ids))
+    rows = recommender.similar(items, flags.k, flags.by)
+    say(json.dumps(rows) if flags.json else similar_as_text(rows))
+    return
   if flags.out is not None:
     if flags.all_users:
       group = all_users(recommender)

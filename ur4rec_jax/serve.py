@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import math
+import os
 import signal
 import socket
 import sys
@@ -38,6 +39,7 @@ try:
   from ur4rec_jax.inference.http_events import EventRoute
   from ur4rec_jax.inference.live import LiveModel, Served, is_loading, open_current
   from ur4rec_jax.inference.recommender import BATCH_SIZES
+  from ur4rec_jax.inference.rules import load as load_rules
   from ur4rec_jax.online.events import KINDS
   from ur4rec_jax.online.feedback_store import open_store
 except ImportError as error:
@@ -62,6 +64,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add('--export', help='folder that ur4rec_jax.export wrote')
   add('--registry', help='folder of promoted models; a newly promoted one is served at once')
+  add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
   add('--events', help='where to keep events: a SQLite file, which is made, or redis://HOST:PORT/0')
   add(
     '--event_kinds',
@@ -112,6 +115,15 @@ def _open_events(flags: argparse.Namespace) -> Live | None:
     return None
   feedback = Feedback(open_store(flags.events), flags.event_kinds, flags.keep_days * 86_400)
   return Live(feedback, EventRoute(feedback, flags.events_per_second))
+
+
+def _keep_compiled_programs(folder: str) -> None:
+  """Lets every start but the first find its programs compiled, in the folder of the models."""
+  if not jax.config.jax_compilation_cache_dir and os.access(folder, os.W_OK):
+    jax.config.update(
+      'jax_compilation_cache_dir', os.path.join(os.path.abspath(folder), 'compiled')
+    )
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def _open_port(host: str, port: int) -> socket.socket:
@@ -169,13 +181,15 @@ def main(argv: list[str] | None = None) -> None:
   gc.collect()
   gc.freeze()
   live = _open_events(flags)
+  _keep_compiled_programs(flags.registry or flags.export)
 
   def load(folder: str, version: str = '') -> Served:
     digest = exported.model_hash(folder)[:12]
     recommender = exported.load(folder)
     batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
     thumbnails = exported.load_thumbnails(folder)
-    app = make_app(recommender, batcher, thumbnails, digest, live)
+    rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
+    app = make_app(recommender, batcher, thumbnails, rules, digest, live)
     return Served(app, batcher, version or digest)
 
   served = load(*(open_current(flags.registry) if flags.registry else (flags.export,)))

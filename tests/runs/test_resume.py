@@ -128,3 +128,14 @@ def test_threads_and_not_cores_decide_the_last_bit(environment):
   on_one_core = {threads: digest(1, threads) for threads in (1, 3)}
   assert on_one_core[1] != on_one_core[3]
   assert digest(99, 3) == on_one_core[3]
+
+
+def test_time_ends_a_run_and_more_time_goes_on(run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  done = run(workdir, '--config.max_minutes=1e-6')
+  assert done.returncode == 0, done.stderr
+  assert 'the 1e-06 minutes of max_minutes are over' in done.stderr
+  assert json.loads((workdir / 'results.json').read_text())['stages'][0]['steps'] == 0
+  done = run(workdir)
+  assert done.returncode == 0, done.stderr
+  assert_same_end(workdir, finished)

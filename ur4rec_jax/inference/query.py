@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.inference.rules import Choice, Rules
 
 Ids = Sequence[str | int]
 # The users' own texts by modality: tokens `[users, tokens, width]` and mask `[users, tokens]`.
@@ -28,6 +29,7 @@ class Query:
     weights: `[branches]` or `[users, branches]`, factors of the branches' scores: 1 scores as
       trained, 0 switches a branch off. None means 1 for every branch.
     preferences: the users' own texts, or None.
+    rules: the rules of a shop, or None.
   """
 
   histories: Sequence[Ids]
@@ -37,6 +39,7 @@ class Query:
   keep_seen: bool | None = None
   weights: Sequence[float] | np.ndarray | None = None
   preferences: UserTokens | None = None
+  rules: Rules | None = None
 
 
 def make_query(histories: Sequence[Ids], k: int, options: Mapping[str, Any]) -> Query:
@@ -142,6 +145,7 @@ class Answer(NamedTuple):
       adds to the score.
     unknown: items of the history that are not in the catalogue and were ignored.
     problems: why a user got no recommendations, '' for the others.
+    choices: what the rules did for each user; () without rules.
   """
 
   items: list[list[str]]
@@ -150,6 +154,7 @@ class Answer(NamedTuple):
   shares: list[np.ndarray]
   unknown: list[list[str]]
   problems: list[str]
+  choices: Sequence[Choice] = ()
 
   def require_one(self) -> 'Answer':
     """Returns the answer itself.

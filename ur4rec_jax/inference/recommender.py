@@ -19,6 +19,16 @@ from ur4rec_jax.inference.query import (
   UserTokens,
   make_query,
 )
+from ur4rec_jax.inference.rules import KEEP, ONLY, Rules
+from ur4rec_jax.inference.similar import (
+  BOTH,
+  CONTENT,
+  KINDS,
+  SEQUENCE,
+  USERS,
+  ItemVectors,
+  SharedUsers,
+)
 from ur4rec_jax.inference.stored_format import Settings
 
 # Each combination of input shapes is compiled once, so few shapes are used. The length of the
@@ -112,6 +122,8 @@ class Recommender:
     self._titles_by_number = ['', *self.titles]
     self._program = program
     self._arrays = jax.device_put(arrays)
+    self._item_vectors: ItemVectors | None = None  # These two are made when they are asked for.
+    self._shared_users: SharedUsers | None = None
     self._constants: dict[Any, Any] = {}  # Inputs on the device that many calls share.
     fitting = [size for size in BATCH_SIZES if size * len(self.item_ids) <= _MOST_SCORES]
     self.batch_sizes = fitting or BATCH_SIZES[:1]
@@ -143,7 +155,78 @@ class Recommender:
       InputError: a value that concerns all users is wrong.
     """
     checked = self.check(query)
+    if query.rules is not None:
+      return self.answer_by_rules(checked, query.rules)
     return self.to_answer(checked, self.rank(checked))
+
+  def answer_by_rules(self, query: CheckedQuery, rules: Rules) -> Answer:
+    """Answers a checked query of the same rules, with as many candidates as the rules need."""
+    answers = []
+    wanted = min(rules.candidates(query.k), self.most_k)
+    all_at_once = None
+    if rules.bought != ONLY:  # Otherwise each user has other candidates.
+      all_at_once = self.rank(dataclasses.replace(query, k=wanted))
+    for i in range(len(query.histories)):
+      one = dataclasses.replace(
+        query.select(np.array([i])),
+        unknown=list(query.unknown[i : i + 1]),
+        problems=list(query.problems[i : i + 1]),
+      )
+      if all_at_once is None:
+        one = self.only_seen(one)
+        ranking = self.rank(dataclasses.replace(one, k=wanted))
+      else:
+        ranking = Ranking(*(values[i : i + 1] for values in all_at_once))
+      answer = self.apply_rules(one, ranking, rules)
+      more = wanted
+      while more < self.most_k and not answer.choices[0].is_final and not any(one.problems):
+        more = min(4 * more, self.most_k)
+        ranking = self.rank(dataclasses.replace(one, k=more))
+        answer = self.apply_rules(one, ranking, rules)
+      answers.append(answer)
+    return Answer(*([x for part in parts for x in part] for parts in zip(*answers, strict=True)))
+
+  def only_seen(self, query: CheckedQuery) -> CheckedQuery:
+    """Allows a single user the items of the history alone."""
+    is_seen = np.zeros(len(self._ids_by_number), bool)
+    is_seen[query.histories[0]] = True
+    allowed = is_seen if query.allowed is None else is_seen & query.allowed
+    return dataclasses.replace(query, allowed=allowed)
+
+  def apply_rules(self, query: CheckedQuery, ranking: Ranking, rules: Rules) -> Answer:
+    """Makes the list of a single user from the candidates.
+
+    Args:
+      query: the query, whose k is the length of the list.
+      ranking: the candidates.
+      rules: the rules.
+    """
+    is_allowed = lambda item: (
+      item not in query.excluded[0] and (query.allowed is None or bool(query.allowed[item]))
+    )
+    choice = rules.choose(
+      ranking.items[0], ranking.scores[0], query.k, is_allowed, self._vectors_of_likeness
+    )
+    if any(query.problems):
+      choice = choice._replace(picks=[], notes=[])
+    at = np.array([pick.at for pick in choice.picks], int)
+    scores, shares = ranking.scores[0][at], ranking.shares[0][at]
+    scores[at < 0], shares[at < 0] = np.nan, np.nan
+    numbers = [pick.item for pick in choice.picks]
+    return Answer(
+      [[self._ids_by_number[i] for i in numbers]],
+      [[self._titles_by_number[i] for i in numbers]],
+      [scores],
+      [shares],
+      list(query.unknown),
+      list(query.problems) or [''],
+      [choice],
+    )
+
+  def _vectors_of_likeness(self) -> np.ndarray:
+    """Returns `[items + 1, width]` vectors of length 1, by which diversity compares items."""
+    vectors = self.item_vectors().vectors
+    return vectors.get(CONTENT, vectors.get(SEQUENCE))
 
   def check(self, query: Query) -> CheckedQuery:
     """Checks a query and looks its ids up; a wrong history is a problem of its user alone.
@@ -182,10 +265,15 @@ class Recommender:
     if query.only is not None:
       allowed = np.zeros(len(self._ids_by_number), bool)
       allowed[self._lookup_filter(query.only, 'only')] = True
+    keep_seen = self.keeps_seen if query.keep_seen is None else query.keep_seen
+    if (rules := query.rules) is not None:
+      passed = rules.allowed(len(self.item_ids))
+      if passed is not None:
+        allowed = passed if allowed is None else allowed & passed
+      keep_seen = keep_seen if rules.bought is None else rules.bought in (KEEP, ONLY)
     without = np.zeros(0, np.int32)
     if query.without is not None and len(query.without):
       without = np.unique(self._lookup_filter(query.without, 'without'))
-    keep_seen = self.keeps_seen if query.keep_seen is None else query.keep_seen
     return CheckedQuery(
       [history.items for history in known],
       query.k,
@@ -264,7 +352,7 @@ class Recommender:
 
   def recommendations(self, answer: Answer) -> list[dict[str, Any]]:
     """Returns the first user's items as dicts: `rank`, `item`, `title`, `score` and `shares`."""
-    return [
+    rows = [
       {
         'rank': rank,
         'item': item,
@@ -276,6 +364,70 @@ class Recommender:
         zip(*(parts[0] for parts in answer[:4]), strict=True), 1
       )
     ]
+    if answer.choices:
+      for row, pick in zip(rows, answer.choices[0].picks, strict=True):
+        row['rules'] = pick.reasons
+        if pick.at < 0:  # A pinned item that is not among the candidates was not scored.
+          row['score'] = None
+          row['shares'] = dict.fromkeys(self.share_names)
+    return rows
+
+  def similar(self, items: Ids | str, k: int = 10, by: str = BOTH) -> list[dict[str, Any]]:
+    """Finds the items that are most similar to an item, or to several together.
+
+    Args:
+      items: an item id or a list of them; unknown ones are ignored if there are others.
+      k: number of items to find.
+      by: `sequence` compares the vectors of SASRec, which are alike for items with the same
+        neighbours in histories; `content` compares what the retriever reads; `both` joins these
+        two; `users` compares which users have the items.
+
+    Returns:
+      `item`, `title` and `similarity` of each, the most similar first. Similarities are cosines;
+      with `both` they are in standard deviations.
+
+    Raises:
+      InputError: no item is known, `k` or `by` is wrong, or the model or the export cannot say it.
+    """
+    if by not in KINDS:
+      raise InputError(f'by={by!r:.80}: must be one of {", ".join(KINDS)}')
+    self.check_k(k)
+    chosen = self._lookup_filter([items] if isinstance(items, str | int) else items, 'items')
+    if by == USERS:
+      scores = self._users_of_items().similarities(chosen)
+    else:
+      scores = self.item_vectors().similarities(chosen, by)
+    scores[0] = scores[chosen] = -np.inf
+    most = min(k, len(self.item_ids) - len(np.unique(chosen)))
+    best = np.argpartition(-scores, min(most, len(scores) - 1))[:most]
+    best = best[np.lexsort((best, -scores[best]))]
+    # Items without a user or without content are similar to nothing.
+    return [
+      {
+        'item': self._ids_by_number[i],
+        'title': self._titles_by_number[i],
+        'similarity': float(scores[i]),
+      }
+      for i in best.tolist()
+      if by != USERS or scores[i] > 0
+    ]
+
+  def item_vectors(self) -> ItemVectors:
+    """Returns the item vectors, which are made on the first call."""
+    if self._item_vectors is None:
+      self._item_vectors = ItemVectors(jax.device_get(self._arrays['items']), self.settings)
+    return self._item_vectors
+
+  def _users_of_items(self) -> SharedUsers:
+    if self._shared_users is None:
+      users = self._users_with_items()
+      self._shared_users = SharedUsers(users.seen_offsets, users.seen, len(self.item_ids))
+    return self._shared_users
+
+  def _users_with_items(self) -> Users:
+    if self.known_users is None:
+      raise InputError(f'by={USERS}: this export knows no users; export it with --users')
+    return self.known_users
 
   def lookup(self, ids: Ids, what: str = 'history') -> tuple[np.ndarray, list[str]]:
     """Turns original ids into item numbers.

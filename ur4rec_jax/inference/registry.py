@@ -70,7 +70,9 @@ def promote(registry: str | Path, export_dir: str | Path, reason: str = '') -> s
       _remove_leftovers(registry, newest)
       version = f'{newest + 1:06}'
       with files.new_folder(registry / _VERSIONS / version) as draft:
-        shutil.copytree(export_dir, draft, dirs_exist_ok=True)
+        # Programs that a service has compiled stay where they are.
+        ignored = shutil.ignore_patterns('compiled')
+        shutil.copytree(export_dir, draft, dirs_exist_ok=True, ignore=ignored)
       history = (
         record['history'][: record['history'].index(record['version']) + 1] if record else []
       )

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
-from ur4rec_jax.data import column_names
-from ur4rec_jax.data.raw import ids, interactions, items, tables, where
+from ur4rec_jax.data import column_names, conditions
+from ur4rec_jax.data.raw import ids, interactions, items, tables
 from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
 
@@ -122,7 +122,7 @@ def _settings_of_build(
     settings[name] = options.get(name)
   cleanings = {*ids.parse_cleanings(options.get('clean_ids')), ids.EMPTY}
   settings['clean_ids'] = ','.join(sorted(cleanings))
-  lacking = [c.column for c in where.parse(options.get('where')) if c.column not in names]
+  lacking = [c.column for c in conditions.parse(options.get('where')) if c.column not in names]
   if lacking:
     notes.append(_not_followed('where', options, lacking[0]))
   else:

@@ -34,7 +34,7 @@ from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
 from ur4rec_jax.inference import frames, scoring
 from ur4rec_jax.inference.new_items import NewItemEncoder, NewItems, read_new_items
 from ur4rec_jax.inference.query import Answer, CheckedQuery, Ids, Query, UserTokens, make_query
-from ur4rec_jax.inference.recommender import Recommender
+from ur4rec_jax.inference.recommender import Recommender, Users, make_users
 from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.models.ur4rec import UR4Rec
 from ur4rec_jax.runs.open_run import restore_best
@@ -163,6 +163,9 @@ class TrainedRecommender(Recommender):
   def users(self) -> dict[str, int]:
     """Index of each user of the training data by original id."""
     return {name: i for i, name in enumerate(read_interactions(self.config.data_dir).user_ids)}
+
+  def _users_with_items(self) -> Users:
+    return make_users(list(self.users), self.dataset.offsets, self.dataset.item_ids, {})
 
   def history(self, user: str | int) -> list[str]:
     """Returns all items of a user of the training data, the oldest first.
@@ -337,6 +340,8 @@ class TrainedRecommender(Recommender):
     ]
     query = dataclasses.replace(query, without=[*(query.without or ()), _PREFERENCE])
     checked = larger.check_known(query, known)
+    if query.rules is not None:
+      return larger.answer_by_rules(checked, query.rules)
     return larger.to_answer(checked, larger.rank(checked))
 
   def add_items(
@@ -388,6 +393,33 @@ class TrainedRecommender(Recommender):
     larger._set_catalogue(items, joined, self.settings)
     larger._new_pictures = [*self._new_pictures, *new.pictures]
     return larger
+
+  def evaluate(self) -> dict[str, Any]:
+    """Returns how good the model was at the end of its training.
+
+    Returns:
+      `test` and `valid` with their metrics, the `protocol`, and the `seed`.
+
+    Raises:
+      InputError: the training has not ended.
+    """
+    if 'test' not in self.about:
+      raise InputError('evaluate: the training of this model has not ended; start it again')
+    return {name: self.about[name] for name in ('test', 'valid', 'protocol', 'seed')}
+
+  def export(self, out: str | pathlib.Path, with_users: bool = True) -> dict[str, Any]:
+    """Writes the folder that `ur4rec serve` and `ur4rec_jax.exported.load` open.
+
+    Args:
+      out: the folder, which must not exist.
+      with_users: whether requests can name the users of the data, whose histories are then in it.
+
+    Returns:
+      The manifest.
+    """
+    from ur4rec_jax.inference.exporting import export  # It is not needed to recommend.
+
+    return export(self, out, with_users)
 
   def picture_files(self) -> list[pathlib.Path | None]:
     """Returns `[items]` the picture file of each item, None for items without one."""

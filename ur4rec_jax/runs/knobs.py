@@ -134,6 +134,12 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'patience': Knob(
       10, 'A stage ends after this many validations without a better NDCG@10.', at_least=1
     ),
+    'max_minutes': Knob(
+      0.0,
+      'Training ends with a validation after this many minutes; 0 for no limit.',
+      at_least=0,
+      may_change=True,
+    ),
     'branches': Knob(
       ('sasrec',), 'Branches that score the items: sasrec, retriever, or both in this order.'
     ),

@@ -228,6 +228,7 @@ class TrainLoop:
     self.validators, self.train_steps = {}, {}
     self.started = time.monotonic() - self.progress.seconds
     self.on_validation: Callable[[int, float], None] = lambda epoch, score: None
+    self.is_out_of_time = False
     self._enter_stage()
 
   def _enter_stage(self) -> None:
@@ -298,7 +299,8 @@ class TrainLoop:
     """
     progress = self.progress
     while True:
-      if self._is_border() and progress.validated_step < progress.step:
+      self.is_out_of_time = self._find_out_of_time()
+      if (self._is_border() or self.is_out_of_time) and progress.validated_step < progress.step:
         self._validate(stop_requested)
       if self._is_over():
         self.reporter.end_stage(self._why_over())
@@ -328,7 +330,13 @@ class TrainLoop:
     progress = self.progress
     out_of_patience = progress.step >= self._out_of_patience_at()
     is_validated = progress.validated_step == progress.step
-    return is_validated and (self._steps_in_stage() >= self.total_steps or out_of_patience)
+    is_done = self._steps_in_stage() >= self.total_steps or out_of_patience
+    return is_validated and (is_done or self.is_out_of_time)
+
+  def _find_out_of_time(self) -> bool:
+    """Tells whether `max_minutes` are over; all processes get the same answer."""
+    limit = 60 * self.config.max_minutes
+    return limit > 0 and bool(devices.any_process(time.monotonic() - self.started >= limit))
 
   def _out_of_patience_at(self) -> int:
     """Returns the step at which the stage ends unless a validation before is better."""
@@ -338,6 +346,8 @@ class TrainLoop:
     """Says why the stage is over and what its best validation was."""
     stage, best = self.stage, self.progress.stage
     why = f'{stage.patience} validations without gain'
+    if self.is_out_of_time and self.progress.step < self._out_of_patience_at():
+      why = f'the {self.config.max_minutes:g} minutes of max_minutes are over'
     if self._steps_in_stage() >= self.total_steps:
       length = f'{stage.num_steps} steps' if stage.num_steps else f'{stage.num_epochs} epochs'
       why = f'all {length} are done'

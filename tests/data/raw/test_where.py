@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ur4rec_jax.data import conditions
 from ur4rec_jax.data.raw import where
 from ur4rec_jax.errors import InputError
 
@@ -26,7 +27,7 @@ TEXTS = st.text(st.sampled_from('ab\'"` é'), max_size=3)
 
 
 def kept(condition: str, **columns) -> list[int]:
-  comparisons = where.parse(condition)
+  comparisons = conditions.parse(condition)
   where.check_columns(comparisons, list(columns), 'rows.csv')
   found = where.holds(comparisons, pa.table(columns), lambda row: f'row {row + 1}')
   return np.flatnonzero(found).tolist()

@@ -353,8 +353,7 @@ def _read_items(options: Mapping[str, Any]) -> tuple[dict[str, Item], list[str]]
     (Place(name, number, 'row'), row)
     for number, row in enumerate(memory.select(columns).to_pylist(), 1)
   )
-  images = settings.pop('images')
-  read_image = functools.partial(item_tables.find_image, None if images is None else Path(images))
+  read_image = item_tables.image_finder(settings.pop('images'))
   return item_tables.from_table(
     item_tables.Table(name, memory.columns, rows), read_image, **settings
   )

@@ -1,8 +1,8 @@
 """Reads item tables in CSV, TSV, Parquet or JSON lines."""
 
-import functools
 import json
 import re
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,15 +49,16 @@ def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
 
   Args:
     path: the table.
-    **parameters: see `PARAMETERS`; picture files are relative to `images`, or to the table.
+    **parameters: see `PARAMETERS`; picture files are relative to `images`, or to the table. In
+      `images`, pictures are also found by the last part of a URL and by the item's id.
   """
   if not path.is_file():
     raise InputError(
       f'{path}: no such file; --items must be a CSV, TSV, Parquet or JSON lines file'
     )
-  folder = Path(parameters.pop('images', None) or path.parent)
+  images = parameters.pop('images', None)
   table = open_table(path, parameters.get('items_quoting'))
-  return from_table(table, functools.partial(find_image, folder), **parameters)
+  return from_table(table, image_finder(images, path.parent), **parameters)
 
 
 def open_table(path: Path, quoting: str | None = None) -> Table:
@@ -71,14 +72,14 @@ def open_table(path: Path, quoting: str | None = None) -> Table:
 
 
 def from_table(
-  source: Table, read_image: Callable[[Any, str, str], Path | str | None], **parameters: Any
+  source: Table, read_image: Callable[[Any, str, str, str], Path | str | None], **parameters: Any
 ) -> tuple[dict[str, Item], list[str]]:
   """Reads an item table that is open or in memory; see `read`.
 
   Args:
     source: the table.
-    read_image: returns the picture of an item from the value in the table, the name of the column
-      and the position of the row, such as `find_image` in a folder.
+    read_image: returns the picture of an item from the value in the table, the name of the column,
+      the position of the row and the item's id; see `image_finder`.
     **parameters: see `PARAMETERS`, without `images`.
   """
   options = {**PARAMETERS, **parameters}
@@ -103,7 +104,7 @@ def from_table(
       title=text(value('title')),
       genres=genres(value('genres')),
       description='\n'.join(filter(None, texts)),
-      image=read_image(value('image'), columns.get('image', ''), where),
+      image=read_image(value('image'), columns.get('image', ''), where, name),
     )
   if not table:
     raise InputError(f'{path}: no items in the table; export it again')
@@ -200,6 +201,33 @@ def original_id(value: Any, column: str, where: str) -> str:
   if not name.strip():
     raise InputError(f'{where}: {column} is empty; fill it in or remove the row')
   return name
+
+
+def image_finder(
+  images: str | Path | None, folder: Path | None = None
+) -> Callable[[Any, str, str, str], Path | str | None]:
+  """Returns the function that finds the picture of an item, for `from_table`.
+
+  Args:
+    images: folder of the pictures, or None. Its files are also found by name: `7.jpg` belongs to
+      the URL `https://shop.example/img/7.jpg`, and to item 7 if the table names no picture of it.
+    folder: where file names of the table lead if `images` is None.
+  """
+  if images is None:
+    return lambda value, column, where, item: find_image(folder, value, column, where)
+  images, by_name, by_stem = Path(images), {}, {}
+  for path in sorted(images.iterdir()) if images.is_dir() else ():
+    if path.suffix.lower() in PICTURES and path.is_file():
+      by_name[path.name] = by_stem[path.stem] = path.resolve()
+
+  def find(value: Any, column: str, where: str, item: str) -> Path | str | None:
+    found = find_image(images, value, column, where)
+    if isinstance(found, str):
+      name = urllib.parse.unquote(urllib.parse.urlsplit(found).path).rpartition('/')[2]
+      return by_name.get(name, found)
+    return found or by_stem.get(item)
+
+  return find
 
 
 def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path | str | None:

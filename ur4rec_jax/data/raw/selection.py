@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ur4rec_jax.data import conditions
 from ur4rec_jax.data.raw import events, where
 from ur4rec_jax.data.raw.records import Place, Raw
 from ur4rec_jax.data.raw.texts import listed
@@ -51,7 +52,7 @@ class Selection:
     Raises:
       InputError: a flag is wrong.
     """
-    self._conditions = where.parse(options['where'])
+    self._conditions = conditions.parse(options['where'])
     where.check_columns(self._conditions, names[0], path)
     self._weights = events.parse_weights(options['event_weights'])
     self._event = columns.get('event')

@@ -1,20 +1,14 @@
-r"""Reads conditions on rows, such as `quantity > 0 and status == 'paid'`, and applies them.
-
-A condition is one or more comparisons joined by `and`. A comparison is a column, one of
-`== != < <= > >=`, and a number or a text in quotes. A column whose name is not a plain word is
-written in backticks.
-"""
+"""Applies conditions, such as `quantity > 0 and status == 'paid'`, to the rows of a table."""
 
 import datetime
 import difflib
-import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ur4rec_jax.data.conditions import Comparison
 from ur4rec_jax.data.raw.tables import first_true, plain_numbers
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
@@ -29,75 +23,10 @@ _OPERATORS = {
   '>': pc.greater,
   '>=': pc.greater_equal,
 }
-_TOKENS = re.compile(
-  r"""
-  (?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
-  | '(?P<single>(?:[^']|'')*)' | "(?P<double>(?:[^"]|"")*)"
-  | `(?P<column>[^`]+)` | (?P<operator><>|[<>=!]=|[<>=]) | (?P<word>\w+(?:\.\w+)*)
-  """,
-  re.VERBOSE,
-)
 NUMBER = r'^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$'
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_FORM = "write it like: quantity > 0 and status == 'paid'"
 
 Where = Callable[[int], str]
-
-
-class Comparison(NamedTuple):
-  """A comparison of a column with a value; `operator` is a key of `_OPERATORS`."""
-
-  column: str
-  operator: str
-  value: int | float | str
-
-
-def parse(text: str | None) -> list[Comparison]:
-  """Reads a condition; None gives no comparison.
-
-  Raises:
-    InputError: the condition is not of the form that the module describes.
-  """
-  if text is None:
-    return []
-  tokens = [*_tokens(text), ('word', 'and')]
-  comparisons = []
-  for start in range(0, len(tokens), 4):
-    part = tokens[start : start + 4]
-    kinds, values = [kind for kind, _ in part], [value for _, value in part]
-    if not (
-      len(part) == 4
-      and kinds[0] in ('word', 'column')
-      and kinds[1] == 'operator'
-      and kinds[2] in ('number', 'text')
-      and kinds[3] == 'word'
-      and values[3].lower() == 'and'
-    ):
-      own = values[:-1] if start + 4 >= len(tokens) else values
-      shown = ' '.join(map(str, own))
-      raise InputError(f'--where={text}: {(shown or "nothing")!r} is no comparison; {_FORM}')
-    comparisons.append(Comparison(*values[:3]))
-  return comparisons
-
-
-def _tokens(text: str) -> list[tuple[str, int | float | str]]:
-  tokens, at = [], 0
-  while at < len(text):
-    if text[at].isspace():
-      at += 1
-      continue
-    found = _TOKENS.match(text, at)
-    if found is None:
-      raise InputError(f'--where={text}: cannot be read from {text[at:]!r} on; {_FORM}')
-    kind, value = found.lastgroup, found[found.lastgroup]
-    if kind in ('single', 'double'):
-      quote = {'single': "'", 'double': '"'}[kind]
-      kind, value = 'text', value.replace(2 * quote, quote)
-    elif kind == 'number':
-      value = int(value) if re.fullmatch(r'[+-]?\d+', value) else float(value)
-    tokens.append((kind, value))
-    at = found.end()
-  return tokens
 
 
 def check_columns(comparisons: Sequence[Comparison], names: Sequence[str], path: str) -> None:

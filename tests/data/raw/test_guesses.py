@@ -1,0 +1,94 @@
+"""Guesses about the columns of tables in several languages, and where there is no guess."""
+
+import pytest
+
+from tests.helpers.goods import row_of_item, write_table
+from ur4rec_jax.data.raw.guesses import guess
+from ur4rec_jax.errors import InputError
+
+DAY = 86_400
+
+
+def orders(folder, header, rows=None):
+  """A table of 120 orders of 12 customers; `rows` makes a row of user, item and number."""
+  rows = rows or (
+    lambda user, item, i: [f'B{i // 2}', user, item, 2, '9.50', f'2024-05-{i % 28 + 1:02}']
+  )
+  table = [rows(f'k{i % 12:02}', f'g{(i * 7) % 20:02}', i) for i in range(120)]
+  return write_table(folder / 'orders.csv', header, table)
+
+
+def goods(folder, header='sku,title,description,image'):
+  rows = [[*row_of_item(i)[:3], ''] for i in range(20)]
+  return write_table(folder / 'goods.csv', header, rows)
+
+
+def test_usual_names_need_no_flags(tmp_path):
+  path = orders(tmp_path, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  found = guess(path, goods(tmp_path), {})
+  assert found.flags == {}
+  assert found.notes[:3] == ['user = customer_id', 'item = sku', 'time = ordered_at']
+  assert found.item_column == 'sku'
+
+
+def test_other_languages_are_guessed_from_values_and_parts_of_names(tmp_path):
+  path = orders(tmp_path, 'Bestellung,Kundennummer,Artikel-Nr,Menge,Preis,Wann')
+  found = guess(path, goods(tmp_path, 'Nr,Bezeichnung,Beschreibung,Bild'), {})
+  assert found.flags['user_column'] == 'Kundennummer'
+  assert found.flags['item_column'] == 'Artikel-Nr'
+  assert found.flags['time_column'] == 'Wann'
+  assert found.flags['item_id_column'] == 'Nr'
+  assert found.flags['title_column'] == 'Bezeichnung'
+  assert 'item = Artikel-Nr (the item table has its values)' in found.notes
+
+
+def test_names_that_say_nothing_are_guessed_only_if_there_is_one_way(tmp_path):
+  two = orders(tmp_path, 'a,b,c', lambda user, item, i: [user, item, 1_700_000_000 + i * DAY])
+  assert guess(two, None, {}).flags == {'user_column': 'a', 'item_column': 'b', 'time_column': 'c'}
+  many = orders(tmp_path, 'a,b,c,d,e,f')
+  with pytest.raises(InputError, match=r'no column looks like the item.*--item_column=NAME'):
+    guess(many, None, {})
+  with pytest.raises(InputError, match=r'no column looks like the user.*--user_column=NAME'):
+    guess(many, goods(tmp_path), {})
+  found = guess(many, goods(tmp_path), {'user_column': 'b'})
+  assert found.flags['user_column'] == 'b'
+  with pytest.raises(InputError, match="no column 'x'"):
+    guess(many, goods(tmp_path), {'user_column': 'x'})
+
+
+def test_returns_are_left_out_and_counted(tmp_path):
+  header = 'customer_id,sku,Order Qty,ordered_at'
+  path = orders(
+    tmp_path, header.replace('Order Qty', 'qty'), lambda u, x, i: [u, x, -1 if i % 5 == 0 else 1, i]
+  )
+  found = guess(path, None, {'time_column': 'ordered_at'})
+  assert found.flags['where'] == 'qty > 0'
+  assert '24 rows with a negative qty are left out, as they look like returns' in found.notes
+  assert guess(path, None, {'where': 'qty > 1'}).flags['where'] == 'qty > 1'
+
+
+def test_the_better_of_two_columns_with_usual_names_is_taken(tmp_path):
+  path = orders(
+    tmp_path, 'session_id,user_id,product,sku,date', lambda u, x, i: [f's{i}', u, 'lamp', x, i]
+  )
+  found = guess(path, goods(tmp_path), {'time_column': 'none'})
+  assert found.flags['user_column'] == 'user_id'
+  assert found.flags['item_column'] == 'sku'
+  assert 'user = user_id (rather than session_id)' in found.notes
+
+
+def test_an_item_table_of_other_items_is_refused_and_missing_items_are_told(tmp_path):
+  path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, f'other{x}', 1])
+  with pytest.raises(InputError, match='none of its columns has the ids of the interactions'):
+    guess(path, goods(tmp_path), {})
+  path = orders(tmp_path, 'customer_id,sku', lambda u, x, i: [u, 'new' if i == 119 else x])
+  found = guess(path, goods(tmp_path), {})
+  assert 'partial_items' in found.flags
+  assert '1 item without a row in the item table stay, without texts' in found.notes
+
+
+def test_short_texts_that_repeat_join_the_description(tmp_path):
+  path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, x, 1])
+  rows = [[*row_of_item(i)[:3], ['Alder', 'Birch'][i % 2], 4.5] for i in range(20)]
+  table = write_table(tmp_path / 'goods.csv', 'sku,title,description,brand,price', rows)
+  assert guess(path, table, {}).flags['text_columns'] == 'brand'

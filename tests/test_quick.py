@@ -1,0 +1,182 @@
+"""`quick` and `train` on a real small shop: what they print, make, keep and refuse."""
+
+import csv
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+import ur4rec_jax
+from data_prep.build_dataset import build_from_table
+from tests.helpers.commands import run_here
+from ur4rec_jax import exported, quick
+from ur4rec_jax.errors import InputError
+
+MINUTES = 0.02  # Training gets a quarter of it: it is validated once.
+
+
+@pytest.fixture(scope='module')
+def files(small_shop):
+  """orders.csv, goods.csv and their folder, which holds the pictures, too."""
+  folder = small_shop.parent
+  return folder / 'orders.csv', folder / 'goods.csv', folder
+
+
+@pytest.fixture(scope='module')
+def trained(files, tmp_path_factory, environment):
+  """A folder that `train` filled, and the recommender that it returned."""
+  folder = tmp_path_factory.mktemp('quick')
+  return folder, ur4rec_jax.train(files[0], files[1], minutes=MINUTES, out=folder)
+
+
+def test_train_gives_a_recommender(trained):
+  folder, recommender = trained
+  assert recommender.recommend(['g01', 'g02'], k=3)['item'].nunique() == 3
+  assert [row['item'] for row in recommender.similar('g01', k=2)] != []
+  results = json.loads((folder / 'model/baselines.json').read_text())
+  assert {'popularity', 'random', 'next item', 'item-kNN', 'EASE'} == set(results)
+  found = recommender.evaluate()
+  assert found['test']['ndcg@10'] == recommender.about['test']['ndcg@10']
+  assert found['protocol']['candidates'] == 'all items'
+  recommender.export(folder / 'own')
+  assert exported.load(folder / 'own').item_ids == recommender.item_ids
+
+
+def test_quick_goes_on_where_train_stopped_and_exports(trained, files):
+  folder, _ = trained
+  out = folder / 'model'
+  flags = [*map(str, files[:2]), f'--minutes={MINUTES}', f'--out={out}', '--no_serve']
+  done = run_here(quick.main, flags)
+  assert done.returncode == 0, done.stderr
+  commands = [line for line in done.stdout.splitlines() if line.startswith('$ python -m')]
+  names = [line.split()[3] for line in commands]
+  assert names == [
+    'data_prep.build_dataset',
+    'data_prep.encode',
+    'ur4rec_jax.baselines',
+    'ur4rec_jax.main',
+    'ur4rec_jax.export',
+  ]
+  assert [line.endswith('# done before') for line in commands] == [
+    False,
+    True,
+    True,
+    True,
+    True,
+    False,
+  ]
+  assert 'SASRec: no time is left' in done.stdout
+  assert 'time = ordered (its values are times)' in done.stdout
+  assert 'item-kNN' in done.stdout
+  assert 'popularity' in done.stdout
+  recommender = exported.load(out / 'export')
+  assert len(recommender.known_users.index) == 26
+  again = run_here(quick.main, flags)
+  assert again.stdout.count('# done before') == 4
+  # A command that was printed is what a user can type.
+  words = shlex.split(commands[2].removeprefix('$ '), comments=True)[2:]
+  typed = subprocess.run([sys.executable, '-m', *words], capture_output=True, text=True)
+  assert typed.returncode == 0, typed.stderr
+
+
+def test_other_inputs_and_folders_of_others_are_refused(trained, files, tmp_path):
+  folder, _ = trained
+  done = run_here(quick.main, [str(files[0]), f'--out={folder / "model"}'])
+  assert done.returncode == 2
+  assert 'was made from other files; give another --out' in done.stderr
+  (tmp_path / 'mine.txt').write_text('mine')
+  done = run_here(quick.main, [str(files[0]), f'--out={tmp_path}'])
+  assert done.returncode == 2
+  assert 'holds other files' in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['nothing.csv'], 'nothing.csv: no such file or folder'),
+    (['{orders}', '{folder}'], 'pictures need an item table'),
+    (['{orders}', '{goods}', '{goods}'], 'give the orders, an item table at most'),
+    (['{orders}', '--minutes=0'], '--minutes=0: must be above 0'),
+    (['{orders}', '--user_column=x'], "no column 'x'"),
+  ],
+)
+def test_wrong_arguments(files, tmp_path, arguments, message):
+  names = dict(zip(('orders', 'goods', 'folder'), map(str, files), strict=True))
+  words = [argument.format(**names) for argument in arguments]
+  done = run_here(quick.main, [*words, f'--out={tmp_path / "out"}', '--no_serve'])
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow  # It builds and trains again, to be stopped there.
+def test_a_signal_stops_the_command_that_runs_and_is_told(files, tmp_path, environment):
+  command = [sys.executable, '-m', 'ur4rec_jax.quick', str(files[0]), f'--out={tmp_path / "out"}']
+  process = subprocess.Popen(
+    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  for line in process.stdout:
+    if 'ur4rec_jax.main' in line:
+      break
+  deadline = time.monotonic() + 120
+  while not (tmp_path / 'out/runs/ids/config.json').exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  process.send_signal(signal.SIGTERM)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert 'SIGTERM: saved step' in stderr
+  assert 'Start again to go on' in stderr
+  record = json.loads((tmp_path / 'out/quick.json').read_text())
+  assert 'baselines' in record['done']
+  assert 'ids' not in record['done']
+
+
+@pytest.mark.parametrize('kind', ['pandas', 'arrow', 'path'])
+def test_tables_of_every_kind_become_the_same_file(files, tmp_path, kind):
+  with files[0].open() as file:
+    rows = list(csv.DictReader(file))
+  table = {'pandas': pd.DataFrame(rows), 'arrow': pa.Table.from_pylist(rows), 'path': str(files[0])}
+  path = quick._as_file(table[kind], tmp_path, 'orders')
+  assert path == (files[0] if kind == 'path' else tmp_path / 'orders.parquet')
+  from ur4rec_jax.data.raw.guesses import guess
+
+  assert guess(path, None, {}).flags == {'time_column': 'ordered'}
+
+
+def test_wrong_tables_and_options_of_train(tmp_path):
+  with pytest.raises(InputError, match='orders is of type int'):
+    ur4rec_jax.train(3, out=tmp_path)
+  with pytest.raises(InputError, match='colour is none of user_column'):
+    ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, colour='red')
+
+
+@pytest.mark.parametrize(('items', 'answer'), [(50, 'leave_out'), (2, 'keep')])
+def test_shops_whose_customers_buy_again_recommend_seen_items(tmp_path, items, answer):
+  rows = {'user': [f'u{i % 9}' for i in range(90)], 'item': [f'i{i % items}' for i in range(90)]}
+  build_from_table(pa.table(rows), tmp_path / 'data')
+  assert quick.seen_items(tmp_path / 'data') == answer
+
+
+def test_time_is_divided_once_and_the_second_model_gets_what_is_left(tmp_path):
+  order = quick.Order(tmp_path / 'o.csv', tmp_path / 'out', minutes=10)
+  commands = quick.Commands(order)
+  minutes = lambda name, of=order: quick._minutes_of(commands, of, name, True)
+  first = minutes('content')
+  assert first == pytest.approx(0.6 * (10 - 50 / 60), abs=0.05)
+  commands._started -= 300
+  assert minutes('content') == first
+  assert minutes('ids') == pytest.approx(10 - 5 - 50 / 60 - 20 / 60, abs=0.05)
+  commands._started -= 290
+  assert minutes('ids') == pytest.approx(10 - 5 - 50 / 60 - 20 / 60, abs=0.05)
+  shorter = quick.Order(order.orders, order.out, minutes=9)
+  assert minutes('content', shorter) == 0.25 * 9  # A quarter, whatever came before.
+  assert minutes('ids', shorter) is None
+  longer = quick.Order(order.orders, order.out, minutes=30)
+  assert quick._minutes_of(commands, longer, 'ids', False) == pytest.approx(30 - 10.6, abs=0.1)

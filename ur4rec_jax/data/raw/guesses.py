@@ -1,0 +1,293 @@
+"""Guesses what the columns of two tables mean: interactions, and items.
+
+A guess is made of flags of `data_prep.build_dataset`, so that a user can read and change it. Names
+decide first. Where they do not, values do: ids that the other table has, dates, and texts.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ur4rec_jax.data import column_names
+from ur4rec_jax.data.raw import interactions, items, tables, where
+from ur4rec_jax.data.raw.texts import listed
+from ur4rec_jax.errors import InputError, counted
+
+# Parts of names in several languages, for columns without a usual name.
+_HINTS = {
+  'user': 'user cust kund client klant buyer member shopper visitor person utilis usuario consum',
+  'item': 'item prod artik artic sku good ware isbn asin track movie song book',
+}
+_QUANTITIES = ('quantity', 'qty', 'units', 'quantite', 'menge', 'anzahl')
+_TIME = r'^\s*(\d{4}-\d{2}-\d{2}|\d{9,10}(\.\d*)?\s*$|\d{13}\s*$)'
+_URL = re.compile(r'https?://\S+$')
+_ROWS = 5000  # Rows at the start of a table whose values are looked at.
+_FEWEST_IDS = 10  # A column with fewer different values holds kinds or quantities.
+_LONG = 60  # Characters of a usual description.
+
+
+class Guess(NamedTuple):
+  """A guess.
+
+  Attributes:
+    flags: flags of the build by name.
+    notes: one sentence about each column that plays a role.
+    item_column: the column of the items' ids among the interactions.
+  """
+
+  flags: dict[str, str]
+  notes: list[str]
+  item_column: str
+
+
+class _Sample(NamedTuple):
+  """The first rows of a table as texts, by column."""
+
+  path: Path
+  columns: dict[str, list[str]]
+
+  def share(self, name: str, pattern: str) -> float:
+    """Returns the share of the filled fields of a column that a pattern matches."""
+    filled = [value for value in self.columns[name] if value]
+    return sum(bool(re.match(pattern, value)) for value in filled) / max(len(filled), 1)
+
+
+def guess(orders: Path, goods: Path | None, given: Mapping[str, str]) -> Guess:
+  """Guesses the flags of a build.
+
+  Args:
+    orders: the table of interactions, or a folder of its parts.
+    goods: the item table, or None.
+    given: flags that the user gave, which count.
+
+  Raises:
+    InputError: a table cannot be read, or no column can be the user or the item.
+  """
+  files = interactions.find(orders, {})
+  found = _sample(files[0])
+  goods_found = None if goods is None else _sample_items(goods)
+  ids = set() if goods_found is None else _any_ids(goods_found)
+  flags, notes = {}, []
+  columns = _interaction_columns(found, ids, given)
+  for role, (name, why) in columns.items():
+    notes.append(f'{role} = {name}{why}')
+    if why:  # The build finds the others by itself.
+      flags[f'{role}_column'] = name
+  if 'where' not in given and (negative := _negative_quantities(files, found)):
+    name, count = negative
+    flags['where'] = f'{_quoted(name)} > 0'
+    rows = counted(count, 'row')
+    notes.append(f'{rows} with a negative {name} are left out, as they look like returns')
+  flags |= given
+  item_column = flags.get('item_column') or columns['item'][0]
+  if goods_found is not None:
+    more, about = _item_flags(goods_found, _values(files, item_column), given)
+    flags |= more | given
+    notes += about
+  return Guess(flags, notes, item_column)
+
+
+def _interaction_columns(
+  found: _Sample, ids: set[str], given: Mapping[str, str]
+) -> dict[str, tuple[str, str]]:
+  """Returns the column of each role, and why it was chosen if its name alone does not say it."""
+  chosen: dict[str, tuple[str, str]] = {}
+  for role in ('item', 'user', 'time'):
+    if flag := given.get(f'{role}_column'):
+      chosen[role] = flag, ''
+      continue
+    free = [name for name in found.columns if name not in (x for x, _ in chosen.values())]
+    usual = column_names.find(role, free)
+    if len(usual) == 1:
+      chosen[role] = usual[0], ''
+    elif len(usual) > 1:
+      best = max(usual, key=lambda name: _fit(role, found.columns[name], ids))
+      others = [name for name in usual if name != best]
+      chosen[role] = best, f' (rather than {", ".join(others)})'
+    elif candidate := _by_values(role, found, free, ids):
+      chosen[role] = candidate
+    elif role != 'time':
+      raise InputError(
+        f'{found.path}: no column looks like the {role}; its columns are'
+        f' {listed(list(found.columns))}; say which it is: --{role}_column=NAME'
+      )
+  missing = [name for name, _ in chosen.values() if name not in (*found.columns, 'none')]
+  if missing:
+    raise InputError(
+      f'{found.path}: no column {missing[0]!r}; its columns are {listed(list(found.columns))}'
+    )
+  return {role: chosen[role] for role in ('user', 'item', 'time') if role in chosen}
+
+
+def _fit(role: str, values: Sequence[str], ids: set[str]) -> float:
+  """Says how well values fit a role, to choose between columns with usual names."""
+  if role == 'item' and ids:
+    return sum(value in ids for value in values)
+  if role == 'time':
+    return sum(bool(re.match(_TIME, value)) for value in values)
+  return -len(set(values))  # Sessions and orders are more than users.
+
+
+def _by_values(
+  role: str, found: _Sample, free: Sequence[str], ids: set[str]
+) -> tuple[str, str] | None:
+  """Finds the column of a role by its values, or by a part of its name."""
+  if role == 'time':
+    times = [name for name in free if found.share(name, _TIME) > 0.95]
+    return (times[0], ' (its values are times)') if times else None
+  if role == 'item' and ids:
+    for name in free:
+      filled = [value for value in found.columns[name] if value]
+      if filled and sum(value in ids for value in filled) > 0.5 * len(filled):
+        return name, ' (the item table has its values)'
+  candidates = [name for name in free if _may_be_ids(found, name)]
+  for hint in _HINTS[role].split():
+    for name in candidates:
+      if hint in name.lower():
+        return name, f' (its name has {hint!r} in it)'
+  other = _HINTS['user' if role == 'item' else 'item'].split()
+  left = [name for name in candidates if not any(hint in name.lower() for hint in other)]
+  # Users come before items in most tables. Items are chosen first, while both are free.
+  expected = 2 if role == 'item' and len(left) == len(candidates) else 1
+  return (left[-1], ' (its values repeat)') if len(left) == expected else None
+
+
+def _may_be_ids(found: _Sample, name: str) -> bool:
+  values = [value for value in found.columns[name] if value]
+  distinct = len(set(values))
+  is_number = found.share(name, r'^-?\d*\.\d+$') > 0.5
+  is_odd = is_number or found.share(name, _TIME) > 0.95 or _is_quantity(name)
+  return not is_odd and _FEWEST_IDS <= distinct < 0.95 * len(values)
+
+
+def _is_quantity(name: str) -> bool:
+  return re.sub(r'[\s._-]', '', name).lower() in _QUANTITIES
+
+
+def _values(files: Sequence[Path], name: str) -> set[str]:
+  """Returns the distinct values of a column in all files, as texts."""
+  found: set[str] = set()
+  for path in files:
+    column = tables.read(tables.open_file(path), [name])[name]
+    found.update(_texts(pc.unique(column).to_pylist()))
+  return found
+
+
+def _negative_quantities(files: Sequence[Path], found: _Sample) -> tuple[str, int] | None:
+  """Returns the column of quantities and its negative rows, if there are some."""
+  for name in filter(_is_quantity, found.columns):
+    total = 0
+    for path in files:
+      column = tables.read(tables.open_file(path), [name])[name]
+      numbers, odd = where.as_numbers(column)
+      if odd is not None:
+        break
+      total += pc.sum(pc.less(numbers, 0)).as_py() or 0
+    if total:
+      return name, total
+  return None
+
+
+def _quoted(name: str) -> str:
+  return name if re.fullmatch(r'\w+', name) else f'`{name}`'
+
+
+def _item_flags(
+  found: _Sample, used: set[str], given: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+  """Guesses the columns of the item table, given ids of the interactions."""
+  flags, chosen = {}, {}
+  names = list(found.columns)
+  overlap = {name: len(used & set(found.columns[name])) for name in names}
+  for role in column_names.ITEMS:
+    flag = f'{role}_column'
+    if flag in given:
+      chosen[role] = given[flag]
+      continue
+    free = [name for name in names if name not in chosen.values()]
+    usual = column_names.find(role, free)
+    if role == 'item_id':
+      best = max(free, key=overlap.get)
+      if not overlap[best]:
+        raise InputError(
+          f'{found.path}: none of its columns has the ids of the interactions, such as'
+          f' {next(iter(sorted(used)))!r}; its columns are {listed(names)}'
+        )
+      chosen[role] = best
+      if usual != [best]:
+        flags[flag] = best
+    elif usual:
+      chosen[role] = usual[0]
+      if len(usual) > 1:
+        flags[flag] = usual[0]
+  texts = {name: _mean_length(found.columns[name]) for name in names if _is_text(found, name)}
+  for role, choose in (('title', min), ('description', max)):
+    free = {
+      name: length
+      for name, length in texts.items()
+      if name not in chosen.values() and _is_distinct(found.columns[name])
+    }
+    name = choose(free, key=free.get, default=None)
+    if role not in chosen and name and (role == 'title' or free[name] >= _LONG):
+      chosen[role] = flags[f'{role}_column'] = name
+  more = [x for x in texts if x not in chosen.values() and not _is_distinct(found.columns[x])]
+  if more and 'text_columns' not in given:
+    flags['text_columns'] = ','.join(more)
+  notes = [f'{role} of an item = {name}' for role, name in chosen.items()]
+  if more:
+    notes.append(f'appended to the description: {", ".join(more)}')
+  if len(used) > (known := overlap.get(chosen['item_id'], 0)):
+    flags['partial_items'] = ''
+    missing = counted(len(used) - known, 'item')
+    notes.append(f'{missing} without a row in the item table stay, without texts')
+  return flags, notes
+
+
+def _is_text(found: _Sample, name: str) -> bool:
+  """Tells whether a column holds words rather than numbers, codes, URLs or files."""
+  return found.share(name, r'(?!https?://)(?!.*\.(jpe?g|png|webp|gif)$).*[^\W\d_]{3}') > 0.8
+
+
+def _is_distinct(values: Iterable[str]) -> bool:
+  values = [value for value in values if value]
+  return len(set(values)) > 0.5 * len(values)
+
+
+def _mean_length(values: Iterable[str]) -> float:
+  lengths = [len(value) for value in values if value]
+  return float(np.mean(lengths)) if lengths else 0.0
+
+
+def _any_ids(found: _Sample) -> set[str]:
+  """Returns the values of the columns that may hold the ids of the item table."""
+  usual = column_names.find('item_id', found.columns)
+  distinct = [name for name, x in found.columns.items() if len(set(x)) == len(x)]
+  return {value for name in (usual or distinct) for value in found.columns[name] if value}
+
+
+def _sample(path: Path) -> _Sample:
+  """Reads the first rows of a file of interactions."""
+  file = tables.open_file(path)
+  names = [name for name in file.columns if file.columns.count(name) == 1]
+  if file.delimiter is None:
+    batches = tables.parquet_batches(path, names)
+    table = pa.Table.from_batches([next(batches)]).slice(0, _ROWS)
+  else:
+    table = tables.read(file, names).slice(0, _ROWS)
+  return _Sample(path, {name: _texts(table[name].to_pylist()) for name in names})
+
+
+def _sample_items(path: Path) -> _Sample:
+  """Reads an item table."""
+  table = items.open_table(path)
+  rows = [row for _, row in table.rows(list(table.columns))]
+  return _Sample(path, {name: _texts([row.get(name) for row in rows]) for name in table.columns})
+
+
+def _texts(values: Sequence[object]) -> list[str]:
+  return [items.text(value) for value in values]

@@ -1,0 +1,528 @@
+"""From a table of orders to a page that recommends, in one command.
+
+  ur4rec quick orders.csv
+  ur4rec quick orders.csv goods.csv pictures/ --minutes=5
+
+It guesses what the columns mean, builds, encodes texts and pictures, trains for as long as
+--minutes allows, compares with simple baselines, exports the best model and serves it. It prints
+each command that it runs, so that you can go on from there. If it is stopped, the same command goes
+on.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ur4rec_jax.errors import InputError, ReportedError, exit_on_reported_error, printable, say
+from ur4rec_jax.files import expand_home, write_file
+
+if TYPE_CHECKING:
+  from ur4rec_jax.inference.trained import TrainedRecommender
+
+RECORD = 'quick.json'
+_BUILD_FLAGS = ('user_column', 'item_column', 'time_column', 'where')
+_SHARE_OF_CONTENT = 0.6  # Of the time for training; the rest is for the model on ids.
+_SECONDS_AFTER_TRAINING = 50  # To evaluate, export and start the service.
+_SECONDS_TO_START = 20  # A training that has less time is not worth its start.
+_LEAST_SHARE = 0.25  # Of the minutes, which the first training gets whatever came before.
+_SECONDS_OF_PROGRESS = 15  # From one line of progress to the next, where there is no terminal.
+_REPEATS = 0.2  # With more targets that their users had before, items are recommended again.
+_MOST_ITEMS_OF_SOFTMAX = 50_000
+# Texts and pictures that the pretrained encoders encode in a second, on two cores.
+_SPEED = {'text': 8.0, 'image': 4.0}
+_SHARE_OF_ENCODING = 0.2  # Of the minutes; the built-in encoders are used if it takes longer.
+HASHING, COLOR = 'hashing', 'color'  # The built-in encoders.
+_SUMMARY = ('users', 'items', 'interactions', 'note')
+# A short training gets further with a higher learning rate than that of long ones.
+_SHORT = ('--config.optimizer.learning_rate=0.003', '--config.optimizer.warmup_steps=30')
+_MINUTES_OF_SHORT = 30
+_SMALL_BATCH = '--batch=16'  # Fewer programs are compiled before the page is there.
+_ONE_STAGE = '--config.stages=("train",)'
+
+
+class Models(NamedTuple):
+  """What training left.
+
+  Attributes:
+    best: the workdir of the model with the best validation.
+    metrics: test metrics by the name of the model, baselines first.
+  """
+
+  best: pathlib.Path
+  metrics: dict[str, dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+  """What is asked for.
+
+  Attributes:
+    orders: table of interactions, or a folder of its parts.
+    out: folder of everything that is made.
+    goods: item table, or None.
+    pictures: folder of the items' pictures, or None.
+    minutes: how long all of it may take.
+    given: flags of the build that the user gave.
+    encoders: encoders by modality that the user gave.
+  """
+
+  orders: pathlib.Path
+  out: pathlib.Path
+  goods: pathlib.Path | None = None
+  pictures: pathlib.Path | None = None
+  minutes: float = 5
+  given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Commands:
+  """Runs the separate commands and remembers in a file which of them are done.
+
+  The commands are processes, because nothing in this package may import `data_prep`. So each one is
+  what the user would type, and is resumed as it is on its own.
+  """
+
+  def __init__(self, order: Order):
+    """Reads the record of an earlier call.
+
+    Raises:
+      InputError: the folder holds something else, or other inputs.
+    """
+    self.out, self._path = order.out, order.out / RECORD
+    self._started = time.monotonic()
+    inputs = {
+      name: None if path is None else str(path.resolve())
+      for name, path in (('orders', order.orders), ('goods', order.goods))
+    }
+    inputs['pictures'] = order.pictures and str(order.pictures.resolve())
+    self.record: dict[str, Any] = {'inputs': inputs, 'done': {}}
+    if self._path.exists():
+      try:
+        self.record = json.loads(self._path.read_text())
+        before = self.record['inputs']
+      except (ValueError, KeyError) as error:
+        raise InputError(f'{self._path}: cannot be read ({error!r}); remove it') from error
+      if before != inputs:
+        raise InputError(f'--out={self.out}: was made from other files; give another --out')
+    elif self.out.exists() and any(self.out.iterdir()):
+      raise InputError(f'--out={self.out}: holds other files; give another --out')
+    self.out.mkdir(parents=True, exist_ok=True)
+    (self.out / 'logs').mkdir(exist_ok=True)
+    self._save()
+
+  def seconds(self) -> float:
+    """Returns how long this call has been running."""
+    return time.monotonic() - self._started
+
+  def remember(self, name: str, value: Any) -> Any:
+    """Stores a decision that a later call must not change."""
+    self.record[name] = value
+    self._save()
+    return value
+
+  def run(self, title: str, module: str, *flags: str, repeat: bool = False) -> str:
+    """Runs a command unless an earlier call did.
+
+    Args:
+      title: one word; the output goes to `logs/TITLE.log`.
+      module: the program.
+      *flags: its flags.
+      repeat: whether to run it even if it is done; it must notice that by itself.
+
+    Returns:
+      Its output.
+
+    Raises:
+      SystemExit: it failed. It has said why, and its exit code is kept.
+    """
+    log, words = self.out / 'logs' / f'{title}.log', [module, *flags]
+    is_done = self.record['done'].get(title) == words and log.exists()
+    line = f'python -m {shlex.join(words)}'
+    say(f'\n$ {line}' + ' # done before' * (is_done and not repeat))
+    if is_done and not repeat:
+      return log.read_text()
+    self.record['done'].pop(title, None)
+    self._save()
+    stderr = None if sys.stderr.isatty() else subprocess.PIPE
+    with log.open('w') as file:
+      command = [sys.executable, '-m', *words]
+      streams = {'stdout': file, 'stderr': stderr, 'text': True}
+      code = _wait(subprocess.Popen(command, process_group=0, **streams))
+    if code:
+      say(f'the command ended with {code}; {log} has its output. Start again to go on', sys.stderr)
+      sys.exit(code)
+    self.record['done'][title] = words
+    self._save()
+    return log.read_text()
+
+  def _save(self) -> None:
+    write_file(self._path, json.dumps(self.record, indent=2) + '\n')
+
+
+def _wait(process: subprocess.Popen) -> int:
+  """Waits for a process, to which signals are passed on; returns the exit code."""
+  handlers = {}
+  with contextlib.suppress(ValueError):  # Not the main thread, as in some notebooks.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+      handler = lambda number, _: process.send_signal(number)
+      handlers[number] = signal.signal(number, handler)
+  try:
+    if process.stderr is not None:
+      _pass_on(process.stderr)
+    code = process.wait()
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+  return 128 - code if code < 0 else code
+
+
+def _pass_on(lines: Iterable[str]) -> None:
+  """Prints the errors and notes of a process, and its progress from time to time."""
+  shown = time.monotonic()
+  for line in lines:
+    if line.startswith('['):  # As `metric_writers` reports progress where there is no terminal.
+      if time.monotonic() < shown + _SECONDS_OF_PROGRESS:
+        continue
+      shown = time.monotonic()
+    print(line, end='', file=sys.stderr, flush=True)
+
+
+def make_models(order: Order) -> Models:
+  """Builds, encodes, trains and compares.
+
+  Raises:
+    InputError: a table cannot be read, or its columns cannot be guessed.
+    SystemExit: a command failed.
+  """
+  commands = Commands(order)
+  data = order.out / 'data'
+  _build(commands, order, data)
+  modalities = _encode(commands, order, data)
+  keeps_seen = seen_items(data)
+  common = [f'--seen_items={keeps_seen}', f'--out={order.out / "baselines.json"}']
+  commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *common)
+  metrics = json.loads((order.out / 'baselines.json').read_text())
+  found = {}
+  for name in ('content', 'ids') if modalities else ('ids',):
+    limit = _minutes_of(commands, order, name, bool(modalities))
+    if limit is None:
+      say(
+        f'\n{_title(name, modalities)}: no time is left; --minutes={2 * order.minutes:g} has more'
+      )
+      continue
+    found[name] = _train(commands, data, name, limit, modalities, keeps_seen)
+    metrics[_title(name, modalities)] = found[name]['test']
+  best = max(found, key=lambda name: found[name]['valid']['ndcg@10'])
+  return Models(order.out / 'runs' / best, metrics)
+
+
+def _build(commands: Commands, order: Order, data: pathlib.Path) -> None:
+  from ur4rec_jax.data.raw.guesses import guess  # It takes a second to import.
+
+  guessed = guess(order.orders, order.goods, order.given)
+  say(f'{order.orders}\n' + '\n'.join(f'  {note}' for note in guessed.notes))
+  say('  If that is wrong: --user_column, --item_column, --time_column, --where.')
+  flags = [f'--{name}={value}' if value else f'--{name}' for name, value in guessed.flags.items()]
+  inputs = [f'--raw_dir={order.orders}']
+  if order.goods is not None:
+    inputs.append(f'--items={order.goods}')
+    if order.pictures is not None:
+      inputs.append(f'--images={order.pictures}')
+  words = ['--source=interactions', *inputs, f'--data_dir={data}', *flags]
+  # The build is repeated, because it notices when the files have changed.
+  output = commands.run('build', 'data_prep.build_dataset', *words, repeat=True)
+  shown = [line for line in output.splitlines() if line.startswith(_SUMMARY)]
+  say('\n'.join(shown))
+
+
+def _encode(commands: Commands, order: Order, data: pathlib.Path) -> list[str]:
+  """Encodes the contents of the items; returns the modalities."""
+  from ur4rec_jax.data import item_pictures
+  from ur4rec_jax.data.dataset import iterate_items
+  from ur4rec_jax.encoders.text import item_texts
+
+  items = list(iterate_items(data))
+  counts = {'text': sum(bool(item_texts(item)) for item in items)}
+  counts['image'] = sum(path is not None for path in item_pictures.find(data))
+  chosen = commands.record.get('encoders')
+  if chosen is None:
+    chosen = {name: _encoder(name, count, order) for name, count in counts.items() if count}
+    chosen = commands.remember('encoders', {name: x for name, x in chosen.items() if x})
+  if counts['image'] and 'image' not in chosen:
+    say('\nno pretrained encoder of pictures is here and fast enough, so the page alone has them')
+  if chosen.get('text') == HASHING != order.encoders.get('text'):
+    say('\nno pretrained encoder of texts is here and fast enough: the small built-in one is used')
+  if not chosen:
+    return []
+  flags = [f'--modality={",".join(chosen)}', f'--encoder={",".join(chosen.values())}']
+  commands.run('encode', 'data_prep.encode', f'--data_dir={data}', *flags)
+  return [*chosen]
+
+
+def _encoder(modality: str, count: int, order: Order) -> str | None:
+  """Chooses the pretrained encoder if it is on this machine and fast enough; None for none."""
+  from ur4rec_jax.encoders import pictures, pretrained, text
+
+  if name := order.encoders.get(modality):
+    return name
+  name = {'text': text.DEFAULT, 'image': pictures.DEFAULT}[modality]
+  is_fast = count / _SPEED[modality] <= 60 * order.minutes * _SHARE_OF_ENCODING
+  if is_fast and pretrained.is_here(name):
+    return name
+  # The built-in encoder of pictures sees colours alone, which are not worth the time.
+  return HASHING if modality == 'text' else None
+
+
+def seen_items(data: pathlib.Path) -> str:
+  """Decides whether items that a user had before are recommended again."""
+  from ur4rec_jax.data.dataset import load_dataset
+
+  is_repeated = load_dataset(data).is_repeated('test')
+  if not is_repeated.size:
+    raise InputError(f'{data}: no user has three interactions, which a test needs; add more')
+  if is_repeated.mean() <= _REPEATS:
+    return 'leave_out'
+  say(
+    f'\n{is_repeated.mean():.0%} of the users came back to an item that they had before, so such'
+    ' items are recommended, too'
+  )
+  return 'keep'
+
+
+def _minutes_of(commands: Commands, order: Order, name: str, is_one_of_two: bool) -> float | None:
+  """Decides how long a model is trained; a later call decides the same.
+
+  The model with contents comes first. The one on ids gets the time that is left, if there is some.
+
+  Returns:
+    Minutes, or None for a model that is left out.
+  """
+  plan = commands.record.get('plan')
+  if not plan or plan['minutes'] != order.minutes:
+    plan = {'minutes': order.minutes, 'by_model': {}}
+  if name not in plan['by_model']:
+    left = 60 * order.minutes - commands.seconds() - _SECONDS_AFTER_TRAINING
+    if not plan['by_model']:
+      left *= _SHARE_OF_CONTENT if is_one_of_two else 1.0
+      left = max(left, _LEAST_SHARE * 60 * order.minutes)
+    else:
+      left -= _SECONDS_TO_START
+    is_worth_it = not plan['by_model'] or left > _SECONDS_TO_START
+    plan['by_model'][name] = max(round(left / 60, 3), 0.001) if is_worth_it else None
+    commands.remember('plan', plan)
+  return plan['by_model'][name]
+
+
+def _title(name: str, modalities: Sequence[str]) -> str:
+  words = {'text': 'texts', 'image': 'pictures'}
+  content = ' and '.join(words[modality] for modality in modalities)
+  return 'SASRec' if name == 'ids' else f'SASRec + {content}'
+
+
+def _train(
+  commands: Commands,
+  data: pathlib.Path,
+  name: str,
+  minutes: float,
+  modalities: Sequence[str],
+  keeps_seen: str,
+) -> dict[str, Any]:
+  """Trains a model; returns the contents of results.json."""
+  from ur4rec_jax.data.dataset import read_info
+
+  variant, workdir = 'sasrec', data.parent / 'runs' / name
+  flags = [f'--config.data_dir={data}', f'--workdir={workdir}']
+  flags += [f'--config.max_minutes={minutes}', f'--config.evaluation.seen_items={keeps_seen}']
+  if minutes < _MINUTES_OF_SHORT:
+    flags += _SHORT
+  if name == 'content':
+    variant = 'multimodal' if len(modalities) > 1 else 'text'
+    flags.append(_ONE_STAGE)
+    if [*modalities] == ['image']:
+      flags.append('--config.modalities=image')
+  if read_info(data)['counts']['items'] > _MOST_ITEMS_OF_SOFTMAX:
+    flags += ['--config.loss.name=sampled_softmax', '--config.loss.num_negatives=1000']
+    flags += ['--config.loss.retriever_name=sampled_softmax']
+    flags += ['--config.optimizer.item_embeddings=touched']
+  say(f'\n{_title(name, modalities)}: {minutes:g} minutes at most')
+  words = [f'--config=default:{variant}', *flags]
+  results = workdir / 'results.json'
+  is_done = commands.record['done'].get(name) == ['ur4rec_jax.main', *words]
+  commands.run(name, 'ur4rec_jax.main', *words, repeat=is_done and not results.exists())
+  return json.loads(results.read_text())
+
+
+def compared(models: Models) -> str:
+  """Formats the test metrics of all models and baselines, and says what they mean."""
+  from ur4rec_jax.baselines import table
+
+  return table(models.metrics)
+
+
+def train(
+  orders: Any,
+  items: Any = None,
+  minutes: float = 5,
+  out: str | pathlib.Path | None = None,
+  **columns: str,
+) -> 'TrainedRecommender':
+  """Trains a recommender on a table of interactions.
+
+  Args:
+    orders: a pandas, Polars or Arrow table with one row per interaction, or the path of a file.
+    items: a table or file with titles and descriptions of the items, or None.
+    minutes: how long it may take.
+    out: folder for the data, the runs and their logs; the same folder goes on where it stopped.
+      None makes a temporary one, which stays.
+    **columns: flags of the build that are not to be guessed, such as `user_column='customer'`.
+
+  Returns:
+    The best model, with `recommend`, `similar`, `evaluate` and `export`.
+
+  Raises:
+    InputError: a table cannot be read, or its columns cannot be guessed.
+    ReportedError: a command failed; its message is in the error and in the logs.
+  """
+  import tempfile
+
+  from ur4rec_jax.inference.trained import load
+
+  folder = pathlib.Path(tempfile.mkdtemp(prefix='ur4rec-') if out is None else out)
+  paths = [_as_file(table, folder, name) for table, name in ((orders, 'orders'), (items, 'items'))]
+  if unknown := sorted(set(columns) - set(_BUILD_FLAGS)):
+    raise InputError(f'{unknown[0]} is none of {", ".join(_BUILD_FLAGS)}')
+  order = Order(paths[0], folder / 'model', paths[1], minutes=minutes, given=columns)
+  try:
+    models = make_models(order)
+  except SystemExit as stop:
+    raise ReportedError(f'a command ended with {stop.code}; see {order.out / "logs"}') from stop
+  return load(models.best)
+
+
+def _as_file(table: Any, folder: pathlib.Path, name: str) -> pathlib.Path | None:
+  """Returns the file of a table, which is written if it is in memory."""
+  if table is None:
+    return None
+  if isinstance(table, str | os.PathLike):
+    return pathlib.Path(table).expanduser()
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  from ur4rec_jax.data.raw.columns import in_memory
+
+  memory = in_memory(table, name)
+  folder.mkdir(parents=True, exist_ok=True)
+  path, found = folder / f'{name}.parquet', memory.select(list(memory.columns))
+  found = pa.table({column: found[column] for column in found.column_names})
+  pq.write_table(found, path)
+  return path
+
+
+def _flags() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  add = parser.add_argument
+  add('orders', help='table of interactions: .csv, .tsv or .parquet, or a folder of parts')
+  add('more', nargs='*', help='item table, and the folder of the pictures of the items')
+  add('--out', help='folder of everything that is made; without it quick-NAME of the orders')
+  add('--minutes', type=float, default=5, help='how long all of it may take, serving not counted')
+  for name in _BUILD_FLAGS:
+    add(f'--{name}', help='not guessed; see python -m data_prep.build_dataset --help')
+  add('--text_encoder', help=f'a pretrained model, or the built-in {HASHING}')
+  add('--image_encoder', help=f'a pretrained model, or the built-in {COLOR}')
+  add('--port', type=int, default=8000, help='port of the page')
+  add('--no_serve', action='store_true', help='stop after the export')
+  return parser
+
+
+def _order(flags: argparse.Namespace) -> Order:
+  orders = pathlib.Path(flags.orders)
+  more = [pathlib.Path(path) for path in flags.more]
+  for path in (orders, *more):
+    if not path.exists():
+      raise InputError(f'{path}: no such file or folder')
+  folders = [path for path in more if path.is_dir()]
+  tables = [path for path in more if not path.is_dir()]
+  if len(folders) > 1 or len(tables) > 1:
+    raise InputError('give the orders, an item table at most, and a folder of pictures at most')
+  if folders and not tables:
+    raise InputError(f'{folders[0]}: pictures need an item table, which says which items there are')
+  if not 0 < flags.minutes <= 10_000:
+    raise InputError(f'--minutes={flags.minutes:g}: must be above 0, 10000 at most')
+  values = vars(flags)
+  encoders = {name: found for name in _SPEED if (found := values[f'{name}_encoder'])}
+  given = {name: values[name] for name in _BUILD_FLAGS if values[name] is not None}
+  out = pathlib.Path(flags.out or f'quick-{orders.name.partition(".")[0]}')
+  return Order(
+    orders, out, *(tables or [None]), *(folders or [None]), flags.minutes, given, encoders
+  )
+
+
+def _export(order: Order, best: pathlib.Path) -> pathlib.Path:
+  """Exports the best model unless an earlier call did."""
+  commands, folder = Commands(order), order.out / 'export'
+  results = (best / 'results.json').read_text()
+  if commands.record.get('exported') != [str(best), results] and folder.exists():
+    shutil.rmtree(folder)
+    commands.record['done'].pop('export', None)
+  words = [f'--workdir={best}', f'--out={folder}', '--users']
+  if not folder.exists():
+    commands.record['done'].pop('export', None)
+  commands.run('export', 'ur4rec_jax.export', *words)
+  commands.remember('exported', [str(best), results])
+  return folder
+
+
+def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterator[str]:
+  """Says how good the model is, and how to go on."""
+  yield f'\n{compared(models)}'
+  best = json.loads((models.best / 'results.json').read_text())
+  values = best['test']
+  simple = {name: x for name, x in models.metrics.items() if 'setting' in x or name == 'popularity'}
+  rival = max(simple, key=lambda name: simple[name]['ndcg@10'])
+  hits = [100 * x['hit@10'] for x in (values, simple['popularity'])]
+  yield (
+    f'served: {models.best}, with the best validation; its first ten have the next item of'
+    f' {hits[0]:.0f} of 100 users, those of popularity of {hits[1]:.0f}'
+  )
+  if values['ndcg@10'] < simple[rival]['ndcg@10']:
+    yield f'warning: {rival} is better; train longer: --minutes={4 * order.minutes:g}'
+  yield f'report: {models.best}/report.html'
+  say_folder = shlex.quote(str(folder))
+  yield f'later: python -m ur4rec_jax.serve --export={say_folder}'
+  yield f'       python -m ur4rec_jax.recommend --workdir={shlex.quote(str(models.best))} --help'
+
+
+@exit_on_reported_error
+def main(argv: list[str] | None = None) -> None:
+  """Reads the flags, makes the models, exports the best one and serves it."""
+  flags = _flags().parse_args(expand_home(argv))
+  order = _order(flags)
+  can_serve = all(map(importlib.util.find_spec, ('fastapi', 'uvicorn', 'prometheus_client')))
+  if not can_serve and not flags.no_serve:
+    say("note: it will not serve; pip install 'ur4rec-jax[serve]'", sys.stderr)
+  models = make_models(order)
+  folder = _export(order, models.best)
+  say('\n'.join(_lines_of_end(order, models, folder)))
+  if flags.no_serve or not can_serve:
+    return
+  words = ['ur4rec_jax.serve', f'--export={folder}', f'--port={flags.port}', _SMALL_BATCH]
+  say(f'\n$ python -m {printable(shlex.join(words))}')
+  os.execv(sys.executable, [sys.executable, '-m', *words])
+
+
+if __name__ == '__main__':
+  main()
