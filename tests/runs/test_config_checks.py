@@ -89,6 +89,7 @@ WRONG = [
 OTHER = {
   'data_dir': '/elsewhere',
   'compilation_cache': '/elsewhere',
+  'max_minutes': 5.0,
   'checkpoint.grace_seconds': 1.0,
   'stage.train.num_epochs': 7,
   'stage.train.num_steps': 7,
