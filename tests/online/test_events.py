@@ -54,6 +54,8 @@ def test_an_event_without_time_happens_now_and_whole_numbers_are_ids():
     ({'time': NOW - 1001}, 'is older than the days for which events are kept'),
     ({'value': math.inf}, 'value: must be a number'),
     ({'value': '5'}, 'value: must be a number'),
+    ({'request_id': {}}, 'request_id: must be text, not {}'),
+    ({'request_id': 5}, 'request_id: must be text, not 5'),
     ({'stars': 5}, 'stars: there is no such field'),
   ],
 )

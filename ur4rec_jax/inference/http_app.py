@@ -84,6 +84,7 @@ def make_app(
   """
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
+  app.add_exception_handler(405, _on_wrong_method)
   feedback = None if live is None else live.feedback
   service = Service(recommender, batcher, thumbnails, rules, model, feedback)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
@@ -383,6 +384,16 @@ def make_search(texts: Sequence[str]) -> Callable[[str], list[int]]:
 
 def _problems(*statuses: int) -> dict[int, dict[str, Any]]:
   return {status: {'model': Problem} for status in statuses}
+
+
+async def _on_wrong_method(request: fastapi.Request, _) -> JSONResponse:
+  """Names all methods of the path; the framework would name those of one route."""
+  path, routes = request.scope['path'], request.app.routes
+  matching = [route for route in routes if route.path_regex.match(path)]
+  methods = {method for route in matching for method in route.methods}
+  answer = problem(405, f'this path takes {" and ".join(sorted(methods))}')
+  answer.headers['Allow'] = ', '.join(sorted(methods))
+  return answer
 
 
 async def _on_bad_request(_, error: RequestValidationError) -> JSONResponse:

@@ -140,7 +140,7 @@ def check_event(fields: Any, now: float, keep_seconds: float = math.inf) -> Even
     kind,
     _time(fields.get('time', now), now, keep_seconds),
     None if fields.get('value') is None else _number(fields['value'], 'value'),
-    _id(fields, 'request_id') if fields.get('request_id') else '',
+    _request_id(fields.get('request_id', '')),
   )
 
 
@@ -159,6 +159,12 @@ def _id(fields: Mapping[str, Any], name: str) -> str:
   if _CONTROLS.search(value) or not value.strip() or not _is_unicode(value):
     raise InputError(f'{name}: {value[:80]!r} must be text on one line')
   return value
+
+
+def _request_id(value: Any) -> str:
+  if not isinstance(value, str):
+    raise InputError(f'request_id: must be text, not {_shown(value)}')
+  return _id({'request_id': value}, 'request_id') if value else ''
 
 
 def _time(value: Any, now: float, keep_seconds: float) -> float:
