@@ -6,7 +6,7 @@ written in backticks.
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ur4rec_jax.errors import InputError
 
@@ -61,8 +61,9 @@ def parse(text: str | None, flag: str = '--where') -> list[Comparison]:
   return comparisons
 
 
-def _tokens(text: str, flag: str) -> list[tuple[str, int | float | str]]:
-  tokens, at = [], 0
+def _tokens(text: str, flag: str) -> list[tuple[str, Any]]:
+  tokens: list[tuple[str, Any]] = []
+  at = 0
   while at < len(text):
     if text[at].isspace():
       at += 1
@@ -70,7 +71,8 @@ def _tokens(text: str, flag: str) -> list[tuple[str, int | float | str]]:
     found = _TOKENS.match(text, at)
     if found is None:
       raise InputError(f'{flag}={text}: cannot be read from {text[at:]!r} on; {_FORM}')
-    kind, value = found.lastgroup, found[found.lastgroup]
+    kind = found.lastgroup or ''
+    value: Any = found[kind]
     if kind in ('single', 'double'):
       quote = {'single': "'", 'double': '"'}[kind]
       kind, value = 'text', value.replace(2 * quote, quote)
