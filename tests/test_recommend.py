@@ -191,3 +191,43 @@ def test_the_package_is_light(environment):
     [sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True
   )
   assert done.stdout.split() == ['False', 'True']
+
+
+def test_similar_items_and_rules_of_the_command(call, finished, data_dir, tmp_path):
+  ids = [item['original_id'] for item in read_items(data_dir)]
+  done = call('recommend', f'--workdir={finished}', f'--similar_to={ids[4]}', '--k=3')
+  assert done.returncode == 0, done.stderr
+  assert len(done.stdout.splitlines()) == 3
+  done = call('recommend', f'--workdir={finished}', f'--similar_to={ids[4]},{ids[5]}', '--json')
+  found = [row['item'] for row in json.loads(done.stdout)]
+  assert len(found) == 10
+  assert not {ids[4], ids[5]} & set(found)
+  refused = call('recommend', f'--workdir={finished}', f'--similar_to={ids[4]}', '--user=u001')
+  assert refused.returncode == 2
+  assert '--similar_to: takes --by, --k, --add_items and --json alone' in refused.stderr
+
+  rows = [[name, 'ab'[i % 2]] for i, name in enumerate(ids)]
+  write_table(tmp_path / 'goods.csv', 'sku,kind', rows)
+  rules = tmp_path / 'rules.toml'
+  rules.write_text(
+    f'attributes = "goods.csv"\n[[cap]]\nattribute = "kind"\nmost = 2\n[[pin]]\nitem = "{ids[0]}"\n'
+    'position = 2'
+  )
+  flags = (f'--workdir={finished}', f'--rules={rules}', f'--history={ids[1]}')
+  done = call('recommend', *flags, '--k=6')
+  assert done.returncode == 0, done.stderr
+  lines = done.stdout.splitlines()
+  assert lines[2].split()[:2] == ['2', ids[0]]
+  assert lines[3].strip() == 'pinned to position 2'
+  assert lines[-1].startswith('only 4 are recommended: ')
+  assert 'would exceed a cap (2 of one kind)' in lines[-1]
+  out = tmp_path / 'top.parquet'
+  done = call('recommend', *flags[:2], '--all_users', f'--out={out}', '--k=3')
+  assert done.returncode == 0, done.stderr
+  table = pq.read_table(out)
+  assert table.column_names[-1] == 'rules'
+  assert table.num_rows == 3 * len(read_interactions(data_dir).user_ids)
+  rules.write_text('[[caps]]')
+  refused = call('recommend', *flags)
+  assert refused.returncode == 2
+  assert 'caps is no rule; did you mean cap?' in refused.stderr

@@ -71,7 +71,7 @@ def _tokens(text: str, flag: str) -> list[tuple[str, Any]]:
     found = _TOKENS.match(text, at)
     if found is None:
       raise InputError(f'{flag}={text}: cannot be read from {text[at:]!r} on; {_FORM}')
-    kind: str = found.lastgroup or ''
+    kind = found.lastgroup or ''
     value: Any = found[kind]
     if kind in ('single', 'double'):
       quote = {'single': "'", 'double': '"'}[kind]

@@ -331,7 +331,8 @@ class TrainLoop:
     out_of_patience = progress.step >= self._out_of_patience_at()
     is_validated = progress.validated_step == progress.step
     is_done = self._steps_in_stage() >= self.total_steps or out_of_patience
-    return is_validated and (is_done or self.is_out_of_time)
+    # A run whose time is over at once still takes a step, after which it is validated.
+    return is_validated and (is_done or (self.is_out_of_time and bool(progress.stage.valid)))
 
   def _find_out_of_time(self) -> bool:
     """Tells whether `max_minutes` are over; all processes get the same answer."""

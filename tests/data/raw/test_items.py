@@ -1,0 +1,50 @@
+"""Pictures of items are found by file name, by the end of a URL, and by the item's id."""
+
+import pytest
+
+from tests.helpers.goods import write_picture, write_table
+from ur4rec_jax.data.raw import items
+from ur4rec_jax.errors import InputError
+
+
+@pytest.fixture
+def pictures(tmp_path):
+  folder = tmp_path / 'pictures'
+  folder.mkdir()
+  for i, name in enumerate(('a.png', 'b c.png', 'k3.png')):
+    write_picture(folder / name, i)
+  return folder
+
+
+def read(tmp_path, rows, **parameters):
+  table = write_table(tmp_path / 'goods.csv', 'sku,title,image', rows)
+  return {name: item.image for name, item in items.read(table, **parameters)[0].items()}
+
+
+def test_they_are_found_in_a_folder_that_is_given(tmp_path, pictures):
+  rows = [
+    ['k0', 'by name', 'a.png'],
+    ['k1', 'by URL', 'https://shop.example/img/b%20c.png?size=2'],
+    ['k2', 'URL of no file', 'https://shop.example/img/z.png'],
+    ['k3', 'by id', ''],
+    ['k4', 'none', ''],
+    ['../pictures/a', 'an id that looks like a path', ''],
+  ]
+  found = read(tmp_path, rows, images=str(pictures))
+  real = pictures.resolve()
+  assert found == {
+    'k0': real / 'a.png',
+    'k1': real / 'b c.png',
+    'k2': 'https://shop.example/img/z.png',
+    'k3': real / 'k3.png',
+    'k4': None,
+    '../pictures/a': None,
+  }
+
+
+def test_without_such_a_folder_only_names_count(tmp_path, pictures):
+  write_picture(tmp_path / 'k3.png', 3)
+  url = 'https://shop.example/k3.png'
+  assert read(tmp_path, [['k3', 'no picture', ''], ['k4', 'URL', url]]) == {'k3': None, 'k4': url}
+  with pytest.raises(InputError, match=r'leads out of .*pictures'):
+    read(tmp_path, [['k0', 'outside', '../k3.png']], images=str(pictures))
