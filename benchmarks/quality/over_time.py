@@ -237,7 +237,8 @@ def table(results: dict[str, Any]) -> str:
   settings = results['settings']
   lines = [
     f'Data {results["data"]}: {results["events"][0]:,} events to start with, then'
-    f' {len(results["windows"])} windows; retraining of at most {settings["epochs"]} epochs,'
+    f' {len(results["windows"])} of {len(results["events"]) - 1} windows; retraining of at most'
+    f' {settings["epochs"]} epochs,'
     f' updates of {settings["update_epochs"]} epochs with a replay of {settings["replay"]:g} and'
     f' moments {settings["moments"]}; one seed.',
     '',
