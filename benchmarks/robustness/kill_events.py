@@ -84,7 +84,8 @@ class Sender(threading.Thread):
       for event in events:
         key = event['user'], event['id']
         self.acknowledged[key] = event['item'], event['time']
-      if self._rng.random() < 0.5:  # As a client does whose connection broke after the answer.
+      # As a client does whose connection broke after the answer.
+      if not self.is_over and self._rng.random() < 0.5:
         waiting.append(events)
 
   def _event(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ _EVENT = {
       'minimum': 0,
       'description': 'seconds since 1970; without it the time at which the event arrives',
     },
-    'value': {'type': ['number', 'null'], 'minimum': -1e14, 'maximum': 1e14},
+    'value': {'type': ['number', 'null'], 'exclusiveMinimum': -1e15, 'exclusiveMaximum': 1e15},
     'request_id': {
       'type': 'string',
       'maxLength': MOST_CHARACTERS,

@@ -149,7 +149,7 @@ def _id(fields: Mapping[str, Any], name: str) -> str:
   value = fields.get(name)
   if isinstance(value, float) and value.is_integer():
     value = int(value)
-  if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18:
+  if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 10**15:
     return str(value)
   if not isinstance(value, str) or not value:
     raise InputError(f'{name}: must be text or a whole number, not {_shown(value)}')
