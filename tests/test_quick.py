@@ -63,14 +63,8 @@ def test_quick_goes_on_where_train_stopped_and_exports(trained, files):
     'ur4rec_jax.main',
     'ur4rec_jax.export',
   ]
-  assert [line.endswith('# done before') for line in commands] == [
-    False,
-    True,
-    True,
-    True,
-    True,
-    False,
-  ]
+  is_done = [line.endswith('# done before') for line in commands]
+  assert is_done == [False, True, True, True, False]
   assert 'SASRec: no time is left' in done.stdout
   assert 'time = ordered (its values are times)' in done.stdout
   assert 'item-kNN' in done.stdout
