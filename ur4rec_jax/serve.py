@@ -35,7 +35,7 @@ try:
   from ur4rec_jax.inference.batcher import Batcher
   from ur4rec_jax.inference.connections import make_protocol
   from ur4rec_jax.inference.feedback import Feedback
-  from ur4rec_jax.inference.http_app import Live, make_app
+  from ur4rec_jax.inference.http_app import Live, Model, make_app
   from ur4rec_jax.inference.http_events import EventRoute
   from ur4rec_jax.inference.live import LiveModel, Served, is_loading, open_current
   from ur4rec_jax.inference.recommender import BATCH_SIZES
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
     thumbnails = exported.load_thumbnails(folder)
     rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
-    app = make_app(recommender, batcher, thumbnails, rules, digest, live)
+    app = make_app(Model(recommender, batcher, thumbnails, rules, digest), live)
     return Served(app, batcher, version or digest)
 
   served = load(*(open_current(flags.registry) if flags.registry else (flags.export,)))

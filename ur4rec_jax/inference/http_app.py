@@ -64,29 +64,37 @@ class Live(NamedTuple):
   route: EventRoute
 
 
-def make_app(
-  recommender: Recommender,
-  batcher: Batcher,
-  thumbnails: Thumbnails | None = None,
-  rules: Rules | None = None,
-  model: str = '',
-  live: Live | None = None,
-) -> FastAPI:
-  """Builds the ASGI application of one model. The caller runs the batcher.
+class Model(NamedTuple):
+  """A model to serve.
 
-  Args:
-    recommender: the recommender to serve.
-    batcher: a batcher of the same recommender.
+  Attributes:
+    recommender: the recommender.
+    batcher: a batcher of the same recommender. The caller runs it.
     thumbnails: the pictures of the items, if there are some.
     rules: the rules of the shop, which a request can leave out.
-    model: the start of the model's hash.
+    digest: the start of the hash of the exported folder, which exposures name.
+  """
+
+  recommender: Recommender
+  batcher: Batcher
+  thumbnails: Thumbnails | None = None
+  rules: Rules | None = None
+  digest: str = ''
+
+
+def make_app(model: Model, live: Live | None = None) -> FastAPI:
+  """Builds the ASGI application of one model.
+
+  Args:
+    model: the model.
     live: events, if the service takes some.
   """
+  recommender, batcher = model.recommender, model.batcher
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   app.add_exception_handler(405, _on_wrong_method)
   feedback = None if live is None else live.feedback
-  service = Service(recommender, batcher, thumbnails, rules, model, feedback)
+  service = Service(model, feedback)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
@@ -133,30 +141,18 @@ def make_app(
 class Service:
   """The handlers of all routes that need the recommender."""
 
-  def __init__(
-    self,
-    recommender: Recommender,
-    batcher: Batcher,
-    thumbnails: Thumbnails | None = None,
-    rules: Rules | None = None,
-    model: str = '',
-    feedback: Feedback | None = None,
-  ):
+  def __init__(self, model: Model, feedback: Feedback | None = None):
     """Prepares the searches.
 
     Args:
-      recommender: the recommender to serve.
-      batcher: a batcher of the same recommender.
-      thumbnails: the pictures of the items, if there are some.
-      rules: the rules of the shop.
-      model: the start of the model's hash.
+      model: the model to serve.
       feedback: the events, if the service takes some.
     """
-    self._rules = rules
-    if rules is not None and rules.diversity:
+    recommender = model.recommender
+    self._model, self._recommender, self._batcher = model, recommender, model.batcher
+    self._feedback = feedback
+    if model.rules is not None and model.rules.diversity:
       recommender.item_vectors()  # So that the first request need not wait for them.
-    self._recommender, self._batcher, self._thumbnails = recommender, batcher, thumbnails
-    self._model, self._feedback = model, feedback
     self._coverage = Coverage(recommender)
     self._until = recommender.about.get('data_until', -math.inf)
     names = zip(recommender.titles, recommender.item_ids, strict=True)
@@ -181,7 +177,7 @@ class Service:
       question.keep_seen,
       [getattr(question.weights, branch) for branch in recommender.branches],
       self._batcher.no_texts,
-      self._rules if question.rules else None,
+      self._model.rules if question.rules else None,
     )
     try:
       if question.user is None:
@@ -250,7 +246,7 @@ class Service:
     if self._feedback is None:
       return new_request_id()
     self._coverage.count(self._recommender.number_of(row['item']) for row in rows)
-    return self._feedback.show(user, self._model, rows)
+    return self._feedback.show(user, self._model.digest, rows)
 
   # A search holds the interpreter, so that a thread of its own would cost more time, not less.
   async def items(self, search: Search = '') -> list[Item]:
@@ -304,7 +300,7 @@ class Service:
     }
     if etag in request.headers.get('If-None-Match', ''):
       return fastapi.Response(status_code=304, headers=headers)
-    content = self._thumbnails.read(index)
+    content = self._model.thumbnails.read(index)
     if content is None:
       raise HTTPException(404, f'the picture of item {item!r} is damaged; export it again')
     return fastapi.Response(content, media_type=MEDIA_TYPE, headers=headers)
@@ -312,10 +308,10 @@ class Service:
   def _version_of(self, item: str) -> tuple[int, str]:
     """Returns the index of an item and the version of its picture, '' without one."""
     numbers, _ = self._recommender.lookup([item])
-    if self._thumbnails is None or not numbers.size:
+    if self._model.thumbnails is None or not numbers.size:
       return -1, ''
     index = int(numbers[0]) - 1  # Item numbers begin at 1.
-    return index, self._thumbnails.version(index)
+    return index, self._model.thumbnails.version(index)
 
   def _picture_of(self, item: str) -> dict[str, str]:
     """Returns the field `picture` of an item, or nothing."""
@@ -331,7 +327,7 @@ class Service:
       dataset=recommender.about.get('dataset', {}).get('name', ''),
       items=len(recommender.item_ids),
       users=len(self._user_names),
-      pictures=len(self._thumbnails or ()),
+      pictures=len(self._model.thumbnails or ()),
       paths=recommender.branches,
       share_names=recommender.share_names,
       max_length=recommender.max_length,
