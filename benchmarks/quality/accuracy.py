@@ -59,6 +59,8 @@ READING = f"""
   `-multimodal` texts and pictures: on MovieLens in a second branch, on Amazon Beauty through item
   embeddings that start as texts. `-paper` uses the retriever of the paper. `-shuffled` is a
   control: every item has the text and the picture of another item.
+- `-window` has rotary positions in a window of 50 items, GELU, normalised inputs, and on MovieLens
+  the loss `same_target`, smaller batches and less dropout.
 - `ml-1m-sequences` is the MovieLens-1M file of the SASRec benchmarks. The best published SASRec
   with full cross-entropy has NDCG@10 0.182 and Hit@10 0.315 on it, under full ranking.
 - **gain** compares the mean NDCG@10 with that of the baseline, which is SASRec on the same data.

@@ -10,7 +10,8 @@
   two.
 - Off-policy estimates: how many of 1,000 intervals hold the true reward of the new policy.
 
-The result is stored in `benchmarks/results/experiments.json`; docs/experiments.md quotes it.
+The result is stored in `benchmarks/results/experiments/simulations.json`, and docs/experiments.md
+quotes it.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from ur4rec_jax.online import interleaving, off_policy, statistics
 from ur4rec_jax.online.analysis import LOOKS
 from ur4rec_jax.online.experiments import position
 
-RESULTS = pathlib.Path(__file__).parents[1] / 'results' / 'experiments.json'
+RESULTS = pathlib.Path(__file__).parents[1] / 'results' / 'experiments' / 'simulations.json'
 LEVEL = 0.05
 START = 1_767_225_600  # 2026-01-01.
 PARTS = ('A/A', 'A/B', 'interleaving', 'off-policy')

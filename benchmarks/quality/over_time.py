@@ -6,7 +6,8 @@ The first half of the events is the start; the rest comes in equal windows. In e
 model first ranks the last item of each user with new events, and only then learns the window. The
 data grow by `build_dataset --append`, and the updates pass the gate of `ur4rec_jax.update`. At the
 end the last window comes once more with shuffled items, which the gate must refuse. Writes
-`benchmarks/results/over_time.json` and the table in docs/updates.md; --table only the latter.
+`benchmarks/results/over_time/ml-100k.json` and the table in docs/updates.md; --table only the
+latter.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.sharding import devices
 
 _ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = _ROOT / 'benchmarks' / 'results' / 'over_time.json'
+RESULTS = _ROOT / 'benchmarks' / 'results' / 'over_time' / 'ml-100k.json'
 PAGE = _ROOT / 'docs' / 'updates.md'
 _BEGIN, _END = '<!-- over_time -->', '<!-- end of over_time -->'
 MODELS = ('static', 'update', 'retrain', 'item-kNN')
