@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
       say(
         f'next: python -m data_prep.build_dataset --source=interactions --data_dir=data/live'
         f' --raw_dir={shlex.quote(flags.out)}/{EVENTS} --event_column=kind'
-        f' --event_weights={weights}'
+        f' --event_weights={weights} --drop_duplicates'
       )
   elif flags.delete_user is not None:
     count = store.delete_user(flags.delete_user, time.time())

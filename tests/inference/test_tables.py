@@ -22,7 +22,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.inference import tables
 from ur4rec_jax.inference.new_items import read_new_items
 
-FLAGS = argparse.Namespace(k=3, only=None, without=None, keep_seen=False)
+FLAGS = argparse.Namespace(k=3, only=None, without=None, keep_seen=False, rules=None)
 IDS = st.text('ab 07-",;é', min_size=1, max_size=4).filter(str.strip)
 
 
