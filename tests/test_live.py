@@ -10,8 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,6 +17,7 @@ import pytest
 from tests.helpers.recommenders import make
 from tests.helpers.redis_server import redis_server
 from tests.helpers.runs import ROOT
+from tests.helpers.services import request, service
 from ur4rec_jax.export import export
 from ur4rec_jax.inference import registry
 from ur4rec_jax.online.feedback_store import open_store
@@ -38,20 +37,10 @@ def recommender(shop):
   return make(shop, 'sasrec')[0]
 
 
-@contextlib.contextmanager
 def serve(environment, *flags):
   """Starts the service; gives the process and its address."""
   command = [sys.executable, '-m', 'ur4rec_jax.serve', '--port=0', '--batch=4', *flags]
-  process = subprocess.Popen(
-    command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
-  try:
-    line = process.stdout.readline()
-    assert line.startswith('ready'), process.stderr.read()
-    yield process, line.split()[-1]
-  finally:
-    process.kill()
-    process.communicate()
+  return service(command, environment)
 
 
 @pytest.fixture(scope='module')
@@ -63,15 +52,9 @@ def live(environment, exports, tmp_path_factory):
 
 
 def get(url, body=None, **headers):
-  """Status and content; a body that is no bytes goes as JSON."""
-  if body is not None and not isinstance(body, bytes):
-    body = json.dumps(body).encode()
-  headers = {'Content-Type': 'application/json'} | headers
-  try:
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
-      return answer.status, answer.read().decode()
-  except urllib.error.HTTPError as error:
-    return error.code, error.read().decode()
+  """Status and content."""
+  status, _, content = request(url, body, **headers)
+  return status, content
 
 
 def ask(address, user, **options):

@@ -1,6 +1,5 @@
 """The service as a process on a free port: answers, limits, overload, stop, and its page."""
 
-import contextlib
 import copy
 import json
 import os
@@ -18,6 +17,8 @@ import pytest
 
 from tests.helpers.recommenders import make
 from tests.helpers.runs import ROOT
+from tests.helpers.services import request as get
+from tests.helpers.services import service
 from ur4rec_jax.export import export
 from ur4rec_jax.inference.admission import make_host_check
 
@@ -50,19 +51,9 @@ def folder(recommender, tmp_path_factory):
 def serve(environment):
   """Starts the service: `serve(folder, *flags)` gives the process and the start of its address."""
 
-  @contextlib.contextmanager
   def serve(folder, *flags):
     command = [sys.executable, '-c', ALONE, f'--export={folder}', '--port=0', *flags]
-    process = subprocess.Popen(
-      command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-      line = process.stdout.readline()
-      assert line.startswith('ready'), process.stderr.read()
-      yield process, line.split()[-1]
-    finally:
-      process.kill()
-      process.communicate()
+    return service(command, environment)
 
   return serve
 
@@ -71,18 +62,6 @@ def serve(environment):
 def address(serve, folder):
   with serve(folder, '--batch=4', '--allowed_hosts=shop.example') as (_, address):
     yield address
-
-
-def get(url, body=None, **headers):
-  """Status, headers and content; a body that is no bytes goes as JSON."""
-  if body is not None and not isinstance(body, bytes):
-    body = json.dumps(body).encode()
-  headers = {'Content-Type': 'application/json'} | headers
-  try:
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
-      return answer.status, answer.headers, answer.read().decode()
-  except urllib.error.HTTPError as error:
-    return error.code, error.headers, error.read().decode()
 
 
 def ask(address, **question):

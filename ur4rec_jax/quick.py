@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ur4rec_jax.baselines import table
 from ur4rec_jax.errors import InputError, ReportedError, exit_on_reported_error, printable, say
 from ur4rec_jax.files import expand_home, write_file
 
@@ -364,13 +365,6 @@ def _train(
   return json.loads(results.read_text())
 
 
-def compared(models: Models) -> str:
-  """Formats the test metrics of all models and baselines, and says what they mean."""
-  from ur4rec_jax.baselines import table
-
-  return table(models.metrics)
-
-
 def train(
   orders: Any,
   items: Any = None,
@@ -488,7 +482,7 @@ def _export(order: Order, best: pathlib.Path) -> pathlib.Path:
 
 def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterator[str]:
   """Says how good the model is, and how to go on."""
-  yield f'\n{compared(models)}'
+  yield f'\n{table(models.metrics)}'
   best = json.loads((models.best / 'results.json').read_text())
   values = best['test']
   simple = {name: x for name, x in models.metrics.items() if 'setting' in x or name == 'popularity'}

@@ -108,7 +108,7 @@ def _read(path: Path, columns: Sequence[str], id_column: str | None) -> dict[str
   id_column = items.id_column(path, table.columns, id_column)
   values: dict[str, list[Any]] = {}
   for place, row in table.rows([id_column, *columns]):
-    where = f'{place.path}, {place.unit} {place.number}'
+    where = str(place)
     name = items.original_id(row.get(id_column), id_column, where)
     if name in values:
       raise InputError(f'{where}: {name!r} is in the table twice; remove one of the two')

@@ -506,9 +506,7 @@ def _info(
       'without': masked,
       'tokens': sum(record['filled'] for record in records),
       'bytes': sum(record['bytes'] for record in records),
-      **(
-        {'reused': reused} if (reused := sum(record.get('reused', 0) for record in records)) else {}
-      ),
+      **({'reused': reused} if reused else {}),
     },
     'masked': _masked(records),
     'projection': about_projection,

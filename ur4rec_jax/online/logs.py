@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from ur4rec_jax.data.raw import columns, tables, texts, times
 from ur4rec_jax.data.raw.items import json_lines
-from ur4rec_jax.data.raw.records import Place
 from ur4rec_jax.errors import InputError, counted
 
 _EXPOSURE = ('request_id', 'user', 'time', 'item')
@@ -216,7 +215,7 @@ def read_table(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) 
     _check_columns(path, file.columns, needed)
     names = [*needed, *(name for name in optional if name in file.columns)]
     table = columns.simplified(tables.read(file, names), str(path))
-    where = lambda row: _at(tables.place(file, row))
+    where = lambda row: str(tables.place(file, row))
   found = {}
   for name in table.column_names:
     if name in _NUMBERS:
@@ -243,22 +242,16 @@ def _read_json(
     for (place, row), value in zip(rows, values, strict=True):
       if isinstance(value, list | dict | bool):
         raise InputError(
-          f'{_at(place)}: {name} must be a text or a number, not {texts.shown(repr(value))}'
+          f'{place}: {name} must be a text or a number, not {texts.shown(repr(value))}'
         )
       if name in needed and name not in row:
-        raise InputError(
-          f'{_at(place)}: has no field {name!r}; each line needs {", ".join(needed)}'
-        )
+        raise InputError(f'{place}: has no field {name!r}; each line needs {", ".join(needed)}')
     kinds = {type(value) for value in values} - {type(None)}
     # Mixed numbers and texts are ids; times and numbers of one type keep it.
     if len(kinds) > 1 and kinds != {int, float}:
       values = [None if value is None else str(value) for value in values]
     found[name] = pa.chunked_array([pa.array(values)])
-  return pa.table(found), lambda row: _at(rows[row][0])
-
-
-def _at(place: Place) -> str:
-  return f'{place.path}, {place.unit} {place.number}'
+  return pa.table(found), lambda row: str(rows[row][0])
 
 
 def _value(column: pa.ChunkedArray, row: int) -> str:

@@ -78,12 +78,12 @@ def warm_state(run: Run) -> TrainState:
 def _warm_state(run: Run) -> TrainState:
   fresh = jax.device_get(jax.jit(run.create_state)())
   before = open_before(run)
-  state = fresh.replace(params=_grown(run, before, fresh.params))
+  rows = _rows_before(run, before)
+  state = fresh.replace(params=_grown(run, before, rows, fresh.params))
   if run.config.init.moments == CARRY:
     stored = before.stored()
     arrays, _ = read_latest(run.config.init.run, stored, before.stored_axes(stored))
     moments = before.embeddings.unpad(jax.device_get(arrays['state'].opt_state))
-    rows = _rows_before(run, before)
     _check_same(run, fresh.opt_state, moments)
     state = state.replace(opt_state=_mapped(fresh.opt_state, moments, rows))
   return state
@@ -92,7 +92,8 @@ def _warm_state(run: Run) -> TrainState:
 def warm_params(run: Run) -> PyTree:
   """Returns the parameters of `warm_state` alone: the old model, which knows the new items."""
   fresh = jax.device_get(jax.jit(run.create_state)().params)
-  return _grown(run, open_before(run), fresh)
+  before = open_before(run)
+  return _grown(run, before, _rows_before(run, before), fresh)
 
 
 def open_before(run: Run) -> Run:
@@ -103,11 +104,10 @@ def open_before(run: Run) -> Run:
     raise InputError(f'config.init.run={run.config.init.run}: {error}') from error
 
 
-def _grown(run: Run, before: Run, fresh: PyTree) -> PyTree:
+def _grown(run: Run, before: Run, rows: np.ndarray, fresh: PyTree) -> PyTree:
   """Returns the best parameters of the earlier run, with rows for the items of the new one."""
   params = jax.device_get(restore_best(before, run.config.init.run)[1])
   _check_same(run, fresh, params)
-  rows = _rows_before(run, before)
   grown = _mapped(fresh, params, rows)
   return map_item_tables(_Newcomers(run, before, rows).start, grown)
 

@@ -280,7 +280,7 @@ def read_columns(
   cleanings = ids.parse_cleanings(options['clean_ids'])
   if not table.num_rows:
     raise InputError(f'{path}: --where and --event_weights leave out all rows; correct them')
-  where = lambda row: '{0.path}, {0.unit} {0.number}'.format(locate(row))
+  where = lambda row: str(locate(row))
   found = {
     role: ids.read(table[role], columns[role], where, cleanings) for role in ('user', 'item')
   }

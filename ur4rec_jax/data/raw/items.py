@@ -89,7 +89,7 @@ def from_table(
   table: dict[str, Item] = {}
   places: dict[str, Place] = {}
   for place, row in source.rows(list(dict.fromkeys([*columns.values(), *extra]))):
-    where = f'{place.path}, {place.unit} {place.number}'
+    where = str(place)
     name = original_id(row.get(columns['item_id']), columns['item_id'], where)
     if name in table:
       raise InputError(

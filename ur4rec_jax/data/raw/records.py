@@ -25,6 +25,9 @@ class Place(NamedTuple):
   number: int
   unit: str = 'line'
 
+  def __str__(self) -> str:
+    return f'{self.path}, {self.unit} {self.number}'
+
 
 class Raw(NamedTuple):
   """Interactions as columns, in file order, and the item table.
@@ -72,7 +75,7 @@ class Raw(NamedTuple):
       plural = 's' * (len(rows) > 1)
       numbers = ' and '.join(str(place.number) for place in places)
       return f'{places[0].path}, {places[0].unit}{plural} {numbers}'
-    return ' and '.join(f'{place.path}, {place.unit} {place.number}' for place in places)
+    return ' and '.join(map(str, places))
 
   def _line(self, row: int) -> Place:
     return Place(self.path, int(self.lines[row]))

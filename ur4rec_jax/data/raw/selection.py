@@ -99,7 +99,7 @@ class Selection:
       InputError: a value cannot be compared as `--where` asks.
     """
     self._look(table)
-    position = lambda row: '{0.path}, {0.unit} {0.number}'.format(place(row))
+    position = lambda row: str(place(row))
     is_kept = where.holds(self._conditions, table, position)
     self._drop('where', ~is_kept, table)
     if self._event is not None:
