@@ -21,6 +21,7 @@ from tests.helpers.services import request, service
 from ur4rec_jax.export import export
 from ur4rec_jax.inference import registry
 from ur4rec_jax.online.feedback_store import open_store
+from ur4rec_jax.online.logs import read_logs
 
 
 @pytest.fixture(scope='module')
@@ -257,6 +258,9 @@ def test_the_log_becomes_tables_and_training_data(live, recommender, environment
   row = list(read.user_ids).index('b2')
   numbers = read.item_ids[read.offsets[row] : read.offsets[row + 1]]
   assert [names[n - 1] for n in numbers] == [*(ids[(2 + i) % 7] for i in range(6)), 'a,"b" ü']
+  logs = read_logs(tmp_path / 'log/exposures.csv', tmp_path / 'log/events.csv')
+  assert {'b0', 'b5'} <= {*logs.users.to_pylist()}
+  assert {'click', 'buy'} <= {*logs.kinds}
   header, first = (tmp_path / 'log' / 'exposures.csv').read_text().splitlines()[:2]
   assert header == 'request_id,user,time,arm,model,item,position,score,propensity'
   assert first.count(',') == header.count(',')

@@ -26,7 +26,7 @@ from ur4rec_jax.online.feedback_store import FeedbackStore, open_store
 # Proposed to the build: the kinds that count by default, those that cost more effort more.
 _WEIGHTS = {'click': 1, 'cart': 3, 'buy': 5}
 EVENTS, EXPOSURES = 'events.csv', 'exposures.csv'
-_EVENT_COLUMNS = ('user', 'item', 'timestamp', 'kind', 'value', 'id', 'request_id')
+_EVENT_COLUMNS = ('user', 'item', 'time', 'kind', 'value', 'id', 'request_id')
 _EXPOSURE_COLUMNS = (
   'request_id', 'user', 'time', 'arm', 'model', 'item', 'position', 'score', 'propensity',
 )  # fmt: skip
