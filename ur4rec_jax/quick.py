@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ur4rec_jax.baselines import table
+from ur4rec_jax.baselines import ACCURACY, WITHOUT_TRAINING, table
 from ur4rec_jax.errors import InputError, ReportedError, exit_on_reported_error, printable, say
 from ur4rec_jax.files import expand_home, write_file
 
@@ -212,8 +212,9 @@ def make_models(order: Order) -> Models:
   _build(commands, order, data)
   modalities = _encode(commands, order, data)
   keeps_seen = seen_items(data)
-  common = [f'--seen_items={keeps_seen}', f'--out={order.out / "baselines.json"}']
-  commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *common)
+  flags = [f'--seen_items={keeps_seen}', f'--models={",".join(WITHOUT_TRAINING)}']
+  flags.append(f'--out={order.out / "baselines.json"}')
+  commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *flags)
   metrics = json.loads((order.out / 'baselines.json').read_text())
   found = {}
   for name in ('content', 'ids') if modalities else ('ids',):
@@ -482,7 +483,7 @@ def _export(order: Order, best: pathlib.Path) -> pathlib.Path:
 
 def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterator[str]:
   """Says how good the model is, and how to go on."""
-  yield f'\n{table(models.metrics)}'
+  yield f'\n{table(models.metrics, ACCURACY)}'
   best = json.loads((models.best / 'results.json').read_text())
   values = best['test']
   simple = {name: x for name, x in models.metrics.items() if 'setting' in x or name == 'popularity'}
