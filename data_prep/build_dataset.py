@@ -23,7 +23,7 @@ import numpy as np
 
 from data_prep import carry_over, describe_page, identity, sources
 from data_prep.flags import Parser
-from data_prep.prepared import appending, content, pictures, prepare, tfds_writer
+from data_prep.prepared import appending, content, engine, pictures, prepare, tfds_writer
 from data_prep.sources import download, raw_files
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
@@ -107,6 +107,7 @@ def build(
   options: prepare.Options = prepare.Options(),
   overwrite: bool = False,
   parameters: Mapping[str, Any] = MappingProxyType({}),
+  memory_limit: str = engine.MEMORY_LIMIT,
 ) -> tuple[dict[str, Any], bool]:
   """Builds a dataset unless the folder holds it already.
 
@@ -117,6 +118,8 @@ def build(
     options: filters.
     overwrite: whether another dataset in `data_dir` may be replaced.
     parameters: flags of the source by name; the others get their defaults.
+    memory_limit: memory for filtering and sorting, such as `1GB`; what does not fit is written to
+      a folder beside `data_dir`, which is removed at the end.
 
   Returns:
     The content of dataset.json, and whether the dataset was built now.
@@ -126,7 +129,7 @@ def build(
   """
   data_dir = Path(os.path.realpath(data_dir))
   with files.disk_errors(data_dir):
-    return _build(source, data_dir, raw_dir, options, overwrite, parameters)
+    return _build(source, data_dir, raw_dir, options, overwrite, parameters, memory_limit)
 
 
 def build_from_table(
@@ -162,7 +165,8 @@ def build_from_table(
     old = identity.find_same(data_dir, 'interactions', wanted, overwrite)
     if old is not None:
       return old
-    prepared = prepare.prepare(raw, options)
+    with files.scratch_folder(data_dir, 'spill') as spill:
+      prepared = prepare.prepare(raw, options, engine.Settings(folder=spill))
     wanted['notes'] = list(prepared.notes)
     with files.new_folder(data_dir) as folder:
       origin = sources.SOURCES['interactions'].origin
@@ -177,7 +181,9 @@ def _build(
   options: prepare.Options,
   overwrite: bool,
   parameters: Mapping[str, Any],
+  memory_limit: str,
 ) -> tuple[dict[str, Any], bool]:
+  engine.check_memory_limit(memory_limit)
   spec = sources.SOURCES[source]
   if misplaced := sorted(set(parameters) - set(spec.parameters)):
     raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
@@ -200,9 +206,10 @@ def _build(
       wanted['raw_sha256'] = identity.fingerprints(paths, spec, parameters)
     paths = _unpacked(stack, spec, paths, data_dir, parameters)
     # All checks of the input come before the first write.
-    raw = spec.read(*paths, **parameters)
-    data = prepare.prepare(raw, options)
-    del raw  # The writers need the memory.
+    with files.scratch_folder(data_dir, 'spill') as spill:
+      settings = engine.Settings(memory_limit, spill)
+      # No name is given to the rows: `prepare` needs their memory after it has stored them.
+      data = prepare.prepare(spec.read(*paths, **parameters), options, settings)
     with files.new_folder(data_dir) as folder:
       extra = {**wanted, 'notes': list(data.notes)}
       metadata = tfds_writer.write(folder, data, spec.origin, source, extra, options.image_size)
@@ -422,6 +429,11 @@ def _flags() -> Parser:
     help='pictures are reduced until their short side has this many pixels',
   )
   add(
+    '--memory_limit',
+    default=engine.MEMORY_LIMIT,
+    help='memory for filtering and sorting, such as 1GB; the rest goes to a folder on the disk',
+  )
+  add(
     '--overwrite',
     action='store_true',
     help='replace the dataset in --data_dir, with the texts and embeddings made from it, when the'
@@ -488,7 +500,13 @@ def main(argv: list[str] | None = None) -> None:
   options = prepare.Options(**{name: values[name] for name in prepare.Options._fields})
   parameters = {name: values[name] for name in _PARAMETERS if values[name] is not None}
   metadata, is_new = build(
-    flags.source, flags.data_dir, flags.raw_dir, options, flags.overwrite, parameters
+    flags.source,
+    flags.data_dir,
+    flags.raw_dir,
+    options,
+    flags.overwrite,
+    parameters,
+    flags.memory_limit,
   )
   say(summary(metadata, flags.data_dir, is_new))
 

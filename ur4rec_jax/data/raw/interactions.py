@@ -4,7 +4,6 @@
     --data_dir=data/shop
 """
 
-import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +139,7 @@ def _read_encoded(
   selection: Selection,
 ) -> pa.Table:
   """Reads the wanted rows of all files; users and items are dictionary-encoded."""
-  found = []
+  found, paths = [], []
   for file, names in zip(opened, all_names, strict=True):
     for name, use in selection.uses.items():
       if name not in names:
@@ -148,12 +147,17 @@ def _read_encoded(
           f'{file.path}: no column {name!r} ({use}), which {opened[0].path.name} has; its'
           f' columns are {listed(file.columns)}; give all files the same columns'
         )
-    table = tables.read(file, list(selection.uses))
-    table = arrow_columns.simplified(table, str(file.path), selection.looked_at)
-    table = selection.take(table, functools.partial(tables.place, file))
-    found.append(arrow_columns.encoded(table, selection.columns, str(file.path)))
-    del table
-  return arrow_columns.joined(found, [str(file.path) for file in opened])
+    start = 0
+    for table in tables.batches(file, list(selection.uses)):
+      table = arrow_columns.simplified(table, str(file.path), selection.looked_at)
+      place = lambda row, file=file, start=start: tables.place(file, start + row)
+      start += table.num_rows
+      table = arrow_columns.encoded(
+        selection.take(table, place), selection.columns, str(file.path)
+      )
+      found.append(arrow_columns.shortened(table) if file.delimiter else table)
+      paths.append(str(file.path))
+  return arrow_columns.joined(found if file.delimiter is None else arrow_columns.alike(found), paths)
 
 
 def _with_folders(file: tables.File, options: Mapping[str, Any]) -> tuple[str, ...]:
