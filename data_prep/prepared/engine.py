@@ -24,16 +24,18 @@ _LEAST_MEGABYTES = 100
 _ROWS_AT_ONCE = 1 << 20  # Rows that pass between NumPy and the engine at once.
 
 
-class Settings(NamedTuple):
-  """How much of the machine the engine may use.
+class Resources(NamedTuple):
+  """How much of the machine a build may use.
 
   Attributes:
-    memory_limit: memory of the engine, such as `1GB`.
+    memory_limit: memory for filtering and sorting, such as `1GB`.
     folder: empty folder for what does not fit; None makes one among the system's temporary files.
+    workers: processes that write the interactions.
   """
 
   memory_limit: str = MEMORY_LIMIT
   folder: Path | None = None
+  workers: int = 1
 
 
 def check_memory_limit(value: str) -> None:
@@ -47,7 +49,7 @@ def check_memory_limit(value: str) -> None:
 
 
 @contextlib.contextmanager
-def connected(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
+def connected(resources: Resources) -> Iterator[duckdb.DuckDBPyConnection]:
   """Starts the engine; its files are removed at the end.
 
   Raises:
@@ -55,10 +57,10 @@ def connected(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
     OSError: the disk is full.
   """
   with contextlib.ExitStack() as stack:
-    folder = settings.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix='ur4rec-'))
+    folder = resources.folder or stack.enter_context(tempfile.TemporaryDirectory(prefix='ur4rec-'))
     database = duckdb.connect(
       config={
-        'memory_limit': settings.memory_limit,
+        'memory_limit': resources.memory_limit,
         'temp_directory': str(Path(folder) / 'spilled'),
         'preserve_insertion_order': False,
       }
@@ -68,7 +70,7 @@ def connected(settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
       yield database
     except duckdb.OutOfMemoryException as error:
       raise InputError(
-        f'--memory_limit={settings.memory_limit}: is too low for these data'
+        f'--memory_limit={resources.memory_limit}: is too low for these data'
         f' ({_first_line(error)}); raise it'
       ) from error
     except duckdb.IOException as error:

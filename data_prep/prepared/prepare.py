@@ -73,14 +73,14 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-  raw: Raw, options: Options = Options(), settings: engine.Settings = engine.Settings()
+  raw: Raw, options: Options = Options(), resources: engine.Resources = engine.Resources()
 ) -> Prepared:
   """Filters rows, sorts each user's rows by time and gives users and items dense indices.
 
   Args:
     raw: the rows.
     options: filters.
-    settings: memory of the engine that filters and sorts.
+    resources: memory of the engine that filters and sorts.
 
   Raises:
     InputError: the rows cannot be used, or a filter leaves too few.
@@ -93,7 +93,7 @@ def prepare(
   columns = {'user': users, 'item': items, 'time': raw.timestamps, 'rating': raw.ratings}
   columns = {name: values for name, values in columns.items() if values is not None}
   rows_read = len(users) + sum(raw.dropped.values())
-  with engine.connected(settings) as database:
+  with engine.connected(resources) as database:
     rows = engine.Rows(database, columns, {'user': len(user_names), 'item': len(item_names)})
     has = columns.keys()
     # The engine has the rows now, and the memory is needed.
@@ -407,9 +407,7 @@ def _repeated(
   )
 
 
-def _check_enough_left(
-  path: str, rows: engine.Rows, ledger: _Ledger, options: Options
-) -> None:
+def _check_enough_left(path: str, rows: engine.Rows, ledger: _Ledger, options: Options) -> None:
   num_users, num_items = (int((rows.counts(of) > 0).sum()) for of in ('user', 'item'))
   if num_users > 1 and num_items > 1:
     return

@@ -231,10 +231,11 @@ def shortened(table: pa.Table) -> pa.Table:
     table: a table of `encoded` whose other columns than ids are texts.
   """
   for at, role in enumerate(table.column_names):
-    pattern, kind = _PLAIN.get(role, (None, None))
-    if kind and pa.types.is_string(table[role].type) and not table[role].null_count:
-      if pc.all(pc.match_substring_regex(table[role], pattern)).as_py():
-        table = table.set_column(at, role, table[role].cast(kind))
+    column, (pattern, kind) = table[role], _PLAIN.get(role, ('', None))
+    if kind is None or column.null_count or not pa.types.is_string(column.type):
+      continue
+    if pc.all(pc.match_substring_regex(column, pattern)).as_py():
+      table = table.set_column(at, role, column.cast(kind))
   return table
 
 
