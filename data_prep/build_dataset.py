@@ -23,7 +23,7 @@ import numpy as np
 
 from data_prep import carry_over, describe_page, identity, sources
 from data_prep.flags import Parser
-from data_prep.prepared import appending, content, pictures, prepare, tfds_writer
+from data_prep.prepared import appending, content, engine, pictures, prepare, tfds_writer
 from data_prep.sources import download, raw_files
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
@@ -35,6 +35,8 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
 # Flags of single sources: name -> (type, help). Without a flag the default of the source counts.
 _PARAMETERS = {
+  'connect': (str, 'database, such as duckdb://FILE or postgres://USER@HOST/DATABASE (table)'),
+  'table': (str, 'table of the database, also as SCHEMA.TABLE (table)'),
   'num_users': (int, 'users to generate (synthetic)'),
   'num_items': (int, 'items to generate (synthetic)'),
   'seed': (int, 'seed of the generator (synthetic)'),
@@ -107,6 +109,7 @@ def build(
   options: prepare.Options = prepare.Options(),
   overwrite: bool = False,
   parameters: Mapping[str, Any] = MappingProxyType({}),
+  resources: engine.Resources = engine.Resources(),
 ) -> tuple[dict[str, Any], bool]:
   """Builds a dataset unless the folder holds it already.
 
@@ -117,6 +120,8 @@ def build(
     options: filters.
     overwrite: whether another dataset in `data_dir` may be replaced.
     parameters: flags of the source by name; the others get their defaults.
+    resources: memory for filtering and sorting, and processes for writing; what does not fit in
+      that memory goes to a folder beside `data_dir`, which is removed at the end.
 
   Returns:
     The content of dataset.json, and whether the dataset was built now.
@@ -126,7 +131,7 @@ def build(
   """
   data_dir = Path(os.path.realpath(data_dir))
   with files.disk_errors(data_dir):
-    return _build(source, data_dir, raw_dir, options, overwrite, parameters)
+    return _build(source, data_dir, raw_dir, options, overwrite, parameters, resources)
 
 
 def build_from_table(
@@ -154,20 +159,44 @@ def build_from_table(
   """
   data_dir = Path(os.path.realpath(data_dir))
   raw = interactions.from_table(data, **parameters)
-  found = {'table': identity.table_fingerprint(raw)}
-  found |= identity.picture_fingerprint(item_tables.pictures(raw.table or {}))
-  wanted = {'options': options._asdict(), 'raw_sha256': found}
+  wanted = {'options': options._asdict()}
   with files.disk_errors(data_dir):
     files.clean_up(data_dir)
-    old = identity.find_same(data_dir, 'interactions', wanted, overwrite)
-    if old is not None:
-      return old
-    prepared = prepare.prepare(raw, options)
-    wanted['notes'] = list(prepared.notes)
-    with files.new_folder(data_dir) as folder:
-      origin = sources.SOURCES['interactions'].origin
-      size = options.image_size
-      return tfds_writer.write(folder, prepared, origin, 'interactions', wanted, size)
+    return _build_rows(raw, 'interactions', data_dir, options, overwrite, wanted)[0]
+
+
+def _build_rows(
+  raw: Raw,
+  source: str,
+  data_dir: Path,
+  options: prepare.Options,
+  overwrite: bool,
+  wanted: dict[str, Any],
+  resources: engine.Resources = engine.Resources(),
+) -> tuple[dict[str, Any], bool]:
+  """Builds a dataset from rows without a file, which their content identifies."""
+  found = {'table': identity.table_fingerprint(raw)}
+  found |= identity.picture_fingerprint(item_tables.pictures(raw.table or {}))
+  wanted |= {'raw_sha256': found}
+  old = identity.find_same(data_dir, source, wanted, overwrite)
+  if old is not None:
+    return old, False
+  with files.scratch_folder(data_dir, 'spill') as spill:
+    data = prepare.prepare(raw, options, resources._replace(folder=spill))
+  return _write(data, source, data_dir, options, wanted, resources.workers), True
+
+
+def _write(
+  data: prepare.Prepared,
+  source: str,
+  data_dir: Path,
+  options: prepare.Options,
+  wanted: Mapping[str, Any],
+  workers: int,
+) -> dict[str, Any]:
+  origin, extra = sources.SOURCES[source].origin, {**wanted, 'notes': list(data.notes)}
+  with files.new_folder(data_dir) as folder:
+    return tfds_writer.write(folder, data, origin, source, extra, options.image_size, workers)
 
 
 def _build(
@@ -177,7 +206,9 @@ def _build(
   options: prepare.Options,
   overwrite: bool,
   parameters: Mapping[str, Any],
+  resources: engine.Resources,
 ) -> tuple[dict[str, Any], bool]:
+  engine.check_memory_limit(resources.memory_limit)
   spec = sources.SOURCES[source]
   if misplaced := sorted(set(parameters) - set(spec.parameters)):
     raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
@@ -187,6 +218,9 @@ def _build(
   # Paths are left out: the hashes of the files say what they hold.
   plain = {name: value for name, value in parameters.items() if name not in spec.paths}
   wanted = {'options': {**options._asdict(), **plain}}
+  if spec.is_table:
+    raw = spec.read(**parameters)
+    return _build_rows(raw, source, data_dir, options, overwrite, wanted, resources)
   if paths:
     wanted['raw_sha256'] = identity.fingerprints(paths, spec, parameters)
   old = identity.find_same(data_dir, source, wanted, overwrite)
@@ -200,13 +234,11 @@ def _build(
       wanted['raw_sha256'] = identity.fingerprints(paths, spec, parameters)
     paths = _unpacked(stack, spec, paths, data_dir, parameters)
     # All checks of the input come before the first write.
-    raw = spec.read(*paths, **parameters)
-    data = prepare.prepare(raw, options)
-    del raw  # The writers need the memory.
-    with files.new_folder(data_dir) as folder:
-      extra = {**wanted, 'notes': list(data.notes)}
-      metadata = tfds_writer.write(folder, data, spec.origin, source, extra, options.image_size)
-  return metadata, True
+    with files.scratch_folder(data_dir, 'spill') as spill:
+      inside = resources._replace(folder=spill)
+      # No name is given to the rows: `prepare` needs their memory after it has stored them.
+      data = prepare.prepare(spec.read(*paths, **parameters), options, inside)
+    return _write(data, source, data_dir, options, wanted, resources.workers), True
 
 
 def _unpacked(
@@ -422,6 +454,17 @@ def _flags() -> Parser:
     help='pictures are reduced until their short side has this many pixels',
   )
   add(
+    '--memory_limit',
+    default=engine.MEMORY_LIMIT,
+    help='memory for filtering and sorting, such as 1GB; the rest goes to a folder on the disk',
+  )
+  add(
+    '--workers',
+    type=int,
+    default=os.cpu_count() or 1,
+    help='processes that write the interactions where they take several files',
+  )
+  add(
     '--overwrite',
     action='store_true',
     help='replace the dataset in --data_dir, with the texts and embeddings made from it, when the'
@@ -480,7 +523,7 @@ def main(argv: list[str] | None = None) -> None:
     raise InputError(f'--source must be one of {", ".join(sources.SOURCES)}{given}')
   if not flags.data_dir:
     raise InputError('--data_dir is missing: the folder to create')
-  for name in ('k_core', 'min_length', 'image_size'):
+  for name in ('k_core', 'min_length', 'image_size', 'workers'):
     value = getattr(flags, name)
     if value is not None and value < 1:
       raise InputError(f'--{name} must be 1 or more, not {value}')
@@ -488,7 +531,13 @@ def main(argv: list[str] | None = None) -> None:
   options = prepare.Options(**{name: values[name] for name in prepare.Options._fields})
   parameters = {name: values[name] for name in _PARAMETERS if values[name] is not None}
   metadata, is_new = build(
-    flags.source, flags.data_dir, flags.raw_dir, options, flags.overwrite, parameters
+    flags.source,
+    flags.data_dir,
+    flags.raw_dir,
+    options,
+    flags.overwrite,
+    parameters,
+    engine.Resources(flags.memory_limit, workers=flags.workers),
   )
   say(summary(metadata, flags.data_dir, is_new))
 

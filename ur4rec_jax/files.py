@@ -143,7 +143,7 @@ def clean_up(target: Path) -> None:
 
   If a program was killed while it replaced `target`, the old folder is put back.
   """
-  pattern = re.compile(re.escape(target.name) + r'\.(raw|incomplete|replaced)-(\d+)')
+  pattern = re.compile(re.escape(target.name) + r'\.(raw|spill|incomplete|replaced)-(\d+)')
   for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
     match = pattern.fullmatch(path.name)
     # This process has created nothing yet, so a folder with its number belongs to an earlier one.

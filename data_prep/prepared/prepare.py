@@ -2,14 +2,14 @@
 
 import datetime
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from data_prep.prepared import pictures
+from data_prep.prepared import engine, pictures
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
@@ -72,80 +72,66 @@ class Prepared(NamedTuple):
   dropped_users: Mapping[str, list[str]] = MappingProxyType({})
 
 
-def prepare(raw: Raw, options: Options = Options()) -> Prepared:
-  """Filters rows, sorts each user's rows by time and gives users and items dense indices."""
+def prepare(
+  raw: Raw, options: Options = Options(), resources: engine.Resources = engine.Resources()
+) -> Prepared:
+  """Filters rows, sorts each user's rows by time and gives users and items dense indices.
+
+  Args:
+    raw: the rows.
+    options: filters.
+    resources: memory of the engine that filters and sorts.
+
+  Raises:
+    InputError: the rows cannot be used, or a filter leaves too few.
+  """
   user_names, users = encode_ids(raw.users)
   item_names, items = encode_ids(raw.items, raw.table if raw.keep_cold_items else ())
   unknown = _unknown_items(raw, item_names, items)
   # No filter drops these items.
   stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
-  ledger = _Ledger(users, items, stays, raw.dropped)
-  rows = np.arange(len(users))
-
-  if raw.timestamps is not None:
-    rows = _without_duplicates(raw, user_names, item_names, users, items, options.drop_duplicates)
-    ledger.record('drop_duplicates', rows)
-  elif options.drop_duplicates:
-    raise InputError(
-      '--drop_duplicates needs times; in this source every line is an event of its own,'
-      ' repeats included: leave the flag out'
-    )
-  if options.min_rating is not None:
-    if raw.ratings is None:
-      raise InputError('--min_rating: this source has no ratings; leave the flag out')
-    rows = rows[raw.ratings[rows] >= options.min_rating]
-    ledger.record('min_rating', rows)
-  # Dropping users can push items below the threshold and vice versa, so both are repeated.
-  while True:
-    before = len(rows)
-    if options.k_core is not None:
-      rows = rows[np.bincount(items[rows], minlength=1)[items[rows]] >= options.k_core]
-      rows = rows[np.bincount(users[rows], minlength=1)[users[rows]] >= options.k_core]
-      ledger.record('k_core', rows)
-    if options.min_length is not None:
-      rows = rows[np.bincount(users[rows], minlength=1)[users[rows]] >= options.min_length]
-      ledger.record('min_length', rows)
-    if len(rows) == before:
-      break
-  _check_enough_left(raw.path, users[rows], items[rows], ledger, options)
-
-  # lexsort is stable: rows with equal times keep the order of the file.
-  keys = (users[rows],) if raw.timestamps is None else (raw.timestamps[rows], users[rows])
-  rows = rows[np.lexsort(keys)]
-  kept_users, lengths = np.unique(users[rows], return_counts=True)
-  is_kept = stays | (np.bincount(items[rows], minlength=len(item_names)) > 0)
-  kept_items = np.flatnonzero(is_kept)
-  item_ids = np.cumsum(is_kept)[items[rows]].astype(np.int32)
+  columns = {'user': users, 'item': items, 'time': raw.timestamps, 'rating': raw.ratings}
+  columns = {name: values for name, values in columns.items() if values is not None}
+  rows_read = len(users) + sum(raw.dropped.values())
+  with engine.connected(resources) as database:
+    rows = engine.Rows(database, columns, {'user': len(user_names), 'item': len(item_names)})
+    has = columns.keys()
+    # The engine has the rows now, and the memory is needed.
+    raw = raw._replace(users=(), items=(), timestamps=None, ratings=None)
+    del users, items, columns
+    ledger = _Ledger(rows, stays, raw.dropped)
+    _filter(raw, rows, has, options, ledger, (user_names, item_names))
+    lengths = rows.counts('user')
+    kept_users, lengths = np.flatnonzero(lengths), lengths[lengths > 0]
+    is_kept = stays | (rows.counts('item') > 0)
+    found = _in_order(rows, has, np.cumsum(is_kept, dtype=np.int32), raw.ticks_per_second)
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-  names = [item_names[i] for i in kept_items]
+  names = [item_names[i] for i in np.flatnonzero(is_kept)]
   dropped = ledger.dropped
   if raw.table is not None and (idle := len(raw.table) + unknown - len(item_names)):
     dropped['items']['never_interacted'] = idle
-  if raw.timestamps is None:
-    timestamps = np.arange(len(rows)) - np.repeat(offsets[:-1], lengths)
-  else:
-    timestamps = (raw.timestamps[rows] // raw.ticks_per_second).astype(np.int64)
+  if 'time' not in has:
+    found['time'] = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
   table, notes = raw.table or {}, raw.notes
   if raw.read_items is not None:
     table, more = raw.read_items(names)
     notes += tuple(more)
-  ratings = np.ones(len(rows)) if raw.ratings is None else raw.ratings[rows]
   return Prepared(
     user_names=[user_names[u] for u in kept_users],
     item_names=names,
     items=[table.get(name, Item()) for name in names],
     offsets=offsets,
-    item_ids=item_ids,
-    timestamps=timestamps,
-    ratings=ratings.astype(np.float32),
-    has_timestamps=raw.timestamps is not None,
-    has_ratings=raw.ratings is not None,
-    rows_read=len(users) + sum(raw.dropped.values()),
+    item_ids=found['item'],
+    timestamps=found['time'],
+    ratings=found['rating'] if 'rating' in has else np.ones(offsets[-1], np.float32),
+    has_timestamps='time' in has,
+    has_ratings='rating' in has,
+    rows_read=rows_read,
     dropped=dropped,
     splits=make_splits(
       offsets,
-      item_ids,
-      None if raw.timestamps is None else timestamps,
+      found['item'],
+      found['time'] if 'time' in has else None,
       options.time_split,
       len(names),
     ),
@@ -157,10 +143,85 @@ def prepare(raw: Raw, options: Options = Options()) -> Prepared:
   )
 
 
+def _filter(
+  raw: Raw,
+  rows: engine.Rows,
+  has: Collection[str],
+  options: Options,
+  ledger: '_Ledger',
+  names: tuple[list[str], list[str]],
+) -> None:
+  """Drops the rows that the options do not want.
+
+  Args:
+    raw: where the rows are from.
+    rows: the rows.
+    has: names of their columns.
+    options: filters.
+    ledger: gets the counts of what is dropped.
+    names: original ids of the users and of the items.
+  """
+  if 'time' in has:
+    repeats, first = rows.find_repeats()
+    if first and not options.drop_duplicates:
+      raise _repeated(raw, repeats, first, names)
+    if first:
+      rows.drop_repeats()
+    ledger.record('drop_duplicates', rows)
+  elif options.drop_duplicates:
+    raise InputError(
+      '--drop_duplicates needs times; in this source every line is an event of its own,'
+      ' repeats included: leave the flag out'
+    )
+  if options.min_rating is not None:
+    if 'rating' not in has:
+      raise InputError('--min_rating: this source has no ratings; leave the flag out')
+    rows.keep_rated(options.min_rating)
+    ledger.record('min_rating', rows)
+  # Dropping users can push items below the threshold and vice versa, so both are repeated.
+  while True:
+    before = len(rows)
+    if options.k_core is not None:
+      rows.keep_frequent('item', options.k_core)
+      rows.keep_frequent('user', options.k_core)
+      ledger.record('k_core', rows)
+    if options.min_length is not None:
+      rows.keep_frequent('user', options.min_length)
+      ledger.record('min_length', rows)
+    if len(rows) == before:
+      break
+  _check_enough_left(raw.path, rows, ledger, options)
+
+
+def _in_order(
+  rows: engine.Rows, has: Collection[str], numbers: np.ndarray, ticks_per_second: int
+) -> dict[str, np.ndarray]:
+  """Returns the columns of all rows, user after user, each in time order.
+
+  Args:
+    rows: the rows.
+    has: names of their columns.
+    numbers: `[items]` int32 number of each item that is kept.
+    ticks_per_second: see `Raw`.
+  """
+  kinds = {'item': np.int32, 'time': np.int64, 'rating': np.float32}
+  found = {name: np.empty(len(rows), kind) for name, kind in kinds.items() if name in has}
+  keys = [name for name in ('user', 'time', 'row') if name in ('user', 'row') or name in has]
+  start = 0
+  for part in rows.ordered(keys, list(found)):
+    here = slice(start, start := start + len(part['item']))
+    part['item'] = numbers[part['item']]
+    if 'time' in part:
+      part['time'] = part['time'] // ticks_per_second
+    for name, values in part.items():
+      found[name][here] = values
+  return found
+
+
 def counts(prepared: Prepared) -> dict[str, int | float]:
   """Returns the sizes of a dataset for dataset.json."""
   lengths = np.diff(prepared.offsets)
-  cold = len(prepared.item_names) - len(np.unique(prepared.item_ids))
+  cold = len(prepared.item_names) - _distinct(prepared.item_ids)
   return {
     'users': len(lengths),
     'items': len(prepared.item_names),
@@ -198,7 +259,7 @@ def make_splits(
   for name, record in records.items():
     split = splits.make_split(name, record, offsets, timestamps)
     is_train = _leading(offsets, split.train_lengths)
-    trained = len(np.unique(item_ids[is_train]))
+    trained = _distinct(item_ids[is_train])
     record |= {
       'train_interactions': int(is_train.sum()),
       **{f'{part}_users': int((at >= 0).sum()) for part, at in split.held_out.items()},
@@ -233,8 +294,8 @@ def _borders(timestamps: np.ndarray, wanted: str) -> tuple[int, int]:
       shares = float(first), float(second)
       if not 0 < shares[0] < shares[1] < 1:
         raise ValueError
-      ordered = np.sort(timestamps)
-      borders = [int(ordered[int(share * len(ordered))]) for share in shares]
+      places = [int(share * len(timestamps)) for share in shares]
+      borders = np.partition(timestamps, places)[places].tolist()
   except ValueError as error:
     raise InputError(
       f'--time_split={wanted}: must be two dates such as 2024-05-01,2024-06-01, or two shares of'
@@ -249,45 +310,46 @@ def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
   return np.arange(offsets[-1]) < ends
 
 
+def _distinct(numbers: np.ndarray) -> int:
+  """Counts the distinct values of small numbers."""
+  return np.count_nonzero(np.bincount(numbers))
+
+
 class _Ledger:
   """Counts the rows that each filter drops, and keeps the users."""
 
-  def __init__(
-    self, users: np.ndarray, items: np.ndarray, stays: np.ndarray, dropped: Mapping[str, int]
-  ):
+  def __init__(self, rows: engine.Rows, stays: np.ndarray, dropped: Mapping[str, int]):
     """Counts what there is before the first filter.
 
     Args:
-      users: `[rows]` user indices.
-      items: `[rows]` item indices.
+      rows: the rows.
       stays: `[items]` bool, items that count as kept without any row, too.
       dropped: number of rows that reading left out, by reason.
     """
-    self._users, self._items, self._stays = users, items, stays
+    self._stays = stays
     self.dropped: dict[str, dict[str, int]] = {
       'users': {},
       'items': {},
       'interactions': dict(dropped),
     }
-    self._left = self._count(np.arange(len(users)))
+    self._left = self._count(rows)
     self.dropped_users: dict[str, list[int]] = {}
-    self._has_rows = np.bincount(users) > 0
+    self._has_rows = rows.counts('user') > 0
 
-  def _count(self, rows: np.ndarray) -> dict[str, int]:
-    has_rows = np.bincount(self._items[rows], minlength=len(self._stays)) > 0
+  def _count(self, rows: engine.Rows) -> dict[str, int]:
     return {
-      'users': int(np.count_nonzero(np.bincount(self._users[rows]))),
-      'items': int((has_rows | self._stays).sum()),
+      'users': int(np.count_nonzero(rows.counts('user'))),
+      'items': int(((rows.counts('item') > 0) | self._stays).sum()),
       'interactions': len(rows),
     }
 
-  def record(self, reason: str, rows: np.ndarray) -> None:
+  def record(self, reason: str, rows: engine.Rows) -> None:
     left = self._count(rows)
     for what, reasons in self.dropped.items():
       if lost := self._left[what] - left[what]:
         reasons[reason] = reasons.get(reason, 0) + lost
     self._left = left
-    has_rows = np.bincount(self._users[rows], minlength=len(self._has_rows)) > 0
+    has_rows = rows.counts('user') > 0
     lost = np.flatnonzero(self._has_rows & ~has_rows)
     if lost.size:
       self.dropped_users.setdefault(reason, []).extend(lost.tolist())
@@ -310,7 +372,7 @@ def encode_ids(
     order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]))
   else:
     order = sorted(range(len(names)), key=names.__getitem__)
-  rank = np.empty(len(names), np.int64)
+  rank = np.empty(len(names), np.int32)
   rank[order] = np.arange(len(names))
   return [names[i] for i in order], rank[np.asarray(encoded.indices)]
 
@@ -331,43 +393,22 @@ def _unknown_items(raw: Raw, names: list[str], items: np.ndarray) -> int:
   return len(unknown)
 
 
-def _without_duplicates(
-  raw: Raw,
-  user_names: list[str],
-  item_names: list[str],
-  users: np.ndarray,
-  items: np.ndarray,
-  drop: bool,
-) -> np.ndarray:
-  """Returns the indices of rows without an earlier row of the same user, item and time."""
-  order = np.lexsort((raw.timestamps, items, users))
-  repeats = np.zeros(len(order), bool)
-  repeats[1:] = True
-  for column in (raw.timestamps, items, users):
-    repeats[1:] &= column[order[1:]] == column[order[:-1]]
-  if repeats.any() and not drop:
-    at = np.flatnonzero(repeats)
-    at = at[np.argmin(order[at])]  # The first one in the file.
-    first, second = order[at - 1], order[at]
-    raise InputError(
-      f'{raw.where(first, second)}: the same user'
-      f' {user_names[users[first]]!r}, item {item_names[items[first]]!r} and time'
-      f' {_shown_time(raw, first)} twice ({repeats.sum():,} such rows in all);'
-      ' pass --drop_duplicates to keep the first of each'
-    )
-  return np.sort(order[~repeats])
-
-
-def _shown_time(raw: Raw, row: int) -> str:
-  seconds, ticks = divmod(int(raw.timestamps[row]), raw.ticks_per_second)
+def _repeated(
+  raw: Raw, count: int, repeat: engine.Repeat, names: tuple[list[str], list[str]]
+) -> InputError:
+  users, items = names
+  seconds, ticks = divmod(repeat.time, raw.ticks_per_second)
   fraction = f'{ticks / raw.ticks_per_second:.9f}'[1:].rstrip('0') if ticks else ''
-  return f'{seconds}{fraction}'
+  return InputError(
+    f'{raw.where(repeat.first, repeat.row)}: the same user'
+    f' {users[repeat.user]!r}, item {items[repeat.item]!r} and time'
+    f' {seconds}{fraction} twice ({count:,} such rows in all);'
+    ' pass --drop_duplicates to keep the first of each'
+  )
 
 
-def _check_enough_left(
-  path: str, users: np.ndarray, items: np.ndarray, ledger: _Ledger, options: Options
-) -> None:
-  num_users, num_items = len(np.unique(users)), len(np.unique(items))
+def _check_enough_left(path: str, rows: engine.Rows, ledger: _Ledger, options: Options) -> None:
+  num_users, num_items = (int((rows.counts(of) > 0).sum()) for of in ('user', 'item'))
   if num_users > 1 and num_items > 1:
     return
   value = lambda reason: getattr(options, reason, True)
@@ -380,7 +421,7 @@ def _check_enough_left(
     if num_users
     else 'nothing left'
   )
-  total = len(users) + sum(ledger.dropped['interactions'].values())
+  total = len(rows) + sum(ledger.dropped['interactions'].values())
   way_out = (
     f' after filtering: of {total:,} interactions {", ".join(removed)}; loosen these options'
     if removed

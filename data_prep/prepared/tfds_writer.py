@@ -1,10 +1,8 @@
 """Writes a prepared dataset as TFDS data that can be read without TensorFlow."""
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,21 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep.prepared import example_bytes, pictures, prepare
-from ur4rec_jax import files
+from data_prep.prepared import pictures, prepare, record_files
 from ur4rec_jax.data.dataset import (
   DROPPED_USERS,
   FORMAT_VERSION,
   METADATA,
   VERSION,
   Interactions,
-  read_records,
   write_flat_arrays,
 )
-from ur4rec_jax.errors import InputError
 
 
 class Origin(NamedTuple):
@@ -45,10 +39,12 @@ def write(
   source: str,
   extra: dict[str, Any],
   image_size: int = pictures.IMAGE_SIZE,
+  workers: int = 1,
 ) -> dict[str, Any]:
   """Writes pictures, interactions, items and, last, dataset.json into an empty folder.
 
-  The interactions are written twice: as TFDS data, and as flat arrays that training opens.
+  The interactions are written twice: as TFDS data, in several files if there are many, and as flat
+  arrays that training opens.
 
   Args:
     folder: existing, empty folder.
@@ -57,13 +53,16 @@ def write(
     source: value of --source.
     extra: further fields of dataset.json (options, hashes of the raw files).
     image_size: short side of stored pictures in pixels.
+    workers: processes that write the interactions; the bytes do not depend on their number.
 
   Returns:
     The content of dataset.json.
   """
   offered = [item.image for item in data.items]
   images, notes = pictures.import_all(folder, data.item_names, offered, image_size)
-  _write_interactions(folder, data, origin)
+  columns = data.user_names, data.offsets, data.item_ids, data.timestamps, data.ratings
+  interactions = Interactions(*columns)
+  _write_interactions(folder, interactions, origin, workers)
   _write_items(folder, data, images, origin)
   _write_dropped_users(folder, data)
   metadata = {
@@ -84,8 +83,7 @@ def write(
     'url': origin.url,
     'format_version': FORMAT_VERSION,
   }
-  columns = data.user_names, data.offsets, data.item_ids, data.timestamps, data.ratings
-  write_flat_arrays(folder, metadata, Interactions(*columns))
+  write_flat_arrays(folder, metadata, interactions)
   text = json.dumps(metadata, indent=2, ensure_ascii=False) + '\n'
   (folder / METADATA).write_text(text, encoding='utf-8')
   return metadata
@@ -130,22 +128,30 @@ def write_records(
     InputError: the data read back differently.
   """
   folder.mkdir(parents=True)
-  count = size = 0
-  written = hashlib.sha256()
-  path = folder / f'{table.name}-{table.split}.array_record-00000-of-00001'
-  with _disk_full_as_os_error():
-    writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
-    for example in examples:
-      record = example if isinstance(example, bytes) else _serialize(example)
-      writer.write(record)
-      written.update(record)
-      count, size = count + 1, size + len(record)
-    writer.close()
+  records = (example if isinstance(example, bytes) else _serialize(example) for example in examples)
+  _write_info(folder, table, [record_files.write(*_paths(folder, table, 1), records)], metadata)
+
+
+def _paths(folder: Path, table: Table, count: int) -> list[Path]:
+  names = (f'{table.name}-{table.split}.array_record-{i:05}-of-{count:05}' for i in range(count))
+  return [folder / name for name in names]
+
+
+def _write_info(
+  folder: Path,
+  table: Table,
+  shards: list[record_files.Written],
+  metadata: dict[str, Any] | None = None,
+) -> None:
+  """Describes the files of records, so that TFDS can read them."""
   template = tfds.core.ShardedFileTemplate(
     data_dir=folder, template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
   )
   info = tfds.core.SplitInfo(
-    name=table.split, shard_lengths=[count], num_bytes=size, filename_template=template
+    name=table.split,
+    shard_lengths=[shard.records for shard in shards],
+    num_bytes=sum(shard.size for shard in shards),
+    filename_template=template,
   )
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
@@ -159,20 +165,6 @@ def write_records(
     disable_shuffling=True,
     metadata=tfds.core.MetadataDict(metadata) if metadata else None,
   )
-  if _digest(folder, table.split) != written.digest():
-    raise InputError(f'{folder}: what was written reads back differently; is the disk sound?')
-
-
-def _digest(folder: Path, split: str) -> bytes | None:
-  """Hashes the stored examples; None if they cannot be read."""
-  found = hashlib.sha256()
-  try:
-    for records in read_records(folder, split):
-      for record in records:
-        found.update(record)
-  except Exception:  # Damaged files make the readers raise any kind of error.
-    return None
-  return found.digest()
 
 
 def _serialize(example: dict[str, Any]) -> bytes:
@@ -191,18 +183,9 @@ def _serialize(example: dict[str, Any]) -> bytes:
   return record.SerializeToString(deterministic=True)
 
 
-@contextlib.contextmanager
-def _disk_full_as_os_error() -> Iterator[None]:
-  try:
-    yield
-  except RuntimeError as error:  # The record writer raises this on a full disk.
-    for code in files.DISK_FULL:
-      if os.strerror(code) in str(error):
-        raise OSError(code, os.strerror(code)) from error
-    raise
-
-
-def _write_interactions(folder: Path, data: prepare.Prepared, origin: Origin) -> None:
+def _write_interactions(
+  folder: Path, interactions: Interactions, origin: Origin, workers: int
+) -> None:
   table = Table(
     'interactions',
     'users',
@@ -216,9 +199,10 @@ def _write_interactions(folder: Path, data: prepare.Prepared, origin: Origin) ->
     ' item_ids are 1-based positions in the items dataset.',
     origin,
   )
-  columns = data.item_ids, data.timestamps, data.ratings
-  histories = example_bytes.histories(data.user_names, data.offsets, *columns)
-  write_records(folder / 'interactions' / VERSION, table, histories)
+  folder = folder / 'interactions' / VERSION
+  folder.mkdir(parents=True)
+  paths = _paths(folder, table, len(record_files.shards(interactions.offsets)))
+  _write_info(folder, table, record_files.write_histories(paths, interactions, workers))
 
 
 def _write_items(folder: Path, data: prepare.Prepared, images: list[str], origin: Origin) -> None:

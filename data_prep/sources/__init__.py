@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from data_prep.prepared.tfds_writer import Origin
-from data_prep.sources import amazon, amazon_reviews, movielens, raw_files, synthetic
+from data_prep.sources import amazon, amazon_reviews, database, movielens, raw_files, synthetic
 from ur4rec_jax.data.raw import interactions
 from ur4rec_jax.data.raw.records import Raw
 from ur4rec_jax.files import shipped_configs
@@ -30,6 +30,7 @@ class Source(NamedTuple):
     more: patterns of further files that `read` looks for beside the raw files.
     paths: names of the parameters that are files or folders with raw data.
     pictures: returns the picture files that belong to the raw files.
+    is_table: whether the rows are from a database, so that only their content identifies them.
   """
 
   origin: Origin
@@ -41,6 +42,7 @@ class Source(NamedTuple):
   more: tuple[str, ...] = ()
   paths: tuple[str, ...] = ()
   pictures: Callable[[list[Path], Mapping[str, Any]], list[Path]] = lambda files, parameters: []
+  is_table: bool = False
 
 
 def read_sequences(path: Path) -> Raw:
@@ -156,6 +158,15 @@ SOURCES = {
     parameters=interactions.PARAMETERS,
     paths=('items', 'images'),
     pictures=interactions.find_pictures,
+  ),
+  'table': Source(
+    origin=_OWN,
+    files=(),
+    read=database.read,
+    parameters=database.PARAMETERS,
+    paths=('items', 'images', 'connect'),
+    pictures=interactions.find_pictures,
+    is_table=True,
   ),
   'sequences': Source(
     origin=Origin(name='sequences', licence="that of the file's owner", citation='', url=''),

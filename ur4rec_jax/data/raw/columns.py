@@ -10,6 +10,11 @@ from ur4rec_jax.data.raw import tables
 from ur4rec_jax.errors import InputError
 
 _IDS = ('user', 'item')
+# The texts that are plain numbers, and the type that keeps all of them.
+_PLAIN = {
+  'time': (r'^(0|-?[1-9]\d{0,17})$', pa.int64()),
+  'rating': (r'^\d{1,4}(\.\d{1,2})?$', pa.float32()),
+}
 
 
 class Memory(NamedTuple):
@@ -215,6 +220,32 @@ def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
   if pa.types.is_fixed_size_binary(kind) or any(fits(kind) for fits in binary):
     return column.cast(pa.large_binary()).cast(pa.large_string())  # Refused unless it is UTF-8.
   return column
+
+
+def shortened(table: pa.Table) -> pa.Table:
+  """Stores times and ratings as numbers where each of them is written in the plainest way.
+
+  Numbers take less memory than texts, and tell the texts: `alike` restores them.
+
+  Args:
+    table: a table of `encoded` whose other columns than ids are texts.
+  """
+  for at, role in enumerate(table.column_names):
+    column, (pattern, kind) = table[role], _PLAIN.get(role, ('', None))
+    if kind is None or column.null_count or not pa.types.is_string(column.type):
+      continue
+    if pc.all(pc.match_substring_regex(column, pattern)).as_py():
+      table = table.set_column(at, role, column.cast(kind))
+  return table
+
+
+def alike(parts: list[pa.Table]) -> list[pa.Table]:
+  """Restores the texts of a column that is not `shortened` in all parts."""
+  for role in _PLAIN.keys() & set(parts[0].column_names):
+    if len({part[role].type for part in parts}) > 1:
+      at = parts[0].column_names.index(role)
+      parts = [part.set_column(at, role, part[role].cast(pa.string())) for part in parts]
+  return parts
 
 
 def joined(parts: list[pa.Table], paths: list[str]) -> pa.Table:

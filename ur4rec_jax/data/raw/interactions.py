@@ -4,9 +4,8 @@
     --data_dir=data/shop
 """
 
-import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +139,7 @@ def _read_encoded(
   selection: Selection,
 ) -> pa.Table:
   """Reads the wanted rows of all files; users and items are dictionary-encoded."""
-  found = []
+  found, paths = [], []
   for file, names in zip(opened, all_names, strict=True):
     for name, use in selection.uses.items():
       if name not in names:
@@ -148,12 +147,17 @@ def _read_encoded(
           f'{file.path}: no column {name!r} ({use}), which {opened[0].path.name} has; its'
           f' columns are {listed(file.columns)}; give all files the same columns'
         )
-    table = tables.read(file, list(selection.uses))
-    table = arrow_columns.simplified(table, str(file.path), selection.looked_at)
-    table = selection.take(table, functools.partial(tables.place, file))
-    found.append(arrow_columns.encoded(table, selection.columns, str(file.path)))
-    del table
-  return arrow_columns.joined(found, [str(file.path) for file in opened])
+    start = 0
+    for table in tables.batches(file, list(selection.uses)):
+      table = arrow_columns.simplified(table, str(file.path), selection.looked_at)
+      place = lambda row, file=file, start=start: tables.place(file, start + row)
+      start += table.num_rows
+      table = arrow_columns.encoded(selection.take(table, place), selection.columns, str(file.path))
+      found.append(arrow_columns.shortened(table) if file.delimiter else table)
+      paths.append(str(file.path))
+  return arrow_columns.joined(
+    found if file.delimiter is None else arrow_columns.alike(found), paths
+  )
 
 
 def _with_folders(file: tables.File, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -194,16 +198,43 @@ def read_memory(data: Any, name: str, options: Mapping[str, Any], every_kind: bo
   memory = arrow_columns.in_memory(data, name)
   if unknown := sorted(set(options) - set(PARAMETERS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(PARAMETERS)}')
-  columns = choose_columns(name, memory.columns, options, None)
-  selection = Selection(name, columns, [memory.columns], options)
-  table = memory.select(list(selection.uses), selection.looked_at)
-  if not table.num_rows:
+  select = lambda selection: [memory.select(list(selection.uses), selection.looked_at)]
+  return read_parts(name, memory.columns, select, options, every_kind)
+
+
+def read_parts(
+  name: str,
+  names: Sequence[str],
+  select: Callable[[Selection], Iterable[pa.Table]],
+  options: Mapping[str, Any],
+  every_kind: bool = True,
+) -> Raw:
+  """Reads a table of which only some columns are fetched, many rows at a time.
+
+  Args:
+    name: what messages call the table.
+    names: names of its columns.
+    select: fetches the columns `uses` of a selection.
+    options: all of `PARAMETERS`.
+    every_kind: whether every kind of event that has a weight must occur.
+
+  Raises:
+    InputError: the table or an option is wrong.
+  """
+  columns = choose_columns(name, names, options, None)
+  selection = Selection(name, columns, [names], options)
+  found, start = [], 0
+  for table in select(selection):
+    table = arrow_columns.simplified(table, name, selection.looked_at)
+    place = lambda row, start=start: Place(name, start + row + 1, 'row')
+    start += table.num_rows
+    table = selection.take(table, place)
+    found.append(arrow_columns.encoded(table, selection.columns, name))
+  if not start:
     raise InputError(f'{name}: has no rows')
-  table = arrow_columns.simplified(table, name, selection.looked_at)
-  table = selection.take(table, lambda row: Place(name, row + 1, 'row'))
   if every_kind:
     selection.check()
-  table = arrow_columns.encoded(table, selection.columns, name)
+  table = arrow_columns.joined(found, [name] * len(found))
   return selection.note(read_columns(name, table, columns, selection.locate, options))
 
 
