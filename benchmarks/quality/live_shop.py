@@ -31,11 +31,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.accuracy import put_between_marks
-from ur4rec_jax import default_config
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import registry
-from ur4rec_jax.runs import train_loop
 
 _ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = _ROOT / 'benchmarks' / 'results' / 'live_shop' / 'results.json'
@@ -282,12 +280,11 @@ def prepare(world: World, scratch: pathlib.Path, epochs: int) -> tuple[np.ndarra
     f'--data_dir={scratch}/data', '--event_column=kind', '--event_weights=click=1',
     '--drop_duplicates',
   )  # fmt: skip
-  config = default_config()
-  fields = {'data_dir': str(scratch / 'data'), 'max_length': 40, 'batch_size': 32, 'crop': 'random'}
+  fields = {'data_dir': scratch / 'data', 'max_length': 40, 'batch_size': 32, 'crop': 'random'}
   fields |= {'sasrec.dim': 32, 'sasrec.num_blocks': 1, 'sasrec.item_scale': 0.02}
   fields |= {'optimizer.learning_rate': 5e-3, 'optimizer.warmup_steps': 20, 'num_epochs': epochs}
-  config.update_from_flattened_dict(fields)
-  train_loop.train_and_evaluate(config, str(scratch / 'run'))
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  _run('ur4rec_jax.main', '--config=default:sasrec', f'--workdir={scratch}/run', *flags)
   _run('ur4rec_jax.export', f'--workdir={scratch}/run', f'--out={scratch}/export', '--users')
   return taken, counts
 
@@ -501,6 +498,8 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(flags.scratch, ignore_errors=True)
     flags.scratch.mkdir(parents=True)
     os.environ['JAX_COMPILATION_CACHE_DIR'] = str(flags.scratch / 'compiled')
+    # The models are tiny, so nearly all the time would go into making their programs fast.
+    os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
     size = Size(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Size)})
     found = simulate(size, flags.scratch)
   found['broken'] = broken_promises(found)
