@@ -32,6 +32,7 @@ try:
 
   from ur4rec_jax.inference import exported
   from ur4rec_jax.inference.admission import AdmissionControl, make_host_check
+  from ur4rec_jax.inference.arms import Arms
   from ur4rec_jax.inference.batcher import Batcher
   from ur4rec_jax.inference.connections import make_protocol
   from ur4rec_jax.inference.feedback import Feedback
@@ -65,6 +66,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add('--export', help='folder that ur4rec_jax.export wrote')
   add('--registry', help='folder of promoted models; a newly promoted one is served at once')
   add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
+  add('--experiment', help='TOML file of an experiment, whose arms answer its users')
   add('--events', help='where to keep events: a SQLite file, which is made, or redis://HOST:PORT/0')
   add(
     '--event_kinds',
@@ -183,17 +185,26 @@ def main(argv: list[str] | None = None) -> None:
   live = _open_events(flags)
   _keep_compiled_programs(flags.registry or flags.export)
 
-  def load(folder: str, version: str = '') -> Served:
+  def open_model(folder: str) -> Model:
     digest = exported.model_hash(folder)[:12]
     recommender = exported.load(folder)
     batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
     thumbnails = exported.load_thumbnails(folder)
     rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
-    app = make_app(Model(recommender, batcher, thumbnails, rules, digest), live)
-    return Served(app, batcher, version or digest)
+    return Model(recommender, batcher, thumbnails, rules, digest)
 
-  served = load(*(open_current(flags.registry) if flags.registry else (flags.export,)))
-  model = LiveModel(served, load, flags.registry, live.feedback if live else None)
+  def load(folder: str, version: str = '', model: Model | None = None) -> Served:
+    model = model or open_model(folder)
+    return Served(make_app(model, live, arms), model.batcher, version or model.digest)
+
+  folder, version = open_current(flags.registry) if flags.registry else (flags.export, '')
+  first, arms, beside = open_model(folder), None, [live.feedback.run] if live else []
+  if flags.experiment is not None:
+    # A registry's first model ends when the next one comes, so arms cannot share it.
+    arms = Arms(flags.experiment, open_model, () if flags.registry else (first,))
+    beside += [arms.watch, *(model.batcher.run for model in arms.own_models)]
+  model = LiveModel(load(folder, version, first), load, flags.registry, beside)
+  del first  # It may be large, and a registry replaces it.
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
   app = AdmissionControl(model, flags.queue, make_host_check(flags.host, allowed))
   jax.monitoring.register_event_duration_secs_listener(
