@@ -38,6 +38,7 @@ try:
   from ur4rec_jax.inference.http_app import Live, Model, make_app
   from ur4rec_jax.inference.http_events import EventRoute
   from ur4rec_jax.inference.live import LiveModel, Served, is_loading, open_current
+  from ur4rec_jax.inference.named_models import NamedModels, names_of
   from ur4rec_jax.inference.recommender import BATCH_SIZES
   from ur4rec_jax.inference.rules import load as load_rules
   from ur4rec_jax.online.events import KINDS
@@ -64,6 +65,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add('--export', help='folder that ur4rec_jax.export wrote')
   add('--registry', help='folder of promoted models; a newly promoted one is served at once')
+  add('--compare_with', help='a second exported folder; the page shows both lists side by side')
   add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
   add('--events', help='where to keep events: a SQLite file, which is made, or redis://HOST:PORT/0')
   add(
@@ -182,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
   gc.freeze()
   live = _open_events(flags)
   _keep_compiled_programs(flags.registry or flags.export)
+  folders = [flags.registry or flags.export, *filter(None, [flags.compare_with])]
+  names = names_of(folders)
 
   def load(folder: str, version: str = '') -> Served:
     digest = exported.model_hash(folder)[:12]
@@ -189,13 +193,16 @@ def main(argv: list[str] | None = None) -> None:
     batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
     thumbnails = exported.load_thumbnails(folder)
     rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
-    app = make_app(Model(recommender, batcher, thumbnails, rules, digest), live)
+    app = make_app(Model(recommender, batcher, thumbnails, rules, digest), live, names)
     return Served(app, batcher, version or digest)
 
   served = load(*(open_current(flags.registry) if flags.registry else (flags.export,)))
   model = LiveModel(served, load, flags.registry, live.feedback if live else None)
+  others = {name: load(place) for name, place in zip(names[1:], folders[1:], strict=True)}
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
-  app = AdmissionControl(model, flags.queue, make_host_check(flags.host, allowed))
+  app = AdmissionControl(
+    NamedModels(names[0], model, others), flags.queue, make_host_check(flags.host, allowed)
+  )
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: (
       event.endswith('backend_compile_duration') and not is_loading() and COMPILED.inc()

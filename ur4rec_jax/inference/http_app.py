@@ -82,19 +82,20 @@ class Model(NamedTuple):
   digest: str = ''
 
 
-def make_app(model: Model, live: Live | None = None) -> FastAPI:
+def make_app(model: Model, live: Live | None = None, models: Sequence[str] = ()) -> FastAPI:
   """Builds the ASGI application of one model.
 
   Args:
     model: the model.
     live: events, if the service takes some.
+    models: names of all models of the service, the served one first.
   """
   recommender, batcher = model.recommender, model.batcher
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   app.add_exception_handler(405, _on_wrong_method)
   feedback = None if live is None else live.feedback
-  service = Service(model, feedback)
+  service = Service(model, feedback, models)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
@@ -141,13 +142,15 @@ def make_app(model: Model, live: Live | None = None) -> FastAPI:
 class Service:
   """The handlers of all routes that need the recommender."""
 
-  def __init__(self, model: Model, feedback: Feedback | None = None):
+  def __init__(self, model: Model, feedback: Feedback | None = None, models: Sequence[str] = ()):
     """Prepares the searches.
 
     Args:
       model: the model to serve.
       feedback: the events, if the service takes some.
+      models: names of all models of the service, the served one first.
     """
+    self._models = list(models)
     recommender = model.recommender
     self._model, self._recommender, self._batcher = model, recommender, model.batcher
     self._feedback = feedback
@@ -332,6 +335,7 @@ class Service:
       share_names=recommender.share_names,
       max_length=recommender.max_length,
       most_k=self._batcher.most_k,
+      models=self._models,
     )
 
   def _item(self, index: int) -> dict[str, str]:

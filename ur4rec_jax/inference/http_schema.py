@@ -86,7 +86,11 @@ class Stored(BaseModel):
 
 
 class Health(BaseModel):
-  """The served model and its limits; `paths` are its branches."""
+  """The model and its limits; `paths` are its branches.
+
+  `models` has the names of all models of the service, the served one first. Each route takes
+  `?model=NAME`.
+  """
 
   status: str
   dataset: str
@@ -97,6 +101,7 @@ class Health(BaseModel):
   share_names: list[str]
   max_length: int
   most_k: int
+  models: list[str]
 
 
 def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[BaseModel]:
