@@ -39,6 +39,7 @@ try:
   from ur4rec_jax.inference.http_app import Live, Model, make_app
   from ur4rec_jax.inference.http_events import EventRoute
   from ur4rec_jax.inference.live import LiveModel, Served, is_loading, open_current
+  from ur4rec_jax.inference.named_models import NamedModels, names_of
   from ur4rec_jax.inference.recommender import BATCH_SIZES
   from ur4rec_jax.inference.rules import load as load_rules
   from ur4rec_jax.online.events import KINDS
@@ -65,6 +66,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add('--export', help='folder that ur4rec_jax.export wrote')
   add('--registry', help='folder of promoted models; a newly promoted one is served at once')
+  add('--compare_with', help='a second exported folder; the page shows both lists side by side')
   add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
   add('--experiment', help='TOML file of an experiment, whose arms answer its users')
   add('--events', help='where to keep events: a SQLite file, which is made, or redis://HOST:PORT/0')
@@ -184,6 +186,8 @@ def main(argv: list[str] | None = None) -> None:
   gc.freeze()
   live = _open_events(flags)
   _keep_compiled_programs(flags.registry or flags.export)
+  folders = [flags.registry or flags.export, *filter(None, [flags.compare_with])]
+  names = names_of(folders)
 
   def open_model(folder: str) -> Model:
     digest = exported.model_hash(folder)[:12]
@@ -195,10 +199,11 @@ def main(argv: list[str] | None = None) -> None:
 
   def load(folder: str, version: str = '', model: Model | None = None) -> Served:
     model = model or open_model(folder)
-    return Served(make_app(model, live, arms), model.batcher, version or model.digest)
+    return Served(make_app(model, live, arms, names), model.batcher, version or model.digest)
 
   folder, version = open_current(flags.registry) if flags.registry else (flags.export, '')
   first, arms, beside = open_model(folder), None, [live.feedback.run] if live else []
+  others = {name: load(place) for name, place in zip(names[1:], folders[1:], strict=True)}
   if flags.experiment is not None:
     # A registry's first model ends when the next one comes, so arms cannot share it.
     arms = Arms(flags.experiment, open_model, () if flags.registry else (first,))
@@ -206,7 +211,9 @@ def main(argv: list[str] | None = None) -> None:
   model = LiveModel(load(folder, version, first), load, flags.registry, beside)
   del first  # It may be large, and a registry replaces it.
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
-  app = AdmissionControl(model, flags.queue, make_host_check(flags.host, allowed))
+  app = AdmissionControl(
+    NamedModels(names[0], model, others), flags.queue, make_host_check(flags.host, allowed)
+  )
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: (
       event.endswith('backend_compile_duration') and not is_loading() and COMPILED.inc()

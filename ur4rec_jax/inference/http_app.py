@@ -92,13 +92,16 @@ class Model(NamedTuple):
   weights: Mapping[str, float] = {}
 
 
-def make_app(model: Model, live: Live | None = None, arms: Arms | None = None) -> FastAPI:
+def make_app(
+  model: Model, live: Live | None = None, arms: Arms | None = None, models: Sequence[str] = ()
+) -> FastAPI:
   """Builds the ASGI application of one model.
 
   Args:
     model: the model.
     live: events, if the service takes some.
     arms: an experiment, some of whose arms may have models of their own.
+    models: names of all models of the service, the served one first.
 
   Raises:
     InputError: the weights or rules of an arm do not fit its model.
@@ -108,7 +111,7 @@ def make_app(model: Model, live: Live | None = None, arms: Arms | None = None) -
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   app.add_exception_handler(405, _on_wrong_method)
   feedback = None if live is None else live.feedback
-  service = Service(model, feedback, arms)
+  service = Service(model, feedback, arms, models)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
@@ -155,14 +158,22 @@ def make_app(model: Model, live: Live | None = None, arms: Arms | None = None) -
 class Service:
   """The handlers of all routes that need the recommender."""
 
-  def __init__(self, model: Model, feedback: Feedback | None = None, arms: Arms | None = None):
+  def __init__(
+    self,
+    model: Model,
+    feedback: Feedback | None = None,
+    arms: Arms | None = None,
+    models: Sequence[str] = (),
+  ):
     """Prepares the searches.
 
     Args:
       model: the model to serve.
       feedback: the events, if the service takes some.
       arms: the experiment, if there is one.
+      models: names of all models of the service, the served one first.
     """
+    self._models = list(models)
     recommender = model.recommender
     self._model, self._recommender, self._batcher = model, recommender, model.batcher
     self._feedback, self._arms = feedback, arms
@@ -376,6 +387,7 @@ class Service:
       most_k=self._batcher.most_k,
       events=self._feedback is not None,
       arms=list(self._model_of),
+      models=self._models,
     )
 
   def _item(self, index: int) -> dict[str, str]:

@@ -90,9 +90,10 @@ class Stored(BaseModel):
 
 
 class Health(BaseModel):
-  """The served model and its limits; `paths` are its branches.
+  """The model and its limits; `paths` are its branches.
 
-  `events` tells whether the service takes events; `arms` are those of its experiment.
+  `events` tells whether the service takes events; `arms` are those of its experiment. `models` has
+  the names of all models of the service, the served one first. Each route takes `?model=NAME`.
   """
 
   status: str
@@ -106,6 +107,7 @@ class Health(BaseModel):
   most_k: int
   events: bool
   arms: list[str]
+  models: list[str]
 
 
 def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[BaseModel]:
