@@ -613,7 +613,7 @@ def from_stored(config: dict[str, Any]) -> ConfigDict:
   """Reads the `config` of a `config.json`, which an earlier version may have written.
 
   Knobs that the earlier version did not have get their defaults, with which the program works as it
-  did before.
+  did before. Lists become the tuples that config files have: JSON has lists alone.
 
   Raises:
     AttributeError: it has no records of stages.
@@ -624,7 +624,8 @@ def from_stored(config: dict[str, Any]) -> ConfigDict:
   fields = {renamed(name) or name: value for name, value in stored.items()}
   for name, knob in knobs_of(ConfigDict(unflatten_dict(fields, sep='.'))).items():
     default = fields[knob.follows] if knob.follows else knob.default
-    fields.setdefault(name, [*default] if isinstance(default, tuple) else default)
+    fields.setdefault(name, default)
+  fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
   return ConfigDict(unflatten_dict(fields, sep='.'))
 
 

@@ -5,7 +5,6 @@ import os
 import pathlib
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ur4rec_jax.files import write_file
@@ -41,7 +40,7 @@ def update_config(
   """
   before = open_stored_run(workdir)
   name = restore_best(before, str(workdir))[0].name
-  config = _with_tuples(before.config)
+  config = before.config
   config.data_dir = str(data_dir)
   config.init = ConfigDict(
     {'run': os.path.abspath(workdir), 'moments': moments, 'replay': float(replay)}
@@ -52,13 +51,6 @@ def update_config(
   stage.validate_every_epochs = 1
   stage.warmup_steps = min(stage.warmup_steps, _WARMUP_STEPS)
   return config
-
-
-def _with_tuples(config: ConfigDict) -> ConfigDict:
-  """Returns a config as its file made it: JSON has turned its tuples into lists."""
-  fields = flatten_dict(config.to_dict(), sep='.')
-  fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-  return ConfigDict(unflatten_dict(fields, sep='.'))
 
 
 def train_and_judge(config: ConfigDict, workdir: str, margin: float) -> dict[str, Any]:
