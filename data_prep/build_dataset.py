@@ -486,6 +486,11 @@ def _flags() -> Parser:
     action='store_true',
     help='with --append: take a file whose events are all earlier than the last old one',
   )
+  add(
+    '--if_new',
+    action='store_true',
+    help='with --append: a file without anything new is no error, and makes no folder',
+  )
   for name, (kind, text) in _PARAMETERS.items():
     how = {'action': 'store_true'} if kind is bool else {'type': kind}
     add(f'--{name}', default=None, help=text, **how)
@@ -517,11 +522,18 @@ def main(argv: list[str] | None = None) -> None:
   """Reads the flags, builds the dataset and prints the summary."""
   flags = _flags().parse(argv)
   if flags.append:
-    metadata, is_new = _append(flags)
+    try:
+      metadata, is_new = _append(flags)
+    except appending.NothingNew as error:
+      if not flags.if_new:
+        raise
+      say(f'nothing is appended: {error}')
+      return
     say(summary(metadata, flags.out, is_new))
     return
-  if flags.out or flags.late:
-    raise InputError(f'--{"out" if flags.out else "late"} is for --append; leave it out')
+  for name in ('out', 'late', 'if_new'):
+    if getattr(flags, name):
+      raise InputError(f'--{name} is for --append; leave it out')
   if flags.source not in sources.SOURCES:
     given = '' if flags.source is None else f', not {flags.source!r}'
     raise InputError(f'--source must be one of {", ".join(sources.SOURCES)}{given}')

@@ -45,6 +45,21 @@ def test_report(files, tmp_path):
         assert np.isfinite(float(attributes[key])), (name, attributes)
 
 
+def test_the_guard_writes_what_the_service_watches(files, tmp_path):
+  config = tmp_path / 'exp.toml'
+  config.write_text(files.config.read_text())
+  flags = [f'--config={config}', f'--exposures={files.exposures}', f'--events={files.events}']
+  done = run('guard', *flags)
+  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stdout.startswith('stop new: conversion is worse than in old since')
+  stopped = experiments.read_stopped(experiments.read(config))
+  assert list(stopped) == ['new']
+  again = run('guard', *flags)
+  assert again.stdout.startswith('stopped before new: ')
+  config.write_text(config.read_text().partition('[guard]')[0])
+  assert 'has no [guard]' in run('guard', *flags).stderr
+
+
 def test_texts_of_the_logs_are_never_markup(files, tmp_path):
   config = tmp_path / 'exp.toml'
   config.write_text(files.config.read_text().replace('"fusion"', '"<script>alert(1)</script>"'))

@@ -231,3 +231,45 @@ def test_similar_items_and_rules_of_the_command(call, finished, data_dir, tmp_pa
   refused = call('recommend', *flags)
   assert refused.returncode == 2
   assert 'caps is no rule; did you mean cap?' in refused.stderr
+
+
+# Slow to import, and only training and the first start after it need them.
+OF_TRAINING = {'orbax', 'optax', 'tensorflow_datasets', 'tensorstore', 'grain', 'pandas', 'torch'}
+
+
+def test_later_starts_import_nothing_of_training_and_answer_the_same(
+  with_content, environment, tmp_path
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(with_content, workdir, ignore=shutil.ignore_patterns('recommender'))
+  history = next(
+    iter(read_items(json.loads((workdir / 'config.json').read_text())['config']['data_dir']))
+  )
+  code = (
+    'import sys\nfrom ur4rec_jax.recommend import main\nmain()\n'
+    'print(*{name.split(".")[0] for name in sys.modules}, file=sys.stderr)'
+  )
+
+  def start(*flags):
+    command = [sys.executable, '-c', code, f'--workdir={workdir}', '--json', *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), OF_TRAINING & set(done.stderr.split())
+
+  asked = f'--history={history["original_id"]}'
+  first, imported = start(asked)
+  assert {'orbax', 'optax'} <= imported
+  for flags in ((asked,), ('--preference=Robots in space.',)):
+    found, imported = start(*flags)
+    assert not imported
+    if flags == (asked,):
+      assert found == first
+
+  kept = workdir / 'recommender' / 'arrays.npz'
+  content = bytearray(kept.read_bytes())
+  content[len(content) // 2] ^= 1
+  kept.write_bytes(content)
+  found, imported = start(asked)
+  assert 'orbax' in imported
+  assert found == first
+  assert not start(asked)[1]  # It was kept anew.

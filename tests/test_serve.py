@@ -671,3 +671,88 @@ def test_the_page_shows_similar_items_on_click_and_by_keyboard(browser, address,
   page.keyboard.press('Escape')
   page.locator('#similar').wait_for(state='hidden')
   assert problems == []
+
+
+@pytest.fixture(scope='module')
+def two_models(serve, folder, shop, tmp_path_factory):
+  """A service that compares two models; gives its address and both recommenders' answers."""
+  other = make(shop, 'sasrec')[0]
+  place = tmp_path_factory.mktemp('compared') / 'sequences'
+  export(other, place, with_users=True)
+  with serve(folder, f'--compare_with={place}', '--batch=1') as (_, address):
+    yield address, other
+
+
+def test_a_question_names_the_model_that_answers(two_models, recommender):
+  address, other = two_models
+  history = recommender.item_ids[3:6]
+  for model, answering in (('model', recommender), ('sequences', other)):
+    answer = answering.top([history], k=5)
+    status, _, content = get(f'{address}/recommend?model={model}', {'history': history, 'k': 5})
+    assert status == 200, content
+    check(json.loads(content), answer, answering)
+    health = json.loads(get(f'{address}/health?model={model}')[2])
+    assert health['models'] == ['model', 'sequences']
+    assert health['paths'] == answering.branches
+    user = next(iter(answering.users))
+    found = json.loads(get(f'{address}/recommend?user={user}&k=3&model={model}')[2])
+    check(found, answering.answer([answering.history(user)], 3, users=[0]), answering)
+  check(ask(address, history=history), recommender.top([history]), recommender)
+  status, _, content = get(f'{address}/recommend?user=u1&model=none')
+  assert status == 404
+  assert "model 'none': is not here; there is model, sequences" in content
+
+
+@pytest.mark.parametrize(('width', 'scheme'), [(390, 'dark'), (1280, 'light')])
+def test_the_page_shows_two_models_side_by_side(browser, two_models, recommender, width, scheme):
+  address, other = two_models
+  page = browser.new_page(viewport={'width': width, 'height': 844}, color_scheme=scheme)
+  problems = []
+  page.on('console', lambda message: problems.append(message.text))
+  page.on('pageerror', lambda error: problems.append(str(error)))
+  page.goto(address)
+  user = next(iter(recommender.users))
+  history = recommender.history(user)
+  first = recommender.answer([history], users=[0]).items[0]
+  second = other.answer([history]).items[0]
+  page.wait_for_function(
+    """lists => JSON.stringify(lists) === JSON.stringify(['found', 'other-found'].map(id =>
+    [...document.querySelectorAll(`#${id} > li`)].map(row => row.dataset.item)))""",
+    arg=[first, second],
+  )
+  common = len(set(first) & set(second))
+  assert 0 < common < 10  # Otherwise this test would show nothing.
+  assert f'{common} of 10 are in both lists' in page.locator('#status').inner_text()
+  alone = lambda found: page.eval_on_selector_all(
+    f'#{found} > li.alone', 'all => all.map(row => row.dataset.item)'
+  )
+  assert alone('found') == [item for item in first if item not in second]
+  assert alone('other-found') == [item for item in second if item not in first]
+  moves = {
+    item: f'{"▲" if was > now else "▼"} {abs(was - now)}'
+    for now, item in enumerate(second)
+    if item in first and (was := first.index(item)) != now
+  }
+  shown = page.eval_on_selector_all(
+    '#other-found > li:not(.alone)',
+    'all => all.map(row => [row.dataset.item, row.querySelector(".move")?.textContent])',
+  )
+  assert {item: text for item, text in shown if text} == moves
+  boxes = [page.locator(f'#{found}').bounding_box() for found in ('found', 'other-found')]
+  assert boxes[0]['y'] == pytest.approx(boxes[1]['y'], abs=40)  # Their legends may differ.
+  assert boxes[0]['x'] + boxes[0]['width'] <= boxes[1]['x']
+  assert page.evaluate('document.documentElement.scrollWidth') == width
+  low = [(text, ratio) for text, ratio in page.evaluate(CONTRASTS) if ratio < 4.5]
+  assert low == []
+
+  title = page.locator('#other-found button.title').first
+  title.click()
+  page.get_by_role('dialog').wait_for()
+  expected = [row['item'] for row in other.similar(second[0], by='sequence')]
+  page.wait_for_function(
+    """expected => JSON.stringify(expected) === JSON.stringify(
+    [...document.querySelectorAll('#similar-items .values')].map(x => x.textContent))""",
+    arg=expected,
+  )
+  assert problems == []
+  page.close()

@@ -1,28 +1,53 @@
-"""Measures baselines without training on a prepared folder, under the protocol of the models.
+"""Measures simple baselines on a prepared folder, beside trained runs, under one protocol.
 
   python -m ur4rec_jax.baselines --data_dir=data/shop
+  python -m ur4rec_jax.baselines --data_dir=data/shop --workdir=runs/shop
 
-The baselines are a random order, popularity, the items that follow, item-kNN, and EASE if there are
-5,000 items at most. Their settings are chosen by validation.
+The baselines are a random order, popularity, popularity of late, the items that follow, item-kNN,
+EASE if there are 5,000 items at most, and, with the library `implicit`, ALS and BPR-MF. Their
+settings are chosen by validation. Beside accuracy, the table describes the lists of ten items.
 """
 
 import argparse
 import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 from ur4rec_jax.files import expand_home, write_file
 
-SHOWN = ('hit@10', 'ndcg@10', 'mrr')
+if TYPE_CHECKING:
+  import numpy as np
+
+  from ur4rec_jax.data.dataset import Dataset
+  from ur4rec_jax.evaluation.history_models import HistoryModel
+  from ur4rec_jax.evaluation.protocol import Protocol
+
+WITHOUT_TRAINING = ('random', 'popularity', 'recent popularity', 'next item', 'item-kNN', 'EASE')
+FACTORS = ('ALS', 'BPR-MF')  # Learned by a library that is an extra.
+ACCURACY = ('hit@10', 'ndcg@10', 'mrr')
+OF_LISTS = ('coverage', 'gini', 'novelty', 'diversity', 'serendipity')
+LENGTH = 10  # Of the lists that are described.
 
 
-def table(rows: dict[str, dict]) -> str:
-  """Formats the metrics of some models, one a line."""
-  width = max(map(len, rows))
-  lines = [' ' * width + ''.join(f'{name:>9}' for name in SHOWN)]
+def table(rows: dict[str, dict], columns: Sequence[str]) -> str:
+  """Formats some metrics of some models, one model a line."""
+  width, cell = max(map(len, rows)), max(map(len, columns)) + 2
+  lines = [' ' * width + ''.join(f'{name:>{cell}}' for name in columns)]
   for name, values in rows.items():
-    cells = ''.join(f'{values[metric]:>9.4f}' for metric in SHOWN)
+    cells = ''.join(f'{values[metric]:>{cell}.4f}' for metric in columns)
     lines.append(f'{name:<{width}}{cells}')
   return '\n'.join(lines)
+
+
+def _names(text: str) -> list[str]:
+  names = [name.strip() for name in text.split(',')]
+  for name in names:
+    if name not in WITHOUT_TRAINING + FACTORS:
+      raise argparse.ArgumentTypeError(
+        f'{name!r} is none of {", ".join(WITHOUT_TRAINING + FACTORS)}'
+      )
+  return names
 
 
 @exit_on_reported_error
@@ -35,13 +60,22 @@ def main(argv: list[str] | None = None) -> None:
   add('--data_dir', required=True, help='folder that data_prep.build_dataset wrote')
   add('--split', default='leave_one_out', help='leave_one_out or time')
   add('--seen_items', default='leave_out', choices=('leave_out', 'keep'), help='as in the config')
+  add('--seed', type=int, default=0, help='of the random order and of ALS and BPR-MF')
+  add(
+    '--models',
+    type=_names,
+    default=','.join(WITHOUT_TRAINING + FACTORS),
+    help='baselines to measure, separated by commas (default: all)',
+  )
+  add(
+    '--workdir', action='append', default=[], help='a finished run to add to the table; repeatable'
+  )
   add('--out', help='JSON file to write the metrics to')
   flags = parser.parse_args(expand_home(argv))
 
   # These take seconds to import, and wrong flags are answered at once.
   from ur4rec_jax.data.dataset import load_dataset
-  from ur4rec_jax.evaluation.baselines import baseline_metrics
-  from ur4rec_jax.evaluation.neighbours import neighbour_metrics
+  from ur4rec_jax.evaluation.history_models import rank_and_list, tuned
   from ur4rec_jax.evaluation.protocol import Protocol
 
   dataset = load_dataset(flags.data_dir, flags.split)
@@ -49,13 +83,98 @@ def main(argv: list[str] | None = None) -> None:
   for part in ('valid', 'test'):
     if not protocol.counts_any(dataset, part):
       raise InputError(f'--data_dir={flags.data_dir}: no user has a {part} item that counts')
-  found = baseline_metrics(dataset, 'test', protocol)
-  found = {name: found[name] for name in ('random', 'popularity')}
-  found |= neighbour_metrics(dataset, protocol)
+  measure = _measure(dataset, protocol)
+  runs = {name: _open_run(name, dataset, protocol) for name in flags.workdir}
+  found = {}
+  for name, models in _baselines(dataset, flags):
+    model = tuned(models, dataset, protocol)
+    found[name] = measure(*rank_and_list(model, dataset, 'test', protocol, LENGTH))
+    found[name]['setting'] = model.setting
+    say(f'{name:<18}ndcg@10 {found[name]["ndcg@10"]:.4f}  {model.setting}')
+  for name, ranks_and_lists in runs.items():
+    found[name] = measure(*ranks_and_lists())
   if flags.out is not None:
     write_file(flags.out, json.dumps(found, indent=2) + '\n')
   protocol_line = ', '.join(f'{k}: {v}' for k, v in protocol.describe(dataset).items())
-  say(f'test; {protocol_line}\n{table(found)}')
+  say(f'\ntest; {protocol_line}\n{table(found, ACCURACY + OF_LISTS)}')
+
+
+def _baselines(
+  dataset: 'Dataset', flags: argparse.Namespace
+) -> Iterator[tuple[str, Iterator['HistoryModel']]]:
+  """Yields the name of each baseline that was asked for, and its settings to choose from."""
+  from ur4rec_jax.data.dataset import read_interactions
+  from ur4rec_jax.evaluation.factors import factor_models
+  from ur4rec_jax.evaluation.neighbours import neighbour_models
+  from ur4rec_jax.evaluation.popularity import popularity_models
+
+  train, times = dataset.train_part(), read_interactions(flags.data_dir).timestamps
+  models = popularity_models(dataset, times, flags.seed) | neighbour_models(train)
+  if any(name in FACTORS for name in flags.models):
+    try:
+      models |= factor_models(train, flags.seed)
+    except ModuleNotFoundError:
+      say("ALS and BPR-MF are left out: pip install -e '.[baselines]'")
+  yield from ((name, settings) for name, settings in models.items() if name in flags.models)
+
+
+def _measure(dataset: 'Dataset', protocol: 'Protocol') -> Callable[..., dict[str, float]]:
+  """Returns a function from test ranks and lists `[users, ...]` to metrics by name.
+
+  The ranks may also be a dict of metrics that a run has stored.
+  """
+  from ur4rec_jax.evaluation.beyond_accuracy import list_metrics
+  from ur4rec_jax.evaluation.metrics import ranking_metrics
+  from ur4rec_jax.evaluation.neighbours import users_and_items
+
+  has = users_and_items(dataset.train_part())
+  targets, is_counted = dataset.held_out('test')[1], protocol.is_counted(dataset, 'test')
+
+  def measure(ranks: 'np.ndarray | dict[str, float]', lists: 'np.ndarray') -> dict[str, float]:
+    accuracy = ranks if isinstance(ranks, dict) else ranking_metrics(ranks[is_counted])
+    return accuracy | list_metrics(lists[is_counted], targets[is_counted], has)
+
+  return measure
+
+
+def _open_run(
+  workdir: str, dataset: 'Dataset', protocol: 'Protocol'
+) -> 'Callable[[], tuple[dict[str, float], np.ndarray]]':
+  """Opens a finished run, and returns a function that gives its test metrics and lists.
+
+  Raises:
+    InputError: the run has not ended, or has other data or another protocol.
+  """
+  import numpy as np
+
+  from ur4rec_jax.evaluation.history_models import histories_of
+  from ur4rec_jax.evaluation.queries import make_queries
+  from ur4rec_jax.inference.query import Known, Query
+  from ur4rec_jax.inference.trained import load
+
+  recommender = load(workdir)
+  evaluated = recommender.evaluate()
+  if recommender.dataset.split_hash != dataset.split_hash:
+    raise InputError(f'--workdir={workdir}: has learned from other data than --data_dir')
+  if (ours := protocol.describe(dataset)) != evaluated['protocol']:
+    raise InputError(
+      f'--workdir={workdir}: was evaluated under another protocol: {evaluated["protocol"]}, and'
+      f' the baselines are under {ours}'
+    )
+
+  def metrics_and_lists() -> tuple[dict[str, float], np.ndarray]:
+    queries = make_queries(dataset, 'test', protocol)
+    ends = np.cumsum(queries.lengths)
+    known = [
+      Known(items.astype(np.int32), np.unique(items))
+      for items in np.split(histories_of(dataset, queries).items, ends[:-1])
+    ]
+    preferences = recommender.preferences_of(queries.users)
+    query = Query(known, LENGTH, keep_seen=protocol.keeps_seen, preferences=preferences)
+    ranking = recommender.rank(recommender.check_known(query, known))
+    return evaluated['test'], np.where(np.isfinite(ranking.scores), ranking.items, 0)
+
+  return metrics_and_lists
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
   python -m ur4rec_jax.experiment assign --config=exp.toml --user=u042
   python -m ur4rec_jax.experiment report --config=exp.toml --exposures=shown.csv --events=done.csv
+  python -m ur4rec_jax.experiment guard --config=exp.toml --exposures=shown.csv --events=done.csv
   python -m ur4rec_jax.experiment power --config=exp.toml --exposures=shown.csv --events=done.csv
   python -m ur4rec_jax.experiment interleave --exposures=shown.csv --events=done.csv
   python -m ur4rec_jax.experiment off-policy --exposures=shown.csv --events=done.csv --target=n.csv
@@ -41,12 +42,13 @@ def _parser() -> argparse.ArgumentParser:
 
   assign = command('assign', run_assign, 'say which arm users get')
   report = command('report', run_report, 'compare the arms by the logs')
+  guard = command('guard', run_guard, 'stop arms that are clearly worse, in the running service')
   power = command('power', run_power, 'say how many users and days an experiment needs')
   interleave = command('interleave', run_interleave, 'say which of two interleaved rankers wins')
   off_policy = command('off-policy', run_off_policy, 'estimate a new policy from the logs')
-  for found in (assign, report, power):
+  for found in (assign, report, guard, power):
     found.add_argument('--config', required=True, help='the file of the experiment (TOML)')
-  for found in (report, power, interleave, off_policy):
+  for found in (report, guard, power, interleave, off_policy):
     found.add_argument('--exposures', required=True, help='table of the items shown')
     found.add_argument('--events', required=True, help='table of what users did')
   who = assign.add_mutually_exclusive_group(required=True)
@@ -134,6 +136,28 @@ def run_report(flags: argparse.Namespace) -> None:
     data = flags.out.with_suffix('.json')
     _write_json(data, experiment_report.as_json(result))
     say(f'wrote {flags.out} and {data}')
+
+
+def run_guard(flags: argparse.Namespace) -> None:
+  """Writes the arms that the guard stops into the file that the service watches."""
+  from ur4rec_jax.online import analysis, experiments, logs
+
+  experiment = experiments.read(flags.config)
+  if experiment.guard is None:
+    raise InputError(f'{flags.config}: has no [guard]; add one that names a metric')
+  before = experiments.read_stopped(experiment)
+  arms = [arm.name for arm in experiment.arms]
+  measured = analysis.measure(experiment, logs.read_logs(flags.exposures, flags.events, arms))
+  # A stopped arm stays stopped: nobody is in it any more, so nothing new is known of it.
+  stopped = analysis.guard(experiment, measured) | before
+  for arm, reason in stopped.items():
+    say(f'{"stopped before" if arm in before else "stop"} {arm}: {reason}')
+  if not stopped:
+    say('no arm is clearly worse than the control')
+  if stopped != before:
+    out = experiments.stopped_file(experiment.path)
+    _write_json(out, stopped)
+    say(f'wrote {out}; a service with --experiment={flags.config} obeys within a second')
 
 
 def run_power(flags: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ on.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -18,14 +17,14 @@ import os
 import pathlib
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ur4rec_jax.baselines import table
+from ur4rec_jax import processes
+from ur4rec_jax.baselines import ACCURACY, WITHOUT_TRAINING, table
 from ur4rec_jax.errors import InputError, ReportedError, exit_on_reported_error, printable, say
 from ur4rec_jax.files import expand_home, write_file
 
@@ -38,7 +37,6 @@ _SHARE_OF_CONTENT = 0.6  # Of the time for training; the rest is for the model o
 _SECONDS_AFTER_TRAINING = 50  # To evaluate, export and start the service.
 _SECONDS_TO_START = 20  # A training that has less time is not worth its start.
 _LEAST_SHARE = 0.25  # Of the minutes, which the first training gets whatever came before.
-_SECONDS_OF_PROGRESS = 15  # From one line of progress to the next, where there is no terminal.
 _REPEATS = 0.2  # With more targets that their users had before, items are recommended again.
 _MOST_ITEMS_OF_SOFTMAX = 50_000
 # Texts and pictures that the pretrained encoders encode in a second, on two cores.
@@ -160,7 +158,7 @@ class Commands:
     with log.open('w') as file:
       command = [sys.executable, '-m', *words]
       streams = {'stdout': file, 'stderr': stderr, 'text': True}
-      code = _wait(subprocess.Popen(command, process_group=0, **streams))
+      code = processes.wait(subprocess.Popen(command, process_group=0, **streams))
     if code:
       say(f'the command ended with {code}; {log} has its output. Start again to go on', sys.stderr)
       sys.exit(code)
@@ -170,34 +168,6 @@ class Commands:
 
   def _save(self) -> None:
     write_file(self._path, json.dumps(self.record, indent=2) + '\n')
-
-
-def _wait(process: subprocess.Popen) -> int:
-  """Waits for a process, to which signals are passed on; returns the exit code."""
-  handlers = {}
-  with contextlib.suppress(ValueError):  # Not the main thread, as in some notebooks.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-      handler = lambda number, _: process.send_signal(number)
-      handlers[number] = signal.signal(number, handler)
-  try:
-    if process.stderr is not None:
-      _pass_on(process.stderr)
-    code = process.wait()
-  finally:
-    for number, handler in handlers.items():
-      signal.signal(number, handler)
-  return 128 - code if code < 0 else code
-
-
-def _pass_on(lines: Iterable[str]) -> None:
-  """Prints the errors and notes of a process, and its progress from time to time."""
-  shown = time.monotonic()
-  for line in lines:
-    if line.startswith('['):  # As `metric_writers` reports progress where there is no terminal.
-      if time.monotonic() < shown + _SECONDS_OF_PROGRESS:
-        continue
-      shown = time.monotonic()
-    print(line, end='', file=sys.stderr, flush=True)
 
 
 def make_models(order: Order) -> Models:
@@ -212,8 +182,9 @@ def make_models(order: Order) -> Models:
   _build(commands, order, data)
   modalities = _encode(commands, order, data)
   keeps_seen = seen_items(data)
-  common = [f'--seen_items={keeps_seen}', f'--out={order.out / "baselines.json"}']
-  commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *common)
+  flags = [f'--seen_items={keeps_seen}', f'--models={",".join(WITHOUT_TRAINING)}']
+  flags.append(f'--out={order.out / "baselines.json"}')
+  commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *flags)
   metrics = json.loads((order.out / 'baselines.json').read_text())
   found = {}
   for name in ('content', 'ids') if modalities else ('ids',):
@@ -482,7 +453,7 @@ def _export(order: Order, best: pathlib.Path) -> pathlib.Path:
 
 def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterator[str]:
   """Says how good the model is, and how to go on."""
-  yield f'\n{table(models.metrics)}'
+  yield f'\n{table(models.metrics, ACCURACY)}'
   best = json.loads((models.best / 'results.json').read_text())
   values = best['test']
   simple = {name: x for name, x in models.metrics.items() if 'setting' in x or name == 'popularity'}

@@ -24,15 +24,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ur4rec_jax.data.dataset import read_dropped_users
 from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.errors import InputError, StorageError, counted, exit_on_reported_error, say
 from ur4rec_jax.files import expand_home, write_file
-from ur4rec_jax.inference import frames, rules, tables
+from ur4rec_jax.inference import frames, rules
 from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.query import Query
@@ -40,12 +38,12 @@ from ur4rec_jax.inference.rules import Rules
 from ur4rec_jax.inference.similar import BOTH, KINDS
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
-_TYPES = {
-  'user': pa.string(),
-  'rank': pa.int64(),
-  'item': pa.string(),
-  'title': pa.string(),
-  'rules': pa.string(),
+_TYPES = {  # Of Arrow.
+  'user': 'string',
+  'rank': 'int64',
+  'item': 'string',
+  'title': 'string',
+  'rules': 'string',
 }
 _CHUNK = 4096  # Users whose recommendations are in memory at once.
 
@@ -118,6 +116,8 @@ def customers_of(path: str, recommender: TrainedRecommender) -> tuple[Group, str
   Raises:
     InputError: the table cannot be read.
   """
+  from ur4rec_jax.inference import tables  # Slow to import, and single users need no table.
+
   options = recommender.dataset.info['options']
   found = tables.read_customers(path, options)
   dropped, users = read_dropped_users(recommender.config.data_dir), recommender.users
@@ -160,6 +160,9 @@ def to_file(
   Returns:
     The number of rows, and the users who got no recommendations with the reasons.
   """
+  import pyarrow as pa  # Slow to import, and single users need no table.
+  import pyarrow.parquet as pq
+
   out = pathlib.Path(flags.out)
   draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
   rows, writer, notes, refused = 0, None, [], []

@@ -32,12 +32,14 @@ try:
 
   from ur4rec_jax.inference import exported
   from ur4rec_jax.inference.admission import AdmissionControl, make_host_check
+  from ur4rec_jax.inference.arms import Arms
   from ur4rec_jax.inference.batcher import Batcher
   from ur4rec_jax.inference.connections import make_protocol
   from ur4rec_jax.inference.feedback import Feedback
   from ur4rec_jax.inference.http_app import Live, Model, make_app
   from ur4rec_jax.inference.http_events import EventRoute
   from ur4rec_jax.inference.live import LiveModel, Served, is_loading, open_current
+  from ur4rec_jax.inference.named_models import NamedModels, names_of
   from ur4rec_jax.inference.recommender import BATCH_SIZES
   from ur4rec_jax.inference.rules import load as load_rules
   from ur4rec_jax.online.events import KINDS
@@ -64,7 +66,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add('--export', help='folder that ur4rec_jax.export wrote')
   add('--registry', help='folder of promoted models; a newly promoted one is served at once')
+  add('--compare_with', help='a second exported folder; the page shows both lists side by side')
   add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
+  add('--experiment', help='TOML file of an experiment, whose arms answer its users')
   add('--events', help='where to keep events: a SQLite file, which is made, or redis://HOST:PORT/0')
   add(
     '--event_kinds',
@@ -182,20 +186,34 @@ def main(argv: list[str] | None = None) -> None:
   gc.freeze()
   live = _open_events(flags)
   _keep_compiled_programs(flags.registry or flags.export)
+  folders = [flags.registry or flags.export, *filter(None, [flags.compare_with])]
+  names = names_of(folders)
 
-  def load(folder: str, version: str = '') -> Served:
+  def open_model(folder: str) -> Model:
     digest = exported.model_hash(folder)[:12]
     recommender = exported.load(folder)
     batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
     thumbnails = exported.load_thumbnails(folder)
     rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
-    app = make_app(Model(recommender, batcher, thumbnails, rules, digest), live)
-    return Served(app, batcher, version or digest)
+    return Model(recommender, batcher, thumbnails, rules, digest)
 
-  served = load(*(open_current(flags.registry) if flags.registry else (flags.export,)))
-  model = LiveModel(served, load, flags.registry, live.feedback if live else None)
+  def load(folder: str, version: str = '', model: Model | None = None) -> Served:
+    model = model or open_model(folder)
+    return Served(make_app(model, live, arms, names), model.batcher, version or model.digest)
+
+  folder, version = open_current(flags.registry) if flags.registry else (flags.export, '')
+  first, arms, beside = open_model(folder), None, [live.feedback.run] if live else []
+  others = {name: load(place) for name, place in zip(names[1:], folders[1:], strict=True)}
+  if flags.experiment is not None:
+    # A registry's first model ends when the next one comes, so arms cannot share it.
+    arms = Arms(flags.experiment, open_model, () if flags.registry else (first,))
+    beside += [arms.watch, *(model.batcher.run for model in arms.own_models)]
+  model = LiveModel(load(folder, version, first), load, flags.registry, beside)
+  del first  # It may be large, and a registry replaces it.
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
-  app = AdmissionControl(model, flags.queue, make_host_check(flags.host, allowed))
+  app = AdmissionControl(
+    NamedModels(names[0], model, others), flags.queue, make_host_check(flags.host, allowed)
+  )
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: (
       event.endswith('backend_compile_duration') and not is_loading() and COMPILED.inc()

@@ -3,12 +3,16 @@
   python -m ur4rec_jax.update --workdir=runs/shop --data_dir=data/day2 --out=runs/day2 \\
     --registry=models
   python -m ur4rec_jax.update --registry=models --rollback
+  python -m ur4rec_jax.update --watch --events=events.db --workdir=runs/shop --data_dir=data/shop \\
+    --out=rounds --registry=models
 
 The update trains for a few epochs from the parameters of the run in --workdir. If the command is
-stopped, the same command goes on. docs/updates.md explains the gate.
+stopped, the same command goes on. With --watch it does so again and again with the events of a
+service, whose `serve --registry` then changes to the new model. docs/updates.md explains the gate.
 """
 
 import argparse
+import math
 import pathlib
 import shlex
 import shutil
@@ -18,6 +22,7 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 from ur4rec_jax.files import expand_home
 
 EXPORT = 'export'
+_OF_EACH_UPDATE = ('epochs', 'replay', 'moments', 'margin')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,6 +55,28 @@ def _parser() -> argparse.ArgumentParser:
   )
   add('--force', action='store_true', help='promote it also if the gate refuses it')
   add('--users', action='store_true', help='export the users and their histories, too')
+  add('--watch', action='store_true', help='update again and again with the events of a service')
+  add('--events', help='with --watch: the store of events, as serve has it')
+  add(
+    '--every_minutes',
+    type=float,
+    default=60,
+    help='with --watch: minutes from one update to the next, if there are new events; default 60',
+  )
+  add(
+    '--every_events',
+    type=float,
+    default=math.inf,
+    help='with --watch: new events after which an update does not wait for its time',
+  )
+  add(
+    '--event_kinds',
+    default='click,cart,buy',
+    help='with --watch: kinds of events that are added to data that were built without kinds',
+  )
+  add('--rounds', type=float, default=math.inf, help='with --watch: end after so many updates')
+  add('--items', help='with --watch: table of goods, in which new ones are looked up')
+  add('--encode', help='with --watch: flags of data_prep.encode that made the embeddings, quoted')
   add('--rollback', action='store_true', help='serve the version before the current one again')
   return parser
 
@@ -62,9 +89,15 @@ def _check(flags: argparse.Namespace) -> None:
     if flags.workdir or flags.data_dir or flags.out:
       raise InputError('--rollback: works on --registry alone; leave the other folders out')
     return
-  for name in ('workdir', 'data_dir', 'out'):
+  for name in ('workdir', 'data_dir', 'out', *(('events', 'registry') if flags.watch else ())):
     if not getattr(flags, name):
       raise InputError(f'--{name} is missing; --help says what it is')
+  for name in () if flags.watch else ('events', 'items', 'encode'):
+    if getattr(flags, name):
+      raise InputError(f'--{name}: is for --watch; leave it out')
+  for name in ('every_minutes', 'every_events', 'rounds'):
+    if not getattr(flags, name) > 0:
+      raise InputError(f'--{name}={getattr(flags, name):g}: must be more than 0')
   if flags.epochs < 1:
     raise InputError(f'--epochs={flags.epochs}: must be at least 1')
   for name in ('replay', 'margin'):
@@ -83,6 +116,10 @@ def main(argv: list[str] | None = None) -> None:
     from ur4rec_jax.inference import registry
 
     say(f'{flags.registry}: version {registry.rollback(flags.registry)} serves again')
+    return
+
+  if flags.watch:
+    _watch(flags)
     return
 
   # These take seconds to import, and a wrong flag should be answered at once.
@@ -112,6 +149,36 @@ def main(argv: list[str] | None = None) -> None:
       f'kept aside in {out}: {flags.workdir} goes on to serve; look at'
       f' {out / update_run.GATE}, train for longer, or correct the data'
     )
+
+
+def _watch(flags: argparse.Namespace) -> None:
+  """Updates again and again, until SIGTERM or Ctrl-C."""
+  from ur4rec_jax.online import update_loop
+  from ur4rec_jax.online.events import KINDS
+  from ur4rec_jax.runs.workdir import stored_config
+
+  stored_config(flags.workdir)  # A folder without a run is named at once.
+  kinds = tuple(kind.strip() for kind in flags.event_kinds.split(','))
+  if unknown := [kind for kind in kinds if kind not in KINDS]:
+    raise InputError(f'--event_kinds: {unknown[0]!r} is none of {", ".join(KINDS)}')
+  passed = [f'--{name}={getattr(flags, name)}' for name in _OF_EACH_UPDATE]
+  passed += [f'--{name}' for name in ('force', 'users') if getattr(flags, name)]
+  update_loop.run(
+    update_loop.Watch(
+      flags.events,
+      flags.workdir,
+      flags.data_dir,
+      pathlib.Path(flags.out),
+      flags.registry,
+      flags.every_minutes,
+      flags.every_events,
+      update_loop.counted_kinds(flags.data_dir) or kinds,
+      flags.items,
+      flags.encode,
+      tuple(passed),
+      flags.rounds,
+    )
+  )
 
 
 def _promote(out: pathlib.Path, verdict: dict[str, Any], flags: argparse.Namespace) -> str:

@@ -29,6 +29,10 @@ from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError, counted
 
 
+class NothingNew(InputError):
+  """The new file has no event that the dataset lacks and its settings keep."""
+
+
 class Old(NamedTuple):
   """A prepared folder that events are appended to.
 
@@ -104,7 +108,7 @@ def append(
   new_items = items.names[items.known :]
   if not len(rows) and not new_items:
     reasons = ', '.join(f'{name} {count:,}' for name, count in dropped.items())
-    raise InputError(
+    raise NothingNew(
       f'{raw.path}: the settings of {old.folder} leave out all its events ({reasons}); there is'
       ' nothing to append'
     )
@@ -214,7 +218,7 @@ def _choose(
   if events.times is not None:
     rows = _without_repeats(old, raw, events)
     if not len(rows):
-      raise InputError(
+      raise NothingNew(
         f'{raw.path}: all {counted(len(raw.users), "event")} are in {old.folder} already: these are'
         ' old days again; give the file of the new day'
       )
@@ -241,7 +245,7 @@ def _choose(
 def _check_columns(old: Old, raw: Raw) -> None:
   """Raises InputError if the new events have other columns than the old ones, or no rows."""
   if not len(raw.users):
-    raise InputError(f'{raw.path}: has no rows; there is nothing to append')
+    raise NothingNew(f'{raw.path}: has no rows; there is nothing to append')
   for what, has_old, values in (
     ('times', old.info['has_timestamps'], raw.timestamps),
     ('ratings', old.info['has_ratings'], raw.ratings),

@@ -9,7 +9,7 @@ import optax
 from configs import default
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.data.features import load_with_features, read_tables
-from ur4rec_jax.inference.trained import TrainedModel, TrainedRecommender
+from ur4rec_jax.inference.trained import TrainedModel, TrainedRecommender, encode_catalogue
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.training.train_state import create_train_state
 
@@ -60,5 +60,6 @@ def make(data, name: str, approximate: bool = False):
   for item in read_items(data):
     items['ids'].append(item['original_id'])
     items['titles'].append(item['title'])
-  trained = TrainedModel(config, dataset, tables, model, params, items, {})
+  arrays = encode_catalogue(model, params, dataset, tables.items)
+  trained = TrainedModel(config, dataset, model, params, items, arrays, {})
   return TrainedRecommender(trained, approximate), tables

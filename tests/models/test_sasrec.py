@@ -9,7 +9,7 @@ import pytest
 from configs import default
 from ur4rec_jax.models.attention import causal_attention, masked_attention, visible_history
 from ur4rec_jax.models.layers import Dropout
-from ur4rec_jax.models.sasrec import SASRec, segment_positions
+from ur4rec_jax.models.sasrec import CausalFilter, SASRec, segment_positions
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 
 NUM_ITEMS = 30
@@ -18,13 +18,14 @@ WINDOWED = {
   'norm': 'post',
   'positions': 'rotary',
   'window': 3,
+  'filter_width': 4,
   'activation': 'swiglu',
   'input_norm': True,
 }
 KINDS = (
   {'norm': 'pre'},
   {'norm': 'post'},
-  {'norm': 'pre', 'positions': 'rotary', 'activation': 'gelu'},
+  {'norm': 'pre', 'positions': 'rotary', 'activation': 'gelu', 'filter_width': 2},
   WINDOWED,
   {'block': 'gru', 'positions': 'none'},
 )
@@ -205,6 +206,31 @@ def test_a_window_longer_than_a_block_of_queries_reads_exactly_the_window():
   np.testing.assert_array_equal(visible.mask(length), mask)
   found = causal_attention(query, key, value, visible, window)
   np.testing.assert_allclose(found, masked_attention(query, key, value, mask), atol=1e-5)
+
+
+def test_the_filter_adds_up_the_newest_items_of_a_history_by_channel():
+  h = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+  kernel = np.array([[2, 3], [5, 7], [11, 13]], np.float32)
+  segments = jnp.array([[1, 1, 1, 1, 2, 2]])
+  apply = lambda visible: CausalFilter(3, jnp.float32).apply(
+    {'params': {'kernel': kernel}}, h, visible
+  )
+  expected = h * kernel[0]
+  expected[[1, 2, 3, 5]] += h[[0, 1, 2, 4]] * kernel[1]
+  np.testing.assert_allclose(apply(visible_history(segments, 2)), expected, rtol=1e-5)
+  expected[[2, 3]] += h[[0, 1]] * kernel[2]
+  np.testing.assert_allclose(apply(visible_history(segments)), expected, rtol=1e-5)
+
+
+def test_a_block_with_a_filter_begins_as_attention_alone():
+  item_ids = jnp.arange(1, LENGTH + 1).reshape(2, -1)
+  init = lambda model: model.init(jax.random.key(0), item_ids, method=states)
+  with_filter, plain = small_model(filter_width=4), small_model()
+  params = init(with_filter)['params']
+  assert not params['blocks_0']['filter'].pop('kernel').any()
+  del params['blocks_0']['filter']
+  found = with_filter.apply(init(with_filter), item_ids, method=states)
+  np.testing.assert_array_equal(found, plain.apply({'params': params}, item_ids, method=states))
 
 
 def test_two_users_with_the_same_items_in_one_row_have_the_same_states():

@@ -126,11 +126,11 @@ def split_hash(
     16 hexadecimal digits.
   """
   digest = hashlib.sha256(name.encode())
-  digest.update(np.ascontiguousarray(offsets, '<i8'))
-  digest.update(np.ascontiguousarray(item_ids, '<i4'))
+  digest.update(np.ascontiguousarray(offsets, '<i8').data)
+  digest.update(np.ascontiguousarray(item_ids, '<i4').data)
   if name != LEAVE_ONE_OUT:  # The cuts of leave-one-out follow from the lengths.
     for cuts in (split.train_lengths, split.held_out['valid'], split.held_out['test']):
-      digest.update(np.ascontiguousarray(cuts, '<i8'))
+      digest.update(np.ascontiguousarray(cuts, '<i8').data)
   # Items without interactions change the numbers of the others, unless they are the last ones.
   if num_items is not None and num_items > item_ids.max(initial=0):
     digest.update(str(num_items).encode())

@@ -5,83 +5,87 @@ items of a history, in which older items may count less. Settings are chosen by 
 items that the matrix does not know follow by popularity.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from ur4rec_jax.data.dataset import Dataset
-from ur4rec_jax.evaluation import metrics
-from ur4rec_jax.evaluation.protocol import Protocol
-from ur4rec_jax.evaluation.queries import Queries, make_queries
+from ur4rec_jax.evaluation.history_models import Histories, HistoryModel
 
 NEIGHBOURS = 100  # Kept for each item.
 MOST_ITEMS_OF_EASE = 5000  # EASE inverts a matrix of all items.
 _DECAYS = (1.0, 0.8, 0.5, 0.2)  # Weight of an item of the history beside the one after it.
 _PENALTIES = (1.0, 10.0, 100.0, 500.0)
-_AT_ONCE = 1 << 22  # Scores in memory at once.
 
 
-class _Model(NamedTuple):
-  """A matrix of items, and how it is used.
+def neighbour_models(train: Dataset) -> dict[str, Iterator[HistoryModel]]:
+  """Returns the settings to choose from of `next item`, `item-kNN` and `EASE`.
 
-  Attributes:
-    setting: its settings in words.
-    matrix: `[items + 1, items + 1]`, dense or sparse.
-    decay: weight of an item of the history beside the one after it.
+  EASE is left out if there are more than `MOST_ITEMS_OF_EASE` items.
+
+  Args:
+    train: the training part of the data.
   """
-
-  setting: str
-  matrix: Any
-  decay: float
-
-
-def neighbour_metrics(dataset: Dataset, protocol: Protocol) -> dict[str, dict]:
-  """Ranks the test items by next items, item-kNN and EASE, under the protocol of the models.
-
-  Returns:
-    The metrics by name, each with its `setting`. EASE is left out if there are more than
-    `MOST_ITEMS_OF_EASE` items.
-  """
-  queries = {part: make_queries(dataset, part, protocol) for part in ('valid', 'test')}
-  is_counted = {part: protocol.is_counted(dataset, part) for part in queries}
-  train = dataset.train_part()
-  popularity = train.item_counts().astype(np.float32)
-  popularity[0] = 0
-  popularity *= 1e-6 / max(popularity.max(), 1)
-
-  def measure(model: _Model, part: str) -> dict[str, float]:
-    ranks = _ranks(model, dataset, queries[part], popularity)
-    return metrics.ranking_metrics(ranks[is_counted[part]])
-
-  found = {}
-  for name, models in _models(train).items():
-    best = max(models, key=lambda model: measure(model, 'valid')['ndcg@10'])
-    found[name] = measure(best, 'test') | {'setting': best.setting}
-  return found
-
-
-def _models(train: Dataset) -> dict[str, Iterator[_Model]]:
   width = train.num_items + 1
-  users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-  ones = np.ones(len(users), np.float32)
-  has = sp.csr_matrix((ones, (users, train.item_ids)), (len(train.offsets) - 1, width))
-  has.data[:] = 1  # Users who had an item twice count once.
+  has = users_and_items(train)
   together = (has.T @ has).tocsr()
   counts = np.maximum(together.diagonal(), 1)
   scale = sp.diags(1 / np.sqrt(counts))
   nearest = _largest(scale @ together @ scale)
+  users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
   is_pair = users[1:] == users[:-1]
-  pairs = (ones[1:][is_pair], (train.item_ids[:-1][is_pair], train.item_ids[1:][is_pair]))
+  ones = np.ones(int(is_pair.sum()), np.float32)
+  pairs = (ones, (train.item_ids[:-1][is_pair], train.item_ids[1:][is_pair]))
   follow = _largest(sp.diags(1 / counts) @ sp.csr_matrix(pairs, (width, width)))
-  with_decay = lambda matrix: (_Model(f'decay {decay}', matrix, decay) for decay in _DECAYS)
+  last = _popularity_last(train)
+
+  def with_decay(matrix: sp.csr_matrix) -> Iterator[HistoryModel]:
+    return (HistoryModel(f'decay {x:g}', _product(matrix, x, last)) for x in _DECAYS)
+
   models = {'next item': with_decay(follow), 'item-kNN': with_decay(nearest)}
   if train.num_items <= MOST_ITEMS_OF_EASE:
     models['EASE'] = (
-      _Model(f'penalty {penalty:g}', _ease(together, penalty), 1.0) for penalty in _PENALTIES
+      HistoryModel(f'penalty {x:g}', _product(_ease(together, x), 1.0, last)) for x in _PENALTIES
     )
   return models
+
+
+def users_and_items(train: Dataset) -> sp.csr_matrix:
+  """Returns `[users, items + 1]`: 1 where a user had an item, however often."""
+  users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
+  ones = np.ones(len(users), np.float32)
+  has = sp.csr_matrix(
+    (ones, (users, train.item_ids)), (len(train.offsets) - 1, train.num_items + 1)
+  )
+  has.data[:] = 1
+  return has
+
+
+def _popularity_last(train: Dataset) -> np.ndarray:
+  """Returns `[items + 1]` scores that order by popularity the items whose score is 0."""
+  popularity = train.item_counts().astype(np.float32)
+  popularity[0] = 0
+  return popularity * (1e-6 / max(popularity.max(), 1))
+
+
+def _product(matrix: Any, decay: float, last: np.ndarray) -> Callable[[Histories], np.ndarray]:
+  """Returns a function that adds up the rows of `matrix` for the items of a history.
+
+  Args:
+    matrix: `[items + 1, items + 1]`, dense or sparse.
+    decay: weight of an item of the history beside the one after it.
+    last: `[items + 1]` is added to all scores.
+  """
+
+  def score(histories: Histories) -> np.ndarray:
+    weights = np.power(decay, histories.ages, dtype=np.float32)
+    shape = len(histories.users), matrix.shape[0]
+    scores = sp.csr_matrix((weights, (histories.owners, histories.items)), shape) @ matrix
+    return (scores.toarray() if sp.issparse(scores) else scores) + last
+
+  return score
 
 
 def _largest(matrix: sp.csr_matrix) -> sp.csr_matrix:
@@ -107,32 +111,3 @@ def _ease(together: sp.csr_matrix, penalty: float) -> np.ndarray:
   matrix = inverse / -np.diag(inverse)
   np.fill_diagonal(matrix, 0)
   return matrix.astype(np.float32)
-
-
-def _ranks(model: _Model, dataset: Dataset, queries: Queries, popularity: np.ndarray) -> np.ndarray:
-  """Returns `[users]` ranks; ties count against the model."""
-  ranks, width = np.zeros(len(queries.users), np.int64), dataset.num_items + 1
-  step = max(1, _AT_ONCE // width)
-  for first in range(0, len(ranks), step):
-    rows = slice(first, first + step)
-    starts, lengths = queries.starts[rows], queries.lengths[rows]
-    users = np.repeat(np.arange(len(starts)), lengths)
-    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    items = dataset.item_ids[np.repeat(starts, lengths) + position]
-    age = np.repeat(lengths, lengths) - position - 1
-    weights = np.power(model.decay, age, dtype=np.float32)
-    scores = sp.csr_matrix((weights, (users, items)), (len(starts), width)) @ model.matrix
-    scores = np.asarray(scores.todense() if sp.issparse(scores) else scores) + popularity
-    targets = queries.targets[rows]
-    own = scores[np.arange(len(targets)), targets][:, None]
-    if queries.candidates.shape[1]:
-      drawn = queries.candidates[rows]
-      is_rival = (drawn > 0) & (drawn != targets[:, None])
-      better = np.take_along_axis(scores, drawn, axis=1) >= own
-      ranks[rows] = 1 + (better & is_rival).sum(1)
-      continue
-    is_seen = position < np.repeat(queries.seen_lengths[rows], lengths)
-    scores[users[is_seen], items[is_seen]] = -np.inf
-    scores[np.arange(len(targets)), targets] = -np.inf
-    ranks[rows] = 1 + (scores[:, 1:] >= own).sum(1)
-  return ranks

@@ -25,6 +25,7 @@ import numpy as np
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.inference.recommender import Recommender, Users, make_users
+from ur4rec_jax.inference.stored_arrays import as_tree, unpack
 from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.inference.thumbnails import Thumbnails
 
@@ -63,11 +64,13 @@ def load(folder: str | pathlib.Path) -> Recommender:
       ' JAX_PLATFORMS=cpu, or export it again for this device'
     )
   program = _program(contents[PROGRAM], manifest['files'][PROGRAM])
-  arrays = _as_tree(_unpack(contents[ARRAYS], manifest))
+  arrays = as_tree(unpack(contents[ARRAYS], manifest['dtypes']))
+  # Folders without covariances or a sketch store nothing for them, but the program expects a dict.
+  arrays = {name: {} for name in ('params', 'items', 'covariances', 'sketch')} | arrays
   settings = Settings.from_manifest(manifest['settings'])
   users = None
   if USERS in contents:
-    users = _users(_unpack(contents[USERS], manifest), settings)
+    users = _users(unpack(contents[USERS], manifest['dtypes']), settings)
   return Recommender(program, arrays, json.loads(contents[ITEMS]), settings, users)
 
 
@@ -117,7 +120,7 @@ def load_thumbnails(folder: str | pathlib.Path) -> Thumbnails | None:
   manifest = _read_manifest(folder)
   if PICTURES not in manifest['files']:
     return None
-  index = _unpack(_read(folder, PICTURES, manifest['files'][PICTURES]), manifest)
+  index = unpack(_read(folder, PICTURES, manifest['files'][PICTURES]), manifest['dtypes'])
   return Thumbnails(folder, index)
 
 
@@ -167,19 +170,6 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
   return True
 
 
-def _as_tree(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Turns arrays by path (`items/sasrec/vectors`) into nested dicts."""
-  # Folders without covariances or a sketch store nothing for them, but the program expects a dict.
-  tree: dict[str, Any] = {'params': {}, 'items': {}, 'covariances': {}, 'sketch': {}}
-  for path, values in flat.items():
-    *parents, name = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = values
-  return tree
-
-
 def _users(arrays: Mapping[str, np.ndarray], settings: Settings) -> Users:
   return make_users(
     arrays['ids'].tolist(),
@@ -187,14 +177,6 @@ def _users(arrays: Mapping[str, np.ndarray], settings: Settings) -> Users:
     arrays['items'],
     {name: (arrays[f'tokens/{name}'], arrays[f'mask/{name}']) for name in settings.preferences},
   )
-
-
-def _unpack(archive: bytes, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Reads an archive; the manifest names the types, such as bfloat16, that NumPy cannot store."""
-  with np.load(io.BytesIO(archive), allow_pickle=False) as file:
-    return {
-      name: values.view(manifest['dtypes'].get(name, values.dtype)) for name, values in file.items()
-    }
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:

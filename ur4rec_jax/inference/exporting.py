@@ -1,7 +1,6 @@
 """Writes a trained recommender into one folder that only jax and NumPy are needed to open."""
 
 import hashlib
-import io
 import json
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.files import clean_up, new_folder, write_file
 from ur4rec_jax.inference import exported, stored_format, thumbnails
+from ur4rec_jax.inference.stored_arrays import by_path, pack
 
 if TYPE_CHECKING:
   from ur4rec_jax.inference.trained import TrainedRecommender
@@ -47,24 +47,20 @@ def export(
   if out.exists():
     raise InputError(f'--out={out}: is there already; remove it or give another folder')
   arrays = jax.device_get(recommender.arrays)
-  flat = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): x
-    for path, x in jax.tree_util.tree_leaves_with_path(arrays)
-  }
   dtypes: dict[str, str] = {}
   contents = {
     exported.PROGRAM: bytes(_program(recommender, arrays)),
-    exported.ARRAYS: _pack(flat, dtypes),
+    exported.ARRAYS: pack(by_path(arrays), dtypes),
     exported.ITEMS: json.dumps(recommender.items, ensure_ascii=False).encode(),
   }
   if with_users:
-    contents[exported.USERS] = _pack(_users(recommender), dtypes)
+    contents[exported.USERS] = pack(_users(recommender), dtypes)
   pictures = recommender.picture_files() if with_pictures else []
   try:
     clean_up(out)
     with new_folder(out) as draft:
       if any(pictures):
-        contents[exported.PICTURES] = _pack(thumbnails.pack(pictures, draft), dtypes)
+        contents[exported.PICTURES] = pack(thumbnails.pack(pictures, draft), dtypes)
       manifest = {
         'format_version': exported.FORMAT_VERSION,
         'jax': jax.__version__,
@@ -81,14 +77,6 @@ def export(
     cause = error.__cause__ or error
     raise StorageError(f'--out={out}: cannot be written ({cause})') from error
   return manifest
-
-
-def _pack(arrays: dict[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
-  """Makes a .npz archive. NumPy cannot store bfloat16, so `dtypes` notes whose bits it stores."""
-  dtypes |= {name: x.dtype.name for name, x in arrays.items() if x.dtype.kind == 'V'}
-  archive = io.BytesIO()
-  np.savez(archive, **{n: x.view(np.uint16) if n in dtypes else x for n, x in arrays.items()})
-  return archive.getvalue()
 
 
 def _users(recommender: 'TrainedRecommender') -> dict[str, np.ndarray]:

@@ -91,19 +91,20 @@ class Feedback:
     """
     return await self._read(self._store.history, user, self._kinds, MOST_READ)
 
-  def show(self, user: str, model: str, rows: Iterable[dict[str, Any]]) -> str:
+  def show(self, user: str, arm: str, model: str, rows: Iterable[dict[str, Any]]) -> str:
     """Has an answer written to the log of what was shown, and returns the answer's id.
 
     Args:
       user: the user; '' if the request had a history of its own.
+      arm: the arm of the experiment; '' for users outside of it.
       model: name of the model.
       rows: the recommendations.
     """
     request_id = new_request_id()
-    items = tuple(Shown(row['item'], row['score']) for row in rows)
-    self._commit.note(Exposure(request_id, user, time.time(), ONLY_ARM, model, items))
+    items = tuple(Shown(row['item'], row['score'], row.get('propensity', 1.0)) for row in rows)
+    self._commit.note(Exposure(request_id, user, time.time(), arm, model, items))
     for position in range(1, len(items) + 1):
-      SHOWN.labels(_position(position), ONLY_ARM).inc()
+      SHOWN.labels(_position(position), arm).inc()
     return request_id
 
   async def _read(self, function: Callable, *arguments: Any) -> Any:

@@ -5,7 +5,7 @@ import math
 import pathlib
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import fastapi
@@ -17,8 +17,15 @@ from prometheus_client import generate_latest
 
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
+from ur4rec_jax.inference.arms import Arms
 from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
-from ur4rec_jax.inference.feedback import Coverage, Feedback, join_history, new_request_id
+from ur4rec_jax.inference.feedback import (
+  ONLY_ARM,
+  Coverage,
+  Feedback,
+  join_history,
+  new_request_id,
+)
 from ur4rec_jax.inference.http_events import OPENAPI, EventRoute
 from ur4rec_jax.inference.http_schema import (
   MOST_CHARACTERS,
@@ -41,6 +48,7 @@ MOST_SIMILAR = 20  # Similar items in an answer.
 MOST_FOUND = 20  # Results of a search.
 METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody may ask for them.
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
+_LIVE_TAB = pathlib.Path(__file__).with_name('live_tab.html').read_bytes()
 _PAGE_HEADERS = {
   'Content-Security-Policy': "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline';"
   " style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none';"
@@ -73,6 +81,7 @@ class Model(NamedTuple):
     thumbnails: the pictures of the items, if there are some.
     rules: the rules of the shop, which a request can leave out.
     digest: the start of the hash of the exported folder, which exposures name.
+    weights: factors of the scores of some branches, by name; 1 for the others.
   """
 
   recommender: Recommender
@@ -80,21 +89,29 @@ class Model(NamedTuple):
   thumbnails: Thumbnails | None = None
   rules: Rules | None = None
   digest: str = ''
+  weights: Mapping[str, float] = {}
 
 
-def make_app(model: Model, live: Live | None = None) -> FastAPI:
+def make_app(
+  model: Model, live: Live | None = None, arms: Arms | None = None, models: Sequence[str] = ()
+) -> FastAPI:
   """Builds the ASGI application of one model.
 
   Args:
     model: the model.
     live: events, if the service takes some.
+    arms: an experiment, some of whose arms may have models of their own.
+    models: names of all models of the service, the served one first.
+
+  Raises:
+    InputError: the weights or rules of an arm do not fit its model.
   """
   recommender, batcher = model.recommender, model.batcher
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   app.add_exception_handler(405, _on_wrong_method)
   feedback = None if live is None else live.feedback
-  service = Service(model, feedback)
+  service = Service(model, feedback, arms, models)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
@@ -134,27 +151,37 @@ def make_app(model: Model, live: Live | None = None) -> FastAPI:
   app.get('/pictures/{item:path}', **picture)(service.picture)
   app.get('/health')(service.health)
   app.get('/metrics', response_class=PlainTextResponse)(make_metrics())
-  app.get('/', include_in_schema=False)(page)
+  app.get('/', include_in_schema=False)(make_page(live is not None))
   return app
 
 
 class Service:
   """The handlers of all routes that need the recommender."""
 
-  def __init__(self, model: Model, feedback: Feedback | None = None):
+  def __init__(
+    self,
+    model: Model,
+    feedback: Feedback | None = None,
+    arms: Arms | None = None,
+    models: Sequence[str] = (),
+  ):
     """Prepares the searches.
 
     Args:
       model: the model to serve.
       feedback: the events, if the service takes some.
+      arms: the experiment, if there is one.
+      models: names of all models of the service, the served one first.
     """
+    self._models = list(models)
     recommender = model.recommender
     self._model, self._recommender, self._batcher = model, recommender, model.batcher
-    self._feedback = feedback
-    if model.rules is not None and model.rules.diversity:
-      recommender.item_vectors()  # So that the first request need not wait for them.
+    self._feedback, self._arms = feedback, arms
+    self._model_of = {} if arms is None else arms.models(model)
+    for one in (model, *self._model_of.values()):
+      if one.rules is not None and one.rules.diversity:
+        one.recommender.item_vectors()  # So that the first request need not wait for them.
     self._coverage = Coverage(recommender)
-    self._until = recommender.about.get('data_until', -math.inf)
     names = zip(recommender.titles, recommender.item_ids, strict=True)
     self._find_items = make_search([f'{title} {item}' for title, item in names])
     users = recommender.known_users
@@ -168,22 +195,24 @@ class Service:
       question: the question.
       request: the request that has the question as its body.
     """
-    recommender = self._recommender
+    arm, model = self._arm(question)
+    recommender, given = model.recommender, question.weights
     query = Query(
       [question.history],
-      question.k,
+      min(question.k, model.batcher.most_k),
       question.only,
       question.without,
-      question.keep_seen,
-      [getattr(question.weights, branch) for branch in recommender.branches],
-      self._batcher.no_texts,
-      self._model.rules if question.rules else None,
+      # The model of an arm may have another default than the one of the schema.
+      question.keep_seen if 'keep_seen' in question.model_fields_set else None,
+      [getattr(given, x, 1.0) * model.weights.get(x, 1.0) for x in recommender.branches],
+      model.batcher.no_texts,
+      model.rules if question.rules else None,
     )
     try:
       if question.user is None:
         checked = recommender.check(query)
       else:
-        known, texts = await self._user(question.user)
+        known, texts = await self._user(question.user, model)
         checked = recommender.check_known(dataclasses.replace(query, preferences=texts), [known])
     except InputError as error:  # The schema checked the rest, so ids must be unknown.
       raise HTTPException(404, str(error)) from error
@@ -195,16 +224,17 @@ class Service:
       request.scope[TURN].end()
     if query.rules is not None and query.rules.bought == ONLY:
       checked = recommender.only_seen(checked)
-      only = only, tuple(checked.histories[0].tolist())
+      only = only, id(query.rules), tuple(checked.histories[0].tolist())
     elif query.rules is not None:
-      only = only, True
-    answer = await self._batcher.answer(Job(checked, only, client, query.rules))
+      only = only, id(query.rules)  # Arms may have other filters.
+    answer = await model.batcher.answer(Job(checked, only, client, query.rules))
     count = len(checked.histories[0])
     rows = recommender.recommendations(answer)
     return JSONResponse(
       {
-        'request_id': self._shown(question.user or '', rows),
+        'request_id': self._shown(question, arm, model, rows),
         'user': question.user,
+        **({'arm': arm} if self._arms is not None else {}),
         'history': {'items': count, 'read': min(count, recommender.max_length)},
         'unknown': answer.unknown[0],
         'recommendations': [row | self._picture_of(row['item']) for row in rows],
@@ -212,21 +242,39 @@ class Service:
       }
     )
 
-  async def _user(self, name: str) -> tuple[Known, UserTokens]:
+  def _arm(self, question: Any) -> tuple[str | None, Model]:
+    """Returns the arm that answers, if there is one, and the model that does.
+
+    Raises:
+      HTTPException: the question asks for an arm that does not exist.
+    """
+    if self._arms is None and question.arm is None:
+      return None, self._model
+    arm = question.arm
+    if arm is None:
+      arm = self._arms.choose(question.user)
+    elif arm not in self._model_of:
+      known = f'its arms are {", ".join(self._model_of)}' if self._model_of else 'it has no arms'
+      raise HTTPException(404, f'arm: the service has no arm {arm!r}; {known}')
+    return arm, self._model_of.get(arm, self._model)
+
+  async def _user(self, name: str, model: Model) -> tuple[Known, UserTokens]:
     """Returns a user's history up to the latest event, and the user's own texts."""
+    recommender = model.recommender
     if self._feedback is None:
-      return self._recommender.known_user(name)
+      return recommender.known_user(name)
     try:
       stored = await self._feedback.history(name)
     except StorageError as error:
       headers = {'Retry-After': str(RETRY_SECONDS)}
       raise HTTPException(503, f'{error}; give a history instead', headers) from error
-    users = self._recommender.known_users
-    known, texts = None, self._batcher.no_texts
+    users = recommender.known_users
+    known, texts = None, model.batcher.no_texts
     # What was exported about a deleted user stays in the file until the next export.
     if users is not None and name in users.index and not stored.is_deleted:
-      known, texts = self._recommender.known_user(name)
-    joined = join_history(self._recommender, known, stored, self._until)
+      known, texts = recommender.known_user(name)
+    until = recommender.about.get('data_until', -math.inf)
+    joined = join_history(recommender, known, stored, until)
     if known is None and not joined.items.size:
       about = 'no event with an item of the catalogue' if stored.items else 'no event yet'
       raise InputError(f'user {name!r}: is unknown, and has {about}; give a history')
@@ -241,12 +289,17 @@ class Service:
     except StorageError as error:
       raise HTTPException(503, str(error), {'Retry-After': str(RETRY_SECONDS)}) from error
 
-  def _shown(self, user: str, rows: Sequence[dict[str, Any]]) -> str:
+  def _shown(
+    self, question: Any, arm: str | None, model: Model, rows: Sequence[dict[str, Any]]
+  ) -> str:
     """Logs and counts what an answer shows, and returns the answer's id."""
-    if self._feedback is None:
+    # Who asks for an arm wants to look at it. Such a list says nothing about the arm's users.
+    if self._feedback is None or question.arm is not None:
       return new_request_id()
-    self._coverage.count(self._recommender.number_of(row['item']) for row in rows)
-    return self._feedback.show(user, self._model.digest, rows)
+    numbers = (self._recommender.number_of(row['item']) for row in rows)
+    self._coverage.count(filter(None, numbers))  # An arm may have items that the default lacks.
+    arm = ONLY_ARM if self._arms is None else arm or ''
+    return self._feedback.show(question.user or '', arm, model.digest, rows)
 
   # A search holds the interpreter, so that a thread of its own would cost more time, not less.
   async def items(self, search: Search = '') -> list[Item]:
@@ -332,6 +385,9 @@ class Service:
       share_names=recommender.share_names,
       max_length=recommender.max_length,
       most_k=self._batcher.most_k,
+      events=self._feedback is not None,
+      arms=list(self._model_of),
+      models=self._models,
     )
 
   def _item(self, index: int) -> dict[str, str]:
@@ -353,9 +409,15 @@ def make_metrics() -> Callable:
   return metrics
 
 
-async def page() -> HTMLResponse:
-  """Returns the page."""
-  return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+def make_page(is_live: bool) -> Callable:
+  """Builds the route of the page, which has a tab more where events are taken."""
+  content = _PAGE.replace(b'</body>', _LIVE_TAB + b'</body>') if is_live else _PAGE
+
+  async def page() -> HTMLResponse:
+    """Returns the page."""
+    return HTMLResponse(content, headers=_PAGE_HEADERS)
+
+  return page
 
 
 def make_search(texts: Sequence[str]) -> Callable[[str], list[int]]:

@@ -47,14 +47,16 @@ class Similar(Item):
 class Recommended(Item):
   """A recommended item; its shares are what each branch adds to the score.
 
-  Where the service has rules, `rules` names those that moved the item here. A pinned item that is
-  far from the best has no score.
+  Where the service has rules, `rules` names those that moved the item here. Where they explore,
+  `propensity` is the probability with which the item is shown at this position. A pinned item that
+  is far from the best has no score.
   """
 
   rank: int
   score: float | None
   shares: dict[str, float | None]
   rules: list[str] = None
+  propensity: float = None
 
 
 class Recommendations(BaseModel):
@@ -62,6 +64,7 @@ class Recommendations(BaseModel):
 
   `history` has the number of known items and the number of items that the model reads. `unknown`
   has the items that are not in the catalogue; they were ignored. `notes` says what rules left out.
+  `arm` is the arm of the experiment, if there is one; null for users outside of it.
   Events may have the `request_id` of the answer in which the user saw the item.
   """
 
@@ -69,6 +72,7 @@ class Recommendations(BaseModel):
   user: str | None
   history: dict[str, int]
   unknown: list[str]
+  arm: str | None = None
   recommendations: list[Recommended]
   notes: list[str] = None
 
@@ -86,7 +90,11 @@ class Stored(BaseModel):
 
 
 class Health(BaseModel):
-  """The served model and its limits; `paths` are its branches."""
+  """The model and its limits; `paths` are its branches.
+
+  `events` tells whether the service takes events; `arms` are those of its experiment. `models` has
+  the names of all models of the service, the served one first. Each route takes `?model=NAME`.
+  """
 
   status: str
   dataset: str
@@ -97,6 +105,9 @@ class Health(BaseModel):
   share_names: list[str]
   max_length: int
   most_k: int
+  events: bool
+  arms: list[str]
+  models: list[str]
 
 
 def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[BaseModel]:
@@ -113,7 +124,8 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
   class Question(Strict):
     """Asks for the best items for a history, the oldest item first, or for a known user.
 
-    `rules=false` leaves out the rules of the service.
+    `rules=false` leaves out the rules of the service. `arm` shows what an arm of the experiment
+    answers, whichever arm the user has; such an answer is not logged.
     `weights` multiply the scores of the branches: 1 scores as trained, 0 switches a branch off.
     """
 
@@ -127,6 +139,7 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
     without: Ids = Field((), max_length=MOST_IDS)
     keep_seen: bool = keeps_seen
     rules: bool = True
+    arm: str = Field(None, max_length=MOST_CHARACTERS)
     weights: Weights = Weights()
 
     @model_validator(mode='after')

@@ -9,7 +9,7 @@ import gc
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from prometheus_client import Counter, Gauge
 from ur4rec_jax.errors import InputError, as_reported, say
 from ur4rec_jax.inference import registry
 from ur4rec_jax.inference.batcher import Batcher
-from ur4rec_jax.inference.feedback import Feedback
 
 WATCH_SECONDS = 1
 _TURN_SECONDS = 0.0005
@@ -55,7 +54,7 @@ class LiveModel:
     served: Served,
     load: Callable[[str, str], Served],
     folder: str | None = None,
-    feedback: Feedback | None = None,
+    beside: Sequence[Callable[[], Coroutine]] = (),
   ):
     """Starts with a model.
 
@@ -63,9 +62,9 @@ class LiveModel:
       served: the model to begin with.
       load: makes a model ready, from its folder and the name of its version.
       folder: the registry to watch, if there is one.
-      feedback: events that are written while the service runs.
+      beside: functions that run beside the requests, until their tasks are cancelled.
     """
-    self._served, self._load, self._folder, self._feedback = served, load, folder, feedback
+    self._served, self._load, self._folder, self._beside = served, load, folder, beside
     self._inside: dict[int, int] = {}
     self._tasks: dict[int, asyncio.Task] = {}
     self._thread = ThreadPoolExecutor(1, initializer=_become_loader)
@@ -89,11 +88,9 @@ class LiveModel:
     """Runs what runs beside the requests, from the start of the service to its end."""
     await receive()
     self._start(self._served)
-    others = []
+    others = [asyncio.create_task(function()) for function in self._beside]
     if self._folder is not None:
       others.append(asyncio.create_task(self._watch(self._folder)))
-    if self._feedback is not None:
-      others.append(asyncio.create_task(self._feedback.run()))
     await send({'type': 'lifespan.startup.complete'})
     await receive()
     for task in (*others, *self._tasks.values()):

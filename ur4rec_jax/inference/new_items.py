@@ -6,7 +6,7 @@ import pathlib
 import re
 import warnings
 from collections.abc import Container, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ from ml_collections import ConfigDict
 from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import Dataset, iterate_items
 from ur4rec_jax.data.features import Features, TokenTable, load_features
-from ur4rec_jax.data.raw.records import Item
 from ur4rec_jax.encoders import pretrained, text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import cold_items
-from ur4rec_jax.inference import scoring, tables
+from ur4rec_jax.inference import scoring
 from ur4rec_jax.models.ur4rec import BRANCHES, UR4Rec, create_model
+
+if TYPE_CHECKING:
+  from ur4rec_jax.data.raw.records import Item
 
 TEXT, IMAGE = 'text', 'image'
 # Help of the flags of the commands that append items.
@@ -84,6 +86,8 @@ def read_new_items(
     InputError: the source cannot be read, its features differ in kind from `trained_on`, or an
       encoder is missing.
   """
+  from ur4rec_jax.inference import tables  # Slow to import, and a preference needs no table.
+
   source = pathlib.Path(source)
   if source.is_dir():
     return _read_folder(source, trained_on)
@@ -100,6 +104,8 @@ def _read_table(
   known: Container[str],
   pictures: pathlib.Path,
 ) -> NewItems:
+  from ur4rec_jax.inference import tables
+
   goods = tables.read_goods(path, options)
   names = list(goods)
   new = [i for i, name in enumerate(names) if name not in known]
@@ -138,13 +144,13 @@ def _is_encoded(name: str, features: Features) -> bool:
   return name in (TEXT, IMAGE) and pretrained.can_encode(features.info['encoder'])
 
 
-def _encode_texts(features: Features, goods: Mapping[str, Item]) -> tuple[np.ndarray, np.ndarray]:
+def _encode_texts(features: Features, goods: Mapping[str, 'Item']) -> tuple[np.ndarray, np.ndarray]:
   rows = [text.item_texts(good._asdict()) for good in goods.values()]
   return text.encode_rows_like(features.folder, features.info, rows)
 
 
 def _encode_pictures(
-  features: Features, goods: Mapping[str, Item], folder: pathlib.Path, image_size: int | None
+  features: Features, goods: Mapping[str, 'Item'], folder: pathlib.Path, image_size: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
   from ur4rec_jax.encoders import pictures  # Only this function needs Pillow.
 
@@ -282,7 +288,9 @@ class NewItemEncoder:
       else tree
       for name, tree in self._params.items()
     }
-    arrays = scoring.item_arrays(create_model(self._config, count), params, features)
+    # Compiled as a whole, which a later start then finds, instead of operation by operation.
+    encode = functools.partial(scoring.item_arrays, create_model(self._config, count))
+    arrays = jax.jit(encode)(params, features)
     if cold_items.has_pure_item_table(self._model):
       embeddings = item_arrays['sasrec']['vectors']
       arrays['sasrec']['vectors'] = self._mean_of_nearest(embeddings, tables)

@@ -367,6 +367,8 @@ class Recommender:
     if answer.choices:
       for row, pick in zip(rows, answer.choices[0].picks, strict=True):
         row['rules'] = pick.reasons
+        if pick.propensity is not None:
+          row['propensity'] = pick.propensity
         if pick.at < 0:  # A pinned item that is not among the candidates was not scored.
           row['score'] = None
           row['shares'] = dict.fromkeys(self.share_names)

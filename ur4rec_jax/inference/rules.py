@@ -4,7 +4,8 @@ One small TOML file declares them; docs/inference.md has an example. Needs only 
 
 Filters and what a user has bought decide which items are ranked at all. The other rules choose
 among the best of these, in this order: pins take their positions, boosts change scores, and the
-rest of the list is filled one by one, without breaking a cap, by score and diversity.
+rest of the list is filled one by one, without breaking a cap, by score and diversity. Exploration
+draws the order of some lists.
 """
 
 import csv
@@ -22,6 +23,7 @@ import numpy as np
 
 from ur4rec_jax.data import column_names, conditions
 from ur4rec_jax.errors import InputError, counted
+from ur4rec_jax.inference.exploration import Exploration
 
 CANDIDATES = 128  # Best items among which rules choose; as many as the service ranks anyway.
 LEAVE_OUT, KEEP, ONLY = BOUGHT = ('leave_out', 'keep', 'only')
@@ -45,6 +47,11 @@ _FIELDS = {
   'boost': {'where': (_TEXT, True), 'add': (_NUMBER, True)},
   'pin': {'item': (_TEXT, True), 'position': ((int,), True)},
   'diversity': {'strength': (_NUMBER, True)},
+  'exploration': {
+    'share': (_NUMBER, True),
+    'temperature': (_NUMBER, False),
+    'items': ((int,), False),
+  },
 }
 
 
@@ -84,11 +91,14 @@ class Pick(NamedTuple):
     item: its number.
     at: its index among the candidates, -1 for an item that is none of them.
     reasons: the rules that put it here, in words.
+    propensity: the probability with which the item is shown at its position; None without
+      exploration, where the list is certain.
   """
 
   item: int
   at: int
   reasons: list[str]
+  propensity: float | None = None
 
 
 class Choice(NamedTuple):
@@ -118,6 +128,7 @@ class Rules:
     diversity: 0 sorts by score alone, 1 by difference from the items before alone.
     bought: whether items of the user's history are left out, kept or the only ones; None does as
       the query says.
+    exploration: how some lists are drawn; None for none.
   """
 
   filters: Sequence[Filter] = ()
@@ -127,6 +138,7 @@ class Rules:
   pin_names: Mapping[int, str] = dataclasses.field(default_factory=dict)
   diversity: float = 0.0
   bought: str | None = None
+  exploration: Exploration | None = None
 
   def allowed(self, num_items: int) -> np.ndarray | None:
     """Returns `[num_items + 1]` bool, the items that pass all filters; None without filters.
@@ -144,7 +156,7 @@ class Rules:
 
   def candidates(self, k: int) -> int:
     """Returns how many of the best items `choose` should get for a list of k."""
-    chooses = self.caps or self.boosts or self.diversity or self.pins
+    chooses = self.caps or self.boosts or self.diversity or self.pins or self.exploration
     return max(k, CANDIDATES) if chooses else k
 
   def choose(
@@ -169,6 +181,8 @@ class Rules:
     is_all = count < len(items)
     items, scores = items[:count], scores[:count]
     boosted = self._boosted(items, scores)
+    if self.exploration is not None:
+      return self._explored(items, scores, boosted, k, is_all)
     pins, notes = self._pins(k, is_allowed)
     counts = [Counter() for _ in self.caps]
     for item in pins.values():
@@ -195,6 +209,20 @@ class Rules:
     is_final = is_all or self._is_final(len(chosen) == wanted, scores, boosted[chosen])
     if len(picks) < k:
       notes += self._why_short(len(picks), capped, is_all, count)
+    return Choice(picks, is_final, notes)
+
+  def _explored(
+    self, items: np.ndarray, scores: np.ndarray, boosted: np.ndarray, k: int, is_all: bool
+  ) -> Choice:
+    by_score = np.argsort(-boosted, kind='stable')
+    order, propensities, is_drawn = self.exploration.draw(boosted[by_score], k)
+    picks = [
+      Pick(item := int(items[at]), int(at), ['drawn'] * is_drawn + self._gains(item), float(p))
+      for at, p in zip(by_score[order], propensities, strict=True)
+    ]
+    chosen = boosted[by_score[: max(k, self.exploration.items)]]
+    is_final = is_all or self._is_final(len(picks) == k, scores, chosen)
+    notes = self._why_short(len(picks), 0, is_all, len(items)) if len(picks) < k else []
     return Choice(picks, is_final, notes)
 
   def _boosted(self, items: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -327,6 +355,20 @@ def load(path: str | pathlib.Path, item_ids: Sequence[str]) -> Rules:
     found = tomllib.loads(path.read_text(encoding='utf-8'))
   except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
     raise InputError(f'--rules={path}: cannot be read ({error}); correct it') from error
+  return make(found, path, item_ids)
+
+
+def make(found: Mapping[str, Any], path: pathlib.Path, item_ids: Sequence[str]) -> Rules:
+  """Builds the rules of a catalogue from the tables of a file.
+
+  Args:
+    found: the tables as TOML has them.
+    path: the file; a table of attributes lies relative to its folder.
+    item_ids: `[items]` original ids of the catalogue.
+
+  Raises:
+    InputError: a rule is wrong; the message names it.
+  """
   tables = {name: _checked(path, name, found) for name in _FIELDS}
   for name in found:
     if name not in _FIELDS and name not in _FIELDS['']:
@@ -350,7 +392,13 @@ def load(path: str | pathlib.Path, item_ids: Sequence[str]) -> Rules:
     raise InputError(f'{path}: diversity: strength={strength} must be from 0 to 1')
   pins = _read_pins(path, tables['pin'], item_ids)
   names = {item: item_ids[item - 1] for item in pins.values()}
-  rules = Rules(filters, caps, boosts, pins, names, strength, bought)
+  exploration = _read_exploration(path, tables['exploration'])
+  rules = Rules(filters, caps, boosts, pins, names, strength, bought, exploration)
+  if exploration and (caps or pins or strength):
+    raise InputError(
+      f'{path}: exploration goes with filters, boosts and bought alone: with caps, pins or'
+      ' diversity the probability of a list could not be logged'
+    )
   _check_pins(path, rules)
   return rules
 
@@ -361,8 +409,8 @@ def _checked(path: pathlib.Path, name: str, found: Mapping[str, Any]) -> list[di
   rows = [] if rows is None else [rows] if isinstance(rows, dict) else rows
   if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
     raise InputError(f'{path}: {name} must be written as [[{name}]]')
-  if name == 'diversity' and len(rows) > 1:
-    raise InputError(f'{path}: diversity may be there once')
+  if name in ('diversity', 'exploration') and len(rows) > 1:
+    raise InputError(f'{path}: {name} may be there once')
   for row in rows:
     where = f'{path}: {name}' if name else str(path)
     for key in row:
@@ -378,6 +426,20 @@ def _checked(path: pathlib.Path, name: str, found: Mapping[str, Any]) -> list[di
       if isinstance(value, float) and not np.isfinite(value):
         raise InputError(f'{where}: {key}={value!r} must be finite')
   return rows
+
+
+def _read_exploration(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> Exploration | None:
+  if not rows:
+    return None
+  found = Exploration(**rows[0])
+  for name, is_right, limits in (
+    ('share', 0 < found.share <= 1, 'above 0 and at most 1'),
+    ('temperature', 0 < found.temperature <= 100, 'above 0 and at most 100'),
+    ('items', 2 <= found.items <= CANDIDATES, f'from 2 to {CANDIDATES}'),
+  ):
+    if not is_right:
+      raise InputError(f'{path}: exploration: {name}={getattr(found, name)} must be {limits}')
+  return found
 
 
 def _read_pins(

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -24,21 +25,22 @@ from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.data.features import (
   Features,
-  Tables,
   TokenTable,
   load_features,
+  load_with_features,
+  read_tables,
 )
 from ur4rec_jax.encoders.text import encode_like
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
-from ur4rec_jax.inference import frames, scoring
+from ur4rec_jax.inference import frames, kept_model, scoring
+from ur4rec_jax.inference.kept_model import Kept
 from ur4rec_jax.inference.new_items import NewItemEncoder, NewItems, read_new_items
 from ur4rec_jax.inference.query import Answer, CheckedQuery, Ids, Query, UserTokens, make_query
 from ur4rec_jax.inference.recommender import Recommender, Users, make_users
 from ur4rec_jax.inference.stored_format import Settings
-from ur4rec_jax.models.ur4rec import UR4Rec
-from ur4rec_jax.runs.open_run import restore_best
-from ur4rec_jax.runs.workdir import keep_compiled_programs, open_stored_run
+from ur4rec_jax.models.ur4rec import UR4Rec, create_model
+from ur4rec_jax.runs.compiled_programs import keep_compiled_programs
 
 TEXT = 'text'
 _PREFERENCE = '\0preference'  # Id of a preference that is read as an item; no real item has it.
@@ -51,19 +53,19 @@ class TrainedModel(NamedTuple):
   Attributes:
     config: config of the run.
     dataset: the prepared data.
-    tables: content of the items and users.
     model: the model.
     params: its best parameters, NumPy.
     items: `ids` and `titles` of the catalogue.
+    item_arrays: the encoded catalogue, from `encode_catalogue`.
     about: dataset, config and, after the end of the run, protocol and metrics.
   """
 
   config: ConfigDict
   dataset: Dataset
-  tables: Tables
   model: UR4Rec
   params: Any
   items: dict[str, list[str]]
+  item_arrays: dict[str, Any]
   about: dict[str, Any]
 
 
@@ -86,30 +88,84 @@ def load(
 
 
 def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None) -> TrainedModel:
-  run = open_stored_run(workdir, data_dir)
-  config = run.config
-  keep_compiled_programs(str(workdir), config)
-  stage, params = restore_best(run, str(workdir))
-  items = {'ids': [], 'titles': []}
-  for item in iterate_items(config.data_dir):
-    items['ids'].append(item['original_id'])
-    items['titles'].append(item['title'])
-  about = {'dataset': run.dataset.identity(), 'config': stage.config.to_dict()}
-  if time_range := run.dataset.info.get('time_range'):
+  dataset, kept = _read_kept(workdir, data_dir) or _read_checkpoint(workdir, data_dir)
+  about = {'dataset': dataset.identity(), 'config': kept.config.to_dict()}
+  if time_range := dataset.info.get('time_range'):
     about['data_until'] = time_range[1]
   finished = pathlib.Path(workdir) / 'results.json'
   if finished.is_file():
     found = json.loads(finished.read_text())
     about |= {name: found[name] for name in ('protocol', 'valid', 'test', 'seed')}
-  model, params = stage.model, jax.device_get(params)
-  return TrainedModel(stage.config, run.dataset, run.tables, model, params, items, about)
+  model = create_model(kept.config, dataset.num_items)
+  return TrainedModel(kept.config, dataset, model, kept.params, kept.items, kept.item_arrays, about)
+
+
+def _read_kept(
+  workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None
+) -> tuple[Dataset, Kept] | None:
+  config = kept_model.read_config(workdir)
+  if config is None:
+    return None
+  if data_dir is not None:
+    config.data_dir = str(data_dir)
+  if not os.path.isdir(config.data_dir):
+    return None
+  dataset = load_with_features(config)
+  kept = kept_model.read(workdir, config, dataset.identity())
+  if kept is None:
+    return None
+  keep_compiled_programs(str(workdir), config)
+  return dataset, kept
+
+
+def _read_checkpoint(
+  workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None
+) -> tuple[Dataset, Kept]:
+  """Reads the best parameters from the checkpoint, and keeps them for the next start."""
+  # These are slow to import, and only the first start needs them.
+  from ur4rec_jax.runs.open_run import restore_best
+  from ur4rec_jax.runs.workdir import open_stored_run
+
+  run = open_stored_run(workdir, data_dir)
+  keep_compiled_programs(str(workdir), run.config)
+  stage, params = restore_best(run, str(workdir))
+  items = {'ids': [], 'titles': []}
+  for item in iterate_items(run.config.data_dir):
+    items['ids'].append(item['original_id'])
+    items['titles'].append(item['title'])
+  params = jax.device_get(params)
+  item_arrays = encode_catalogue(stage.model, params, run.dataset, run.tables.items)
+  kept = Kept(stage.config, params, items, item_arrays)
+  kept_model.write(workdir, kept, run.dataset.identity())
+  return run.dataset, kept
+
+
+def encode_catalogue(
+  model: UR4Rec, params: Any, dataset: Dataset, tables: dict[str, TokenTable]
+) -> dict[str, Any]:
+  """Encodes the items of a dataset, see `scoring.item_arrays`.
+
+  Items that training has not seen get the vectors of the items most like them where the model knows
+  items by their id alone.
+
+  Args:
+    model: the model.
+    params: its parameters.
+    dataset: the data that it was trained on.
+    tables: content of the items.
+  """
+  arrays = jax.jit(functools.partial(scoring.item_arrays, model))(params, tables)
+  if (cold := cold_items_of(model, dataset)) is not None:
+    sasrec = arrays['sasrec']
+    sasrec['vectors'] = with_mean_of_nearest(sasrec['vectors'], cold)
+  return arrays
 
 
 class TrainedRecommender(Recommender):
   """A recommender that has the training data and the whole model."""
 
   def __init__(self, trained: TrainedModel, approximate: bool = False):
-    """Encodes the catalogue.
+    """Places the catalogue on the device.
 
     Args:
       trained: the model and its data.
@@ -124,28 +180,21 @@ class TrainedRecommender(Recommender):
         f'approximate: the fusion {model.fusion.kind} ranks each branch, and only sums of scores'
         ' can be searched approximately; leave it out'
       )
-    # The record itself is not kept: the content of all items would fill the memory.
     self.config, self.dataset = trained.config, trained.dataset
     self.model, self.params = model, trained.params
     self.program = jax.jit(scoring.make_program(model))
     self._scorer = jax.jit(scoring.make_scorer(model))
     self._new_items = NewItemEncoder(self.config, self.dataset, model, trained.params)
-    self._user_tables = trained.tables.users if model.retriever is not None else {}
     settings = Settings(
       branches=list(model.branches),
       share_names=scoring.share_names(model, list(self.config.modalities)),
       max_length=self.config.max_length,
-      preferences={name: table.tokens.shape[1:] for name, table in self._user_tables.items()},
+      preferences={name: found.shape[1:] for name, found in self._user_features.items()},
       most_k=scoring.CANDIDATES if approximate else None,
       about=trained.about,
     )
-    encode = jax.jit(functools.partial(scoring.item_arrays, model))
-    item_arrays = encode(trained.params, trained.tables.items)
-    if (cold := cold_items_of(model, trained.dataset)) is not None:
-      sasrec = item_arrays['sasrec']
-      sasrec['vectors'] = with_mean_of_nearest(sasrec['vectors'], cold)
     self._new_pictures: list[pathlib.Path | None] = []
-    self._set_catalogue(trained.items, item_arrays, settings)
+    self._set_catalogue(trained.items, trained.item_arrays, settings)
 
   def _set_catalogue(
     self, items: dict[str, list[str]], item_arrays: dict[str, Any], settings: Settings
@@ -163,6 +212,15 @@ class TrainedRecommender(Recommender):
   def users(self) -> dict[str, int]:
     """Index of each user of the training data by original id."""
     return {name: i for i, name in enumerate(read_interactions(self.config.data_dir).user_ids)}
+
+  @property
+  def _user_features(self) -> dict[str, Features]:
+    return self.dataset.user_features if self.model.retriever is not None else {}
+
+  @functools.cached_property
+  def _user_tables(self) -> dict[str, TokenTable]:
+    data = dataclasses.replace(self.dataset, features={}, user_features=self._user_features)
+    return read_tables(data, jnp.dtype(self.config.dtype)).users
 
   def _users_with_items(self) -> Users:
     return make_users(list(self.users), self.dataset.offsets, self.dataset.item_ids, {})
@@ -296,7 +354,7 @@ class TrainedRecommender(Recommender):
     self.check_k(query.k)
     if not isinstance(preference, str):
       raise InputError(f'preference: must be a text, not {preference!r:.80}')
-    if TEXT not in self._user_tables:
+    if TEXT not in self._user_features:
       return self._ask_with_preference_as_item(query, preference)
     features = load_features(self.config.data_dir, 'user', TEXT, self.dataset.split_hash)
     count = len(query.histories)

@@ -123,6 +123,40 @@ class Attention(nn.Module):
     return mixed.reshape(-1, dim) + bias[2 * dim :]
 
 
+class CausalFilter(nn.Module):
+  """Adds up the newest items of each history with a learned weight for each distance and channel.
+
+  A causal convolution by channel. It learns which frequencies of a history matter, as the filters
+  of BSARec do (Shin et al., AAAI 2024, eq. 6), which read the whole sequence and are not causal.
+
+  Attributes:
+    width: number of items that a position sees, itself included.
+    dtype: computation type.
+  """
+
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, h: Array, visible: Visible) -> Array:
+    """Filters `h` `[batch * length, dim]`, of which each token sees the `visible` ones."""
+    # Zeros, so that a block begins as attention alone.
+    kernel = self.param('kernel', nn.initializers.zeros, (self.width, h.shape[1]))
+    h, kernel = promote_dtype(h, kernel, dtype=self.dtype)
+    until = visible.until
+    batch, length = until.shape
+    h = h.reshape(batch, length, -1)
+    position = jnp.arange(length, dtype=jnp.int32)
+    total = h * kernel[0]
+    for distance in range(1, self.width):
+      older = lambda x, d=distance: jnp.pad(x, [(0, 0), (d, 0)] + [(0, 0)] * (x.ndim - 2))[
+        :, :length
+      ]
+      is_visible = position < older(until)
+      total += jnp.where(is_visible[..., None], older(h), 0) * kernel[distance]
+    return total.reshape(batch * length, -1)
+
+
 class Block(nn.Module):
   """One transformer block: causal self-attention and a position-wise feed-forward network.
 
@@ -136,6 +170,7 @@ class Block(nn.Module):
     activation: see `SASRec`.
     rotary: see `Attention`.
     window: see `Attention`.
+    filter_width: see `SASRec`.
   """
 
   dim: int
@@ -147,6 +182,7 @@ class Block(nn.Module):
   activation: str = 'relu'
   rotary: bool = False
   window: int = 0
+  filter_width: int = 0
 
   @nn.compact
   def __call__(
@@ -162,7 +198,12 @@ class Block(nn.Module):
 
     def attention(h: Array) -> Array:
       mix = Attention(self.num_heads, self.dtype, self.rotary, self.window, name='query_key_value')
-      return dense(self.dim, 'attention_out')(mix(h, visible, query_positions))
+      mixed = dense(self.dim, 'attention_out')(mix(h, visible, query_positions))
+      if self.filter_width:
+        filtered = CausalFilter(self.filter_width, self.dtype, name='filter')(h, visible)
+        filtered = filtered.reshape(*visible.since.shape, self.dim)
+        mixed += take_positions(filtered, query_positions).reshape(-1, self.dim)
+      return mixed
 
     def feed_forward(h: Array) -> Array:
       if self.activation == 'swiglu':
@@ -202,6 +243,7 @@ class SASRec(nn.Module):
     positions: `absolute` adds an embedding of the distance from the end of the history; `rotary`
       rotates queries and keys; one of `POSITIONS`.
     window: most items that a position attends to, itself included; 0 for all.
+    filter_width: items that the filter beside attention adds up, see `CausalFilter`; 0 for none.
     input_norm: whether the sum of item and position embedding is normalised.
     item_input: one of `ITEM_INPUTS`.
     item_scale: root mean square of the table at the start.
@@ -223,6 +265,7 @@ class SASRec(nn.Module):
   activation: str = 'relu'
   positions: str = 'absolute'
   window: int = 0
+  filter_width: int = 0
   input_norm: bool = False
   item_input: str = 'id'
   item_scale: float = 0.02
@@ -257,6 +300,7 @@ class SASRec(nn.Module):
       self.activation,
       self.positions == 'rotary',
       self.window,
+      self.filter_width,
     )
 
   @property

@@ -6,6 +6,7 @@ servers agree.
 
 import difflib
 import hashlib
+import json
 import math
 import tomllib
 from collections.abc import Collection, Mapping
@@ -186,6 +187,33 @@ def check(experiment: Experiment) -> Experiment:
   return experiment
 
 
+def stopped_file(path: str | Path) -> Path:
+  """Returns the file beside an experiment's file that names the arms the guard has stopped."""
+  return Path(path).with_suffix('.stopped.json')
+
+
+def read_stopped(experiment: Experiment) -> dict[str, str]:
+  """Reads the arms that the guard has stopped, with its reasons; none if there is no file.
+
+  Raises:
+    InputError: the file is damaged, or names something that is no arm or is the control.
+  """
+  path = stopped_file(experiment.path)
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(found, dict):
+      raise ValueError('it must be an object of arms and reasons')
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f'{path}: is damaged ({error}); correct or remove it') from error
+  names = [arm.name for arm in experiment.arms[1:]]
+  for name in found:
+    if name not in names:
+      raise InputError(f'{path}: {name!r} is none of the arms that can stop: {", ".join(names)}')
+  return {name: str(reason) for name, reason in found.items()}
+
+
 def position(salt: str, user: str) -> float:
   """Returns a number in [0, 1) that is uniform over users and independent between salts."""
   # The length keeps apart pairs whose joined texts are equal.
@@ -323,10 +351,10 @@ def _no_repeats(where: str, what: str, names: list[str]) -> None:
 
 def _arm(fields: _Fields) -> Arm:
   settings = {}
-  for name, kind in (('export', str), ('weights', dict), ('rules', dict)):
+  for name, kind in (('export', str), ('weights', dict), ('rules', str | dict)):
     value = fields.take(name)
     if value is not None and not isinstance(value, kind):
-      expected = 'a text' if kind is str else 'a table'
+      expected = {str: 'a text', dict: 'a table'}.get(kind, 'a table or the name of a file')
       raise InputError(f'{fields.where}: {name} must be {expected}, {_found(value)}')
     if value is not None:
       settings[name] = value

@@ -68,6 +68,9 @@ class FeedbackStore(Protocol):
   def expire(self, before: float) -> int:
     """Deletes what happened before a time, and returns the number of events."""
 
+  def written(self) -> int:
+    """Returns a number that grows by one with each event that is stored."""
+
   def events(self) -> Iterator[Event]:
     """Reads all events, those of one user in the order of time."""
 
@@ -271,6 +274,10 @@ class SqliteStore:
         if count < _EXPIRED_AT_ONCE:
           break
     return total
+
+  def written(self) -> int:
+    with self._errors():
+      return self._reader().execute('SELECT coalesce(max(number), 0) FROM events').fetchone()[0]
 
   def events(self) -> Iterator[Event]:
     query = 'SELECT user, id, item, kind, time, value, request_id FROM events'

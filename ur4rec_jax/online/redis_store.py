@@ -28,6 +28,7 @@ _READ_AT_ONCE = 256  # Events of a user, read from the newest on until enough ar
 _EVENTS, _ORDER = f'{_PREFIX}events:', f'{_PREFIX}order:'
 _SHOWN, _SHOWN_TO = f'{_PREFIX}shown:', f'{_PREFIX}shown_to:'
 _DELETED = f'{_PREFIX}deleted'  # A hash from hashes of users to times.
+_WRITTEN = f'{_PREFIX}written'  # The number of events that were stored.
 
 # A script runs as a whole, so that no event is ever counted without being in order.
 _ADD = """
@@ -35,6 +36,7 @@ local deleted = redis.call('HGET', KEYS[3], ARGV[1])
 if deleted and tonumber(ARGV[3]) <= tonumber(deleted) then return 2 end
 if redis.call('HSETNX', KEYS[1], ARGV[2], ARGV[4]) == 0 then return 0 end
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
+redis.call('INCR', KEYS[4])
 return 1
 """
 _SHOW = """
@@ -105,8 +107,8 @@ class RedisStore:
     with self._errors(), self._redis.pipeline(transaction=True) as pipeline:
       for e in events:
         content = json.dumps([e.item, e.kind, e.time, e.value, e.request_id])
-        keys = _EVENTS + e.user, _ORDER + e.user, _DELETED
-        pipeline.eval(_ADD, 3, *keys, user_hash(e.user), e.id, repr(e.time), content)
+        keys = _EVENTS + e.user, _ORDER + e.user, _DELETED, _WRITTEN
+        pipeline.eval(_ADD, 4, *keys, user_hash(e.user), e.id, repr(e.time), content)
       for x in exposures:
         content = json.dumps([*x[:5], pack_items(x.items)])
         keys = _SHOWN + x.request_id, _SHOWN_TO + x.user, _DELETED
@@ -165,6 +167,10 @@ class RedisStore:
             pipeline.zrem(_SHOWN_TO + user, *ids)
             pipeline.execute()
     return total
+
+  def written(self) -> int:
+    with self._errors():
+      return int(self._redis.get(_WRITTEN) or 0)
 
   def events(self) -> Iterator[Event]:
     with self._errors():

@@ -7,7 +7,6 @@ the latest step. Here a step counts only if its manifest, which is written last,
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -22,40 +21,16 @@ from absl import logging
 
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.files import write_file
+from ur4rec_jax.runs.saved_steps import (
+  MANIFEST,
+  checkpoint_folder,
+  find_damage,
+  hashes,
+  saved_steps,
+)
 from ur4rec_jax.sharding import devices
 
 PyTree = Any
-_MANIFEST = 'manifest.json'
-
-
-def _hashes(folder: pathlib.Path) -> dict[str, str]:
-  files = sorted(p for p in folder.rglob('*') if p.is_file() and p != folder / _MANIFEST)
-  hashes = {}
-  for path in files:
-    with open(path, 'rb') as f:
-      hashes[str(path.relative_to(folder))] = hashlib.file_digest(f, 'sha256').hexdigest()
-  return hashes
-
-
-def find_damage(folder: pathlib.Path) -> str | None:
-  """Returns what is wrong with the folder of a step, or None if it is complete."""
-  if not folder.is_dir():
-    return 'it is a file'
-  try:
-    expected = json.loads((folder / _MANIFEST).read_text())
-  except FileNotFoundError:
-    return 'the save did not finish' if any(folder.iterdir()) else 'the folder is empty'
-  except (ValueError, IsADirectoryError):
-    expected = None
-  if not isinstance(expected, dict):
-    return f'{_MANIFEST} is not readable'
-  found = _hashes(folder)
-  for name in sorted(expected.keys() | found.keys()):
-    if name not in found:
-      return f'{name} is missing'
-    if found[name] != expected.get(name):
-      return f'{name} has changed since it was written'
-  return None
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
@@ -70,11 +45,6 @@ def _axis_by_name(axes: PyTree) -> dict[str, int | None]:
   """Returns the dimension along which each array is sharded by its name."""
   leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: x is None)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): axis for path, axis in leaves}
-
-
-def checkpoint_folder(workdir: str) -> pathlib.Path:
-  """Returns the folder of a run's checkpoints."""
-  return pathlib.Path(workdir).absolute() / 'checkpoints'
 
 
 def read_latest(workdir: str, tree: PyTree, axes: PyTree = None) -> tuple[PyTree, dict] | None:
@@ -99,13 +69,6 @@ def read_latest(workdir: str, tree: PyTree, axes: PyTree = None) -> tuple[PyTree
       if find_damage(folder / str(step)) is None:
         return _read_step(folder / str(step), tree, axes, whole=True)
   return None
-
-
-def saved_steps(workdir: str) -> list[int]:
-  """Returns the steps that a run has saved, complete or not, the newest first."""
-  folder = checkpoint_folder(workdir)
-  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-  return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def _read_step(
@@ -277,7 +240,7 @@ class Checkpointer:
       self._manager.wait_until_finished()
       if devices.is_main_process():
         folder = self._folder / str(step)
-        write_file(folder / _MANIFEST, json.dumps(_hashes(folder), indent=1))
+        write_file(folder / MANIFEST, json.dumps(hashes(folder), indent=1))
     except (OSError, ValueError) as error:
       reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [''])[0]
       raise StorageError(

@@ -186,6 +186,9 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'sasrec.window': Knob(
       0, 'Most items that a position attends to, itself included; 0 for all.', at_least=0
     ),
+    'sasrec.filter_width': Knob(
+      0, 'Items that a learned causal filter beside attention adds up; 0 for none.', at_least=0
+    ),
     'sasrec.input_norm': Knob(False, 'Whether item embeddings pass a layer norm before block 1.'),
     'sasrec.item_input': Knob(
       'id',

@@ -21,6 +21,7 @@ from ur4rec_jax.evaluation.evaluate import EvalData, make_evaluator
 from ur4rec_jax.evaluation.protocol import PARTS
 from ur4rec_jax.files import write_file
 from ur4rec_jax.models.ur4rec import UR4Rec
+from ur4rec_jax.runs.compiled_programs import keep_compiled_programs
 from ur4rec_jax.runs.open_run import Run, open_run, restore_best
 from ur4rec_jax.runs.report import (
   PAGE,
@@ -29,7 +30,7 @@ from ur4rec_jax.runs.report import (
   targets_apart,
   write_report,
 )
-from ur4rec_jax.runs.workdir import check_workdir, keep_compiled_programs
+from ur4rec_jax.runs.workdir import check_workdir
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.stages import Stage
 from ur4rec_jax.training.train_state import TrainProgress, params_of_stage

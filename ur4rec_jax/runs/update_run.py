@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import gate, train_loop
+from ur4rec_jax.runs.compiled_programs import keep_compiled_programs
 from ur4rec_jax.runs.open_run import open_run, restore_best
 from ur4rec_jax.runs.sweep import is_finished
-from ur4rec_jax.runs.workdir import keep_compiled_programs, open_stored_run
+from ur4rec_jax.runs.workdir import open_stored_run
 from ur4rec_jax.sharding import devices
 
 GATE = 'gate.json'

@@ -9,20 +9,19 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError, StorageError, say
 from ur4rec_jax.files import only_process, write_file
-from ur4rec_jax.runs.checkpoint import saved_steps
+from ur4rec_jax.runs.compiled_programs import keep_compiled_programs
 from ur4rec_jax.runs.config_checks import check_unchanged, flatten
 from ur4rec_jax.runs.knobs import KNOBS, from_stored
 from ur4rec_jax.runs.open_run import Run, open_run
+from ur4rec_jax.runs.saved_steps import saved_steps
 from ur4rec_jax.sharding import devices
 
 CONFIG = 'config.json'
 RESULT_FILES = ('results.json', 'test_ranks.npz', 'timing.json', 'report.html')
-_NO_CACHE = 'none'
 
 
 def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
@@ -198,17 +197,3 @@ def _rounding(record: dict) -> dict[str, Any]:
   found = record['machine'] | {name: fields[name] for name in KNOBS if KNOBS[name].may_round}
   # Only the number of threads matters, wherever it comes from.
   return {name: value for name, value in found.items() if name not in ('cores', 'cpu_threads')}
-
-
-def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:
-  """Lets every start but the first find its programs compiled, in `config.compilation_cache`.
-
-  By default that is a folder in `workdir`, unless `JAX_COMPILATION_CACHE_DIR` names another.
-  """
-  folder = config.compilation_cache
-  if folder == _NO_CACHE:
-    jax.config.update('jax_enable_compilation_cache', False)
-  elif folder or not jax.config.jax_compilation_cache_dir:
-    folder = folder or str(pathlib.Path(workdir).absolute() / 'compiled')
-    jax.config.update('jax_compilation_cache_dir', folder)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

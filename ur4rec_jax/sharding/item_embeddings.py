@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from ur4rec_jax.sharding.devices import AXIS, device_count
 
@@ -221,6 +220,8 @@ class StepTables:
 
   def norm(self, gradients: PyTree) -> Array:
     """Returns the global L2 norm of a tree of gradients."""
+    import optax  # Slow to import, and only training gets here.
+
     return optax.tree.norm(gradients)
 
 

@@ -16,7 +16,7 @@ ALL = 'all'
 # What programs write for a value that they do not have, in lower case.
 _NO_ID = r'^(null|nan|none|nil|nat|n/a|na|#n/a|<na>|\(null\)|undefined|\\n)$'
 _DECIMAL = r'^([+-]?\d+)\.0+$'
-_NULL = pa.scalar(None, pa.string())
+_NULL = pa.nulls(1, pa.string())[0]  # `pa.scalar(None)` would import pandas.
 _CONTROL = r'[\x00-\x1f\x7f]'
 
 Where = Callable[[int], str]

@@ -1,0 +1,52 @@
+"""The command that measures baselines, alone and beside a trained run."""
+
+import json
+
+import pytest
+
+from tests.helpers.commands import run_here
+from ur4rec_jax import baselines
+
+
+def test_a_trained_run_stands_beside_the_baselines(finished, data_dir, tmp_path):
+  out = tmp_path / 'found.json'
+  flags = [f'--data_dir={data_dir}', f'--workdir={finished}', f'--out={out}']
+  done = run_here(baselines.main, flags)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(out.read_text())
+  assert [*found] == [*baselines.WITHOUT_TRAINING, *baselines.FACTORS, str(finished)]
+  stored = json.loads((finished / 'results.json').read_text())
+  assert found[str(finished)]['ndcg@10'] == stored['test']['ndcg@10']
+  for name in ('popularity', 'random'):
+    assert found[name]['users'] == stored['baselines'][name]['users']
+  assert found['popularity']['ndcg@10'] == stored['baselines']['popularity']['ndcg@10']
+  assert found['popularity']['coverage'] < found['random']['coverage']
+  assert all(name in done.stdout for name in (*found, 'serendipity', 'candidates: all items'))
+
+
+def test_the_lists_of_a_run_hold_the_items_that_its_metrics_count(finished, data_dir):
+  """Hits are counted once from ranks and once in the lists that serving makes."""
+  from ur4rec_jax.data.dataset import load_dataset
+  from ur4rec_jax.evaluation.protocol import Protocol
+
+  dataset = load_dataset(data_dir)
+  metrics, lists = baselines._open_run(str(finished), dataset, Protocol())()
+  targets = dataset.held_out('test')[1]
+  assert (lists == targets[:, None]).any(1).mean() == pytest.approx(metrics['hit@10'])
+
+
+@pytest.mark.parametrize(
+  ('flags', 'said'),
+  [
+    (['--models=popularity,kNN'], "'kNN' is none of random, popularity"),
+    (['--workdir=none'], 'none'),
+    (['--workdir={run}', '--seen_items=keep'], 'was evaluated under another protocol'),
+    (['--workdir={run}', '--split=time'], 'has learned from other data than --data_dir'),
+  ],
+)
+def test_wrong_flags_are_named(flags, said, finished, data_dir):
+  done = run_here(
+    baselines.main, [f'--data_dir={data_dir}', *(flag.format(run=finished) for flag in flags)]
+  )
+  assert done.returncode == 2
+  assert said in done.stderr

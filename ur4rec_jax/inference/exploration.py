@@ -1,0 +1,99 @@
+"""Shows some lists in an order of chance, so that logs can say what other lists would have got.
+
+The order is drawn by Plackett-Luce: the first item with a probability that grows with its score,
+then the next one among those that are left, and so on. Needs only NumPy.
+"""
+
+import dataclasses
+
+import numpy as np
+
+ITEMS, TEMPERATURE = 30, 0.5
+_LEAST_WEIGHT = np.exp(-30.0)  # Relative to the best item; rarer than any log could show.
+_STEP = 0.4  # Largest step of the integral over the logarithm of time.
+_TAIL = 30.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exploration:
+  """How often and how far lists leave the order of their scores.
+
+  Attributes:
+    share: the probability that a list is drawn.
+    temperature: 0 would keep the order, large values forget the scores. It is measured in standard
+      deviations of the scores of the items that are drawn from.
+    items: the best items, which are drawn from; the places behind them keep their order.
+    rng: the source of chance.
+  """
+
+  share: float
+  temperature: float = TEMPERATURE
+  items: int = ITEMS
+  rng: np.random.Generator = dataclasses.field(default_factory=np.random.default_rng)
+
+  def draw(self, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Makes a list of k items.
+
+    Args:
+      scores: `[candidates]`, in descending order.
+      k: length of the list.
+
+    Returns:
+      `[list]` indices of the candidates; `[list]` the probability with which the item is shown at
+      its position, over both kinds of lists; and whether the order was drawn.
+    """
+    count = min(k, len(scores))
+    order, propensity = np.arange(count), np.ones(count)
+    drawn = min(count, self.items)
+    if not drawn:
+      return order, propensity, False
+    weights = self.weights(scores[: self.items])
+    is_drawn = bool(self.rng.random() < self.share)
+    if is_drawn:
+      # The largest of logarithms of weights with Gumbel noise are a draw by Plackett-Luce.
+      keys = np.log(weights) + self.rng.gumbel(size=len(weights))
+      order[:drawn] = np.argsort(-keys)[:drawn]
+    by_chance = position_probabilities(weights, order[:drawn])
+    by_score = order[:drawn] == np.arange(drawn)
+    propensity[:drawn] = self.share * by_chance + (1 - self.share) * by_score
+    return order, propensity, is_drawn
+
+  def weights(self, scores: np.ndarray) -> np.ndarray:
+    """Returns `[items]` to which the probabilities of the first position are proportional."""
+    scale = scores.std() * self.temperature
+    relative = (scores - scores.max()) / (scale if scale > 0 else 1.0)
+    return np.maximum(np.exp(relative), _LEAST_WEIGHT)
+
+
+def position_probabilities(weights: np.ndarray, order: np.ndarray) -> np.ndarray:
+  """Returns the probability that Plackett-Luce puts each item of a list at its position.
+
+  Items arrive after times that are exponential with the weights as rates, which gives the order of
+  Plackett-Luce. An item has position j if j - 1 others have come before it. The probability of that
+  is an integral over its time of arrival.
+
+  Args:
+    weights: `[items]` above 0.
+    order: `[list]` different indices of items, the one at position 1 first.
+
+  Returns:
+    `[list]` probabilities.
+  """
+  first, last = np.log(1e-9 / weights.sum()), np.log(_TAIL / weights.min())
+  # The time of arrival at a late position is known better, so its peak is narrower. With such steps
+  # the error of the integral stays below a millionth.
+  step = min(_STEP, 1 / np.sqrt(len(order)))
+  time = np.exp(np.arange(first, last + step, step))
+  arrived = -np.expm1(-time[:, None] * weights)  # [times, items]
+  # [times, list, others]: the probability that so many others have arrived.
+  count = np.zeros((len(time), len(order), len(order)))
+  count[..., 0] = 1
+  for item in range(len(weights)):
+    p = np.where(order == item, 0.0, arrived[:, item, None])[..., None]
+    more = count[..., :-1] * p
+    count *= 1 - p
+    count[..., 1:] += more
+  positions = np.arange(len(order))
+  rate = time[:, None] * weights[order]
+  density = rate * np.exp(-rate) * count[:, positions, positions]
+  return np.clip(density.sum(0) * step, 0.0, 1.0)

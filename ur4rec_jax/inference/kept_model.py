@@ -1,0 +1,124 @@
+"""Keeps the best parameters of a run, and its encoded catalogue, in the folder of the run.
+
+Reading a checkpoint takes the libraries of training and the shapes of all that was trained. What is
+kept here opens with NumPy alone, so that only the first start after a training takes so long.
+"""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from ur4rec_jax.errors import StorageError
+from ur4rec_jax.files import clean_up, new_folder, write_file
+from ur4rec_jax.inference import stored_arrays
+from ur4rec_jax.runs.saved_steps import MANIFEST, checkpoint_folder, find_damage, saved_steps
+
+FOLDER = 'recommender'
+_FORMAT_VERSION = 1  # To be raised when items are encoded in another way.
+_RECORD, _ARRAYS, _ITEMS = 'record.json', 'arrays.npz', 'items.json'
+
+
+class Kept(NamedTuple):
+  """A trained model that is ready to recommend.
+
+  Attributes:
+    config: config of the stage that the parameters are from.
+    params: the best parameters, NumPy.
+    items: `ids` and `titles` of the catalogue.
+    item_arrays: the encoded catalogue, see `scoring.item_arrays`.
+  """
+
+  config: ConfigDict
+  params: Any
+  items: dict[str, list[str]]
+  item_arrays: dict[str, Any]
+
+
+def origin(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+  """Names the checkpoint and the config of a run by their hashes; None without a checkpoint."""
+  for step in saved_steps(workdir):
+    with contextlib.suppress(OSError):
+      manifest = (checkpoint_folder(workdir) / str(step) / MANIFEST).read_bytes()
+      config = (pathlib.Path(workdir) / 'config.json').read_bytes()
+      hashes = [hashlib.sha256(x).hexdigest() for x in (manifest, config)]
+      return {'format_version': _FORMAT_VERSION, 'step': step, 'sha256': hashes}
+  return None
+
+
+def read_config(workdir: str | pathlib.Path) -> ConfigDict | None:
+  """Returns the config of the kept model; None unless it was made from the newest checkpoint."""
+  record = _record(pathlib.Path(workdir) / FOLDER)
+  if record is None or record['origin'] != origin(workdir):
+    return None
+  return ConfigDict(record['config'])
+
+
+def read(workdir: str | pathlib.Path, config: ConfigDict, dataset: dict[str, Any]) -> Kept | None:
+  """Reads the kept model.
+
+  Args:
+    workdir: folder of the run.
+    config: from `read_config`.
+    dataset: identity of the data.
+
+  Returns:
+    None if the data are others, or a file is missing or has changed.
+  """
+  folder = pathlib.Path(workdir) / FOLDER
+  record = _record(folder)
+  if record is None or record['dataset'] != dataset:
+    return None
+  try:
+    contents = {name: (folder / name).read_bytes() for name in (_ARRAYS, _ITEMS)}
+  except OSError:
+    return None
+  if {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()} != record['files']:
+    return None
+  arrays = stored_arrays.as_tree(stored_arrays.unpack(contents[_ARRAYS], record['dtypes']))
+  return Kept(config, arrays['params'], json.loads(contents[_ITEMS]), arrays['items'])
+
+
+def write(workdir: str | pathlib.Path, kept: Kept, dataset: dict[str, Any]) -> None:
+  """Keeps a model that was read from the newest checkpoint; nothing where that is impossible.
+
+  Args:
+    workdir: folder of the run.
+    kept: the model.
+    dataset: identity of the data.
+  """
+  made_from = origin(workdir)
+  # A damaged checkpoint was passed over, so the model is from another one.
+  if made_from is None or find_damage(checkpoint_folder(workdir) / str(made_from['step'])):
+    return
+  arrays = stored_arrays.by_path({'params': kept.params, 'items': kept.item_arrays})
+  dtypes: dict[str, str] = {}
+  contents = {
+    _ARRAYS: stored_arrays.pack(arrays, dtypes),
+    _ITEMS: json.dumps(kept.items, ensure_ascii=False).encode(),
+  }
+  record = {
+    'origin': made_from,
+    'dataset': dataset,
+    'config': kept.config.to_dict(),
+    'dtypes': dtypes,
+    'files': {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()},
+  }
+  folder = pathlib.Path(workdir) / FOLDER
+  with contextlib.suppress(OSError, StorageError):  # The next start takes longer then, no more.
+    clean_up(folder)
+    with new_folder(folder) as draft:
+      for name, content in contents.items():
+        write_file(draft / name, content)
+      write_file(draft / _RECORD, json.dumps(record, indent=2) + '\n')
+
+
+def _record(folder: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    record = json.loads((folder / _RECORD).read_text(encoding='utf-8'))
+    return record if {'origin', 'dataset', 'config', 'dtypes', 'files'} <= record.keys() else None
+  except (OSError, ValueError, AttributeError):
+    return None

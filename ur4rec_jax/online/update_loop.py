@@ -1,0 +1,390 @@
+"""Repeats what makes a service learn: events into the dataset, an update, the gate, the registry.
+
+  OUT/watch.json       the rounds that are done, and the model and the data that they left
+  OUT/000001/          a round: its log of events, data, run and the output of its commands
+
+Each step is a command of its own, as a user would type it, because nothing in this package may
+import `data_prep`. Every step can be repeated. So the loop may be killed at any moment, and the
+same command goes on with the round that was not done.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ur4rec_jax import files, processes
+from ur4rec_jax.data.dataset import read_info
+from ur4rec_jax.errors import EXIT_CODES, InputError, StorageError, counted, printable, say
+from ur4rec_jax.online import tables
+from ur4rec_jax.online.feedback_store import FeedbackStore, open_store
+
+STATE = 'watch.json'
+GATE = 'gate.json'  # As the update writes it, and the line with which it says that it promotes.
+_PROMOTED = 'promoted: '
+_ROUND, _LOG, _OUTPUT = 'round.json', 'events.csv', 'output.log'
+_POLL_SECONDS = 1.0
+_SECONDS_TO_RETRY = 60.0  # After a failed round.
+_SECONDS_TO_RESTART = 5.0  # After a failure that another start may mend at once.
+_KEPT_ROUNDS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """What the loop is asked to do.
+
+  Attributes:
+    events: the store of events.
+    workdir: the run whose model serves when the loop starts.
+    data_dir: the prepared folder that the events are added to.
+    out: folder of the rounds.
+    registry: folder of served models.
+    every_minutes: a round begins after so many minutes, if there are new events.
+    every_events: a round begins after so many new events.
+    kinds: kinds of events that count, where the data have no kinds of their own.
+    items: table of new goods, or None.
+    encode: flags of `data_prep.encode` that made the embeddings of the data, or None.
+    update: further flags of `ur4rec_jax.update`.
+    rounds: number of rounds after which the loop ends.
+  """
+
+  events: str
+  workdir: str
+  data_dir: str
+  out: pathlib.Path
+  registry: str
+  every_minutes: float
+  every_events: float
+  kinds: tuple[str, ...]
+  items: str | None = None
+  encode: str | None = None
+  update: tuple[str, ...] = ()
+  rounds: float = math.inf
+
+
+class _State(NamedTuple):
+  """What the rounds so far have left.
+
+  Attributes:
+    started: the folders that the loop was started with.
+    round: number of rounds that are done.
+    written: events that the store had got when the latest round began; None before the first.
+    workdir: the run of the latest promoted model.
+    data_dir: the latest data.
+  """
+
+  started: list[str]
+  round: int
+  written: int | None
+  workdir: str
+  data_dir: str
+
+
+class _Stopped(BaseException):
+  """The loop was told to stop."""
+
+
+class _Failed(Exception):
+  """A command has failed.
+
+  Attributes:
+    code: its exit code.
+    command: what to type to repeat it.
+    reason: the last line that it printed.
+  """
+
+  def __init__(self, code: int, command: str, reason: str):
+    super().__init__(reason)
+    self.code, self.command, self.reason = code, command, reason
+
+
+def run(watch: Watch) -> None:
+  """Makes rounds until SIGTERM or Ctrl-C.
+
+  Raises:
+    InputError: a folder, the store or what a command reads is wrong.
+    BusyError: another process works in the same folder.
+  """
+  columns = _columns(read_info(watch.data_dir), watch)
+  store = open_store(watch.events)
+  with files.disk_errors(watch.out, '--out'):
+    watch.out.mkdir(parents=True, exist_ok=True)
+  message = f'another process works in {watch.out}; wait until it ends, or give another --out'
+  handlers = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    with files.only_process(watch.out / 'lock', message):
+      _Loop(watch, store, columns).run()
+  except _Stopped:
+    say('stopped; the same command goes on')
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    store.close()
+
+
+def _stop(*_: Any) -> None:
+  raise _Stopped
+
+
+class _Loop:
+  """The rounds in one folder."""
+
+  def __init__(self, watch: Watch, store: FeedbackStore, columns: dict[str, str]):
+    self._watch, self._store, self._columns = watch, store, columns
+    self._state = _read_state(watch)
+    self._due = time.monotonic() + 60 * watch.every_minutes
+
+  def run(self) -> None:
+    """Makes rounds."""
+    say(
+      f'watching {self._watch.events.rpartition("@")[2]}: a round after'
+      f' {self._watch.every_events:,g} new events or {self._watch.every_minutes:g} minutes'
+    )
+    while self._state.round < self._watch.rounds:
+      if not (self._folder() / _ROUND).exists():  # Otherwise a stopped round goes on.
+        self._wait()
+      try:
+        self._round()
+      except _Failed as failed:
+        say(f'round {self._state.round + 1} failed: {failed.reason}', sys.stderr)
+        say(f'  to repeat it: {failed.command}', sys.stderr)
+        if failed.code == InputError.exit_code:
+          raise InputError(
+            f'{self._folder() / _OUTPUT}: has what the command said; correct that, and start again'
+          ) from failed
+        known = EXIT_CODES.get(failed.code)
+        seconds = _SECONDS_TO_RESTART if known and known.restart else _SECONDS_TO_RETRY
+        say(f'  it is tried again in {seconds:g} s', sys.stderr)
+        time.sleep(seconds)
+      except StorageError as error:
+        say(f'note: {error}', sys.stderr)
+        time.sleep(_SECONDS_TO_RESTART)
+
+  def _folder(self) -> pathlib.Path:
+    return self._watch.out / f'{self._state.round + 1:06}'
+
+  def _wait(self) -> None:
+    """Waits until there is enough for a round."""
+    before = self._state.written or 0
+    while True:
+      is_late = time.monotonic() >= self._due
+      try:
+        written = self._store.written()
+      except StorageError as error:
+        say(f'note: {error}', sys.stderr)
+        time.sleep(_SECONDS_TO_RESTART)
+        continue
+      before = min(before, written)  # Somebody may have deleted the latest events.
+      if written - before >= self._watch.every_events or (is_late and written > before):
+        return
+      if is_late:
+        say('nothing new; waiting')
+        self._start_clock()
+      time.sleep(_POLL_SECONDS)
+
+  def _start_clock(self) -> None:
+    self._due = time.monotonic() + 60 * self._watch.every_minutes
+
+  def _round(self) -> None:
+    """Makes a round, or what is left of one."""
+    started, folder, state = time.monotonic(), self._folder(), self._state
+    self._start_clock()
+    with files.disk_errors(folder, '--out'):
+      written, count = self._write_log(folder)
+    if not count:
+      self._finish(state._replace(written=written), 'nothing new; waiting')
+      return
+    data, out = folder / 'data', folder / 'run'
+    words = ['--append', '--if_new', '--late', f'--data_dir={state.data_dir}', f'--out={data}']
+    words += [f'--raw_dir={folder / _LOG}']
+    if self._watch.items:
+      words.append(f'--items={self._watch.items}')
+    if not data.exists():
+      self._command('data_prep.build_dataset', *words)
+    if not data.exists():
+      self._finish(state._replace(written=written), 'nothing new; waiting')
+      return
+    if self._watch.encode is not None:
+      flags = shlex.split(self._watch.encode)
+      self._command('data_prep.encode', f'--data_dir={data}', *flags)
+    words = [f'--workdir={state.workdir}', f'--data_dir={data}', f'--out={out}']
+    words += [f'--registry={self._watch.registry}', *self._watch.update]
+    output = self._command('ur4rec_jax.update', *words)
+    line = next((x for x in output.splitlines() if x.startswith(_PROMOTED)), None)
+    verdict = json.loads((out / GATE).read_text())
+    new = state._replace(written=written, data_dir=str(data))
+    if line is not None:
+      new = new._replace(workdir=str(out))
+    (folder / _LOG).unlink(missing_ok=True)  # The data have it, and a deleted user may be in it.
+    result = line or f'refused: {"; ".join(verdict["reasons"])}'
+    seconds = time.monotonic() - started
+    self._finish(
+      new, f'{_change(state.data_dir, data)}; {_gains(verdict)}; {result}; {seconds:.0f} s'
+    )
+    self._remove_old_rounds()
+
+  def _write_log(self, folder: pathlib.Path) -> tuple[int, int]:
+    """Writes the log of a round unless it is there; returns what the store had got, and rows."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / _ROUND).exists():
+      # Counted first, so that an event of this moment counts for the next round, too.
+      written = self._store.written()
+      count = 0
+
+      def rows() -> Iterator[list[str]]:
+        nonlocal count
+        for event in self._store.events():
+          if (row := self._row(event)) is not None:
+            count += 1
+            yield row
+
+      delimiter = self._columns['delimiter']
+      names = [name for name in self._columns if name != 'delimiter']
+      tables.write(folder / _LOG, [self._columns[name] for name in names], rows(), delimiter)
+      record = {'written': written, 'count': count}
+      files.write_file(folder / _ROUND, json.dumps(record) + '\n')
+    record = json.loads((folder / _ROUND).read_text())
+    return record['written'], record['count']
+
+  def _row(self, event: Any) -> list[str] | None:
+    """Returns an event as a row of the log; None if its kind does not count."""
+    if event.kind not in self._watch.kinds:
+      return None
+    row = [event.user, event.item, f'{event.time:.3f}']
+    if 'kind' in self._columns:
+      row.append(event.kind)
+    if 'value' in self._columns:
+      if event.value is None:
+        return None
+      row.append(f'{event.value:g}')
+    return row
+
+  def _command(self, module: str, *flags: str) -> str:
+    """Runs a command and returns what it has printed.
+
+    Raises:
+      _Failed: it failed.
+      _Stopped: this process or the command was told to stop.
+    """
+    path, words = self._folder() / _OUTPUT, [module, *flags]
+    command = printable(f'python -m {shlex.join(words)}')
+    with path.open('a', encoding='utf-8') as file:
+      start = file.tell()
+      file.write(f'$ {command}\n')
+      file.flush()
+      # A group of its own, so that Ctrl-C in a terminal reaches it once, through this process.
+      process = subprocess.Popen(
+        [sys.executable, '-m', *words], stdout=file, stderr=subprocess.STDOUT, process_group=0
+      )
+      try:
+        code = processes.wait(process)
+      except BaseException:  # Told to stop just before it was waited for.
+        process.terminate()
+        process.wait()
+        raise
+    with path.open(encoding='utf-8', errors='replace') as file:
+      file.seek(start)
+      output = file.read()
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP):
+      raise _Stopped
+    if code:
+      raise _Failed(code, command, printable(output.splitlines()[-1]))
+    return output
+
+  def _finish(self, state: _State, text: str) -> None:
+    """Records that a round is done; one without new events leaves no folder."""
+    folder = self._folder()
+    if state.data_dir != self._state.data_dir:
+      state = state._replace(round=self._state.round + 1)
+      text = f'round {state.round}: {text}'
+    else:
+      # Removed first: a killed loop then looks again, and finds nothing again.
+      shutil.rmtree(folder, ignore_errors=True)
+    self._state = state
+    files.write_file(self._watch.out / STATE, json.dumps(state._asdict(), indent=2) + '\n')
+    say(text)
+
+  def _remove_old_rounds(self) -> None:
+    """Removes all but the latest rounds, and the one whose model the next update starts from."""
+    used = {pathlib.Path(x).parent.name for x in (self._state.workdir, self._state.data_dir)}
+    for folder in self._watch.out.iterdir():
+      number = int(folder.name) if folder.name.isdecimal() else self._state.round
+      if number <= self._state.round - _KEPT_ROUNDS and folder.name not in used:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_state(watch: Watch) -> _State:
+  path = watch.out / STATE
+  started = [str(pathlib.Path(x).resolve()) for x in (watch.workdir, watch.data_dir)]
+  try:
+    state = _State(**json.loads(path.read_text()))
+  except FileNotFoundError:
+    return _State(started, 0, None, watch.workdir, watch.data_dir)
+  except (OSError, ValueError, TypeError) as error:
+    raise InputError(f'{path}: cannot be read ({error}); give another --out') from error
+  if state.started != started:
+    raise InputError(
+      f'--out={watch.out}: goes on from other folders, {" and ".join(state.started)}; give those,'
+      ' or another --out'
+    )
+  return state
+
+
+def _columns(info: dict[str, Any], watch: Watch) -> dict[str, str]:
+  """Returns the names of the log's columns, which are those that the data were built with.
+
+  Raises:
+    InputError: events cannot be added to the data.
+  """
+  options, where = info['options'], f'--data_dir={watch.data_dir}'
+  if info['source'] != 'interactions':
+    raise InputError(
+      f'{where}: is of --source={info["source"]}; events can be added to a dataset of'
+      ' --source=interactions only'
+    )
+  if not info['has_timestamps']:
+    raise InputError(f'{where}: has no times, so that new events cannot be told from old ones')
+  if (pathlib.Path(watch.data_dir) / 'features').is_dir() and watch.encode is None:
+    raise InputError(
+      f'{where}: has embeddings; give --encode with the flags of data_prep.encode that made them'
+    )
+  name = lambda of: options.get(f'{of}_column') or of
+  found = {of: name(of) for of in ('user', 'item', 'time')}
+  if options.get('event_column'):
+    found['kind'] = options['event_column']
+  elif info['has_ratings']:
+    found['value'] = name('rating')
+  delimiter = options.get('delimiter') or ','
+  return found | {'delimiter': '\t' if delimiter == 'tab' else delimiter}
+
+
+def counted_kinds(data_dir: str) -> tuple[str, ...] | None:
+  """Returns the kinds of events that a prepared folder counts; None if it has no kinds."""
+  info = read_info(data_dir)
+  weights = info['options'].get('event_weights')
+  if weights:
+    return tuple(part.partition('=')[0].strip() for part in weights.split(','))
+  return ('rating',) if info['has_ratings'] and not info['options'].get('event_column') else None
+
+
+def _change(old: str, new: pathlib.Path) -> str:
+  before, after = (read_info(folder)['counts'] for folder in (old, new))
+  parts = [
+    counted(after[f'{noun}s'] - before[f'{noun}s'], f'new {noun}')
+    for noun in ('interaction', 'user', 'item')
+  ]
+  return ', '.join(parts)
+
+
+def _gains(verdict: dict[str, Any]) -> str:
+  return ', '.join(
+    f'{name} NDCG@10 {x["before"]:.4f} to {x["after"]:.4f}' for name, x in verdict['groups'].items()
+  )

@@ -1,0 +1,51 @@
+"""Waits for the commands that another command starts."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+_SECONDS_OF_PROGRESS = 15  # From one line of progress to the next, where there is no terminal.
+
+
+def wait(process: subprocess.Popen) -> int:
+  """Waits for a process, to which signals are passed on.
+
+  Args:
+    process: what it prints as errors is printed here, too, if it is a pipe.
+
+  Returns:
+    The exit code; 128 and the number of the signal if this process or the other one got a signal.
+  """
+  handlers, got = {}, []
+
+  def pass_on(number, _):
+    got.append(number)
+    process.send_signal(number)
+
+  with contextlib.suppress(ValueError):  # Not the main thread, as in some notebooks.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+      handlers[number] = signal.signal(number, pass_on)
+  try:
+    if process.stderr is not None:
+      _print(process.stderr)
+    code = process.wait()
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+  if got:
+    return 128 + got[0]  # The process may have ended well just before.
+  return 128 - code if code < 0 else code
+
+
+def _print(lines: Iterable[str]) -> None:
+  """Prints the errors and notes of a process, and its progress from time to time."""
+  shown = time.monotonic()
+  for line in lines:
+    if line.startswith('['):  # As `metric_writers` reports progress where there is no terminal.
+      if time.monotonic() < shown + _SECONDS_OF_PROGRESS:
+        continue
+      shown = time.monotonic()
+    print(line, end='', file=sys.stderr, flush=True)
