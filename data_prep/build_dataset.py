@@ -320,6 +320,10 @@ def _settings_again(
   recorded = dict(info['options'])
   if info['source'] == 'synthetic':
     raise InputError('--append: the synthetic source has no new days; build it with other sizes')
+  if spec.is_table:
+    raise InputError(
+      '--append reads files, and the old folder is of --source=table; build the table again'
+    )
   for name, value in given.items():
     if name in recorded and recorded[name] != value:
       raise InputError(

@@ -1,7 +1,7 @@
 """The relational engine of a build: filters, counts and sorts rows, in memory or on the disk.
 
-All questions are plain SQL, which other databases and Spark read, too. DuckDB answers them within a
-limit of memory, and moves to a folder on the disk what does not fit.
+All questions are plain SQL. DuckDB answers them within a limit of memory, and moves to a folder on
+the disk what does not fit.
 """
 
 import contextlib

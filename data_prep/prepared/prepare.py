@@ -312,7 +312,7 @@ def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 def _distinct(numbers: np.ndarray) -> int:
   """Counts the distinct values of small numbers."""
-  return np.count_nonzero(np.bincount(numbers))
+  return int(np.count_nonzero(np.bincount(numbers)))
 
 
 class _Ledger:

@@ -46,7 +46,7 @@ def read(**parameters: Any) -> Raw:
     if not value:
       raise InputError(f'--{name} is missing: --source=table reads a table of a database')
   name = f'{_without_secrets(url)} {table}'
-  with _messages(url, name, f'correct --connect, or install its driver: {_INSTALL}'):
+  with _messages(url, name, 'correct --connect', is_connected=False):
     database = _open(url)
   try:
     with _messages(url, name, 'correct --table, or give the user the right to read it'):
@@ -76,10 +76,8 @@ def read(**parameters: Any) -> Raw:
 
 
 def _open(url: str) -> Any:
-  try:
-    import ibis
-  except ImportError as error:
-    raise InputError(f'--source=table needs ibis-framework; {_INSTALL}') from error
+  import ibis  # An extra, and slow to import.
+
   scheme, _, rest = url.partition('://')
   if scheme != 'duckdb':
     return ibis.connect(url)
@@ -95,23 +93,32 @@ def _check_table(database: Any, name: str, schema: list[str], table: str) -> Non
 
 
 def _without_secrets(url: str) -> str:
-  parts = urllib.parse.urlsplit(url)
+  try:
+    parts = urllib.parse.urlsplit(url)
+    if not parts.scheme:
+      raise ValueError
+  except ValueError:  # No `from`: the error would show the URL, which may hold a password.
+    raise InputError(
+      '--connect: must be like duckdb://FILE or postgres://USER@HOST/DATABASE'
+    ) from None
   host = parts.netloc.rpartition('@')[2]
   return f'{parts.scheme}://{host}{parts.path}'
 
 
 @contextlib.contextmanager
-def _messages(url: str, name: str, way_out: str) -> Iterator[None]:
+def _messages(url: str, name: str, way_out: str, is_connected: bool = True) -> Iterator[None]:
   """Turns the errors of any database into messages without the password."""
   try:
     yield
   except (InputError, StorageError, GeneratorExit):
     raise
+  except ImportError as error:
+    raise InputError(f'{error.name} is not installed; {_INSTALL}') from error
   except Exception as error:  # Each database has its own errors.
     reason = ' '.join(str(error).split()) or type(error).__name__
     for secret in filter(None, (url, urllib.parse.urlsplit(url).password)):
       reason = reason.replace(secret, '***').replace(urllib.parse.unquote(secret), '***')
-    if 'correct' not in way_out and _is_lost(error):
+    if is_connected and _is_lost(error):
       raise StorageError(
         f'{name}: the connection was lost ({reason}); start the command again when the database'
         ' answers'

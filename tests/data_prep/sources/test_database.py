@@ -18,7 +18,8 @@ import pytest
 
 from data_prep import build_dataset
 
-pytest.importorskip('ibis')
+for module in ('ibis', 'pyarrow_hotfix'):
+  pytest.importorskip(module)
 PASSWORD = 'open@sesame'
 COLUMNS = ('customer', 'sku', 'ordered_at', 'stars')
 FLAGS = [
@@ -220,3 +221,11 @@ def test_no_file_of_duckdb_and_none_is_made(tmp_path, capsys):
   assert _fails(f'duckdb://{path}', '--table=orders', f'--data_dir={tmp_path / "data"}') == 2
   assert f'{path}: no such file' in capsys.readouterr().err
   assert not path.exists()
+
+
+@pytest.mark.parametrize('url', ['shop.duckdb', 'postgres://[secret', 'nothing://secret@host/x'])
+def test_an_address_that_is_none(url, tmp_path, capsys):
+  assert _fails(url, '--table=orders', f'--data_dir={tmp_path / "data"}') == 2
+  error = capsys.readouterr().err
+  assert '--connect' in error
+  assert 'secret' not in error
