@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.quality.accuracy import README, markdown_table, put_between_marks
 from benchmarks.speed.measure import RESULTS, ROOT
+from benchmarks.speed.starts import BARE, BEFORE, NOW
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.files import write_file
 
@@ -40,6 +41,10 @@ RUNS = {
   'tricks-bce-ml-1m': f'tricks {ML_1M} --loss=bce',
   'profile-softmax-ml-1m': f'profile_step {ML_1M} --loss=softmax',
   'profile-bce-ml-1m': f'profile_step {ML_1M} --loss=bce',
+  'starts': (
+    'starts --workdir=quick-orders/runs/content --data_dir=quick-orders/data'
+    ' --history=KI-10000,KI-10001 --add_items=new.csv --before=EARLIER_CHECKOUT'
+  ),
 }
 # The module of a benchmark, where its stored results have another name.
 MODULES = {'tricks': 'optimizations'}
@@ -142,6 +147,7 @@ def page(stored: Stored) -> str:
     'cost': _cost,
     'profile_step': _profile,
     'tricks': _tricks,
+    'starts': _starts,
   }
   for name, result in stored.items():
     lines = [f'## {name}', '', _measured_on(result), '', *writers[result['benchmark']](result)]
@@ -296,6 +302,33 @@ def _measured_on(result: dict[str, Any]) -> str:
   counts = f'{dataset["users"]:,} users, {dataset["items"]:,} items; ' if dataset else ''
   cores = 'one core' if result['cores'] == 1 else f'{result["cores"]} cores'
   return f'{counts}{device}, {cores} used, load {result["load"]}.'
+
+
+def _starts(result: dict[str, Any]) -> Iterator[str]:
+  bare = result['commands'][BARE][NOW]['processor_seconds']
+  rows = []
+  for name, by_checkout in result['commands'].items():
+    before, now = by_checkout.get(BEFORE), by_checkout[NOW]
+    figure = lambda field, places, by=1.0, before=before, now=now: ' → '.join(
+      f'{x[field] / by:.{places}f}' for x in (before, now) if x
+    )
+    rows.append(
+      {
+        'command': f'`{name}`',
+        'first start, s': figure('first_seconds', 0),
+        'later starts, s': figure('seconds', 1),
+        'processor, s': figure('processor_seconds', 1),
+        f'times `{BARE}`': figure('processor_seconds', 1, bare),
+      }
+    )
+  yield markdown_table(rows)
+  yield ''
+  yield (
+    'Each start is a process, and `serve` is timed until it is ready. The seconds contain the load'
+    ' of the machine; the last two columns count the work of the processor alone. An arrow leads'
+    ' from the program of an earlier checkout to the program as it is, in the same rounds. A first'
+    ' start reads the checkpoint and compiles; later ones find both in the folder of the run.'
+  )
 
 
 def _side_by_side(result: dict[str, Any]) -> Iterator[str]:
