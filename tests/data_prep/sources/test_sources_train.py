@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 
@@ -82,6 +83,15 @@ def own(folder: Path, ratings: np.ndarray) -> Path:
   return path
 
 
+def in_duckdb(folder: Path, ratings: np.ndarray) -> dict[str, str]:
+  pytest.importorskip('pyarrow_hotfix')  # Ibis needs it to read DuckDB.
+  with duckdb.connect(folder / 'shop.duckdb') as database:
+    database.execute('CREATE TABLE orders (customer text, sku text, rating real, timestamp bigint)')
+    rows = [(f'c-{u:02d}', f'S/{i}', stars, time) for u, i, stars, time in ratings.tolist()]
+    database.executemany('INSERT INTO orders VALUES (?, ?, ?, ?)', rows)
+  return {'connect': f'duckdb://{folder / "shop.duckdb"}', 'table': 'orders'}
+
+
 def in_order(folder: Path, ratings: np.ndarray) -> Path:
   rows = ratings[np.lexsort((ratings[:, 3], ratings[:, 0]))]
   (path := folder / 'pairs.txt').write_text(
@@ -100,7 +110,12 @@ RAW: dict[str, Callable] = {
   'amazon_reviews': lambda get: amazon_2023(get('tmp_path'), get('ratings')),
   'interactions': lambda get: own(get('tmp_path'), get('ratings')),
   'sequences': lambda get: in_order(get('tmp_path'), get('ratings')),
+  'table': lambda get: None,
   'synthetic': lambda get: None,
+}
+PARAMETERS: dict[str, Callable] = {
+  'table': lambda get: in_duckdb(get('tmp_path'), get('ratings')),
+  'synthetic': lambda get: SYNTHETIC,
 }
 
 
@@ -108,7 +123,7 @@ RAW: dict[str, Callable] = {
 def test_raw_files_to_test_metrics(source, request, ratings, tmp_path):
   raw_dir = RAW[source](request.getfixturevalue)
   data_dir = tmp_path / 'data'
-  parameters = SYNTHETIC if source == 'synthetic' else {}
+  parameters = PARAMETERS.get(source, lambda get: {})(request.getfixturevalue)
   metadata, _ = build_dataset.build(source, data_dir, raw_dir, parameters=parameters)
   config = default.get_config()
   config.data_dir = str(data_dir)
