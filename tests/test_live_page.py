@@ -1,6 +1,5 @@
 """The Live tab of the page, in a real browser: act as a user, and see what changes."""
 
-import asyncio
 import os
 import shutil
 import sys
@@ -115,6 +114,8 @@ def test_a_newcomer_clicks_and_both_lists_change(browser, live, width):
 def test_without_events_there_is_no_live_tab(live):
   address, _ = live
   assert 'tab-live' in request(address)[2]
-  without = asyncio.run(make_page(is_live=False)()).body.decode()
+  with pytest.raises(StopIteration) as done:  # The browser's event loop runs in this thread.
+    make_page(is_live=False)().send(None)
+  without = done.value.value.body.decode()
   assert 'tab-live' not in without
   assert without.endswith('</html>\n')

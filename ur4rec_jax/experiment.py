@@ -157,7 +157,7 @@ def run_guard(flags: argparse.Namespace) -> None:
   if stopped != before:
     out = experiments.stopped_file(experiment.path)
     _write_json(out, stopped)
-    say(f'wrote {out}; a service with --experiment={flags.config} obeys within a second')
+    say(f'wrote {out}; a service with --experiment={flags.config} obeys within two seconds')
 
 
 def run_power(flags: argparse.Namespace) -> None:

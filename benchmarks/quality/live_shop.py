@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -297,12 +298,15 @@ def _run(module: str, *flags: str) -> None:
     raise InputError(f'{module}: {done.stderr.strip()}')
 
 
-def simulate(size: Size, scratch: pathlib.Path, epochs: int = 20) -> dict[str, Any]:
+def simulate(
+  size: Size, scratch: pathlib.Path, minutes: float = math.inf, epochs: int = 20
+) -> dict[str, Any]:
   """Plays all days under all policies.
 
   Args:
     size: of the world.
     scratch: an empty folder.
+    minutes: no further day begins after so many minutes.
     epochs: of the first training.
   """
   started = time.monotonic()
@@ -324,11 +328,13 @@ def simulate(size: Size, scratch: pathlib.Path, epochs: int = 20) -> dict[str, A
           _visit(shop, services.get(name), name, day, place, user, number_of)
       clicks = ', '.join(f'{name} {shops[name].clicks[day].sum()}' for name in POLICIES)
       say(f'day {day + 1}: {clicks}; {time.monotonic() - started:.0f} s')
+      if day + 1 == size.days or time.monotonic() > started + 60 * minutes:
+        break
       for name in ('updated', 'exploring'):
-        if day + 1 < size.days:
-          services[name].learn(day)
-          say(f'  {name}: {services[name].verdicts[-1]}')
-  return summary(size, shops, services) | {'seconds': round(time.monotonic() - started)}
+        services[name].learn(day)
+        say(f'  {name}: {services[name].verdicts[-1]}')
+  played = dataclasses.replace(size, days=day + 1)
+  return summary(played, shops, services) | {'seconds': round(time.monotonic() - started)}
 
 
 def _visit(
@@ -361,6 +367,8 @@ def _visit(
 def summary(size: Size, shops: dict[str, Shop], services: dict[str, Service]) -> dict[str, Any]:
   """Counts clicks by day, new goods found, and what updates said."""
   world = shops['oracle'].world
+  for shop in shops.values():  # There may have been no time for all days.
+    shop.clicks, shop.lists = shop.clicks[: size.days], shop.lists[: size.days]
   last = max(size.days // 4, 1)  # Days at the end over which policies are compared.
   ahead, low, high = _gain(shops['updated'], shops['static'], last)
   new = (world.arrival >= 0) & (world.arrival < size.days - 1)
@@ -487,6 +495,7 @@ def main(argv: list[str] | None = None) -> None:
   add('--scratch', type=pathlib.Path, help='folder for data and models; it is made empty')
   for field in dataclasses.fields(Size):
     add(f'--{field.name}', type=int, default=field.default)
+  add('--minutes', type=float, default=math.inf, help='no day begins after so many minutes')
   add('--keep', action='store_true', help='store the result, and put it into docs/live.md')
   add('--table', action='store_true', help='only put the stored result into docs/live.md')
   flags = parser.parse_args(argv)
@@ -501,7 +510,7 @@ def main(argv: list[str] | None = None) -> None:
     # The models are tiny, so nearly all the time would go into making their programs fast.
     os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
     size = Size(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Size)})
-    found = simulate(size, flags.scratch)
+    found = simulate(size, flags.scratch, flags.minutes)
   found['broken'] = broken_promises(found)
   if flags.keep:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

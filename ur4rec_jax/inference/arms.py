@@ -42,7 +42,7 @@ class Arms:
       InputError: the file is wrong, or an arm's export cannot be opened.
     """
     self._path = path
-    self._seen = self._contents()
+    self._seen = self._looked_at = self._contents()
     self._experiment = experiments.read(path)
     self._stopped = experiments.read_stopped(self._experiment)
     if self._experiment.assignment != 'hash':
@@ -106,10 +106,11 @@ class Arms:
 
   def refresh(self) -> None:
     """Reads the files again if they have changed; a wrong file is named and changes nothing."""
-    content = self._contents()
-    if content == self._seen:
+    before, self._looked_at = self._looked_at, self._contents()
+    # Many editors write a file in parts, so it counts when two looks have found the same.
+    if self._looked_at == self._seen or self._looked_at != before:
       return
-    self._seen = content
+    self._seen = self._looked_at
     try:
       experiment = experiments.read(self._path)
       stopped = experiments.read_stopped(experiment)
