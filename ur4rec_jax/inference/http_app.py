@@ -1,5 +1,6 @@
 """The routes of the HTTP service: recommendations as JSON, and a page to try them."""
 
+import asyncio
 import dataclasses
 import math
 import pathlib
@@ -16,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 
 from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.inference import influences, reasons
 from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
 from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
 from ur4rec_jax.inference.feedback import Coverage, Feedback, join_history, new_request_id
@@ -31,7 +33,8 @@ from ur4rec_jax.inference.http_schema import (
   make_question,
   problem,
 )
-from ur4rec_jax.inference.query import Known, Query, UserTokens
+from ur4rec_jax.inference.passages import closest
+from ur4rec_jax.inference.query import CheckedQuery, Known, Query, UserTokens
 from ur4rec_jax.inference.recommender import Recommender
 from ur4rec_jax.inference.rules import ONLY, Rules
 from ur4rec_jax.inference.similar import BOTH, KINDS
@@ -39,6 +42,8 @@ from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 
 MOST_SIMILAR = 20  # Similar items in an answer.
 MOST_FOUND = 20  # Results of a search.
+MOST_EXPLAINED = 20  # Recommended items that are explained.
+MOST_LEFT_OUT = 50  # Items of a history that are left out in turn to explain a recommendation.
 METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody may ask for them.
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
 _PAGE_HEADERS = {
@@ -73,6 +78,7 @@ class Model(NamedTuple):
     thumbnails: the pictures of the items, if there are some.
     rules: the rules of the shop, which a request can leave out.
     digest: the start of the hash of the exported folder, which exposures name.
+    passages: passages about each item that no item with another text has, if the model reads texts.
   """
 
   recommender: Recommender
@@ -80,6 +86,7 @@ class Model(NamedTuple):
   thumbnails: Thumbnails | None = None
   rules: Rules | None = None
   digest: str = ''
+  passages: Sequence[Sequence[str]] = ()
 
 
 def make_app(model: Model, live: Live | None = None, models: Sequence[str] = ()) -> FastAPI:
@@ -109,10 +116,10 @@ def make_app(model: Model, live: Live | None = None, models: Sequence[str] = ())
 
   @app.get('/recommend', responses=_problems(404, 421, 422, 431, 503))
   async def recommend_to_user(
-    user: UserName, request: fastapi.Request, k: K = usual_k
+    user: UserName, request: fastapi.Request, k: K = usual_k, explain: bool = False
   ) -> Recommendations:
     """Returns the best items for a user."""
-    return await service.recommend(Question(user=user, k=k), request)
+    return await service.recommend(Question(user=user, k=k, explain=explain), request)
 
   if live is not None:
     refusals = _problems(400, 408, 413, 415, 421, 422, 429, 431, 503)
@@ -204,6 +211,8 @@ class Service:
     answer = await self._batcher.answer(Job(checked, only, client, query.rules))
     count = len(checked.histories[0])
     rows = recommender.recommendations(answer)
+    if question.explain:
+      await self._explain(checked, rows[:MOST_EXPLAINED], client)
     return JSONResponse(
       {
         'request_id': self._shown(question.user or '', rows),
@@ -214,6 +223,34 @@ class Service:
         **({'notes': answer.choices[0].notes} if answer.choices else {}),
       }
     )
+
+  async def _explain(
+    self, checked: CheckedQuery, rows: Sequence[dict[str, Any]], client: str | None
+  ) -> None:
+    """Adds to recommended items why they are recommended; see `http_schema.Recommended`."""
+    recommender, passages = self._recommender, self._model.passages
+    num_items = len(recommender.item_ids)
+    history = checked.histories[0][-min(recommender.max_length, MOST_LEFT_OUT) :]
+    numbers = np.array([recommender.number_of(row['item']) for row in rows], np.int32)
+    compared = influences.reference(num_items, recommender.compares_ranks)
+    checked = dataclasses.replace(checked, histories=[history])
+    query = influences.leave_one_out(checked, numbers, compared, num_items)
+    found = np.zeros((len(history), len(rows)))
+    if rows and query.k <= self._batcher.most_k:  # More would need another program.
+      key = 'why', np.flatnonzero(query.allowed).tobytes()
+      jobs = [Job(query.select(np.array([i])), key, client) for i in range(len(query.histories))]
+      answers = await asyncio.gather(*map(self._batcher.answer, jobs))
+      ids = np.array([[*map(recommender.number_of, x.items[0])] for x in answers], np.int32)
+      scores = np.array([x.scores[0] for x in answers])
+      found = influences.influences(ids, scores, numbers, compared)
+    for row, number, column in zip(rows, numbers, found.T, strict=True):
+      named = reasons.because(column, history, recommender.item_ids, recommender.titles)
+      row['because'] = [item | self._picture_of(item['item']) for item in named]
+      row['why'] = reasons.why(named)
+      if passages:
+        about = [passages[recommender.number_of(item['item']) - 1] for item in named]
+        text = ' '.join([*(item['title'] for item in named), *(x for own in about for x in own)])
+        row['sentence'] = closest(passages[number - 1], text) or ''
 
   async def _user(self, name: str) -> tuple[Known, UserTokens]:
     """Returns a user's history up to the latest event, and the user's own texts."""

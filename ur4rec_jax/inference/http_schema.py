@@ -38,6 +38,12 @@ class Item(BaseModel):
   picture: str = None
 
 
+class Because(Item):
+  """An item of the history, and by how much its absence lowers the score of a recommended item."""
+
+  influence: float
+
+
 class Similar(Item):
   """An item that is similar to another; see `Recommender.similar`."""
 
@@ -48,13 +54,18 @@ class Recommended(Item):
   """A recommended item; its shares are what each branch adds to the score.
 
   Where the service has rules, `rules` names those that moved the item here. A pinned item that is
-  far from the best has no score.
+  far from the best has no score. With `explain`, `because` has the items of the history without
+  which the score falls the most, `why` names them in a sentence, and `sentence` is a passage of the
+  item's text that no item with another text has.
   """
 
   rank: int
   score: float | None
   shares: dict[str, float | None]
   rules: list[str] = None
+  because: list[Because] = None
+  why: str = None
+  sentence: str = None
 
 
 class Recommendations(BaseModel):
@@ -118,8 +129,9 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
   class Question(Strict):
     """Asks for the best items for a history, the oldest item first, or for a known user.
 
-    `rules=false` leaves out the rules of the service.
-    `weights` multiply the scores of the branches: 1 scores as trained, 0 switches a branch off.
+    `explain` says why the first 20 items are recommended. `rules=false` leaves out the rules of the
+    service. `weights` multiply the scores of the branches: 1 scores as trained, 0 switches a branch
+    off.
     """
 
     model_config = ConfigDict(
@@ -132,6 +144,7 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
     without: Ids = Field((), max_length=MOST_IDS)
     keep_seen: bool = keeps_seen
     rules: bool = True
+    explain: bool = False
     weights: Weights = Weights()
 
     @model_validator(mode='after')
