@@ -85,7 +85,7 @@ def test_a_newcomer_clicks_and_both_lists_change(browser, live, width):
   assert arm in before
   bought = before[arm][1]
   page.locator(f'ol[aria-label="List of {arm}"] > li').nth(1).get_by_text('Buy').click()
-  page.wait_for_function('document.querySelectorAll("#live-history li").length === 2')
+  page.wait_for_function('() => document.querySelectorAll("#live-history li").length === 2')
   page.wait_for_function(
     'item => ![...document.querySelectorAll("#live-lists li")].some(x => x.dataset.item === item)',
     arg=bought,

@@ -614,6 +614,15 @@ def test_the_page_recommends_by_user_by_titles_and_by_weights(
   names = [name for name in recommender.share_names if name != 'retriever']
   assert rows.first.locator('.bar i').count() == len(names) == page.locator('#legend li').count()
 
+  # The reasons come a moment after the list.
+  reasons = ask(address, user=found, explain=True)['recommendations']
+  for row in reasons:
+    expected = f'{row["why"]}. '.lstrip('. ') + row['sentence']
+    page.wait_for_function(
+      "([i, text]) => document.querySelectorAll('#found .why')[i].textContent.endsWith(text)",
+      arg=[row['rank'] - 1, expected],
+    )
+
   slider = page.get_by_role('slider', name='SASRec')
   slider.focus()
   page.keyboard.press('Home')
@@ -671,6 +680,42 @@ def test_the_page_shows_similar_items_on_click_and_by_keyboard(browser, address,
   page.keyboard.press('Escape')
   page.locator('#similar').wait_for(state='hidden')
   assert problems == []
+
+
+def test_the_health_check_of_the_image(address):
+  text = (ROOT / 'launch' / 'Dockerfile.serve').read_text().replace('\\\n', '')
+  (command,) = re.findall(r'^HEALTHCHECK .*CMD (.*)$', text, re.M)
+  _, flag, code = json.loads(command)
+  port = address.rpartition(':')[2]
+  for place, code_of_exit in ((port, 0), ('1', 1)):
+    check = code.replace(':8000', f':{place}')
+    done = subprocess.run([sys.executable, flag, check], capture_output=True, timeout=60)
+    assert done.returncode == code_of_exit, done.stderr
+
+
+def test_an_answer_says_why(recommender, address):
+  history = [recommender.item_ids[i] for i in (3, 17, 5, 40)]
+  found = ask(address, history=history, k=6, explain=True)
+  assert metric(address, 'ur4rec_compilations_total') == 0
+  plain = ask(address, history=history, k=6)['recommendations']
+  assert [row['item'] for row in found['recommendations']] == [row['item'] for row in plain]
+  assert 'because' not in plain[0]
+  items = [row['item'] for row in plain]
+  influences = recommender.influences(history, items)
+  for row, column in zip(found['recommendations'], influences.T, strict=True):
+    strongest = sorted(zip(-column, history, strict=True))
+    named = [item for influence, item in strongest[:3] if influence < -1e-6]
+    assert [item['item'] for item in row['because']] == named
+    for item in row['because']:
+      assert item['influence'] == pytest.approx(column[history.index(item['item'])], abs=1e-4)
+    assert row['why'].startswith('Because of ' if named else '')
+    own = recommender.passages[recommender.item_ids.index(row['item'])]
+    assert row['sentence'] in own or (row['sentence'] == '' and not own)
+  assert any(row['because'] for row in found['recommendations'])
+  user = next(iter(recommender.users))
+  content = get(f'{address}/recommend?user={user}&k=40&explain=true')[2]
+  rows = json.loads(content)['recommendations']
+  assert ['because' in row for row in rows] == [i < 20 for i in range(len(rows))]
 
 
 @pytest.fixture(scope='module')

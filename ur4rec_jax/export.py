@@ -1,8 +1,10 @@
 """Exports a trained model to one folder, for machines with only jax and NumPy, on CPU and CUDA.
 
   python -m ur4rec_jax.export --workdir=runs/shop --out=shop-model
+  python -m ur4rec_jax.export --workdir=runs/shop --vectors=items.parquet
 
-`ur4rec_jax.exported.load` opens the folder; docs/inference.md describes its files.
+`ur4rec_jax.exported.load` opens the folder; docs/inference.md describes its files. The second one
+writes vectors for programs of vector search, whose inner products are the scores.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import sys
 
 from ur4rec_jax.errors import InputError, counted, exit_on_reported_error
 from ur4rec_jax.files import expand_home
-from ur4rec_jax.inference import exported, thumbnails
+from ur4rec_jax.inference import exported, thumbnails, vectors
 from ur4rec_jax.inference.exporting import export
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.trained import load
@@ -26,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
   )
   add = parser.add_argument
   add('--workdir', required=True, help='folder of the run')
-  add('--out', required=True, help='folder to write; it must not exist')
+  add('--out', help='folder to write; it must not exist')
+  add('--vectors', help='Parquet file to write the item vectors to')
+  add('--user_vectors', help='Parquet file to write the vectors of the users of the data to')
   add('--data_dir', help="folder of the run's prepared data, if it has moved since training")
   add('--add_items', help=ADD_ITEMS)
   add('--pictures', help=PICTURES)
@@ -36,12 +40,22 @@ def main(argv: list[str] | None = None) -> None:
   flags = parser.parse_args(expand_home(argv))
   if flags.pictures is not None and flags.add_items is None:
     raise InputError('--pictures: is for --add_items; leave it out')
+  if flags.out is flags.vectors is flags.user_vectors is None:
+    raise InputError('give --out=FOLDER, or --vectors=FILE.parquet for vectors alone')
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
   if flags.add_items:
     before = len(recommender.item_ids)
     recommender, known = recommender.add_items(flags.add_items, flags.pictures)
     added = len(recommender.item_ids) - before
     print(f'added {counted(added, "item")}; already known: {len(known):,}', file=sys.stderr)
+  if flags.vectors:
+    width = vectors.write_items(recommender, flags.vectors)
+    print(f'{flags.vectors}: {counted(len(recommender.item_ids), "vector")} of {width} numbers')
+  if flags.user_vectors:
+    vectors.write_users(recommender, flags.user_vectors)
+    print(f'{flags.user_vectors}: {counted(len(recommender.users), "vector")}')
+  if flags.out is None:
+    return
   manifest = export(recommender, flags.out, flags.users, not flags.without_pictures)
   out = pathlib.Path(flags.out)
   size = sum(path.stat().st_size for path in out.iterdir())

@@ -55,6 +55,7 @@ _MOST_FILES = 65_536  # Open files of the process, of which connections are most
 # Open files that are no connections, and new connections that are accepted before the oldest ones
 # are closed.
 _OTHER_FILES = 320
+_STOP = (signal.SIGTERM, signal.SIGINT)
 STOP_SECONDS = 30  # How long clients may take to read their answers when the service stops.
 COMPILED = Counter('ur4rec_compilations', 'Programs compiled since the service was ready.')
 
@@ -166,8 +167,12 @@ def _serve(app: AdmissionControl, listening: socket.socket, client_connections: 
     timeout_keep_alive=75,
     timeout_graceful_shutdown=STOP_SECONDS,
   )
+  server = uvicorn.Server(config)
+  # Until uvicorn handles signals, a signal is noted: an exception from a handler can get lost.
+  for number in _STOP:
+    signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
   try:
-    uvicorn.Server(config).run(sockets=[listening])
+    server.run(sockets=[listening])
   finally:
     print(f'stopped: {app.answered:,} of {app.accepted:,} accepted requests answered', flush=True)
 
@@ -176,8 +181,7 @@ def _serve(app: AdmissionControl, listening: socket.socket, client_connections: 
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, compiles, and serves until SIGTERM or Ctrl-C."""
   flags = _parse(argv)
-  # uvicorn handles these signals itself while it runs, and restores these handlers afterwards.
-  for number in (signal.SIGTERM, signal.SIGINT):
+  for number in _STOP:
     signal.signal(number, lambda *_: sys.exit(0))
   start = time.monotonic()
   # What was imported stays until the end. Without it, looking for garbage takes a few milliseconds
@@ -195,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
     thumbnails = exported.load_thumbnails(folder)
     rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
-    return Model(recommender, batcher, thumbnails, rules, digest)
+    passages = exported.load_passages(folder)
+    return Model(recommender, batcher, thumbnails, rules, digest, passages=passages)
 
   def load(folder: str, version: str = '', model: Model | None = None) -> Served:
     model = model or open_model(folder)

@@ -41,6 +41,14 @@ def test_links_lead_somewhere(page):
     assert not anchor or anchor in anchors(target), f'{page.name}: {link}'
 
 
+def test_what_the_comparison_says_of_this_project_is_shown():
+  table = [x for x in (ROOT / 'docs' / 'comparison.md').read_text().splitlines() if x[:2] == '| ']
+  cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in table[2:]]
+  assert len(cells) > 15
+  assert all(len(row) == len(table[0].strip('|').split('|')) for row in cells)
+  assert [row[0] for row in cells if '](' not in row[1]] == []
+
+
 def test_the_site_shows_every_page():
   shown = str(yaml.safe_load((ROOT / 'mkdocs.yml').read_text())['nav'])
   pages = [path.relative_to(ROOT / 'docs').with_suffix('.md') for path in (*PAGES[1:], *NOTEBOOKS)]

@@ -202,6 +202,45 @@ def test_an_influence_is_the_fall_of_the_score_above_the_mean(shop):
   np.testing.assert_allclose(found[1], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['text', 'sasrec', 'adaptive', 'rank', 'cascade', 'paper'])
+def test_without_the_named_item_the_score_falls_the_most(shop, name):
+  recommender, _ = make(shop, name)
+  history = [recommender.item_ids[i] for i in (3, 17, 5, 40, 9, 22)]
+  items = recommender.answer([history], 4).items[0]
+
+  def above_mean(history):
+    answer = recommender.answer([history], len(recommender.item_ids), keep_seen=True)
+    by_id = dict(zip(answer.items[0], answer.scores[0], strict=True))
+    return np.array([by_id[item] for item in items]) - np.mean(list(by_id.values()))
+
+  whole = above_mean(history)
+  falls = [whole - above_mean(history[:i] + history[i + 1 :]) for i in range(len(history))]
+  frame = recommender.recommend(history, 4, explain=True)
+  assert frame['item'].tolist() == items
+  for column, (named, why) in enumerate(zip(frame['because'], frame['why'], strict=True)):
+    falls_of_item = {item: fall[column] for item, fall in zip(history, falls, strict=True)}
+    assert len(named) <= 3
+    assert all(falls_of_item[item] > -1e-6 for item in named)
+    if not named:
+      assert max(falls_of_item.values()) <= 1e-5
+      continue
+    assert falls_of_item[named[0]] == pytest.approx(max(falls_of_item.values()), abs=1e-4)
+    title = recommender.titles[recommender.item_ids.index(named[0])]
+    assert why.startswith(f'Because of {title}')
+
+
+def test_explanations_of_several_users_belong_to_them(shop):
+  recommender, _ = make(shop, 'text')
+  ids = recommender.item_ids
+  histories = {'ann': ids[:3], 'bob': ids[30:36]}
+  together = recommender.recommend(histories, 3, explain=True)
+  for name, history in histories.items():
+    alone = recommender.recommend(history, 3, explain=True)
+    for column in ('because', 'why', 'sentence'):
+      assert together[together.user == name][column].tolist() == alone[column].tolist()
+    assert {item for named in alone['because'] for item in named} <= set(history)
+
+
 def test_a_sentence_is_read_as_an_item_with_that_text(shop):
   recommender, _ = make(shop, 'text')
   title = recommender.titles[8]

@@ -15,7 +15,7 @@ import yaml
 
 from benchmarks.robustness.small_runs import lines
 from tests.helpers.runs import ROOT, wait_for
-from ur4rec_jax import errors
+from ur4rec_jax import errors, serve
 from ur4rec_jax.files import shipped_configs
 
 LAUNCH = ROOT / 'launch'
@@ -408,3 +408,87 @@ def test_wrong_input_ends_a_pair_with_its_code(pair, tmp_path):
   assert 'config.sasrec.dropout' in stderr
   assert 'start the same command again' not in stderr
   assert 'Traceback' not in stderr
+
+
+# The part of the Compose specification that docker-compose.yml uses.
+HEALTH = record('test', test=array(TEXT), interval=TEXT, timeout=TEXT, retries=COUNT)
+SERVICE = record(
+  'image restart',
+  image=TEXT,
+  build=record('context dockerfile', context=TEXT, dockerfile=TEXT),
+  command=array(TEXT),
+  init=FLAG,
+  read_only=FLAG,
+  tmpfs=array(TEXT),
+  cap_drop=array(choice('ALL')),
+  security_opt=array(TEXT),
+  ports=array({'type': 'string', 'pattern': r'^127\.0\.0\.1:\d+:\d+$'}),
+  volumes=array({'type': 'string', 'pattern': '^[^:]+(:[^:]+)+$'}),
+  depends_on={
+    'type': 'object',
+    'additionalProperties': record('condition', condition=choice('service_healthy')),
+  },
+  healthcheck=HEALTH,
+  stop_grace_period=TEXT,
+  restart=choice('unless-stopped'),
+)
+NAMED = {'type': 'object', 'additionalProperties': record('')}
+COMPOSE = record(
+  'services volumes',
+  name=TEXT,
+  services={'type': 'object', 'additionalProperties': SERVICE},
+  volumes=NAMED,
+)
+
+
+def of_image() -> dict[str, list[str]]:
+  """The instructions of the image that serves, in order, by name."""
+  text = (LAUNCH / 'Dockerfile.serve').read_text().replace('\\\n', '')
+  steps = [line.split(None, 1) for line in text.splitlines() if line and line[0] != '#']
+  names = dict.fromkeys(name for name, _ in steps)
+  return {name: [rest for other, rest in steps if other == name] for name in names}
+
+
+def test_the_image_serves_without_rights_and_its_flags_are_known(tmp_path):
+  image = of_image()
+  (user,) = image['USER']
+  assert f' {user} ' in image['RUN'][-1]
+  order = list(image)
+  assert order.index('USER') > order.index('RUN')  # Nothing is installed as that user.
+  assert json.loads(image['HEALTHCHECK'][0].partition('CMD ')[2])[:2] == ['python', '-c']
+  entry, flags = (json.loads(image[name][0]) for name in ('ENTRYPOINT', 'CMD'))
+  assert entry[:3] == ['python', '-m', 'ur4rec_jax.serve']
+  found = serve._parse([*entry[3:], *flags])
+  assert (found.host, found.port, found.export) == ('0.0.0.0', 8000, '/model')
+  assert image['EXPOSE'] == ['8000']
+  for line in image['COPY']:
+    for name in line.split()[:-1]:
+      assert (ROOT / name).exists(), name
+
+
+def test_the_compose_file_is_valid_and_agrees_with_itself():
+  content = yaml.safe_load((LAUNCH / 'docker-compose.yml').read_text())
+  jsonschema.Draft202012Validator.check_schema(COMPOSE)
+  jsonschema.validate(content, COMPOSE)
+  services, image = content['services'], of_image()
+  entry = json.loads(image['ENTRYPOINT'][0])
+  flags = serve._parse([*entry[3:], *services['serve']['command']])
+  assert flags.events == 'redis://redis:6379/0'
+  # Prometheus names the service as its Host.
+  metrics = yaml.safe_load((LAUNCH / 'prometheus.yml').read_text())
+  (target,) = metrics['scrape_configs'][0]['static_configs'][0]['targets']
+  assert target == f'{flags.allowed_hosts}:{flags.port}' == 'serve:8000'
+  assert (
+    (LAUNCH / services['serve']['build']['context'] / 'launch/Dockerfile.serve').resolve().is_file()
+  )
+  assert ' '.join(services['redis']['command']).endswith('--appendonly yes --appendfsync always')
+  for name, service in services.items():
+    for volume in service.get('volumes', []):
+      source, target, *_ = re.sub(r'\$\{[^}]+\}', './', volume).split(':')
+      assert source in content['volumes'] or (LAUNCH / source).exists(), (name, volume)
+    for other in service.get('depends_on', {}):
+      # Otherwise it would wait for ever.
+      assert 'healthcheck' in services[other] or 'HEALTHCHECK' in image
+  paths = {volume.split(':')[-1] for volume in services['serve']['volumes']}
+  assert '/compiled' in paths
+  assert '/compiled' in json.loads(image['VOLUME'][0])

@@ -1,18 +1,21 @@
 """Explains a recommendation: items of the history and sentences that support it."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ur4rec_jax.data.features import Features
 from ur4rec_jax.encoders import text
+from ur4rec_jax.inference import reasons
+from ur4rec_jax.inference.new_items import TEXT
+from ur4rec_jax.inference.passages import without_numbers
 from ur4rec_jax.inference.query import Ids
-from ur4rec_jax.inference.trained import TEXT, TrainedRecommender
 
-_MOST_REASONS = 3
+if TYPE_CHECKING:
+  from ur4rec_jax.inference.trained import TrainedRecommender
+
 _COMMON = 0.05  # Sentences of a larger share of the items tell nothing about one of them.
 
 
@@ -29,7 +32,7 @@ class _Sentences(NamedTuple):
 
 
 def explain(
-  recommender: TrainedRecommender,
+  recommender: 'TrainedRecommender',
   history: Ids,
   items: Sequence[str],
   users: Sequence[int] | None = None,
@@ -46,34 +49,26 @@ def explain(
 
   Returns:
     One dict per item. `because` has the items of the history with the most influence, see
-    `TrainedRecommender.influences`. `text` has the sentence about the item and the sentence about
-    the user that are most alike, and their cosine in the space of the frozen encoder; it is None if
-    the model reads no texts or there are no sentences. The user's sentences are those of the
-    preference, or those that were written about the user, or those about the items of the history.
-    A stored sentence is left out if more than 5 % of the items, or users, have it, also with other
-    numbers in it.
+    `Recommender.influences`, and `why` is a sentence that names them. `text` has the passage about
+    the item and the sentence about the user that are most alike, and their cosine in the space of
+    the frozen encoder. No item with another text has that passage, see `passages.distinctive`.
+    `text` is None if the model reads no texts or there is no such passage. The user's sentences are
+    those of the preference, or those that were written about the user, or those about the items of
+    the history. Sentences about users or items of the history are left out if more than 5 % of the
+    users, or items, have them, also with other numbers in them.
   """
   known = recommender.lookup(history)[0][-recommender.max_length :]
-  influences = recommender.influences(history, items, users)
-  matches = _text_matches(recommender, known, items, users, preference)
-  reasons = []
-  for column, match in enumerate(matches):
-    strongest = np.argsort(-influences[:, column], kind='stable')[:_MOST_REASONS]
-    because = [
-      {
-        'item': recommender.item_ids[known[i] - 1],
-        'title': recommender.titles[known[i] - 1],
-        'influence': float(influences[i, column]),
-      }
-      for i in strongest
-      if influences[i, column] > 0
-    ]
-    reasons.append({'because': because, 'text': match})
-  return reasons
+  own_texts = None if users is None else recommender.preferences_of(users)
+  influences = recommender.influences(history, items, own_texts)
+  found = []
+  for column, match in enumerate(_text_matches(recommender, known, items, users, preference)):
+    named = reasons.because(influences[:, column], known, recommender.item_ids, recommender.titles)
+    found.append({'because': named, 'why': reasons.why(named), 'text': match})
+  return found
 
 
 def _text_matches(
-  recommender: TrainedRecommender,
+  recommender: 'TrainedRecommender',
   known: np.ndarray,
   items: Sequence[str],
   users: Sequence[int] | None,
@@ -87,6 +82,7 @@ def _text_matches(
   # Items that were added after training have features, but their texts are not stored.
   stored = {row for row in (*rows, *(known - 1).tolist()) if row < recommender.dataset.num_items}
   about_items = _stored_sentences(recommender, 'item', features, sorted(stored))
+  all_sentences = _stored_sentences(recommender, 'item', features, sorted(stored), most=1.0)
   about_user = _user_sentences(recommender, users, preference)
   if about_user is None:
     in_history = [
@@ -100,11 +96,24 @@ def _text_matches(
       [sentence for found in in_history for sentence in found.texts],
       np.concatenate([found.vectors for found in in_history]),
     )
-  return [_best_pair(about_items.get(row), about_user) for row in rows]
+  passages = {
+    row: _passages(recommender.passages[row], all_sentences[row]) for row in rows if row in stored
+  }
+  return [_best_pair(passages.get(row), about_user) for row in rows]
+
+
+def _passages(chosen: list[str], sentences: _Sentences) -> _Sentences:
+  """Returns the passages of an item; their vectors are the means of those of their sentences."""
+  vectors = [
+    vectors.mean(0)
+    for passage in chosen
+    if len(vectors := sentences.vectors[[text in passage for text in sentences.texts]])
+  ]
+  return _Sentences(chosen, _unit(np.array(vectors)) if vectors else np.zeros((0, 0)))
 
 
 def _user_sentences(
-  recommender: TrainedRecommender, users: Sequence[int] | None, preference: str | None
+  recommender: 'TrainedRecommender', users: Sequence[int] | None, preference: str | None
 ) -> _Sentences | None:
   """Returns the sentences of the preference, or those that were written about the user."""
   written = recommender.dataset.user_features.get(TEXT)
@@ -120,27 +129,27 @@ def _user_sentences(
 
 
 def _stored_sentences(
-  recommender: TrainedRecommender, of: str, features: Features, rows: list[int]
+  recommender: 'TrainedRecommender',
+  of: str,
+  features: Features,
+  rows: list[int],
+  most: float = _COMMON,
 ) -> dict[int, _Sentences]:
   """Reads the sentences about some items or users by their row, without those that many have."""
   chosen, texts, counts = set(rows), {}, Counter()
   stored = text.texts(recommender.config.data_dir, of, features.shape[1] - 1)
   for row, parts in enumerate(stored):
     # Token 0 and the first text stand for the whole text, not for a sentence.
-    counts.update({_without_numbers(part) for part in parts[1:]})
+    counts.update({without_numbers(part) for part in parts[1:]})
     if row in chosen:
       texts[row] = parts[1:]
-  most = max(2, _COMMON * features.shape[0])
+  most = max(2, most * features.shape[0])
   tokens, mask = features.rows(np.array(rows, int))
   found = {}
   for row, t, m in zip(rows, tokens, mask, strict=True):
-    kept = [i for i, part in enumerate(texts[row]) if counts[_without_numbers(part)] <= most]
+    kept = [i for i, part in enumerate(texts[row]) if counts[without_numbers(part)] <= most]
     found[row] = _Sentences([texts[row][i] for i in kept], _unit(t[1:][m[1:]])[kept])
   return found
-
-
-def _without_numbers(sentence: str) -> str:
-  return re.sub(r'\d+', '0', sentence.casefold())
 
 
 def _best_pair(about_item: _Sentences | None, about_user: _Sentences) -> dict[str, Any] | None:

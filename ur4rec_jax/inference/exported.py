@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 MANIFEST, PROGRAM, ARRAYS, ITEMS = 'manifest.json', 'program.bin', 'arrays.npz', 'items.json'
 USERS = 'users.npz'  # Only folders that were exported with --users have it.
 PICTURES = 'pictures.npz'  # The index of the pictures, in folders that have some.
+PASSAGES = 'passages.json'  # Only folders of models that read texts have them.
 # Programs in use by the hash of their file.
 _programs: weakref.WeakValueDictionary[str, Callable[..., Any]] = weakref.WeakValueDictionary()
 _AGAIN = 'export it again: python -m ur4rec_jax.export --workdir=DIR --out=FOLDER'
@@ -122,6 +123,20 @@ def load_thumbnails(folder: str | pathlib.Path) -> Thumbnails | None:
     return None
   index = unpack(_read(folder, PICTURES, manifest['files'][PICTURES]), manifest['dtypes'])
   return Thumbnails(folder, index)
+
+
+def load_passages(folder: str | pathlib.Path) -> list[list[str]]:
+  """Reads what the text of each item says that those of others do not; [] if the model reads none.
+
+  Args:
+    folder: the folder that `ur4rec_jax.export` wrote.
+
+  Raises:
+    InputError: this is not an exported folder, or a file is missing or has changed.
+  """
+  folder = pathlib.Path(folder)
+  files = _read_manifest(folder)['files']
+  return json.loads(_read(folder, PASSAGES, files[PASSAGES])) if PASSAGES in files else []
 
 
 def forget_user(folder: str | pathlib.Path, user: str) -> bool:

@@ -55,6 +55,9 @@ def export(
   }
   if with_users:
     contents[exported.USERS] = pack(_users(recommender), dtypes)
+  if any(recommender.passages):
+    passages = json.dumps(recommender.passages, ensure_ascii=False)
+    contents[exported.PASSAGES] = passages.encode()
   pictures = recommender.picture_files() if with_pictures else []
   try:
     clean_up(out)

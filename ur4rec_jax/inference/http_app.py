@@ -1,5 +1,6 @@
 """The routes of the HTTP service: recommendations as JSON, and a page to try them."""
 
+import asyncio
 import dataclasses
 import math
 import pathlib
@@ -16,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 
 from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.inference import influences, reasons
 from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
 from ur4rec_jax.inference.arms import Arms
 from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
@@ -38,7 +40,8 @@ from ur4rec_jax.inference.http_schema import (
   make_question,
   problem,
 )
-from ur4rec_jax.inference.query import Known, Query, UserTokens
+from ur4rec_jax.inference.passages import closest
+from ur4rec_jax.inference.query import CheckedQuery, Known, Query, UserTokens
 from ur4rec_jax.inference.recommender import Recommender
 from ur4rec_jax.inference.rules import ONLY, Rules
 from ur4rec_jax.inference.similar import BOTH, KINDS
@@ -46,6 +49,8 @@ from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 
 MOST_SIMILAR = 20  # Similar items in an answer.
 MOST_FOUND = 20  # Results of a search.
+MOST_EXPLAINED = 20  # Recommended items that are explained.
+MOST_LEFT_OUT = 50  # Items of a history that are left out in turn to explain a recommendation.
 METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody may ask for them.
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
 _LIVE_TAB = pathlib.Path(__file__).with_name('live_tab.html').read_bytes()
@@ -82,6 +87,7 @@ class Model(NamedTuple):
     rules: the rules of the shop, which a request can leave out.
     digest: the start of the hash of the exported folder, which exposures name.
     weights: factors of the scores of some branches, by name; 1 for the others.
+    passages: passages about each item that no item with another text has, if the model reads texts.
   """
 
   recommender: Recommender
@@ -90,6 +96,7 @@ class Model(NamedTuple):
   rules: Rules | None = None
   digest: str = ''
   weights: Mapping[str, float] = {}
+  passages: Sequence[Sequence[str]] = ()
 
 
 def make_app(
@@ -125,10 +132,10 @@ def make_app(
 
   @app.get('/recommend', responses=_problems(404, 421, 422, 431, 503))
   async def recommend_to_user(
-    user: UserName, request: fastapi.Request, k: K = usual_k
+    user: UserName, request: fastapi.Request, k: K = usual_k, explain: bool = False
   ) -> Recommendations:
     """Returns the best items for a user."""
-    return await service.recommend(Question(user=user, k=k), request)
+    return await service.recommend(Question(user=user, k=k, explain=explain), request)
 
   if live is not None:
     refusals = _problems(400, 408, 413, 415, 421, 422, 429, 431, 503)
@@ -230,6 +237,8 @@ class Service:
     answer = await model.batcher.answer(Job(checked, only, client, query.rules))
     count = len(checked.histories[0])
     rows = recommender.recommendations(answer)
+    if question.explain:
+      await self._explain(model, checked, rows[:MOST_EXPLAINED], client)
     return JSONResponse(
       {
         'request_id': self._shown(question, arm, model, rows),
@@ -257,6 +266,38 @@ class Service:
       known = f'its arms are {", ".join(self._model_of)}' if self._model_of else 'it has no arms'
       raise HTTPException(404, f'arm: the service has no arm {arm!r}; {known}')
     return arm, self._model_of.get(arm, self._model)
+
+  async def _explain(
+    self,
+    model: Model,
+    checked: CheckedQuery,
+    rows: Sequence[dict[str, Any]],
+    client: str | None,
+  ) -> None:
+    """Adds to recommended items why they are recommended; see `http_schema.Recommended`."""
+    recommender, passages = model.recommender, model.passages
+    num_items = len(recommender.item_ids)
+    history = checked.histories[0][-min(recommender.max_length, MOST_LEFT_OUT) :]
+    numbers = np.array([recommender.number_of(row['item']) for row in rows], np.int32)
+    compared = influences.reference(num_items, recommender.compares_ranks)
+    checked = dataclasses.replace(checked, histories=[history])
+    query = influences.leave_one_out(checked, numbers, compared, num_items)
+    found = np.zeros((len(history), len(rows)))
+    if rows and query.k <= model.batcher.most_k:  # More would need another program.
+      key = 'why', np.flatnonzero(query.allowed).tobytes()
+      jobs = [Job(query.select(np.array([i])), key, client) for i in range(len(query.histories))]
+      answers = await asyncio.gather(*map(model.batcher.answer, jobs))
+      ids = np.array([[*map(recommender.number_of, x.items[0])] for x in answers], np.int32)
+      scores = np.array([x.scores[0] for x in answers])
+      found = influences.influences(ids, scores, numbers, compared)
+    for row, number, column in zip(rows, numbers, found.T, strict=True):
+      named = reasons.because(column, history, recommender.item_ids, recommender.titles)
+      row['because'] = [item | self._picture_of(item['item']) for item in named]
+      row['why'] = reasons.why(named)
+      if passages:
+        about = [passages[recommender.number_of(item['item']) - 1] for item in named]
+        text = ' '.join([*(item['title'] for item in named), *(x for own in about for x in own)])
+        row['sentence'] = closest(passages[number - 1], text) or ''
 
   async def _user(self, name: str, model: Model) -> tuple[Known, UserTokens]:
     """Returns a user's history up to the latest event, and the user's own texts."""

@@ -38,6 +38,12 @@ class Item(BaseModel):
   picture: str = None
 
 
+class Because(Item):
+  """An item of the history, and by how much its absence lowers the score of a recommended item."""
+
+  influence: float
+
+
 class Similar(Item):
   """An item that is similar to another; see `Recommender.similar`."""
 
@@ -49,7 +55,9 @@ class Recommended(Item):
 
   Where the service has rules, `rules` names those that moved the item here. Where they explore,
   `propensity` is the probability with which the item is shown at this position. A pinned item that
-  is far from the best has no score.
+  is far from the best has no score. With `explain`, `because` has the items of the history without
+  which the score falls the most, `why` names them in a sentence, and `sentence` is a passage of the
+  item's text that no item with another text has.
   """
 
   rank: int
@@ -57,6 +65,9 @@ class Recommended(Item):
   shares: dict[str, float | None]
   rules: list[str] = None
   propensity: float = None
+  because: list[Because] = None
+  why: str = None
+  sentence: str = None
 
 
 class Recommendations(BaseModel):
@@ -124,9 +135,10 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
   class Question(Strict):
     """Asks for the best items for a history, the oldest item first, or for a known user.
 
-    `rules=false` leaves out the rules of the service. `arm` shows what an arm of the experiment
-    answers, whichever arm the user has; such an answer is not logged.
-    `weights` multiply the scores of the branches: 1 scores as trained, 0 switches a branch off.
+    `explain` says why the first 20 items are recommended. `rules=false` leaves out the rules of the
+    service. `arm` shows what an arm of the experiment answers, whichever arm the user has; such an
+    answer is not logged. `weights` multiply the scores of the branches: 1 scores as trained, 0
+    switches a branch off.
     """
 
     model_config = ConfigDict(
@@ -140,6 +152,7 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
     keep_seen: bool = keeps_seen
     rules: bool = True
     arm: str = Field(None, max_length=MOST_CHARACTERS)
+    explain: bool = False
     weights: Weights = Weights()
 
     @model_validator(mode='after')

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.inference import stored_format
+from ur4rec_jax.inference import influences, stored_format
 from ur4rec_jax.inference.query import (
   Answer,
   CheckedQuery,
@@ -134,6 +134,12 @@ class Recommender:
     """Whether items of a user's history are recommended unless a query says otherwise."""
     config = self.settings.about.get('config', {})
     return config.get('evaluation', {}).get('seen_items') == 'keep'  # As the config stores it.
+
+  @property
+  def compares_ranks(self) -> bool:
+    """Whether scores are made of ranks among all items, and are no sums."""
+    fusion = self.settings.about.get('config', {}).get('fusion', {})
+    return len(self.branches) > 1 and fusion.get('kind') in ('rank', 'cascade')
 
   def top(self, histories: Sequence[Ids], k: int = 10, **options: Any) -> Answer:
     """Finds the best items of each user.
@@ -413,6 +419,29 @@ class Recommender:
       for i in best.tolist()
       if by != USERS or scores[i] > 0
     ]
+
+  def influences(
+    self, history: Ids, items: Ids, preferences: UserTokens | None = None
+  ) -> np.ndarray:
+    """Measures how much each item of a history raises the scores of some items.
+
+    The influence is the fall of the item's score, above the mean of the catalogue (of 80 of its
+    items if it is larger), when that one interaction is left out of the history.
+
+    Args:
+      history: item ids, the oldest first; unknown ones are ignored.
+      items: ids of catalogue items.
+      preferences: the user's own texts, `[1, tokens, width]` and `[1, tokens]` by modality.
+
+    Returns:
+      `[history, items]` float32. The rows are the known items of the history that the model reads.
+    """
+    known = self.lookup(history)[0][-self.max_length :]
+    numbers = self.lookup(items, 'items')[0]
+    asked = CheckedQuery([known], 1, [known[:0]], preferences=preferences or {})
+    compared = influences.reference(len(self.item_ids), self.compares_ranks)
+    found = self.rank(influences.leave_one_out(asked, numbers, compared, len(self.item_ids)))
+    return influences.influences(found.items, found.scores, numbers, compared)
 
   def item_vectors(self) -> ItemVectors:
     """Returns the item vectors, which are made on the first call."""

@@ -191,25 +191,22 @@ def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Ar
   return program
 
 
-def make_scorer(model: UR4Rec) -> Callable[[dict, dict, Array], Array]:
-  """Builds the function that scores chosen items relative to the mean of the catalogue.
+def make_user_encoder(model: UR4Rec) -> Callable[[dict, dict], Array]:
+  """Builds the function whose inner products with item vectors are the scores.
 
   Args:
-    model: a trained model.
+    model: a trained model whose scores are sums.
 
   Returns:
-    `scorer(arrays, queries, ids)`. The first two arguments are those of `make_program`'s function,
-    the third has item numbers `[ids]`. It returns `[batch, ids]` float32.
+    `encode(arrays, queries)` with the arguments of `make_program`'s function. It returns `[batch,
+    width]` float32, the vectors of the branches one after the other.
   """
 
-  def scorer(arrays: dict, queries: dict, ids: Array) -> Array:
-    arrays = arrays | {'sketch': {}}
-    scores, _, _ = _scores(model, arrays, queries, _users(model, arrays, queries))
-    is_in = scores > -jnp.inf
-    total = jnp.where(is_in, scores, 0).sum(1, keepdims=True)
-    return scores[:, ids] - total / is_in.sum(1, keepdims=True)
+  def encode(arrays: dict, queries: dict) -> Array:
+    _, _, users = _scores(model, arrays, queries, _users(model, arrays, queries))
+    return jnp.concatenate([users[name].astype(jnp.float32) for name in model.branches], axis=1)
 
-  return scorer
+  return encode
 
 
 def _users(model: UR4Rec, arrays: dict, queries: dict) -> dict[str, Array]:

@@ -31,20 +31,22 @@ from ur4rec_jax.data.features import (
   read_tables,
 )
 from ur4rec_jax.encoders.text import encode_like
+from ur4rec_jax.encoders.text import texts as item_texts
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
 from ur4rec_jax.inference import frames, kept_model, scoring
+from ur4rec_jax.inference.explanations import explain as _explain
 from ur4rec_jax.inference.kept_model import Kept
-from ur4rec_jax.inference.new_items import NewItemEncoder, NewItems, read_new_items
-from ur4rec_jax.inference.query import Answer, CheckedQuery, Ids, Query, UserTokens, make_query
+from ur4rec_jax.inference.new_items import TEXT, NewItemEncoder, NewItems, read_new_items
+from ur4rec_jax.inference.passages import distinctive
+from ur4rec_jax.inference.query import Answer, Ids, Query, UserTokens, make_query
 from ur4rec_jax.inference.recommender import Recommender, Users, make_users
 from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 from ur4rec_jax.runs.compiled_programs import keep_compiled_programs
+from ur4rec_jax.runs.extensions import load_extensions
 
-TEXT = 'text'
 _PREFERENCE = '\0preference'  # Id of a preference that is read as an item; no real item has it.
-_EXPLAINED_AT_ONCE = 64  # Histories in one batch when influences are measured.
 
 
 class TrainedModel(NamedTuple):
@@ -110,6 +112,7 @@ def _read_kept(
     config.data_dir = str(data_dir)
   if not os.path.isdir(config.data_dir):
     return None
+  load_extensions(config.get('extensions', ()))
   dataset = load_with_features(config)
   kept = kept_model.read(workdir, config, dataset.identity())
   if kept is None:
@@ -183,7 +186,6 @@ class TrainedRecommender(Recommender):
     self.config, self.dataset = trained.config, trained.dataset
     self.model, self.params = model, trained.params
     self.program = jax.jit(scoring.make_program(model))
-    self._scorer = jax.jit(scoring.make_scorer(model))
     self._new_items = NewItemEncoder(self.config, self.dataset, model, trained.params)
     settings = Settings(
       branches=list(model.branches),
@@ -251,6 +253,7 @@ class TrainedRecommender(Recommender):
     *,
     user: Any = None,
     preference: str | None = None,
+    explain: bool = False,
     **options: Any,
   ) -> Any:
     """Recommends items to one user or to many.
@@ -262,6 +265,10 @@ class TrainedRecommender(Recommender):
       k: number of items to recommend to each user.
       user: a user of the training data or a list of them, instead of a history.
       preference: what the user likes, in words; used for all users of the call.
+      explain: whether to say why: `because` has the ids of the items of the history with the most
+        influence, `why` names them in a sentence, and `sentence` is what the item's text says that
+        the texts of others do not; see `explanations.explain`. It takes as long as a
+        recommendation to as many users as the history has items.
       **options: `only`, `without`, `keep_seen` and `weights` of `Query`.
 
     Returns:
@@ -289,6 +296,16 @@ class TrainedRecommender(Recommender):
       others = f' (and {len(more)} others, see .attrs)' * bool(more)
       warnings.warn(f'user {name!r} gets no recommendations{others}: {first}', stacklevel=2)
     frame = frames.to_frame(answer, self.share_names, histories)
+    if explain:
+      reasons = [
+        reason
+        for i, (history, items) in enumerate(zip(histories.items, answer.items, strict=True))
+        if items
+        for reason in _explain(self, history, items, users and users[i : i + 1], preference)
+      ]
+      frame['because'] = [[named['item'] for named in reason['because']] for reason in reasons]
+      frame['why'] = [reason['why'] for reason in reasons]
+      frame['sentence'] = [(reason['text'] or {}).get('item', '') for reason in reasons]
     frame.attrs['problems'] = problems
     return frame
 
@@ -479,39 +496,46 @@ class TrainedRecommender(Recommender):
 
     return export(self, out, with_users)
 
+  def user_vectors(
+    self, histories: Sequence[Ids], users: Sequence[int] | None = None
+  ) -> np.ndarray:
+    """Returns vectors whose inner products with `vectors.item_vectors` are the scores.
+
+    Args:
+      histories: one list of item ids per user, the oldest item first.
+      users: the users' indices in the training data, if the model should read their own texts.
+
+    Returns:
+      `[users, width]` float32.
+    """
+    texts = None if users is None else self.preferences_of(users)
+    query = self.check(Query(histories, 1, preferences=texts))
+    encode, found = jax.jit(scoring.make_user_encoder(self.model)), []
+    for start in range(0, len(histories), self.batch_sizes[-1]):
+      rows = np.arange(start, min(start + self.batch_sizes[-1], len(histories)))
+      inputs = self.program_inputs(query.select(rows))
+      found.append(np.asarray(encode(self._arrays, inputs))[: len(rows)])
+    return np.concatenate(found)
+
   def picture_files(self) -> list[pathlib.Path | None]:
     """Returns `[items]` the picture file of each item, None for items without one."""
     return [*item_pictures.find(self.config.data_dir), *self._new_pictures]
 
-  def influences(self, history: Ids, items: Ids, users: Sequence[int] | None = None) -> np.ndarray:
-    """Measures how much each item of a history raises the scores of some items.
+  @property
+  def compares_ranks(self) -> bool:
+    """Whether scores are made of ranks among all items, and are no sums."""
+    return not self.model.is_sum
 
-    The influence is the fall of the item's score, above the mean of the catalogue, when that one
-    interaction is left out of the history. Attention weights would only say where a layer looks,
-    not how that changes the score. The influence means the same in every branch and fusion.
-
-    Args:
-      history: item ids, the oldest first; unknown ones are ignored.
-      items: ids of catalogue items.
-      users: a list with the user's index in the training data, if the model should read the user's
-        own texts.
-
-    Returns:
-      `[history, items]` float32. The rows are the known items of the history that the model reads.
-    """
-    known = self.lookup(history)[0][-self.max_length :]
-    numbers = self.lookup(items, 'items')[0]
-    histories = [known, *(np.delete(known, i) for i in range(len(known)))]
-    scores = []
-    for start in range(0, len(histories), _EXPLAINED_AT_ONCE):
-      part = histories[start : start + _EXPLAINED_AT_ONCE]
-      preferences = {} if users is None else self.preferences_of([*users] * len(part))
-      nothing = [np.zeros(0, np.int32)] * len(part)
-      query = CheckedQuery(part, 1, nothing, preferences=preferences)
-      found = self._scorer(self._arrays, self.program_inputs(query), numbers)
-      scores.append(np.asarray(found)[: len(part)])
-    scores = np.concatenate(scores)
-    return scores[0] - scores[1:]
+  @functools.cached_property
+  def passages(self) -> list[list[str]]:
+    """What the text of each item says that those of others do not; see `passages.distinctive`."""
+    texts = [[] for _ in self.item_ids]
+    features = self.dataset.features.get(TEXT)
+    if features is not None and not features.is_shuffled:
+      tokens = features.shape[1] - 1
+      for row, parts in enumerate(item_texts(self.config.data_dir, 'item', tokens)):
+        texts[row] = parts[1:]  # The first one is the whole text.
+    return distinctive(texts, self.titles)
 
 
 def _encode(features: Features, text: str) -> tuple[np.ndarray, np.ndarray]:

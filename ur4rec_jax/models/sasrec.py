@@ -5,7 +5,7 @@ Attention is causal and never crosses a segment, so a user gets the same hidden 
 a left-padded and a right-padded row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,6 @@ ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
 OF_CONTENT = ('content', 'id+content')  # These read features whenever items are encoded.
 NORMS = ('pre', 'post')
 POSITIONS = ('absolute', 'rotary', 'none')
-BLOCKS = ('transformer', 'gru')
 ACTIVATIONS = ('relu', 'gelu', 'swiglu')
 ROTARY_BASE = 10_000.0  # Su et al. 2021, section 3.2.2.
 
@@ -284,24 +283,8 @@ class SASRec(nn.Module):
     self.embedding_dropout = Dropout(self.dropout)
     if self.input_norm:
       self.embedding_norm = nn.LayerNorm(dtype=self.dtype)
-    self.blocks = [self._block() for _ in range(self.num_blocks)]
+    self.blocks = [BLOCKS[self.block](self) for _ in range(self.num_blocks)]
     self.final_norm = nn.LayerNorm(dtype=self.dtype)
-
-  def _block(self) -> nn.Module:
-    if self.block == 'gru':
-      return GRUBlock(self.dim, self.dropout, self.dtype)
-    return Block(
-      self.dim,
-      self.num_heads,
-      self.ffn_dim,
-      self.dropout,
-      self.norm,
-      self.dtype,
-      self.activation,
-      self.positions == 'rotary',
-      self.window,
-      self.filter_width,
-    )
 
   @property
   def has_item_table(self) -> bool:
@@ -363,3 +346,26 @@ class SASRec(nn.Module):
       cut = query_positions if i == len(self.blocks) else None
       x = block(x, history, deterministic=deterministic, query_positions=cut)
     return self.final_norm(x).reshape(item_ids.shape[0], -1, self.dim)
+
+
+def _transformer_block(branch: SASRec) -> nn.Module:
+  return Block(
+    branch.dim,
+    branch.num_heads,
+    branch.ffn_dim,
+    branch.dropout,
+    branch.norm,
+    branch.dtype,
+    branch.activation,
+    branch.positions == 'rotary',
+    branch.window,
+    branch.filter_width,
+  )
+
+
+# What reads a history, by name: functions of the branch that make one layer, a module with the call
+# of `gru4rec.GRUBlock`. Extensions may add some.
+BLOCKS: dict[str, Callable[[SASRec], nn.Module]] = {
+  'transformer': _transformer_block,
+  'gru': lambda branch: GRUBlock(branch.dim, branch.dropout, branch.dtype),
+}

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.fusion import SUMS
 from ur4rec_jax.models.ur4rec import BRANCHES
+from ur4rec_jax.runs.extensions import load_extensions
 from ur4rec_jax.runs.knobs import KNOBS, knobs_of, no_such_field
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 from ur4rec_jax.training.stages import retrieval_losses, stage_config
@@ -36,6 +37,7 @@ def check_config(config: ConfigDict) -> None:
   """
   if not isinstance(config.get('stage'), ConfigDict):
     raise InputError('config.stage is missing; it holds a record for each stage')
+  load_extensions(config.get('extensions', ()))
   knobs, fields = knobs_of(config), flatten(config.to_dict())
   for name in fields:
     if name not in knobs:

@@ -7,7 +7,7 @@ tables below. After a change here, write the page again:
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -54,7 +54,7 @@ class Knob(NamedTuple):
 
   default: Any
   meaning: str
-  choices: tuple[str, ...] = ()
+  choices: Collection[str] = ()
   at_least: float | None = None
   above: float | None = None
   at_most: float | None = None
@@ -101,6 +101,9 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       choices=splits.NAMES,
     ),
     'modalities': Knob((), 'Item embeddings to use, as data_prep.encode named them: text, image.'),
+    'extensions': Knob(
+      (), 'Python modules that add losses or blocks of your own; see docs/extending.md.'
+    ),
     'max_item_tokens': Knob(
       0,
       'Token vectors to use of each item and modality: 0 for all, 1 for the summary vector alone.',

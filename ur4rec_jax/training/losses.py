@@ -10,14 +10,13 @@ counts. Entries with a mask or weight of 0 may hold anything, even NaN. Vectors 
 a vector of length 0 has a cosine of 0 with all others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
 Array = jax.Array
-RETRIEVAL_LOSSES = ('softmax', 'sampled_softmax', 'bce', 'bpr', 'gbce')
 
 
 def bpr(positive: Array, negative: Array, weights: Array) -> Array:
@@ -42,6 +41,17 @@ def bce(positive: Array, negative: Array, weights: Array) -> Array:
   """
   losses = jax.nn.softplus(-positive) + jax.nn.softplus(negative).mean(-1)
   return (losses * weights).sum()
+
+
+# Losses over scores, by name. A function compares each target with negatives of its own and has the
+# arguments of `bpr`; extensions may add some. `objective.make_retrieval_loss` has the others.
+RETRIEVAL_LOSSES: dict[str, Callable[..., Array] | None] = {
+  'softmax': None,
+  'sampled_softmax': None,
+  'bce': bce,
+  'bpr': bpr,
+  'gbce': None,
+}
 
 
 def gbce(

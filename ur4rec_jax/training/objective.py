@@ -2,7 +2,7 @@
 
 To add a loss over vectors: write it in `losses.py`, add an entry to `AUXILIARY`, declare its weight
 `loss.weights.NAME` in `runs/knobs.py`, and name it in `losses` of the stages that list theirs.
-To add a loss over scores, extend `make_retrieval_loss` and `losses.RETRIEVAL_LOSSES`.
+docs/extending.md says how to add a loss over scores.
 """
 
 import functools
@@ -230,7 +230,7 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
   """Builds a retrieval loss.
 
   Args:
-    name: `softmax`, `sampled_softmax`, `bce`, `bpr` or `gbce`.
+    name: one of `losses.RETRIEVAL_LOSSES`.
     config: `config.loss`: `num_negatives`, `calibration`, `chunk_size`.
     num_items: size of the whole catalogue.
 
@@ -240,11 +240,9 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
   """
 
   def sampled_for_each_token(hidden, item_vectors, targets, weights, negatives):
-    pairwise = {
-      'bpr': losses.bpr,
-      'bce': losses.bce,
-      'gbce': lambda *logits: losses.gbce(*logits, num_items, config.calibration),
-    }[name]
+    pairwise = losses.RETRIEVAL_LOSSES[name]
+    if name == 'gbce':
+      pairwise = lambda *logits: losses.gbce(*logits, num_items, config.calibration)
 
     def loss(hidden, targets, negatives, weights):
       positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
@@ -279,10 +277,5 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
     del negatives
     return catalogue_softmax.softmax(hidden, item_vectors, targets, weights, config.chunk_size)
 
-  return {
-    'bpr': sampled_for_each_token,
-    'bce': sampled_for_each_token,
-    'gbce': sampled_for_each_token,
-    'sampled_softmax': sampled_for_all_tokens,
-    'softmax': whole_catalogue,
-  }[name]
+  others = {'sampled_softmax': sampled_for_all_tokens, 'softmax': whole_catalogue}
+  return others.get(name, sampled_for_each_token)
