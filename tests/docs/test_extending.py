@@ -112,6 +112,6 @@ def test_a_rule(shop, tmp_path):
 
 def test_a_baseline_is_ranked_as_ours_are(modules, data_dir):
   baseline = modules('my_baseline')
-  found = baseline.evaluate(data_dir, baseline.popularity(data_dir))
+  found = baseline.evaluate(data_dir)
   own = baseline_metrics(load_dataset(data_dir), 'test', Protocol())['popularity']
   assert found == pytest.approx(own)
