@@ -27,6 +27,18 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.item_scale = 0.05
   config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule = 'cosine'
+  if variant == 'sasrec':
+    # Chosen together by validation, where they gain 4 %: 0.1965 without, 0.2044 with all of them.
+    config.sasrec.positions, config.sasrec.window = 'rotary', 50
+    config.sasrec.filter_width = 4
+    config.sasrec.activation, config.sasrec.ffn_dim = 'gelu', 256
+    config.sasrec.input_norm = True
+    config.sasrec.dropout = 0.1
+    config.loss.weights.same_target = 0.1
+    config.batch_size = 16
+    config.num_epochs = 24
+    config.validate_every_epochs = 1
+    config.optimizer.learning_rate = 1e-3
   if variant != 'sasrec':
     # With one token of each text and picture, one block and sampled items, a step of both branches
     # costs less than two of SASRec's.
