@@ -1,5 +1,6 @@
 """Many interactions are written into several files, and the number of workers changes no byte."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from tests.helpers.runs import ROOT
 from ur4rec_jax.data import dataset
 from ur4rec_jax.data.dataset import Interactions
 from ur4rec_jax.errors import InputError
-
 
 WAIT = """
 import os, time
@@ -102,10 +102,11 @@ def test_workers_end_with_a_killed_build(tmp_path):
   command = [sys.executable, str(tmp_path / 'wait.py')]
   environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
   build = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-  worker = Path('/proc') / build.stdout.readline().strip()
+  worker = Path('/proc') / build.stdout.readline().strip() / 'stat'
   build.kill()
   build.wait()
   end = time.monotonic() + 60
-  while worker.exists() and ' Z ' not in (worker / 'stat').read_text():
-    assert time.monotonic() < end
-    time.sleep(0.05)
+  with contextlib.suppress(OSError):  # The file is gone with the process.
+    while worker.read_text().rpartition(') ')[2][0] != 'Z':
+      assert time.monotonic() < end
+      time.sleep(0.05)
