@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -67,13 +68,28 @@ def write_histories(paths: list[Path], data: Interactions, workers: int = 1) -> 
   )  # One after another, because each is a copy.
   if workers == 1 or len(paths) == 1:
     return [_write_part(*part) for part in parts]
-  # New processes: a copy of this one would have the locks of its threads, but not the threads.
-  context = multiprocessing.get_context('spawn')
   found: list[Written] = []
-  with ProcessPoolExecutor(min(workers, len(paths)), context) as pool:
+  with pool_of(min(workers, len(paths))) as pool:
     while some := [*itertools.islice(parts, workers)]:
       found += pool.map(_write_part, *zip(*some, strict=True))
   return found
+
+
+def pool_of(workers: int) -> ProcessPoolExecutor:
+  """Starts processes that end with this one, even if it is killed."""
+  # New processes: a copy of this one would have the locks of its threads, but not the threads.
+  context = multiprocessing.get_context('spawn')
+  return ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+  def wait() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 def shards(offsets: np.ndarray) -> list[tuple[int, int]]:

@@ -1,14 +1,31 @@
 """Many interactions are written into several files, and the number of workers changes no byte."""
 
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data_prep import build_dataset
 from data_prep.prepared import engine, record_files
 from tests.data_prep.test_build_dataset import contents
+from tests.helpers.runs import ROOT
 from ur4rec_jax.data import dataset
 from ur4rec_jax.data.dataset import Interactions
 from ur4rec_jax.errors import InputError
+
+WAIT = """
+import os, time
+from data_prep.prepared import record_files
+if __name__ == '__main__':
+  with record_files.pool_of(1) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(300)
+"""
 
 
 def histories(lengths) -> Interactions:
@@ -78,3 +95,18 @@ def test_a_file_that_reads_back_differently_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setattr(record_files.array_record_module, 'ArrayRecordReader', Lossy)
   with pytest.raises(InputError, match='reads back differently'):
     record_files.write(tmp_path / 'records', [b'one', b'two'])
+
+
+def test_workers_end_with_a_killed_build(tmp_path):
+  (tmp_path / 'wait.py').write_text(WAIT)
+  command = [sys.executable, str(tmp_path / 'wait.py')]
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  build = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+  worker = Path('/proc') / build.stdout.readline().strip() / 'stat'
+  build.kill()
+  build.wait()
+  end = time.monotonic() + 60
+  with contextlib.suppress(OSError):  # The file is gone with the process.
+    while worker.read_text().rpartition(') ')[2][0] != 'Z':
+      assert time.monotonic() < end
+      time.sleep(0.05)
