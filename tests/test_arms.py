@@ -84,8 +84,8 @@ def test_users_keep_their_arms_and_the_report_counts_them(
   folder, environment, shop, recommenders, tmp_path
 ):
   config, place = folder / 'exp.toml', tmp_path / 'events.db'
-  content = FILE.replace('share = 0.5', 'share = 0.4').replace('\n[[ramp]]', DRAWN)
-  config.write_text(content)
+  text = FILE.replace('share = 0.5', 'share = 0.4').replace('\n[[ramp]]', DRAWN)
+  config.write_text(text)
   read = experiments.read(config)
   users = [f'n{i}' for i in range(80)]
   history = recommenders['sasrec'].item_ids[:3]
@@ -136,11 +136,11 @@ def test_users_keep_their_arms_and_the_report_counts_them(
     for user in users:
       arm = found[user]['arm']
       assert ask(address, user=user)['arm'] == (None if arm == 'new' else arm)
-    config.write_text(content.replace('share = 0.4', 'share = 0.15', 1))
+    config.write_text(text.replace('share = 0.4', 'share = 0.15', 1))
     assert 'add up to 0.75' in process.stderr.readline()
-    config.write_text(content.replace('{sasrec = 0.5', '{sasrec = 0.7'))
+    config.write_text(text.replace('{sasrec = 0.5', '{sasrec = 0.7'))
     assert 'need a new start of the service' in process.stderr.readline()
-    config.write_text(content)
+    config.write_text(text)
     config.with_suffix('.stopped.json').unlink()
     assert process.stdout.readline() == 'experiment content: stopped arms: none\n'
     assert ask(address, user=users[0])['arm'] == found[users[0]]['arm']

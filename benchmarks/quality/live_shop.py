@@ -242,8 +242,15 @@ class Service:
     """Sends a request and returns the answer."""
     content = None if body is None else json.dumps(body)
     headers = {'Content-Type': 'application/json'}
-    self._connection.request('GET' if body is None else 'POST', path, content, headers)
-    answer = self._connection.getresponse()
+    for attempt in (1, 2):
+      try:
+        self._connection.request('GET' if body is None else 'POST', path, content, headers)
+        answer = self._connection.getresponse()
+        break
+      except (http.client.HTTPException, ConnectionError):
+        self._connection.close()  # The service has closed it in the night. The next try opens it.
+        if attempt == 2:
+          raise
     text = answer.read().decode()
     if answer.status != 200:
       raise InputError(f'{self.name}: {path}: {answer.status} {text}')

@@ -30,7 +30,7 @@ from ur4rec_jax.errors import InputError, counted
 
 
 class NothingNew(InputError):
-  """The new file has no event that the dataset lacks and its settings keep."""
+  """The new file has no event that can be added: all are there already, or left out."""
 
 
 class Old(NamedTuple):
@@ -192,7 +192,7 @@ def _number_events(old: Old, raw: Raw) -> _Events:
   items = _number(raw.items, known_items, raw.table if raw.keep_cold_items and raw.table else ())
   if all((numbers.of_rows >= numbers.known).all() for numbers in (users, items)):
     user, item = (numbers.names[numbers.of_rows[0]] for numbers in (users, items))
-    raise InputError(
+    raise NothingNew(
       f'{raw.path}: none of its users and items is in {old.folder}, such as user {user!r} and item'
       f' {item!r}, where {old.folder} has {known_users[0]!r} and {known_items[0]!r}; give the ids'
       ' of the same kind'

@@ -194,6 +194,11 @@ def test_wrong_input_is_one_message_and_changes_nothing(small_shop, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert re.search(message, done.stderr), done.stderr
     assert not out.exists()
+  for number in (0, 2, 9):  # Nothing is new, which --if_new takes.
+    done = append(small_shop, tmp_path / f'{number}.csv', out, '--if_new', '--late')
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('nothing is appended: ')
+    assert not out.exists()
   new = write_table(tmp_path / 'late.csv', header, late)
   assert append(small_shop, new, out, '--late').returncode == 0
   missing = append(tmp_path / 'nowhere', new, tmp_path / 'other')

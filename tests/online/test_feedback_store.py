@@ -65,6 +65,14 @@ def test_an_event_is_stored_once_and_the_first_content_stays(store):
   assert list(store.events()) == [event(), event(name='2'), event(user='bob', item='desk')]
 
 
+def test_written_grows_by_one_with_each_new_event(store):
+  assert store.written() == 0
+  store.write([event(), event(), event(name='2')], [exposure()])
+  assert store.written() == 2
+  store.write([event(), event(user='bob')])
+  assert store.written() == 3
+
+
 def test_all_fields_come_back_as_they_were(store):
   odd = event('ü\n\x1b"', "'; DROP TABLE events; --", '\u2028', 'rating', 0.123, value=4.5)
   odd = odd._replace(request_id='r')

@@ -69,7 +69,10 @@ class FeedbackStore(Protocol):
     """Deletes what happened before a time, and returns the number of events."""
 
   def written(self) -> int:
-    """Returns a number that grows by one with each event that is stored."""
+    """Returns a number that grows by one with each event that is stored.
+
+    It may fall when the latest events are deleted.
+    """
 
   def events(self) -> Iterator[Event]:
     """Reads all events, those of one user in the order of time."""
