@@ -682,6 +682,23 @@ def test_the_page_shows_similar_items_on_click_and_by_keyboard(browser, address,
   assert problems == []
 
 
+def test_a_signal_that_comes_before_the_first_request_ends_the_service(folder, environment):
+  early = (
+    'import signal, uvicorn\n'
+    'run = uvicorn.Server.run\n'
+    'def early(self, **options):\n'
+    '  signal.raise_signal(signal.SIGTERM)\n'
+    '  return run(self, **options)\n'
+    'uvicorn.Server.run = early\n'
+    'from ur4rec_jax.serve import main\n'
+    'main()\n'
+  )
+  command = [sys.executable, '-c', early, f'--export={folder}', '--port=0', '--batch=1']
+  done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=120)
+  assert done.returncode == 0, done.stderr
+  assert b'stopped: 0 of 0 accepted requests answered' in done.stdout
+
+
 def test_the_health_check_of_the_image(address):
   text = (ROOT / 'launch' / 'Dockerfile.serve').read_text().replace('\\\n', '')
   (command,) = re.findall(r'^HEALTHCHECK .*CMD (.*)$', text, re.M)

@@ -7,16 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from ur4rec_jax.hub import from_hub, push_to_hub
   from ur4rec_jax.inference.trained import load
   from ur4rec_jax.quick import train
   from ur4rec_jax.runs.knobs import default_config, default_stage
 
-__all__ = ['default_config', 'default_stage', 'load', 'train']
+__all__ = ['default_config', 'default_stage', 'from_hub', 'load', 'push_to_hub', 'train']
 
 # These are imported when they are used: they are slow to import, and an export needs only a part.
 _MODULES = {
   'load': 'ur4rec_jax.inference.trained',
   'train': 'ur4rec_jax.quick',
+  'from_hub': 'ur4rec_jax.hub',
+  'push_to_hub': 'ur4rec_jax.hub',
   'default_config': 'ur4rec_jax.runs.knobs',
   'default_stage': 'ur4rec_jax.runs.knobs',
 }

@@ -70,4 +70,4 @@ def test_the_sentence_that_names_items():
   assert why([]) == ''
   assert why(items[:1]) == 'Because of Kettle'
   assert why(items[:2]) == 'Because of Kettle and 1'
-  assert why(items) == 'Because of Kettle, 1 and Cup'
+  assert why(items) == 'Because of Kettle and 1'

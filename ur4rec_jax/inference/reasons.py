@@ -37,6 +37,9 @@ def because(
 
 
 def why(named: Sequence[Mapping[str, Any]]) -> str:
-  """Returns a sentence that names the items of `because`, '' without any."""
-  *first, last = [item['title'] or item['item'] for item in named] or ['']
-  return f'Because of {", ".join(first)}{" and " * bool(first)}{last}' if last else ''
+  """Returns a sentence that names the first two items of `because`, '' without any.
+
+  Titles often have commas, so that a list of three would be hard to read.
+  """
+  titles = [item['title'] or item['item'] for item in named[:2]]
+  return f'Because of {" and ".join(titles)}' if titles else ''

@@ -94,10 +94,16 @@ def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None
   about = {'dataset': dataset.identity(), 'config': kept.config.to_dict()}
   if time_range := dataset.info.get('time_range'):
     about['data_until'] = time_range[1]
+  about['data'] = {
+    name: dataset.info[name]
+    for name in ('licence', 'citation', 'url', 'counts')
+    if name in dataset.info
+  }
   finished = pathlib.Path(workdir) / 'results.json'
   if finished.is_file():
     found = json.loads(finished.read_text())
     about |= {name: found[name] for name in ('protocol', 'valid', 'test', 'seed')}
+    about['baselines'] = found.get('baselines', {})
   model = create_model(kept.config, dataset.num_items)
   return TrainedModel(kept.config, dataset, model, kept.params, kept.items, kept.item_arrays, about)
 
