@@ -6,7 +6,7 @@ import math
 import pathlib
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import fastapi
@@ -212,7 +212,8 @@ class Service:
     count = len(checked.histories[0])
     rows = recommender.recommendations(answer)
     if question.explain:
-      await self._explain(checked, rows[:MOST_EXPLAINED], client)
+      told = self._told(question.user)
+      await self._explain(checked, rows[:MOST_EXPLAINED], client, told)
     return JSONResponse(
       {
         'request_id': self._shown(question.user or '', rows),
@@ -224,8 +225,23 @@ class Service:
       }
     )
 
+  def _told(self, user: str | None) -> Container[int] | None:
+    """Returns the items of a history that an answer may name; None for all.
+
+    Stored events are not told to anybody, so of a user only what was exported is named.
+    """
+    if user is None or self._feedback is None:
+      return None
+    users = self._recommender.known_users
+    is_known = users is not None and user in users.index
+    return set(self._recommender.known_user(user)[0].seen.tolist()) if is_known else set()
+
   async def _explain(
-    self, checked: CheckedQuery, rows: Sequence[dict[str, Any]], client: str | None
+    self,
+    checked: CheckedQuery,
+    rows: Sequence[dict[str, Any]],
+    client: str | None,
+    told: Container[int] | None,
   ) -> None:
     """Adds to recommended items why they are recommended; see `http_schema.Recommended`."""
     recommender, passages = self._recommender, self._model.passages
@@ -243,6 +259,8 @@ class Service:
       ids = np.array([[*map(recommender.number_of, x.items[0])] for x in answers], np.int32)
       scores = np.array([x.scores[0] for x in answers])
       found = influences.influences(ids, scores, numbers, compared)
+    if told is not None:
+      found[[item not in told for item in history.tolist()]] = 0
     for row, number, column in zip(rows, numbers, found.T, strict=True):
       named = reasons.because(column, history, recommender.item_ids, recommender.titles)
       row['because'] = [item | self._picture_of(item['item']) for item in named]
