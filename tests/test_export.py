@@ -105,6 +105,20 @@ def test_what_this_process_cannot_run_is_refused(folders, tmp_path, field, value
     exported.load(folder)
 
 
+def test_a_user_is_forgotten_also_where_a_service_has_compiled(shop, tmp_path):
+  recommender, folder = make(shop, 'sasrec')[0], tmp_path / 'model'
+  export(recommender, folder, with_users=True)
+  (folder / 'compiled').mkdir()
+  (folder / 'compiled' / 'program').write_bytes(b'made by a service')
+  first, second, *_ = recommender.users
+  before = exported.load(folder).known_user(second)[0]
+  assert exported.forget_user(folder, first)
+  assert not exported.forget_user(folder, first)
+  found = exported.load(folder)
+  assert first not in found.known_users.index
+  np.testing.assert_array_equal(found.known_user(second)[0].items, before.items)
+
+
 def test_pictures_are_small_copies_of_those_of_old_and_new_items(small_shop, tmp_path):
   recommender = make(small_shop, 'multimodal')[0]
   count = len(recommender.item_ids)

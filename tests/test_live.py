@@ -207,6 +207,21 @@ def feedback(environment, *flags):
   )
 
 
+def test_reasons_tell_nobody_what_a_user_did(live, recommender):
+  address, _ = live
+  users, ids = list(recommender.users), recommender.item_ids
+  known, stranger = users[21], 'somebody-new'
+  exported = recommender.history(known)
+  done = [item for item in ids if item not in exported][:3]
+  for i, item in enumerate(done):
+    send(address, event(known, item, f'why-{i}'), event(stranger, item, f'new-{i}'))
+  for user, allowed in ((known, set(exported)), (stranger, set())):
+    rows = ask(address, user, explain='true')['recommendations']
+    named = {item['item'] for row in rows for item in row['because']}
+    assert named <= allowed
+    assert bool(named) == bool(allowed)
+
+
 def test_a_deleted_user_is_forgotten_while_the_service_runs(
   live, recommender, environment, exports, tmp_path
 ):

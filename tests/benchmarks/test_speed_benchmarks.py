@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.speed import cost_curves, measure, optimizations, performance, profile_step
+from benchmarks.speed import (
+  cost_curves,
+  measure,
+  optimizations,
+  performance,
+  profile_step,
+  starts,
+)
 from tests.helpers.runs import ROOT
 from tests.helpers.stored_results import rows
 from ur4rec_jax.data.dataset import load_dataset
@@ -262,3 +269,25 @@ def test_files_that_are_not_of_the_page_are_refused(tmp_path, name):
   store(tmp_path, name, 'profile_step')
   with pytest.raises(InputError, match=f'{name}.json'):
     performance.load_results(tmp_path)
+
+
+def test_starts_on_the_page(tmp_path):
+  clock = lambda seconds: {'seconds': seconds, 'processor_seconds': seconds / 2}
+  now = starts.summary([clock(9), clock(2), clock(4), clock(3)])
+  assert now == {'first_seconds': 9, 'seconds': 3, 'processor_seconds': 1.5}
+  commands = {
+    'recommend': {'now': now, 'before': starts.summary([clock(20), clock(12)])},
+    'import jax': {'now': starts.summary([clock(2), clock(2)])},
+  }
+  assert starts.table(commands)[1].split() == ['recommend', 'now', '9.0', '3.0', '1.5']
+  store(tmp_path, 'starts', 'starts', commands=commands)
+  page = performance.page(performance.load_results(tmp_path))
+  found = [*rows(page, 'processor, s')['`recommend`'].values()]
+  assert found == ['`recommend`', '20 → 9', '12.0 → 3.0', '6.0 → 1.5', '6.0 → 1.5']
+
+
+def test_a_start_that_fails_says_why():
+  with pytest.raises(InputError, match='ended with 2; error: --workdir'):
+    starts.start(['-m', 'ur4rec_jax.recommend', '--workdir=none', '--history=i'], ROOT)
+  found = starts.start(['-c', 'sum(range(10**7))'], ROOT)
+  assert found['processor_seconds'] > 0

@@ -178,7 +178,8 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
   manifest['files'][USERS] = hashlib.sha256(archive.getvalue()).hexdigest()
   with files.new_folder(folder) as draft:
     for path in folder.iterdir():
-      if path.name not in (USERS, MANIFEST):
+      # Programs that a service has compiled, in a folder, are those of the next start again.
+      if path.is_file() and path.name not in (USERS, MANIFEST):
         shutil.copy2(path, draft / path.name)
     files.write_file(draft / USERS, archive.getvalue())
     files.write_file(draft / MANIFEST, manifest_text(manifest))

@@ -6,7 +6,7 @@ import math
 import pathlib
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import fastapi
@@ -238,7 +238,8 @@ class Service:
     count = len(checked.histories[0])
     rows = recommender.recommendations(answer)
     if question.explain:
-      await self._explain(model, checked, rows[:MOST_EXPLAINED], client)
+      told = self._told(question.user, recommender)
+      await self._explain(model, checked, rows[:MOST_EXPLAINED], client, told)
     return JSONResponse(
       {
         'request_id': self._shown(question, arm, model, rows),
@@ -267,12 +268,24 @@ class Service:
       raise HTTPException(404, f'arm: the service has no arm {arm!r}; {known}')
     return arm, self._model_of.get(arm, self._model)
 
+  def _told(self, user: str | None, recommender: Recommender) -> Container[int] | None:
+    """Returns the items of a history that an answer may name; None for all.
+
+    Stored events are not told to anybody, so of a user only what was exported is named.
+    """
+    if user is None or self._feedback is None:
+      return None
+    users = recommender.known_users
+    is_known = users is not None and user in users.index
+    return set(recommender.known_user(user)[0].seen.tolist()) if is_known else set()
+
   async def _explain(
     self,
     model: Model,
     checked: CheckedQuery,
     rows: Sequence[dict[str, Any]],
     client: str | None,
+    told: Container[int] | None,
   ) -> None:
     """Adds to recommended items why they are recommended; see `http_schema.Recommended`."""
     recommender, passages = model.recommender, model.passages
@@ -290,6 +303,8 @@ class Service:
       ids = np.array([[*map(recommender.number_of, x.items[0])] for x in answers], np.int32)
       scores = np.array([x.scores[0] for x in answers])
       found = influences.influences(ids, scores, numbers, compared)
+    if told is not None:
+      found[[item not in told for item in history.tolist()]] = 0
     for row, number, column in zip(rows, numbers, found.T, strict=True):
       named = reasons.because(column, history, recommender.item_ids, recommender.titles)
       row['because'] = [item | self._picture_of(item['item']) for item in named]
@@ -335,7 +350,7 @@ class Service:
   ) -> str:
     """Logs and counts what an answer shows, and returns the answer's id."""
     # Who asks for an arm wants to look at it. Such a list says nothing about the arm's users.
-    if self._feedback is None or question.arm is not None:
+    if self._feedback is None or question.arm is not None or not question.log:
       return new_request_id()
     numbers = (self._recommender.number_of(row['item']) for row in rows)
     self._coverage.count(filter(None, numbers))  # An arm may have items that the default lacks.

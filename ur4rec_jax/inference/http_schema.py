@@ -137,8 +137,8 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
 
     `explain` says why the first 20 items are recommended. `rules=false` leaves out the rules of the
     service. `arm` shows what an arm of the experiment answers, whichever arm the user has; such an
-    answer is not logged. `weights` multiply the scores of the branches: 1 scores as trained, 0
-    switches a branch off.
+    answer is not logged, nor is one with `log=false`. `weights` multiply the scores of the
+    branches: 1 scores as trained, 0 switches a branch off.
     """
 
     model_config = ConfigDict(
@@ -153,6 +153,7 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
     rules: bool = True
     arm: str = Field(None, max_length=MOST_CHARACTERS)
     explain: bool = False
+    log: bool = True
     weights: Weights = Weights()
 
     @model_validator(mode='after')
