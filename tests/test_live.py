@@ -174,7 +174,7 @@ def test_pages_of_other_sites_cannot_send_events(live):
 def test_answers_and_clicks_are_logged_and_counted_by_position(live, recommender, exports):
   address, place = live
   user, other = list(recommender.users)[7:9]
-  answer = ask(address, user, k=4)
+  answer, unlogged = ask(address, user, k=4), ask(address, user, log=False)
   third = items(answer)[2]
   click = event(user, third, 'c1', request_id=answer['request_id'])
   before = metrics(address)
@@ -194,6 +194,7 @@ def test_answers_and_clicks_are_logged_and_counted_by_position(live, recommender
   assert 0 < float(re.search(r'^ur4rec_catalogue_coverage (\S+)', after, re.M)[1]) <= 1
   with contextlib.closing(open_store(str(place))) as store:
     logged = store.exposure(answer['request_id'])
+    assert store.exposure(unlogged['request_id']) is None
   assert (logged.user, logged.arm) == (user, 'default')
   assert [(x.item, x.propensity) for x in logged.items] == [(item, 1) for item in items(answer)]
   manifest = (exports / 'sasrec' / 'manifest.json').read_bytes()

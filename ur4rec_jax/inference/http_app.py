@@ -132,10 +132,14 @@ def make_app(
 
   @app.get('/recommend', responses=_problems(404, 421, 422, 431, 503))
   async def recommend_to_user(
-    user: UserName, request: fastapi.Request, k: K = usual_k, explain: bool = False
+    user: UserName,
+    request: fastapi.Request,
+    k: K = usual_k,
+    explain: bool = False,
+    log: bool = True,
   ) -> Recommendations:
     """Returns the best items for a user."""
-    return await service.recommend(Question(user=user, k=k, explain=explain), request)
+    return await service.recommend(Question(user=user, k=k, explain=explain, log=log), request)
 
   if live is not None:
     refusals = _problems(400, 408, 413, 415, 421, 422, 429, 431, 503)
