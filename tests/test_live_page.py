@@ -66,11 +66,13 @@ def items(page, arm):
 def test_a_newcomer_clicks_and_both_lists_change(browser, live, width):
   address, place = live
   page = browser.new_page(viewport={'width': width, 'height': 844})
-  faults = []
+  faults, console = [], []
   page.on('pageerror', lambda error: faults.append(str(error)))
+  page.on('console', lambda message: console.append(message.text))
   page.goto(address)
   page.get_by_role('tab', name='Live').click()
   page.locator('#live-empty').wait_for()  # Nobody knows this user yet.
+  assert not console
   assert page.locator('main').first.is_hidden()
   page.fill('#live-user', f'visitor {width}')
   page.get_by_role('button', name='Come in').click()
