@@ -1,6 +1,5 @@
 """The routes of the HTTP service: recommendations as JSON, and a page to try them."""
 
-import asyncio
 import dataclasses
 import math
 import pathlib
@@ -17,7 +16,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.inference import influences, reasons
 from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
 from ur4rec_jax.inference.arms import Arms
 from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
@@ -29,6 +27,7 @@ from ur4rec_jax.inference.feedback import (
   new_request_id,
 )
 from ur4rec_jax.inference.http_events import OPENAPI, EventRoute
+from ur4rec_jax.inference.http_reasons import add_reasons
 from ur4rec_jax.inference.http_schema import (
   MOST_CHARACTERS,
   Health,
@@ -40,8 +39,7 @@ from ur4rec_jax.inference.http_schema import (
   make_question,
   problem,
 )
-from ur4rec_jax.inference.passages import closest
-from ur4rec_jax.inference.query import CheckedQuery, Known, Query, UserTokens
+from ur4rec_jax.inference.query import Known, Query, UserTokens
 from ur4rec_jax.inference.recommender import Recommender
 from ur4rec_jax.inference.rules import ONLY, Rules
 from ur4rec_jax.inference.similar import BOTH, KINDS
@@ -50,7 +48,6 @@ from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 MOST_SIMILAR = 20  # Similar items in an answer.
 MOST_FOUND = 20  # Results of a search.
 MOST_EXPLAINED = 20  # Recommended items that are explained.
-MOST_LEFT_OUT = 50  # Items of a history that are left out in turn to explain a recommendation.
 METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody may ask for them.
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
 _LIVE_TAB = pathlib.Path(__file__).with_name('live_tab.html').read_bytes()
@@ -238,12 +235,15 @@ class Service:
       only = only, id(query.rules), tuple(checked.histories[0].tolist())
     elif query.rules is not None:
       only = only, id(query.rules)  # Arms may have other filters.
-    answer = await model.batcher.answer(Job(checked, only, client, query.rules))
+    job = Job(checked, only, client, query.rules)
+    answer = await model.batcher.answer(job)
     count = len(checked.histories[0])
     rows = recommender.recommendations(answer)
     if question.explain:
-      told = self._told(question.user, recommender)
-      await self._explain(model, checked, rows[:MOST_EXPLAINED], client, told)
+      explained = rows[:MOST_EXPLAINED]
+      await add_reasons(model, job, explained, self._told(question.user, recommender))
+      for row in explained:
+        row['because'] = [item | self._picture_of(item['item']) for item in row['because']]
     return JSONResponse(
       {
         'request_id': self._shown(question, arm, model, rows),
@@ -282,41 +282,6 @@ class Service:
     users = recommender.known_users
     is_known = users is not None and user in users.index
     return set(recommender.known_user(user)[0].seen.tolist()) if is_known else set()
-
-  async def _explain(
-    self,
-    model: Model,
-    checked: CheckedQuery,
-    rows: Sequence[dict[str, Any]],
-    client: str | None,
-    told: Container[int] | None,
-  ) -> None:
-    """Adds to recommended items why they are recommended; see `http_schema.Recommended`."""
-    recommender, passages = model.recommender, model.passages
-    num_items = len(recommender.item_ids)
-    history = checked.histories[0][-min(recommender.max_length, MOST_LEFT_OUT) :]
-    numbers = np.array([recommender.number_of(row['item']) for row in rows], np.int32)
-    compared = influences.reference(num_items, recommender.compares_ranks)
-    checked = dataclasses.replace(checked, histories=[history])
-    query = influences.leave_one_out(checked, numbers, compared, num_items)
-    found = np.zeros((len(history), len(rows)))
-    if rows and query.k <= model.batcher.most_k:  # More would need another program.
-      key = 'why', np.flatnonzero(query.allowed).tobytes()
-      jobs = [Job(query.select(np.array([i])), key, client) for i in range(len(query.histories))]
-      answers = await asyncio.gather(*map(model.batcher.answer, jobs))
-      ids = np.array([[*map(recommender.number_of, x.items[0])] for x in answers], np.int32)
-      scores = np.array([x.scores[0] for x in answers])
-      found = influences.influences(ids, scores, numbers, compared)
-    if told is not None:
-      found[[item not in told for item in history.tolist()]] = 0
-    for row, number, column in zip(rows, numbers, found.T, strict=True):
-      named = reasons.because(column, history, recommender.item_ids, recommender.titles)
-      row['because'] = [item | self._picture_of(item['item']) for item in named]
-      row['why'] = reasons.why(named)
-      if passages:
-        about = [passages[recommender.number_of(item['item']) - 1] for item in named]
-        text = ' '.join([*(item['title'] for item in named), *(x for own in about for x in own)])
-        row['sentence'] = closest(passages[number - 1], text) or ''
 
   async def _user(self, name: str, model: Model) -> tuple[Known, UserTokens]:
     """Returns a user's history up to the latest event, and the user's own texts."""

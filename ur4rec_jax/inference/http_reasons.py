@@ -1,0 +1,63 @@
+"""Adds to an answer of the service why its items are recommended."""
+
+import asyncio
+import dataclasses
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ur4rec_jax.inference import influences, reasons
+from ur4rec_jax.inference.batcher import Job
+from ur4rec_jax.inference.passages import closest
+
+if TYPE_CHECKING:
+  from ur4rec_jax.inference.http_app import Model
+
+MOST_LEFT_OUT = 50  # Items of a history that are left out in turn to explain a recommendation.
+
+
+async def add_reasons(
+  model: 'Model', job: Job, rows: Sequence[dict[str, Any]], told: Container[int] | None
+) -> None:
+  """Adds `because`, `why` and `sentence` to recommended items; see `http_schema.Recommended`.
+
+  Args:
+    model: the model that recommended them.
+    job: the question that it answered.
+    rows: the recommended items.
+    told: numbers of the items of the history that may be named; None for all.
+  """
+  recommender, passages = model.recommender, model.passages
+  history = job.query.histories[0][-min(recommender.max_length, MOST_LEFT_OUT) :]
+  numbers = np.array([recommender.number_of(row['item']) for row in rows], np.int32)
+  found = await _influences(model, job, history, numbers)
+  if told is not None:
+    found[[item not in told for item in history.tolist()]] = 0
+  for row, number, column in zip(rows, numbers, found.T, strict=True):
+    named = reasons.because(column, history, recommender.item_ids, recommender.titles)
+    row['because'] = named
+    row['why'] = reasons.why(named)
+    if passages:
+      about = [passages[recommender.number_of(item['item']) - 1] for item in named]
+      text = ' '.join([*(item['title'] for item in named), *(x for own in about for x in own)])
+      row['sentence'] = closest(passages[number - 1], text) or ''
+
+
+async def _influences(
+  model: 'Model', job: Job, history: np.ndarray, numbers: np.ndarray
+) -> np.ndarray:
+  """Returns `[history, items]`: by how much the score of an item falls without one of a history."""
+  recommender, batcher = model.recommender, model.batcher
+  num_items = len(recommender.item_ids)
+  compared = influences.reference(num_items, recommender.compares_ranks)
+  whole = dataclasses.replace(job.query, histories=[history])
+  query = influences.leave_one_out(whole, numbers, compared, num_items)
+  if not len(numbers) or query.k > batcher.most_k:  # More would need another program.
+    return np.zeros((len(history), len(numbers)))
+  only = 'why', np.flatnonzero(query.allowed).tobytes()
+  jobs = [Job(query.select(np.array([i])), only, job.client) for i in range(len(query.histories))]
+  answers = await asyncio.gather(*map(batcher.answer, jobs))
+  ids = np.array([[*map(recommender.number_of, x.items[0])] for x in answers], np.int32)
+  scores = np.array([x.scores[0] for x in answers])
+  return influences.influences(ids, scores, numbers, compared)
