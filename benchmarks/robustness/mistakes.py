@@ -116,12 +116,12 @@ def widen(folder: pathlib.Path) -> None:
 
 def of_another_version(folder: pathlib.Path) -> None:
   """Adds a field to the record of progress, under a new manifest."""
-  from ur4rec_jax.runs import checkpoint
+  from ur4rec_jax.runs.saved_steps import hashes
 
   step = newest(folder)
   (path,) = (path for path in (step / 'progress').rglob('*') if path.suffix in ('', '.json'))
   edit_json(path, warmth=1)
-  (step / 'manifest.json').write_text(json.dumps(checkpoint._hashes(step)))
+  (step / 'manifest.json').write_text(json.dumps(hashes(step)))
 
 
 def without_checkpoint_of_last_step(folder: pathlib.Path) -> None:
