@@ -196,3 +196,18 @@ def finished(run, make_once) -> pathlib.Path:
     assert done.returncode == 0, done.stderr
 
   return make_once('finished', make) / 'run'
+
+
+@pytest.fixture(scope='module')
+def browser():
+  """Chromium, which must be on the machine."""
+  chromium = shutil.which('chromium') or shutil.which('google-chrome')
+  if chromium is None:
+    missing = pytest.fail if os.environ.get('UR4REC_TEST_BROWSER') == 'required' else pytest.skip
+    missing('no chromium on this machine: the page was not tried in a browser')
+  from playwright.sync_api import sync_playwright
+
+  with sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+    yield browser
+    browser.close()

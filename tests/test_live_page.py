@@ -1,7 +1,5 @@
 """The Live tab of the page, in a real browser: act as a user, and see what changes."""
 
-import os
-import shutil
 import sys
 
 import pytest
@@ -12,7 +10,6 @@ from ur4rec_jax.export import export
 from ur4rec_jax.inference.http_app import make_page
 from ur4rec_jax.online.feedback_store import open_store
 
-CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 EXPERIMENT = """
 name = "page"
 [[arms]]
@@ -40,20 +37,6 @@ def live(shop, environment, tmp_path_factory):
   command += [f'--export={folder}/sasrec', f'--events={folder}/events.db']
   with service([*command, f'--experiment={folder}/exp.toml'], environment) as (_, address):
     yield address, folder / 'events.db'
-
-
-@pytest.fixture(scope='module')
-def browser():
-  """Chromium, which must be on the machine."""
-  if CHROMIUM is None:
-    missing = pytest.fail if os.environ.get('UR4REC_TEST_BROWSER') == 'required' else pytest.skip
-    missing('no chromium on this machine: the page was not tried in a browser')
-  from playwright.sync_api import sync_playwright
-
-  with sync_playwright() as playwright:
-    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-    yield browser
-    browser.close()
 
 
 def items(page, arm):

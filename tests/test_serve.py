@@ -31,7 +31,6 @@ for name in ('flax', 'optax', 'orbax', 'ml_collections', 'absl', 'pyarrow', 'pan
 from ur4rec_jax.serve import main
 main()
 """
-CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 
 
 @pytest.fixture(scope='module')
@@ -508,20 +507,6 @@ def test_buying_again_is_answered_for_each_history(serve, folder, recommender, t
     found = list(pool.map(lambda history: ask(address, history=history), asked))
   for history, answer in zip(asked, found, strict=True):
     assert {row['item'] for row in answer['recommendations']} == set(history)
-
-
-@pytest.fixture(scope='module')
-def browser():
-  """Chromium, which must be on the machine."""
-  if CHROMIUM is None:
-    missing = pytest.fail if os.environ.get('UR4REC_TEST_BROWSER') == 'required' else pytest.skip
-    missing('no chromium on this machine: the page was not tried in a browser')
-  from playwright.sync_api import sync_playwright
-
-  with sync_playwright() as playwright:
-    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-    yield browser
-    browser.close()
 
 
 # Texts that are seen, and their contrast with what is behind them, as WCAG has it.
