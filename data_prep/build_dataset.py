@@ -14,10 +14,10 @@ import contextlib
 import itertools
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -102,6 +102,16 @@ _SPLIT_COUNTS = {
 }
 
 
+class _Build(NamedTuple):
+  """What is built, where and with how much of the machine; see `build` for the fields."""
+
+  source: str
+  data_dir: Path
+  options: prepare.Options
+  overwrite: bool
+  resources: engine.Resources = engine.Resources()
+
+
 def build(
   source: str,
   data_dir: str | Path,
@@ -131,7 +141,7 @@ def build(
   """
   data_dir = Path(os.path.realpath(data_dir))
   with files.disk_errors(data_dir):
-    return _build(source, data_dir, raw_dir, options, overwrite, parameters, resources)
+    return _build(_Build(source, data_dir, options, overwrite, resources), raw_dir, parameters)
 
 
 def build_from_table(
@@ -159,56 +169,49 @@ def build_from_table(
   """
   data_dir = Path(os.path.realpath(data_dir))
   raw = interactions.from_table(data, **parameters)
-  wanted = {'options': options._asdict()}
+  to_build = _Build('interactions', data_dir, options, overwrite)
   with files.disk_errors(data_dir):
     files.clean_up(data_dir)
-    return _build_rows(raw, 'interactions', data_dir, options, overwrite, wanted)[0]
+    return _build_rows(to_build, raw, {'options': options._asdict()})[0]
 
 
-def _build_rows(
-  raw: Raw,
-  source: str,
-  data_dir: Path,
-  options: prepare.Options,
-  overwrite: bool,
-  wanted: dict[str, Any],
-  resources: engine.Resources = engine.Resources(),
-) -> tuple[dict[str, Any], bool]:
+def _build_rows(to_build: _Build, raw: Raw, wanted: dict[str, Any]) -> tuple[dict[str, Any], bool]:
   """Builds a dataset from rows without a file, which their content identifies."""
   found = {'table': identity.table_fingerprint(raw)}
   found |= identity.picture_fingerprint(item_tables.pictures(raw.table or {}))
   wanted |= {'raw_sha256': found}
-  old = identity.find_same(data_dir, source, wanted, overwrite)
-  if old is not None:
+  if (old := _found(to_build, wanted)) is not None:
     return old, False
-  with files.scratch_folder(data_dir, 'spill') as spill:
-    data = prepare.prepare(raw, options, resources._replace(folder=spill))
-  return _write(data, source, data_dir, options, wanted, resources.workers), True
+  with _spilling(to_build) as resources:
+    data = prepare.prepare(raw, to_build.options, resources)
+  return _write(to_build, data, wanted), True
 
 
-def _write(
-  data: prepare.Prepared,
-  source: str,
-  data_dir: Path,
-  options: prepare.Options,
-  wanted: Mapping[str, Any],
-  workers: int,
-) -> dict[str, Any]:
+def _found(to_build: _Build, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns the content of dataset.json if the folder holds just this dataset."""
+  return identity.find_same(to_build.data_dir, to_build.source, wanted, to_build.overwrite)
+
+
+@contextlib.contextmanager
+def _spilling(to_build: _Build) -> Iterator[engine.Resources]:
+  """Gives the engine a folder beside the dataset for what does not fit into its memory."""
+  with files.scratch_folder(to_build.data_dir, 'spill') as spill:
+    yield to_build.resources._replace(folder=spill)
+
+
+def _write(to_build: _Build, data: prepare.Prepared, wanted: Mapping[str, Any]) -> dict[str, Any]:
+  source, size = to_build.source, to_build.options.image_size
   origin, extra = sources.SOURCES[source].origin, {**wanted, 'notes': list(data.notes)}
-  with files.new_folder(data_dir) as folder:
-    return tfds_writer.write(folder, data, origin, source, extra, options.image_size, workers)
+  with files.new_folder(to_build.data_dir) as folder:
+    workers = to_build.resources.workers
+    return tfds_writer.write(folder, data, origin, source, extra, size, workers)
 
 
 def _build(
-  source: str,
-  data_dir: Path,
-  raw_dir: str | Path | None,
-  options: prepare.Options,
-  overwrite: bool,
-  parameters: Mapping[str, Any],
-  resources: engine.Resources,
+  to_build: _Build, raw_dir: str | Path | None, parameters: Mapping[str, Any]
 ) -> tuple[dict[str, Any], bool]:
-  engine.check_memory_limit(resources.memory_limit)
+  source, data_dir, options = to_build.source, to_build.data_dir, to_build.options
+  engine.check_memory_limit(to_build.resources.memory_limit)
   spec = sources.SOURCES[source]
   if misplaced := sorted(set(parameters) - set(spec.parameters)):
     raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
@@ -219,12 +222,10 @@ def _build(
   plain = {name: value for name, value in parameters.items() if name not in spec.paths}
   wanted = {'options': {**options._asdict(), **plain}}
   if spec.is_table:
-    raw = spec.read(**parameters)
-    return _build_rows(raw, source, data_dir, options, overwrite, wanted, resources)
+    return _build_rows(to_build, spec.read(**parameters), wanted)
   if paths:
     wanted['raw_sha256'] = identity.fingerprints(paths, spec, parameters)
-  old = identity.find_same(data_dir, source, wanted, overwrite)
-  if old is not None:
+  if (old := _found(to_build, wanted)) is not None:
     return old, False
 
   with contextlib.ExitStack() as stack:
@@ -234,11 +235,10 @@ def _build(
       wanted['raw_sha256'] = identity.fingerprints(paths, spec, parameters)
     paths = _unpacked(stack, spec, paths, data_dir, parameters)
     # All checks of the input come before the first write.
-    with files.scratch_folder(data_dir, 'spill') as spill:
-      inside = resources._replace(folder=spill)
+    with _spilling(to_build) as resources:
       # No name is given to the rows: `prepare` needs their memory after it has stored them.
-      data = prepare.prepare(spec.read(*paths, **parameters), options, inside)
-    return _write(data, source, data_dir, options, wanted, resources.workers), True
+      data = prepare.prepare(spec.read(*paths, **parameters), options, resources)
+    return _write(to_build, data, wanted), True
 
 
 def _unpacked(
