@@ -28,7 +28,7 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule = 'cosine'
   if variant == 'sasrec':
-    # Chosen together by validation, where they gain 4 %: 0.1965 without, 0.2044 with all of them.
+    # Chosen together by validation: NDCG@10 is 0.1965 without them and 0.2065 with all of them.
     config.sasrec.positions, config.sasrec.window = 'rotary', 50
     config.sasrec.filter_width = 4
     config.sasrec.activation, config.sasrec.ffn_dim = 'gelu', 256
