@@ -6,6 +6,7 @@
 stored as NAME-gpu fills the column of GPUs.
 """
 
+import argparse
 import json
 import pathlib
 from collections.abc import Iterator
@@ -446,8 +447,12 @@ def _tricks(result: dict[str, Any]) -> Iterator[str]:
 
 
 @exit_on_reported_error
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
   """Writes the page, and the table between its marks in README."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.parse_args(argv)
   stored = load_results(RESULTS)
   put_between_marks(README, 'speed', headline_table(stored))
   write_file(PAGE, page(stored))
