@@ -128,11 +128,12 @@ def _measure(dataset: 'Dataset', protocol: 'Protocol') -> Callable[..., dict[str
   from ur4rec_jax.evaluation.neighbours import users_and_items
 
   has = users_and_items(dataset.train_part())
+  together, num_users = (has.T @ has).tocsr(), int((has.getnnz(1) > 0).sum())
   targets, is_counted = dataset.held_out('test')[1], protocol.is_counted(dataset, 'test')
 
   def measure(ranks: 'np.ndarray | dict[str, float]', lists: 'np.ndarray') -> dict[str, float]:
     accuracy = ranks if isinstance(ranks, dict) else ranking_metrics(ranks[is_counted])
-    return accuracy | list_metrics(lists[is_counted], targets[is_counted], has)
+    return accuracy | list_metrics(lists[is_counted], targets[is_counted], together, num_users)
 
   return measure
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from ur4rec_jax.evaluation.beyond_accuracy import list_metrics
+from ur4rec_jax.evaluation import beyond_accuracy
 
 # Lists of RecTools 0.19.0 on `world()`: CatalogCoverage(5, normalize=True), MeanInvUserFreq(5),
 # Serendipity(5), and IntraListDiversity(5) with 1 - cosine as the distance;
@@ -16,6 +16,12 @@ RECTOOLS = {
   'serendipity': 0.028666666666666667,
   'popularity': 0.1153333333333333,
 }
+
+
+def list_metrics(lists, targets, has):
+  """The metrics of lists beside what training users had."""
+  together, num_users = (has.T @ has).tocsr(), int((has.getnnz(1) > 0).sum())
+  return beyond_accuracy.list_metrics(lists, targets, together, num_users)
 
 
 def world(users=30, items=40, k=5):

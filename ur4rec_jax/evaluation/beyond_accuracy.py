@@ -10,14 +10,17 @@ import scipy.sparse as sp
 _AT_ONCE = 1 << 12  # Users whose pairs of items are compared at once.
 
 
-def list_metrics(lists: np.ndarray, targets: np.ndarray, has: sp.csr_matrix) -> dict[str, float]:
+def list_metrics(
+  lists: np.ndarray, targets: np.ndarray, together: sp.csr_matrix, num_users: int
+) -> dict[str, float]:
   """Describes the lists of all users.
 
   Args:
     lists: `[users, k]` item ids, best first; 0 where a list is shorter.
     targets: `[users]` the held-out item of each user.
-    has: `[training users, items + 1]`, 1 where a user had an item; its first rows are not those of
-      `lists`.
+    together: `[items + 1, items + 1]`, how many training users had both items; on the diagonal, how
+      many had the item.
+    num_users: number of training users who had any item.
 
   Returns:
     By name:
@@ -30,8 +33,7 @@ def list_metrics(lists: np.ndarray, targets: np.ndarray, has: sp.csr_matrix) -> 
     `popularity`: mean of the share of the training users who had the item.
   """
   listed = lists > 0
-  counts = np.asarray(has.sum(0)).reshape(-1)
-  num_users, num_items = int((has.getnnz(1) > 0).sum()), has.shape[1] - 1
+  counts, num_items = together.diagonal(), together.shape[0] - 1
   times = np.sort(np.bincount(lists[listed], minlength=num_items + 1)[1:])
   gini = 2 * (np.arange(1, num_items + 1) * times).sum() / (num_items * times.sum())
   share = counts[lists] / num_users
@@ -40,7 +42,7 @@ def list_metrics(lists: np.ndarray, targets: np.ndarray, has: sp.csr_matrix) -> 
     'coverage': float((times > 0).mean()),
     'gini': float(gini - (num_items + 1) / num_items),
     'novelty': _mean_of_lists(novelty, listed),
-    'diversity': _mean_of_lists(*_distances(lists, has)),
+    'diversity': _mean_of_lists(*_distances(lists, together)),
     'serendipity': _mean_of_lists(_surprise(lists, targets, counts), listed),
     'popularity': _mean_of_lists(share, listed),
   }
@@ -66,11 +68,10 @@ def _surprise(lists: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> np.
   return np.where(lists == targets[:, None], surprise, 0)
 
 
-def _distances(lists: np.ndarray, has: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+def _distances(lists: np.ndarray, together: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
   """Returns `[users, pairs]`: 1 - cosine for each pair of a list, and whether both are there."""
   first, second = np.triu_indices(lists.shape[1], 1)
-  length = np.sqrt(np.maximum(np.asarray(has.multiply(has).sum(0)).reshape(-1), 1))
-  together = (has.T @ has).tocsr()
+  length = np.sqrt(np.maximum(together.diagonal(), 1))
   distances = np.zeros((len(lists), len(first)), np.float32)
   for start in range(0, len(lists) if len(first) else 0, _AT_ONCE):
     part = lists[start : start + _AT_ONCE]
