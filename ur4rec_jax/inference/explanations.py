@@ -81,10 +81,10 @@ def _text_matches(
   rows = (recommender.lookup(items, 'items')[0] - 1).tolist()
   # Items that were added after training have features, but their texts are not stored.
   stored = {row for row in (*rows, *(known - 1).tolist()) if row < recommender.dataset.num_items}
-  about_items = _stored_sentences(recommender, 'item', features, sorted(stored))
   all_sentences = _stored_sentences(recommender, 'item', features, sorted(stored), most=1.0)
   about_user = _user_sentences(recommender, users, preference)
   if about_user is None:
+    about_items = _stored_sentences(recommender, 'item', features, sorted(stored))
     in_history = [
       about_items[row]
       for row in dict.fromkeys((known - 1).tolist())
