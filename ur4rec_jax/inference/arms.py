@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ur4rec_jax.errors import InputError, say
 from ur4rec_jax.inference import exported, rules
+from ur4rec_jax.inference.http_schema import MOST_WEIGHT
 from ur4rec_jax.online import experiments
 from ur4rec_jax.online.experiments import Arm, Experiment
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
   from ur4rec_jax.inference.http_app import Model
 
 WATCH_SECONDS = 1
-MOST_WEIGHT = 100
 
 
 class Arms:
