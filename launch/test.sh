@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# From a fresh machine to a full test run; arguments go to pytest, e.g. -k resume or -m slow.
+# From a fresh machine to the default tests; arguments go to pytest: -k resume, or -m slow for the
+# long proofs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 install_into_venv '.[test]'
-.venv/bin/python -m pytest --numprocesses=auto --dist=worksteal "$@"
+# Tests wait for processes that they start, so three workers keep two cores busy.
+.venv/bin/python -m pytest --numprocesses=$(($(nproc) * 3 / 2)) --dist=worksteal "$@"

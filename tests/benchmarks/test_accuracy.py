@@ -173,6 +173,7 @@ def tool(environment, data_dir, tmp_path):
   return tool
 
 
+@pytest.mark.slow
 def test_training_a_variant_against_a_finished_baseline(tool, finished, data_dir, tmp_path):
   shutil.copytree(finished, tmp_path / 'runs/base/seed0')
   common = (f'--config={ROOT}/configs/synthetic.py', f'--data_dir={data_dir}', '--seeds=0', *SMALL)

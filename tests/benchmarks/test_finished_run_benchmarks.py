@@ -22,6 +22,7 @@ def of_two_paths(run, encoded, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_run_is_ranked_by_each_path_and_in_each_way(of_two_paths, monkeypatch):
   results = json.loads((of_two_paths / 'results.json').read_text())
   # Those that differ in weights alone are one way, compiled anew for each.
@@ -56,6 +57,7 @@ def test_ways_on_the_page(tmp_path):
   assert '| joined | as trained | 0, 1 | 0.2000 ± 0.0000 | 0.1500 ± 0.0707 |' in page
 
 
+@pytest.mark.slow
 def test_what_losses_ask_of_the_first_parameters_and_of_the_best(of_two_paths, tmp_path):
   found = loss_gradients.measure_run(of_two_paths)
   for by_loss in found.values():

@@ -45,6 +45,7 @@ def answers(seconds, count, peak, **others):
   ]
 
 
+@pytest.mark.slow
 def test_our_side_trains_and_ranks_when_asked(data):
   with measure.Side(measure.OWN, sys.executable, {**SETTINGS, 'data': data}) as side:
     before = side.ask('rank', part='valid')
@@ -90,6 +91,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_point_of_each_curve_is_a_process_of_its_own():
   small = ['--rounds=1', '--config.sasrec.num_blocks=1', '--json']
   done = run('benchmarks.speed.cost_curves', '--axes=devices', '--values=2', *small)
@@ -112,6 +114,7 @@ def test_generated_histories():
   assert (item_ids.min(), item_ids.max()) == (1, 50)
 
 
+@pytest.mark.slow
 def test_cost_of_variants_and_its_table(encoded, tmp_path):
   flags = ['--config=configs/synthetic.py', f'--data_dir={encoded}', '--variants=sasrec,multimodal']
   done = run('benchmarks.speed.cost', *flags, '--rounds=1', '--json')
@@ -129,6 +132,7 @@ def test_cost_of_variants_and_its_table(encoded, tmp_path):
   assert shown["over the first's"] == f'{found["ratio"]:.2f} x'
 
 
+@pytest.mark.slow
 def test_profile(data_dir):
   flags = [f'--data_dir={data_dir}', '--users=100', '--rounds=1']
   done = run('benchmarks.speed.profile_step', *flags, *FLAGS)
@@ -146,6 +150,7 @@ def test_the_other_side_needs_nothing_of_ours():
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_a_trick_is_undone_in_a_process_of_its_own(data):
   packed, alone = (
     optimizations.run_one(name, SETTINGS, data, rounds=1)

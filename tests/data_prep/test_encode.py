@@ -971,6 +971,7 @@ encode.main(['--data_dir={data_dir}', '--modality=text'])
   assert done.stderr.startswith("error: torch is not installed; pip install 'ur4rec-jax[encode]'")
 
 
+@pytest.mark.slow
 def test_torch_stays_out_until_it_is_needed():
   """What is built in, and everything in ur4rec_jax, works without the extra."""
   script = """

@@ -21,6 +21,7 @@ def run_on(histories, seen_items: str) -> Run:
   return Run(config, make_dataset(histories), None, [], None)
 
 
+@pytest.mark.slow
 def test_repeats_do_not_count_and_are_kept_on_request(run, tmp_path):
   rng = np.random.default_rng(0)
   users, items = np.repeat(np.arange(60), 9), rng.integers(0, 15, 540)

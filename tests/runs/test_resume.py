@@ -89,6 +89,7 @@ def test_training_a_finished_run_again_changes_nothing(run, finished, tmp_path):
     assert (workdir / file).read_bytes() == (finished / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_other_cores_and_dispatches_are_told(run, finished, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(finished, workdir)
@@ -120,6 +121,7 @@ print(hashlib.sha256(g.tobytes()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_threads_and_not_cores_decide_the_last_bit(environment):
   def digest(cores: int, threads: int) -> str:
     words = [sys.executable, '-c', SUMS, str(cores), str(threads)]

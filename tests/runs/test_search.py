@@ -31,6 +31,7 @@ def read(workdir):
   return json.loads((workdir / 'search.json').read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_finds_the_better_rate(start, run, space, tmp_path):
   workdir = tmp_path / 'search'
   first = start(workdir, f'--search={space}', '--trials=5')

@@ -154,6 +154,7 @@ def test_what_cannot_be_compared_is_named(make_run, tmp_path):
     sweep.compare([tmp_path / 'a'])
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_does_not_stop_the_others(run, grid, tmp_path):
   done = run(tmp_path / 'sweep', f'--sweep={grid}:diverging', '--config.num_epochs=1')
   assert done.returncode == 3

@@ -159,7 +159,8 @@ def on_two_devices(run, encoded, tmp_path_factory):
   return workdir, flags
 
 
-@pytest.mark.parametrize('mapping', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
 def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_devices, tmp_path):
   reference, flags = on_two_devices
   flags += ('--config.optimizer.item_embeddings=sharded',)
@@ -170,7 +171,8 @@ def test_tables_spread_over_devices_train_the_same(mapping, run, start, on_two_d
   assert results[0] == results[1]
 
 
-@pytest.mark.parametrize('mapping', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
 def test_losses_of_all_items_train_the_same_where_these_are_spread(
   mapping, run, start, encoded, tmp_path
 ):
@@ -194,7 +196,8 @@ def test_losses_of_all_items_train_the_same_where_these_are_spread(
   assert results[0]['test'] == results[1]['test']
 
 
-@pytest.mark.parametrize('mapping', ['pmap', pytest.param('shard_map', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('mapping', ['pmap', 'shard_map'])
 def test_devices_that_exchange_the_rows_they_read_train_the_same(mapping, run, start, tmp_path):
   """Tables of ids alone, of which a device has fewer rows than a step reads."""
   reference, workdir = tmp_path / 'touched', tmp_path / 'run'
@@ -208,6 +211,7 @@ def test_devices_that_exchange_the_rows_they_read_train_the_same(mapping, run, s
   assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, tmp_path):
   _, flags = on_two_devices
   flags += ('--config.optimizer.item_embeddings=sharded',)
