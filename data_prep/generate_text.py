@@ -4,6 +4,7 @@
   python -m data_prep.generate_text --data_dir=data/ml-1m --backend=openai --dry_run
   python -m data_prep.generate_text --data_dir=data/ml-1m --backend=openai --max_cost=5
   python -m data_prep.generate_text --data_dir=data/ml-1m --backend=anthropic --mode=batch
+  python -m data_prep.generate_text --data_dir=data/ml-1m --backend=local --model=model.gguf
   python -m data_prep.generate_text --data_dir=data/ml-1m --kind=items --import=texts.json
 
 Each answer is stored as soon as it arrives, in the folder DATA_DIR.answers. The same command,
@@ -18,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.flags import Parser
-from data_prep.llm_text import costs, generation, llm_calls, mock_text, prompts, text_job, texts
+from data_prep.llm_text import (
+  costs,
+  generation,
+  llm_calls,
+  llm_local,
+  mock_text,
+  prompts,
+  text_job,
+  texts,
+)
 from data_prep.llm_text.generation import MOCK, PROVIDERS
 from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import read_info
@@ -88,7 +98,7 @@ def _add_subject(add: Callable) -> None:
 def _add_writer(add: Callable) -> None:
   add('--backend', help=f'who writes: {", ".join(_CHOICES["backend"])}')
   models = ', '.join(f'{name} {module.DEFAULT_MODEL}' for name, module in PROVIDERS.items())
-  add('--model', help=f"the provider's name of the model; defaults: {models}")
+  add('--model', help=f"the provider's name of the model, local: its file; defaults: {models}")
   add('--base_url', help='another server with the same API, such as http://localhost:8000/v1')
   add(
     '--max_output_tokens',
@@ -181,6 +191,11 @@ def _check(flags: argparse.Namespace) -> None:
     if value is not None and not value > 0:
       hint = '; --dry_run shows the cost without paying' if name == 'max_cost' else ''
       raise InputError(f'--{name} must be above 0, not {value:g}{hint}')
+  if flags.backend == llm_local.NAME and (flags.base_url or flags.mode == 'batch'):
+    raise InputError(
+      '--backend=local starts a server of its own and asks it online: leave out --base_url and'
+      ' --mode; a server that runs already is --backend=openai with its --base_url'
+    )
   if flags.file and flags.kind == 'users' and flags.hold_back is None:
     raise InputError(
       "--hold_back is missing: the share of each user's training interactions, the latest ones,"
@@ -198,7 +213,9 @@ def _settings(flags: argparse.Namespace) -> llm_calls.Settings:
   """Returns who writes, and with which parameters; InputError if that is impossible."""
   if flags.backend == MOCK:
     return llm_calls.Settings(MOCK, mock_text.MODEL, {'seed': flags.seed})
-  provider = PROVIDERS[flags.backend]
+  provider, model = PROVIDERS[flags.backend], flags.model
+  if provider is llm_local:
+    model = llm_local.find_file(model).name
   try:
     more = json.loads(flags.parameters)
     if not isinstance(more, dict):
@@ -211,7 +228,7 @@ def _settings(flags: argparse.Namespace) -> llm_calls.Settings:
   parameters = {**provider.PARAMETERS, provider.MAX_OUTPUT: flags.max_output_tokens, **more}
   return llm_calls.Settings(
     flags.backend,
-    flags.model or provider.DEFAULT_MODEL,
+    model or provider.DEFAULT_MODEL,
     {name: value for name, value in parameters.items() if value is not None},
     flags.base_url,
     flags.timeout,
@@ -221,7 +238,7 @@ def _settings(flags: argparse.Namespace) -> llm_calls.Settings:
 def _price(flags: argparse.Namespace, model: str) -> costs.Price | None:
   """Returns the price from the flags or the table; InputError if --max_cost needs one."""
   given = (flags.input_price, flags.output_price)
-  if flags.backend == MOCK:
+  if flags.backend in (MOCK, llm_local.NAME):
     return costs.Price(0.0, 0.0)
   if None not in given:
     if min(given) < 0:
@@ -287,6 +304,12 @@ def main(argv: list[str] | None = None) -> None:
     return
   fields = generation.Sending._fields
   sending = generation.Sending(**{name: getattr(flags, name) for name in fields})
+  if flags.backend == llm_local.NAME:
+    # Its server answers one request after the other.
+    sending = sending._replace(concurrency=1)
+    with llm_local.serving(llm_local.find_file(flags.model)) as settings.base_url:
+      generation.generate(job, store, price, sending)
+    return
   generation.generate(job, store, price, sending)
 
 

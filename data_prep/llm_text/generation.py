@@ -18,6 +18,7 @@ from data_prep.llm_text import (
   llm_anthropic,
   llm_batch,
   llm_calls,
+  llm_local,
   llm_online,
   llm_openai,
   mock_text,
@@ -28,7 +29,7 @@ from data_prep.llm_text import (
 from ur4rec_jax.data.dataset import read_info
 from ur4rec_jax.errors import InputError, InterruptedBySignal, ReportedError, StorageError, say
 
-PROVIDERS = {module.NAME: module for module in (llm_openai, llm_anthropic)}
+PROVIDERS = {module.NAME: module for module in (llm_openai, llm_anthropic, llm_local)}
 MOCK = 'mock'
 _SOURCES = {
   'llm': 'by the LLM',
@@ -279,6 +280,7 @@ def _write_all(
       rows.append((f'{kind} texts', 'none yet'))
       continue
     settings = job.settings
+    is_remote = settings.base_url and settings.backend != llm_local.NAME
     server = urllib.parse.urlsplit(settings.base_url or '')
     origin = {
       'provider': settings.backend,
@@ -287,7 +289,7 @@ def _write_all(
       'parameters': settings.parameters,
       'language': job.language,
       'is_mock': settings.backend == MOCK,
-      **({'server': f'{server.hostname}:{server.port}'} if settings.base_url else {}),
+      **({'server': f'{server.hostname}:{server.port}'} if is_remote else {}),
     }
     origin |= split_of(job.data_dir, kind, job.split_name, job.hold_back)
     rows += write_texts(job.data_dir, kind, found, origin)

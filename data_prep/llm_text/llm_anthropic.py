@@ -7,7 +7,7 @@ from typing import Any
 from data_prep.llm_text import prompts
 from data_prep.llm_text.llm_calls import Batch, Rejected, Settings
 
-NAME = 'anthropic'
+NAME = SDK = 'anthropic'
 KEY = 'ANTHROPIC_API_KEY'
 DEFAULT_MODEL = 'claude-haiku-5-5'
 # Thinking is off: a short text does not need it, and its tokens cost as much as the answer's.

@@ -42,7 +42,7 @@ class Settings:
   """The server, the model and the parameters of requests.
 
   Attributes:
-    backend: `openai`, `anthropic` or `mock`.
+    backend: `openai`, `anthropic`, `local` or `mock`.
     model: the provider's name of the model.
     parameters: fields of the request that shape the answer.
     base_url: another server with the same API; None for the provider's.
@@ -159,11 +159,11 @@ def find_key(provider: ModuleType, settings: Settings) -> str:
       address.
   """
   try:
-    importlib.import_module(provider.NAME)
+    importlib.import_module(provider.SDK)
   except ImportError as error:
     raise InputError(
-      f"--backend={provider.NAME} needs the {provider.NAME} package: pip install 'ur4rec-jax[llm]'"
-      f' or pip install {provider.NAME}'
+      f"--backend={provider.NAME} needs the {provider.SDK} package: pip install 'ur4rec-jax[llm]'"
+      f' or pip install {provider.SDK}'
     ) from error
   if settings.base_url and not _is_address(settings.base_url):
     raise InputError('--base_url must be an address such as http://localhost:8000/v1')
@@ -181,7 +181,7 @@ def find_key(provider: ModuleType, settings: Settings) -> str:
 def connect(provider: ModuleType, settings: Settings) -> Any:
   """Creates the SDK's client; raises the errors of `find_key`."""
   key = find_key(provider, settings)
-  sdk = importlib.import_module(provider.NAME)
+  sdk = importlib.import_module(provider.SDK)
   return provider.client(
     key,
     # Without the password, since HTTP libraries log addresses.
@@ -254,7 +254,7 @@ def judge(
   Returns:
     `Unanswered`, `RefusedField`, `Rejected`, or an `InputError` that ends the run.
   """
-  sdk = importlib.import_module(provider.NAME)
+  sdk = importlib.import_module(provider.SDK)
   if isinstance(error, (ReportedError, Rejected, Unanswered)):
     return error
   if isinstance(error, sdk.APIStatusError):

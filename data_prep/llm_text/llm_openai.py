@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.llm_text import prompts
 from data_prep.llm_text.llm_calls import Batch, Rejected, Settings
 
-NAME = 'openai'
+NAME = SDK = 'openai'  # Of the backend, and of the package that speaks to it.
 KEY = 'OPENAI_API_KEY'
 DEFAULT_MODEL = 'gpt-6-luna'
 # A short text needs no reasoning, whose tokens are paid like the answer's.
