@@ -94,7 +94,7 @@ def train(loop: TrainLoop, num_steps: int) -> None:
 
 def make_evaluator(loop: TrainLoop, dataset: Dataset, part: str) -> Callable[[], np.ndarray]:
   """A function that ranks the held-out items of a part of a dataset, the loop's or another."""
-  config, data = loop.config, loop.eval_data
+  config, data = loop.config, loop.evaluators.data
   if dataset is not loop.run.dataset:
     data = data._replace(dataset=dataset, item_ids=devices.replicate(dataset.item_ids))
   model = create_model(config, dataset.num_items)

@@ -56,6 +56,24 @@ class EvalData(NamedTuple):
   mapping: str = 'pmap'
 
 
+class Evaluators:
+  """The evaluations of a run, each prepared when it is first needed: programs take time to compile.
+
+  Attributes:
+    data: what they read.
+  """
+
+  def __init__(self, data: EvalData):
+    self.data = data
+    self._prepared: dict[tuple[nn.Module, str], Callable[..., np.ndarray | None]] = {}
+
+  def get(self, model: nn.Module, part: str) -> Callable[..., np.ndarray | None]:
+    """Returns the function of `make_evaluator`; equal models share it."""
+    if (model, part) not in self._prepared:
+      self._prepared[model, part] = make_evaluator(model, self.data, part)
+    return self._prepared[model, part]
+
+
 class Catalogue(NamedTuple):
   """All encoded items, which users are ranked against; this device's rows if they are sharded.
 

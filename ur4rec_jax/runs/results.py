@@ -17,7 +17,7 @@ from ur4rec_jax.data.dataset import first_user
 from ur4rec_jax.errors import InputError, counted
 from ur4rec_jax.evaluation import metrics
 from ur4rec_jax.evaluation.baselines import baseline_metrics
-from ur4rec_jax.evaluation.evaluate import EvalData, make_evaluator
+from ur4rec_jax.evaluation.evaluate import EvalData, Evaluators
 from ur4rec_jax.evaluation.protocol import PARTS
 from ur4rec_jax.files import write_file
 from ur4rec_jax.models.ur4rec import UR4Rec
@@ -39,7 +39,7 @@ PyTree = Any
 
 
 def write_results(
-  run: Run, workdir: str, progress: TrainProgress, best_params: PyTree, data: EvalData
+  run: Run, workdir: str, progress: TrainProgress, best_params: PyTree, evaluators: Evaluators
 ) -> dict:
   """Evaluates the best parameters, writes `results.json` and files beside it, prints the table.
 
@@ -54,18 +54,19 @@ def write_results(
     workdir: where to write.
     progress: how the stages went.
     best_params: of all stages, `[stages, ...]` each, on the devices.
-    data: what the evaluation reads, on the devices.
+    evaluators: of the run.
 
   Returns:
     The contents of `results.json`.
   """
+  data = evaluators.data
   dataset, best, records = run.dataset, progress.best_stage, []
   ends = [*(stage.start for stage in progress.stages[1:]), progress.step]
   for i, (stage, went, end) in enumerate(zip(run.stages, progress.stages, ends, strict=True)):
     parts = PARTS if i == best else ('test',)
     params = params_of_stage(best_params, i)
     with jax.transfer_guard(run.config.transfer_guard):
-      ranks = rank_held_out(stage.model, data, params, parts)
+      ranks = _ranks(stage.model, evaluators, params, parts)
     if i == best:
       best_ranks, scores = ranks, _scores(stage, data, ranks)
     records.append(
@@ -167,8 +168,14 @@ def rank_held_out(
     params: on the devices, as `data.embeddings` says.
     parts: of `PARTS`.
   """
-  data = data._replace(params_axes=data.embeddings.axes(params))
-  return {part: make_evaluator(model, data, part)(params) for part in parts}
+  evaluators = Evaluators(data._replace(params_axes=data.embeddings.axes(params)))
+  return _ranks(model, evaluators, params, parts)
+
+
+def _ranks(
+  model: UR4Rec, evaluators: Evaluators, params: PyTree, parts: Sequence[str]
+) -> dict[str, np.ndarray]:
+  return {part: evaluators.get(model, part)(params) for part in parts}
 
 
 def _scores(stage: Stage, data: EvalData, ranks: dict[str, np.ndarray]) -> dict[str, dict]:

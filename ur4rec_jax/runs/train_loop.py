@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.data.input_pipeline import TrainBatches
 from ur4rec_jax.errors import InputError, InterruptedBySignal, say
-from ur4rec_jax.evaluation.evaluate import EvalData, make_evaluator
+from ur4rec_jax.evaluation.evaluate import EvalData, Evaluators
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.runs import warm_start
@@ -82,7 +82,7 @@ def train_and_evaluate(
         loop = TrainLoop(run, batches, start, checkpointer, reporter)
         loop.on_validation = on_validation or loop.on_validation
         loop.run_to_end(stop_requested)
-    return write_results(run, workdir, loop.progress, loop.best_params, loop.eval_data)
+    return write_results(run, workdir, loop.progress, loop.best_params, loop.evaluators)
 
 
 def plan_batches(run: Run) -> TrainBatches:
@@ -194,7 +194,7 @@ class TrainLoop:
     state: of training, on the devices.
     best_params: of all stages, `[stages, ...]` each, on the devices.
     progress: of the run.
-    eval_data: what validation reads, on the devices.
+    evaluators: rank the held-out items.
   """
 
   def __init__(
@@ -215,17 +215,19 @@ class TrainLoop:
     self.data_axes = train_data_axes(run.embeddings)
     train_data = make_train_data(run.dataset.train_part(), tables)
     self.data = devices.place(train_data, self.data_axes)
-    self.eval_data = EvalData(
-      dataset=run.dataset,
-      protocol=run.protocol,
-      users_per_batch=self.config.evaluation.batch_size,
-      item_ids=devices.replicate(run.dataset.item_ids),
-      tables=self.data.tables,
-      embeddings=run.embeddings,
-      params_axes=self.axes['state'].params,
-      mapping=self.config.mapping,
+    self.evaluators = Evaluators(
+      EvalData(
+        dataset=run.dataset,
+        protocol=run.protocol,
+        users_per_batch=self.config.evaluation.batch_size,
+        item_ids=devices.replicate(run.dataset.item_ids),
+        tables=self.data.tables,
+        embeddings=run.embeddings,
+        params_axes=self.axes['state'].params,
+        mapping=self.config.mapping,
+      )
     )
-    self.validators, self.train_steps = {}, {}
+    self.train_steps = {}
     self.started = time.monotonic() - self.progress.seconds
     self.on_validation: Callable[[int, float], None] = lambda epoch, score: None
     self.is_out_of_time = False
@@ -271,16 +273,6 @@ class TrainLoop:
         out_axes=(self.axes['state'], None),
       )
     return self.train_steps[program]
-
-  def _validator(self) -> Callable:
-    """Returns the evaluator of the current stage; stages with the same branches share one.
-
-    It is made for the first validation, so that training begins before all queries are packed.
-    """
-    branches = self.stage.config.branches
-    if branches not in self.validators:
-      self.validators[branches] = make_evaluator(self.stage.model, self.eval_data, 'valid')
-    return self.validators[branches]
 
   def _stage_index(self) -> jax.Array:
     return devices.replicate(np.int32(len(self.progress.stages) - 1))
@@ -374,7 +366,9 @@ class TrainLoop:
     """Ranks the validation items, keeps the parameters if they are the best, and saves."""
     progress, best = self.progress, self.progress.stage
     self.dispatcher.flush()
-    ranks = self._validator()(self.state.params, interrupted=stop_requested)
+    # Prepared for the first validation, so that training begins before all queries are packed.
+    evaluator = self.evaluators.get(self.stage.model, 'valid')
+    ranks = evaluator(self.state.params, interrupted=stop_requested)
     if ranks is None:
       self._save_and_stop(stop_requested())
     values = ranking_metrics(ranks)
