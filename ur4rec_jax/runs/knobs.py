@@ -578,6 +578,34 @@ def default_stage(config: ConfigDict, **fields: Any) -> ConfigDict:
   return stage
 
 
+def changed_fields(fields: dict[str, Any], stages: Collection[str]) -> dict[str, Any]:
+  """Returns the default of each field of a config that has another value.
+
+  Args:
+    fields: of a config, by dotted name; tuples may be lists, as in JSON.
+    stages: names of the stages that the run has; fields of others are left out.
+
+  Returns:
+    The default by dotted name; None for a field that has none.
+  """
+  as_json = lambda value: [*value] if isinstance(value, tuple) else value
+  found = {}
+  for name, value in fields.items():
+    default = None
+    match name.split('.'):
+      case 'stage', stage, field if field in STAGE_KNOBS:
+        if stage not in stages:
+          continue
+        knob = STAGE_KNOBS[field]
+        of_run = fields.get(knob.follows, knob.default)
+        default = STAGES.get(stage, {}).get(field, of_run)
+      case _ if name in KNOBS:
+        default = KNOBS[name].default
+    if as_json(value) != as_json(default):
+      found[name] = as_json(default)
+  return found
+
+
 def knobs_of(config: ConfigDict) -> dict[str, Knob]:
   """Returns all knobs of a config by dotted name, with those of each of its stages."""
   of_stages = {
