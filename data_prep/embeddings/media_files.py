@@ -6,7 +6,7 @@ memory stays flat for a file of any length.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,10 +151,9 @@ def read_sound(path: Path, rate: int, max_seconds: float) -> np.ndarray:
   most = round(max_seconds * rate)
   parts, count = [], 0
   with _opened(path) as container:
-    if not container.streams.audio:
-      raise BadMedia('has no sound')
+    stream = _first(container.streams.audio, 'sound')
     resampler = av.AudioResampler('flt', 'mono', rate)
-    for frame in _frames(container, container.streams.audio[0]):
+    for frame in _frames(container, stream):
       for part in resampler.resample(frame):
         parts.append(part.to_ndarray()[0])
         count += len(parts[-1])
@@ -185,9 +184,7 @@ def read_frames(path: Path, count: int, max_seconds: float) -> list['Image.Image
     BadMedia: the file is no video, damaged, too large, or has no frames.
   """
   with _opened(path) as container:
-    if not container.streams.video:
-      raise BadMedia('has no pictures')
-    stream = container.streams.video[0]
+    stream = _first(container.streams.video, 'pictures')
     _check_size(stream.codec_context.width, stream.codec_context.height)
     times = _frame_times(container, stream, max_seconds)
   if not times:
@@ -212,6 +209,14 @@ def _opened(path: Path) -> 'av.container.InputContainer':
     if not path.stat().st_size:
       raise BadMedia('is empty') from error
     raise BadMedia(f'is no sound and no video that can be read ({_reason(error)})') from error
+
+
+def _first(streams: Sequence[Any], what: str) -> Any:
+  if not streams:
+    raise BadMedia(f'has no {what}')
+  if streams[0].codec_context is None:
+    raise BadMedia(f'has {what} of a kind that cannot be decoded, or is damaged')
+  return streams[0]
 
 
 def _reason(error: Exception) -> str:

@@ -264,10 +264,10 @@ def test_bad_videos_are_masked_and_named(data_dir, folder):
   run(data_dir, 'video', folder, '--encoder=color')
   assert read(data_dir, 'video')[2].any(1).tolist() == [True] + 5 * [False]
   reasons = masked(data_dir, 'video')
-  assert 'that can be read' in reasons['i1']
+  assert reasons['i1'].startswith('its file ')
   assert reasons['i2'] == 'its file has no pictures'
   assert 'that can be read' in reasons['i3']
-  assert 'its file ' in reasons['i4']
+  assert reasons['i4'] == 'its file has no frames'
   assert reasons['i5'] == 'no video'
 
 
@@ -323,9 +323,9 @@ def test_frames_are_evenly_spaced(folder, suffix, codec):
   colours = np.repeat(np.arange(40)[:, None] * 6, 3, 1)
   media.write_video(folder / f'a.{suffix}', colours, codec)
   found = levels(media_files.read_frames(folder / f'a.{suffix}', 4, 1000))
-  np.testing.assert_allclose(found, [5 * 6, 15 * 6, 25 * 6, 35 * 6], atol=3)
+  np.testing.assert_allclose(found, [5 * 6, 15 * 6, 25 * 6, 35 * 6], atol=5.5)
   found = levels(media_files.read_frames(folder / f'a.{suffix}', 4, 20))
-  np.testing.assert_allclose(found, [2 * 6, 7 * 6, 12 * 6, 17 * 6], atol=3)
+  np.testing.assert_allclose(found, [2 * 6, 7 * 6, 12 * 6, 17 * 6], atol=5.5)
   assert len(media_files.read_frames(folder / f'a.{suffix}', 99, 1000)) == 40
 
 

@@ -17,6 +17,7 @@ def write_sound(path: pathlib.Path, samples: np.ndarray, codec: str, rate: int =
   """Writes samples of one channel in the format that the suffix names."""
   with av.open(str(path), 'w') as container:
     stream = container.add_stream(codec, rate=rate, layout='mono')
+    container.start_encoding()  # A file without samples has at least its header.
     size = 1024
     resampler = av.AudioResampler(stream.codec_context.format, 'mono', rate, frame_size=size)
     for start in range(0, len(samples), size):
@@ -39,6 +40,7 @@ def write_video(
     stream = container.add_stream(codec, rate=1)
     stream.width = stream.height = side
     stream.pix_fmt = {'png': 'rgb24', 'ffv1': 'bgr0'}[codec] if lossless else 'yuv420p'
+    container.start_encoding()
     for i, colour in enumerate(colours):
       pixels = np.broadcast_to(np.asarray(colour, np.uint8), (side, side, 3))
       frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), 'rgb24')

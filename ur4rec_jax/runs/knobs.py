@@ -420,6 +420,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'compilation_cache': Knob(
       '', "Folder of compiled programs; '' for one in the workdir, or none.", may_change=True
     ),
+    'trackers': Knob(
+      (),
+      'Experiment trackers that get the curves, too: mlflow, trackio, wandb.',
+      may_change=True,
+    ),
     'parameter_table': Knob(
       False,
       'Whether to print the shape and size of every parameter before training.',

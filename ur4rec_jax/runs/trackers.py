@@ -6,11 +6,13 @@ the runs of the trackers, so that a run that is started again goes on in the sam
 """
 
 import contextlib
+import importlib.util
 import json
 import math
+import os
 import pathlib
 import queue
-import re
+import secrets
 import sys
 import threading
 import time
@@ -23,7 +25,9 @@ from ur4rec_jax.files import write_file
 FILE = 'trackers.json'
 PROJECT = 'ur4rec'
 _MOST_WAITING = 10_000  # Points that wait for a slow tracker; those beyond are dropped.
-_END_SECONDS = 20  # How long the end of a run waits for its trackers.
+# How long the end of a run waits for its trackers, and how long one that is stopped, which has
+# little time left.
+_END_SECONDS, _STOP_SECONDS = 20.0, 5.0
 
 
 class Tracker(Protocol):
@@ -75,14 +79,15 @@ class Trackers:
     Args:
       is_done: whether the run has ended; else the trackers' runs can be gone on with.
     """
-    deadline = time.monotonic() + _END_SECONDS
+    seconds = _END_SECONDS if is_done else _STOP_SECONDS
+    deadline = time.monotonic() + seconds
     with contextlib.suppress(queue.Full):
-      self._queue.put(is_done, timeout=_END_SECONDS)
+      self._queue.put(is_done, timeout=seconds)
     self._thread.join(max(0.0, deadline - time.monotonic()))
     if self._thread.is_alive():
       _warn(
-        f'{" and ".join(self._open) or "the trackers"} did not take all points within '
-        f'{_END_SECONDS} seconds; {self._folder / "metrics.jsonl"} has all'
+        f'{" and ".join([*self._open]) or "the trackers"} did not take all points within '
+        f'{seconds:g} seconds; {self._folder / "metrics.jsonl"} has all of them'
       )
 
   def _feed(self, names: Sequence[str]) -> None:
@@ -140,12 +145,10 @@ def open_trackers(
 
 def check_installed(name: str) -> None:
   """Raises InputError if the library of a tracker is missing."""
-  import importlib.util
-
   if importlib.util.find_spec(name) is None:
     raise InputError(
       f"config.trackers: {name} is not installed: pip install 'ur4rec-jax[trackers]' (in a clone:"
-      " '.[trackers]'), or leave it out"
+      " '.[trackers]'), which brings mlflow and wandb, or pip install trackio; or leave it out"
     )
 
 
@@ -153,8 +156,6 @@ class _MLflow:
   """A run in MLflow: at MLFLOW_TRACKING_URI, or in the folder of the run."""
 
   def __init__(self, folder: pathlib.Path, known: str | None, config: dict[str, Any]):
-    import os
-
     from mlflow import MlflowClient
 
     place = os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{folder.absolute()}/mlflow.db'
@@ -182,11 +183,9 @@ class _MLflow:
 
 
 class _WandB:
-  """A run in Weights & Biases: offline in the folder of the run unless WANDB_MODE says otherwise."""
+  """A run in Weights & Biases: offline, in the run's folder, unless WANDB_MODE says otherwise."""
 
   def __init__(self, folder: pathlib.Path, known: str | None, config: dict[str, Any]):
-    import os
-
     import wandb
 
     self._run = wandb.init(
@@ -216,13 +215,16 @@ class _Trackio:
   def __init__(self, folder: pathlib.Path, known: str | None, config: dict[str, Any]):
     import trackio
 
-    self.id = known or folder.absolute().name
+    # Runs are found by their names, which must therefore be unlike those of other folders.
+    self.id = known or f'{folder.absolute().name}-{secrets.token_hex(4)}'
     self._run = trackio.init(
       project=PROJECT,
       name=self.id,
       config=config,
       resume='allow' if known else 'never',
       embed=False,
+      auto_log_gpu=False,
+      auto_log_cpu=False,
     )
 
   def log(self, step: int, values: dict[str, float]) -> None:
