@@ -525,7 +525,7 @@ def data_dir_of_shop(tmp_path):
   """The generated shop, and files that tell the genres of its items; every fifth has none."""
   data = tmp_path / 'shop'
   build_dataset.main(
-    ['--source=synthetic', f'--data_dir={data}', '--num_users=80', '--num_items=40']
+    ['--source=synthetic', f'--data_dir={data}', '--num_users=80', '--num_items=48']
   )
   items = read_items(data)
   genres = sorted({item['genres'][0] for item in items})
