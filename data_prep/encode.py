@@ -444,7 +444,8 @@ def _check(flags: argparse.Namespace) -> None:
     )
   if flags.file is None and (flags.modality in _OF_FILES) != (flags.files is not None):
     raise InputError(
-      f'--modality={flags.modality}: needs --files=FOLDER, or with graph --files=TRIPLES.csv'
+      f'--modality={flags.modality}: needs --files=FOLDER, or with graph --files=TRIPLES.csv; for'
+      ' vectors of your own pass --import=FILE'
       if flags.modality in _OF_FILES
       else f'--files: is about {", ".join(_OF_FILES)}; texts and pictures are in the dataset'
     )
