@@ -137,7 +137,7 @@ def models(tmp_path_factory):
   wav |= {'num_feat_extract_layers': 2, 'num_conv_pos_embeddings': 16}
   wav |= {'num_conv_pos_embedding_groups': 2}
   clap = {'hidden_size': 32, 'patch_embeds_hidden_size': 8, 'depths': [1, 1]}
-  clap |= {'num_attention_heads': [2, 2], 'spec_size': 64, 'window_size': 4, 'projection_dim': 12}
+  clap |= {'num_attention_heads': [2, 2], 'spec_size': 256, 'window_size': 4, 'projection_dim': 12}
   clap |= {'patch_size': 4, 'patch_stride': [4, 4], 'num_hidden_layers': 2, 'num_mel_bins': 64}
   clap |= {'hidden_size': 16}
   whisper = {'d_model': 32, 'encoder_layers': 2, 'encoder_attention_heads': 2}
@@ -218,7 +218,7 @@ def test_models_of_sounds_equal_the_library(data_dir, folder, models, name, laye
   for item, samples in clips.items():
     expected = by_library(models / name, name, samples, layer)
     np.testing.assert_allclose(tokens[int(item[1]), 0], expected, rtol=1e-4, atol=1e-4)
-  assert not np.allclose(tokens[0, 0], tokens[3, 0], atol=1e-2)
+  assert np.abs(tokens[0, 0] - tokens[3, 0]).max() > 1e-3
 
 
 def test_a_model_of_texts_reads_no_sounds(fails, folder, tmp_path):
