@@ -1,15 +1,20 @@
-"""Encodes texts, pictures or other data of a prepared dataset into token embeddings.
+"""Encodes texts, pictures, sounds and others of a prepared dataset into token embeddings.
 
   python -m data_prep.encode --data_dir=data/shop
   python -m data_prep.encode --data_dir=data/shop --modality=text,image --encoder=hashing,color
   python -m data_prep.encode --data_dir=data/shop --modality=image --encoder=facebook/dinov2-small
-  python -m data_prep.encode --data_dir=data/shop --modality=audio --import=audio.npz
+  python -m data_prep.encode --data_dir=data/shop --modality=audio --files=sounds/
+  python -m data_prep.encode --data_dir=data/shop --modality=video --files=trailers/
+  python -m data_prep.encode --data_dir=data/shop --modality=graph --files=triples.csv
+  python -m data_prep.encode --data_dir=data/shop --modality=scent --import=scent.npz
   python -m data_prep.encode --data_dir=data/shop --modality=attributes --import=items.csv \\
     --columns=brand,categories
 
-Without --modality the texts and pictures that the items have are encoded. The embeddings are
-written to features/item/MODALITY and features/user/MODALITY of the dataset. If the command is
-stopped, the same command continues its work. See docs/embeddings.md.
+Without --modality the texts and pictures that the items have are encoded. --files is a folder of
+sounds or videos, each named by the original id of its item (7.mp3), or a table of the triples of a
+knowledge graph (head, relation, tail). The embeddings are written to features/item/MODALITY and
+features/user/MODALITY of the dataset. If the command is stopped, the same command continues its
+work. See docs/embeddings.md.
 """
 
 import argparse
@@ -28,10 +33,13 @@ from data_prep import sources
 from data_prep.embeddings import (
   attribute_tokens,
   feature_files,
+  graph_tokens,
   imported_tokens,
   picture_tokens,
   shard_files,
+  sound_tokens,
   text_tokens,
+  video_tokens,
 )
 from data_prep.flags import Parser
 from data_prep.prepared import content
@@ -40,10 +48,12 @@ from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info, texts_origin
 from ur4rec_jax.data.features import load_features, read_features_info
 from ur4rec_jax.data.original_ids import read_ids
-from ur4rec_jax.encoders import pictures, projection, text
+from ur4rec_jax.encoders import pictures, projection, sounds, text
 from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_error, say
 
 _KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}
+AUDIO, VIDEO, GRAPH = 'audio', 'video', 'graph'
+_OF_FILES = (AUDIO, VIDEO, GRAPH)
 _MOST_REASONS = 5
 _MOST_COMPARED = 100_000  # Larger catalogues show neighbours only on request.
 
@@ -119,18 +129,38 @@ def _source(
         data_dir, of, flags.file, columns, flags.item_id_column
       )
     return source._replace(info=source.info | about | {'unknown_ids': unknown})
-  common = {'device': flags.device, 'precision': flags.precision, 'batch_size': flags.batch_size}
   if flags.modality == TEXT:
-    name = flags.encoder or text.DEFAULT
-    is_builtin = name == text.HASHING
-    encoder = text.hashing() if is_builtin else text.sentence_transformer(name, **common)
-    return text_tokens.source(data_dir, of, encoder, flags.max_tokens)
+    return text_tokens.source(data_dir, of, _text_encoder(flags), flags.max_tokens)
+  if flags.modality == IMAGE:
+    return picture_tokens.source(data_dir, _picture_encoder(flags, flags.grid), flags.workers)
+  if flags.modality == GRAPH:
+    return graph_tokens.source(data_dir, flags.files, _text_encoder(flags), flags.max_tokens)
+  read = (flags.max_tokens, flags.max_seconds, flags.workers)
+  if flags.modality == VIDEO:
+    return video_tokens.source(data_dir, flags.files, _picture_encoder(flags, 0), *read)
+  return sound_tokens.source(data_dir, flags.files, _sound_encoder(flags), *read)
+
+
+def _text_encoder(flags: argparse.Namespace) -> text.Encoder:
+  name = flags.encoder or text.DEFAULT
+  if name == text.HASHING:
+    return text.hashing()
+  return text.sentence_transformer(name, flags.device, flags.precision, flags.batch_size)
+
+
+def _picture_encoder(flags: argparse.Namespace, grid: int) -> pictures.Encoder:
   name = flags.encoder or pictures.DEFAULT
   if name == pictures.COLOR:
-    encoder = pictures.color(flags.grid)
-  else:
-    encoder = pictures.vision_model(name, flags.grid, flags.layer, **common)
-  return picture_tokens.source(data_dir, encoder, flags.workers)
+    return pictures.color(grid)
+  place = (flags.device, flags.precision, flags.batch_size)
+  return pictures.vision_model(name, grid, flags.layer, *place)
+
+
+def _sound_encoder(flags: argparse.Namespace) -> sounds.Encoder:
+  name = flags.encoder or sounds.DEFAULT
+  if name == sounds.SPECTRUM:
+    return sounds.spectrum()
+  return sounds.sound_model(name, flags.layer, flags.device, flags.precision)
 
 
 def _items_projection(
@@ -280,8 +310,8 @@ def _flags() -> Parser:
   add('--data_dir', required=True, help='folder of the prepared dataset')
   add(
     '--modality',
-    help='text, image, or both with a comma between them; with --import any name; without it what'
-    ' the items have',
+    help='text, image, or both with a comma between them; audio, video or graph with --files; with'
+    ' --import any name; without it the texts and pictures that the items have',
   )
   add(
     '--of',
@@ -290,12 +320,30 @@ def _flags() -> Parser:
   )
   add(
     '--encoder',
-    help='folder or hub name of a model, or a built-in encoder: hashing (texts), color (pictures);'
-    f' without it {text.DEFAULT} or {pictures.DEFAULT}; one for each modality, with commas between',
+    help='folder or hub name of a model, or a built-in encoder: hashing (texts and graphs), color'
+    f' (pictures and videos), spectrum (sounds); without it {text.DEFAULT}, {pictures.DEFAULT} or'
+    f' {sounds.DEFAULT}; one for each modality, with commas between',
   )
-  add('--max_tokens', type=int, default=8, help='most sentences of a text that get a token')
+  add(
+    '--max_tokens',
+    type=int,
+    default=8,
+    help='most sentences of a text, parts of a sound, frames of a video or neighbours in a graph'
+    ' that get a token',
+  )
+  add(
+    '--files',
+    help='folder of sounds or videos, each named by the original id of its item; for graph a table'
+    ' of triples: head, relation, tail',
+  )
+  add(
+    '--max_seconds',
+    type=float,
+    default=60.0,
+    help='seconds at the beginning of a sound or video that are read',
+  )
   add('--grid', type=int, default=3, help='parts per side of a picture; 0: only the whole picture')
-  add('--layer', help='layer of a vision model: projected, last, or a number such as -2')
+  add('--layer', help='layer of a model of pictures or sounds: projected, last, or e.g. -2')
   add('--import', dest='file', help='.npz, .npy or .safetensors file with features made elsewhere')
   add(
     '--columns',
@@ -321,7 +369,7 @@ def _flags() -> Parser:
   add('--whiten', action='store_true', help='give all directions the same variance')
   add('--normalise', action='store_true', help='scale every token to length 1')
   add('--dtype', choices=shard_files.DTYPES, default='float16', help='type of the stored tokens')
-  add('--batch_size', type=int, default=64, help='texts or pictures encoded at once')
+  add('--batch_size', type=int, default=64, help='texts, pictures or frames encoded at once')
   add(
     '--precision',
     choices=('auto', 'float32', 'bfloat16'),
@@ -333,7 +381,7 @@ def _flags() -> Parser:
     '--workers',
     type=int,
     default=min(8, (os.cpu_count() or 1) - 1),
-    help='processes that decode pictures; 0: decode in the main process',
+    help='processes that decode files; 0: decode in the main process',
   )
   add('--rows_per_shard', type=int, help='rows per file; a killed program loses at most one file')
   add('--neighbours', help='original ids, separated by commas, whose nearest items are shown')
@@ -361,8 +409,13 @@ def _of_each_modality(flags: argparse.Namespace) -> list[argparse.Namespace]:
   encoders = [flags.encoder] if len(names) == 1 else (flags.encoder or '').split(',')
   if flags.encoder is None:
     encoders = [None] * len(names)
-  for flag, count in (('encoder', len(encoders)), ('import', 1)):
-    if count != len(names) and (flag == 'encoder' or flags.file is not None):
+  given = (
+    ('encoder', True, len(encoders)),
+    ('import', flags.file is not None, 1),
+    ('files', flags.files is not None, 1),
+  )
+  for flag, is_given, count in given:
+    if is_given and count != len(names):
       raise InputError(
         f'--{flag}: there are {len(names)} modalities ({", ".join(names)}) and {count} for them;'
         ' give one for each, or encode them one after the other'
@@ -379,11 +432,25 @@ def _check(flags: argparse.Namespace) -> None:
     raise InputError(
       f'--modality={flags.modality}: must be a name of lower-case letters, digits, - and _'
     )
-  if flags.file is None and flags.modality not in (TEXT, IMAGE):
+  if flags.file is not None and flags.files is not None:
     raise InputError(
-      f'--modality={flags.modality}: only {TEXT} and {IMAGE} are encoded here; for others pass'
-      ' --import=FILE'
+      '--files and --import exclude each other: --files are sounds, videos or triples to encode,'
+      ' --import is a file of features made elsewhere; leave one out'
     )
+  if flags.file is None and flags.modality not in (TEXT, IMAGE, *_OF_FILES):
+    raise InputError(
+      f'--modality={flags.modality}: only {", ".join((TEXT, IMAGE, *_OF_FILES))} are encoded here;'
+      ' for others pass --import=FILE'
+    )
+  if flags.file is None and (flags.modality in _OF_FILES) != (flags.files is not None):
+    raise InputError(
+      f'--modality={flags.modality}: needs --files=FOLDER, or with graph --files=TRIPLES.csv; for'
+      ' vectors of your own pass --import=FILE'
+      if flags.modality in _OF_FILES
+      else f'--files: is about {", ".join(_OF_FILES)}; texts and pictures are in the dataset'
+    )
+  if not 0 < flags.max_seconds < float('inf'):
+    raise InputError(f'--max_seconds={flags.max_seconds}: must be above 0')
   if flags.file is not None and flags.encoder is not None:
     raise InputError('--encoder and --import exclude each other; leave one out')
   about_files = ('ids', 'split', 'hold_back', 'columns', 'item_id_column')
@@ -391,8 +458,9 @@ def _check(flags: argparse.Namespace) -> None:
     raise InputError(
       f'--{", --".join(about_files)} are about --import; pass it too, or leave them out'
     )
-  if flags.file is None and flags.modality == IMAGE and flags.of in ('user', 'both'):
-    raise InputError('--of: users have no pictures; the model looks at those of their items')
+  if flags.file is None and flags.modality != TEXT and flags.of in ('user', 'both'):
+    what = {IMAGE: 'pictures', AUDIO: 'sounds', VIDEO: 'videos', GRAPH: 'triples'}[flags.modality]
+    raise InputError(f'--of: users have no {what}; the model looks at those of their items')
   if flags.file is not None and flags.of == 'both':
     raise InputError('--of=both: import the features of items and of users one after the other')
   least = {'max_tokens': 0, 'grid': 0, 'width': 1, 'batch_size': 1, 'workers': 0}

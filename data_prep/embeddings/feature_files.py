@@ -66,6 +66,11 @@ class Row(NamedTuple):
   reason: str = ''
 
 
+Encode = Callable[
+  [list[Row], Callable[[float], object]], tuple[np.ndarray, np.ndarray, dict[int, str]]
+]
+
+
 class Earlier(NamedTuple):
   """Features of the version of the dataset before this one, whose rows need not be encoded again.
 
@@ -142,9 +147,7 @@ class Source(NamedTuple):
   tokens: int
   width: int
   rows: Callable[[], Iterator[Row]]
-  encode: Callable[
-    [list[Row], Callable[[float], object]], tuple[np.ndarray, np.ndarray, dict[int, str]]
-  ]
+  encode: Encode
 
 
 class Form(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.embeddings.feature_files import Row, Source
+from data_prep.embeddings.feature_files import Encode, Row, Source
 from ur4rec_jax.data.dataset import read_info
 from ur4rec_jax.encoders import text
 
@@ -44,7 +44,7 @@ def source(data_dir: str | Path, of: str, encoder: text.Encoder, max_tokens: int
     tokens=1 + max_tokens,
     width=encoder.width,
     rows=lambda: _rows(data_dir, of, bool(origin), max_tokens),
-    encode=functools.partial(_encode, encoder, 1 + max_tokens),
+    encode=encoding(encoder, 1 + max_tokens),
   )
 
 
@@ -61,6 +61,11 @@ def _rows(data_dir: str | Path, of: str, has_texts: bool, max_tokens: int) -> It
       yield Row(name, texts, '\0'.join(texts).encode())
     else:
       yield Row(name, None, reason='no text, or one without letters and digits')
+
+
+def encoding(encoder: text.Encoder, num_tokens: int) -> Encode:
+  """Returns the function `Source.encode` for rows whose content is a list of texts."""
+  return functools.partial(_encode, encoder, num_tokens)
 
 
 def _encode(

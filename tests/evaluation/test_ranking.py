@@ -130,3 +130,49 @@ def test_a_score_that_is_not_finite_is_told(at_once, monkeypatch):
     {'a': jnp.ones((2, 4))}, {'a': items}, jnp.array([3, 4]), nobody, ItemEmbeddings('all', 20)
   )
   assert not finite
+
+
+def best_of(users, items, seen, num_items: int, count: int) -> np.ndarray:
+  """The best items by a plain sort of NumPy scores; equal scores by the smaller id."""
+  joined = lambda x: np.concatenate([np.asarray(x['a']), np.asarray(x['b'])], axis=1)
+  scores = np.round(joined(users) @ joined(items)[1 : num_items + 1].T, 4)
+  for row, had in zip(scores, seen, strict=True):
+    row[had - 1] = -np.inf
+  return 1 + np.argsort(-scores, axis=1, kind='stable')[:, :count]
+
+
+def test_the_best_items_are_those_of_a_plain_sort():
+  users, items, _, seen, _ = catalogue(num_users=5)
+  one = jax.tree.map(lambda x: jnp.asarray(x)[None], (users, items, listed(seen)))
+  find = functools.partial(ranking.best_by_products, count=5, embeddings=ItemEmbeddings('all', 60))
+  found = jax.vmap(find, axis_name=AXIS)(*one)[0]
+  scores = lambda ids: np.take_along_axis(scored(users, items), np.asarray(ids), axis=1)
+  expected = best_of(users, items, seen, 60, 5)
+  np.testing.assert_allclose(scores(found), scores(expected), rtol=1e-5)  # Vectors come thrice.
+  assert all(len({*row} - {*had}) == 5 for row, had in zip(found.tolist(), seen, strict=True))
+
+
+def scored(users, items) -> np.ndarray:
+  return sum(np.asarray(users[branch]) @ np.asarray(items[branch]).T for branch in users)
+
+
+def test_devices_with_a_part_of_the_catalogue_find_the_same_best_items():
+  """`vmap` stands for devices."""
+  users, items, _, seen, _ = catalogue(num_users=6)
+  expected = best_of(users, items, seen, 60, 4)
+  by_device = lambda x: jnp.asarray(x).reshape(3, -1, *x.shape[1:])
+  split_users, split_items = jax.tree.map(by_device, (users, items))
+  split_seen = jax.tree.map(lambda *x: jnp.stack(x), *map(listed, seen.reshape(3, 2, -1)))
+  find = functools.partial(
+    ranking.best_by_products, count=4, embeddings=ItemEmbeddings('sharded', 60)
+  )
+  for found in jax.jit(jax.vmap(find, axis_name=AXIS))(split_users, split_items, split_seen):
+    scores = lambda ids: np.take_along_axis(scored(users, items), np.asarray(ids), axis=1)
+    np.testing.assert_allclose(scores(found), scores(expected), rtol=1e-5)
+
+
+def test_a_list_of_the_best_ends_where_no_item_is_left():
+  scores = jnp.array([[3.0, -jnp.inf, 1.0], [-jnp.inf, -jnp.inf, 2.0]])
+  best, ids = ranking.best_of(scores, jnp.array([7, 8, 9]), 3)
+  np.testing.assert_array_equal(ids, [[7, 9, 0], [9, 0, 0]])
+  np.testing.assert_array_equal(best[0, :2], [3, 1])

@@ -13,8 +13,9 @@ from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
+from ur4rec_jax.evaluation.best_items import best_items
 from ur4rec_jax.evaluation.protocol import Protocol
-from ur4rec_jax.evaluation.queries import make_queries
+from ur4rec_jax.evaluation.queries import Queries, make_queries
 from ur4rec_jax.inference.http_schema import make_question
 from ur4rec_jax.inference.query import CheckedQuery
 from ur4rec_jax.sharding import devices
@@ -72,6 +73,21 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
       whole = shares[there][:, names.index(branch)]
       np.testing.assert_allclose(shares[there][:, parts].sum(1), whole, atol=1e-4)
       assert np.abs(shares[there][:, parts]).max(0).min() > 1e-3
+
+
+@pytest.mark.parametrize('name', ['sasrec', 'standardise', 'learned', 'rank', 'cascade'])
+def test_the_best_items_of_the_evaluation_are_those_that_are_recommended(shop, name):
+  recommender, tables = make(shop, name)
+  queries, (ids, scores, _) = full_ranking(recommender)
+  few = Queries(*(x[::40] for x in queries))
+  placed = devices.replicate((recommender.dataset.item_ids, tables))
+  embeddings = ItemEmbeddings('all', recommender.dataset.num_items)
+  data = evaluate.EvalData(recommender.dataset, Protocol(), 64, *placed, embeddings)
+  params = devices.replicate(recommender.params)
+  found = best_items(recommender.model, data, params, few, 5)
+  np.testing.assert_array_equal(found, ids[::40, :5])
+  assert len(found) >= 3
+  assert np.isfinite(scores[::40, :5]).all()
 
 
 def test_shares_are_named_by_what_items_are_made_of(shop):

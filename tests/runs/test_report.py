@@ -9,6 +9,8 @@ import pytest
 from benchmarks.robustness.small_runs import lines
 from tests.helpers.html_page import Page
 from ur4rec_jax.runs import report
+from ur4rec_jax.runs.config_checks import flatten
+from ur4rec_jax.runs.knobs import default_config, default_stage
 from ur4rec_jax.runs.results import results_table
 
 STAGES = ('one', '<b>two</b>', 'three', 'four')
@@ -180,11 +182,42 @@ def test_a_single_point_is_a_dot_on_a_scale_from_zero():
   assert float(ticks[-1]) >= 2
 
 
-@pytest.mark.parametrize(('popularity', 'is_below'), [(0.05, False), (0.2, True)])
-def test_a_run_below_popularity_says_so(popularity, is_below):
+@pytest.mark.parametrize(
+  ('popularity', 'said'), [(0.05, ''), (0.19, 'no better than'), (0.2, 'below')]
+)
+def test_a_run_that_is_not_better_than_popularity_says_so_in_red_at_the_top(popularity, said):
   files = hand_made()
   files[0]['baselines']['popularity'] = scores(popularity)
   html = report.report_page('run', *files)
-  assert ('Below popularity: the most popular items alone' in html) == is_below
+  alarms = re.findall('<p class="alarm" role="alert">(.*?)</p>', html)
+  assert len(alarms) == bool(said)
   files[0]['model'] = 'sasrec'
-  assert ('warning: below popularity' in results_table(files[0])) == is_below
+  assert ('popularity: the most' in results_table(files[0])) == bool(said)
+  if said:
+    assert alarms[0].lower().startswith(f'{said} popularity: the most popular items alone')
+    assert html.index('class="alarm"') < html.index('class="headlines"')
+    assert f'warning: {said} popularity' in results_table(files[0])
+
+
+def test_the_config_is_folded_to_what_differs_from_the_defaults():
+  config = default_config()
+  config.num_epochs, config.sasrec.dim, config.stages = 7, 32, ('one',)
+  config.stage.one = default_stage(config, patience=3)
+  config.stage.train.patience = 99  # Of a stage that this run has not.
+  results, timing, started, measured = hand_made()
+  results['stages'] = results['stages'][:1]
+  results.pop('best_stage')
+  started['config'] = json.loads(json.dumps(config.to_dict()))
+  html = report.report_page('run', results, timing, started, measured[:16])
+  changed = re.search('<dl class="config changed">(.*?)</dl>', html, re.DOTALL)[1]
+  told = dict(re.findall('<dt>(.*?)</dt><dd>(.*?)</dd>', changed))
+  told = {name: re.sub('<.*?>', '', text) for name, text in told.items()}
+  assert told == {
+    'num_epochs': '7 (200)',
+    'sasrec.dim': '32 (64)',
+    'stage.one.patience': '3 (10)',
+    'stages': '[&#34;one&#34;] ([&#34;train&#34;])',
+  }
+  folded = html[html.index('<details>') :]
+  assert f'All {len(flatten(config.to_dict()))} fields' in folded
+  assert 'stage.train.patience' in folded

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.robustness.small_runs import lines
 from configs import default
+from tests.helpers.html_page import Page
 from tests.helpers.runs import wait_for
 from ur4rec_jax import compare
 from ur4rec_jax.errors import InputError
@@ -93,6 +94,14 @@ def test_a_killed_sweep_goes_on_to_the_table_of_its_runs(start, run, finished, g
   best = max(zip([run['valid']['ndcg@10'] for run in runs], names, strict=True), key=lambda x: x[0])
   assert f'--workdir={workdir / best[1]} --user=' in table
   assert f'python -m ur4rec_jax.compare {workdir} OTHER_WORKDIR' in table
+
+  page = Page((workdir / 'sweep.html').read_text())
+  assert f'page     {workdir / "sweep.html"}' in done.stdout
+  for name, each in zip(names, runs, strict=True):
+    assert name in page.texts
+    assert f'{each["valid"]["ndcg@10"]:.4f}' in page.texts
+  assert {'What mattered', 'sasrec.dropout', 'In turn', 'seed'} <= {*page.texts}
+  assert len(page.all('circle')) == 4 + 4  # In turn, and by dropout.
 
   again = run(workdir, *flags)
   assert again.returncode == 0, again.stderr

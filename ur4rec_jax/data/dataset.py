@@ -428,17 +428,43 @@ def _plain(example: dict[str, Sequence]) -> dict[str, Any]:
   }
 
 
+def read_items_at(
+  data_dir: str | pathlib.Path, item_ids: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+  """Reads the metadata of some items, as `read_items` returns them, by `item_id`."""
+  found = _examples_at(data_dir, 'items', 'items', [item - 1 for item in item_ids])
+  return {place + 1: _plain(example) for place, example in found.items()}
+
+
+def read_user_ids_at(data_dir: str | pathlib.Path, users: Sequence[int]) -> dict[int, str]:
+  """Reads the original ids of some users, by their index in the dataset."""
+  found = _examples_at(data_dir, 'interactions', 'users', users)
+  return {user: example['user_id'][0].decode() for user, example in found.items()}
+
+
+def _examples_at(
+  data_dir: str | pathlib.Path, name: str, split: str, places: Sequence[int]
+) -> dict[int, dict[str, Sequence]]:
+  chosen = sorted(set(places))
+  blocks = _examples(data_dir, name, split, places=chosen)
+  return dict(zip(chosen, itertools.chain.from_iterable(blocks), strict=True))
+
+
 def _examples(
-  data_dir: str | pathlib.Path, name: str, split: str, at_once: int = _READ_AT_ONCE
+  data_dir: str | pathlib.Path,
+  name: str,
+  split: str,
+  at_once: int = _READ_AT_ONCE,
+  places: Sequence[int] | None = None,
 ) -> Iterator[list[dict[str, Sequence]]]:
-  """Yields lists of examples with each field as a sequence.
+  """Yields lists of examples with each field as a sequence, all or those at some places.
 
   The decoding of TFDS takes five times as long.
   """
   from tensorflow_datasets.proto import tf_example_pb2
 
   try:
-    for records in read_records(pathlib.Path(data_dir) / name / VERSION, split, at_once):
+    for records in read_records(pathlib.Path(data_dir) / name / VERSION, split, at_once, places):
       examples = []
       for record in records:
         features = tf_example_pb2.Example.FromString(record).features.feature
@@ -455,7 +481,10 @@ def _examples(
 
 
 def read_records(
-  folder: pathlib.Path, split: str, at_once: int = _READ_AT_ONCE
+  folder: pathlib.Path,
+  split: str,
+  at_once: int = _READ_AT_ONCE,
+  places: Sequence[int] | None = None,
 ) -> Iterator[list[bytes]]:
   """Yields lists of encoded examples of one TFDS dataset, in order.
 
@@ -465,14 +494,16 @@ def read_records(
     folder: folder of the dataset, `.../NAME/VERSION`.
     split: name of its split.
     at_once: length of a list.
+    places: indices of the examples to read; None for all.
   """
   import tensorflow_datasets as tfds  # Slow to import, and only this function needs it.
 
   source = tfds.builder_from_directory(folder).as_data_source(
     split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
   )
-  for start in range(0, len(source), at_once):
-    records = source.__getitems__(range(start, min(start + at_once, len(source))))
+  places = range(len(source)) if places is None else places
+  for start in range(0, len(places), at_once):
+    records = source.__getitems__(places[start : start + at_once])
     if not all(records):  # The reader returns an empty record for a damaged one.
       raise ValueError('a damaged record')
     yield records

@@ -7,6 +7,7 @@ per attempt with its outcome (`status`), and lines are only ever appended.
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,18 @@ def read_manifest(data_dir: Path) -> list[dict[str, Any]]:
   return records
 
 
-def find(data_dir: str | Path) -> list[Path | None]:
+def find(data_dir: str | Path, items: Iterable[dict[str, Any]] | None = None) -> list[Path | None]:
   """Finds the pictures of the items of a prepared dataset.
 
   A picture counts if it was fetched according to the manifest and its file has not changed since.
   Placeholders do not count.
 
+  Args:
+    data_dir: the prepared folder.
+    items: of its items those whose pictures are wanted; None for all.
+
   Returns:
-    `[items]` picture files or None; entry i belongs to item i + 1.
+    `[items]` picture files or None, in the order of the items.
   """
   data_dir = Path(data_dir)
   fetched = {r['item']: r for r in read_manifest(data_dir) if r['status'] == FETCHED}
@@ -62,4 +67,4 @@ def find(data_dir: str | Path) -> list[Path | None]:
     return path if is_same else None
 
   with ThreadPoolExecutor(_THREADS) as pool:
-    return list(pool.map(sound, read_items(data_dir)))
+    return list(pool.map(sound, read_items(data_dir) if items is None else items))

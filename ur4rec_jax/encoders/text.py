@@ -64,7 +64,7 @@ def encode_like(folder: Path, info: dict[str, Any], text: str) -> tuple[np.ndarr
   Raises:
     InputError: the text is empty, or the encoder is missing or has changed.
   """
-  parts = _with_whole(split(text), info['tokens'] - 1)
+  parts = with_whole(split(text), info['tokens'] - 1)
   if not parts:
     raise InputError(f'the text {text!r:.80}: has no letters and digits; write a sentence')
   tokens, mask = encode_rows_like(folder, info, [parts])
@@ -144,7 +144,7 @@ def named_texts(
   written = iterate_texts(data_dir, of) if has_texts else itertools.repeat(None)
   if of == 'user':
     for row in written:
-      yield row['original_id'], _with_whole(row['sentences'], max_tokens)
+      yield row['original_id'], with_whole(row['sentences'], max_tokens)
     return
   for item, row in zip(iterate_items(data_dir), written, strict=False):
     if row is not None and row['original_id'] != item['original_id']:
@@ -165,7 +165,7 @@ def item_texts(item: Mapping[str, Any], written: Sequence[str] = ()) -> list[str
     written: sentences that were written about it.
   """
   parts = [_head(item), *written, *sentences.split(known_text(item['description']))]
-  return _with_whole([part for part in parts if part])
+  return with_whole([part for part in parts if part])
 
 
 def _head(item: Mapping[str, Any]) -> str:
@@ -174,7 +174,7 @@ def _head(item: Mapping[str, Any]) -> str:
   return ': '.join(part for part in (title, genres) if any(map(str.isalnum, part)))
 
 
-def _with_whole(parts: list[str], max_tokens: int | None = None) -> list[str]:
+def with_whole(parts: list[str], max_tokens: int | None = None) -> list[str]:
   """Puts the whole text before its first sentences, or all of them; [] for no text."""
   if not parts:
     return []

@@ -177,6 +177,8 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
     whether everything is finite.
   """
 
+  encode_batch = make_batch_encoder(model, embeddings, seen_capacity)
+
   def eval_step(
     params: PyTree,
     catalogue: Catalogue,
@@ -184,12 +186,7 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
     item_ids: Array,
     batch: EvalBatch,
   ) -> tuple[Array, Array]:
-    apply = functools.partial(
-      model.apply, {'params': with_placeholders(params, embeddings.num_items)}
-    )
-    users = _encode_users(apply, catalogue, user_tables, item_ids, batch)
-    targets = jnp.maximum(batch.targets, 1)
-    seen = _seen(item_ids, batch, seen_capacity)
+    apply, users, targets, seen = encode_batch(params, catalogue, user_tables, item_ids, batch)
     if not model.is_sum:
       leave_out = lambda scores: leave_out_seen(scores, targets, seen)
       scores = apply(users, catalogue.items, leave_out, method='scores')
@@ -206,8 +203,35 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
     finite = jax.lax.pmin(finite.astype(jnp.int32), devices.AXIS)
     return jax.lax.all_gather(ranks, devices.AXIS, tiled=True), finite
 
-  def _encode_users(apply, catalogue, user_tables, item_ids, batch) -> dict[str, Array]:
-    """Returns by branch `[users, width]`, each user's state after the whole history."""
+  return eval_step
+
+
+def make_batch_encoder(
+  model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: int
+) -> Callable:
+  """Builds the function that encodes the users of one device's batch.
+
+  Args:
+    model: see `make_eval_step`, like the others.
+    embeddings: the policy for item tables.
+    seen_capacity: at least the sum of a batch's `seen_lengths`.
+
+  Returns:
+    `encode_batch(params, catalogue, user_tables, item_ids, batch)`, which returns the model's
+    `apply` with its parameters; by branch `[users, width]`, each user's state after the whole
+    history; the targets `[users]`; and what the users have seen.
+  """
+
+  def encode_batch(
+    params: PyTree,
+    catalogue: Catalogue,
+    user_tables: dict[str, TokenTable],
+    item_ids: Array,
+    batch: EvalBatch,
+  ) -> tuple[Callable, dict[str, Array], Array, Seen]:
+    apply = functools.partial(
+      model.apply, {'params': with_placeholders(params, embeddings.num_items)}
+    )
     tokens = gather_batch(item_ids, batch.plan, model.max_length)
     newest = jnp.maximum(jnp.cumsum(batch.plan.lengths, axis=1) - 1, 0)
     items, history = catalogue.items, tokens.item_ids
@@ -223,9 +247,11 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
       query_positions=newest,
       method='encode_users',
     )
-    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[batch.slots], users)
+    users = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[batch.slots], users)
+    seen = _seen(item_ids, batch, seen_capacity)
+    return apply, users, jnp.maximum(batch.targets, 1), seen
 
-  return eval_step
+  return encode_batch
 
 
 def _seen(item_ids: Array, batch: EvalBatch, capacity: int) -> Seen:

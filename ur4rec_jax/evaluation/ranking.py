@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ur4rec_jax.models.fusion import inner_products
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import NOWHERE, ItemEmbeddings, index_from, renumber
 
 Array = jax.Array
@@ -51,11 +52,7 @@ def rank_by_products(
   """
   rows = len(jax.tree.leaves(items)[0])
   first = embeddings.first_item(jax.tree.leaves(items)[0])
-  # A pair that belongs to no user must not become a pair of the next device's first user.
-  is_pair = seen.users < len(targets)
-  seen = seen._replace(
-    users=jnp.where(is_pair, seen.users + embeddings.first_query(len(targets)), NOWHERE)
-  )
+  seen = _among_all_queries(seen, len(targets), embeddings)
   users, targets, seen = embeddings.gather_queries((users, targets, seen))
   size = min(rows, max(ITEMS_AT_ONCE, len(targets)))
   everybody = jnp.arange(len(targets))
@@ -95,6 +92,66 @@ def rank_by_products(
   nothing = jnp.zeros(len(targets), jnp.int32), jnp.zeros(len(targets)), jnp.array(True)
   counts, _, finite = jax.lax.fori_loop(-1, -(-rows // size), add_part, nothing)
   return 1 + embeddings.sum_own_queries(counts), finite
+
+
+def best_by_products(
+  users: dict[str, Array],
+  items: dict[str, Array],
+  seen: Seen,
+  count: int,
+  embeddings: ItemEmbeddings,
+) -> Array:
+  """Lists the items with the largest sums of the branches' inner products.
+
+  Args:
+    users: by branch, `[users, width]`; each device has its own.
+    items: by branch, see `rank_by_products`.
+    seen: left out of the lists.
+    count: length of a list.
+    embeddings: which rows this device has.
+
+  Returns:
+    `[users of all devices, count]` int32 item ids, the best first, 0 where no item is left.
+  """
+  rows = len(jax.tree.leaves(items)[0])
+  first = embeddings.first_item(jax.tree.leaves(items)[0])
+  seen = _among_all_queries(seen, len(jax.tree.leaves(users)[0]), embeddings)
+  users, seen = embeddings.gather_queries((users, seen))
+  scores = sum(inner_products(users[branch], x) for branch, x in items.items())
+  scores = scores.at[seen.users, index_from(first, seen.items)].set(-jnp.inf, mode='drop')
+  ids = first + jnp.arange(rows)
+  scores = jnp.where((ids > 0) & (ids <= embeddings.num_items), scores, -jnp.inf)
+  best, found = best_of(scores, ids, min(count, rows))
+  if embeddings.is_sharded:  # Every device has its own best for the users of all.
+    best, found = jax.lax.all_gather((best, found), devices.AXIS, axis=1, tiled=True)
+    _, found = best_of(best, found, min(count, best.shape[1]))
+    return found
+  return jax.lax.all_gather(found, devices.AXIS, tiled=True)
+
+
+def best_of(scores: Array, ids: Array, count: int) -> tuple[Array, Array]:
+  """Returns the largest scores of each row and their ids, 0 for a score of -inf.
+
+  Args:
+    scores: `[users, items]`.
+    ids: `[items]` or `[users, items]` int32.
+    count: how many to return.
+
+  Returns:
+    `[users, count]` each.
+  """
+  best, places = jax.lax.top_k(scores, count)
+  found = jnp.take_along_axis(jnp.broadcast_to(ids, scores.shape), places, axis=1)
+  return best, jnp.where(best > -jnp.inf, found, 0).astype(jnp.int32)
+
+
+def _among_all_queries(seen: Seen, count: int, embeddings: ItemEmbeddings) -> Seen:
+  """Numbers the users of a device's `count` queries as they are among those of all devices."""
+  # A pair that belongs to no user must not become a pair of the next device's first user.
+  is_pair = seen.users < count
+  return seen._replace(
+    users=jnp.where(is_pair, seen.users + embeddings.first_query(count), NOWHERE)
+  )
 
 
 def rank_among_candidates(

@@ -9,6 +9,7 @@ from ur4rec_jax.models.fusion import SUMS
 from ur4rec_jax.models.ur4rec import BRANCHES
 from ur4rec_jax.runs.extensions import load_extensions
 from ur4rec_jax.runs.knobs import KNOBS, knobs_of, no_such_field
+from ur4rec_jax.runs.trackers import OPEN
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 from ur4rec_jax.training.stages import retrieval_losses, stage_config
 
@@ -59,6 +60,10 @@ def check_config(config: ConfigDict) -> None:
       "config.sasrec.positions='rotary' turns pairs of numbers, so config.sasrec.dim="
       f'{fields["sasrec.dim"]} '
       f'must be an even multiple of config.sasrec.num_heads={fields["sasrec.num_heads"]}'
+    )
+  if unknown := [name for name in fields['trackers'] if name not in OPEN]:
+    raise InputError(
+      f'config.trackers={fields["trackers"]}: {unknown[0]} is none of {", ".join(OPEN)}'
     )
   _check_branches(fields)
   _check_losses(fields)

@@ -420,6 +420,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'compilation_cache': Knob(
       '', "Folder of compiled programs; '' for one in the workdir, or none.", may_change=True
     ),
+    'trackers': Knob(
+      (),
+      'Experiment trackers that get the curves, too: mlflow, trackio, wandb.',
+      may_change=True,
+    ),
     'parameter_table': Knob(
       False,
       'Whether to print the shape and size of every parameter before training.',
@@ -576,6 +581,34 @@ def default_stage(config: ConfigDict, **fields: Any) -> ConfigDict:
     stage[name] = of_run.get_oneway_ref(field) if knob.follows else knob.default
   stage.update(fields)
   return stage
+
+
+def changed_fields(fields: dict[str, Any], stages: Collection[str]) -> dict[str, Any]:
+  """Returns the default of each field of a config that has another value.
+
+  Args:
+    fields: of a config, by dotted name; tuples may be lists, as in JSON.
+    stages: names of the stages that the run has; fields of others are left out.
+
+  Returns:
+    The default by dotted name; None for a field that has none.
+  """
+  as_json = lambda value: [*value] if isinstance(value, tuple) else value
+  found = {}
+  for name, value in fields.items():
+    default = None
+    match name.split('.'):
+      case 'stage', stage, field if field in STAGE_KNOBS:
+        if stage not in stages:
+          continue
+        knob = STAGE_KNOBS[field]
+        of_run = fields.get(knob.follows, knob.default)
+        default = STAGES.get(stage, {}).get(field, of_run)
+      case _ if name in KNOBS:
+        default = KNOBS[name].default
+    if as_json(value) != as_json(default):
+      found[name] = as_json(default)
+  return found
 
 
 def knobs_of(config: ConfigDict) -> dict[str, Knob]:

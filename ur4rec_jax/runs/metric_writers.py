@@ -1,4 +1,4 @@
-"""What a run reports while it trains: JSON lines, TensorBoard curves, a bar or plain lines."""
+"""What a run reports while it trains: JSON lines, curves for trackers, a bar or plain lines."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ur4rec_jax.errors import StorageError
 from ur4rec_jax.files import write_file
+from ur4rec_jax.runs.trackers import Trackers
 
 METRICS = 'metrics.jsonl'
 
@@ -50,24 +51,25 @@ class Curves:
 
 
 class MetricWriter:
-  """Appends scalars to `WORKDIR/metrics.jsonl` and to TensorBoard.
+  """Appends scalars to `WORKDIR/metrics.jsonl`, to TensorBoard and to trackers.
 
   The JSON lines hold nothing that depends on the clock, so a resumed run writes the same lines as
-  an undisturbed run. Speeds go to TensorBoard.
+  an undisturbed run. Speeds go to TensorBoard and the trackers alone.
   """
 
-  def __init__(self, workdir: str, step: int, size: int):
+  def __init__(self, workdir: str, step: int, size: int, trackers: Trackers | None = None):
     """Opens the files where a run goes on.
 
     Args:
       workdir: the run's folder.
       step: last step that is kept.
       size: bytes of `metrics.jsonl` that are kept, from `position` when `step` was saved.
+      trackers: get the points of the curves, too.
 
     Raises:
       StorageError: a file cannot be written. Every other method raises it, too.
     """
-    self._path = pathlib.Path(workdir) / METRICS
+    self._path, self._trackers = pathlib.Path(workdir) / METRICS, trackers
     try:
       _keep_lines(self._path, size)
       self._lines = open(self._path, 'ab')  # noqa: SIM115
@@ -76,7 +78,7 @@ class MetricWriter:
       raise self._storage_error(error) from error
 
   def write(self, step: int, stage: str, values: dict[str, float]) -> None:
-    """Adds one line `{"step", "stage", **values}` and a TensorBoard point for each value."""
+    """Adds one line `{"step", "stage", **values}` and a point of a curve for each value."""
     line = {'step': step, 'stage': stage, **values}
     try:
       self._lines.write(json.dumps(line).encode() + b'\n')
@@ -86,11 +88,14 @@ class MetricWriter:
     self.write_curves(step, stage, values)
 
   def write_curves(self, step: int, stage: str, values: dict[str, float]) -> None:
-    """Adds TensorBoard points only, for values that differ from run to run."""
+    """Adds points of curves only, for values that differ from run to run."""
+    points = {f'{stage}/{name}': value for name, value in values.items()}
     try:
-      self._curves.add(step, {f'{stage}/{name}': value for name, value in values.items()})
+      self._curves.add(step, points)
     except OSError as error:
       raise self._storage_error(error) from error
+    if self._trackers is not None:
+      self._trackers.log(step, points)
 
   def position(self) -> int:
     """Makes all lines durable and returns the size of `metrics.jsonl`."""

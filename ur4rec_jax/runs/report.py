@@ -11,7 +11,9 @@ import numpy as np
 from ur4rec_jax.errors import counted
 from ur4rec_jax.files import write_file
 from ur4rec_jax.page import Bar, Curve, plot, render, round_ticks
+from ur4rec_jax.runs import shown_users
 from ur4rec_jax.runs.config_checks import flatten
+from ur4rec_jax.runs.knobs import changed_fields
 
 PAGE = 'report.html'
 _TEMPLATE = Path(__file__).with_name('report.html')
@@ -45,7 +47,8 @@ def write_report(workdir: str | Path) -> None:
   """Writes the page of a run, from the other files in its folder.
 
   Args:
-    workdir: folder with `results.json`, `timing.json`, `config.json` and `metrics.jsonl`.
+    workdir: folder with `results.json`, `timing.json`, `config.json`, `metrics.jsonl` and, unless
+      an earlier version wrote them, `shown_users.json`.
 
   Raises:
     StorageError: it cannot be written.
@@ -56,7 +59,10 @@ def write_report(workdir: str | Path) -> None:
   )
   with open(folder / 'metrics.jsonl') as f:
     lines = [json.loads(line) for line in f]
-  write_file(folder / PAGE, report_page(folder.resolve().name, results, timing, started, lines))
+  path = folder / shown_users.FILE
+  shown = json.loads(path.read_text()) if path.exists() else None
+  page = report_page(folder.resolve().name, results, timing, started, lines, shown)
+  write_file(folder / PAGE, page)
 
 
 def report_page(
@@ -65,6 +71,7 @@ def report_page(
   timing: dict[str, Any],
   started: dict[str, Any],
   lines: Sequence[dict[str, Any]],
+  shown: dict[str, Any] | None = None,
 ) -> str:
   """Makes the page.
 
@@ -74,6 +81,7 @@ def report_page(
     timing: content of `timing.json`.
     started: content of `config.json`.
     lines: of `metrics.jsonl`.
+    shown: content of `shown_users.json`; None if there is none.
   """
   ends = itertools.accumulate(stage['steps'] for stage in results['stages'])
   spans = [
@@ -81,6 +89,8 @@ def report_page(
     for stage, end in zip(results['stages'], ends, strict=True)
   ]
   test, popularity = results['test'], results['baselines']['popularity']
+  fields = {field: json.dumps(value) for field, value in flatten(started['config']).items()}
+  defaults = changed_fields(flatten(started['config']), [span.name for span in spans])
   return render(
     _TEMPLATE,
     name=name,
@@ -94,7 +104,10 @@ def report_page(
       ('minutes of training', f'{timing["seconds"] / 60:,.1f}'),
     ],
     protocol=', '.join(f'{what}: {value}' for what, value in results['protocol'].items()),
-    warnings=[*filter(None, (below_popularity(results), repeated_targets(results)))],
+    alarm=below_popularity(results),
+    warnings=[*filter(None, [repeated_targets(results)])],
+    rule=shown['rule'] if shown else '',
+    users=_users(shown) if shown else [],
     metrics=_METRICS,
     rows=_table_rows(results),
     stages=[(number, span) for number, span in enumerate(spans, 1)],
@@ -106,23 +119,26 @@ def report_page(
       ('device', f'{timing["device"]}, jax {timing["jax"]}'),
       ('split hash', results['dataset']['split_hash']),
     ],
-    config=[
-      (field, json.dumps(value)) for field, value in sorted(flatten(started['config']).items())
+    changed=[
+      (field, fields[field], '' if default is None else json.dumps(default))
+      for field, default in sorted(defaults.items())
     ],
+    config=sorted(fields.items()),
   )
 
 
 def below_popularity(results: dict[str, Any]) -> str:
-  """Says that a run is worse than a ranking by popularity; empty if it is not.
+  """Says that a run is not better than a ranking by popularity; empty if it is.
 
   Args:
     results: content of `results.json`.
   """
   ours, theirs = results['test']['ndcg@10'], results['baselines']['popularity']['ndcg@10']
-  if ours >= theirs:
+  if ours > theirs:
     return ''
+  place = 'below popularity' if ours < theirs else 'no better than popularity'
   return (
-    f'below popularity: the most popular items alone have test NDCG@10 {theirs:.4f}, this '
+    f'{place}: the most popular items alone have test NDCG@10 {theirs:.4f}, this '
     f'model has {ours:.4f}; train it for longer, or give it more data, before you use it'
   )
 
@@ -156,6 +172,27 @@ def repeated_targets(results: dict[str, Any]) -> str:
     'that they had before; '
     + ('they count' if is_counted else 'they do not count, as items that a user had are left out')
   )
+
+
+def _users(shown: dict[str, Any]) -> list[dict[str, Any]]:
+  """Puts the items of each shown user in the place of their numbers, and says what came of it."""
+  item = lambda number: shown['items'][str(number)]
+  users = []
+  for user in shown['users']:
+    place = user['best'].index(user['held_out']) + 1 if user['held_out'] in user['best'] else None
+    rank = '' if user['rank'] is None else f'rank {user["rank"]:,}'
+    users.append(
+      {
+        'name': user['user'],
+        'had': user['had'],
+        'history': [item(number) for number in user['history']],
+        'held_out': item(user['held_out']),
+        'best': [item(number) for number in user['best']],
+        'place': place,
+        'rank': rank,
+      }
+    )
+  return users
 
 
 def _table_rows(results: dict[str, Any]) -> list[tuple[str, str, dict[str, str], bool]]:

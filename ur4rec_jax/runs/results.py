@@ -21,6 +21,7 @@ from ur4rec_jax.evaluation.evaluate import EvalData, Evaluators
 from ur4rec_jax.evaluation.protocol import PARTS
 from ur4rec_jax.files import write_file
 from ur4rec_jax.models.ur4rec import UR4Rec
+from ur4rec_jax.runs import shown_users
 from ur4rec_jax.runs.compiled_programs import keep_compiled_programs
 from ur4rec_jax.runs.open_run import Run, open_run, restore_best
 from ur4rec_jax.runs.report import (
@@ -46,8 +47,9 @@ def write_results(
   Every stage's best parameters are ranked with the branches that the stage trains. The run's
   metrics are those of the stage with the best validation.
 
-  The files beside it are `timing.json`, `report.html`, and `test_ranks.npz` with `users`, their
-  index in the dataset, and `ranks`, int32, which paired tests between two runs need.
+  The files beside it are `timing.json`, `shown_users.json`, `report.html`, and `test_ranks.npz`
+  with `users`, their index in the dataset, and `ranks`, int32, which paired tests between two runs
+  need.
 
   Args:
     run: that was trained.
@@ -68,7 +70,7 @@ def write_results(
     with jax.transfer_guard(run.config.transfer_guard):
       ranks = _ranks(stage.model, evaluators, params, parts)
     if i == best:
-      best_ranks, scores = ranks, _scores(stage, data, ranks)
+      best_ranks, best_of_stage, scores = ranks, params, _scores(stage, data, ranks)
     records.append(
       {
         'name': stage.name,
@@ -104,12 +106,15 @@ def write_results(
     'seconds': round(progress.seconds, 1),
     'jax': jax.__version__,
   }
+  model = run.stages[best].model
+  shown = shown_users.shown_users(model, data, best_of_stage, best_ranks['test'], run.config)
   if devices.is_main_process():
     archive = io.BytesIO()
     users = dataset.held_out('test')[0][data.protocol.is_counted(dataset, 'test')]
     np.savez(archive, users=users, ranks=best_ranks['test'])
     write_file(pathlib.Path(workdir) / 'test_ranks.npz', archive.getvalue())
-    for name, content in (('timing.json', timing), ('results.json', results)):
+    written = (('timing.json', timing), (shown_users.FILE, shown), ('results.json', results))
+    for name, content in written:
       write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
     write_report(workdir)
     print('\n'.join([results_table(results), '', *_next_lines(run, workdir)]), flush=True)

@@ -6,7 +6,6 @@ items decide nothing. `WORKDIR/search.db` remembers all trials, so the same comm
 
 import json
 import logging
-import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 from ml_collections import ConfigDict
 
-from ur4rec_jax import page
-from ur4rec_jax.errors import DivergenceError, InputError, say
+from ur4rec_jax.errors import DivergenceError, InputError, counted, say
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.config_files import call_function
 from ur4rec_jax.runs.sweep import METRIC, Member, is_finished, make_members, read_run
+from ur4rec_jax.runs.trials_page import Table, settings_text, trials_page
 
 if TYPE_CHECKING:
   import optuna
 
-TEMPLATE = pathlib.Path(__file__).with_name('search.html')
 PAGE, RECORD = 'search.html', 'search.json'
 _UNPRUNED_TRIALS = 4  # These show what a usual validation is at each epoch.
 _SHOWN = 10  # Trials in the table on the terminal.
+_HOW = 'Share of each parameter in the differences between good trials and all trials (PED-ANOVA).'
 
 
 class Pruned(Exception):
@@ -174,6 +173,7 @@ def summarise(study: 'optuna.Study') -> dict[str, Any]:
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.value is None:
       continue
     found[trial.user_attrs['folder']] = {
+      'number': trial.number + 1,
       'overrides': trial.user_attrs['overrides'],
       'parameters': trial.params,
       'state': trial.state.name.lower(),
@@ -203,17 +203,12 @@ def _table(summary: dict[str, Any]) -> str:
   trials = summary['trials'][:_SHOWN]
   lines = [f'{"valid":>8}  {"state":<13}settings']
   for trial in trials:
-    settings = ', '.join(f'{name}={_text(x)}' for name, x in trial['overrides'].items())
-    lines.append(f'{trial["valid"]:>8.4f}  {_state(trial):<13}{settings}')
+    lines.append(f'{trial["valid"]:>8.4f}  {_state(trial):<13}{settings_text(trial)}')
   return '\n'.join(lines)
 
 
 def _state(trial: dict[str, Any]) -> str:
   return 'ended early' if trial['state'] == 'pruned' else trial['state']
-
-
-def _text(value: Any) -> str:
-  return f'{value:.3g}' if isinstance(value, float) else str(value)
 
 
 def _last_lines(summary: dict[str, Any], folder: pathlib.Path) -> Iterator[str]:
@@ -229,50 +224,23 @@ def _last_lines(summary: dict[str, Any], folder: pathlib.Path) -> Iterator[str]:
 
 
 def _page(summary: dict[str, Any], workdir: str) -> str:
-  names = list(summary['trials'][0]['parameters']) if summary['trials'] else []
-  names.sort(key=lambda name: -summary['importance'].get(name, 0))
-  plots = [plot for name in names if (plot := _plot(name, summary['trials']))]
-  return page.render(
-    TEMPLATE,
-    title=pathlib.Path(workdir).name,
-    trials=summary['trials'],
-    importance=summary['importance'],
-    minutes=summary['seconds'] / 60,
-    plots=plots,
-    text=_text,
-    state=_state,
-  )
-
-
-def _plot(name: str, trials: list[dict[str, Any]]) -> dict[str, Any] | None:
-  """Draws the validation of all trials over one parameter; None if they have a single value."""
-  points = [(trial['parameters'][name], trial) for trial in trials if name in trial['parameters']]
-  values = [value for value, _ in points]
-  if len({str(value) for value in values}) < 2:
-    return None
-  is_number = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
-  if is_number and min(values) > 0 and max(values) > 20 * min(values):
-    at, label = math.log10, f'{name} (logarithmic)'
-  elif is_number:
-    at, label = float, name
-  else:
-    order = sorted({str(value) for value in values})
-    at, label = (lambda value: float(order.index(str(value)))), name
-  if is_number:
-    ticks = [(at(value), _text(value)) for value in (min(values), max(values))]
-  else:
-    ticks = [(float(i), text) for i, text in enumerate(order)]
-  dots = [
-    (at(value), trial['valid'], f'{_text(value)}: {trial["valid"]:.4f}') for value, trial in points
+  trials = summary['trials']
+  rows = [
+    [settings_text(trial) or 'config', f'{trial["valid"]:.4f}', _state(trial), trial['folder']]
+    for trial in trials
   ]
-  scores = [trial['valid'] for trial in trials]
-  return page.plot(
-    name,
-    'Each point is a trial; those that ended early are drawn at their last validation.',
-    x_label=label,
-    x_ticks=ticks,
-    y_label=f'validation {METRIC}',
-    least_y_step=0.0001,
-    low=max(0, min(scores) - 0.2 * (max(scores) - min(scores))),
-    dots=dots,
+  table = Table(
+    'Trials',
+    ['settings', 'validation', 'state', 'folder'],
+    rows,
+    'The test items decided nothing here. Run the best settings with several seeds before you '
+    'report a number.',
+  )
+  minutes = summary['seconds'] / 60
+  return trials_page(
+    f'{pathlib.Path(workdir).name}: a search',
+    f'{counted(len(trials), "trial")} in {minutes:.0f} minutes, by NDCG@10 of validation',
+    trials,
+    (summary['importance'], _HOW),
+    [table],
   )

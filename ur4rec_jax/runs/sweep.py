@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import first_user
-from ur4rec_jax.errors import DivergenceError, InputError, say
+from ur4rec_jax.errors import DivergenceError, InputError, counted, say
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
@@ -26,10 +26,12 @@ from ur4rec_jax.runs.config_checks import check_config, flatten
 from ur4rec_jax.runs.config_files import call_function
 from ur4rec_jax.runs.knobs import no_such_field
 from ur4rec_jax.runs.report import PAGE
+from ur4rec_jax.runs.trials_page import Table, Trial, settings_text, trials_page, variance_shares
 from ur4rec_jax.runs.workdir import is_started_with
 from ur4rec_jax.sharding import devices
 
 METRIC = 'ndcg@10'
+SWEEP_PAGE = 'sweep.html'
 FLIPS = 10_000  # Random sign flips in the permutation test.
 _NAME_LENGTH = 100
 _TABLE_METRICS = (METRIC, 'hit@10', 'mrr')
@@ -50,7 +52,7 @@ class Member(NamedTuple):
 def run_sweep(
   config: ConfigDict, workdir: str, seeds: Sequence[int] = (), grid: str | None = None
 ) -> dict:
-  """Runs all members, writes `WORKDIR/sweep.json` after each, and prints the table.
+  """Runs all members, writes `sweep.json` and `sweep.html` after each, and prints the table.
 
   Args:
     config: what the members have in common.
@@ -84,6 +86,8 @@ def run_sweep(
       finished.append((member, *read_run(folder)))
       summary = summarise(finished)
       write_file(pathlib.Path(workdir) / 'sweep.json', json.dumps(summary, indent=2) + '\n')
+      page = _page(finished, summary, pathlib.Path(workdir).resolve().name)
+      write_file(pathlib.Path(workdir) / SWEEP_PAGE, page)
   if summary:
     say(f'\n{summary_table(summary, pathlib.Path(workdir).name)}\n')
     say('\n'.join(_next_lines(finished, workdir)))
@@ -100,6 +104,7 @@ def _next_lines(
   folder = pathlib.Path(workdir) / best.name
   user = shlex.quote(first_user(best.config.data_dir))
   return [
+    f'page     {pathlib.Path(workdir) / SWEEP_PAGE}',
     f'best     {folder} by validation; its report: {folder / PAGE}',
     f'next     python -m ur4rec_jax.compare {shlex.quote(str(workdir))} OTHER_WORKDIR',
     f'         python -m ur4rec_jax.recommend --workdir={shlex.quote(str(folder))} --user={user}',
@@ -309,6 +314,26 @@ def summary_table(summary: dict[str, Any], name: str = '') -> str:
     summary: the result.
     name: name of a single variant that overrides nothing.
   """
+  rows = _summary_rows(summary, name)
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
+  if len(rows) > 2:
+    lines.append(f'gain and paired p value: of {METRIC} over that of {rows[1][0]}')
+  others = [
+    row[0]
+    for row, variant in zip(rows[2:], summary['variants'][1:], strict=True)
+    if variant['p'] is None
+  ]
+  if others:
+    lines.append(
+      f'{", ".join(others)}: no gain, as the data, the split or the protocol are not those of'
+      f' {rows[1][0]}'
+    )
+  return '\n'.join(['test', *lines])
+
+
+def _summary_rows(summary: dict[str, Any], name: str) -> list[list[str]]:
+  """Returns the names of the columns, and a row of texts for each variant."""
   is_alone = len(summary['variants']) == 1
   rows = [['variant', 'seeds', *_TABLE_METRICS, 'gain', 'p', f'{METRIC} of each seed']]
   scores = {member['name']: member['test'][METRIC] for member in summary['members']}
@@ -326,21 +351,70 @@ def summary_table(summary: dict[str, Any], name: str = '') -> str:
     )
   if is_alone:  # There is nothing to compare it with.
     rows = [[*row[:-3], row[-1]] for row in rows]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
-  if len(rows) > 2:
-    lines.append(f'gain and paired p value: of {METRIC} over that of {rows[1][0]}')
-  others = [
-    row[0]
-    for row, variant in zip(rows[2:], summary['variants'][1:], strict=True)
-    if variant['p'] is None
-  ]
-  if others:
-    lines.append(
-      f'{", ".join(others)}: no gain, as the data, the split or the protocol are not those of'
-      f' {rows[1][0]}'
+  return rows
+
+
+def _page(
+  runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]], summary: dict[str, Any], name: str
+) -> str:
+  """Makes the page of a sweep.
+
+  Args:
+    runs: see `summarise`.
+    summary: its result.
+    name: of the sweep.
+  """
+  trials = _trials(runs)
+  columns, *rows = _summary_rows(summary, name)
+  base = rows[0][0]
+  variants = Table(
+    'Variants, by the test items',
+    columns,
+    rows,
+    f'Mean ± standard deviation over the seeds. Gain and paired p value: of {METRIC} over that of '
+    f'{base}.'
+    if len(rows) > 1
+    else 'Mean ± standard deviation over the seeds.',
+  )
+  best_first = sorted(trials, key=lambda trial: -trial['valid'])
+  table = Table(
+    'Runs, the best by validation first',
+    ['settings', 'validation', 'test', 'folder'],
+    [[settings_text(x), f'{x["valid"]:.4f}', f'{x["test"]:.4f}', x['folder']] for x in best_first],
+    'To choose a run by its test number would be to choose on the test.',
+  )
+  how = (
+    'Share of the differences in validation between runs that goes along with each field alone, '
+    'and with the seed. Shares need not add up to 100 %: fields may work together, and those that '
+    'change together share their part.'
+  )
+  return trials_page(
+    f'{name}: a sweep',
+    f'{counted(len(trials), "run")} of {counted(len(summary["variants"]), "variant")}, {METRIC}',
+    trials,
+    (variance_shares(trials), how),
+    [variants, table],
+  )
+
+
+def _trials(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> list[Trial]:
+  """Returns the runs of a sweep as trials, see `trials_page`."""
+  varied = list(dict.fromkeys(field for member, *_ in runs for field in member.overrides))
+  trials = []
+  for number, (member, results, _) in enumerate(runs, 1):
+    fields = flatten(member.config.to_dict())
+    trials.append(
+      {
+        'number': number,
+        'overrides': {**member.overrides, 'seed': member.config.seed},
+        'parameters': {field: fields[field] for field in varied},
+        'state': 'complete',
+        'valid': results['valid'][METRIC],
+        'test': results['test'][METRIC],
+        'folder': member.name,
+      }
     )
-  return '\n'.join(['test', *lines])
+  return trials
 
 
 def mean_and_spread(mean: float, sd: float | None) -> str:

@@ -19,12 +19,14 @@ from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.runs import warm_start
 from ur4rec_jax.runs.checkpoint import Checkpointer
+from ur4rec_jax.runs.config_checks import flatten
 from ur4rec_jax.runs.dispatcher import Dispatcher
 from ur4rec_jax.runs.metric_writers import Course, MetricWriter, NullReporter, Reporter
 from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.runs.results import write_results
 from ur4rec_jax.runs.run_summary import run_summary
 from ur4rec_jax.runs.stop_requests import stop_requests
+from ur4rec_jax.runs.trackers import Trackers, open_trackers
 from ur4rec_jax.runs.workdir import claimed_workdir, note_start
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ITEM_TABLE
@@ -69,7 +71,7 @@ def train_and_evaluate(
   run = open_run(config)
   run.check_targets()
   batches = plan_batches(run)
-  with claimed_workdir(workdir, run):
+  with claimed_workdir(workdir, run), _trackers(run, workdir) as trackers:
     with (
       contextlib.closing(Checkpointer(workdir, config.checkpoint.max_to_keep)) as checkpointer,
       stop_requests(config.checkpoint.grace_seconds) as stop_requested,
@@ -78,11 +80,22 @@ def train_and_evaluate(
       start = restore_or_create(run, checkpointer)
       _check_length(run, batches, start.progress, workdir)
       note_start(workdir, run)
-      with contextlib.closing(_open_reporter(run, batches, start, workdir)) as reporter:
+      reporter = _open_reporter(run, batches, start, workdir, trackers)
+      with contextlib.closing(reporter):
         loop = TrainLoop(run, batches, start, checkpointer, reporter)
         loop.on_validation = on_validation or loop.on_validation
         loop.run_to_end(stop_requested)
-    return write_results(run, workdir, loop.progress, loop.best_params, loop.evaluators)
+    results = write_results(run, workdir, loop.progress, loop.best_params, loop.evaluators)
+    if trackers is not None:
+      points = {f'test/{name}': value for name, value in results['test'].items()}
+      trackers.log(loop.progress.step, points)
+    return results
+
+
+def _trackers(run: Run, workdir: str) -> contextlib.AbstractContextManager[Trackers | None]:
+  """Opens the trackers of a run in the one process that reports."""
+  names = run.config.trackers if devices.is_main_process() else ()
+  return open_trackers(workdir, names, flatten(run.config.to_dict()))
 
 
 def plan_batches(run: Run) -> TrainBatches:
@@ -176,12 +189,13 @@ def _begin_items_as_content(run: Run, params: PyTree, axes: PyTree) -> None:
 
 
 def _open_reporter(
-  run: Run, batches: TrainBatches, start: Start, workdir: str
+  run: Run, batches: TrainBatches, start: Start, workdir: str, trackers: Trackers | None
 ) -> Reporter | NullReporter:
   if not devices.is_main_process():
     return NullReporter()
   say(run_summary(run, batches, start.progress))
-  return Reporter(MetricWriter(workdir, start.progress.step, start.progress.metrics_size))
+  progress = start.progress
+  return Reporter(MetricWriter(workdir, progress.step, progress.metrics_size, trackers))
 
 
 class TrainLoop:

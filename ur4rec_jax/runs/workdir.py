@@ -21,7 +21,13 @@ from ur4rec_jax.runs.saved_steps import saved_steps
 from ur4rec_jax.sharding import devices
 
 CONFIG = 'config.json'
-RESULT_FILES = ('results.json', 'test_ranks.npz', 'timing.json', 'report.html')
+RESULT_FILES = (
+  'results.json',
+  'test_ranks.npz',
+  'timing.json',
+  'shown_users.json',
+  'report.html',
+)
 
 
 def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
