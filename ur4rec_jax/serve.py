@@ -70,7 +70,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add('--compare_with', help='a second exported folder; the page shows both lists side by side')
   add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
   add('--experiment', help='TOML file of an experiment, whose arms answer its users')
-  add('--events', help='where to keep events: a SQLite file, which is made, or redis://HOST:PORT/0')
+  add('--events', help='where to keep events: a file, redis://HOST:PORT/0 or postgres://HOST/DB')
   add(
     '--event_kinds',
     default='click,cart,buy',
