@@ -6,6 +6,7 @@ low priority, and leaves the programs in the cache, where the service finds them
 
 import asyncio
 import os
+import subprocess
 import sys
 
 import jax
@@ -33,17 +34,17 @@ async def precompile(folder: str, most_jobs: int) -> None:
   if jax.default_backend() != 'cpu' or not has_cache or exported.is_compiled(folder):
     return
   options = {name.upper(): str(getattr(jax.config, name)) for name in _CACHE_OPTIONS}
-  quiet = asyncio.subprocess.DEVNULL
-  process = await asyncio.create_subprocess_exec(
-    *(sys.executable, '-m', __name__, folder, str(most_jobs)),
+  # The one of asyncio forks, which jax warns of.
+  process = subprocess.Popen(
+    [sys.executable, '-m', __name__, folder, str(most_jobs)],
     env=os.environ | options,
-    stdout=quiet,
-    stderr=quiet,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
   )
   try:
-    await process.wait()
+    await asyncio.to_thread(process.wait)
   finally:
-    if process.returncode is None:  # The service ends.
+    if process.poll() is None:  # The service ends.
       process.kill()
 
 
