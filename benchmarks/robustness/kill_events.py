@@ -71,7 +71,8 @@ class Sender(threading.Thread):
     while not self.is_over or waiting:
       if self.port < 0:
         return
-      if waiting and (self.is_over or self._rng.random() < 0.5):
+      # While nobody answers, not much piles up that must be sent in the end.
+      if waiting and (self.is_over or len(waiting) > 50 or self._rng.random() < 0.5):
         events = waiting.pop(0)
       else:
         events = [self._event() for _ in range(self._rng.choice((1, 1, 1, 5, 40)))]
@@ -167,7 +168,7 @@ def measure(flags: argparse.Namespace, place: str, cache: str) -> dict[str, Any]
     sender.port = port
     sender.start()
   try:
-    end = time.monotonic() + 60 * flags.minutes
+    end, kills = time.monotonic() + 60 * flags.minutes, 0
     for number in range(flags.kills):
       if time.monotonic() > end:
         break
@@ -199,7 +200,7 @@ def measure(flags: argparse.Namespace, place: str, cache: str) -> dict[str, Any]
   counts = _total(senders)
   return {
     'kills': kills,
-    'store': next((name for name in NAMES if place.startswith(name)), 'sqlite'),
+    'store': next((name for name in NAMES if place.startswith(name) and '://' in place), 'sqlite'),
     'acknowledged': len(acknowledged),
     'lost': sum(key not in stored for key in acknowledged),
     'counted_twice': sum(count > 1 for count in stored.values()),
