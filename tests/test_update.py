@@ -1,5 +1,6 @@
 """`ur4rec_jax.update`: warm start, gate, promotion and rollback, on small real runs."""
 
+import itertools
 import json
 import os
 import random
@@ -169,6 +170,31 @@ def test_an_update_is_promoted_and_rolled_back(days, tmp_path):
   assert 'version 000001 serves again' in back.stdout
   assert registry.current(models) == '000001'
   assert run_here(update.main, [f'--registry={models}', '--rollback']).returncode == 2
+
+
+def test_the_promoted_model_may_have_learned_all_events(days, tmp_path):
+  models, chain = tmp_path / 'models', [days / 'run1', tmp_path / 'run2', tmp_path / 'run3']
+  flags = [f'--data_dir={days / "day2"}', f'--registry={models}', '--epochs=2', '--margin=1']
+  flags += ['--force', '--promote=on_all_events']  # The second time no event is new.
+  for before, out in itertools.pairwise(chain):
+    done = run_here(update.main, [*flags, f'--workdir={before}', f'--out={out}'])
+    assert done.returncode == 0, done.stderr
+  for before, out in itertools.pairwise(chain):
+    judged, served = (open_stored_run(x) for x in (out, out / 'all'))
+    lengths = judged.dataset.lengths
+    assert (judged.dataset.split.train_lengths == np.maximum(lengths - 2, 1)).all()
+    assert (served.dataset.split.train_lengths == lengths).all()
+    assert len(served.dataset.train_part().item_ids) == lengths.sum()
+    # Each starts from the model of its kind, and trains to its end, as the other one.
+    assert judged.config.init.run == str(before)
+    assert served.config.init.run == str(before / 'all' if before != chain[0] else before)
+    for folder in (out, out / 'all'):
+      results = json.loads((folder / 'results.json').read_text())
+      assert results['stages'][0]['best_epoch'] == 2
+      assert ('trained_on' in results['protocol']) == (folder != out)
+  about = exported.load(registry.path(models, registry.current(models))).about
+  assert about['config']['train_on'] == 'all'
+  assert 'all interactions' in about['protocol']['trained_on']
 
 
 def test_a_shuffled_day_is_refused(days, tmp_path):

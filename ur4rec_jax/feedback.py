@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
-  add('--events', required=True, help='the store: a SQLite file or redis://HOST:PORT/0')
+  add(
+    '--events', required=True, help='the store: a file, redis://HOST:PORT/0 or postgres://HOST/DB'
+  )
   add('--out', help='folder to write events.csv and exposures.csv into')
   add('--delete_user', help='id of a user of whom nothing may stay in the store')
   add('--export', help='with --delete_user: exported folder that forgets the user, too')

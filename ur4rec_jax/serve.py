@@ -13,6 +13,7 @@ the first request. docs/inference.md lists the routes and the limits.
 
 import argparse
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -40,6 +41,7 @@ try:
   from ur4rec_jax.inference.http_events import EventRoute
   from ur4rec_jax.inference.live import LiveModel, Served, is_loading, open_current
   from ur4rec_jax.inference.named_models import NamedModels, names_of
+  from ur4rec_jax.inference.precompile import precompile
   from ur4rec_jax.inference.recommender import BATCH_SIZES
   from ur4rec_jax.inference.rules import load as load_rules
   from ur4rec_jax.online.events import KINDS
@@ -70,7 +72,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add('--compare_with', help='a second exported folder; the page shows both lists side by side')
   add('--rules', help='TOML file of filters, caps, diversity, boosts and pins')
   add('--experiment', help='TOML file of an experiment, whose arms answer its users')
-  add('--events', help='where to keep events: a SQLite file, which is made, or redis://HOST:PORT/0')
+  add('--events', help='where to keep events: a file, redis://HOST:PORT/0 or postgres://HOST/DB')
   add(
     '--event_kinds',
     default='click,cart,buy',
@@ -213,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     # A registry's first model ends when the next one comes, so arms cannot share it.
     arms = Arms(flags.experiment, open_model, () if flags.registry else (first,))
     beside += [arms.watch, *(model.batcher.run for model in arms.own_models)]
-  model = LiveModel(load(folder, version, first), load, flags.registry, beside)
+  prepare = functools.partial(precompile, most_jobs=flags.batch)
+  model = LiveModel(load(folder, version, first), load, flags.registry, beside, prepare)
   del first  # It may be large, and a registry replaces it.
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
   app = AdmissionControl(

@@ -22,7 +22,8 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 from ur4rec_jax.files import expand_home
 
 EXPORT = 'export'
-_OF_EACH_UPDATE = ('epochs', 'replay', 'moments', 'margin')
+_OF_EACH_UPDATE = ('epochs', 'replay', 'moments', 'margin', 'promote')
+_JUDGED, _ON_ALL = 'judged', 'on_all_events'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     type=float,
     default=0.02,
     help='largest relative loss of NDCG@10 with which an update still passes; default 0.02',
+  )
+  add(
+    '--promote',
+    choices=(_JUDGED, _ON_ALL),
+    help='model to promote: the one that the gate judged, or a second one, trained in the same way'
+    f' on all events, those of the test too; default {_JUDGED}, with --watch {_ON_ALL}',
   )
   add('--force', action='store_true', help='promote it also if the gate refuses it')
   add('--users', action='store_true', help='export the users and their histories, too')
@@ -111,6 +118,7 @@ def _check(flags: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, and updates or rolls back."""
   flags = _parser().parse_args(expand_home(argv))
+  flags.promote = flags.promote or (_ON_ALL if flags.watch else _JUDGED)
   _check(flags)
   if flags.rollback:
     from ur4rec_jax.inference import registry
@@ -128,8 +136,9 @@ def main(argv: list[str] | None = None) -> None:
   from ur4rec_jax.sharding import devices
 
   devices.use_cpu_threads(stored_config(flags.workdir).cpu_threads)
+  keep = 'best' if flags.promote == _JUDGED else 'last'
   config = update_run.update_config(
-    flags.workdir, flags.data_dir, flags.epochs, flags.replay, flags.moments
+    flags.workdir, flags.data_dir, flags.epochs, flags.replay, flags.moments, keep
   )
   verdict = update_run.train_and_judge(config, flags.out, flags.margin)
   say('\n' + gate.table(verdict))
@@ -139,8 +148,15 @@ def main(argv: list[str] | None = None) -> None:
     say(f'refused: {reason}')
   if verdict['reasons'] and flags.force:
     say('promoted all the same, as --force says')
+  if is_promoted and flags.promote == _ON_ALL:
+    say(
+      '\nnow the same on all events; the numbers above are of the model without the held-out ones'
+    )
+    served = update_run.train_on_all(config, out)
+  else:
+    served = out
   if is_promoted and flags.registry:
-    version = _promote(out, verdict, flags)
+    version = _promote(served, verdict, flags)
     say(f'promoted: version {version} in {flags.registry}')
   elif is_promoted:
     say('passed: it may replace the model before; --registry=DIR promotes it')
@@ -181,13 +197,13 @@ def _watch(flags: argparse.Namespace) -> None:
   )
 
 
-def _promote(out: pathlib.Path, verdict: dict[str, Any], flags: argparse.Namespace) -> str:
-  """Exports the update into its workdir and copies that into the registry."""
+def _promote(served: pathlib.Path, verdict: dict[str, Any], flags: argparse.Namespace) -> str:
+  """Exports a trained model into `--out` and copies that into the registry."""
   from ur4rec_jax.inference import exported, registry
   from ur4rec_jax.inference.exporting import export
   from ur4rec_jax.inference.trained import load
 
-  recommender = load(out)
+  recommender, out = load(served), pathlib.Path(flags.out)
   if not exported.is_of(out / EXPORT, recommender.settings):
     shutil.rmtree(out / EXPORT, ignore_errors=True)  # It is of fewer epochs, for example.
     export(recommender, out / EXPORT, flags.users)

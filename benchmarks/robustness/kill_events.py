@@ -19,6 +19,7 @@ import collections
 import contextlib
 import http.client
 import json
+import math
 import os
 import pathlib
 import random
@@ -42,7 +43,7 @@ from ur4rec_jax.online.feedback_store import open_store
 
 STORED = ROOT / 'benchmarks' / 'results' / 'robustness' / 'kill_events.json'
 PAGE = ROOT / 'docs' / 'live.md'
-NAMES = {'sqlite': 'SQLite', 'redis': 'Redis'}
+NAMES = {'sqlite': 'SQLite', 'redis': 'Redis', 'postgres': 'Postgres'}
 CLIENTS = 8
 
 
@@ -70,7 +71,8 @@ class Sender(threading.Thread):
     while not self.is_over or waiting:
       if self.port < 0:
         return
-      if waiting and (self.is_over or self._rng.random() < 0.5):
+      # While nobody answers, not much piles up that must be sent in the end.
+      if waiting and (self.is_over or len(waiting) > 50 or self._rng.random() < 0.5):
         events = waiting.pop(0)
       else:
         events = [self._event() for _ in range(self._rng.choice((1, 1, 1, 5, 40)))]
@@ -166,14 +168,18 @@ def measure(flags: argparse.Namespace, place: str, cache: str) -> dict[str, Any]
     sender.port = port
     sender.start()
   try:
+    end, kills = time.monotonic() + 60 * flags.minutes, 0
     for number in range(flags.kills):
+      if time.monotonic() > end:
+        break
       time.sleep(rng.uniform(0.05, flags.seconds))
       process.send_signal(signal.SIGKILL)
       process.wait()
       process, port = start(flags, place, cache)
       for sender in senders:
         sender.port = port
-      print(f'kill {number + 1}: {_total(senders)["accepted"]:,} accepted', flush=True)
+      kills = number + 1
+      print(f'kill {kills}: {_total(senders)["accepted"]:,} accepted', flush=True)
     for sender in senders:
       sender.is_over = True
     for sender in senders:
@@ -193,8 +199,8 @@ def measure(flags: argparse.Namespace, place: str, cache: str) -> dict[str, Any]
   sent = {key: value for sender in senders for key, value in sender.sent.items()}
   counts = _total(senders)
   return {
-    'kills': flags.kills,
-    'store': 'redis' if '://' in place else 'sqlite',
+    'kills': kills,
+    'store': next((name for name in NAMES if place.startswith(name) and '://' in place), 'sqlite'),
     'acknowledged': len(acknowledged),
     'lost': sum(key not in stored for key in acknowledged),
     'counted_twice': sum(count > 1 for count in stored.values()),
@@ -233,6 +239,7 @@ def main() -> None:
   add('--export', required=True, help='folder that ur4rec_jax.export wrote')
   add('--events', help='the store; "redis" for a new Redis server; without it a new SQLite file')
   add('--kills', type=int, default=100)
+  add('--minutes', type=float, default=math.inf, help='no kill after so many minutes')
   add('--seconds', type=float, default=2, help='the longest time between a start and its kill')
   add('--seed', type=int, default=0)
   add('--keep', action='store_true', help='store the result')

@@ -1,5 +1,6 @@
 """The world of the simulated shop, and the page that is made from its results."""
 
+import dataclasses
 import json
 import types
 import xml.etree.ElementTree
@@ -60,6 +61,12 @@ def test_the_page_is_made_from_the_results(world):
     for name in ('updated', 'exploring')
   }
   found = live_shop.summary(SIZE, shops, services)
+  found['lost_by_standing_still'] = lost = {
+    str(drift): live_shop.standing_still(dataclasses.replace(SIZE, drift=drift))
+    for drift in (0.0, 0.3)
+  }
+  assert lost['0.0']['tastes'] < lost['0.3']['tastes']
+  assert 0 < lost['0.0']['new_goods'] < 1
   gain = found['updated_ahead_of_static']
   assert gain['gain'] > 0
   assert gain['low'] <= gain['gain'] <= gain['high']
@@ -68,6 +75,7 @@ def test_the_page_is_made_from_the_results(world):
   again = json.loads(json.dumps(found))
   text = live_shop.table(again)
   assert all(f'| {name} |' in text for name in live_shop.POLICIES)
+  assert '| 30% |' in text
   assert 'Of 2 updates 2 passed the gate; one took 2 s' in text
   root = xml.etree.ElementTree.fromstring(live_shop.picture(again))
   assert len(root.findall('{*}path')) == len(live_shop.POLICIES)

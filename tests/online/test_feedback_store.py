@@ -1,4 +1,4 @@
-"""Both stores keep what they acknowledged, once, through kills, full disks and lost servers."""
+"""All stores keep what they acknowledged, once, through kills, full disks and lost servers."""
 
 import collections
 import contextlib
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.postgres_server import postgres_folder, postgres_server
 from tests.helpers.redis_server import redis_server
 from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import InputError, StorageError
@@ -32,11 +33,25 @@ def redis_address(tmp_path_factory):
     yield address
 
 
-@pytest.fixture(params=['sqlite', 'redis'])
+@pytest.fixture(scope='module')
+def postgres_address():
+  with postgres_folder() as folder, postgres_server(folder) as (_, address):
+    yield address
+
+
+@pytest.fixture(params=['sqlite', 'redis', 'postgres'])
 def place(request, tmp_path):
   """Where an empty store is."""
   if request.param == 'sqlite':
     return str(tmp_path / 'events.db')
+  if request.param == 'postgres':
+    import psycopg
+
+    address = request.getfixturevalue('postgres_address')
+    with psycopg.connect(address, dbname='postgres', autocommit=True) as connection:
+      connection.execute('DROP DATABASE IF EXISTS shop WITH (FORCE)')
+      connection.execute('CREATE DATABASE shop')
+    return address.removesuffix('postgres') + 'shop'
   import redis
 
   address = request.getfixturevalue('redis_address')
@@ -229,11 +244,17 @@ def test_a_full_disk_is_an_error_and_what_was_stored_before_stays(tmp_path):
   assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200_000
 
 
-def test_a_lost_redis_is_an_error_until_it_is_back(tmp_path):
-  with redis_server(tmp_path) as (process, address):
-    store = open_store(address)
+@pytest.mark.parametrize('kind', ['redis', 'postgres'])
+def test_a_lost_server_is_an_error_until_it_is_back(tmp_path, kind):
+  with contextlib.ExitStack() as stack:
+    if kind == 'redis':
+      server, folder = redis_server, tmp_path
+    else:
+      server, folder = postgres_server, stack.enter_context(postgres_folder())
+    process, address = stack.enter_context(server(folder))
+    store = stack.enter_context(contextlib.closing(open_store(address)))
     store.write([event()])
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(signal.SIGKILL if kind == 'redis' else signal.SIGQUIT)
     process.wait()
     for ask in (
       lambda: store.write([event(name='2')]),
@@ -244,7 +265,7 @@ def test_a_lost_redis_is_an_error_until_it_is_back(tmp_path):
       with pytest.raises(StorageError, match='cannot be used now'):
         ask()
     port = int(address.rsplit(':', 1)[1].split('/')[0])
-    with redis_server(tmp_path, port=port):
+    with server(folder, port=port):
       assert list(store.events()) == [event()]
       assert store.write([event(), event(name='2')]) == [DUPLICATE, NEW]
 
@@ -261,6 +282,32 @@ def test_a_redis_that_forgets_is_refused(tmp_path, capsys):
   with pytest.raises(InputError, match='cannot be reached') as raised:
     open_store('redis://user:hidden@127.0.0.1:1/0')
   assert 'hidden' not in str(raised.value)
+
+
+def test_a_postgres_that_cannot_be_used_is_named(postgres_address, capsys):
+  import psycopg
+
+  for address in (postgres_address.replace('%40', ''), 'postgres://user:hidden@127.0.0.1:1/shop'):
+    with pytest.raises(InputError, match=r'Postgres at 127.0.0.1:.*: cannot be used') as raised:
+      open_store(address)
+    assert not {'opensesame', 'hidden'} & set(str(raised.value).replace(':', ' ').split())
+  with psycopg.connect(postgres_address, autocommit=True) as connection:
+    connection.execute('CREATE DATABASE newer')
+    address = postgres_address.removesuffix('postgres') + 'newer'
+    open_store(address).close()
+    with psycopg.connect(address) as other:
+      other.execute('UPDATE ur4rec_store SET version = 9')
+    with pytest.raises(InputError, match='its tables are of format 9, this version reads 1'):
+      open_store(address)
+    connection.execute('DROP DATABASE newer WITH (FORCE)')
+  assert capsys.readouterr().err == ''
+
+
+def test_events_are_durable_in_a_postgres_that_is_set_to_forget(postgres_address):
+  with contextlib.closing(
+    open_store(f'{postgres_address}?options=-csynchronous_commit%3Doff')
+  ) as x:
+    assert x._connection().execute('SHOW synchronous_commit').fetchone() == ('on',)
 
 
 @pytest.mark.parametrize(

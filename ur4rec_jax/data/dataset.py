@@ -152,6 +152,11 @@ class Dataset:
     offsets = np.concatenate([[0], np.cumsum(self.split.train_lengths)])
     return dataclasses.replace(self, item_ids=self.item_ids[self.is_train], offsets=offsets)
 
+  def with_all_in_training(self) -> 'Dataset':
+    """Returns the dataset with its held-out interactions in the training part, too."""
+    lengths = self.lengths.astype(np.int32)
+    return dataclasses.replace(self, split=self.split._replace(train_lengths=lengths))
+
 
 def load_dataset(data_dir: str | pathlib.Path, split_name: str = splits.LEAVE_ONE_OUT) -> Dataset:
   """Opens the interactions of a prepared folder with one of its splits.

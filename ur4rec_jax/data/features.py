@@ -231,13 +231,15 @@ def load_with_features(config: ConfigDict) -> Dataset:
   """Loads a prepared folder with the features of its items and users.
 
   Args:
-    config: `data_dir`, `split`, `modalities`, `max_item_tokens`, `shuffled_features`,
-      `user_modalities`.
+    config: `data_dir`, `split`, `train_on`, `modalities`, `max_item_tokens`,
+      `shuffled_features`, `user_modalities`.
 
   Raises:
     InputError: see `load_dataset` and `load_features`.
   """
   dataset = load_dataset(config.data_dir, config.split)
+  if config.train_on == 'all':
+    dataset = dataset.with_all_in_training()
 
   def load(of: str, names: Sequence[str]) -> dict[str, Features]:
     return {n: load_features(config.data_dir, of, n, dataset.split_hash) for n in names}

@@ -108,6 +108,18 @@ def _program(content: bytes, digest: str) -> Callable[..., Any]:
   return program
 
 
+def is_compiled(folder: str | pathlib.Path) -> bool:
+  """Tells whether this process uses a model with the same program.
+
+  Args:
+    folder: the folder that `ur4rec_jax.export` wrote.
+
+  Raises:
+    InputError: this is not an exported folder.
+  """
+  return _read_manifest(pathlib.Path(folder))['files'].get(PROGRAM) in _programs
+
+
 def load_thumbnails(folder: str | pathlib.Path) -> Thumbnails | None:
   """Opens the pictures of an exported folder; None if it has none.
 

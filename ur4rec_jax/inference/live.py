@@ -9,9 +9,10 @@ import gc
 import pathlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client import Counter, Gauge
 
@@ -20,7 +21,7 @@ from ur4rec_jax.inference import registry
 from ur4rec_jax.inference.batcher import Batcher
 
 WATCH_SECONDS = 1
-_TURN_SECONDS = 0.0005
+_TURN_SECONDS, _REST_SECONDS = 0.0005, 0.004
 SWAPS = Counter('ur4rec_model_swaps', 'Changes of the served model.')
 REFUSED = Counter('ur4rec_model_refused', 'Versions that could not be loaded.', ['version'])
 SERVED = Gauge('ur4rec_model_served', '1 for the version that is served.', ['version'])
@@ -55,6 +56,7 @@ class LiveModel:
     load: Callable[[str, str], Served],
     folder: str | None = None,
     beside: Sequence[Callable[[], Coroutine]] = (),
+    prepare: Callable[[str], Coroutine] | None = None,
   ):
     """Starts with a model.
 
@@ -63,8 +65,10 @@ class LiveModel:
       load: makes a model ready, from its folder and the name of its version.
       folder: the registry to watch, if there is one.
       beside: functions that run beside the requests, until their tasks are cancelled.
+      prepare: does for a folder what can be done outside of this process, before it is loaded.
     """
     self._served, self._load, self._folder, self._beside = served, load, folder, beside
+    self._prepare = prepare
     self._inside: dict[int, int] = {}
     self._tasks: dict[int, asyncio.Task] = {}
     self._thread = ThreadPoolExecutor(1, initializer=_become_loader)
@@ -121,8 +125,10 @@ class LiveModel:
           refused = b''
           continue
         place = registry.path(folder, version)
+        if self._prepare is not None:
+          await self._prepare(place)
         with _short_turns():
-          served = await loop.run_in_executor(self._thread, self._load, place, version)
+          served = await loop.run_in_executor(self._thread, _gently, self._load, place, version)
       except Exception as error:
         refused = content  # It is named once, and tried again when the file changes.
         reason = as_reported(error) or repr(error)
@@ -159,16 +165,34 @@ def open_current(folder: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _short_turns() -> Iterator[None]:
-  """Makes the loader give the interpreter back after half a millisecond instead of five.
-
-  A request takes the interpreter many times, and would wait for the loader each time.
-  """
+  """Makes the loader give the interpreter back after half a millisecond instead of five."""
   usual = sys.getswitchinterval()
   sys.setswitchinterval(_TURN_SECONDS)
   try:
     yield
   finally:
     sys.setswitchinterval(usual)
+
+
+def _gently(function: Callable, *arguments: Any) -> Any:
+  """Calls a function that rests again and again, most of the time.
+
+  A request takes the interpreter many times. It would wait for a thread that always wants it, too,
+  each time for a turn.
+  """
+  until = 0.0
+
+  def rest(*_: Any) -> None:
+    nonlocal until
+    if time.perf_counter() > until:
+      time.sleep(_REST_SECONDS)
+      until = time.perf_counter() + _TURN_SECONDS
+
+  sys.setprofile(rest)  # Is called at each call of this thread alone.
+  try:
+    return function(*arguments)
+  finally:
+    sys.setprofile(None)
 
 
 def _content(folder: str) -> bytes:

@@ -1,6 +1,6 @@
-"""Keeps events and what was shown: in one SQLite file, or in Redis by its address.
+"""Keeps events and what was shown: in one SQLite file, or in Redis or Postgres by the address.
 
-Both stores have the same functions. What `write` has returned is on the disk: it survives a kill of
+All stores have the same functions. What `write` has returned is on the disk: it survives a kill of
 this process, and for SQLite a power cut. An event with the id of an earlier one of the same user is
 not stored again.
 """
@@ -88,22 +88,32 @@ def open_store(place: str) -> FeedbackStore:
   """Opens a store, and makes it if it is not there.
 
   Args:
-    place: the path of a SQLite file, or an address such as `redis://localhost:6379/0`.
+    place: the path of a SQLite file, or an address such as `redis://localhost:6379/0` or
+      `postgres://localhost/shop`.
 
   Raises:
-    InputError: the file is something else, or its folder is missing, or Redis cannot be reached or
-      would lose events.
+    InputError: the file is something else, or its folder is missing, or the server cannot be
+      reached or would lose events.
   """
   scheme, is_address, _ = place.partition('://')
   if not is_address:
     return SqliteStore(place)
-  if scheme not in ('redis', 'rediss'):
-    raise InputError(f'{scheme}://: no such store of events; give a file, or redis://HOST:PORT/0')
   try:
-    from ur4rec_jax.online.redis_store import RedisStore
+    if scheme in ('redis', 'rediss'):
+      from ur4rec_jax.online.redis_store import RedisStore
+
+      return RedisStore(place)
+    if scheme in ('postgres', 'postgresql'):
+      from ur4rec_jax.online.postgres_store import PostgresStore
+
+      return PostgresStore(place)
   except ImportError as error:
-    raise InputError(f"{error.name} is not installed; pip install 'ur4rec-jax[redis]'") from error
-  return RedisStore(place)
+    extra = 'redis' if scheme.startswith('redis') else 'postgres'
+    raise InputError(f"{error.name} is not installed; pip install 'ur4rec-jax[{extra}]'") from error
+  raise InputError(
+    f'{scheme}://: no such store of events; give a file, redis://HOST:PORT/0 or'
+    ' postgres://HOST/DATABASE'
+  )
 
 
 class SqliteStore:

@@ -166,6 +166,12 @@ def _check_stages(config: ConfigDict) -> None:
     stage_config(config, name)
   if not config.stages:
     raise InputError(f'config.stages=(): needs at least one of {", ".join(config.stage)}')
+  if config.train_on == 'all' and (config.keep == 'best' or len(config.stages) > 1):
+    raise InputError(
+      f"config.train_on='all' with config.keep={config.keep!r} and {len(config.stages)} stages:"
+      ' nothing is held out by which the best parameters could be chosen; set config.keep=last and'
+      ' train one stage'
+    )
 
 
 def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str, ...] = ()) -> None:

@@ -100,6 +100,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       'Held-out interactions: the last two of each user, or all after one point in time.',
       choices=splits.NAMES,
     ),
+    'train_on': Knob(
+      'training',
+      'Train without the held-out interactions, or on all; metrics are then of what training saw.',
+      choices=('training', 'all'),
+    ),
     'modalities': Knob((), 'Item embeddings to use, as data_prep.encode named them: text, image.'),
     'extensions': Knob(
       (), 'Python modules that add losses or blocks of your own; see docs/extending.md.'
@@ -136,6 +141,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'validate_every_epochs': Knob(1, 'Epochs from one validation to the next.', at_least=1),
     'patience': Knob(
       10, 'A stage ends after this many validations without a better NDCG@10.', at_least=1
+    ),
+    'keep': Knob(
+      'best',
+      'Parameters that each stage ends with: the best in validation, or the last.',
+      choices=('best', 'last'),
     ),
     'max_minutes': Knob(
       0.0,

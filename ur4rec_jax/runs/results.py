@@ -193,9 +193,11 @@ def _scores(stage: Stage, data: EvalData, ranks: dict[str, np.ndarray]) -> dict[
     targets[part] = dataset.held_out(part)[1][is_counted]
     by_target[part] = metrics.metrics_by_target(ranks[part], is_repeated, is_counted)
   has_repeats = any('repeated' in found for found in by_target.values())
+  is_honest = stage.config.train_on == 'training'
+  trained_on = {} if is_honest else {'trained_on': 'all interactions, the held-out ones, too'}
   return {
     'model': ' + '.join(stage.model.branches),
-    'protocol': data.protocol.describe(dataset),
+    'protocol': data.protocol.describe(dataset) | trained_on,
     **{part: metrics.ranking_metrics(ranks[part]) for part in PARTS},
     'by_popularity': {
       part: metrics.metrics_by_group(ranks[part], groups[targets[part]]) for part in PARTS

@@ -359,7 +359,9 @@ class TrainLoop:
       length = f'{stage.num_steps} steps' if stage.num_steps else f'{stage.num_epochs} epochs'
       why = f'all {length} are done'
     score = best.valid[SELECTION_METRIC]
-    return f'{why}; best valid {SELECTION_METRIC} {score:.4f} at epoch {best.best_epoch}'
+    return (
+      f'{why}; {self.config.keep} valid {SELECTION_METRIC} {score:.4f} at epoch {best.best_epoch}'
+    )
 
   def _start_next_stage(self) -> None:
     """Begins the next stage with the best or the last parameters; the optimizer state is kept.
@@ -377,7 +379,7 @@ class TrainLoop:
     self._enter_stage()
 
   def _validate(self, stop_requested: Callable[[], int]) -> None:
-    """Ranks the validation items, keeps the parameters if they are the best, and saves."""
+    """Ranks the validation items, keeps the parameters that `config.keep` names, and saves."""
     progress, best = self.progress, self.progress.stage
     self.dispatcher.flush()
     # Prepared for the first validation, so that training begins before all queries are packed.
@@ -389,13 +391,14 @@ class TrainLoop:
     done = self._steps_in_stage()
     epoch = done // self.batches.steps_per_epoch
     score = values[SELECTION_METRIC]
-    if not best.valid or score > best.valid[SELECTION_METRIC]:
+    is_best = not best.valid or score > best.valid[SELECTION_METRIC]
+    if is_best or self.config.keep == 'last':
       best.best_step, best.best_epoch, best.valid = progress.step, epoch, values
       self.best_params = put_params(self.best_params, self.state.params, self._stage_index())
     progress.validated_step = progress.step
     message = (
       f'epoch {epoch}: {self.dispatcher.last_dispatch()}valid {SELECTION_METRIC} {score:.4f}, '
-      f'best {best.valid[SELECTION_METRIC]:.4f} at epoch {best.best_epoch}'
+      f'{self.config.keep} {best.valid[SELECTION_METRIC]:.4f} at epoch {best.best_epoch}'
     )
     self.reporter.validated(progress.step, values, message, self._out_of_patience_at())
     count = done // self.validate_every

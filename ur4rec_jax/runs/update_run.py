@@ -1,4 +1,9 @@
-"""An update as a run: the config of the run before, its parameters, few epochs, and the gate."""
+"""An update as a run: the config of the run before, its parameters, few epochs, and the gate.
+
+The gate needs events that the model has not seen. Where the served model should learn those too, a
+second model is trained in the same way on all events, in `WORKDIR/all`, and it is the one that is
+promoted. Updates of updates go on from both: each model from the one of its kind.
+"""
 
 import json
 import os
@@ -16,6 +21,7 @@ from ur4rec_jax.runs.workdir import open_stored_run
 from ur4rec_jax.sharding import devices
 
 GATE = 'gate.json'
+ALL = 'all'  # Folder of the second model, in that of the update.
 _WARMUP_STEPS = 10  # Most steps of the warmup; an update may have fewer steps than a first run's.
 
 
@@ -25,6 +31,7 @@ def update_config(
   epochs: int,
   replay: float = 1.0,
   moments: str = 'reset',
+  keep: str = 'best',
 ) -> ConfigDict:
   """Returns the config of an update: that of the run before, for the stage that it serves from.
 
@@ -34,6 +41,7 @@ def update_config(
     epochs: to train.
     replay: see the knob `init.replay`.
     moments: see the knob `init.moments`.
+    keep: see the knob `keep`; `last` trains both models of an update for as long.
 
   Raises:
     InputError: there is no trained run in `workdir`.
@@ -48,9 +56,30 @@ def update_config(
   config.stages = (name,)
   stage = config.stage[name]
   stage.num_epochs, stage.num_steps, stage.patience = epochs, 0, epochs + 1
-  stage.validate_every_epochs = 1
+  config.keep, stage.validate_every_epochs = keep, 1 if keep == 'best' else epochs
   stage.warmup_steps = min(stage.warmup_steps, _WARMUP_STEPS)
   return config
+
+
+def train_on_all(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.Path:
+  """Trains the second model of an update, which learns the held-out events, too.
+
+  Args:
+    config: of the update.
+    workdir: of the update.
+
+  Returns:
+    The folder of the second model.
+  """
+  config = config.copy_and_resolve_references()
+  before = pathlib.Path(config.init.run) / ALL
+  if (before / 'results.json').exists():
+    config.init.run = str(before)
+  config.train_on = 'all'
+  folder = pathlib.Path(workdir) / ALL
+  if not is_finished(folder, config):
+    train_loop.train_and_evaluate(config, str(folder))
+  return folder
 
 
 def train_and_judge(config: ConfigDict, workdir: str, margin: float) -> dict[str, Any]:

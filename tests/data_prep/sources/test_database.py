@@ -2,25 +2,17 @@
 
 import contextlib
 import csv
-import os
-import pwd
-import shutil
-import signal
 import socket
-import subprocess
-import tempfile
-import time
-from pathlib import Path
 
 import duckdb
 import numpy as np
 import pytest
 
 from data_prep import build_dataset
+from tests.helpers.postgres_server import PASSWORD, postgres_folder, postgres_server
 
 for module in ('ibis', 'pyarrow_hotfix'):
   pytest.importorskip(module)
-PASSWORD = 'open@sesame'
 COLUMNS = ('customer', 'sku', 'ordered_at', 'stars')
 FLAGS = [
   f'--{role}_column={name}'
@@ -60,66 +52,21 @@ def duckdb_url(tmp_path_factory):
   return f'duckdb://{path}'
 
 
-def _as_user() -> dict:
-  """Postgres does not run as root, so it gets the user that its package has made."""
-  return {'user': 'postgres'} if os.getuid() == 0 else {}
-
-
 @pytest.fixture(scope='module')
 def postgres_url():
   """A server of our own on a free port, with a password."""
-  programs = [*Path('/usr/lib/postgresql').glob('*/bin'), *filter(None, [_folder_of('initdb')])]
-  if not programs:
-    pytest.skip('no Postgres server is installed')
-  if os.getuid() == 0 and 'postgres' not in {user.pw_name for user in pwd.getpwall()}:
-    pytest.skip('Postgres cannot be started as root, and there is no user postgres')
-  psycopg = pytest.importorskip('psycopg')
-  with tempfile.TemporaryDirectory(prefix='ur4rec-pg-', ignore_cleanup_errors=True) as name:
-    folder = Path(name)
-    (folder / 'password').write_text(PASSWORD)
-    if os.getuid() == 0:
-      for path in (folder, folder / 'password'):
-        shutil.chown(path, 'postgres')
-    with socket.socket() as free:
-      free.bind(('127.0.0.1', 0))
-      port = free.getsockname()[1]
-    make = [programs[0] / 'initdb', '-D', folder / 'data', '-U', 'shop', '--auth=scram-sha-256']
-    make += [f'--pwfile={folder / "password"}', '--no-sync']
-    subprocess.run(make, check=True, capture_output=True, cwd=folder, **_as_user())
-    start = [programs[0] / 'postgres', '-D', folder / 'data', '-p', str(port), '-k', folder]
-    start += ['-h', '127.0.0.1', '-F']
-    with (folder / 'log').open('wb') as log:
-      server = subprocess.Popen(start, stdout=log, stderr=log, cwd=folder, **_as_user())
-    try:
-      address = {'host': '127.0.0.1', 'port': port, 'user': 'shop', 'password': PASSWORD}
-      with _wait_for(lambda: psycopg.connect(dbname='postgres', **address)) as database:
-        database.execute('CREATE SCHEMA sales')
-        table_of(database, 'sales.orders')
-        # Whoever reads it ends its own connection.
-        database.execute(
-          'CREATE VIEW sales.fatal AS SELECT * FROM sales.orders'
-          ' WHERE pg_terminate_backend(pg_backend_pid())'
-        )
-      yield f'postgres://shop:{PASSWORD.replace("@", "%40")}@127.0.0.1:{port}/postgres'
-    finally:
-      server.send_signal(signal.SIGQUIT)
-      server.wait()
+  with postgres_folder() as folder, postgres_server(folder, '-F') as (_, address):
+    import psycopg
 
-
-def _folder_of(program: str) -> Path | None:
-  found = shutil.which(program)
-  return Path(found).resolve().parent if found else None
-
-
-def _wait_for(connect, seconds: float = 60):
-  end = time.monotonic() + seconds
-  while True:
-    try:
-      return connect()
-    except Exception:
-      if time.monotonic() > end:
-        raise
-      time.sleep(0.1)
+    with psycopg.connect(address) as database:
+      database.execute('CREATE SCHEMA sales')
+      table_of(database, 'sales.orders')
+      # Whoever reads it ends its own connection.
+      database.execute(
+        'CREATE VIEW sales.fatal AS SELECT * FROM sales.orders'
+        ' WHERE pg_terminate_backend(pg_backend_pid())'
+      )
+    yield address
 
 
 @pytest.fixture(params=['duckdb', 'postgres'])

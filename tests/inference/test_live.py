@@ -1,0 +1,68 @@
+"""How the next model is loaded while the current one answers."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+
+from tests.helpers.recommenders import make
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.export import export
+from ur4rec_jax.inference import exported, live
+from ur4rec_jax.inference.batcher import Batcher
+from ur4rec_jax.inference.precompile import precompile
+
+
+def test_who_loads_rests_most_of_the_time():
+  def load(calls):
+    before = time.thread_time()
+    for _ in range(calls):
+      len(range(100))
+    return time.thread_time() - before
+
+  started = time.perf_counter()
+  busy = live._gently(load, 20_000)
+  assert time.perf_counter() - started > 3 * busy
+  assert sys.getprofile() is None
+
+
+def test_other_threads_do_not_rest_and_errors_come_out():
+  seen = []
+
+  def load():
+    other = threading.Thread(target=lambda: seen.append(sys.getprofile()))
+    other.start()
+    other.join()
+    assert sys.getprofile() is not None
+    raise ValueError('damaged')
+
+  with pytest.raises(ValueError, match='damaged'):
+    live._gently(load)
+  assert seen == [None]
+  assert sys.getprofile() is None
+
+
+def test_another_program_is_compiled_by_another_process(shop, tmp_path, monkeypatch):
+  folder, cache, before = tmp_path / 'model', tmp_path / 'cache', jax.config.values
+  options = {'jax_compilation_cache_dir': str(cache)}
+  options['jax_persistent_cache_min_compile_time_secs'] = 0.0
+  export(make(shop, 'sasrec')[0], folder, with_users=False, with_pictures=False)
+  before = {name: before[name] for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  try:
+    asyncio.run(precompile(str(folder), 1))
+    assert list(cache.iterdir())
+    batcher = Batcher(exported.load(folder), 1, 0)
+    monkeypatch.setattr(subprocess, 'Popen', None)
+    asyncio.run(precompile(str(folder), 1))  # It has the program now.
+    del batcher
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+  with pytest.raises(InputError, match='no exported model'):
+    exported.is_compiled(tmp_path)
