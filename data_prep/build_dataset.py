@@ -236,9 +236,25 @@ def _build(
     paths = _unpacked(stack, spec, paths, data_dir, parameters)
     # All checks of the input come before the first write.
     with _spilling(to_build) as resources:
-      # No name is given to the rows: `prepare` needs their memory after it has stored them.
-      data = prepare.prepare(spec.read(*paths, **parameters), options, resources)
+      data = _prepare(spec, paths, parameters, options, resources)
     return _write(to_build, data, wanted), True
+
+
+def _prepare(
+  spec: sources.Source,
+  paths: list[Path],
+  parameters: Mapping[str, Any],
+  options: prepare.Options,
+  resources: engine.Resources,
+) -> prepare.Prepared:
+  # No name is given to the rows: `prepare` needs their memory after it has stored them.
+  if spec.read is not interactions.read:
+    return prepare.prepare(spec.read(*paths, **parameters), options, resources)
+  layout = interactions.open_files(paths, parameters)
+  data = prepare.prepare_plain(layout, parameters, options, resources)
+  if data is not None:
+    return data
+  return prepare.prepare(interactions.read_layout(layout, parameters), options, resources)
 
 
 def _unpacked(

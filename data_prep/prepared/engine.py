@@ -99,27 +99,16 @@ class Rows:
   the data have them.
   """
 
-  def __init__(
-    self,
-    database: duckdb.DuckDBPyConnection,
-    columns: Mapping[str, np.ndarray],
-    sizes: Mapping[str, int],
-  ):
-    """Stores all rows.
+  def __init__(self, database: duckdb.DuckDBPyConnection, sizes: Mapping[str, int]):
+    """Takes the rows of the table `rows_0`, see `store`.
 
     Args:
       database: see `connected`.
-      columns: `[rows]` arrays by name, without `row`.
       sizes: number of users and of items; those of the rows are numbers below.
     """
     self._database, self._sizes = database, sizes
     self._version = 0
     self._counts: dict[str, np.ndarray] = {}
-    for number, part in enumerate(_parts(columns)):
-      database.register('part', part)
-      verb = 'INSERT INTO rows_0' if number else 'CREATE TABLE rows_0 AS'
-      database.execute(f'{verb} SELECT * FROM part')
-      database.unregister('part')
 
   @property
   def _table(self) -> str:
@@ -141,6 +130,16 @@ class Rows:
       self._counts[column] = np.zeros(self._sizes[column], np.int64)
       self._counts[column][found[column]] = found['size']
     return self._counts[column]
+
+  def first_with(self, column: str, values: np.ndarray) -> tuple[int, int]:
+    """Finds the first row whose `user` or `item` is one of the values, and which one it is."""
+    found = self._database.execute(
+      f'SELECT "{column}", min("row") AS first FROM {self._table} GROUP BY "{column}"'
+    ).fetchnumpy()
+    is_wanted = np.isin(found[column], values)
+    rows, wanted = found['first'][is_wanted], found[column][is_wanted]
+    at = int(rows.argmin())
+    return int(rows[at]), int(wanted[at])
 
   def __len__(self) -> int:
     return int(self.counts('user').sum())
@@ -195,6 +194,20 @@ class Rows:
     question = f'SELECT {quoted(columns)} FROM {self._table} ORDER BY {quoted(keys)}'
     for batch in self._database.sql(question).to_arrow_reader(_ROWS_AT_ONCE):
       yield {name: batch[name].to_numpy() for name in columns}
+
+
+def store(database: duckdb.DuckDBPyConnection, columns: Mapping[str, np.ndarray]) -> None:
+  """Creates the table `rows_0` of `Rows`.
+
+  Args:
+    database: see `connected`.
+    columns: `[rows]` arrays by name, without `row`.
+  """
+  for number, part in enumerate(_parts(columns)):
+    database.register('part', part)
+    verb = 'INSERT INTO rows_0' if number else 'CREATE TABLE rows_0 AS'
+    database.execute(f'{verb} SELECT * FROM part')
+    database.unregister('part')
 
 
 def _parts(columns: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:

@@ -2,15 +2,17 @@
 
 import datetime
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
-from data_prep.prepared import engine, pictures
+from data_prep.prepared import engine, pictures, plain_files
 from ur4rec_jax.data import splits
+from ur4rec_jax.data.raw.interactions import Layout, complete
 from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
 
@@ -87,24 +89,86 @@ def prepare(
   """
   user_names, users = encode_ids(raw.users)
   item_names, items = encode_ids(raw.items, raw.table if raw.keep_cold_items else ())
-  unknown = _unknown_items(raw, item_names, items)
-  # No filter drops these items.
-  stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
   columns = {'user': users, 'item': items, 'time': raw.timestamps, 'rating': raw.ratings}
   columns = {name: values for name, values in columns.items() if values is not None}
-  rows_read = len(users) + sum(raw.dropped.values())
   with engine.connected(resources) as database:
-    rows = engine.Rows(database, columns, {'user': len(user_names), 'item': len(item_names)})
-    has = columns.keys()
+    engine.store(database, columns)
+    stored = _Stored(database, user_names, item_names, tuple(columns))
     # The engine has the rows now, and the memory is needed.
     raw = raw._replace(users=(), items=(), timestamps=None, ratings=None)
     del users, items, columns
-    ledger = _Ledger(rows, stays, raw.dropped)
-    _filter(raw, rows, has, options, ledger, (user_names, item_names))
-    lengths = rows.counts('user')
-    kept_users, lengths = np.flatnonzero(lengths), lengths[lengths > 0]
-    is_kept = stays | (rows.counts('item') > 0)
-    found = _in_order(rows, has, np.cumsum(is_kept, dtype=np.int32), raw.ticks_per_second)
+    return _prepare(raw, stored, options)
+
+
+def prepare_plain(
+  layout: Layout,
+  parameters: Mapping[str, Any],
+  options: Options = Options(),
+  resources: engine.Resources = engine.Resources(),
+) -> Prepared | None:
+  """Does the same as `prepare` with plain files, whose rows are never all in memory.
+
+  Args:
+    layout: the files.
+    parameters: those of the source `interactions`.
+    options: filters.
+    resources: memory of the engine that reads, filters and sorts.
+
+  Returns:
+    None if the files are not plain.
+
+  Raises:
+    InputError: the rows cannot be used, or a filter leaves too few.
+  """
+  with engine.connected(resources) as database:
+    loaded = plain_files.load(database, layout)
+    if loaded is None:
+      return None
+    raw = layout.note(complete(loaded.raw, layout.columns, parameters))
+    user_names, users = sort_ids(raw.users.dictionary.to_pylist())
+    found = raw.items.dictionary.to_pylist()
+    item_names, items = sort_ids(found, raw.table if raw.keep_cold_items else ())
+    plain_files.number(database, loaded, {'user': users, 'item': items[: len(found)]})
+    columns = ('user', 'item', *loaded.columns)
+    return _prepare(raw, _Stored(database, user_names, item_names, columns), options)
+
+
+class _Stored(NamedTuple):
+  """Rows that the engine has in its table `rows_0`, for `engine.Rows`.
+
+  Attributes:
+    database: the engine.
+    user_names: original ids of the users, by number.
+    item_names: original ids of the items, by number.
+    columns: names of the columns beside `row`.
+  """
+
+  database: duckdb.DuckDBPyConnection
+  user_names: list[str]
+  item_names: list[str]
+  columns: tuple[str, ...]
+
+
+def _prepare(raw: Raw, stored: _Stored, options: Options) -> Prepared:
+  """Filters and sorts rows that the engine has.
+
+  Args:
+    raw: where the rows are from, and their item table.
+    stored: the rows.
+    options: filters.
+  """
+  database, user_names, item_names, has = stored
+  rows = engine.Rows(database, {'user': len(user_names), 'item': len(item_names)})
+  rows_read = len(rows) + sum(raw.dropped.values())
+  unknown = _unknown_items(raw, item_names, rows)
+  # No filter drops these items.
+  stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
+  ledger = _Ledger(rows, stays, raw.dropped)
+  _filter(raw, rows, has, options, ledger, (user_names, item_names))
+  lengths = rows.counts('user')
+  kept_users, lengths = np.flatnonzero(lengths), lengths[lengths > 0]
+  is_kept = stays | (rows.counts('item') > 0)
+  found = _in_order(rows, has, np.cumsum(is_kept, dtype=np.int32), raw.ticks_per_second)
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   names = [item_names[i] for i in np.flatnonzero(is_kept)]
   dropped = ledger.dropped
@@ -366,7 +430,21 @@ def encode_ids(
     others: further ids, which have no row or are among `ids`.
   """
   encoded = pa.array(ids).dictionary_encode()
-  names = list(dict.fromkeys([*encoded.dictionary.cast(pa.string()).to_pylist(), *others]))
+  names, rank = sort_ids(encoded.dictionary.cast(pa.string()).to_pylist(), others)
+  return names, rank[np.asarray(encoded.indices)]
+
+
+def sort_ids(ids: Sequence[str], others: Iterable[str] = ()) -> tuple[list[str], np.ndarray]:
+  """Sorts distinct ids, by number if all are whole numbers.
+
+  Args:
+    ids: distinct ids.
+    others: further ids, or some of them.
+
+  Returns:
+    All ids in order, and the place of each of `ids` and of the others in it.
+  """
+  names = list(dict.fromkeys([*ids, *others]))
   if all(re.fullmatch(r'-?\d+', name) for name in names):
     # The text is the second key, because '7' and '007' are two ids with one value.
     order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]))
@@ -374,18 +452,18 @@ def encode_ids(
     order = sorted(range(len(names)), key=names.__getitem__)
   rank = np.empty(len(names), np.int32)
   rank[order] = np.arange(len(names))
-  return [names[i] for i in order], rank[np.asarray(encoded.indices)]
+  return [names[i] for i in order], rank
 
 
-def _unknown_items(raw: Raw, names: list[str], items: np.ndarray) -> int:
+def _unknown_items(raw: Raw, names: list[str], rows: engine.Rows) -> int:
   """Counts items without a row in the item table; an error unless the table may be partial."""
   if raw.table is None:
     return 0
   unknown = [i for i, name in enumerate(names) if name not in raw.table]
   if unknown and not raw.table_is_partial:
-    first = int(np.argmax(np.isin(items, unknown)))
+    first, item = rows.first_with('item', np.array(unknown))
     raise InputError(
-      f'{raw.where(first)}: item {names[items[first]]!r} is not in the item table'
+      f'{raw.where(first)}: item {names[item]!r} is not in the item table'
       f' ({len(unknown)} such items in all); use the item table that belongs to these'
       ' interactions, add the missing items to it, or, where the source has the flag, pass'
       ' --partial_items to keep them without text'
