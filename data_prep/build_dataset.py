@@ -184,7 +184,7 @@ def _build_rows(to_build: _Build, raw: Raw, wanted: dict[str, Any]) -> tuple[dic
     return old, False
   with _spilling(to_build) as resources:
     data = prepare.prepare(raw, to_build.options, resources)
-  return _write(to_build, data, wanted), True
+    return _write(to_build, data, wanted), True
 
 
 def _found(to_build: _Build, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -194,7 +194,7 @@ def _found(to_build: _Build, wanted: Mapping[str, Any]) -> dict[str, Any] | None
 
 @contextlib.contextmanager
 def _spilling(to_build: _Build) -> Iterator[engine.Resources]:
-  """Gives the engine a folder beside the dataset for what does not fit into its memory."""
+  """Gives a folder beside the dataset for what does not fit into memory while it is built."""
   with files.scratch_folder(to_build.data_dir, 'spill') as spill:
     yield to_build.resources._replace(folder=spill)
 
@@ -237,7 +237,7 @@ def _build(
     # All checks of the input come before the first write.
     with _spilling(to_build) as resources:
       data = _prepare(spec, paths, parameters, options, resources)
-    return _write(to_build, data, wanted), True
+      return _write(to_build, data, wanted), True
 
 
 def _prepare(

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -21,6 +21,7 @@ from ur4rec_jax.errors import InputError
 
 MEMORY_LIMIT = '1GB'
 _LEAST_MEGABYTES = 100
+_ROWS_IN_MEMORY = 1 << 24
 _ROWS_AT_ONCE = 1 << 20  # Rows that pass between NumPy and the engine at once.
 
 
@@ -36,6 +37,15 @@ class Resources(NamedTuple):
   memory_limit: str = MEMORY_LIMIT
   folder: Path | None = None
   workers: int = 1
+
+  def column(self, name: str, rows: int, kind: Any) -> np.ndarray:
+    """Makes an array `[rows]`: in memory, or if it is large in a file of `folder`."""
+    if self.folder is None or rows <= _ROWS_IN_MEMORY:
+      return np.empty(rows, kind)
+    path = self.folder / f'{name}.column'
+    with path.open('wb') as file:  # Writing to a mapped file of a full disk would end the process.
+      os.posix_fallocate(file.fileno(), 0, rows * np.dtype(kind).itemsize)
+    return np.memmap(path, kind, 'r+', shape=rows).view(np.ndarray)
 
 
 def check_memory_limit(value: str) -> None:

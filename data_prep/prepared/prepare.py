@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.prepared import engine, pictures, plain_files
-from ur4rec_jax.data import splits
+from ur4rec_jax.data import flat_arrays, splits
+from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.raw.interactions import Layout, complete
 from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
 
 # Where --time_split says nothing: 80 % of the interactions train, 10 % validate, 10 % test.
 _TIME_SPLIT = '0.8,0.9'
+_BUCKET_BITS = 16
 
 
 class Options(NamedTuple):
@@ -97,7 +99,7 @@ def prepare(
     # The engine has the rows now, and the memory is needed.
     raw = raw._replace(users=(), items=(), timestamps=None, ratings=None)
     del users, items, columns
-    return _prepare(raw, stored, options)
+    return _prepare(raw, stored, options, resources)
 
 
 def prepare_plain(
@@ -130,7 +132,8 @@ def prepare_plain(
     item_names, items = sort_ids(found, raw.table if raw.keep_cold_items else ())
     plain_files.number(database, loaded, {'user': users, 'item': items[: len(found)]})
     columns = ('user', 'item', *loaded.columns)
-    return _prepare(raw, _Stored(database, user_names, item_names, columns), options)
+    stored = _Stored(database, user_names, item_names, columns)
+    return _prepare(raw, stored, options, resources)
 
 
 class _Stored(NamedTuple):
@@ -149,13 +152,14 @@ class _Stored(NamedTuple):
   columns: tuple[str, ...]
 
 
-def _prepare(raw: Raw, stored: _Stored, options: Options) -> Prepared:
+def _prepare(raw: Raw, stored: _Stored, options: Options, resources: engine.Resources) -> Prepared:
   """Filters and sorts rows that the engine has.
 
   Args:
     raw: where the rows are from, and their item table.
     stored: the rows.
     options: filters.
+    resources: where the columns of the result are kept.
   """
   database, user_names, item_names, has = stored
   rows = engine.Rows(database, {'user': len(user_names), 'item': len(item_names)})
@@ -168,7 +172,10 @@ def _prepare(raw: Raw, stored: _Stored, options: Options) -> Prepared:
   lengths = rows.counts('user')
   kept_users, lengths = np.flatnonzero(lengths), lengths[lengths > 0]
   is_kept = stays | (rows.counts('item') > 0)
-  found = _in_order(rows, has, np.cumsum(is_kept, dtype=np.int32), raw.ticks_per_second)
+  numbers = np.cumsum(is_kept, dtype=np.int32)
+  kinds = {'item': np.int32, 'time': np.int64, 'rating': np.float32}
+  found = {name: resources.column(name, len(rows), kinds[name]) for name in kinds if name in has}
+  _put_in_order(rows, found, numbers, raw.ticks_per_second)
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   names = [item_names[i] for i in np.flatnonzero(is_kept)]
   dropped = ledger.dropped
@@ -257,20 +264,18 @@ def _filter(
   _check_enough_left(raw.path, rows, ledger, options)
 
 
-def _in_order(
-  rows: engine.Rows, has: Collection[str], numbers: np.ndarray, ticks_per_second: int
-) -> dict[str, np.ndarray]:
-  """Returns the columns of all rows, user after user, each in time order.
+def _put_in_order(
+  rows: engine.Rows, found: dict[str, np.ndarray], numbers: np.ndarray, ticks_per_second: int
+) -> None:
+  """Fills columns with all rows, user after user, each in time order.
 
   Args:
     rows: the rows.
-    has: names of their columns.
+    found: `[rows]` columns to fill.
     numbers: `[items]` int32 number of each item that is kept.
     ticks_per_second: see `Raw`.
   """
-  kinds = {'item': np.int32, 'time': np.int64, 'rating': np.float32}
-  found = {name: np.empty(len(rows), kind) for name, kind in kinds.items() if name in has}
-  keys = [name for name in ('user', 'time', 'row') if name in ('user', 'row') or name in has]
+  keys = ['user', *(name for name in ('time',) if name in found), 'row']
   start = 0
   for part in rows.ordered(keys, list(found)):
     here = slice(start, start := start + len(part['item']))
@@ -279,13 +284,13 @@ def _in_order(
       part['time'] = part['time'] // ticks_per_second
     for name, values in part.items():
       found[name][here] = values
-  return found
+      flat_arrays.release(found[name])
 
 
 def counts(prepared: Prepared) -> dict[str, int | float]:
   """Returns the sizes of a dataset for dataset.json."""
   lengths = np.diff(prepared.offsets)
-  cold = len(prepared.item_names) - _distinct(prepared.item_ids)
+  cold = len(prepared.item_names) - _distinct(prepared.item_ids, len(prepared.item_names))
   return {
     'users': len(lengths),
     'items': len(prepared.item_names),
@@ -322,10 +327,10 @@ def make_splits(
     raise InputError('--time_split: this source has no times; leave the flag out')
   for name, record in records.items():
     split = splits.make_split(name, record, offsets, timestamps)
-    is_train = _leading(offsets, split.train_lengths)
-    trained = _distinct(item_ids[is_train])
+    data = Dataset({'counts': {'items': num_items}}, name, split, item_ids, offsets)
+    trained = int(np.count_nonzero(data.train_item_counts()))
     record |= {
-      'train_interactions': int(is_train.sum()),
+      'train_interactions': int(split.train_lengths.sum(dtype=np.int64)),
       **{f'{part}_users': int((at >= 0).sum()) for part, at in split.held_out.items()},
       'train_only_users': int((split.held_out['test'] < 0)[split.train_lengths > 0].sum()),
       'unused_users': int((split.held_out['test'] < 0)[split.train_lengths == 0].sum()),
@@ -359,7 +364,7 @@ def _borders(timestamps: np.ndarray, wanted: str) -> tuple[int, int]:
       if not 0 < shares[0] < shares[1] < 1:
         raise ValueError
       places = [int(share * len(timestamps)) for share in shares]
-      borders = np.partition(timestamps, places)[places].tolist()
+      borders = _sorted_at(timestamps, places)
   except ValueError as error:
     raise InputError(
       f'--time_split={wanted}: must be two dates such as 2024-05-01,2024-06-01, or two shares of'
@@ -368,15 +373,28 @@ def _borders(timestamps: np.ndarray, wanted: str) -> tuple[int, int]:
   return borders[0], borders[1]
 
 
-def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
-  """`[interactions]` whether each is among the first `kept` ones of its user."""
-  ends = np.repeat(offsets[:-1] + kept, np.diff(offsets))
-  return np.arange(offsets[-1]) < ends
+def _distinct(numbers: np.ndarray, most: int) -> int:
+  """Counts the distinct values of numbers up to `most`."""
+  is_there = np.zeros(most + 1, bool)
+  for _, part in flat_arrays.parts(numbers):
+    is_there[part] = True
+  return int(is_there.sum())
 
 
-def _distinct(numbers: np.ndarray) -> int:
-  """Counts the distinct values of small numbers."""
-  return int(np.count_nonzero(np.bincount(numbers)))
+def _sorted_at(values: np.ndarray, places: Sequence[int]) -> list[int]:
+  """Returns what would be at some places of sorted whole numbers, without a copy of all of them."""
+  least, most = int(values.min()), int(values.max())
+  shift = max(0, (most - least).bit_length() - _BUCKET_BITS)
+  sizes = np.zeros((most - least >> shift) + 1, np.int64)
+  for _, part in flat_arrays.parts(values):
+    sizes += np.bincount(part - least >> shift, minlength=len(sizes))
+  ends, found = np.cumsum(sizes), []
+  for place in places:
+    bucket = int(np.searchsorted(ends, place, 'right'))
+    inside = [part[part - least >> shift == bucket] for _, part in flat_arrays.parts(values)]
+    place -= int(ends[bucket] - sizes[bucket])
+    found.append(int(np.partition(np.concatenate(inside), place)[place]))
+  return found
 
 
 class _Ledger:

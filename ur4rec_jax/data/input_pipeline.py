@@ -33,6 +33,24 @@ class Plan(NamedTuple):
   users: np.ndarray | Array
 
 
+class ReadPlan(NamedTuple):
+  """A plan with the items of its tokens, for devices that do not hold all interactions.
+
+  Attributes:
+    starts: see `Plan`, like the next two.
+    lengths: see `Plan`.
+    users: see `Plan`.
+    inputs: `[..., rows, length]` int32 item ids, 0 is padding.
+    targets: `[..., rows, length]` int32, the next item of each, 0 for padding.
+  """
+
+  starts: np.ndarray | Array
+  lengths: np.ndarray | Array
+  users: np.ndarray | Array
+  inputs: np.ndarray | Array
+  targets: np.ndarray | Array
+
+
 class Batch(NamedTuple):
   """Packed rows of tokens, `[rows, length]` int32 unless noted.
 
@@ -280,11 +298,11 @@ class EpochPlan:
     return Plan(*map(lookup, self._users))
 
 
-def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
+def gather_batch(item_ids: Array, plan: Plan | ReadPlan, row_length: int) -> Batch:
   """Gathers the tokens of the rows of one device; runs on the device.
 
   Args:
-    item_ids: `[interactions]`, see `Dataset`.
+    item_ids: `[interactions]`, see `Dataset`; not used if the plan has the items.
     plan: `[rows, slots]`.
     row_length: tokens per row.
 
@@ -300,11 +318,15 @@ def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
   shift = plan.starts - (ends - plan.lengths)
   index = jnp.where(filled, position + jnp.take_along_axis(shift, slot, axis=1), 0)
   zero_unless_filled = lambda x: jnp.where(filled, x, 0)
-  # The last interaction has no next item; training never uses it as an input.
-  target_index = jnp.minimum(index + 1, item_ids.size - 1)
+  if isinstance(plan, ReadPlan):
+    target_index, inputs, targets = index + 1, plan.inputs, plan.targets
+  else:
+    # The last interaction has no next item; training never uses it as an input.
+    target_index = jnp.minimum(index + 1, item_ids.size - 1)
+    inputs, targets = (zero_unless_filled(item_ids[x]) for x in (index, target_index))
   return Batch(
-    zero_unless_filled(item_ids[index]),
-    zero_unless_filled(item_ids[target_index]),
+    inputs,
+    targets,
     zero_unless_filled(slot + 1),
     zero_unless_filled(target_index),
     jnp.asarray(plan.users),
