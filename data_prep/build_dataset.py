@@ -279,6 +279,7 @@ def append(
   out: str | Path,
   given: Mapping[str, Any] = MappingProxyType({}),
   takes_late: bool = False,
+  resources: engine.Resources = engine.Resources(),
 ) -> tuple[dict[str, Any], bool]:
   """Builds a new version of a dataset: the old one, which stays as it is, and new events.
 
@@ -290,6 +291,8 @@ def append(
     out: folder to create.
     given: flags by name, such as `items`; a setting of the first build can only be repeated.
     takes_late: see `appending.append`.
+    resources: processes for writing; large columns go to a folder beside `out`, which is removed at
+      the end.
 
   Returns:
     The content of the new dataset.json, and whether it was built now.
@@ -316,14 +319,19 @@ def append(
     if (same := identity.find_same(out, source, wanted, overwrite=False)) is not None:
       return same, False
     paths = _unpacked(stack, spec, paths, out, parameters)
-    data = appending.append(old, _read_more(spec, paths, parameters), options, takes_late)
+    spill = stack.enter_context(files.scratch_folder(out, 'spill'))
+    resources = resources._replace(folder=spill)
+    raw = _read_more(spec, paths, parameters)
+    data = appending.append(old, raw, options, takes_late, resources)
     version = len(parent['chain']) + 1
     carry_over.answers(old_dir, out)
     with files.new_folder(out) as folder:
       data, notes = appending.bring_pictures(old, data, folder, options.image_size, version)
       notes = [*data.notes, *notes, *carry_over.notes(old_dir)]
       extra = {**wanted, 'version': version, 'notes': notes}
-      metadata = tfds_writer.write(folder, data, spec.origin, source, extra, options.image_size)
+      metadata = tfds_writer.write(
+        folder, data, spec.origin, source, extra, options.image_size, resources.workers
+      )
       carry_over.texts(old_dir, folder)
       carry_over.features(old_dir, folder)
   return metadata, True
@@ -530,7 +538,8 @@ def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
   source = read_info(flags.data_dir)['source']
   if flags.source not in (None, source):
     raise InputError(f'--source={flags.source}: {flags.data_dir} is of --source={source}')
-  return append(flags.data_dir, flags.raw_dir, flags.out, given, flags.late)
+  resources = engine.Resources(workers=flags.workers)
+  return append(flags.data_dir, flags.raw_dir, flags.out, given, flags.late, resources)
 
 
 @exit_on_reported_error
