@@ -22,6 +22,8 @@ from ur4rec_jax.errors import InputError
 MEMORY_LIMIT = '1GB'
 _LEAST_MEGABYTES = 100
 _ROWS_IN_MEMORY = 1 << 24
+_HASHES_AT_ONCE = 1 << 25
+_HASH = 'hash("user", item, "time")'
 _ROWS_AT_ONCE = 1 << 20  # Rows that pass between NumPy and the engine at once.
 
 
@@ -174,11 +176,17 @@ class Rows:
     Returns:
       Their number, and the first of them in the order of the data.
     """
+    suspects = self._equal_hashes()
+    if not len(suspects):
+      return 0, None
+    self._database.register('suspects', pa.table({'hash': suspects}))
     self._database.execute(
       'CREATE OR REPLACE TABLE repeated AS'
       ' SELECT "user", item, "time", min("row") AS first, count(*) AS size'
-      f' FROM {self._table} GROUP BY "user", item, "time" HAVING count(*) > 1'
+      f' FROM {self._table} WHERE {_HASH} IN (SELECT hash FROM suspects)'
+      ' GROUP BY "user", item, "time" HAVING count(*) > 1'
     )
+    self._database.unregister('suspects')
     count = self._database.execute('SELECT sum(size - 1) FROM repeated').fetchall()[0][0]
     if not count:
       return 0, None
@@ -189,6 +197,22 @@ class Rows:
       ' ORDER BY a."row" LIMIT 1'
     ).fetchall()
     return int(count), Repeat(*found[0])
+
+  def _equal_hashes(self) -> np.ndarray:
+    """Returns the hashes of user, item and time that several rows have.
+
+    Sorting hashes takes a small part of the time and memory of grouping rows by three columns.
+    """
+    parts = -(-len(self) // _HASHES_AT_ONCE)
+    found = [np.zeros(0, np.uint64)]
+    for part in range(parts):
+      hashes = self._database.execute(
+        f'SELECT {_HASH} AS hash FROM {self._table}'
+        + (f' WHERE {_HASH} % {parts} = {part}' if parts > 1 else '')
+      ).fetchnumpy()['hash']
+      hashes.sort()
+      found.append(np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
+    return np.concatenate(found)
 
   def drop_repeats(self) -> None:
     """Leaves out the rows that `find_repeats` has found."""

@@ -5,6 +5,8 @@ wanted, with ids that need no cleaning, unix times as whole numbers, and numbers
 other files are left to `interactions.read_layout`, which reads all forms and names a wrong line.
 """
 
+import itertools
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,8 +18,9 @@ from ur4rec_jax.data.raw import ids, tables, times
 from ur4rec_jax.data.raw.interactions import Layout
 from ur4rec_jax.data.raw.records import Place, Raw
 
-_SNIFFED = 10_000  # Rows that tell whether ids are whole numbers.
+_SNIFFED = 1000  # Lines that tell whether ids are whole numbers.
 _LONGEST_TIME = 10**18  # Times with more digits are left to the other reader.
+_WHOLE_NUMBER = re.compile(rb'0|-?[1-9]\d{0,17}')
 _NOT_PLAIN = 'not plain'
 # Whole numbers in their only spelling, so that the number tells the text.
 _WHOLE = 'CAST(TRY_CAST("{0}" AS BIGINT) AS VARCHAR) = "{0}"'
@@ -58,7 +61,7 @@ def load(database: duckdb.DuckDBPyConnection, layout: Layout) -> Loaded | None:
   names = tuple(layout.columns.values())
   if not layout.selection.takes_all or not all(_is_plain(file, names) for file in layout.files):
     return None
-  sniffed = {role: _sniff(database, layout, role) for role in ('user', 'item')}
+  sniffed = {role: _sniff(layout, role) for role in ('user', 'item')}
   for kinds in (sniffed, dict.fromkeys(sniffed, 'text')):
     ends = _insert(database, layout, kinds)
     if ends is not None:
@@ -120,17 +123,15 @@ def _scan(file: tables.File, delimiter: str) -> str:
   )
 
 
-def _sniff(database: duckdb.DuckDBPyConnection, layout: Layout, role: str) -> str:
+def _sniff(layout: Layout, role: str) -> str:
+  """Guesses from the first rows whether ids are whole numbers in their only spelling."""
   file = layout.files[0]
   column = file.columns.index(layout.columns[role])
-  try:
-    found = database.execute(
-      f'SELECT bool_and(coalesce({_WHOLE.format(column)}, false))'
-      f' FROM (SELECT "{column}" FROM {_scan(file, file.delimiter)} LIMIT {_SNIFFED})'
-    ).fetchone()
-  except duckdb.Error:
-    return 'text'
-  return 'number' if found and found[0] else 'text'
+  with file.path.open('rb') as content:
+    lines = itertools.islice(content, 1, _SNIFFED)
+    rows = (line.rstrip(b'\r\n').split(file.delimiter.encode()) for line in lines)
+    are_whole = all(len(row) > column and _WHOLE_NUMBER.fullmatch(row[column]) for row in rows)
+  return 'number' if are_whole else 'text'
 
 
 def _insert(
