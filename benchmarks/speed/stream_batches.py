@@ -1,6 +1,6 @@
 """Compares training from the disk with training from memory: speed, and memory of the process.
 
-  python -m benchmarks.speed.stream_batches --users=1000000 --folder=/tmp/large --out=stream-8gb
+  python -m benchmarks.speed.stream_batches --users=250000 --folder=/tmp/large --out=stream-2gb
 
 The first call generates the folder: random histories of 500 interactions on average, as flat arrays
 without TFDS data. Each row is a process of its own that opens the run and trains a SASRec for some
@@ -86,7 +86,7 @@ def main() -> None:
   )
   add = parser.add_argument
   add('--folder', required=True, type=pathlib.Path, help='prepared folder; generated if missing')
-  add('--users', type=int, default=1_000_000, help='users to generate')
+  add('--users', type=int, default=250_000, help='users to generate')
   add('--dispatches', type=int, default=12, help='dispatches to train, the first one included')
   add('--one', type=int, help=argparse.SUPPRESS)
   measure.add_output_flags(parser, RESULTS)

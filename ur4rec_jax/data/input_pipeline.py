@@ -34,21 +34,19 @@ class Plan(NamedTuple):
 
 
 class ReadPlan(NamedTuple):
-  """A plan with the items of its tokens, for devices that do not hold all interactions.
+  """A plan with indices into the items of some steps, for devices that do not hold all items.
 
   Attributes:
-    starts: see `Plan`, like the next two.
+    starts: see `Plan`, like the next two; here an index into the items of these steps.
     lengths: see `Plan`.
     users: see `Plan`.
-    inputs: `[..., rows, length]` int32 item ids, 0 is padding.
-    targets: `[..., rows, length]` int32, the next item of each, 0 for padding.
+    shift: adding it to an index gives the index into all items, 0 if the slot is empty.
   """
 
   starts: np.ndarray | Array
   lengths: np.ndarray | Array
   users: np.ndarray | Array
-  inputs: np.ndarray | Array
-  targets: np.ndarray | Array
+  shift: np.ndarray | Array
 
 
 class Batch(NamedTuple):
@@ -302,7 +300,7 @@ def gather_batch(item_ids: Array, plan: Plan | ReadPlan, row_length: int) -> Bat
   """Gathers the tokens of the rows of one device; runs on the device.
 
   Args:
-    item_ids: `[interactions]`, see `Dataset`; not used if the plan has the items.
+    item_ids: `[interactions]`, see `Dataset`; those of some steps alone with a `ReadPlan`.
     plan: `[rows, slots]`.
     row_length: tokens per row.
 
@@ -318,15 +316,14 @@ def gather_batch(item_ids: Array, plan: Plan | ReadPlan, row_length: int) -> Bat
   shift = plan.starts - (ends - plan.lengths)
   index = jnp.where(filled, position + jnp.take_along_axis(shift, slot, axis=1), 0)
   zero_unless_filled = lambda x: jnp.where(filled, x, 0)
+  # The last interaction has no next item; training never uses it as an input.
+  target_index = jnp.minimum(index + 1, item_ids.size - 1)
+  inputs, targets = item_ids[index], item_ids[target_index]
   if isinstance(plan, ReadPlan):
-    target_index, inputs, targets = index + 1, plan.inputs, plan.targets
-  else:
-    # The last interaction has no next item; training never uses it as an input.
-    target_index = jnp.minimum(index + 1, item_ids.size - 1)
-    inputs, targets = (zero_unless_filled(item_ids[x]) for x in (index, target_index))
+    target_index += jnp.take_along_axis(plan.shift, slot, axis=1)
   return Batch(
-    inputs,
-    targets,
+    zero_unless_filled(inputs),
+    zero_unless_filled(targets),
     zero_unless_filled(slot + 1),
     zero_unless_filled(target_index),
     jnp.asarray(plan.users),

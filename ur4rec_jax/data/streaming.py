@@ -31,23 +31,25 @@ class ItemReader:
     self._held_out_before = (dataset.offsets[:-1] - before).astype(np.int32)
     flat_arrays.expect_random_reads(self._item_ids)
 
-  def read(self, plan: Plan) -> ReadPlan:
-    """Reads the items of rows `[..., rows, slots]`."""
+  def read(self, plan: Plan) -> tuple[np.ndarray, ReadPlan]:
+    """Reads the items of rows `[..., rows, slots]`.
+
+    Returns:
+      `[capacity]` int32 items, whose number depends only on the shape of the plan, and the plan
+      with indices into them.
+    """
     is_filled = plan.lengths > 0
-    lengths = plan.lengths[is_filled].astype(np.int64)
     starts = plan.starts[is_filled] + self._held_out_before[plan.users[is_filled]].astype(np.int64)
-    in_row = np.cumsum(plan.lengths, axis=-1) - plan.lengths
-    rows = np.arange(is_filled[..., 0].size).reshape(*is_filled.shape[:-1], 1)
-    places = (in_row + rows * self._row_length)[is_filled]
-    token = ranges(lengths)
-    source = np.repeat(starts, lengths) + token
-    target = np.repeat(places, lengths) + token
-    items = np.zeros((2, rows.size * self._row_length), np.int32)
-    items[0, target] = self._item_ids[source]
-    items[1, target] = self._item_ids[source + 1]
+    lengths = plan.lengths[is_filled] + 1  # The last token of a slot has a target, too.
+    places = np.cumsum(lengths) - lengths
+    *rows, slots = plan.lengths.shape
+    items = np.zeros(np.prod(rows) * (self._row_length + slots), np.int32)
+    items[: lengths.sum()] = self._item_ids[np.repeat(starts, lengths) + ranges(lengths)]
     flat_arrays.release(self._item_ids)
-    inputs, targets = items.reshape(2, *is_filled.shape[:-1], self._row_length)
-    return ReadPlan(*plan, inputs, targets)
+    own_starts, shift = np.zeros_like(plan.starts), np.zeros_like(plan.starts)
+    own_starts[is_filled] = places
+    shift[is_filled] = plan.starts[is_filled] - places
+    return items, ReadPlan(own_starts, plan.lengths, plan.users, shift)
 
 
 def ranges(lengths: np.ndarray) -> np.ndarray:

@@ -53,9 +53,9 @@ class Dispatcher:
     """Trains `max_steps` from `step` on, or fewer: to the end of the epoch or to step `border`."""
     count = min(self._most_steps(step), border - step)
     place = self._place if self._prefetcher is None else self._prefetcher.get
-    plan = place(step, count)
+    data, plan = place(step, count)
     state, metrics = self.train_step(
-      state, self.data, plan, devices.replicate(np.int32(count)), self.numbers
+      state, data, plan, devices.replicate(np.int32(count)), self.numbers
     )
     if self._prefetcher is not None:  # While the devices work on these steps.
       self._prefetcher.start(step + count, self._most_steps(step + count))
@@ -70,8 +70,8 @@ class Dispatcher:
     """Returns how many steps of the same epoch one dispatch takes from `step` on."""
     return min(self.max_steps, self.batches.steps_per_epoch - step % self.batches.steps_per_epoch)
 
-  def _place(self, step: int, count: int) -> Plan | ReadPlan:
-    """Looks up the rows of some steps of one epoch, and places them on the devices."""
+  def _place(self, step: int, count: int) -> tuple[TrainData, Plan | ReadPlan]:
+    """Looks up the rows of some steps of one epoch, and places what they need on the devices."""
     epoch, offset = divmod(step, self.batches.steps_per_epoch)
     if epoch != self._epoch:
       self._plan = None  # Two plans at once would take twice the memory.
@@ -79,9 +79,11 @@ class Dispatcher:
     # Padded, so that a shorter dispatch needs no second program; the step ignores the padding.
     padding = ((0, self.max_steps - count), (0, 0), (0, 0))
     plan = Plan(*(np.pad(x, padding) for x in self._plan.steps(offset, offset + count)))
+    data = self.data
     if self.reader is not None:
-      plan = self.reader.read(plan)
-    return devices.shard(devices.deal(plan, axis=1))
+      items, plan = self.reader.read(plan)
+      data = data._replace(item_ids=devices.replicate(items))
+    return data, devices.shard(devices.deal(plan, axis=1))
 
   def close(self) -> None:
     """Ends the thread that reads ahead."""

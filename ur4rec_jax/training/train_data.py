@@ -14,8 +14,8 @@ class TrainData(NamedTuple):
   """What every device holds during training.
 
   Attributes:
-    item_ids: `[training interactions]` int32, 1-based, user after user; `[0]` if each plan brings
-      its items.
+    item_ids: `[training interactions]` int32, 1-based, user after user; those of the current steps
+      alone if the others are read from the disk.
     item_counts: `[num_items]` float32, the number of training interactions of each item.
     tables: tokens of items and users.
     preference_starts: `[num_users]` int32, from `features.preference_starts`.
