@@ -1,7 +1,7 @@
 """The relational engine of a build: filters, counts and sorts rows, in memory or on the disk.
 
-Questions are plain SQL, but for the hash that finds repeated rows. DuckDB answers them within a limit
-of memory, and moves to a folder on the disk what does not fit.
+Questions are plain SQL, but for the hash that finds repeated rows. DuckDB answers them within a
+limit of memory, and moves to a folder on the disk what does not fit.
 """
 
 import contextlib
