@@ -5,8 +5,9 @@
 The first call generates the folder: random histories of 500 interactions on average, as flat arrays
 without TFDS data. Each row is a process of its own that opens the run and trains a SASRec for some
 dispatches after a first one, in which the step is compiled. Both rows take the same steps, and
-reach the same loss if they have the same number of threads. Memory is that of the process in RAM. Its part without the pages of mapped
-files is given too: pages of files are the first thing that the system takes back.
+reach the same loss if they have the same number of threads. Memory is that of the process in RAM.
+Its part without the pages of mapped files is given too: pages of files are the first thing that the
+system takes back.
 """
 
 import argparse
