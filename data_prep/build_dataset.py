@@ -184,7 +184,7 @@ def _build_rows(to_build: _Build, raw: Raw, wanted: dict[str, Any]) -> tuple[dic
     return old, False
   with _spilling(to_build) as resources:
     data = prepare.prepare(raw, to_build.options, resources)
-  return _write(to_build, data, wanted), True
+    return _write(to_build, data, wanted), True
 
 
 def _found(to_build: _Build, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -194,7 +194,7 @@ def _found(to_build: _Build, wanted: Mapping[str, Any]) -> dict[str, Any] | None
 
 @contextlib.contextmanager
 def _spilling(to_build: _Build) -> Iterator[engine.Resources]:
-  """Gives the engine a folder beside the dataset for what does not fit into its memory."""
+  """Gives a folder beside the dataset for what does not fit into memory while it is built."""
   with files.scratch_folder(to_build.data_dir, 'spill') as spill:
     yield to_build.resources._replace(folder=spill)
 
@@ -236,9 +236,25 @@ def _build(
     paths = _unpacked(stack, spec, paths, data_dir, parameters)
     # All checks of the input come before the first write.
     with _spilling(to_build) as resources:
-      # No name is given to the rows: `prepare` needs their memory after it has stored them.
-      data = prepare.prepare(spec.read(*paths, **parameters), options, resources)
-    return _write(to_build, data, wanted), True
+      data = _prepare(spec, paths, parameters, options, resources)
+      return _write(to_build, data, wanted), True
+
+
+def _prepare(
+  spec: sources.Source,
+  paths: list[Path],
+  parameters: Mapping[str, Any],
+  options: prepare.Options,
+  resources: engine.Resources,
+) -> prepare.Prepared:
+  # No name is given to the rows: `prepare` needs their memory after it has stored them.
+  if spec.read is not interactions.read:
+    return prepare.prepare(spec.read(*paths, **parameters), options, resources)
+  layout = interactions.open_files(paths, parameters)
+  data = prepare.prepare_plain(layout, parameters, options, resources)
+  if data is not None:
+    return data
+  return prepare.prepare(interactions.read_layout(layout, parameters), options, resources)
 
 
 def _unpacked(
@@ -263,6 +279,7 @@ def append(
   out: str | Path,
   given: Mapping[str, Any] = MappingProxyType({}),
   takes_late: bool = False,
+  resources: engine.Resources = engine.Resources(),
 ) -> tuple[dict[str, Any], bool]:
   """Builds a new version of a dataset: the old one, which stays as it is, and new events.
 
@@ -274,6 +291,8 @@ def append(
     out: folder to create.
     given: flags by name, such as `items`; a setting of the first build can only be repeated.
     takes_late: see `appending.append`.
+    resources: processes for writing; large columns go to a folder beside `out`, which is removed at
+      the end.
 
   Returns:
     The content of the new dataset.json, and whether it was built now.
@@ -300,14 +319,19 @@ def append(
     if (same := identity.find_same(out, source, wanted, overwrite=False)) is not None:
       return same, False
     paths = _unpacked(stack, spec, paths, out, parameters)
-    data = appending.append(old, _read_more(spec, paths, parameters), options, takes_late)
+    spill = stack.enter_context(files.scratch_folder(out, 'spill'))
+    resources = resources._replace(folder=spill)
+    raw = _read_more(spec, paths, parameters)
+    data = appending.append(old, raw, options, takes_late, resources)
     version = len(parent['chain']) + 1
     carry_over.answers(old_dir, out)
     with files.new_folder(out) as folder:
       data, notes = appending.bring_pictures(old, data, folder, options.image_size, version)
       notes = [*data.notes, *notes, *carry_over.notes(old_dir)]
       extra = {**wanted, 'version': version, 'notes': notes}
-      metadata = tfds_writer.write(folder, data, spec.origin, source, extra, options.image_size)
+      metadata = tfds_writer.write(
+        folder, data, spec.origin, source, extra, options.image_size, resources.workers
+      )
       carry_over.texts(old_dir, folder)
       carry_over.features(old_dir, folder)
   return metadata, True
@@ -514,7 +538,8 @@ def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
   source = read_info(flags.data_dir)['source']
   if flags.source not in (None, source):
     raise InputError(f'--source={flags.source}: {flags.data_dir} is of --source={source}')
-  return append(flags.data_dir, flags.raw_dir, flags.out, given, flags.late)
+  resources = engine.Resources(workers=flags.workers)
+  return append(flags.data_dir, flags.raw_dir, flags.out, given, flags.late, resources)
 
 
 @exit_on_reported_error

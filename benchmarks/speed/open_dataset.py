@@ -29,31 +29,49 @@ from benchmarks.speed import measure
 RESULTS = measure.ROOT / 'benchmarks' / 'results' / 'large_data'
 ITEMS = 100_000
 MEAN_LENGTH = 20
+_USERS_AT_ONCE = 1 << 16
 FLAT, DECODED = 'flat arrays', 'TFDS data decoded'
 
 
-def generate(folder: pathlib.Path, users: int, with_records: bool) -> None:
+def generate(
+  folder: pathlib.Path, users: int, with_records: bool, mean_length: int = MEAN_LENGTH
+) -> None:
   """Writes a prepared folder of random histories: skewed popularity, lengths around the mean."""
-  from data_prep.prepared import prepare, tfds_writer
-  from ur4rec_jax.data import dataset
+  from data_prep.prepared import engine, prepare, tfds_writer
+  from ur4rec_jax.data import dataset, flat_arrays
 
+  draft = folder.with_name(f'{folder.name}.draft')
+  shutil.rmtree(draft, ignore_errors=True)
+  draft.mkdir(parents=True)
+  scratch = folder.with_name(f'{folder.name}.columns')
+  shutil.rmtree(scratch, ignore_errors=True)
+  scratch.mkdir()
   rng = np.random.default_rng(0)
-  lengths = 3 + rng.geometric(1 / (MEAN_LENGTH - 3), users)
+  lengths = 3 + rng.geometric(1 / (mean_length - 3), users)
   offsets = np.concatenate([[0], np.cumsum(lengths)])
-  item_ids = (ITEMS * rng.random(offsets[-1], np.float32) ** 3).astype(np.int32)
-  item_ids = np.minimum(item_ids + 1, ITEMS)
-  first = rng.integers(1_500_000_000, 1_600_000_000, users)
-  position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-  timestamps = np.repeat(first, lengths) + 3600 * position
+  # In files, because the columns may be larger than the memory.
+  resources = engine.Resources(folder=scratch)
+  kinds = {'item_ids': np.int32, 'timestamps': np.int64, 'ratings': np.float32}
+  columns = {name: resources.column(name, int(offsets[-1]), kind) for name, kind in kinds.items()}
+  for start in range(0, users, _USERS_AT_ONCE):
+    bounds = offsets[start : start + _USERS_AT_ONCE + 1]
+    here = slice(bounds[0], bounds[-1])
+    items = ITEMS * rng.random(bounds[-1] - bounds[0], np.float32) ** 3
+    columns['item_ids'][here] = np.minimum(items.astype(np.int32) + 1, ITEMS)
+    first = rng.integers(1_500_000_000, 1_600_000_000, len(bounds) - 1)
+    position = np.arange(*bounds[[0, -1]]) - np.repeat(bounds[:-1], np.diff(bounds))
+    columns['timestamps'][here] = np.repeat(first, np.diff(bounds)) + 3600 * position
+    columns['ratings'][here] = 1
+    for column in columns.values():
+      flat_arrays.release(column)
   names = [*map(str, range(1, users + 1))]
+  item_ids, timestamps = columns['item_ids'], columns['timestamps']
   data = prepare.Prepared(
     user_names=names,
     item_names=[*map(str, range(1, ITEMS + 1))],
     items=[prepare.Item()] * ITEMS,
     offsets=offsets,
-    item_ids=item_ids,
-    timestamps=timestamps,
-    ratings=np.ones(offsets[-1], np.float32),
+    **columns,
     has_timestamps=True,
     has_ratings=False,
     rows_read=int(offsets[-1]),
@@ -61,9 +79,6 @@ def generate(folder: pathlib.Path, users: int, with_records: bool) -> None:
     splits=prepare.make_splits(offsets, item_ids, timestamps, None, ITEMS),
   )
   origin = tfds_writer.Origin('generated', '', '', '')
-  draft = folder.with_name(f'{folder.name}.draft')
-  shutil.rmtree(draft, ignore_errors=True)
-  draft.mkdir(parents=True)
   if with_records:
     tfds_writer.write(draft, data, origin, 'generated', {'options': {}})
   else:
@@ -76,10 +91,10 @@ def generate(folder: pathlib.Path, users: int, with_records: bool) -> None:
       'splits': data.splits,
       'format_version': dataset.FORMAT_VERSION,
     }
-    columns = data.offsets, data.item_ids, data.timestamps, data.ratings
-    dataset.write_flat_arrays(draft, info, dataset.Interactions(names, *columns))
+    dataset.write_flat_arrays(draft, info, dataset.Interactions(names, offsets, **columns))
     (draft / dataset.METADATA).write_text(json.dumps(info))
   draft.rename(folder)
+  shutil.rmtree(scratch)
 
 
 def measure_one(folder: str) -> list[dict[str, Any]]:

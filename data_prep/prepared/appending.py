@@ -22,11 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.prepared import pictures, prepare
-from ur4rec_jax.data import item_pictures, splits
+from data_prep.prepared import engine, pictures, prepare, record_files
+from ur4rec_jax.data import flat_arrays, item_pictures, splits
 from ur4rec_jax.data.dataset import Interactions, read_info, read_interactions, read_items
 from ur4rec_jax.data.raw.records import Item, Raw
+from ur4rec_jax.data.streaming import ranges
 from ur4rec_jax.errors import InputError, counted
+
+_AT_ONCE = 1 << 20  # Events that are put into order at once.
 
 
 class NothingNew(InputError):
@@ -51,7 +54,7 @@ class Old(NamedTuple):
   @property
   def end(self) -> int:
     """Unix seconds of the last event."""
-    return int(self.interactions.timestamps.max())
+    return max(int(part.max()) for _, part in flat_arrays.parts(self.interactions.timestamps))
 
 
 def read_old(folder: Path) -> Old:
@@ -79,7 +82,11 @@ def parent_record(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def append(
-  old: Old, raw: Raw, options: prepare.Options, takes_late: bool = False
+  old: Old,
+  raw: Raw,
+  options: prepare.Options,
+  takes_late: bool = False,
+  resources: engine.Resources = engine.Resources(),
 ) -> prepare.Prepared:
   """Joins old histories with new events, see the rules above.
 
@@ -88,6 +95,7 @@ def append(
     raw: the new events, and the table of new items.
     options: the filters of the first build.
     takes_late: whether a file without any event after the last old one is taken.
+    resources: where the joined columns are kept.
 
   Returns:
     All histories; `rows_read` and `dropped` are of the new events.
@@ -113,7 +121,7 @@ def append(
       ' nothing to append'
     )
   table, more = _table(raw, new_items)
-  joined = _join(old, raw, rows, events._replace(users=users, items=items))
+  joined = _join(old, raw, rows, events._replace(users=users, items=items), resources)
   lost = [name for name, kept in zip(events.users.names, kept_users, strict=True) if not kept]
   return prepare.Prepared(
     user_names=users.names,
@@ -281,9 +289,10 @@ def _without_repeats(old: Old, raw: Raw, events: _Events) -> np.ndarray:
   # been there before.
   involved = np.zeros(len(old.interactions.user_ids), bool)
   involved[users[users < len(involved)]] = True
-  lengths = np.diff(old.interactions.offsets)
-  mine = np.repeat(involved, lengths)
-  owners = np.repeat(np.flatnonzero(involved), lengths[involved])
+  known = np.flatnonzero(involved)
+  starts, lengths = old.interactions.offsets[known], np.diff(old.interactions.offsets)[known]
+  mine = np.repeat(starts, lengths) + ranges(lengths)
+  owners = np.repeat(known, lengths)
   columns = (
     np.concatenate([owners, users]),
     np.concatenate([old.interactions.item_ids[mine] - 1, items]),
@@ -345,27 +354,52 @@ def _table(raw: Raw, new: list[str]) -> tuple[dict[str, Item], list[str]]:
   return raw.table, []
 
 
-def _join(old: Old, raw: Raw, rows: np.ndarray, events: _Events) -> Interactions:
-  """Puts old and new events into one order: by user, then by time, old ones first."""
+def _join(
+  old: Old, raw: Raw, rows: np.ndarray, events: _Events, resources: engine.Resources
+) -> Interactions:
+  """Puts old and new events into one order: by user, then by time, old ones first.
+
+  Some users are joined at a time, so that all together need not fit into memory.
+  """
   users, items, times = events.users.of_rows, events.items.of_rows, events.times
   before = old.interactions
-  if times is not None:  # New events within a second keep their order.
-    rows = rows[np.argsort(raw.timestamps[rows], kind='stable')]
-  owners = np.repeat(np.arange(len(before.user_ids)), np.diff(before.offsets))
-  owners = np.concatenate([owners, users[rows]])
-  item_ids = np.concatenate([before.item_ids, items[rows] + 1]).astype(np.int32)
-  new_ratings = np.ones(len(rows)) if raw.ratings is None else raw.ratings[rows]
-  ratings = np.concatenate([before.ratings, new_ratings]).astype(np.float32)
-  lengths = np.bincount(owners, minlength=len(events.users.names))
-  offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-  if times is None:
-    order = np.argsort(owners, kind='stable')
-    timestamps = np.arange(len(owners)) - np.repeat(offsets[:-1], lengths)
-  else:
-    timestamps = np.concatenate([before.timestamps, times[rows]])
-    order = np.lexsort((timestamps, owners))
-    timestamps = timestamps[order]
-  return Interactions([], offsets, item_ids[order], timestamps, ratings[order])
+  # New events within a second keep their order.
+  keys = (users[rows],) if times is None else (raw.timestamps[rows], users[rows])
+  rows = rows[np.lexsort(keys)]
+  new_lengths = np.bincount(users[rows], minlength=len(events.users.names))
+  old_lengths = np.zeros_like(new_lengths)
+  old_lengths[: len(before.user_ids)] = np.diff(before.offsets)
+  starts, new_starts, offsets = (
+    np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    for lengths in (old_lengths, new_lengths, old_lengths + new_lengths)
+  )
+  joined = Interactions(
+    [],
+    offsets,
+    *(
+      resources.column(name, int(offsets[-1]), kind)
+      for name, kind in (('item', np.int32), ('time', np.int64), ('rating', np.float32))
+    ),
+  )
+  for first, last in record_files.shards(offsets, _AT_ONCE):
+    old_part = slice(starts[first], starts[last])
+    part = rows[new_starts[first] : new_starts[last]]
+    here, numbers = slice(offsets[first], offsets[last]), np.arange(first, last)
+    owners = [np.repeat(numbers, lengths[first:last]) for lengths in (old_lengths, new_lengths)]
+    owners = np.concatenate(owners)
+    if times is None:
+      order = np.argsort(owners, kind='stable')
+      joined.timestamps[here] = ranges(np.diff(offsets[first : last + 1]))
+    else:
+      both = np.concatenate([before.timestamps[old_part], times[part]])
+      order = np.lexsort((both, owners))
+      joined.timestamps[here] = both[order]
+    joined.item_ids[here] = np.concatenate([before.item_ids[old_part], items[part] + 1])[order]
+    ratings = np.ones(len(part)) if raw.ratings is None else raw.ratings[part]
+    joined.ratings[here] = np.concatenate([before.ratings[old_part], ratings])[order]
+    for column in (*before[2:], *joined[2:]):
+      flat_arrays.release(column)
+  return joined
 
 
 def _old_item(item: dict[str, Any]) -> Item:

@@ -1,7 +1,7 @@
 """The relational engine of a build: filters, counts and sorts rows, in memory or on the disk.
 
-All questions are plain SQL. DuckDB answers them within a limit of memory, and moves to a folder on
-the disk what does not fit.
+Questions are plain SQL, but for the hash that finds repeated rows. DuckDB answers them within a
+limit of memory, and moves to a folder on the disk what does not fit.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -21,6 +21,9 @@ from ur4rec_jax.errors import InputError
 
 MEMORY_LIMIT = '1GB'
 _LEAST_MEGABYTES = 100
+_ROWS_IN_MEMORY = 1 << 24
+_HASHES_AT_ONCE = 1 << 25
+_HASH = 'hash("user", item, "time")'
 _ROWS_AT_ONCE = 1 << 20  # Rows that pass between NumPy and the engine at once.
 
 
@@ -36,6 +39,15 @@ class Resources(NamedTuple):
   memory_limit: str = MEMORY_LIMIT
   folder: Path | None = None
   workers: int = 1
+
+  def column(self, name: str, rows: int, kind: Any) -> np.ndarray:
+    """Makes an array `[rows]`: in memory, or if it is large in a file of `folder`."""
+    if self.folder is None or rows <= _ROWS_IN_MEMORY:
+      return np.empty(rows, kind)
+    path = self.folder / f'{name}.column'
+    with path.open('wb') as file:  # Writing to a mapped file of a full disk would end the process.
+      os.posix_fallocate(file.fileno(), 0, rows * np.dtype(kind).itemsize)
+    return np.memmap(path, kind, 'r+', shape=rows).view(np.ndarray)
 
 
 def check_memory_limit(value: str) -> None:
@@ -99,27 +111,16 @@ class Rows:
   the data have them.
   """
 
-  def __init__(
-    self,
-    database: duckdb.DuckDBPyConnection,
-    columns: Mapping[str, np.ndarray],
-    sizes: Mapping[str, int],
-  ):
-    """Stores all rows.
+  def __init__(self, database: duckdb.DuckDBPyConnection, sizes: Mapping[str, int]):
+    """Takes the rows of the table `rows_0`, see `store`.
 
     Args:
       database: see `connected`.
-      columns: `[rows]` arrays by name, without `row`.
       sizes: number of users and of items; those of the rows are numbers below.
     """
     self._database, self._sizes = database, sizes
     self._version = 0
     self._counts: dict[str, np.ndarray] = {}
-    for number, part in enumerate(_parts(columns)):
-      database.register('part', part)
-      verb = 'INSERT INTO rows_0' if number else 'CREATE TABLE rows_0 AS'
-      database.execute(f'{verb} SELECT * FROM part')
-      database.unregister('part')
 
   @property
   def _table(self) -> str:
@@ -141,6 +142,16 @@ class Rows:
       self._counts[column] = np.zeros(self._sizes[column], np.int64)
       self._counts[column][found[column]] = found['size']
     return self._counts[column]
+
+  def first_with(self, column: str, values: np.ndarray) -> tuple[int, int]:
+    """Finds the first row whose `user` or `item` is one of the values, and which one it is."""
+    found = self._database.execute(
+      f'SELECT "{column}", min("row") AS first FROM {self._table} GROUP BY "{column}"'
+    ).fetchnumpy()
+    is_wanted = np.isin(found[column], values)
+    rows, wanted = found['first'][is_wanted], found[column][is_wanted]
+    at = int(rows.argmin())
+    return int(rows[at]), int(wanted[at])
 
   def __len__(self) -> int:
     return int(self.counts('user').sum())
@@ -165,11 +176,17 @@ class Rows:
     Returns:
       Their number, and the first of them in the order of the data.
     """
+    suspects = self._equal_hashes()
+    if not len(suspects):
+      return 0, None
+    self._database.register('suspects', pa.table({'hash': suspects}))
     self._database.execute(
       'CREATE OR REPLACE TABLE repeated AS'
       ' SELECT "user", item, "time", min("row") AS first, count(*) AS size'
-      f' FROM {self._table} GROUP BY "user", item, "time" HAVING count(*) > 1'
+      f' FROM {self._table} WHERE {_HASH} IN (SELECT hash FROM suspects)'
+      ' GROUP BY "user", item, "time" HAVING count(*) > 1'
     )
+    self._database.unregister('suspects')
     count = self._database.execute('SELECT sum(size - 1) FROM repeated').fetchall()[0][0]
     if not count:
       return 0, None
@@ -180,6 +197,22 @@ class Rows:
       ' ORDER BY a."row" LIMIT 1'
     ).fetchall()
     return int(count), Repeat(*found[0])
+
+  def _equal_hashes(self) -> np.ndarray:
+    """Returns the hashes of user, item and time that several rows have.
+
+    Sorting hashes takes a small part of the time and memory of grouping rows by three columns.
+    """
+    parts = -(-len(self) // _HASHES_AT_ONCE)
+    found = [np.zeros(0, np.uint64)]
+    for part in range(parts):
+      hashes = self._database.execute(
+        f'SELECT {_HASH} AS hash FROM {self._table}'
+        + (f' WHERE {_HASH} % {parts} = {part}' if parts > 1 else '')
+      ).fetchnumpy()['hash']
+      hashes.sort()
+      found.append(np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
+    return np.concatenate(found)
 
   def drop_repeats(self) -> None:
     """Leaves out the rows that `find_repeats` has found."""
@@ -195,6 +228,20 @@ class Rows:
     question = f'SELECT {quoted(columns)} FROM {self._table} ORDER BY {quoted(keys)}'
     for batch in self._database.sql(question).to_arrow_reader(_ROWS_AT_ONCE):
       yield {name: batch[name].to_numpy() for name in columns}
+
+
+def store(database: duckdb.DuckDBPyConnection, columns: Mapping[str, np.ndarray]) -> None:
+  """Creates the table `rows_0` of `Rows`.
+
+  Args:
+    database: see `connected`.
+    columns: `[rows]` arrays by name, without `row`.
+  """
+  for number, part in enumerate(_parts(columns)):
+    database.register('part', part)
+    verb = 'INSERT INTO rows_0' if number else 'CREATE TABLE rows_0 AS'
+    database.execute(f'{verb} SELECT * FROM part')
+    database.unregister('part')
 
 
 def _parts(columns: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:

@@ -2,20 +2,24 @@
 
 import datetime
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
-from data_prep.prepared import engine, pictures
-from ur4rec_jax.data import splits
+from data_prep.prepared import engine, pictures, plain_files
+from ur4rec_jax.data import flat_arrays, splits
+from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.raw.interactions import Layout, complete
 from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
 
 # Where --time_split says nothing: 80 % of the interactions train, 10 % validate, 10 % test.
 _TIME_SPLIT = '0.8,0.9'
+_BUCKET_BITS = 16
 
 
 class Options(NamedTuple):
@@ -87,24 +91,91 @@ def prepare(
   """
   user_names, users = encode_ids(raw.users)
   item_names, items = encode_ids(raw.items, raw.table if raw.keep_cold_items else ())
-  unknown = _unknown_items(raw, item_names, items)
-  # No filter drops these items.
-  stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
   columns = {'user': users, 'item': items, 'time': raw.timestamps, 'rating': raw.ratings}
   columns = {name: values for name, values in columns.items() if values is not None}
-  rows_read = len(users) + sum(raw.dropped.values())
   with engine.connected(resources) as database:
-    rows = engine.Rows(database, columns, {'user': len(user_names), 'item': len(item_names)})
-    has = columns.keys()
+    engine.store(database, columns)
+    stored = _Stored(database, user_names, item_names, tuple(columns))
     # The engine has the rows now, and the memory is needed.
     raw = raw._replace(users=(), items=(), timestamps=None, ratings=None)
     del users, items, columns
-    ledger = _Ledger(rows, stays, raw.dropped)
-    _filter(raw, rows, has, options, ledger, (user_names, item_names))
-    lengths = rows.counts('user')
-    kept_users, lengths = np.flatnonzero(lengths), lengths[lengths > 0]
-    is_kept = stays | (rows.counts('item') > 0)
-    found = _in_order(rows, has, np.cumsum(is_kept, dtype=np.int32), raw.ticks_per_second)
+    return _prepare(raw, stored, options, resources)
+
+
+def prepare_plain(
+  layout: Layout,
+  parameters: Mapping[str, Any],
+  options: Options = Options(),
+  resources: engine.Resources = engine.Resources(),
+) -> Prepared | None:
+  """Does the same as `prepare` with plain files, whose rows are never all in memory.
+
+  Args:
+    layout: the files.
+    parameters: those of the source `interactions`.
+    options: filters.
+    resources: memory of the engine that reads, filters and sorts.
+
+  Returns:
+    None if the files are not plain.
+
+  Raises:
+    InputError: the rows cannot be used, or a filter leaves too few.
+  """
+  with engine.connected(resources) as database:
+    loaded = plain_files.load(database, layout)
+    if loaded is None:
+      return None
+    raw = layout.note(complete(loaded.raw, layout.columns, parameters))
+    user_names, users = sort_ids(raw.users.dictionary.to_pylist())
+    found = raw.items.dictionary.to_pylist()
+    item_names, items = sort_ids(found, raw.table if raw.keep_cold_items else ())
+    plain_files.number(database, loaded, {'user': users, 'item': items[: len(found)]})
+    columns = ('user', 'item', *loaded.columns)
+    stored = _Stored(database, user_names, item_names, columns)
+    return _prepare(raw, stored, options, resources)
+
+
+class _Stored(NamedTuple):
+  """Rows that the engine has in its table `rows_0`, for `engine.Rows`.
+
+  Attributes:
+    database: the engine.
+    user_names: original ids of the users, by number.
+    item_names: original ids of the items, by number.
+    columns: names of the columns beside `row`.
+  """
+
+  database: duckdb.DuckDBPyConnection
+  user_names: list[str]
+  item_names: list[str]
+  columns: tuple[str, ...]
+
+
+def _prepare(raw: Raw, stored: _Stored, options: Options, resources: engine.Resources) -> Prepared:
+  """Filters and sorts rows that the engine has.
+
+  Args:
+    raw: where the rows are from, and their item table.
+    stored: the rows.
+    options: filters.
+    resources: where the columns of the result are kept.
+  """
+  database, user_names, item_names, has = stored
+  rows = engine.Rows(database, {'user': len(user_names), 'item': len(item_names)})
+  rows_read = len(rows) + sum(raw.dropped.values())
+  unknown = _unknown_items(raw, item_names, rows)
+  # No filter drops these items.
+  stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
+  ledger = _Ledger(rows, stays, raw.dropped)
+  _filter(raw, rows, has, options, ledger, (user_names, item_names))
+  lengths = rows.counts('user')
+  kept_users, lengths = np.flatnonzero(lengths), lengths[lengths > 0]
+  is_kept = stays | (rows.counts('item') > 0)
+  numbers = np.cumsum(is_kept, dtype=np.int32)
+  kinds = {'item': np.int32, 'time': np.int64, 'rating': np.float32}
+  found = {name: resources.column(name, len(rows), kinds[name]) for name in kinds if name in has}
+  _put_in_order(rows, found, numbers, raw.ticks_per_second)
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   names = [item_names[i] for i in np.flatnonzero(is_kept)]
   dropped = ledger.dropped
@@ -193,20 +264,18 @@ def _filter(
   _check_enough_left(raw.path, rows, ledger, options)
 
 
-def _in_order(
-  rows: engine.Rows, has: Collection[str], numbers: np.ndarray, ticks_per_second: int
-) -> dict[str, np.ndarray]:
-  """Returns the columns of all rows, user after user, each in time order.
+def _put_in_order(
+  rows: engine.Rows, found: dict[str, np.ndarray], numbers: np.ndarray, ticks_per_second: int
+) -> None:
+  """Fills columns with all rows, user after user, each in time order.
 
   Args:
     rows: the rows.
-    has: names of their columns.
+    found: `[rows]` columns to fill.
     numbers: `[items]` int32 number of each item that is kept.
     ticks_per_second: see `Raw`.
   """
-  kinds = {'item': np.int32, 'time': np.int64, 'rating': np.float32}
-  found = {name: np.empty(len(rows), kind) for name, kind in kinds.items() if name in has}
-  keys = [name for name in ('user', 'time', 'row') if name in ('user', 'row') or name in has]
+  keys = ['user', *(name for name in ('time',) if name in found), 'row']
   start = 0
   for part in rows.ordered(keys, list(found)):
     here = slice(start, start := start + len(part['item']))
@@ -215,13 +284,13 @@ def _in_order(
       part['time'] = part['time'] // ticks_per_second
     for name, values in part.items():
       found[name][here] = values
-  return found
+      flat_arrays.release(found[name])
 
 
 def counts(prepared: Prepared) -> dict[str, int | float]:
   """Returns the sizes of a dataset for dataset.json."""
   lengths = np.diff(prepared.offsets)
-  cold = len(prepared.item_names) - _distinct(prepared.item_ids)
+  cold = len(prepared.item_names) - _distinct(prepared.item_ids, len(prepared.item_names))
   return {
     'users': len(lengths),
     'items': len(prepared.item_names),
@@ -258,10 +327,10 @@ def make_splits(
     raise InputError('--time_split: this source has no times; leave the flag out')
   for name, record in records.items():
     split = splits.make_split(name, record, offsets, timestamps)
-    is_train = _leading(offsets, split.train_lengths)
-    trained = _distinct(item_ids[is_train])
+    data = Dataset({'counts': {'items': num_items}}, name, split, item_ids, offsets)
+    trained = int(np.count_nonzero(data.train_item_counts()))
     record |= {
-      'train_interactions': int(is_train.sum()),
+      'train_interactions': int(split.train_lengths.sum(dtype=np.int64)),
       **{f'{part}_users': int((at >= 0).sum()) for part, at in split.held_out.items()},
       'train_only_users': int((split.held_out['test'] < 0)[split.train_lengths > 0].sum()),
       'unused_users': int((split.held_out['test'] < 0)[split.train_lengths == 0].sum()),
@@ -295,7 +364,7 @@ def _borders(timestamps: np.ndarray, wanted: str) -> tuple[int, int]:
       if not 0 < shares[0] < shares[1] < 1:
         raise ValueError
       places = [int(share * len(timestamps)) for share in shares]
-      borders = np.partition(timestamps, places)[places].tolist()
+      borders = _sorted_at(timestamps, places)
   except ValueError as error:
     raise InputError(
       f'--time_split={wanted}: must be two dates such as 2024-05-01,2024-06-01, or two shares of'
@@ -304,15 +373,28 @@ def _borders(timestamps: np.ndarray, wanted: str) -> tuple[int, int]:
   return borders[0], borders[1]
 
 
-def _leading(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
-  """`[interactions]` whether each is among the first `kept` ones of its user."""
-  ends = np.repeat(offsets[:-1] + kept, np.diff(offsets))
-  return np.arange(offsets[-1]) < ends
+def _distinct(numbers: np.ndarray, most: int) -> int:
+  """Counts the distinct values of numbers up to `most`."""
+  is_there = np.zeros(most + 1, bool)
+  for _, part in flat_arrays.parts(numbers):
+    is_there[part] = True
+  return int(is_there.sum())
 
 
-def _distinct(numbers: np.ndarray) -> int:
-  """Counts the distinct values of small numbers."""
-  return int(np.count_nonzero(np.bincount(numbers)))
+def _sorted_at(values: np.ndarray, places: Sequence[int]) -> list[int]:
+  """Returns what would be at some places of sorted whole numbers, without a copy of all of them."""
+  least, most = int(values.min()), int(values.max())
+  shift = max(0, (most - least).bit_length() - _BUCKET_BITS)
+  sizes = np.zeros((most - least >> shift) + 1, np.int64)
+  for _, part in flat_arrays.parts(values):
+    sizes += np.bincount(part - least >> shift, minlength=len(sizes))
+  ends, found = np.cumsum(sizes), []
+  for place in places:
+    bucket = int(np.searchsorted(ends, place, 'right'))
+    inside = [part[part - least >> shift == bucket] for _, part in flat_arrays.parts(values)]
+    place -= int(ends[bucket] - sizes[bucket])
+    found.append(int(np.partition(np.concatenate(inside), place)[place]))
+  return found
 
 
 class _Ledger:
@@ -366,7 +448,21 @@ def encode_ids(
     others: further ids, which have no row or are among `ids`.
   """
   encoded = pa.array(ids).dictionary_encode()
-  names = list(dict.fromkeys([*encoded.dictionary.cast(pa.string()).to_pylist(), *others]))
+  names, rank = sort_ids(encoded.dictionary.cast(pa.string()).to_pylist(), others)
+  return names, rank[np.asarray(encoded.indices)]
+
+
+def sort_ids(ids: Sequence[str], others: Iterable[str] = ()) -> tuple[list[str], np.ndarray]:
+  """Sorts distinct ids, by number if all are whole numbers.
+
+  Args:
+    ids: distinct ids.
+    others: further ids, or some of them.
+
+  Returns:
+    All ids in order, and the place of each of `ids` and of the others in it.
+  """
+  names = list(dict.fromkeys([*ids, *others]))
   if all(re.fullmatch(r'-?\d+', name) for name in names):
     # The text is the second key, because '7' and '007' are two ids with one value.
     order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]))
@@ -374,18 +470,18 @@ def encode_ids(
     order = sorted(range(len(names)), key=names.__getitem__)
   rank = np.empty(len(names), np.int32)
   rank[order] = np.arange(len(names))
-  return [names[i] for i in order], rank[np.asarray(encoded.indices)]
+  return [names[i] for i in order], rank
 
 
-def _unknown_items(raw: Raw, names: list[str], items: np.ndarray) -> int:
+def _unknown_items(raw: Raw, names: list[str], rows: engine.Rows) -> int:
   """Counts items without a row in the item table; an error unless the table may be partial."""
   if raw.table is None:
     return 0
   unknown = [i for i, name in enumerate(names) if name not in raw.table]
   if unknown and not raw.table_is_partial:
-    first = int(np.argmax(np.isin(items, unknown)))
+    first, item = rows.first_with('item', np.array(unknown))
     raise InputError(
-      f'{raw.where(first)}: item {names[items[first]]!r} is not in the item table'
+      f'{raw.where(first)}: item {names[item]!r} is not in the item table'
       f' ({len(unknown)} such items in all); use the item table that belongs to these'
       ' interactions, add the missing items to it, or, where the source has the flag, pass'
       ' --partial_items to keep them without text'

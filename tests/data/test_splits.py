@@ -99,3 +99,16 @@ def test_describe_names_the_borders():
   assert splits.describe('time', {'valid_from': 0, 'test_from': 86_400}) == (
     'time: valid from 1970-01-01T00:00:00, test from 1970-01-02T00:00:00'
   )
+
+
+def test_a_border_cuts_histories_of_millions_of_interactions():
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(0, 30, 100_000)
+  lengths[5] = 1_100_000  # More than is counted at once.
+  offsets = np.concatenate([[0], np.cumsum(lengths)])
+  users = np.repeat(np.arange(len(lengths)), lengths)
+  timestamps = rng.integers(0, 1000, offsets[-1])
+  timestamps = timestamps[np.lexsort((timestamps, users))]
+  found = splits.by_time(offsets, timestamps, 600, 800)
+  wanted = np.bincount(users[timestamps < 600], minlength=len(lengths))
+  np.testing.assert_array_equal(found.train_lengths, wanted)

@@ -229,8 +229,8 @@ def raw(rows):
 
 
 @settings(max_examples=60, deadline=None)
-@given(EVENTS, EVENTS)
-def test_appending_is_building_with_other_numbers(first, second):
+@given(EVENTS, EVENTS, st.sampled_from([3, 1 << 20]))
+def test_appending_is_building_with_other_numbers(first, second, at_once):
   """Old and new events together are those of one build of all events."""
   first += [(0, 0, 0), (1, 1, 0)]
   second += [(0, 1, 9)]
@@ -242,9 +242,11 @@ def test_appending_is_building_with_other_numbers(first, second):
     for name in old.item_names
   ]
   info = {'has_timestamps': True, 'has_ratings': False}
-  appended = appending.append(
-    appending.Old('old', info, Interactions(*columns), items), raw(second), options
-  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(appending, '_AT_ONCE', at_once)
+    appended = appending.append(
+      appending.Old('old', info, Interactions(*columns), items), raw(second), options
+    )
   assert appended.user_names[: len(old.user_names)] == old.user_names
   assert appended.item_names[: len(old.item_names)] == old.item_names
   whole = prepare.prepare(raw([*first, *second]), options)

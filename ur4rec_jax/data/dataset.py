@@ -88,12 +88,15 @@ class Dataset:
     """`[interactions]` bool: whether each one belongs to the training part."""
     is_train = np.empty(len(self.item_ids), bool)
     for users in self._blocks_of_users():
-      lengths = np.diff(self.offsets[users.start : users.stop + 1])
-      first = self.offsets[users.start]
-      ends = self.offsets[users] + self.split.train_lengths[users]
-      place = np.arange(first, first + lengths.sum())
-      is_train[first : first + len(place)] = place < np.repeat(ends, lengths)
+      is_train[self.offsets[users.start] : self.offsets[users.stop]] = self._is_train(users)
     return is_train
+
+  def _is_train(self, users: slice) -> np.ndarray:
+    """`is_train` of the interactions of consecutive users."""
+    first, last = self.offsets[users.start], self.offsets[users.stop]
+    ends = self.offsets[users] + self.split.train_lengths[users]
+    lengths = np.diff(self.offsets[users.start : users.stop + 1])
+    return np.arange(first, last) < np.repeat(ends, lengths)
 
   def _blocks_of_users(self) -> Iterator[slice]:
     """Yields consecutive users with at most `_AT_ONCE` interactions together, but one at least."""
@@ -105,6 +108,16 @@ class Dataset:
   def item_counts(self) -> np.ndarray:
     """Counts the interactions of each item, `[num_items + 1]` by item id."""
     return np.bincount(self.item_ids, minlength=self.num_items + 1)
+
+  def train_item_counts(self) -> np.ndarray:
+    """Counts the training interactions of each item, `[num_items + 1]` by item id."""
+    counts = np.zeros(self.num_items + 1, np.int64)
+    for users in self._blocks_of_users():
+      first, last = self.offsets[users.start], self.offsets[users.stop]
+      items = self.item_ids[first:last][self._is_train(users)]
+      counts += np.bincount(items, minlength=len(counts))
+      flat_arrays.release(self.item_ids)
+    return counts
 
   def held_out(self, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns the users to evaluate on `valid` or `test`, and each one's held-out item id."""

@@ -265,21 +265,22 @@ def read_tables(dataset: Dataset, dtype: Any = np.float32) -> Tables:
   return Tables(items, users)
 
 
-def preference_starts(train_part: Dataset) -> np.ndarray:
+def preference_starts(dataset: Dataset) -> np.ndarray:
   """Finds the first target of each user that the user's features were not made from.
 
   Training shows the features of a user only for this target and later ones.
 
   Args:
-    train_part: from `Dataset.train_part`.
+    dataset: all interactions.
 
   Returns:
-    `[users]` int32, index into `item_ids` of the first such target; the end of the user's
-    interactions if there is none.
+    `[users]` int32, index of the first such target among the training interactions of all users;
+    the end of the user's training interactions if there is none.
   """
-  shares = [features.info['hold_back'] for features in train_part.user_features.values()]
-  written = splits.written_from(train_part.lengths, min(shares, default=0.0))
-  return (train_part.offsets[:-1] + written).astype(np.int32)
+  lengths = dataset.split.train_lengths
+  shares = [features.info['hold_back'] for features in dataset.user_features.values()]
+  written = splits.written_from(lengths, min(shares, default=0.0))
+  return (np.cumsum(lengths, dtype=np.int64) - lengths + written).astype(np.int32)
 
 
 def read_features_info(folder: pathlib.Path, way_out: str) -> dict[str, Any]:

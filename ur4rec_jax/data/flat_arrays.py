@@ -6,8 +6,9 @@
 
 import hashlib
 import json
+import mmap
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ur4rec_jax.errors import InputError
 FOLDER = 'flat'
 _INFO = 'info.json'
 _FORMAT_VERSION = 1
+_AT_ONCE = 1 << 20  # Values that are handled at once, so that intermediate arrays stay small.
 
 
 class FlatArrays:
@@ -108,6 +110,32 @@ def find(
       f' TFDS data beside it ({", ".join(sorted(names))}); {way_out}'
     )
   return FlatArrays(folder, records, way_out)
+
+
+def parts(array: np.ndarray, size: int = _AT_ONCE) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields the start and the values of consecutive parts, and gives back their memory if mapped."""
+  for start in range(0, len(array), size):
+    yield start, array[start : start + size]
+    release(array)
+
+
+def release(array: np.ndarray) -> None:
+  """Gives the memory of a mapped array back; what is read again comes from the file again."""
+  _advise(array, mmap.MADV_DONTNEED)
+
+
+def expect_random_reads(array: np.ndarray) -> None:
+  """Tells the system that reading a page of a mapped array does not mean to read the next ones."""
+  _advise(array, mmap.MADV_RANDOM)
+
+
+def _advise(array: np.ndarray, advice: int) -> None:
+  """Gives advice about the file of a mapped array; does nothing for an array in memory."""
+  owner: Any = array
+  while owner is not None and not isinstance(owner, mmap.mmap):
+    owner = getattr(owner, 'base', None)
+  if owner is not None:
+    owner.madvise(advice)
 
 
 def _file_name(name: str) -> str:

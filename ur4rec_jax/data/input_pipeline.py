@@ -33,6 +33,22 @@ class Plan(NamedTuple):
   users: np.ndarray | Array
 
 
+class ReadPlan(NamedTuple):
+  """A plan with indices into the items of some steps, for devices that do not hold all items.
+
+  Attributes:
+    starts: see `Plan`, like the next two; here an index into the items of these steps.
+    lengths: see `Plan`.
+    users: see `Plan`.
+    shift: adding it to an index gives the index into all items, 0 if the slot is empty.
+  """
+
+  starts: np.ndarray | Array
+  lengths: np.ndarray | Array
+  users: np.ndarray | Array
+  shift: np.ndarray | Array
+
+
 class Batch(NamedTuple):
   """Packed rows of tokens, `[rows, length]` int32 unless noted.
 
@@ -280,11 +296,11 @@ class EpochPlan:
     return Plan(*map(lookup, self._users))
 
 
-def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
+def gather_batch(item_ids: Array, plan: Plan | ReadPlan, row_length: int) -> Batch:
   """Gathers the tokens of the rows of one device; runs on the device.
 
   Args:
-    item_ids: `[interactions]`, see `Dataset`.
+    item_ids: `[interactions]`, see `Dataset`; those of some steps alone with a `ReadPlan`.
     plan: `[rows, slots]`.
     row_length: tokens per row.
 
@@ -302,9 +318,12 @@ def gather_batch(item_ids: Array, plan: Plan, row_length: int) -> Batch:
   zero_unless_filled = lambda x: jnp.where(filled, x, 0)
   # The last interaction has no next item; training never uses it as an input.
   target_index = jnp.minimum(index + 1, item_ids.size - 1)
+  inputs, targets = item_ids[index], item_ids[target_index]
+  if isinstance(plan, ReadPlan):
+    target_index += jnp.take_along_axis(plan.shift, slot, axis=1)
   return Batch(
-    zero_unless_filled(item_ids[index]),
-    zero_unless_filled(item_ids[target_index]),
+    zero_unless_filled(inputs),
+    zero_unless_filled(targets),
     zero_unless_filled(slot + 1),
     zero_unless_filled(target_index),
     jnp.asarray(plan.users),

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ur4rec_jax.data import flat_arrays
+
 LEAVE_ONE_OUT = 'leave_one_out'
 TIME = 'time'
 NAMES = (LEAVE_ONE_OUT, TIME)
@@ -56,8 +58,14 @@ def by_time(offsets: np.ndarray, timestamps: np.ndarray, valid_from: int, test_f
   lengths = np.diff(offsets).astype(np.int32)
 
   def before(border: int) -> np.ndarray:
-    counts = np.concatenate([[0], np.cumsum(timestamps < border)])
-    return np.diff(counts[offsets]).astype(np.int32)
+    counts = np.zeros(len(offsets), np.int64)  # Of all interactions up to each offset.
+    total = 0
+    for start, part in flat_arrays.parts(timestamps):
+      so_far = total + np.cumsum(part < border)
+      first, last = np.searchsorted(offsets, [start + 1, start + len(part) + 1])
+      counts[first:last] = so_far[offsets[first:last] - start - 1]
+      total = so_far[-1]
+    return np.diff(counts).astype(np.int32)
 
   train, seen = before(valid_from), before(test_from)
   return Split(

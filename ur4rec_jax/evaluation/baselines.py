@@ -21,7 +21,7 @@ def baseline_metrics(dataset: Dataset, part: str, protocol: Protocol) -> dict[st
 def baseline_ranks(dataset: Dataset, part: str, protocol: Protocol) -> dict[str, np.ndarray]:
   """Returns the ranks `[counted users]` of held-out items by `popularity` and in `random` order."""
   queries = make_queries(dataset, part, protocol)
-  popularity = dataset.train_part().item_counts()
+  popularity = dataset.train_item_counts()
   popularity[0] = -1  # Below every item.
   sorted_popularity = np.sort(popularity[1:])
   rng = np.random.default_rng(protocol.seed)

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ur4rec_jax.evaluation.evaluate import EvalData, make_batch_encoder, make_catalogue_encoder
+from ur4rec_jax.evaluation.evaluate import (
+  EvalData,
+  make_batch_encoder,
+  make_catalogue_encoder,
+  place_batches,
+)
 from ur4rec_jax.evaluation.queries import Queries, pack_queries
 from ur4rec_jax.evaluation.ranking import best_by_products, best_of, leave_out_seen
 from ur4rec_jax.sharding import devices
@@ -40,8 +45,9 @@ def best_items(
     (),
   )
   catalogue = make_catalogue_encoder(model, data)(params, data.tables.items)
-  placed = devices.shard(batches)  # One batch for each device, as each holds all users.
-  found = jax.device_get(find(params, catalogue, data.tables.users, data.item_ids, placed))
+  # One batch for each device, as each holds all users.
+  ((item_ids, placed),) = place_batches(batches, data)()
+  found = jax.device_get(find(params, catalogue, data.tables.users, item_ids, placed))
   flat = members.reshape(-1)
   best = np.zeros((len(queries.users), count), np.int32)
   best[flat[flat >= 0], : found.shape[1]] = found[flat >= 0]

@@ -55,7 +55,7 @@ def first_tokens(dataset: Dataset) -> dict[str, TokenTable]:
 
 def warm_items(dataset: Dataset) -> np.ndarray:
   """Returns `[items + 1]` bool: whether training sees the item."""
-  return dataset.train_part().item_counts() > 0
+  return dataset.train_item_counts() > 0
 
 
 def find_cold_items(

@@ -1,7 +1,7 @@
 """Ranks the held-out items of all users among the whole catalogue, under a named protocol."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +15,13 @@ from ur4rec_jax.data.input_pipeline import gather_batch, gather_preferences
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
 from ur4rec_jax.evaluation.protocol import Protocol
-from ur4rec_jax.evaluation.queries import EvalBatch, make_queries, pack_queries
+from ur4rec_jax.evaluation.queries import (
+  EvalBatch,
+  count_own_items,
+  make_queries,
+  pack_queries,
+  with_own_items,
+)
 from ur4rec_jax.evaluation.ranking import (
   Seen,
   leave_out_seen,
@@ -38,7 +44,7 @@ class EvalData(NamedTuple):
     dataset: all interactions.
     protocol: what the held-out items are ranked against.
     users_per_batch: about how many users a device ranks at once.
-    item_ids: `dataset.item_ids` on the devices.
+    item_ids: `dataset.item_ids` on the devices; None if each batch brings the items that it reads.
     tables: tokens of items and users, on the devices.
     embeddings: the policy for item tables and item features.
     params_axes: for each parameter the dimension that is spread over devices, from
@@ -49,7 +55,7 @@ class EvalData(NamedTuple):
   dataset: Dataset
   protocol: Protocol
   users_per_batch: int
-  item_ids: Array
+  item_ids: Array | None
   tables: Tables
   embeddings: ItemEmbeddings
   params_axes: PyTree = None
@@ -109,19 +115,15 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
   )
   encode = make_catalogue_encoder(model, data)
   is_counted = data.protocol.is_counted(data.dataset, part)
-  count = devices.device_count()
-  placed = [
-    devices.shard(jax.tree.map(lambda x, i=i: x[i : i + count], batches))
-    for i in range(0, len(members), count)
-  ]
+  placed = place_batches(batches, data)
 
   def evaluator(params, interrupted=lambda: False) -> np.ndarray | None:
     outputs = []
     catalogue = encode(params, data.tables.items)  # Once for all users.
-    for batch in placed:
+    for item_ids, batch in placed():
       if interrupted():
         return None
-      outputs.append(rank(params, catalogue, data.tables.users, data.item_ids, batch))
+      outputs.append(rank(params, catalogue, data.tables.users, item_ids, batch))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
       raise DivergenceError(f'a score is not finite in the evaluation on {part}')
@@ -133,6 +135,26 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
     return ordered[is_counted]
 
   return evaluator
+
+
+def place_batches(
+  batches: EvalBatch, data: EvalData
+) -> Callable[[], Iterable[tuple[Array, EvalBatch]]]:
+  """Returns what yields the items to read and the batch of each device, on the devices."""
+  count = devices.device_count()
+  starts = range(0, len(batches.targets), count)
+  groups = [jax.tree.map(lambda x, i=i: x[i : i + count], batches) for i in starts]
+  if data.item_ids is not None:
+    placed = [(data.item_ids, devices.shard(batch)) for batch in groups]
+    return lambda: placed
+
+  def read() -> Iterator[tuple[Array, EvalBatch]]:
+    for batch in groups:
+      item_ids, batch = with_own_items(data.dataset.item_ids, batch, capacity)
+      yield devices.replicate(item_ids), devices.shard(batch)
+
+  capacity = max(map(count_own_items, groups))
+  return read
 
 
 def make_catalogue_encoder(model: nn.Module, data: EvalData) -> Callable[..., Catalogue]:

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from ur4rec_jax.data import flat_arrays
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.input_pipeline import Plan, assign, pack, plan_rows
+from ur4rec_jax.data.streaming import ranges
 from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.sharding import devices
 
@@ -88,7 +90,7 @@ def _draw_candidates(
   rng = np.random.default_rng(protocol.seed)
   weights = np.ones(dataset.num_items)
   if protocol.candidates == 'popularity':
-    weights = dataset.train_part().item_counts()[1:].astype(float)
+    weights = dataset.train_item_counts()[1:].astype(float)
   candidates = np.zeros((len(users), protocol.num_candidates), np.int32)
   with np.errstate(divide='ignore'):
     log_weights = np.log(weights)
@@ -146,3 +148,40 @@ def pack_queries(
     queries.candidates[members],
   )
   return batches, members
+
+
+def count_own_items(batch: EvalBatch) -> int:
+  """Counts the items that batches read."""
+  return int(batch.plan.lengths.sum() + batch.seen_lengths.sum())
+
+
+def with_own_items(
+  item_ids: np.ndarray, batch: EvalBatch, capacity: int
+) -> tuple[np.ndarray, EvalBatch]:
+  """Copies the items that batches read, for devices that do not hold all interactions.
+
+  Args:
+    item_ids: `[interactions]`, which may be mapped from a file.
+    batch: its arrays may have a leading dimension of devices.
+    capacity: at least `count_own_items`.
+
+  Returns:
+    `[capacity]` items, and the batch with indices into these.
+  """
+  is_filled, has_seen = batch.plan.lengths > 0, batch.seen_lengths > 0
+  starts, lengths = (
+    np.concatenate([plan[is_filled], seen[has_seen]]).astype(np.int64)
+    for plan, seen in (
+      (batch.plan.starts, batch.seen_starts),
+      (batch.plan.lengths, batch.seen_lengths),
+    )
+  )
+  places = np.cumsum(lengths) - lengths
+  own = np.zeros(capacity, np.int32)
+  own[: lengths.sum()] = item_ids[np.repeat(starts, lengths) + ranges(lengths)]
+  flat_arrays.release(item_ids)
+  plan_starts, seen_starts = map(np.zeros_like, (batch.plan.starts, batch.seen_starts))
+  plan_starts[is_filled] = places[: is_filled.sum()]
+  seen_starts[has_seen] = places[is_filled.sum() :]
+  plan = batch.plan._replace(starts=plan_starts)
+  return own, batch._replace(plan=plan, seen_starts=seen_starts)

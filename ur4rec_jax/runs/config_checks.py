@@ -68,6 +68,7 @@ def check_config(config: ConfigDict) -> None:
   _check_branches(fields)
   _check_losses(fields)
   _check_item_embeddings(config)
+  _check_streaming(config)
   _check_stages(config)
 
 
@@ -127,6 +128,17 @@ def _check_losses(fields: dict[str, Any]) -> None:
   for branch in branches:
     if not (fields[f'loss.weights.{branch}'] or fields['loss.weights.fused']):
       raise InputError(f'config.loss.weights.{branch}=0: nothing would train the branch {branch}')
+
+
+def _check_streaming(config: ConfigDict) -> None:
+  """Refuses the one loss that draws from all interactions where a device has only a batch's."""
+  losses = retrieval_losses(config.loss).values()
+  by_popularity = 'sampled_softmax' in losses and config.loss.negatives == 'popularity'
+  if by_popularity and not config.data_in_memory:
+    raise InputError(
+      "config.data_in_memory=False with config.loss.negatives='popularity', which draws from all "
+      'interactions: set --config.loss.negatives=uniform, or --config.data_in_memory=True'
+    )
 
 
 def _check_item_embeddings(config: ConfigDict) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ur4rec_jax.data.input_pipeline import Plan, TrainBatches
+from ur4rec_jax.data.input_pipeline import Plan, ReadPlan, TrainBatches
+from ur4rec_jax.data.streaming import ItemReader, Prefetcher
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.runs.metric_writers import NullReporter, Reporter
 from ur4rec_jax.sharding import devices
@@ -29,6 +30,7 @@ class Dispatcher:
     batches: all batches.
     max_steps: steps in one dispatch.
     reporter: gets the mean metrics of each dispatch.
+    reader: reads the items of the next steps; None if the devices hold all.
   """
 
   train_step: Callable
@@ -38,35 +40,55 @@ class Dispatcher:
   batches: TrainBatches
   max_steps: int
   reporter: Reporter | NullReporter
+  reader: ItemReader | None = None
 
   def __post_init__(self):
     self._epoch, self._plan = -1, None
+    self._prefetcher = None if self.reader is None else Prefetcher(self._place)
     self._pending: tuple[int, int, dict[str, Any]] | None = None
     self._last_read = 0.0
     self._loss = self._speed = None  # From the last dispatch read.
 
   def run(self, state: TrainState, step: int, border: int) -> tuple[TrainState, int]:
     """Trains `max_steps` from `step` on, or fewer: to the end of the epoch or to step `border`."""
-    epoch, offset = divmod(step, self.batches.steps_per_epoch)
-    if epoch != self._epoch:
-      self._epoch, self._plan = epoch, self.batches.plan(epoch)
-    count = min(self.max_steps, self.batches.steps_per_epoch - offset, border - step)
-    # Padded, so that a shorter dispatch needs no second program; the step ignores the padding.
-    padding = ((0, self.max_steps - count), (0, 0), (0, 0))
-    plan = Plan(*(np.pad(x, padding) for x in self._plan.steps(offset, offset + count)))
+    count = min(self._most_steps(step), border - step)
+    place = self._place if self._prefetcher is None else self._prefetcher.get
+    data, plan = place(step, count)
     state, metrics = self.train_step(
-      state,
-      self.data,
-      devices.shard(devices.deal(plan, axis=1)),
-      devices.replicate(np.int32(count)),
-      self.numbers,
+      state, data, plan, devices.replicate(np.int32(count)), self.numbers
     )
+    if self._prefetcher is not None:  # While the devices work on these steps.
+      self._prefetcher.start(step + count, self._most_steps(step + count))
     # Restarts the clock: compiling or a validation before this dispatch is not training.
     if self._pending is None:
       self._last_read = time.monotonic()
     self.flush()
     self._pending = (step + count, count, metrics)
     return state, step + count
+
+  def _most_steps(self, step: int) -> int:
+    """Returns how many steps of the same epoch one dispatch takes from `step` on."""
+    return min(self.max_steps, self.batches.steps_per_epoch - step % self.batches.steps_per_epoch)
+
+  def _place(self, step: int, count: int) -> tuple[TrainData, Plan | ReadPlan]:
+    """Looks up the rows of some steps of one epoch, and places what they need on the devices."""
+    epoch, offset = divmod(step, self.batches.steps_per_epoch)
+    if epoch != self._epoch:
+      self._plan = None  # Two plans at once would take twice the memory.
+      self._epoch, self._plan = epoch, self.batches.plan(epoch)
+    # Padded, so that a shorter dispatch needs no second program; the step ignores the padding.
+    padding = ((0, self.max_steps - count), (0, 0), (0, 0))
+    plan = Plan(*(np.pad(x, padding) for x in self._plan.steps(offset, offset + count)))
+    data = self.data
+    if self.reader is not None:
+      items, plan = self.reader.read(plan)
+      data = data._replace(item_ids=devices.replicate(items))
+    return data, devices.shard(devices.deal(plan, axis=1))
+
+  def close(self) -> None:
+    """Ends the thread that reads ahead."""
+    if self._prefetcher is not None:
+      self._prefetcher.close()
 
   def flush(self) -> None:
     """Waits for the last dispatch and reports it.

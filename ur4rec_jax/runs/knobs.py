@@ -445,6 +445,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       'Type to compute in; bfloat16 is faster on GPUs and TPUs.',
       choices=('float32', 'bfloat16'),
     ),
+    'data_in_memory': Knob(
+      True,
+      'Keep all interactions on the devices; False reads those of the next steps from the disk.',
+      may_change=True,
+    ),
     'steps_per_dispatch': Knob(
       8, 'Optimizer steps that the devices take in one call.', at_least=1, may_round=True
     ),

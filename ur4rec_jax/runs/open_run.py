@@ -104,13 +104,13 @@ class Run:
 
   def eval_data(self) -> EvalData:
     """Copies what an evaluation reads onto each device, with whole item tables."""
-    item_ids, tables = devices.replicate((self.dataset.item_ids, self.tables))
+    item_ids = devices.replicate(self.dataset.item_ids) if self.config.data_in_memory else None
     return EvalData(
       dataset=self.dataset,
       protocol=self.protocol,
       users_per_batch=self.config.evaluation.batch_size,
       item_ids=item_ids,
-      tables=tables,
+      tables=devices.replicate(self.tables),
       embeddings=ItemEmbeddings('all', self.dataset.num_items),
       mapping=self.config.mapping,
     )

@@ -186,7 +186,7 @@ def _ranks(
 def _scores(stage: Stage, data: EvalData, ranks: dict[str, np.ndarray]) -> dict[str, dict]:
   """Returns the model's name, the protocol, metrics of both parts by popularity, and baselines."""
   dataset = data.dataset
-  groups = metrics.popularity_groups(dataset.train_part().item_counts())
+  groups = metrics.popularity_groups(dataset.train_item_counts())
   targets, by_target = {}, {}
   for part in PARTS:
     is_counted, is_repeated = data.protocol.is_counted(dataset, part), dataset.is_repeated(part)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.data.input_pipeline import TrainBatches
+from ur4rec_jax.data.streaming import ItemReader
 from ur4rec_jax.errors import InputError, InterruptedBySignal, say
 from ur4rec_jax.evaluation.evaluate import EvalData, Evaluators
 from ur4rec_jax.evaluation.metrics import ranking_metrics
@@ -84,7 +85,8 @@ def train_and_evaluate(
       with contextlib.closing(reporter):
         loop = TrainLoop(run, batches, start, checkpointer, reporter)
         loop.on_validation = on_validation or loop.on_validation
-        loop.run_to_end(stop_requested)
+        with contextlib.closing(loop):
+          loop.run_to_end(stop_requested)
     results = write_results(run, workdir, loop.progress, loop.best_params, loop.evaluators)
     if trackers is not None:
       points = {f'test/{name}': value for name, value in results['test'].items()}
@@ -227,14 +229,16 @@ class TrainLoop:
     self.saved = self._position() if start.is_saved else None
     tables = run.tables._replace(items=run.embeddings.pad_features(run.tables.items))
     self.data_axes = train_data_axes(run.embeddings)
-    train_data = make_train_data(run.dataset.train_part(), tables)
+    in_memory = self.config.data_in_memory
+    train_data = make_train_data(run.dataset, tables, in_memory)
+    self.reader = None if in_memory else ItemReader(run.dataset, self.config.max_length)
     self.data = devices.place(train_data, self.data_axes)
     self.evaluators = Evaluators(
       EvalData(
         dataset=run.dataset,
         protocol=run.protocol,
         users_per_batch=self.config.evaluation.batch_size,
-        item_ids=devices.replicate(run.dataset.item_ids),
+        item_ids=devices.replicate(run.dataset.item_ids) if in_memory else None,
         tables=self.data.tables,
         embeddings=run.embeddings,
         params_axes=self.axes['state'].params,
@@ -274,6 +278,7 @@ class TrainLoop:
       self.batches,
       self.config.steps_per_dispatch,
       self.reporter,
+      self.reader,
     )
 
   def _train_step(self, stage: Stage) -> Callable:
@@ -376,7 +381,12 @@ class TrainLoop:
     self.state = self.state.replace(params=params, stage=at_start)
     progress.stages.append(StageProgress(progress.step, best_step=progress.step))
     progress.validated_step = NEVER
+    self.close()
     self._enter_stage()
+
+  def close(self) -> None:
+    """Ends the threads of the loop."""
+    self.dispatcher.close()
 
   def _validate(self, stop_requested: Callable[[], int]) -> None:
     """Ranks the validation items, keeps the parameters that `config.keep` names, and saves."""

@@ -14,7 +14,8 @@ class TrainData(NamedTuple):
   """What every device holds during training.
 
   Attributes:
-    item_ids: `[training interactions]` int32, 1-based, user after user.
+    item_ids: `[training interactions]` int32, 1-based, user after user; those of the current steps
+      alone if the others are read from the disk.
     item_counts: `[num_items]` float32, the number of training interactions of each item.
     tables: tokens of items and users.
     preference_starts: `[num_users]` int32, from `features.preference_starts`.
@@ -26,18 +27,19 @@ class TrainData(NamedTuple):
   preference_starts: jax.Array
 
 
-def make_train_data(train_part: Dataset, tables: Tables) -> TrainData:
+def make_train_data(dataset: Dataset, tables: Tables, in_memory: bool = True) -> TrainData:
   """Collects the arrays in host memory.
 
   Args:
-    train_part: from `Dataset.train_part`.
+    dataset: all interactions; what is held out is left out.
     tables: tokens of items and users.
+    in_memory: whether the devices hold the interactions.
   """
   return TrainData(
-    train_part.item_ids,
-    train_part.item_counts()[1:].astype(np.float32),
+    dataset.train_part().item_ids if in_memory else np.zeros(0, np.int32),
+    dataset.train_item_counts()[1:].astype(np.float32),
     tables,
-    preference_starts(train_part),
+    preference_starts(dataset),
   )
 
 

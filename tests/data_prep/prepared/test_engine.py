@@ -106,7 +106,8 @@ def test_rows_beyond_the_limit_of_memory_go_to_the_disk(tmp_path):
   wanted = np.lexsort((columns['time'], columns['user']))
   resources = engine.Resources('50MB', tmp_path)  # The rows alone take 36 MB.
   with engine.connected(resources) as database:
-    rows = engine.Rows(database, columns, {'user': users, 'item': items})
+    engine.store(database, columns)
+    rows = engine.Rows(database, {'user': users, 'item': items})
     assert np.array_equal(rows.counts('item'), np.bincount(columns['item'], minlength=items))
     parts = rows.ordered(['user', 'time', 'row'], ['item', 'time'])
     found = [next(parts)]

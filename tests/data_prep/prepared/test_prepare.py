@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_prep.prepared import prepare
+from data_prep.prepared import engine, prepare
 from data_prep.prepared.prepare import Options
 from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
@@ -212,3 +214,25 @@ def test_a_split_by_time_nobody_asked_for_is_left_out_where_it_is_impossible():
   assert prepare.prepare(make_raw(rows)).splits.keys() == {'leave_one_out'}
   with pytest.raises(InputError, match='has no times'):
     prepare.prepare(make_raw(rows)._replace(timestamps=None), Options(time_split='0.8,0.9'))
+
+
+@given(
+  st.lists(st.integers(-(10**10), 10**10), min_size=1, max_size=30),
+  st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=30, deadline=None)
+def test_order_statistics_are_found_without_sorting(values, share):
+  places = [int(share * len(values)), len(values) - 1]
+  found = prepare._sorted_at(np.array(values), places)
+  assert found == [sorted(values)[place] for place in places]
+
+
+def test_columns_of_many_rows_are_files_that_go_with_the_folder(tmp_path, monkeypatch):
+  monkeypatch.setattr(engine, '_ROWS_IN_MEMORY', 10)
+  resources = engine.Resources(folder=tmp_path)
+  column = resources.column('item', 20, np.int32)
+  column[:] = np.arange(20)
+  assert (tmp_path / 'item.column').read_bytes() == np.arange(20, dtype=np.int32).tobytes()
+  assert not [*tmp_path.glob('few*')]
+  assert len(resources.column('few', 10, np.int32)) == 10
+  assert not [*tmp_path.glob('few*')]

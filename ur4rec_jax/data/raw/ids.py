@@ -134,6 +134,12 @@ def read(column: pa.ChunkedArray, name: str, where: Where, cleanings: Collection
   return Ids(encoded, is_missing, found)
 
 
+def are_sound(names: pa.Array) -> bool:
+  """Whether distinct ids, as text, need no cleaning, and none of them is empty or no text."""
+  is_bad = pc.or_(_is_blank(names), pc.match_substring_regex(names, _CONTROL))
+  return not pc.any(is_bad).as_py() and not _describe(names, np.ones(len(names), np.int64))
+
+
 def compact(ids: pa.DictionaryArray) -> pa.DictionaryArray:
   """Leaves out the entries of a dictionary that no row has; no row may be null."""
   indices = np.asarray(ids.indices)

@@ -7,7 +7,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +98,29 @@ def read(*files: Path, **parameters: Any) -> Raw:
   return read_files(files, {**PARAMETERS, **parameters})
 
 
+class Layout(NamedTuple):
+  """Files of interactions, and which of their columns are read.
+
+  Attributes:
+    path: the file or the folder, for messages.
+    files: the files.
+    columns: name of the column of each role.
+    selection: takes the wanted rows.
+    notes: notes for the user about the files.
+  """
+
+  path: str
+  files: tuple[tables.File, ...]
+  columns: Mapping[str, str]
+  selection: Selection
+  notes: tuple[str, ...]
+
+  def note(self, raw: Raw) -> Raw:
+    """Adds the notes about the files and what the selection left out."""
+    raw = self.selection.note(raw)
+    return raw._replace(notes=(*raw.notes[:1], *self.notes, *raw.notes[1:]))
+
+
 def read_files(files: Sequence[Path], options: Mapping[str, Any], every_kind: bool = True) -> Raw:
   """Reads files of interactions, one after the other.
 
@@ -108,6 +131,19 @@ def read_files(files: Sequence[Path], options: Mapping[str, Any], every_kind: bo
 
   Raises:
     InputError: a file or an option is wrong.
+  """
+  return read_layout(open_files(files, options), options, every_kind)
+
+
+def open_files(files: Sequence[Path], options: Mapping[str, Any]) -> Layout:
+  """Detects the format of files of interactions, and chooses their columns.
+
+  Args:
+    files: the files.
+    options: all of `PARAMETERS`.
+
+  Raises:
+    InputError: a file is no table or has no such columns, or an option is wrong.
   """
   parts = [path for path in files if not tables.is_empty(path)] if len(files) > 1 else list(files)
   if not parts:
@@ -123,26 +159,27 @@ def read_files(files: Sequence[Path], options: Mapping[str, Any], every_kind: bo
   columns = choose_columns(str(parts[0]), names, options, opened[0].delimiter)
   all_names = [(*file.columns, *file.folders) for file in opened]
   selection = Selection(str(parts[0]), columns, all_names, options)
-  # The columns of the files are not kept: encoded ones take a fraction of their memory.
-  table = _read_encoded(opened, all_names, selection)
   notes += [note for file in opened for note in file.notes]
-  if every_kind:
-    selection.check()
   path = str(files[0] if len(files) == 1 else files[0].parent)
-  raw = selection.note(read_columns(path, table, columns, selection.locate, options))
-  return raw._replace(notes=(*raw.notes[:1], *notes, *raw.notes[1:]))
+  return Layout(path, tuple(opened), columns, selection, tuple(notes))
 
 
-def _read_encoded(
-  opened: Sequence[tables.File],
-  all_names: Sequence[Sequence[str]],
-  selection: Selection,
-) -> pa.Table:
+def read_layout(layout: Layout, options: Mapping[str, Any], every_kind: bool = True) -> Raw:
+  """Reads the files of a layout; see `read_files`."""
+  # The columns of the files are not kept: encoded ones take a fraction of their memory.
+  table = _read_encoded(layout.files, layout.selection)
+  if every_kind:
+    layout.selection.check()
+  locate = layout.selection.locate
+  return layout.note(read_columns(layout.path, table, layout.columns, locate, options))
+
+
+def _read_encoded(opened: Sequence[tables.File], selection: Selection) -> pa.Table:
   """Reads the wanted rows of all files; users and items are dictionary-encoded."""
   found, paths = [], []
-  for file, names in zip(opened, all_names, strict=True):
+  for file in opened:
     for name, use in selection.uses.items():
-      if name not in names:
+      if name not in (*file.columns, *file.folders):
         raise InputError(
           f'{file.path}: no column {name!r} ({use}), which {opened[0].path.name} has; its'
           f' columns are {listed(file.columns)}; give all files the same columns'
@@ -315,7 +352,7 @@ def read_columns(
   found = {
     role: ids.read(table[role], columns[role], where, cleanings) for role in ('user', 'item')
   }
-  notes, hints = [f'columns: {_shown(columns)}'], hints_about_ids(found, cleanings)
+  hints = hints_about_ids(found, cleanings)
   # Rows without a user or an item, if --clean_ids allows them.
   is_missing = found['user'].is_missing | found['item'].is_missing
   dropped = {'clean_ids': int(is_missing.sum())} if is_missing.any() else {}
@@ -332,20 +369,50 @@ def read_columns(
   if 'time' in columns:
     timestamps, ticks, hint = times.parse(table['time'], columns['time'], where)
     hints += [hint] if hint else []
-  else:
-    notes.append('no time column: rows count as being in order of time, file by file')
   if 'rating' in table.column_names:
     name = columns['rating'] if 'rating' in columns else columns['event']
     ratings = _ratings(table['rating'], name, where)
+  return complete(
+    Raw(
+      path=path,
+      users=users,
+      items=items,
+      timestamps=timestamps,
+      ratings=ratings,
+      lines=locate,
+      ticks_per_second=ticks,
+      hints=tuple(hints),
+      dropped=dropped,
+    ),
+    columns,
+    options,
+  )
+
+
+def complete(raw: Raw, columns: Mapping[str, str], options: Mapping[str, Any]) -> Raw:
+  """Adds the item table, and notes on the columns and on the items.
+
+  Args:
+    raw: checked rows.
+    columns: name of the column of each role.
+    options: all of `PARAMETERS`.
+
+  Raises:
+    InputError: the item table or a flag of it is wrong.
+  """
+  cleanings = ids.parse_cleanings(options['clean_ids'])
+  notes, hints = [f'columns: {_shown(columns)}'], list(raw.hints)
+  if 'time' not in columns:
+    notes.append('no time column: rows count as being in order of time, file by file')
   catalogue: dict[str, Item] | None = None
   if options['items'] is not None:
     catalogue, more = _read_items(options)
     catalogue = ids.clean_table(catalogue, cleanings) if cleanings else catalogue
-    names, known = items.dictionary.to_pylist(), set(catalogue)
+    names, known = raw.items.dictionary.to_pylist(), set(catalogue)
     unknown, cold = [name for name in names if name not in known], known.difference(names)
     misspelled = hint_about_spelling(unknown, catalogue, cleanings)
     if misspelled and not options['partial_items']:
-      raise InputError(f'{path}: {misspelled}')
+      raise InputError(f'{raw.path}: {misspelled}')
     hints += [misspelled] if misspelled else []
     notes += more
     if unknown and options['partial_items']:
@@ -357,19 +424,11 @@ def read_columns(
       )
   else:
     _check_no_item_flags(options)
-  return Raw(
-    path=path,
-    users=users,
-    items=items,
-    timestamps=timestamps,
-    ratings=ratings,
-    lines=locate,
+  return raw._replace(
     table=catalogue,
     table_is_partial=bool(options['partial_items']),
-    ticks_per_second=ticks,
     notes=tuple(notes),
     hints=tuple(hints),
-    dropped=dropped,
     keep_cold_items=bool(options['keep_cold_items']),
   )
 

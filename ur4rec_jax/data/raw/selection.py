@@ -88,6 +88,11 @@ class Selection:
     """Names of the columns that are read only to say something about them."""
     return {*self._negative, *self._kinds}
 
+  @property
+  def takes_all(self) -> bool:
+    """Whether all rows are wanted, and no column is read but those of users, items and so on."""
+    return not (self._conditions or self._event or self.looked_at)
+
   def take(self, table: pa.Table, place: Callable[[int], Place]) -> pa.Table:
     """Returns the wanted rows of a table with the columns `uses`.
 

@@ -59,6 +59,7 @@ class File(NamedTuple):
     columns: names of the columns in the file.
     quoted: whether double quotes enclose fields; otherwise they are ordinary characters.
     rows: number of rows below the names, if they were counted.
+    is_plain: whether the first line has the names, and no line below it has a double quote.
     notes: notes for the user about how the rows were read.
     folders: columns that the names of the folders hold, as in `day=2024-05-31/part-0.parquet`.
   """
@@ -68,6 +69,7 @@ class File(NamedTuple):
   columns: tuple[str, ...]
   quoted: bool = False
   rows: int | None = None
+  is_plain: bool = False
   notes: tuple[str, ...] = ()
   folders: Mapping[str, str | None] = MappingProxyType({})
 
@@ -140,8 +142,8 @@ def _open_text(path: Path, delimiter: str | None, quoting: str, flag: str) -> Fi
       f'{path}: its extension is none of .csv, .tsv, .parquet (.csv and .tsv also with .gz);'
       ' rename it, or pass --delimiter'
     )
-  quotes, notes = None, ()
-  if quoting != 'none' and _has_quotes(path):
+  quotes, notes, has_quotes = None, (), quoting != 'none' and _has_quotes(path)
+  if has_quotes:
     quotes = _survey(path, delimiter, flag)
     misfit = quotes.spans or quotes.fault
     if quoting == 'auto' and delimiter == '\t' and misfit and _lines_are_rows(path, delimiter):
@@ -162,9 +164,9 @@ def _open_text(path: Path, delimiter: str | None, quoting: str, flag: str) -> Fi
     raise InputError(f'{path}: the file is empty; export it again')
   _check_text(path, *header)
   columns = tuple(name.strip() for name in header[1])
-  if quotes is None:
-    return File(path, delimiter, columns, notes=notes)
-  return File(path, delimiter, columns, quoted=True, rows=quotes.rows - 1, notes=notes)
+  is_plain = header[0] == 1 and (not has_quotes or (quotes is not None and quotes.only_first))
+  file = File(path, delimiter, columns, is_plain=is_plain, notes=notes)
+  return file if quotes is None else file._replace(quoted=True, rows=quotes.rows - 1)
 
 
 def read(file: File, columns: list[str]) -> pa.Table:
@@ -352,18 +354,21 @@ class _Quotes(NamedTuple):
     spans: first and last line of each row that spans several lines.
     look_merged: whether every such line would be a whole row if quotes were ordinary characters.
     fault: the first misplaced quote.
+    only_first: whether only the first line has quotes, and each line is a row.
   """
 
   rows: int
   spans: list[tuple[int, int]]
   look_merged: bool
   fault: InputError | None = None
+  only_first: bool = False
 
 
 def _survey(path: Path, delimiter: str, flag: str) -> _Quotes:
   plain = _count_whole_lines(path, delimiter)
   if plain is not None:
-    return _Quotes(plain, [], False)
+    lines, quoted = plain
+    return _Quotes(lines, [], False, only_first=quoted == [1])
   rows, spans, whole = 0, [], True
   width, lines = 0, []
   reader = reader_of(_noted(_lines(path), lines), delimiter, quoted=True)
@@ -388,15 +393,16 @@ def _survey(path: Path, delimiter: str, flag: str) -> _Quotes:
       whole = whole and all(text.count(delimiter) == width - 1 for text in lines)
 
 
-def _count_whole_lines(path: Path, delimiter: str) -> int | None:
+def _count_whole_lines(path: Path, delimiter: str) -> tuple[int, list[int]] | None:
   """Counts the rows of a file in which each line is a row and all quotes are well placed.
 
   Most files are such ones. Only their lines with quotes have to be parsed.
 
   Returns:
-    None if a row spans several lines, a quote is misplaced, or a line is empty.
+    The number of rows, and the numbers of the first two lines with quotes; None if a row spans
+    several lines, a quote is misplaced, or a line is empty.
   """
-  rows = 0
+  rows, first_quoted = 0, []
   with archives.open_file(path) as content:
     start = codecs.BOM_UTF8
     while block := content.read(_SURVEYED):
@@ -405,15 +411,19 @@ def _count_whole_lines(path: Path, delimiter: str) -> int | None:
       start = b''
       if b'\r' in lines or b'\n\n' in b'\n' + lines + b'\n':
         return None
-      rows += lines.count(b'\n') + 1
       if b'"' in lines:
-        quoted = [line.decode(errors='replace') for line in lines.split(b'\n') if b'"' in line]
+        numbered = [
+          (i, line) for i, line in enumerate(lines.split(b'\n'), rows + 1) if b'"' in line
+        ]
+        quoted = [line.decode(errors='replace') for _, line in numbered]
+        first_quoted += [number for number, _ in numbered[: 2 - len(first_quoted)]]
         try:
           if len([*reader_of(quoted, delimiter, quoted=True)]) < len(quoted):
             return None
         except csv.Error:
           return None
-  return rows
+      rows += lines.count(b'\n') + 1
+  return rows, first_quoted
 
 
 def quote_fault(first: int, last: int, error: csv.Error) -> str:

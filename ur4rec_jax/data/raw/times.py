@@ -80,6 +80,21 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> Times:
   return Times(*times, _hint_about_precision(*times, name))
 
 
+def plain_unit(smallest: int, largest: int) -> int | None:
+  """Returns the ticks per second of unix times that are whole numbers, if they raise no question.
+
+  Args:
+    smallest: the smallest of their absolute values.
+    largest: the largest one.
+
+  Returns:
+    None if they may have several units, or may be dates of eight digits.
+  """
+  units = np.searchsorted(_LIMITS, [smallest, largest], side='right')
+  may_be_dates = smallest >= 19_000_101 and largest <= 21_001_231
+  return None if units[0] != units[1] or may_be_dates else _UNITS[units[0]][0]
+
+
 def _check_precision(values: np.ndarray, name: str, where: Where) -> None:
   """Refuses types whose numbers are too far apart to tell such times apart."""
   bits = np.finfo(values.dtype).nmant + 1
