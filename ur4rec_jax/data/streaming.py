@@ -4,6 +4,7 @@ Batches are the same as those that the device gathers from all interactions. Wha
 function of the plan alone, so nothing needs to be saved to go on after an interruption.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class ItemReader:
     """
     is_filled = plan.lengths > 0
     starts = plan.starts[is_filled] + self._held_out_before[plan.users[is_filled]].astype(np.int64)
-    lengths = plan.lengths[is_filled] + 1  # The last token of a slot has a target, too.
+    lengths = np.asarray(plan.lengths)[is_filled] + 1  # The last token of a slot has a target, too.
     places = np.cumsum(lengths) - lengths
     *rows, slots = plan.lengths.shape
     items = np.zeros(np.prod(rows) * (self._row_length + slots), np.int32)
@@ -68,7 +69,7 @@ class Ahead(NamedTuple):
 class Prefetcher:
   """Calls a function ahead of time in a thread; what is asked for otherwise is computed at once."""
 
-  def __init__(self, function):
+  def __init__(self, function: Callable[..., Any]):
     """Starts no thread yet.
 
     Args:
