@@ -88,7 +88,13 @@ def test_features_of_users_need_their_split(data, tmp_path):
   encode.main([f'--data_dir={data}', *flags])
   splits = json.loads((data / 'dataset.json').read_text())['splits']
   assert load_features(data, 'user', 'age', splits['time']['hash']).shape == (120, 1, 4)
-  fields = {'data_dir': str(data), 'split': 'time', 'modalities': (), 'user_modalities': ('age',)}
+  fields = {
+    'data_dir': str(data),
+    'split': 'time',
+    'train_on': 'training',
+    'modalities': (),
+    'user_modalities': ('age',),
+  }
   fields['max_item_tokens'] = 1
   dataset = load_with_features(ConfigDict({**fields, 'shuffled_features': True}))
   tokens, mask = read_tables(dataset).users['age']
@@ -108,7 +114,8 @@ def test_features_of_users_need_their_split(data, tmp_path):
 
 
 def test_shuffled_items_have_each_others_tokens_in_every_modality_alike(data):
-  fields = {'data_dir': str(data), 'split': 'leave_one_out', 'user_modalities': ()}
+  fields = {'data_dir': str(data), 'split': 'leave_one_out', 'train_on': 'training'}
+  fields['user_modalities'] = ()
   fields['max_item_tokens'] = 0
   fields['modalities'] = ('audio', 'small')
   datasets = [

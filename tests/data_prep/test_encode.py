@@ -828,13 +828,13 @@ def test_decoding_processes_end_with_a_killed_parent(build):
   script = f"""
 import os, signal
 from pathlib import Path
-from data_prep.embeddings import picture_tokens
+from data_prep.embeddings import decoded_files
 from ur4rec_jax.encoders import pictures
 encoder = pictures.color(1)
-decoders = picture_tokens._Decoders(encoder.prepare, 1)
+decoders = decoded_files.Decoders(encoder.prepare, 1)
 if __name__ == '__main__':
   paths = sorted(Path({str(data_dir / 'images')!r}).glob('*.png'))
-  for _ in decoders.arrays([paths]):
+  for _ in decoders.inputs([paths]):
     print(*decoders._pool._processes, flush=True)
   os.kill(os.getpid(), signal.SIGKILL)
 """

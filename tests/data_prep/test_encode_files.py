@@ -27,7 +27,7 @@ from ur4rec_jax.encoders import pictures, sounds, text
 
 
 @pytest.fixture
-def data_dir(tmp_path) -> pathlib.Path:
+def goods(tmp_path) -> pathlib.Path:
   """A prepared dataset of six items, i0 to i5."""
   items = [f'i{at}' for at in range(6)]
   table = [{'id': name, 'title': f'Thing {name}'} for name in items]
@@ -43,31 +43,31 @@ def folder(tmp_path) -> pathlib.Path:
   return tmp_path / 'files'
 
 
-def run(data_dir, modality, files, *flags) -> None:
+def run(goods, modality, files, *flags) -> None:
   flags = (f'--modality={modality}', f'--files={files}', '--workers=0', *flags)
-  encode.main([f'--data_dir={data_dir}', *flags])
+  encode.main([f'--data_dir={goods}', *flags])
 
 
-def read(data_dir, modality):
-  features = load_features(data_dir, 'item', modality)
+def read(goods, modality):
+  features = load_features(goods, 'item', modality)
   info, (tokens, mask) = features.info, features.table()
   return info, tokens[1:], mask[1:]
 
 
-def masked(data_dir, modality) -> dict[str, str]:
-  lines = (data_dir / f'features/item/{modality}/masked.jsonl').read_text().splitlines()
+def masked(goods, modality) -> dict[str, str]:
+  lines = (goods / f'features/item/{modality}/masked.jsonl').read_text().splitlines()
   return {record['id']: record['reason'] for record in map(json.loads, lines)}
 
 
 @pytest.fixture
-def fails(data_dir, capsys):
+def fails(goods, capsys):
   """Runs the program and gives its error message: `fails(modality, files, *flags)`."""
 
   def fails(modality, files, *flags) -> str:
     with pytest.raises(SystemExit) as caught:
-      run(data_dir, modality, files, *flags)
+      run(goods, modality, files, *flags)
     assert caught.value.code == 2
-    assert not list(data_dir.glob('features/*/*/info.json'))
+    assert not list(goods.glob('features/*/*/info.json'))
     return capsys.readouterr().err
 
   return fails
@@ -94,13 +94,13 @@ def test_a_tone_is_read_from_every_format_at_the_rate_asked_for(folder, suffix, 
   assert len(media_files.read_sound(folder / f'a.{suffix}', 8000, 0.5)) == 4000
 
 
-def test_token_0_is_the_mean_of_the_parts_of_a_sound(data_dir, folder, capsys):
+def test_token_0_is_the_mean_of_the_parts_of_a_sound(goods, folder, capsys):
   long = np.concatenate([media.tone(200, 10), media.tone(2000, 10), media.tone(6000, 5)])
   media.write_sound(folder / 'i0.wav', long, 'pcm_s16le')
   media.write_sound(folder / 'i1.flac', media.tone(200, 3), 'flac')
   media.write_sound(folder / 'i2.mp3', media.tone(210, 3), 'mp3')
-  run(data_dir, 'audio', folder, '--encoder=spectrum', '--dtype=float32', '--max_tokens=4')
-  info, tokens, mask = read(data_dir, 'audio')
+  run(goods, 'audio', folder, '--encoder=spectrum', '--dtype=float32', '--max_tokens=4')
+  info, tokens, mask = read(goods, 'audio')
   assert mask.sum(1).tolist() == [4, 2, 2, 0, 0, 0]
   np.testing.assert_allclose(tokens[0, 0], tokens[0, 1:4].mean(0), atol=1e-5)
   np.testing.assert_allclose(tokens[1, 0], tokens[1, 1], atol=1e-6)
@@ -108,7 +108,7 @@ def test_token_0_is_the_mean_of_the_parts_of_a_sound(data_dir, folder, capsys):
   assert likeness[3, 4] > likeness[3, 2]
   assert likeness[0, 3] > likeness[1, 3]
   assert info['encoder']['max_seconds'] == 60
-  assert masked(data_dir, 'audio')['i3'] == 'no sound'
+  assert masked(goods, 'audio')['i3'] == 'no sound'
   assert "3: no sound; first item 'i3'" in capsys.readouterr().out
 
 
@@ -204,15 +204,15 @@ def by_library(folder, name, samples, layer) -> np.ndarray:
     ('whisper', 'last'),
   ],
 )
-def test_models_of_sounds_equal_the_library(data_dir, folder, models, name, layer):
+def test_models_of_sounds_equal_the_library(goods, folder, models, name, layer):
   rate = 48_000 if name == 'clap' else 16_000
   noise = np.random.default_rng(0).normal(0, 0.1, 2 * rate).astype('f4')
   clips = {'i0': media.tone(300, 1, rate), 'i3': noise}
   for item, samples in clips.items():
     media.write_sound(folder / f'{item}.wav', samples, 'pcm_f32le', rate)
   given = [] if layer in ('last', 'projected') else [f'--layer={layer}']
-  run(data_dir, 'audio', folder, f'--encoder={models / name}', '--dtype=float32', *given)
-  info, tokens, mask = read(data_dir, 'audio')
+  run(goods, 'audio', folder, f'--encoder={models / name}', '--dtype=float32', *given)
+  info, tokens, mask = read(goods, 'audio')
   assert mask.sum(1).tolist() == [2, 0, 0, 2, 0, 0]
   assert (info['encoder']['layer'], info['encoder']['rate']) == (layer, rate)
   for item, samples in clips.items():
@@ -234,16 +234,16 @@ def test_a_model_of_texts_reads_no_sounds(fails, folder, tmp_path):
 # Bad files.
 
 
-def test_bad_sounds_are_masked_and_named(data_dir, folder, capsys):
+def test_bad_sounds_are_masked_and_named(goods, folder, capsys):
   media.write_sound(folder / 'i0.wav', media.tone(440, 1), 'pcm_s16le')
   (folder / 'i1.mp3').write_bytes(b'this is no sound ' * 100)
   (folder / 'i2.wav').write_bytes(b'')
   media.write_video(folder / 'i3.mp4', np.zeros((3, 3)), 'mpeg4')  # Without sound.
   media.write_sound(folder / 'i4.wav', np.zeros(0, 'f4'), 'pcm_s16le')
   (folder / 'i5.txt').write_text('not looked at')
-  run(data_dir, 'audio', folder, '--encoder=spectrum')
-  assert read(data_dir, 'audio')[2].any(1).tolist() == [True] + 5 * [False]
-  reasons = masked(data_dir, 'audio')
+  run(goods, 'audio', folder, '--encoder=spectrum')
+  assert read(goods, 'audio')[2].any(1).tolist() == [True] + 5 * [False]
+  reasons = masked(goods, 'audio')
   assert reasons['i1'].startswith('its file is no sound and no video that can be read (')
   assert reasons['i2'] == 'its file is empty'
   assert reasons['i3'] == 'its file has no sound'
@@ -252,16 +252,16 @@ def test_bad_sounds_are_masked_and_named(data_dir, folder, capsys):
   assert "1: its file is empty; first item 'i2'" in capsys.readouterr().out
 
 
-def test_bad_videos_are_masked_and_named(data_dir, folder):
+def test_bad_videos_are_masked_and_named(goods, folder):
   media.write_video(folder / 'i0.mp4', np.full((3, 3), 200), 'mpeg4')
   whole = (folder / 'i0.mp4').read_bytes()
   (folder / 'i1.mp4').write_bytes(whole[: len(whole) // 2])
   media.write_sound(folder / 'i2.webm', media.tone(440, 1, 48_000), 'libopus', 48_000)
   (folder / 'i3.mkv').write_bytes(os.urandom(5000))
   media.write_video(folder / 'i4.avi', np.zeros((0, 3)), 'mpeg4')
-  run(data_dir, 'video', folder, '--encoder=color')
-  assert read(data_dir, 'video')[2].any(1).tolist() == [True] + 5 * [False]
-  reasons = masked(data_dir, 'video')
+  run(goods, 'video', folder, '--encoder=color')
+  assert read(goods, 'video')[2].any(1).tolist() == [True] + 5 * [False]
+  reasons = masked(goods, 'video')
   assert reasons['i1'].startswith('its file ')
   assert reasons['i2'] == 'its file has no pictures'
   assert 'that can be read' in reasons['i3']
@@ -335,12 +335,12 @@ def test_a_video_of_three_hours_is_looked_at_where_asked(folder):
   np.testing.assert_allclose(found, [27, 81, 135, 189], atol=3)
 
 
-def test_tokens_of_a_video_are_those_of_its_frames(data_dir, folder):
+def test_tokens_of_a_video_are_those_of_its_frames(goods, folder):
   colours = np.random.default_rng(0).integers(0, 256, (3, 3))
   media.write_video(folder / 'i0.mkv', colours, 'ffv1')
   media.write_video(folder / 'i4.mkv', colours[:1], 'ffv1')
-  run(data_dir, 'video', folder, '--encoder=color', '--dtype=float32', '--max_tokens=5')
-  info, tokens, mask = read(data_dir, 'video')
+  run(goods, 'video', folder, '--encoder=color', '--dtype=float32', '--max_tokens=5')
+  info, tokens, mask = read(goods, 'video')
   assert mask.sum(1).tolist() == [4, 0, 0, 0, 2, 0]
   encoder = pictures.color(0)
   frames = media_files.read_frames(folder / 'i0.mkv', 5, 60)
@@ -354,7 +354,7 @@ def test_tokens_of_a_video_are_those_of_its_frames(data_dir, folder):
   }
 
 
-def test_other_processes_decode_and_batches_change_nothing(data_dir, folder, tmp_path):
+def test_other_processes_decode_and_batches_change_nothing(goods, folder, tmp_path):
   vision = transformers.ViTConfig(**SMALL, image_size=32, patch_size=16)
   torch.manual_seed(0)
   transformers.ViTModel(vision).save_pretrained(tmp_path / 'vit')
@@ -366,8 +366,8 @@ def test_other_processes_decode_and_batches_change_nothing(data_dir, folder, tmp
   flags = (f'--encoder={tmp_path / "vit"}', '--dtype=float32', '--max_tokens=2', '--overwrite')
   found = []
   for more in (['--batch_size=1', '--workers=0'], ['--batch_size=64', '--workers=1']):
-    run(data_dir, 'video', folder, *flags, *more)
-    found.append(read(data_dir, 'video')[1])
+    run(goods, 'video', folder, *flags, *more)
+    found.append(read(goods, 'video')[1])
   np.testing.assert_allclose(found[0], found[1], atol=1e-5)
   assert found[0][[0, 1, 5]].any((1, 2)).all()
 
@@ -375,22 +375,22 @@ def test_other_processes_decode_and_batches_change_nothing(data_dir, folder, tmp
 # What both have in common.
 
 
-def test_the_same_files_change_nothing_and_others_are_named(data_dir, folder, capsys):
+def test_the_same_files_change_nothing_and_others_are_named(goods, folder, capsys):
   media.write_sound(folder / 'i0.wav', media.tone(440, 1), 'pcm_s16le')
-  run(data_dir, 'audio', folder, '--encoder=spectrum')
+  run(goods, 'audio', folder, '--encoder=spectrum')
   os.utime(folder / 'i0.wav', (1, 1))
-  run(data_dir, 'audio', folder, '--encoder=spectrum')
+  run(goods, 'audio', folder, '--encoder=spectrum')
   assert 'already in' in capsys.readouterr().out
   for flags, told in (
     (['--max_seconds=5'], 'its encoder.max_seconds is 60.0, asked for is 5.0'),
     (['--max_tokens=2'], 'holds other features'),
   ):
     with pytest.raises(SystemExit):
-      run(data_dir, 'audio', folder, '--encoder=spectrum', *flags)
+      run(goods, 'audio', folder, '--encoder=spectrum', *flags)
     assert told in capsys.readouterr().err
   media.write_sound(folder / 'i0.wav', media.tone(441, 1), 'pcm_s16le')
   with pytest.raises(SystemExit):
-    run(data_dir, 'audio', folder, '--encoder=spectrum')
+    run(goods, 'audio', folder, '--encoder=spectrum')
   assert 'features of other inputs, which have changed' in capsys.readouterr().err
 
 
@@ -413,10 +413,10 @@ def test_wrong_folders_and_flags_are_refused(fails, folder, tmp_path, monkeypatc
   assert "pip install 'ur4rec-jax[media]'" in fails('audio', folder, spectrum)
 
 
-def test_these_modalities_need_files(data_dir, capsys):
+def test_these_modalities_need_files(goods, capsys):
   for modality in ('audio', 'video', 'graph'):
     with pytest.raises(SystemExit):
-      encode.main([f'--data_dir={data_dir}', f'--modality={modality}'])
+      encode.main([f'--data_dir={goods}', f'--modality={modality}'])
     assert f'--modality={modality}: needs --files=' in capsys.readouterr().err
 
 
@@ -442,9 +442,9 @@ def triples(tmp_path) -> pathlib.Path:
   return path
 
 
-def test_neighbours_become_texts_the_most_specific_first(data_dir, triples):
-  run(data_dir, 'graph', triples, '--encoder=hashing', '--max_tokens=3', '--dtype=float32')
-  _, tokens, mask = read(data_dir, 'graph')
+def test_neighbours_become_texts_the_most_specific_first(goods, triples):
+  run(goods, 'graph', triples, '--encoder=hashing', '--max_tokens=3', '--dtype=float32')
+  _, tokens, mask = read(goods, 'graph')
   expected = [
     ['directed by Ridley Scott', 'genre Horror', 'barcode 5039036'],
     ['directed by Ridley Scott', 'genre Horror', 'Thing i0 has sequel'],
@@ -456,7 +456,7 @@ def test_neighbours_become_texts_the_most_specific_first(data_dir, triples):
     np.testing.assert_array_equal(tokens[row, : 1 + len(parts)], hashed([whole, *parts]))
     assert mask[row].sum() == 1 + len(parts)
   assert not mask[3:].any()
-  assert masked(data_dir, 'graph')['i4'] == 'no triple in triples.csv'
+  assert masked(goods, 'graph')['i4'] == 'no triple in triples.csv'
 
 
 def test_what_fewer_items_have_comes_first_and_what_one_has_comes_last():

@@ -107,6 +107,8 @@ OTHER = {
   'checkpoint.every_validations': 4,
   'checkpoint.max_to_keep': 5,
   'evaluation.batch_size': 17,
+  'data_in_memory': False,
+  'trackers': ('mlflow',),
 }
 TOUCHED = {
   'optimizer.item_embeddings': 'touched',

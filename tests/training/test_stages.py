@@ -356,9 +356,9 @@ def test_what_is_reported_of_stages(whole):
 
 def test_stages_that_train_the_same_share_a_program(whole):
   mapped = log_of(whole).count('Finished XLA compilation of jit(_fun)')
-  # The last two stages differ in numbers only. Three kinds of scores are validated; in the end
-  # each stage is tested, and the best one validated again.
-  assert mapped == 3 + 3 + len(DEFAULT) + 1
+  # The last two stages differ in numbers only. Three kinds of scores are validated and tested, and
+  # the best one lists what it recommends to some users.
+  assert mapped == 3 + 3 + 3 + 1
 
 
 def log_of(workdir) -> str:
