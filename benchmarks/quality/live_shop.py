@@ -277,7 +277,8 @@ class Service:
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
       raise InputError(f'{self.name}: the update failed: {done.stderr.strip()}')
-    self.verdicts.append(done.stdout.splitlines()[-1])
+    # The folder is of no interest to who reads the stored result.
+    self.verdicts.append(done.stdout.splitlines()[-1].replace(f' in {self.models}', ''))
     version = registry.current(self.models)
     while f'version="{version}"}} 1.0' not in self.ask('/metrics'):
       time.sleep(0.3)
