@@ -279,6 +279,27 @@ def memory_megabytes(field: str, process: int | str = 'self') -> float:
   return round(int(found[1]) / 1024, 1) if found else 0.0
 
 
+def memory() -> dict[str, float]:
+  """Memory of this process: now, the most it ever had, and the part of mapped files, in MB."""
+  return {
+    'rss_mb': memory_megabytes('VmRSS'),
+    'peak_mb': memory_megabytes('VmHWM'),
+    'of_files_mb': memory_megabytes('RssFile'),
+  }
+
+
+def run_alone(module: str, *flags: str) -> Any:
+  """Runs a benchmark in a process of its own, and returns the JSON of its last line.
+
+  What the process says about an error ends this one.
+  """
+  command = [sys.executable, '-m', module, *flags]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  if done.returncode:
+    sys.exit(done.stderr)
+  return json.loads(done.stdout.splitlines()[-1])
+
+
 def machine() -> dict[str, Any]:
   """Where this is: cores that may be used, and how busy they are besides."""
   return {'cores': len(os.sched_getaffinity(0)), 'load': round(os.getloadavg()[0], 1)}

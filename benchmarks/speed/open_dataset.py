@@ -17,8 +17,6 @@ import argparse
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -107,9 +105,7 @@ def measure_one(folder: str) -> list[dict[str, Any]]:
       {
         'after': name,
         'seconds': round(time.perf_counter() - clock, 2),
-        'rss_mb': measure.memory_megabytes('VmRSS'),
-        'peak_mb': measure.memory_megabytes('VmHWM'),
-        'of_files_mb': measure.memory_megabytes('RssFile'),
+        **measure.memory(),
       }
     )
     clock = time.perf_counter()
@@ -140,11 +136,7 @@ def measure_one(folder: str) -> list[dict[str, Any]]:
 
 def run_one(folder: pathlib.Path) -> list[dict[str, Any]]:
   """Does `measure_one` in a process of its own."""
-  command = [sys.executable, '-m', 'benchmarks.speed.open_dataset', f'--folder={folder}', '--one']
-  done = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True)
-  if done.returncode:
-    sys.exit(done.stderr)
-  return json.loads(done.stdout.splitlines()[-1])
+  return measure.run_alone('benchmarks.speed.open_dataset', f'--folder={folder}', '--one')
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ system takes back.
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
@@ -64,20 +62,14 @@ def measure_one(folder: str, in_memory: bool, dispatches: int) -> dict[str, Any]
     'sequences_per_processor_second': round(users / used, 1),
     'steps': step - first,
     'loss': losses[-1],
-    'rss_mb': measure.memory_megabytes('VmRSS'),
-    'peak_mb': measure.memory_megabytes('VmHWM'),
-    'of_files_mb': measure.memory_megabytes('RssFile'),
+    **measure.memory(),
   }
 
 
 def run_one(folder: pathlib.Path, in_memory: bool, dispatches: int) -> dict[str, Any]:
   """Does `measure_one` in a process of its own."""
-  command = [sys.executable, '-m', 'benchmarks.speed.stream_batches', f'--folder={folder}']
-  command += [f'--one={int(in_memory)}', f'--dispatches={dispatches}']
-  done = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True)
-  if done.returncode:
-    sys.exit(done.stderr)
-  return json.loads(done.stdout.splitlines()[-1])
+  flags = f'--folder={folder}', f'--one={int(in_memory)}', f'--dispatches={dispatches}'
+  return measure.run_alone('benchmarks.speed.stream_batches', *flags)
 
 
 def main() -> None:
