@@ -119,17 +119,18 @@ def refusing() -> Iterator[None]:
     raise ValueError(f'its file {error}') from error
 
 
-def mean_and_parts(vectors: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns tokens `[1 + most, width]`, the mean and then the parts, and their mask.
+def mean_and_parts(files: Sequence[np.ndarray], most: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns tokens `[files, 1 + most, width]`, the mean and then the parts, and their mask.
 
   Args:
-    vectors: `[parts, width]`.
+    files: of each, `[parts, width]`.
     most: most parts that get a token.
   """
-  tokens = np.zeros((1 + most, vectors.shape[1]), np.float32)
-  count = min(most, len(vectors))
-  tokens[0], tokens[1 : 1 + count] = vectors.mean(0), vectors[:count]
-  return tokens, np.arange(1 + most) <= count
+  tokens = np.zeros((len(files), 1 + most, files[0].shape[1]), np.float32)
+  counts = np.array([min(most, len(vectors)) for vectors in files])
+  for own, vectors, count in zip(tokens, files, counts, strict=True):
+    own[0], own[1 : 1 + count] = vectors.mean(0), vectors[:count]
+  return tokens, np.arange(1 + most) <= counts[:, None]
 
 
 def read_sound(path: Path, rate: int, max_seconds: float) -> np.ndarray:

@@ -40,7 +40,7 @@ def source(
   decode = functools.partial(_decode, encoder.prepare, encoder.rate, max(1, parts), max_seconds)
   file_encoder = FileEncoder(
     decode,
-    [functools.partial(_encode, work, parts, encoder.width) for work in encoder.workers],
+    [functools.partial(_encode, work, parts) for work in encoder.workers],
     batch_size=1,  # A sound has several windows, which are a batch already.
     tokens=1 + parts,
     width=encoder.width,
@@ -77,13 +77,6 @@ def _decode(
 
 
 def _encode(
-  work: Callable[[sounds.Inputs], np.ndarray],
-  parts: int,
-  width: int,
-  inputs: list[sounds.Inputs],
+  work: Callable[[sounds.Inputs], np.ndarray], parts: int, inputs: list[sounds.Inputs]
 ) -> tuple[np.ndarray, np.ndarray]:
-  tokens = np.zeros((len(inputs), 1 + parts, width), np.float32)
-  mask = np.zeros((len(inputs), 1 + parts), bool)
-  for i, one in enumerate(inputs):
-    tokens[i], mask[i] = media_files.mean_and_parts(work(one), parts)
-  return tokens, mask
+  return media_files.mean_and_parts([work(one) for one in inputs], parts)

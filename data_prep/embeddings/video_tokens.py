@@ -41,7 +41,7 @@ def source(
   count = max(1, frames)
   file_encoder = FileEncoder(
     functools.partial(_decode, encoder.prepare, count, max_seconds),
-    [functools.partial(_encode, work, frames, encoder.width) for work in encoder.workers],
+    [functools.partial(_encode, work, frames) for work in encoder.workers],
     batch_size=max(1, encoder.batch_size // count),
     tokens=1 + frames,
     width=encoder.width,
@@ -74,15 +74,8 @@ def _decode(
 
 
 def _encode(
-  work: Callable[[list[np.ndarray]], np.ndarray],
-  frames: int,
-  width: int,
-  videos: list[np.ndarray],
+  work: Callable[[list[np.ndarray]], np.ndarray], frames: int, videos: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
   vectors = work([frame for video in videos for frame in video])[:, 0]
   ends = np.cumsum([len(video) for video in videos])[:-1]
-  tokens = np.zeros((len(videos), 1 + frames, width), np.float32)
-  mask = np.zeros((len(videos), 1 + frames), bool)
-  for i, part in enumerate(np.split(vectors, ends)):
-    tokens[i], mask[i] = media_files.mean_and_parts(part, frames)
-  return tokens, mask
+  return media_files.mean_and_parts(np.split(vectors, ends), frames)
