@@ -215,7 +215,7 @@ def _settings(flags: argparse.Namespace) -> llm_calls.Settings:
     return llm_calls.Settings(MOCK, mock_text.MODEL, {'seed': flags.seed})
   provider, model = PROVIDERS[flags.backend], flags.model
   if provider is llm_local:
-    model = llm_local.find_file(model).name
+    model = Path(model).name
   try:
     more = json.loads(flags.parameters)
     if not isinstance(more, dict):
@@ -284,6 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     count = texts.write_json(data_dir, kinds[0], flags.export)
     generation.show([('texts', f'{count:,} about {flags.kind}, written to {flags.export}')])
     return
+  if flags.backend == llm_local.NAME:
+    flags.model = str(llm_local.find_file(flags.model))
   settings = _settings(flags)
   job = text_job.Job(
     data_dir,
@@ -307,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
   if flags.backend == llm_local.NAME:
     # Its server answers one request after the other.
     sending = sending._replace(concurrency=1)
-    with llm_local.serving(llm_local.find_file(flags.model)) as settings.base_url:
+    with llm_local.serving(Path(flags.model)) as settings.base_url:
       generation.generate(job, store, price, sending)
     return
   generation.generate(job, store, price, sending)
