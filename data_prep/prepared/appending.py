@@ -26,7 +26,7 @@ from data_prep.prepared import engine, pictures, prepare, record_files
 from ur4rec_jax.data import flat_arrays, item_pictures, splits
 from ur4rec_jax.data.dataset import Interactions, read_info, read_interactions, read_items
 from ur4rec_jax.data.raw.records import Item, Raw
-from ur4rec_jax.data.streaming import ranges
+from ur4rec_jax.data.streaming import indices, ranges
 from ur4rec_jax.errors import InputError, counted
 
 _AT_ONCE = 1 << 20  # Events that are put into order at once.
@@ -291,7 +291,7 @@ def _without_repeats(old: Old, raw: Raw, events: _Events) -> np.ndarray:
   involved[users[users < len(involved)]] = True
   known = np.flatnonzero(involved)
   starts, lengths = old.interactions.offsets[known], np.diff(old.interactions.offsets)[known]
-  mine = np.repeat(starts, lengths) + ranges(lengths)
+  mine = indices(starts, lengths)
   owners = np.repeat(known, lengths)
   columns = (
     np.concatenate([owners, users]),

@@ -45,12 +45,17 @@ class ItemReader:
     places = np.cumsum(lengths) - lengths
     *rows, slots = plan.lengths.shape
     items = np.zeros(np.prod(rows) * (self._row_length + slots), np.int32)
-    items[: lengths.sum()] = self._item_ids[np.repeat(starts, lengths) + ranges(lengths)]
+    items[: lengths.sum()] = self._item_ids[indices(starts, lengths)]
     flat_arrays.release(self._item_ids)
     own_starts, shift = np.zeros_like(plan.starts), np.zeros_like(plan.starts)
     own_starts[is_filled] = places
     shift[is_filled] = plan.starts[is_filled] - places
     return items, ReadPlan(own_starts, plan.lengths, plan.users, shift)
+
+
+def indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  """Returns the indices of slices with these starts and lengths, one after another."""
+  return np.repeat(starts, lengths) + ranges(lengths)
 
 
 def ranges(lengths: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from ur4rec_jax.data import flat_arrays
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.input_pipeline import Plan, assign, pack, plan_rows
-from ur4rec_jax.data.streaming import ranges
+from ur4rec_jax.data.streaming import indices
 from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.sharding import devices
 
@@ -178,7 +178,7 @@ def with_own_items(
   )
   places = np.cumsum(lengths) - lengths
   own = np.zeros(capacity, np.int32)
-  own[: lengths.sum()] = item_ids[np.repeat(starts, lengths) + ranges(lengths)]
+  own[: lengths.sum()] = item_ids[indices(starts, lengths)]
   flat_arrays.release(item_ids)
   plan_starts, seen_starts = map(np.zeros_like, (batch.plan.starts, batch.seen_starts))
   plan_starts[is_filled] = places[: is_filled.sum()]

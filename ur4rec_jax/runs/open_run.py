@@ -102,15 +102,19 @@ class Run:
           '--config.evaluation.seen_items=keep to rank and recommend them too'
         )
 
-  def eval_data(self) -> EvalData:
-    """Copies what an evaluation reads onto each device, with whole item tables."""
+  def eval_data(self, tables: Tables | None = None) -> EvalData:
+    """Copies what an evaluation reads onto each device, with whole item tables.
+
+    Args:
+      tables: those of the run, if they are on the devices already.
+    """
     item_ids = devices.replicate(self.dataset.item_ids) if self.config.data_in_memory else None
     return EvalData(
       dataset=self.dataset,
       protocol=self.protocol,
       users_per_batch=self.config.evaluation.batch_size,
       item_ids=item_ids,
-      tables=devices.replicate(self.tables),
+      tables=devices.replicate(self.tables) if tables is None else tables,
       embeddings=ItemEmbeddings('all', self.dataset.num_items),
       mapping=self.config.mapping,
     )

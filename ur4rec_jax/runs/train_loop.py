@@ -15,7 +15,7 @@ from ur4rec_jax.data.features import TokenTable
 from ur4rec_jax.data.input_pipeline import TrainBatches
 from ur4rec_jax.data.streaming import ItemReader
 from ur4rec_jax.errors import InputError, InterruptedBySignal, say
-from ur4rec_jax.evaluation.evaluate import EvalData, Evaluators
+from ur4rec_jax.evaluation.evaluate import Evaluators
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.models.content import initial_item_embeddings
 from ur4rec_jax.runs import warm_start
@@ -234,15 +234,8 @@ class TrainLoop:
     self.reader = None if in_memory else ItemReader(run.dataset, self.config.max_length)
     self.data = devices.place(train_data, self.data_axes)
     self.evaluators = Evaluators(
-      EvalData(
-        dataset=run.dataset,
-        protocol=run.protocol,
-        users_per_batch=self.config.evaluation.batch_size,
-        item_ids=devices.replicate(run.dataset.item_ids) if in_memory else None,
-        tables=self.data.tables,
-        embeddings=run.embeddings,
-        params_axes=self.axes['state'].params,
-        mapping=self.config.mapping,
+      run.eval_data(self.data.tables)._replace(
+        embeddings=run.embeddings, params_axes=self.axes['state'].params
       )
     )
     self.train_steps = {}
