@@ -23,6 +23,10 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.dropout = 0.5
   config.sasrec.num_heads = 2
   config.sasrec.ffn_dim = 256
+  # Histories are short: positions relative to the target, and a filter over the last ten items.
+  config.sasrec.positions = 'rotary'
+  config.sasrec.window = 50
+  config.sasrec.filter_width = 10
   # In validation about as good as the whole softmax, and several times as fast.
   config.loss.name = config.loss.retriever_name = 'sampled_softmax'
   config.loss.num_negatives = 2000

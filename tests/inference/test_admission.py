@@ -60,7 +60,7 @@ def test_a_full_queue_still_takes_clients_with_less_than_their_share():
     found = await statuses_of(admission, app, ['flood'] * 6 + ['ann', 'bob', 'flood', 'ann', 'ann'])
     assert found == [200] * 4 + [503] * 2 + [200, 200, 503, 200, 503]
     assert admission.inside == 0
-    assert not admission._turns
+    assert not len(admission._turns)
     # Alone, a client has the whole queue.
     assert await statuses_of(admission, app, ['flood'] * 5) == [200] * 4 + [503]
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram
 
 from ur4rec_jax.inference.http_schema import problem
+from ur4rec_jax.inference.turns import Turns
 
 MOST_BYTES = 1 << 20  # In the body of a request.
 MOST_HEADER_BYTES = 1 << 16  # In the address and the header of a request.
@@ -50,7 +51,7 @@ class AdmissionControl:
     """
     self._app, self._most_inside, self._is_allowed = app, most_inside, is_allowed
     self._of_client: Counts[str] = Counts()
-    self._turns: dict[str, asyncio.Lock] = {}
+    self._turns = Turns()
     self.inside = self.accepted = self.answered = 0
     self._refusal = problem(503, 'too many requests at once; try again later')
     self._refusal.headers['Retry-After'] = str(RETRY_SECONDS)
@@ -99,7 +100,6 @@ class AdmissionControl:
       self._of_client[client] -= 1
       if not self._of_client[client]:
         del self._of_client[client]
-        self._turns.pop(client, None)
       SECONDS.observe(time.perf_counter() - start)
 
   async def _admit(self, client: str, scope: dict, receive: Callable, send: Callable) -> None:
@@ -116,7 +116,7 @@ class AdmissionControl:
       return next(messages, None) or await receive()
 
     self.accepted += 1
-    async with Turn(self._turns.setdefault(client, asyncio.Lock())) as turn:
+    async with self._turns.of(client) as turn:
 
       async def end_turn_and_send(message: dict) -> None:
         turn.end()  # The client may read its answer slowly.
@@ -125,31 +125,6 @@ class AdmissionControl:
       scope[TURN] = turn
       await self._app(scope, replay, end_turn_and_send)
     self.answered += 1
-
-
-class Turn:
-  """Has the requests of one client read one after the other.
-
-  Reading takes the time of all clients. Without turns, somebody who asks a hundred things at once
-  would get a hundred times the time of somebody who asks one.
-  """
-
-  def __init__(self, lock: asyncio.Lock):
-    self._lock, self._is_mine = lock, False
-
-  async def __aenter__(self) -> 'Turn':
-    await self._lock.acquire()
-    self._is_mine = True
-    return self
-
-  async def __aexit__(self, *_) -> None:
-    self.end()
-
-  def end(self) -> None:
-    """Lets the client's next request be read; for a request that waits for its batch."""
-    if self._is_mine:
-      self._is_mine = False
-      self._lock.release()
 
 
 def make_host_check(bound: str, more: Sequence[str] = ()) -> Callable[[str], bool]:

@@ -1,0 +1,91 @@
+"""Whose request is read next."""
+
+import asyncio
+import time
+
+import pytest
+
+from ur4rec_jax.inference.turns import Turns
+
+
+def in_order(requests, pause=0):
+  """Has requests come in this order; returns the clients in the order in which they were read.
+
+  Args:
+    requests: client and seconds of reading of each.
+    pause: seconds that each waits for something else while it is read.
+  """
+
+  async def run():
+    turns, order = Turns(), []
+
+    async def ask(client, seconds):
+      async with turns.of(client):
+        order.append(client)
+        time.sleep(seconds)  # Reading holds the loop.
+        if pause:
+          await asyncio.sleep(pause)
+
+    await asyncio.gather(*(ask(*request) for request in requests))
+    assert not len(turns)
+    return order
+
+  return asyncio.run(run())
+
+
+def test_who_asks_long_questions_waits_for_who_asks_short_ones():
+  order = in_order([('flood', 0.01)] * 20 + [('ann', 0)] * 20)
+  assert order[0] == 'flood'
+  assert order[1:21] == ['ann'] * 20
+
+
+def test_equal_questions_are_read_in_turn():
+  order = in_order([('a', 0.002)] * 10 + [('b', 0.002)] * 10)
+  assert all(abs(order[:n].count('a') - order[:n].count('b')) <= 2 for n in range(20))
+
+
+def test_being_away_earns_nothing():
+  async def run():
+    turns, order = Turns(), []
+
+    async def ask(client):
+      async with turns.of(client):
+        order.append(client)
+        time.sleep(0.002)
+
+    early = [asyncio.create_task(ask('early')) for _ in range(30)]
+    while len(order) < 10:
+      await asyncio.sleep(0)
+    late = [asyncio.create_task(ask('late')) for _ in range(10)]
+    await asyncio.gather(*early, *late)
+    return order[10:]
+
+  order = asyncio.run(run())
+  assert order[:12].count('late') < 9
+
+
+def test_a_turn_that_waits_for_something_else_holds_up_its_own_client_alone():
+  order = in_order([('a', 0), ('a', 0), ('b', 0), ('c', 0)], pause=0.1)
+  assert order == ['a', 'b', 'c', 'a']
+
+
+@pytest.mark.parametrize('iterations', range(4))
+def test_whoever_leaves_gives_the_turn_on(iterations):
+  async def run():
+    turns, order = Turns(), []
+
+    async def ask(client):
+      async with turns.of(client):
+        order.append(client)
+        await asyncio.sleep(0)
+
+    asks = [asyncio.create_task(ask('a')) for _ in range(3)]
+    for _ in range(iterations):
+      await asyncio.sleep(0)
+    for leaving in asks[:2]:
+      leaving.cancel()
+    await asyncio.wait_for(asyncio.gather(ask('a'), ask('b'), asks[2]), 5)
+    assert {*order} == {'a', 'b'}
+    assert not len(turns)
+
+  asyncio.run(run())

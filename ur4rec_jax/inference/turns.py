@@ -1,0 +1,108 @@
+"""Decides whose request is read next, so that no client can take the time of the others."""
+
+import asyncio
+import collections
+import time
+from collections.abc import Hashable
+
+
+class Turns:
+  """Has requests read one after the other, first those of the client who has used the least time.
+
+  Reading a request takes the event loop, which all clients share. Without turns, somebody who asks
+  a hundred long questions at once would get a hundred times the time of somebody who asks a short
+  one. The order is that of start-time fair queueing (Goyal, Vin and Cheng 1996): nothing waits
+  while the loop is free, and clients who want more than their share divide the rest equally.
+  """
+
+  def __init__(self) -> None:
+    # By client, in the order in which they came.
+    self._waiting: dict[Hashable, collections.deque[asyncio.Future]] = {}
+    self._reading: set[Hashable] = set()  # Clients whose turn it is.
+    # Seconds used by each client that is here. Who comes begins where the latest turn began, so
+    # that being away earns nothing.
+    self._used: dict[Hashable, float] = {}
+    self._latest = 0.0
+    self._is_scheduled = False
+
+  def __len__(self) -> int:
+    """Returns how many clients have a request that is read or waits for it."""
+    return len(self._used)
+
+  def of(self, client: Hashable) -> 'Turn':
+    """Returns the turn of a client's next request; `async with` waits for it."""
+    return Turn(self, client)
+
+  async def begin(self, client: Hashable) -> None:
+    """Waits until a request of the client may be read."""
+    turn = asyncio.get_running_loop().create_future()
+    self._waiting.setdefault(client, collections.deque()).append(turn)
+    self._used.setdefault(client, self._latest)
+    self._schedule()
+    try:
+      await turn
+    except asyncio.CancelledError:
+      if not turn.cancelled():  # The turn had come already.
+        self.end(client, 0)
+      raise
+
+  def end(self, client: Hashable, seconds: float) -> None:
+    """Ends a turn.
+
+    Args:
+      client: whose turn it was.
+      seconds: how long it took.
+    """
+    self._reading.discard(client)
+    self._used[client] += seconds
+    if client in self._waiting:
+      self._schedule()
+    else:
+      del self._used[client]
+
+  def _schedule(self) -> None:
+    # One turn an iteration of the event loop: in between, what has just arrived gets in line. A
+    # turn that waits for something else than the loop holds up its own client alone.
+    if not self._is_scheduled:
+      self._is_scheduled = True
+      asyncio.get_running_loop().call_soon(self._give_next)
+
+  def _give_next(self) -> None:
+    self._is_scheduled = False
+    ready = [client for client in self._waiting if client not in self._reading]
+    if not ready:
+      return
+    client = min(ready, key=self._used.__getitem__)
+    line = self._waiting[client]
+    turn = line.popleft()
+    if not line:
+      del self._waiting[client]
+    self._reading.add(client)
+    self._latest = self._used[client]
+    if turn.cancelled():
+      self.end(client, 0)
+    else:
+      turn.set_result(None)
+    self._schedule()
+
+
+class Turn:
+  """The time in which one request is read."""
+
+  def __init__(self, turns: Turns, client: Hashable):
+    self._turns, self._client = turns, client
+    self._start: float | None = None
+
+  async def __aenter__(self) -> 'Turn':
+    await self._turns.begin(self._client)
+    self._start = time.perf_counter()
+    return self
+
+  async def __aexit__(self, *_) -> None:
+    self.end()
+
+  def end(self) -> None:
+    """Lets the next request be read; for a request that waits for its batch or is answered."""
+    if self._start is not None:
+      self._turns.end(self._client, time.perf_counter() - self._start)
+      self._start = None
