@@ -560,6 +560,24 @@ def test_the_page_shows_pictures_and_letters_where_there_are_none(
     page.close()
 
 
+def test_the_page_does_not_move_while_it_fills(browser, address):
+  page = browser.new_page(viewport={'width': 390, 'height': 844})
+  answer = page.goto(address)
+  assert answer.header_value('Content-Encoding') == 'gzip'
+  page.wait_for_function(
+    '() => document.querySelector("#status").textContent.startsWith("based on")'
+  )
+  page.wait_for_function('() => document.querySelector("#found .why")')
+  shifts = """() => new Promise(done => {
+    new PerformanceObserver(list => done(list.getEntries().map(entry => entry.value)))
+      .observe({type: 'layout-shift', buffered: true});
+    setTimeout(() => done([]), 500);
+  })"""
+  # Below 0.1 is good: https://web.dev/articles/cls.
+  assert sum(page.evaluate(shifts)) < 0.1
+  page.close()
+
+
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_the_page_recommends_by_user_by_titles_and_by_weights(
   browser, address, recommender, scheme

@@ -1,6 +1,7 @@
 """The routes of the HTTP service: recommendations as JSON, and a page to try them."""
 
 import dataclasses
+import gzip
 import math
 import pathlib
 import time
@@ -52,9 +53,10 @@ METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody ma
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
 _LIVE_TAB = pathlib.Path(__file__).with_name('live_tab.html').read_bytes()
 _PAGE_HEADERS = {
+  'Vary': 'Accept-Encoding',
   'Content-Security-Policy': "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline';"
   " style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none';"
-  " frame-ancestors 'none'"
+  " frame-ancestors 'none'",
 }
 Search = Annotated[str, fastapi.Query(max_length=MOST_CHARACTERS)]
 UserName = Annotated[str, fastapi.Query(min_length=1, max_length=MOST_CHARACTERS)]
@@ -438,8 +440,12 @@ def make_page(is_live: bool) -> Callable:
   """Builds the route of the page, which has a tab more where events are taken."""
   content = _PAGE.replace(b'</body>', _LIVE_TAB + b'</body>') if is_live else _PAGE
 
-  async def page() -> HTMLResponse:
+  zipped = gzip.compress(content, mtime=0)
+
+  async def page(request: fastapi.Request) -> HTMLResponse:
     """Returns the page."""
+    if 'gzip' in request.headers.get('Accept-Encoding', ''):
+      return HTMLResponse(zipped, headers=_PAGE_HEADERS | {'Content-Encoding': 'gzip'})
     return HTMLResponse(content, headers=_PAGE_HEADERS)
 
   return page
