@@ -12,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from benchmarks.robustness.small_runs import load_arrays
+from tests.helpers.marks import slow
 from tests.helpers.runs import ROOT
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 
@@ -107,7 +108,7 @@ def test_a_sampled_protocol_is_named_beside_its_numbers(run, finished):
   )
 
 
-@pytest.mark.parametrize(('loss', 'rows'), [('sampled_softmax', 'touched'), ('gbce', 'all')])
+@pytest.mark.parametrize(('loss', 'rows'), [('sampled_softmax', 'touched'), *slow(('gbce', 'all'))])
 def test_sampled_losses_train(loss, rows, run, tmp_path):
   flags = (f'--config.loss.name={loss}', f'--config.optimizer.item_embeddings={rows}')
   flags += ('--config.loss.num_negatives=8', '--config.num_epochs=2')
@@ -115,6 +116,7 @@ def test_sampled_losses_train(loss, rows, run, tmp_path):
   assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_bfloat16_post_norm_random_crop_and_cosine_train(run, tmp_path):
   done = run(
     tmp_path / 'run',

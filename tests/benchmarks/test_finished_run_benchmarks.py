@@ -36,6 +36,7 @@ def test_a_run_is_ranked_by_each_path_and_in_each_way(of_two_paths, monkeypatch)
   assert found['sasrec alone'] != found['retriever alone'] != found['as trained']
 
 
+@pytest.mark.slow
 def test_only_finished_runs_are_taken_and_of_two_paths_to_rank(finished, tmp_path):
   with pytest.raises(InputError, match='not a run of two branches'):
     fusions.rank_in_all_ways(finished)

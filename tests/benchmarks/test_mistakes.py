@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from benchmarks.robustness import mistakes
+from tests.helpers.marks import slow
 from ur4rec_jax.errors import EXIT_CODES
 
 QUICK = (
@@ -31,7 +32,7 @@ def workdir(tmp_path_factory, data_dir, run):
   return workdir
 
 
-@pytest.mark.parametrize('name', QUICK)
+@pytest.mark.parametrize('name', [*QUICK[:5], *slow(*QUICK[5:])])
 def test_a_mistake_ends_as_promised(name, workdir):
   (case,) = (case for case in mistakes.CASES if case.name == name)
   outcome = mistakes.run_case(case, workdir)

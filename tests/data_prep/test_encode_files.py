@@ -354,6 +354,7 @@ def test_tokens_of_a_video_are_those_of_its_frames(goods, folder):
   }
 
 
+@pytest.mark.slow
 def test_other_processes_decode_and_batches_change_nothing(goods, folder, tmp_path):
   vision = transformers.ViTConfig(**SMALL, image_size=32, patch_size=16)
   torch.manual_seed(0)

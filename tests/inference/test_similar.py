@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tests.helpers.marks import slow
 from tests.helpers.recommenders import make
 from ur4rec_jax import exported
 from ur4rec_jax.errors import InputError
@@ -79,7 +80,9 @@ def test_several_items_and_the_whole_catalogue(recommender):
     assert len(set(ids(rows))) == len(rows)
 
 
-@pytest.mark.parametrize('variant', ['multimodal', 'sasrec', 'retriever alone', 'rank', 'cascade'])
+@pytest.mark.parametrize(
+  'variant', ['multimodal', *slow('sasrec', 'retriever alone', 'rank', 'cascade')]
+)
 def test_an_export_finds_the_same(encoded, tmp_path, variant):
   recommender = make(encoded, variant)[0]
   export(recommender, tmp_path / 'out', with_users=True)

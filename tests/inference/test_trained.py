@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.marks import slow
 from tests.helpers.recommenders import VARIANTS, make
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.encoders import text
@@ -35,7 +36,10 @@ def full_ranking(recommender, part: str = 'test'):
   return queries, recommender.rank(CheckedQuery(histories, k, histories, preferences=preferences))
 
 
-@pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'bfloat16'])
+FEW = ('sasrec', 'multimodal', 'cascade')
+
+
+@pytest.mark.parametrize('name', [*FEW, *slow(*sorted({*VARIANTS} - {*FEW, 'bfloat16'}))])
 def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
   recommender, tables = make(shop, name)
   queries, (ids, scores, shares) = full_ranking(recommender)
@@ -75,7 +79,7 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
       assert np.abs(shares[there][:, parts]).max(0).min() > 1e-3
 
 
-@pytest.mark.parametrize('name', ['sasrec', 'standardise', 'learned', 'rank', 'cascade'])
+@pytest.mark.parametrize('name', ['sasrec', 'cascade', *slow('standardise', 'learned', 'rank')])
 def test_the_best_items_of_the_evaluation_are_those_that_are_recommended(shop, name):
   recommender, tables = make(shop, name)
   queries, (ids, scores, _) = full_ranking(recommender)
@@ -218,7 +222,7 @@ def test_an_influence_is_the_fall_of_the_score_above_the_mean(shop):
   np.testing.assert_allclose(found[1], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['text', 'sasrec', 'adaptive', 'rank', 'cascade', 'paper'])
+@pytest.mark.parametrize('name', ['text', 'sasrec', *slow('adaptive', 'rank', 'cascade', 'paper')])
 def test_without_the_named_item_the_score_falls_the_most(shop, name):
   recommender, _ = make(shop, name)
   history = [recommender.item_ids[i] for i in (3, 17, 5, 40, 9, 22)]

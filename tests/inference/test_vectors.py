@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.marks import slow
 from tests.helpers.recommenders import make
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.inference import vectors
@@ -15,7 +16,9 @@ def read(path):
   return table, column.flatten().to_numpy().reshape(len(column), -1)
 
 
-@pytest.mark.parametrize('name', ['sasrec', 'text', 'paper', 'adaptive', 'bfloat16', 'standardise'])
+@pytest.mark.parametrize(
+  'name', ['sasrec', 'adaptive', *slow('text', 'paper', 'bfloat16', 'standardise')]
+)
 def test_the_largest_inner_products_are_the_answer(shop, tmp_path, name):
   recommender, _ = make(shop, name)
   width = vectors.write_items(recommender, tmp_path / 'items.parquet')

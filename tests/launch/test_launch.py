@@ -337,6 +337,7 @@ def undisturbed(pair, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_pair_ends_together(pair, tmp_path):
   kill_one(1, pair, tmp_path / 'run')
 

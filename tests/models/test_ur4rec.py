@@ -9,6 +9,7 @@ import pytest
 
 from configs import default
 from tests.helpers.features import make_features
+from tests.helpers.marks import slow
 from ur4rec_jax.data.features import Preferences, Tables, TokenTable
 from ur4rec_jax.data.input_pipeline import Batch
 from ur4rec_jax.models.retriever import normalised
@@ -71,7 +72,7 @@ def apply(model, params, *arguments, method, **options):
 
 
 @pytest.mark.parametrize('norm', ['pre', 'post'])
-@pytest.mark.parametrize('variant', ['text', 'multimodal', 'paper'])
+@pytest.mark.parametrize('variant', ['multimodal', *slow('text', 'paper')])
 def test_no_path_reads_later_items_or_other_segments(variant, norm):
   _, model, params, features = make(variant, sasrec={'norm': norm}, retriever={'norm': norm})
   items = np.array([[1, 2, 7, 5, 6, 1]])  # All of them have a text.
@@ -128,7 +129,7 @@ def test_a_catalogue_of_some_items_has_their_vectors():
   assert tables.renumber(jnp.array([5, 0, 2])).tolist() == [2, 0, 1]
 
 
-@pytest.mark.parametrize('kind', ['weighted', 'learned', 'adaptive', 'rank', 'cascade'])
+@pytest.mark.parametrize('kind', ['weighted', 'adaptive', *slow('learned', 'rank', 'cascade')])
 def test_cached_items_score_as_uncached_and_permuting_items_permutes_scores(kind):
   _, model, params, features = make(fusion={'kind': kind, 'cascade_size': 3})
   history = jnp.array([[1, 2, 3, 5, 6, 7]])
@@ -344,7 +345,7 @@ def all_losses(config, model, features, batch):
   return values
 
 
-@pytest.mark.parametrize('fusion', ['add', 'concat', 'gated'])
+@pytest.mark.parametrize('fusion', ['gated', *slow('add', 'concat')])
 def test_every_loss_and_gradient_is_finite_whatever_is_missing(fusion):
   config, model, params, features = make(
     content={'pooled_vectors': 2, 'fusion': fusion},
@@ -371,6 +372,7 @@ def test_every_loss_and_gradient_is_finite_whatever_is_missing(fusion):
   assert found['consistency'] == found['info_nce'] == found['diversity'] == 0
 
 
+@pytest.mark.slow
 def test_the_retriever_may_have_a_loss_of_its_own():
   sampled = {'retriever_name': 'sampled_softmax', 'num_negatives': 3}
   config, model, params, features = make(loss={'weights': {'fused': 1.0}, **sampled})

@@ -132,6 +132,7 @@ def test_threads_and_not_cores_decide_the_last_bit(environment):
   assert digest(99, 3) == on_one_core[3]
 
 
+@pytest.mark.slow
 def test_time_ends_a_run_and_more_time_goes_on(run, finished, tmp_path):
   workdir = tmp_path / 'run'
   done = run(workdir, '--config.max_minutes=1e-6')

@@ -53,6 +53,7 @@ def grid(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_table_of_its_runs(start, run, finished, grid, tmp_path):
   workdir = tmp_path / 'sweep'
   flags = ('--seeds=1,0', f'--sweep={grid}')
@@ -175,6 +176,7 @@ def test_a_member_that_diverges_does_not_stop_the_others(run, grid, tmp_path):
   assert member['name'] == 'seed0'
 
 
+@pytest.mark.slow
 def test_a_finished_member_with_more_epochs_goes_on(start, finished, tmp_path):
   member = tmp_path / 'sweep/seed0'
   shutil.copytree(finished, member)

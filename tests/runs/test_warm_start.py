@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks.robustness.small_runs import lines
 
 
+@pytest.mark.slow
 def test_a_run_starts_where_another_has_its_best(finished, run, tmp_path):
   workdir = tmp_path / 'run'
   flags = (f'--init_from={finished}', '--config.num_epochs=1')

@@ -132,7 +132,7 @@ def one_device(run, tmp_path_factory):
   ('mapping', 'item_rows'),
   [
     pytest.param('pmap', 'all', marks=pytest.mark.slow),
-    ('shard_map', 'all'),
+    pytest.param('shard_map', 'all', marks=pytest.mark.slow),
     ('pmap', 'sharded'),
   ],
 )
@@ -227,6 +227,7 @@ def test_spread_tables_go_on_on_another_number_of_devices(run, on_two_devices, t
   assert 'resuming from step' in done.stdout
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_shares_rows_and_tables(run, one_device, tmp_path):
   """Three divide neither the rows of a batch nor 64; a checkpoint of theirs goes on on two."""
   workdir = tmp_path / 'run'
@@ -277,6 +278,7 @@ def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_pat
   assert ranks[0] == ranks[1]
 
 
+@pytest.mark.slow
 def test_a_notice_to_one_process_saves_and_ends_both(start, tmp_path):
   workdir = tmp_path / 'run'
   endless = ('--config.num_epochs=1000', '--config.patience=1000')
@@ -291,7 +293,10 @@ def test_a_notice_to_one_process_saves_and_ends_both(start, tmp_path):
 
 @pytest.mark.parametrize(
   ('dying', 'exit_codes'),
-  [('', [128 + signal.SIGTERM] * 3), ('2', [LostProcessError.exit_code] * 2 + [-signal.SIGKILL])],
+  [
+    ('2', [LostProcessError.exit_code] * 2 + [-signal.SIGKILL]),
+    pytest.param('', [128 + signal.SIGTERM] * 3, marks=pytest.mark.slow),
+  ],
 )
 def test_no_process_loses_the_coordinator_before_it_ends(dying, exit_codes, environment):
   """Which would abort it, with an exit code that says nothing."""

@@ -392,6 +392,7 @@ def test_killed_between_and_within_stages_it_ends_the_same(
   assert_same_end(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_the_checkpoint_of_the_one_before(run_staged, whole, tmp_path):
   ends = ends_of_stages(whole)
   for stage in (DEFAULT[0], DEFAULT[2]):

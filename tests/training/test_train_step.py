@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import default
+from tests.helpers.marks import slow
 from tests.helpers.runs import make_dataset
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, preference_starts
@@ -543,7 +544,7 @@ def few_users(num_steps: int) -> Plan:
   return Plan(*(x[:num_steps] for x in plan))._replace(lengths=lengths)
 
 
-@pytest.mark.parametrize('loss', ['bce', 'sampled_softmax'])
+@pytest.mark.parametrize('loss', ['sampled_softmax', *slow('bce')])
 def test_a_step_on_the_rows_it_reads_is_the_step_on_all(loss):
   """Without moments, rows of zero gradient stay as they are in either."""
   every, touched = (
@@ -555,6 +556,7 @@ def test_a_step_on_the_rows_it_reads_is_the_step_on_all(loss):
   np.testing.assert_allclose(every[1]['grad_norm'], touched[1]['grad_norm'], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('loss', 'shares'),
   [

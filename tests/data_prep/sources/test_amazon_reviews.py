@@ -328,6 +328,7 @@ def build_from_hub(run_build, environment, tmp_path):
 CATEGORY = (f'--hub_name={HUB}', '--category=All_Beauty')
 
 
+@pytest.mark.slow
 def test_from_the_hub_comes_what_the_files_hold(build_from_hub, hub, folder, tmp_path):
   address, files = hub
   result = build_from_hub(address, *CATEGORY)

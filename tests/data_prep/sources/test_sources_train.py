@@ -12,6 +12,7 @@ import pytest
 
 from configs import default
 from data_prep import build_dataset, sources
+from tests.helpers.marks import slow
 from ur4rec_jax.runs import train_loop
 
 SYNTHETIC = {'num_users': 12, 'num_items': 48}
@@ -119,7 +120,10 @@ PARAMETERS: dict[str, Callable] = {
 }
 
 
-@pytest.mark.parametrize('source', sources.SOURCES)
+FEW = ('movielens_100k', 'multimodal_movielens_1m', 'interactions', 'table')
+
+
+@pytest.mark.parametrize('source', [*FEW, *slow(*sorted({*sources.SOURCES} - {*FEW}))])
 def test_raw_files_to_test_metrics(source, request, ratings, tmp_path):
   raw_dir = RAW[source](request.getfixturevalue)
   data_dir = tmp_path / 'data'
