@@ -74,16 +74,25 @@ def generate(num_users: int = 2000, num_items: int = 1500, seed: int = 0) -> Raw
   world = make_world(num_users, num_items, seed)
   users, items = simulate(world, seed)
   rng = np.random.default_rng([seed, 3])
-  names = np.array([f'i{i + 1:0{len(str(num_items))}d}' for i in range(num_items)])
+  names = np.array(item_names(num_items))
   return Raw(
     path='synthetic',
-    users=np.array([f'u{u + 1:0{len(str(num_users))}d}' for u in range(num_users)])[users],
+    users=np.array(_names('u', num_users))[users],
     items=names[items],
     timestamps=_timestamps(users, rng),
     ratings=_ratings(world, users, items, rng),
     lines=np.arange(1, len(users) + 1),
     table=dict(zip(names.tolist(), _catalogue(world, rng), strict=True)),
   )
+
+
+def item_names(num_items: int) -> list[str]:
+  """Returns the original ids of the items, in the order of the world."""
+  return _names('i', num_items)
+
+
+def _names(letter: str, number: int) -> list[str]:
+  return [f'{letter}{i + 1:0{len(str(number))}d}' for i in range(number)]
 
 
 def make_world(num_users: int, num_items: int, seed: int) -> World:
@@ -143,6 +152,19 @@ def simulate(world: World, seed: int) -> tuple[np.ndarray, np.ndarray]:
     for users in np.split(np.arange(num_users), range(_USERS_AT_ONCE, num_users, _USERS_AT_ONCE))
   ]
   return np.repeat(np.arange(num_users), lengths), np.concatenate(chosen)
+
+
+def chances(world: World, user: int, last: int) -> np.ndarray:
+  """Returns `[items]` probabilities of what a user takes after an item, if nothing were taken."""
+  weight = world.popularity * (
+    world.style_liking[user, world.styles] * world.look_liking[user, world.looks]
+  )
+  topic = world.taste[user] * world.transition[world.topics[last]]
+  of_topic = np.bincount(world.topics, weight, NUM_TOPICS)
+  chance = (1 - FOLLOW) * (topic / topic.sum() / of_topic)[world.topics] * weight
+  for item, share in zip(world.successors[last], SUCCESSOR_WEIGHTS, strict=True):
+    chance[item] += FOLLOW * share
+  return chance
 
 
 def _choose(

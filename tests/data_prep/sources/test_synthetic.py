@@ -65,6 +65,14 @@ def test_popularity_is_weak_and_knowing_the_process_is_worth_a_lot(world, histor
   assert best > 2 * ndcg_at_10(histories, oracle(world, order=False))
 
 
+def test_chances_are_those_of_the_process(world):
+  score = oracle(world)
+  for user, last in ((0, 0), (7, 30), (59, 1499)):
+    expected = score(user, [last])
+    np.testing.assert_allclose(synthetic.chances(world, user, last), expected, rtol=1e-12)
+    assert expected.sum() == pytest.approx(1)
+
+
 def test_sizes(histories):
   lengths = np.array([len(h) for h in histories])
   assert 27 < lengths.mean() < 33
