@@ -8,11 +8,13 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data_prep.embeddings.feature_files import Row
+from data_prep.embeddings.decoded_files import FileEncoder, encoding
+from data_prep.embeddings.feature_files import Row, Source
+from data_prep.embeddings.imported_tokens import original_ids
 from ur4rec_jax.encoders.picture_files import MAX_PIXELS
 from ur4rec_jax.errors import InputError
 
@@ -20,14 +22,15 @@ if TYPE_CHECKING:
   import av
   from PIL import Image
 
-VIDEOS = (
+_VIDEOS = (
   *('.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.ogv', '.wmv', '.flv'),
   *('.3gp', '.gif'),
 )
-SOUNDS = (
+_SOUNDS = (
   *('.mp3', '.wav', '.flac', '.ogg', '.oga', '.opus', '.m4a', '.aac', '.aif', '.aiff', '.wma'),
-  *VIDEOS,
+  *_VIDEOS,  # Their sound.
 )
+SUFFIXES = {'sound': _SOUNDS, 'video': _VIDEOS}
 # Playlists are not among them: they lead to other files.
 _FORMATS = (
   'aac,ac3,aiff,amr,asf,avi,caf,flac,flv,gif,matroska,webm,mov,mp4,m4a,3gp,mp3,mpeg,mpegts,'
@@ -41,8 +44,66 @@ class BadMedia(ValueError):
   """A file that is refused; the message says why."""
 
 
-def check_library() -> None:
-  """Raises InputError if PyAV is not installed."""
+class MediaFiles(NamedTuple):
+  """Sounds or videos of items.
+
+  Attributes:
+    names: original ids of all items, in order.
+    paths: the file of each item that has one, by original id.
+    what: such a file, in words.
+  """
+
+  names: list[str]
+  paths: dict[str, Path]
+  what: str
+
+  def source(
+    self, encoder: dict[str, Any], meaning: dict[str, str], work: FileEncoder, processes: int
+  ) -> Source:
+    """Describes how to encode the files.
+
+    Args:
+      encoder: what info.json says about the encoder.
+      meaning: what the tokens mean, by position.
+      work: decodes and encodes a file.
+      processes: processes that decode; 0 decodes in this process.
+    """
+    return Source(
+      name=encoder['name'],
+      info={'encoder': encoder, 'is_mock': False, 'token_meaning': meaning},
+      count=len(self.names),
+      tokens=work.tokens,
+      width=work.width,
+      rows=self._rows,
+      encode=encoding(work, processes),
+    )
+
+  def _rows(self) -> Iterator[Row]:
+    """Yields a row for each item; its content is the file."""
+    for name in self.names:
+      path = self.paths.get(name)
+      if path is None:
+        yield Row(name, None, reason=f'no {self.what}')
+        continue
+      try:
+        with path.open('rb') as file:
+          yield Row(name, path, hashlib.file_digest(file, 'sha256').digest())
+      except OSError as error:
+        yield Row(name, None, reason=f'its {self.what} cannot be read ({error.strerror})')
+
+
+def find(data_dir: str | Path, folder: str | Path, what: str) -> MediaFiles:
+  """Finds the files of items: `7.mp3` belongs to item 7.
+
+  Args:
+    data_dir: prepared folder.
+    folder: folder with the files.
+    what: sound or video.
+
+  Raises:
+    InputError: PyAV is not installed, there is no such folder, no file belongs to an item, or two
+      belong to one.
+  """
   try:
     import av  # noqa: F401
   except ImportError as error:
@@ -50,25 +111,10 @@ def check_library() -> None:
       "--modality=audio and video need PyAV: pip install 'ur4rec-jax[media]' (in a clone:"
       " '.[media]')"
     ) from error
-
-
-def find(folder: str | Path, names: list[str], suffixes: tuple[str, ...]) -> dict[str, Path]:
-  """Finds the files of items: `7.mp3` belongs to item 7.
-
-  Args:
-    folder: folder with the files.
-    names: original ids of the items.
-    suffixes: of files that count.
-
-  Returns:
-    The file of each item that has one, by original id.
-
-  Raises:
-    InputError: there is no such folder, no file belongs to an item, or two belong to one.
-  """
   folder = Path(folder)
   if not folder.is_dir():
     raise InputError(f'--files={folder}: no such folder; give the folder with the files')
+  names, suffixes = original_ids(data_dir, 'item'), SUFFIXES[what]
   items = set(names)
   paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
   found: dict[str, Path] = {}
@@ -87,27 +133,7 @@ def find(folder: str | Path, names: list[str], suffixes: tuple[str, ...]) -> dic
       f'--files={folder}: {seen} is named like an item, such as {names[0]}{suffixes[0]}; name each'
       f' file by the original id of its item, with one of the endings {", ".join(suffixes)}'
     )
-  return found
-
-
-def rows(names: list[str], found: dict[str, Path], what: str) -> Iterator[Row]:
-  """Yields a row for each item; its content is the file.
-
-  Args:
-    names: original ids of the items, in order.
-    found: their files, see `find`.
-    what: the file, in words, for the reason of items without one.
-  """
-  for name in names:
-    path = found.get(name)
-    if path is None:
-      yield Row(name, None, reason=f'no {what}')
-      continue
-    try:
-      with path.open('rb') as file:
-        yield Row(name, path, hashlib.file_digest(file, 'sha256').digest())
-    except OSError as error:
-      yield Row(name, None, reason=f'its {what} cannot be read ({error.strerror})')
+  return MediaFiles(names, found, what)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.embeddings import media_files
-from data_prep.embeddings.decoded_files import FileEncoder, encoding
+from data_prep.embeddings.decoded_files import FileEncoder
 from data_prep.embeddings.feature_files import Source
-from data_prep.embeddings.imported_tokens import original_ids
 from ur4rec_jax.encoders import sounds
 
 
@@ -34,9 +33,7 @@ def source(
   Raises:
     InputError: see `media_files.find`.
   """
-  media_files.check_library()
-  names = original_ids(data_dir, 'item')
-  found = media_files.find(files, names, media_files.SOUNDS)
+  found = media_files.find(data_dir, files, 'sound')
   decode = functools.partial(_decode, encoder.prepare, encoder.rate, max(1, parts), max_seconds)
   file_encoder = FileEncoder(
     decode,
@@ -49,19 +46,8 @@ def source(
   if parts:
     seconds = f'{sounds.WINDOW_SECONDS} seconds at most'
     meaning[f'1-{parts}'] = f'a part each, of {seconds}; of more parts some, evenly spaced'
-  return Source(
-    name=encoder.info['name'],
-    info={
-      'encoder': encoder.info | {'max_seconds': max_seconds},
-      'is_mock': False,
-      'token_meaning': meaning,
-    },
-    count=len(names),
-    tokens=file_encoder.tokens,
-    width=encoder.width,
-    rows=lambda: media_files.rows(names, found, 'sound'),
-    encode=encoding(file_encoder, processes),
-  )
+  about = encoder.info | {'max_seconds': max_seconds}
+  return found.source(about, meaning, file_encoder, processes)
 
 
 def _decode(

@@ -8,9 +8,8 @@ import numpy as np
 from PIL import Image
 
 from data_prep.embeddings import media_files
-from data_prep.embeddings.decoded_files import FileEncoder, encoding
+from data_prep.embeddings.decoded_files import FileEncoder
 from data_prep.embeddings.feature_files import Source
-from data_prep.embeddings.imported_tokens import original_ids
 from ur4rec_jax.encoders import pictures
 
 
@@ -35,9 +34,7 @@ def source(
   Raises:
     InputError: see `media_files.find`.
   """
-  media_files.check_library()
-  names = original_ids(data_dir, 'item')
-  found = media_files.find(files, names, media_files.VIDEOS)
+  found = media_files.find(data_dir, files, 'video')
   count = max(1, frames)
   file_encoder = FileEncoder(
     functools.partial(_decode, encoder.prepare, count, max_seconds),
@@ -49,19 +46,8 @@ def source(
   meaning = {'0': 'the mean of the frames'}
   if frames:
     meaning[f'1-{frames}'] = 'a frame each, evenly spaced'
-  return Source(
-    name=encoder.info['name'],
-    info={
-      'encoder': encoder.info | {'max_seconds': max_seconds},
-      'is_mock': False,
-      'token_meaning': meaning,
-    },
-    count=len(names),
-    tokens=file_encoder.tokens,
-    width=encoder.width,
-    rows=lambda: media_files.rows(names, found, 'video'),
-    encode=encoding(file_encoder, processes),
-  )
+  about = encoder.info | {'max_seconds': max_seconds}
+  return found.source(about, meaning, file_encoder, processes)
 
 
 def _decode(
