@@ -171,7 +171,7 @@ def command(mix: str) -> str:
   """Returns the command that trains with a mix of modalities."""
   shown = ['python', '-m', 'ur4rec_jax.main', '--config=configs/synthetic.py']
   if modalities := MIXES[mix]:
-    shown[-1] += ':multimodal'
+    shown[-1] += ':multimodal' if len(modalities) > 1 else ':text'
     shown.append(f'--config.modalities={modalities!r}')
   if mix == SHUFFLED:
     shown.append('--config.shuffled_features=True')
