@@ -36,7 +36,7 @@ def prepare_table() -> str:
     )
     for record in sorted(found, key=lambda record: record['rows'])
   ]
-  return _table(('rows', 'seconds', 'seconds of the processor', 'peak MB'), rows)
+  return _table(('rows', 'seconds', 'CPU seconds', 'peak MB'), rows)
 
 
 def open_table() -> str:
@@ -63,7 +63,7 @@ def stream_table() -> str:
     )
     for name, row in _read('stream-2gb')['rows'].items()
   ]
-  names = ('interactions', 'sequences a second of the processor', 'peak MB', 'MB without files')
+  names = ('interactions', 'sequences per CPU second', 'peak MB', 'MB without files')
   return _table(names, rows)
 
 

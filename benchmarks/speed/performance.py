@@ -318,17 +318,17 @@ def _starts(result: dict[str, Any]) -> Iterator[str]:
         'command': f'`{name}`',
         'first start, s': figure('first_seconds', 0),
         'later starts, s': figure('seconds', 1),
-        'processor, s': figure('processor_seconds', 1),
+        'CPU s': figure('processor_seconds', 1),
         f'times `{BARE}`': figure('processor_seconds', 1, bare),
       }
     )
   yield markdown_table(rows)
   yield ''
   yield (
-    'Each start is a process, and `serve` is timed until it is ready. The seconds contain the load'
-    ' of the machine; the last two columns count the work of the processor alone. An arrow leads'
-    ' from the program of an earlier checkout to the program as it is, in the same rounds. A first'
-    ' start reads the checkpoint and compiles; later ones find both in the folder of the run.'
+    'Each start is a process of its own; `serve` is timed until it is ready. Seconds depend on the'
+    ' load of the machine, CPU seconds do not. An arrow leads from an earlier checkout to this one,'
+    ' measured in the same rounds. A first start reads the checkpoint and compiles; later starts'
+    ' find both in the folder of the run.'
   )
 
 
