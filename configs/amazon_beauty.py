@@ -23,10 +23,6 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.sasrec.dropout = 0.5
   config.sasrec.num_heads = 2
   config.sasrec.ffn_dim = 256
-  # Histories are short: positions relative to the target, and a filter over the last ten items.
-  config.sasrec.positions = 'rotary'
-  config.sasrec.window = 50
-  config.sasrec.filter_width = 10
   # In validation about as good as the whole softmax, and several times as fast.
   config.loss.name = config.loss.retriever_name = 'sampled_softmax'
   config.loss.num_negatives = 2000
@@ -35,6 +31,10 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.schedule = 'cosine'
   if variant == 'sasrec':
     config.sasrec.item_scale = 0.07
+    # Chosen by validation: NDCG@10 is 0.0696 with these positions and 0.0718 with the filter, too.
+    # With texts the filter changed it by less than 1 %.
+    config.sasrec.positions, config.sasrec.window = 'rotary', 50
+    config.sasrec.filter_width = 10
   else:
     # Items begin as what is known of them, which takes width; ids gained nothing by it.
     config.sasrec.dim = 128
