@@ -101,7 +101,7 @@ def disk_errors(target: Path, flag: str = '--data_dir') -> Iterator[None]:
   except OSError as error:
     # `write_file` wraps the error of the system, which holds the error number.
     cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-    if isinstance(cause, StorageError):  # Of what is read, such as a database.
+    if isinstance(cause, StorageError):  # A source that is read has failed, such as a database.
       raise
     way_out = 'free some space' if cause.errno in DISK_FULL else 'make its folder writable'
     raise InputError(

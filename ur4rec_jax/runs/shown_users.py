@@ -23,7 +23,7 @@ from ur4rec_jax.evaluation.queries import Queries, make_queries
 PyTree = Any
 FILE = 'shown_users.json'
 USERS, HISTORY, BEST = 6, 5, 5
-# Pixels. A JPEG file of this size has at most about 6 kB, so the pictures of a page stay below 1 MB.
+# Pixels. A JPEG file of this size has at most about 6 kB, so a page has less than 1 MB of pictures.
 _SIDE = 96
 _MOST_BYTES = 8000
 
