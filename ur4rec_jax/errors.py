@@ -124,7 +124,7 @@ class ReportedError(Exception):
   """Base of the errors that a program reports to its user.
 
   Attributes:
-    exit_code: what the process ends with, one of `EXIT_CODES`.
+    exit_code: exit code of the process, one of `EXIT_CODES`.
   """
 
   exit_code = 1
@@ -147,7 +147,7 @@ class DivergenceError(ReportedError, FloatingPointError):
 
 
 class StorageError(ReportedError, OSError):
-  """Something could not be written; what was written before stays good."""
+  """A write has failed; what was written before stays good."""
 
   exit_code = 4
 

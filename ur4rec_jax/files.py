@@ -56,7 +56,7 @@ def only_process(lock_file: str | Path, message: str) -> Iterator[None]:
 
   Args:
     lock_file: the file that is locked; it is removed at the end.
-    message: what to tell when another process holds the lock, and the way out.
+    message: message if another process holds the lock, with the way out.
 
   Raises:
     BusyError: another process holds the lock for longer.

@@ -452,7 +452,7 @@ def _export(order: Order, best: pathlib.Path) -> pathlib.Path:
 
 
 def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterator[str]:
-  """Says how good the model is, and how to go on."""
+  """Yields lines with the metrics of the models and the commands to go on with."""
   yield f'\n{table(models.metrics, ACCURACY)}'
   best = json.loads((models.best / 'results.json').read_text())
   values = best['test']

@@ -53,7 +53,7 @@ except ImportError as error:
 # Connections that wait at the port until they are accepted. If there were more, the kernel would
 # have clients try again after one, three and seven seconds.
 BACKLOG = 2048
-_MOST_FILES = 65_536  # Open files of the process, of which connections are most.
+_MOST_FILES = 65_536  # Limit of open files of the process; most of them are connections.
 # Open files besides connections, and connections that are accepted before older ones are closed.
 _OTHER_FILES = 320
 _STOP = (signal.SIGTERM, signal.SIGINT)

@@ -34,7 +34,7 @@ def parse(text: str | None, flag: str = '--where') -> list[Comparison]:
 
   Args:
     text: the condition.
-    flag: what messages call it.
+    flag: name of the condition in messages.
 
   Raises:
     InputError: the condition is not of the form that the module describes.

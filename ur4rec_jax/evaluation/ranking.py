@@ -222,7 +222,7 @@ def rank_by_scores(scores: Array, targets: Array, candidates: Array) -> Array:
   """Ranks targets by scores of the whole catalogue that are not sums of inner products.
 
   Args:
-    scores: `[users, num_items]`, column i is item id i + 1; -inf for what is left out.
+    scores: `[users, num_items]`, column i is item id i + 1; -inf for items that are left out.
     targets: `[users]` item ids.
     candidates: `[users, candidates]` item ids to rank against, 0 for none; `[users, 0]` for all.
 

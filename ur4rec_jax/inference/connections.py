@@ -222,7 +222,7 @@ class Connection(HttpToolsProtocol):
       self.abort()
 
   def _refuse(self, status: int, detail: str) -> None:
-    """Answers what never became a request, and closes the connection."""
+    """Answers data that never became a request, and closes the connection."""
     self._is_refused = True
     if self.transport.is_closing():
       return

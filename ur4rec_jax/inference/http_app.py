@@ -319,7 +319,7 @@ class Service:
   def _shown(
     self, question: Any, arm: str | None, model: Model, rows: Sequence[dict[str, Any]]
   ) -> str:
-    """Logs and counts what an answer shows, and returns the answer's id."""
+    """Logs and counts the items of an answer, and returns the answer's id."""
     # A question that asks for an arm only inspects it, and says nothing about the arm's users.
     if self._feedback is None or question.arm is not None or not question.log:
       return new_request_id()

@@ -18,7 +18,7 @@ from ur4rec_jax.inference.http_schema import problem
 from ur4rec_jax.online.events import KINDS, MOST_CHARACTERS, MOST_EVENTS, Event, check_event
 
 UNKNOWN_ITEMS = Counter('ur4rec_events_unknown_items', 'Events with items that the model lacks.')
-BURST_SECONDS = 10  # A client that was silent may send the events of so many seconds at once.
+BURST_SECONDS = 10  # A client that was silent may send the events of this many seconds at once.
 _MOST_CLIENTS = 10_000  # Clients whose use of the limit is remembered.
 _ONE_LINE = r'^[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$'
 _ID = {

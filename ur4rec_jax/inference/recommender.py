@@ -465,7 +465,7 @@ class Recommender:
 
     Args:
       ids: original ids.
-      what: what the ids are, for error messages.
+      what: name of the ids in error messages.
 
     Returns:
       `[known]` int32 item numbers, and the ids that are not in the catalogue.
@@ -521,7 +521,7 @@ class Recommender:
       raise InputError(f'k={k!r:.80}: must be a whole number from 1 to {most}, {reason}')
 
   def warm_up(self, k: int = 10, users: int = 1) -> None:
-    """Compiles the programs that answer queries of so many users without filters.
+    """Compiles the programs that answer queries of this many users without filters.
 
     The histories may have any length up to `max_length`.
     """
@@ -609,7 +609,7 @@ class Recommender:
     return 'history: is empty; give items, or a preference if the model reads texts'
 
   def _lookup_filter(self, ids: Ids, what: str) -> np.ndarray:
-    """Looks up a filter, of which at least one item must be in the catalogue."""
+    """Looks up the ids of a filter; at least one of them must be in the catalogue."""
     found, unknown = self.lookup(ids, what)
     if not found.size:
       raise InputError(

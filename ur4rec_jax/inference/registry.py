@@ -152,7 +152,7 @@ def _is_same(export_dir: Path, version: Path) -> bool:
 
 
 def _remove_leftovers(registry: Path, newest: int) -> None:
-  """Removes what a killed promotion left: drafts, and a version that never became current."""
+  """Removes leftovers of a killed promotion: drafts, and a version that never became current."""
   for folder in (registry / _VERSIONS).iterdir():
     if not folder.name.isdecimal() or int(folder.name) > newest:
       shutil.rmtree(folder)

@@ -107,7 +107,7 @@ class Choice(NamedTuple):
   Attributes:
     picks: the list, the best item first.
     is_final: whether more candidates would change nothing.
-    notes: what a reader should know, such as why the list is short.
+    notes: remarks for the reader, such as why the list is short.
   """
 
   picks: list[Pick]
@@ -122,7 +122,7 @@ class Rules:
   Attributes:
     filters: the filters, all of which an item must meet.
     caps: the caps.
-    boosts: the boosts, of which an item may get several.
+    boosts: the boosts; an item may get several.
     pins: item number by position, from 1.
     pin_names: original id of these items by number.
     diversity: 0 sorts by score alone, 1 by difference from the items before alone.

@@ -221,7 +221,7 @@ def _for_queries(tokens: int, function) -> None:
 def _heads(
   mix: Mix, visible, sources, index: int, rows
 ) -> Iterator[tuple[list[slice], Array, list[_Read]]]:
-  """Yields for each head its columns in all parts, its queries, and what they may attend to."""
+  """Yields for each head its columns in all parts, its queries, and the sources they attend to."""
   positions = rows.start + jax.lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0)
   masks = {
     i: (visible[i][0, 0:1] <= positions) & (positions < visible[i][0, 1:2])

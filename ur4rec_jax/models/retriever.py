@@ -1,4 +1,4 @@
-"""The multimodal preference retriever: compares what a user likes with what items are about."""
+"""The multimodal preference retriever: compares users' preferences with the content of items."""
 
 import math
 from collections.abc import Mapping

@@ -238,8 +238,8 @@ class SASRec(nn.Module):
     dropout: rate on embeddings and inside the blocks.
     block: one of `BLOCKS`; recurrent layers use neither heads, feed-forward network nor window.
     norm: `pre` or `post` normalisation.
-    activation: of the feed-forward network, one of `ACTIVATIONS`; `swiglu` has a gate (Shazeer
-      2020).
+    activation: activation of the feed-forward network, one of `ACTIVATIONS`; `swiglu` has a gate
+      (Shazeer 2020).
     positions: `absolute` adds an embedding of the distance from the end of the history; `rotary`
       rotates queries and keys; one of `POSITIONS`.
     window: most items that a position attends to, itself included; 0 for all.

@@ -43,7 +43,7 @@ class GroupCommit:
     """Waits until the events are durable.
 
     Raises:
-      StorageError: they are not, and none of them was stored.
+      StorageError: the store failed, and none of them was stored.
     """
     outcomes = asyncio.get_running_loop().create_future()
     self._waiting.append(_Waiting(events, outcomes))

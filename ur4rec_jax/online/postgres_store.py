@@ -256,5 +256,5 @@ def _exposure(row: Sequence[Any]) -> Exposure:
 
 
 def _first_line(error: psycopg.Error) -> str:
-  """Returns what went wrong, without the hints of the server."""
+  """Returns the first line of an error, without the hints of the server."""
   return str(error).strip().partition('\n')[0]

@@ -47,8 +47,8 @@ class Watch:
     data_dir: the prepared folder that the events are added to.
     out: folder of the rounds.
     registry: folder of served models.
-    every_minutes: a round begins after so many minutes, if there are new events.
-    every_events: a round begins after so many new events.
+    every_minutes: a round begins after this many minutes, if there are new events.
+    every_events: a round begins after this many new events.
     kinds: kinds of events that count if the data have no kinds of their own.
     items: table of new goods, or None.
     encode: flags of `data_prep.encode` that made the embeddings of the data, or None.
@@ -110,7 +110,7 @@ def run(watch: Watch) -> None:
   """Makes rounds until SIGTERM or Ctrl-C.
 
   Raises:
-    InputError: a folder, the store or what a command reads is wrong.
+    InputError: a folder, the store or an input of a command is wrong.
     BusyError: another process works in the same folder.
   """
   columns = _columns(read_info(watch.data_dir), watch)

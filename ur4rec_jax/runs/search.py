@@ -37,7 +37,7 @@ def run_search(config: ConfigDict, workdir: str, place: str, trials: int) -> dic
   """Runs trials until `trials` have ended, and prints which settings are best and which matter.
 
   Args:
-    config: what the trials have in common.
+    config: the config that all trials share.
     workdir: holds a folder for each trial.
     place: `FILE.py:FUNCTION`, or `FILE.py` for its `get_search`. The function gets an
       `optuna.Trial` and returns the fields to override, by dotted name.

@@ -55,7 +55,7 @@ def run_sweep(
   """Runs all members, writes `sweep.json` and `sweep.html` after each, and prints the table.
 
   Args:
-    config: what the members have in common.
+    config: the config that all members share.
     workdir: holds a folder for each member.
     seeds: seeds for each variant; empty for the config's seed.
     grid: `FILE.py:FUNCTION`, see `load_grid`; None if the config is the only variant.

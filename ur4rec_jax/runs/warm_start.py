@@ -1,8 +1,8 @@
 """Starts a run with the parameters of another one, which may know fewer users and items.
 
 Parameters are copied. The rows of item tables are matched by the original ids of the items. The row
-of an item that the other run never trained on starts as a mean of other rows: of the two items with
-the nearest content, or else of its neighbours in the histories.
+of an item that the other run never trained on starts as the mean over similar items: the two with
+the nearest content, or else the item's neighbours in the histories.
 """
 
 from typing import Any

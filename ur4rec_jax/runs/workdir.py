@@ -62,7 +62,7 @@ def check_workdir(workdir: str, run: Run, free: tuple[str, ...] = ()) -> bool:
 
   Args:
     workdir: the run's folder.
-    run: as it is now.
+    run: the run with its current config and data.
     free: config fields whose names start with one of these may differ.
 
   Returns:

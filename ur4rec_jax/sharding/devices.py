@@ -150,7 +150,7 @@ def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
   """Lets mapped functions be lowered for devices that this machine does not have, see `lower`.
 
   Args:
-    devices: of a topology, from `jax.experimental.topologies.get_topology_desc`.
+    devices: devices of a topology from `jax.experimental.topologies.get_topology_desc`.
   """
   global _described
   before, _described = _described, tuple(devices)

@@ -31,7 +31,7 @@ def make_train_data(dataset: Dataset, tables: Tables, in_memory: bool = True) ->
   """Collects the arrays in host memory.
 
   Args:
-    dataset: all interactions, of which only those of the training part are used.
+    dataset: all interactions; only those of the training part are used.
     tables: tokens of items and users.
     in_memory: whether the devices hold the interactions.
   """
