@@ -243,7 +243,7 @@ def _note_exit_code(code: int) -> None:
 
 
 def _redirect_broken_streams() -> None:
-  """Redirects streams on a full disk to nowhere; else Python's last flush ends it with code 120."""
+  """Redirects streams on a full disk to the null device; otherwise Python would end with 120."""
   for stream in (sys.stdout, sys.stderr):
     try:
       stream.flush()

@@ -1,7 +1,7 @@
 """Reads the items of batches from mapped files, for data that are larger than a device's memory.
 
-Batches are the same as those that the device gathers from all interactions. Which items
-are read depends only on the plan, so nothing needs to be saved to go on after an interruption.
+Batches are the same as those that the device gathers from all interactions. Which items are read
+depends only on the plan, so nothing needs to be saved to go on after an interruption.
 """
 
 from collections.abc import Callable

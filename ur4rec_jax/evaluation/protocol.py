@@ -16,8 +16,8 @@ class Protocol(NamedTuple):
   """Which items a held-out item is ranked against.
 
   Attributes:
-    candidates: `all` items, or a draw of some, `uniform` or by `popularity`. Items that
-      the user ever has are not drawn; if seen items are kept, those before the target may be drawn.
+    candidates: `all` items, or a draw of some, `uniform` or by `popularity`. Items that the user
+      ever has are not drawn; if seen items are kept, those before the target may be drawn.
     num_candidates: number of items that are drawn for each user.
     seed: seed of the draw and of the random baseline.
     seen_items: `leave_out` or `keep` items that the user had before in the ranking.

@@ -210,5 +210,5 @@ class Batcher:
 
 
 def _padded(ids: np.ndarray, length: int) -> np.ndarray:
-  """Drops the first ids or pads with zeros at the start, which are no item, to a fixed length."""
+  """Returns the last `length` ids, padded at the start with zeros, which are no item."""
   return np.pad(ids[-length:], (max(length - len(ids), 0), 0))

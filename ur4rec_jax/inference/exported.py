@@ -190,7 +190,7 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
   manifest['files'][USERS] = hashlib.sha256(archive.getvalue()).hexdigest()
   with files.new_folder(folder) as draft:
     for path in folder.iterdir():
-      # The folder of programs that a service has compiled is not copied. The next start compiles.
+      # The folder of programs that a service has compiled is not copied; the next start does so.
       if path.is_file() and path.name not in (USERS, MANIFEST):
         shutil.copy2(path, draft / path.name)
     files.write_file(draft / USERS, archive.getvalue())

@@ -45,7 +45,7 @@ def distinctive(texts: Iterable[Sequence[str]], titles: Sequence[str]) -> list[l
 
 
 def closest(passages: Sequence[str], to: str) -> str | None:
-  """Returns the passage with the most words of a text, the first if several tie; None if none.
+  """Returns the passage that shares the most words with a text; None without passages.
 
   Args:
     passages: passages of one item.

@@ -188,9 +188,9 @@ def causal_attention(
   """Computes `masked_attention` for a causal mask, and skips most of the masked scores.
 
   Args:
-    query: `[batch, length, heads, width]`, like `key` and `value`.
-    key: see `query`.
-    value: see `query`.
+    query: `[batch, length, heads, width]`.
+    key: `[batch, length, heads, width]`.
+    value: `[batch, length, heads, width]`.
     visible: `[batch, length]`; no query sees a later key.
     window: see `self_attention`.
   """

@@ -68,7 +68,7 @@ class Dropout(nn.Module):
 
 
 def _keep(key: Array, shape: tuple[int, ...], dropped: int) -> Array:
-  """Returns `shape` bool, False with probability `dropped` / 256; a random word has four values."""
+  """Returns `shape` bool, False with probability `dropped` / 256; one word decides four values."""
   if devices.platform() == 'cpu':
     words = jax.random.bits(key, (-(-math.prod(shape) // 4),), jnp.uint32)
     draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)

@@ -47,8 +47,8 @@ class Knob(NamedTuple):
     below: allowed values are smaller than this.
     may_change: whether a started run goes on with another value, because the knob changes neither
       what is computed nor what is stored.
-    may_round: whether a started run goes on with another value, too, with a warning that numbers are
-      rounded in another way.
+    may_round: whether a started run goes on with another value, too, but warns that numbers are
+      then rounded in another way.
     follows: for a knob of a stage, the knob of the run whose value is the default.
   """
 

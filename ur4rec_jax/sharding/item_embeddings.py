@@ -205,7 +205,7 @@ class StepTables:
 
   @property
   def lookup(self) -> Callable[[Array], Array] | None:
-    """Returns a function that gathers, from encoded items, those the step reads; None for all."""
+    """Gathers, from encoded items, those that the step reads; None if the step reads them all."""
     return None
 
   def put_back(self, old: PyTree, new: PyTree) -> PyTree:

@@ -186,7 +186,7 @@ def contrast(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
 
 
 def matching(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
-  """Makes a token's score of its own target higher than that of the previous token's target.
+  """Tells pairs of a token and its own target from pairs with the previous token's target.
 
   The two targets are about equally popular. In packed rows the other one is often an earlier item
   of the same user.
