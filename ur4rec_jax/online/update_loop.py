@@ -76,7 +76,7 @@ class _State(NamedTuple):
   Attributes:
     started: the folders that the loop was started with.
     round: number of finished rounds.
-    written: number of events in the store when the latest round began; None before the first.
+    written: events that the store had received when the latest round began; None before the first.
     workdir: the run of the latest promoted model.
     data_dir: the latest data.
   """
@@ -232,7 +232,7 @@ class _Loop:
     self._remove_old_rounds()
 
   def _write_log(self, folder: pathlib.Path) -> tuple[int, int]:
-    """Writes the log of a round once; returns the number of events in the store, and of rows."""
+    """Writes the log of a round once; returns the events that the store has received, and rows."""
     folder.mkdir(exist_ok=True)
     if not (folder / _ROUND).exists():
       # Counted first, so that an event of this moment counts for the next round, too.
