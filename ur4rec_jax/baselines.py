@@ -3,9 +3,9 @@
   python -m ur4rec_jax.baselines --data_dir=data/shop
   python -m ur4rec_jax.baselines --data_dir=data/shop --workdir=runs/shop
 
-The baselines are a random order, popularity, popularity of late, the items that follow, item-kNN,
-EASE if there are 5,000 items at most, and, with the library `implicit`, ALS and BPR-MF. Their
-settings are chosen by validation. Beside accuracy, the table describes the lists of ten items.
+The baselines are a random order, popularity, recent popularity, next item, item-kNN, EASE (up to
+5,000 items) and, with the library `implicit`, ALS and BPR-MF. Their settings are chosen by
+validation. Besides accuracy, the table has metrics of the lists of ten items, such as coverage.
 """
 
 import argparse
@@ -27,11 +27,11 @@ WITHOUT_TRAINING = ('random', 'popularity', 'recent popularity', 'next item', 'i
 FACTORS = ('ALS', 'BPR-MF')  # Learned by a library that is an extra.
 ACCURACY = ('hit@10', 'ndcg@10', 'mrr')
 OF_LISTS = ('coverage', 'gini', 'novelty', 'diversity', 'serendipity')
-LENGTH = 10  # Of the lists that are described.
+LENGTH = 10  # Length of the recommendation lists.
 
 
 def table(rows: dict[str, dict], columns: Sequence[str]) -> str:
-  """Formats some metrics of some models, one model a line."""
+  """Formats some metrics of some models, one model per line."""
   width, cell = max(map(len, rows)), max(map(len, columns)) + 2
   lines = [' ' * width + ''.join(f'{name:>{cell}}' for name in columns)]
   for name, values in rows.items():
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
   add('--data_dir', required=True, help='folder that data_prep.build_dataset wrote')
   add('--split', default='leave_one_out', help='leave_one_out or time')
   add('--seen_items', default='leave_out', choices=('leave_out', 'keep'), help='as in the config')
-  add('--seed', type=int, default=0, help='of the random order and of ALS and BPR-MF')
+  add('--seed', type=int, default=0, help='seed of the random order and of ALS and BPR-MF')
   add(
     '--models',
     type=_names,
@@ -119,7 +119,7 @@ def _baselines(
 
 
 def _measure(dataset: 'Dataset', protocol: 'Protocol') -> Callable[..., dict[str, float]]:
-  """Returns a function from test ranks and lists `[users, ...]` to metrics by name.
+  """Returns a function that computes metrics by name from test ranks and lists `[users, ...]`.
 
   The ranks may also be a dict of metrics that a run has stored.
   """
@@ -141,7 +141,7 @@ def _measure(dataset: 'Dataset', protocol: 'Protocol') -> Callable[..., dict[str
 def _open_run(
   workdir: str, dataset: 'Dataset', protocol: 'Protocol'
 ) -> 'Callable[[], tuple[dict[str, float], np.ndarray]]':
-  """Opens a finished run, and returns a function that gives its test metrics and lists.
+  """Opens a finished run, and returns a function that computes its test metrics and lists.
 
   Raises:
     InputError: the run has not ended, or has other data or another protocol.

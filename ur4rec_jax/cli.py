@@ -44,7 +44,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-  """Returns the list of commands, one a line."""
+  """Returns the list of commands, one per line."""
   width = max(map(len, COMMANDS))
   lines = [f'  {name:{width}}  {command.summary}' for name, command in COMMANDS.items()]
   return '\n'.join(

@@ -15,11 +15,11 @@ _T = TypeVar('_T')
 
 
 class ExitCode(NamedTuple):
-  """What the exit code of a program tells the person or the launcher that started it.
+  """The meaning of an exit code for the person or the launcher that started the program.
 
   Attributes:
-    meaning: in one line.
-    faults: what has gone wrong in detail, for the table in docs/training.md.
+    meaning: the meaning in one line.
+    faults: typical causes, for the table in docs/training.md.
     restart: whether the same command may succeed when it is started again, as launchers do.
   """
 
@@ -85,7 +85,7 @@ _STORAGE = (
   errno.ENOTDIR,
   errno.ENAMETOOLONG,
 )
-# Statuses of jax errors after which the same command may succeed. The others are its own faults.
+# Statuses of jax errors after which the same command may succeed. Others are faults of the program.
 _DEVICE_STATUSES = (
   'INTERNAL',
   'UNKNOWN',
@@ -97,8 +97,8 @@ _DEVICE_STATUSES = (
 )
 
 
-# What a terminal acts on, except for the ends of lines and tabs: escape sequences start with one of
-# these, and some others reverse the direction of text.
+# Characters that a terminal acts on, except for the ends of lines and tabs: escape sequences start
+# with one of these, and some others reverse the direction of text.
 _CONTROLS = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
 
 
@@ -124,7 +124,7 @@ class ReportedError(Exception):
   """Base of the errors that a program reports to its user.
 
   Attributes:
-    exit_code: what the process ends with, one of `EXIT_CODES`.
+    exit_code: exit code of the process, one of `EXIT_CODES`.
   """
 
   exit_code = 1
@@ -147,7 +147,7 @@ class DivergenceError(ReportedError, FloatingPointError):
 
 
 class StorageError(ReportedError, OSError):
-  """Something could not be written; what was written before stays good."""
+  """A write has failed; what was written before stays good."""
 
   exit_code = 4
 
@@ -179,7 +179,7 @@ class InterruptedBySignal(ReportedError):
 
 
 def as_reported(error: BaseException) -> ReportedError | None:
-  """Returns an error of Python, the system or jax as the user sees it.
+  """Converts an error of Python, the system or jax to the error that the user sees.
 
   Returns:
     The error itself if it is a `ReportedError`; None if the program does not know such errors.
@@ -227,22 +227,23 @@ def errors_end_the_program() -> Iterator[None]:
     prefix = '' if isinstance(reported, InterruptedBySignal) else 'error: '
     with contextlib.suppress(OSError):  # The disk that holds stderr may be full, too.
       say(f'{prefix}{reported}', sys.stderr)
-    _drop_what_cannot_be_printed()
+    _redirect_broken_streams()
     sys.exit(reported.exit_code)
 
 
 def _note_exit_code(code: int) -> None:
   """Writes the code to the file that `UR4REC_EXIT_CODE_FILE` names, unless another process has.
 
-  Of several processes, the first to end knows why. The others only lose it, with other codes.
+  Of several processes, the first one to end knows the cause. The others end because they lose it,
+  with other codes.
   """
   if path := os.environ.get('UR4REC_EXIT_CODE_FILE'):
     with contextlib.suppress(OSError), open(path, 'x') as file:
       file.write(f'{code}\n')
 
 
-def _drop_what_cannot_be_printed() -> None:
-  """Empties streams on a full disk, after whose last flush Python would end with code 120."""
+def _redirect_broken_streams() -> None:
+  """Redirects streams on a full disk to the null device; otherwise Python would end with 120."""
   for stream in (sys.stdout, sys.stderr):
     try:
       stream.flush()

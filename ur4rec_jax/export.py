@@ -3,8 +3,8 @@
   python -m ur4rec_jax.export --workdir=runs/shop --out=shop-model
   python -m ur4rec_jax.export --workdir=runs/shop --vectors=items.parquet
 
-`ur4rec_jax.exported.load` opens the folder; docs/inference.md describes its files. The second one
-writes vectors for programs of vector search, whose inner products are the scores.
+`ur4rec_jax.exported.load` opens the folder; docs/inference.md describes its files. The second
+command writes vectors for vector search, whose inner products are the scores.
 """
 
 import argparse

@@ -4,9 +4,9 @@
   python -m ur4rec_jax.feedback --events=events.db --delete_user=u042 --export=shop-model
   python -m ur4rec_jax.feedback --events=events.db --delete_before_days=90
 
-The service may run meanwhile. Whoever may run this command may write to the store anyway, so the
-service itself deletes nobody. The first one writes log/events.csv, a source of
-`data_prep.build_dataset`, and log/exposures.csv.
+The service may run meanwhile. Users are deleted by this command and not by the service, because
+whoever can run it can write to the store anyway. The first command writes log/exposures.csv and
+log/events.csv, a source of `data_prep.build_dataset`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ur4rec_jax.online.events import KINDS
 from ur4rec_jax.online.feedback_store import open_store
 from ur4rec_jax.online.tables import EVENTS, write_tables
 
-# Proposed to the build: the kinds that count by default, those that cost more effort more.
+# Weights that are proposed for the build: kinds that cost users more effort count more.
 _WEIGHTS = {'click': 1, 'cart': 3, 'buy': 5}
 
 

@@ -56,7 +56,7 @@ def only_process(lock_file: str | Path, message: str) -> Iterator[None]:
 
   Args:
     lock_file: the file that is locked; it is removed at the end.
-    message: what to tell when another process holds the lock, and the way out.
+    message: message if another process holds the lock, with the way out.
 
   Raises:
     BusyError: another process holds the lock for longer.
@@ -101,7 +101,7 @@ def disk_errors(target: Path, flag: str = '--data_dir') -> Iterator[None]:
   except OSError as error:
     # `write_file` wraps the error of the system, which holds the error number.
     cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-    if isinstance(cause, StorageError):  # Of what is read, such as a database.
+    if isinstance(cause, StorageError):  # A source that is read has failed, such as a database.
       raise
     way_out = 'free some space' if cause.errno in DISK_FULL else 'make its folder writable'
     raise InputError(

@@ -83,7 +83,7 @@ def from_hub(repo: str, revision: str | None = None) -> Recommender:
 
 
 def model_card(folder: str | pathlib.Path, repo: str) -> str:
-  """Returns the card of an exported model: how good it is, under which protocol, of which data.
+  """Returns the card of an exported model: its metrics, their protocol, and its data.
 
   Args:
     folder: the folder that `ur4rec_jax.export` wrote.

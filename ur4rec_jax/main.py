@@ -101,8 +101,8 @@ def _parse_flags() -> None:
 
 
 @contextlib.contextmanager
-def _knobs_of_memory() -> Iterator[None]:
-  """Adds to an error of missing memory which knobs help."""
+def _memory_hints() -> Iterator[None]:
+  """Adds the knobs that help to an out-of-memory error."""
   try:
     yield
   except Exception as error:
@@ -120,14 +120,14 @@ def main() -> None:
   """Joins the other processes, if any, and does what `--mode` says."""
   logging.use_absl_handler()
   _parse_flags()
-  logging.set_verbosity(logging.WARNING)  # Libraries tell much at INFO.
+  logging.set_verbosity(logging.WARNING)  # Libraries log a lot at INFO.
 
   # These take seconds to import, and a wrong flag should be answered at once.
   from ur4rec_jax.runs import results, search, sweep, train_loop
   from ur4rec_jax.sharding import devices
 
   devices.use_cpu_threads(_CONFIG.value.get('cpu_threads', 0))
-  with _knobs_of_memory(), devices.joined_processes():
+  with _memory_hints(), devices.joined_processes():
     if _SEARCH.value:
       search.run_search(_CONFIG.value, _WORKDIR.value, _SEARCH.value, _TRIALS.value)
     elif _SEEDS.value or _SWEEP.value:

@@ -1,4 +1,4 @@
-"""Waits for the commands that another command starts."""
+"""Waits for the processes that a command starts."""
 
 import contextlib
 import signal
@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Iterable
 
-_SECONDS_OF_PROGRESS = 15  # From one line of progress to the next, where there is no terminal.
+_SECONDS_OF_PROGRESS = 15  # Between lines of progress where there is no terminal.
 
 
 def wait(process: subprocess.Popen) -> int:
-  """Waits for a process, to which signals are passed on.
+  """Waits for a process and passes signals on to it.
 
   Args:
-    process: what it prints as errors is printed here, too, if it is a pipe.
+    process: the process. If its stderr is a pipe, its lines are printed on this stderr.
 
   Returns:
     The exit code; 128 and the number of the signal if this process or the other one got a signal.

@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 RECORD = 'quick.json'
 _BUILD_FLAGS = ('user_column', 'item_column', 'time_column', 'where')
-_SHARE_OF_CONTENT = 0.6  # Of the time for training; the rest is for the model on ids.
-_SECONDS_AFTER_TRAINING = 50  # To evaluate, export and start the service.
-_SECONDS_TO_START = 20  # A training that has less time is not worth its start.
-_LEAST_SHARE = 0.25  # Of the minutes, which the first training gets whatever came before.
-_REPEATS = 0.2  # With more targets that their users had before, items are recommended again.
+_SHARE_OF_CONTENT = 0.6  # Training time of the model with content; the model on ids gets the rest.
+_SECONDS_AFTER_TRAINING = 50  # Time to evaluate, export and start the service.
+_SECONDS_TO_START = 20  # Time that a training takes to start; it must have more than this left.
+_LEAST_SHARE = 0.25  # Least share of the minutes for the first training.
+_REPEATS = 0.2  # If the share of repeated test items is larger, seen items are recommended again.
 _MOST_ITEMS_OF_SOFTMAX = 50_000
-# Texts and pictures that the pretrained encoders encode in a second, on two cores.
+# Texts and pictures that the pretrained encoders encode per second, on two cores.
 _SPEED = {'text': 8.0, 'image': 4.0}
-_SHARE_OF_ENCODING = 0.2  # Of the minutes; the built-in encoders are used if it takes longer.
+_SHARE_OF_ENCODING = 0.2  # Most of the minutes that a pretrained encoder may take.
 HASHING, COLOR = 'hashing', 'color'  # The built-in encoders.
 _SUMMARY = ('users', 'items', 'interactions', 'note')
-# A short training gets further with a higher learning rate than that of long ones.
+# A short training needs a higher learning rate than a long one.
 _SHORT = ('--config.optimizer.learning_rate=0.003', '--config.optimizer.warmup_steps=30')
 _MINUTES_OF_SHORT = 30
 _SMALL_BATCH = '--batch=16'  # Fewer programs are compiled before the page is there.
@@ -52,7 +52,7 @@ _ONE_STAGE = '--config.stages=("train",)'
 
 
 class Models(NamedTuple):
-  """What training left.
+  """The outcome of training.
 
   Attributes:
     best: the workdir of the model with the best validation.
@@ -65,14 +65,14 @@ class Models(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """What is asked for.
+  """The inputs and settings of one call.
 
   Attributes:
     orders: table of interactions, or a folder of its parts.
-    out: folder of everything that is made.
+    out: folder for everything that is made.
     goods: item table, or None.
     pictures: folder of the items' pictures, or None.
-    minutes: how long all of it may take.
+    minutes: how long all steps together may take.
     given: flags of the build that the user gave.
     encoders: encoders by modality that the user gave.
   """
@@ -89,8 +89,8 @@ class Order:
 class Commands:
   """Runs the separate commands and remembers in a file which of them are done.
 
-  The commands are processes, because nothing in this package may import `data_prep`. So each one is
-  what the user would type, and is resumed as it is on its own.
+  The commands are processes, because nothing in this package may import `data_prep`. So a user can
+  type each one, too, and it resumes as it does on its own.
   """
 
   def __init__(self, order: Order):
@@ -253,7 +253,7 @@ def _encoder(modality: str, count: int, order: Order) -> str | None:
   is_fast = count / _SPEED[modality] <= 60 * order.minutes * _SHARE_OF_ENCODING
   if is_fast and pretrained.is_here(name):
     return name
-  # The built-in encoder of pictures sees colours alone, which are not worth the time.
+  # The built-in encoder of pictures sees only colours, which do not justify the time.
   return HASHING if modality == 'text' else None
 
 
@@ -452,7 +452,7 @@ def _export(order: Order, best: pathlib.Path) -> pathlib.Path:
 
 
 def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterator[str]:
-  """Says how good the model is, and how to go on."""
+  """Yields lines with the metrics of the models and the commands to go on with."""
   yield f'\n{table(models.metrics, ACCURACY)}'
   best = json.loads((models.best / 'results.json').read_text())
   values = best['test']

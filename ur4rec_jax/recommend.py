@@ -38,7 +38,7 @@ from ur4rec_jax.inference.rules import Rules
 from ur4rec_jax.inference.similar import BOTH, KINDS
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
-_TYPES = {  # Of Arrow.
+_TYPES = {  # Arrow types of the columns.
   'user': 'string',
   'rank': 'int64',
   'item': 'string',
@@ -91,7 +91,7 @@ class Group(NamedTuple):
     names: `[users]` original ids.
     history: returns the original ids of the items of user i, the oldest first.
     rows: `[users]` indices in the training data, -1 for users that it lacks.
-    notes: what the file of notes says about a user, by name.
+    notes: notes about users by name, for the file of notes.
   """
 
   names: Sequence[str]
@@ -149,8 +149,8 @@ def to_file(
 ) -> tuple[int, list[tuple[str, str]]]:
   """Writes recommendations for many users to a Parquet file, which appears when it is complete.
 
-  Beside it, NAME.notes.csv tells which users the training data lack, who got no recommendations for
-  which reason, and whose items are not in the catalogue. Without such users there is no such file.
+  Beside it, NAME.notes.csv lists the users whom the training data lack, who got no recommendations,
+  or whose items are not in the catalogue. Without such users there is no such file.
 
   Args:
     recommender: the recommender.

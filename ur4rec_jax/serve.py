@@ -53,9 +53,8 @@ except ImportError as error:
 # Connections that wait at the port until they are accepted. If there were more, the kernel would
 # have clients try again after one, three and seven seconds.
 BACKLOG = 2048
-_MOST_FILES = 65_536  # Open files of the process, of which connections are most.
-# Open files that are no connections, and new connections that are accepted before the oldest ones
-# are closed.
+_MOST_FILES = 65_536  # Limit of open files of the process; most of them are connections.
+# Open files besides connections, and connections that are accepted before older ones are closed.
 _OTHER_FILES = 320
 _STOP = (signal.SIGTERM, signal.SIGINT)
 STOP_SECONDS = 30  # How long clients may take to read their answers when the service stops.
@@ -125,7 +124,7 @@ def _open_events(flags: argparse.Namespace) -> Live | None:
 
 
 def _keep_compiled_programs(folder: str) -> None:
-  """Lets every start but the first find its programs compiled, in the folder of the models."""
+  """Caches compiled programs in the folder of the models, so that later starts are faster."""
   if not jax.config.jax_compilation_cache_dir and os.access(folder, os.W_OK):
     jax.config.update(
       'jax_compilation_cache_dir', os.path.join(os.path.abspath(folder), 'compiled')
@@ -186,8 +185,8 @@ def main(argv: list[str] | None = None) -> None:
   for number in _STOP:
     signal.signal(number, lambda *_: sys.exit(0))
   start = time.monotonic()
-  # What was imported stays until the end. Without it, looking for garbage takes a few milliseconds
-  # instead of hundreds, in which nobody is answered.
+  # Imported objects stay until the end. Without them, a garbage collection takes a few milliseconds
+  # instead of hundreds, during which no request is answered.
   gc.collect()
   gc.freeze()
   live = _open_events(flags)

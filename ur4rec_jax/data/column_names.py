@@ -1,4 +1,4 @@
-"""Usual names of the columns in tables that people bring: interactions, and items."""
+"""Usual names of columns in users' own tables of interactions and items."""
 
 import re
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ ITEMS = {
   'genres': 'genre genres category categories',
   'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
 }
-# Names of times that count where there is no usual one, such as ordered_at or purchase_date.
+# Names such as ordered_at or purchase_date, which count as times if no usual name is there.
 _LIKE_CREATED = re.compile(
   '(added|booked|bought|checkedout|click|clicked|created|downloaded|interacted|interaction|invoice'
   '|invoiced|listen|listened|occurred|order|ordered|paid|payment|placed|played|posted|purchase'

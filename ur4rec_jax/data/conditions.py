@@ -22,7 +22,7 @@ _FORM = "write it like: quantity > 0 and status == 'paid'"
 
 
 class Comparison(NamedTuple):
-  """A comparison of a column with a value; `operator` is one of those above."""
+  """A comparison of a column with a value; the module's docstring lists the operators."""
 
   column: str
   operator: str
@@ -34,7 +34,7 @@ def parse(text: str | None, flag: str = '--where') -> list[Comparison]:
 
   Args:
     text: the condition.
-    flag: what messages call it.
+    flag: name of the condition in messages.
 
   Raises:
     InputError: the condition is not of the form that the module describes.

@@ -66,7 +66,7 @@ class Features:
       `[rows of the shard, tokens, width]` and `[rows of the shard, tokens]`.
     is_shuffled: whether `table` gives each row the tokens of another row. It is a control: a gain
       that remains does not come from the content of the tokens.
-    max_tokens: number of first tokens per row in `table`; 0 for all.
+    max_tokens: most tokens per row in `table`, which keeps the first ones; 0 for all.
   """
 
   folder: pathlib.Path
@@ -171,7 +171,7 @@ def load_features(
     data_dir: the prepared folder.
     of: `item` or `user`.
     modality: `text`, `image` or the name of imported features.
-    split_hash: hash of the used split, for users; their features are made from its training part.
+    split_hash: hash of the split in use; features of users are made from its training part.
 
   Raises:
     InputError: the features are missing, belong to other items, users or another split, or a file
@@ -266,7 +266,7 @@ def read_tables(dataset: Dataset, dtype: Any = np.float32) -> Tables:
 
 
 def preference_starts(dataset: Dataset) -> np.ndarray:
-  """Finds the first target of each user that the user's features were not made from.
+  """Finds each user's first target that the features of the user were not made from.
 
   Training shows the features of a user only for this target and later ones.
 

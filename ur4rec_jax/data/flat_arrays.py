@@ -22,7 +22,7 @@ _AT_ONCE = 1 << 20  # Values that are handled at once, so that intermediate arra
 
 
 class FlatArrays:
-  """The flat arrays of a prepared folder; a file is checked when its array is first asked for."""
+  """The flat arrays of a prepared folder; a file is checked whenever its array is asked for."""
 
   def __init__(self, folder: pathlib.Path, records: Mapping[str, Any], way_out: str):
     """Opens nothing yet.
@@ -37,7 +37,7 @@ class FlatArrays:
   def __getitem__(self, name: str) -> np.ndarray:
     """Maps an array into memory, read only.
 
-    The check reads the file once, and keeps nothing of it in the memory of the process.
+    The check reads the whole file, but keeps nothing of it in the memory of the process.
 
     Raises:
       InputError: the file is missing or damaged.
@@ -83,7 +83,7 @@ def find(
 
   Args:
     data_dir: the prepared folder.
-    belongs_to: what the arrays must have been made from.
+    belongs_to: identity of the data that the arrays must have been made from, as in `write`.
     way_out: end of the message if they cannot be used.
 
   Returns:
@@ -113,19 +113,19 @@ def find(
 
 
 def parts(array: np.ndarray, size: int = _AT_ONCE) -> Iterator[tuple[int, np.ndarray]]:
-  """Yields the start and the values of consecutive parts, and gives back their memory if mapped."""
+  """Yields the start and the values of consecutive parts; releases their memory if mapped."""
   for start in range(0, len(array), size):
     yield start, array[start : start + size]
     release(array)
 
 
 def release(array: np.ndarray) -> None:
-  """Gives the memory of a mapped array back; what is read again comes from the file again."""
+  """Releases the memory of a mapped array; later reads come from the file again."""
   _advise(array, mmap.MADV_DONTNEED)
 
 
 def expect_random_reads(array: np.ndarray) -> None:
-  """Tells the system that reading a page of a mapped array does not mean to read the next ones."""
+  """Tells the system not to read ahead in the file of a mapped array."""
   _advise(array, mmap.MADV_RANDOM)
 
 

@@ -37,7 +37,7 @@ class ReadPlan(NamedTuple):
   """A plan with indices into the items of some steps, for devices that do not hold all items.
 
   Attributes:
-    starts: see `Plan`, like the next two; here an index into the items of these steps.
+    starts: see `Plan`, but an index into the items of these steps.
     lengths: see `Plan`.
     users: see `Plan`.
     shift: adding it to an index gives the index into all items, 0 if the slot is empty.
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
 
 
 class Packing(NamedTuple):
-  """Rows of slots, equal rows after one another.
+  """Rows of slots, with equal rows next to each other.
 
   Attributes:
     patterns: `[patterns, slots]` lengths of the slots of a row, 0 for an empty slot.
@@ -156,7 +156,7 @@ def assign(slots: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndar
 def plan_rows(
   assigned: np.ndarray, users: np.ndarray, starts: np.ndarray, lengths: np.ndarray, multiple: int
 ) -> Plan:
-  """Looks up the position of the tokens of each slot, and adds empty rows.
+  """Looks up the positions of the tokens in each slot, and pads with empty rows.
 
   Args:
     assigned: `[rows, slots]` from `assign`, indices into the next three arguments.
@@ -209,7 +209,7 @@ class TrainBatches:
     Raises:
       InputError: no user has two training interactions.
     """
-    # Nothing of the size of the users is kept, and `train_lengths` may be mapped from a file.
+    # No array with an entry per user is kept, because `train_lengths` may be mapped from a file.
     histogram = np.zeros(max_length + 1, np.int64)
     for start in range(0, len(train_lengths), _USERS_AT_ONCE):
       inputs = np.clip(train_lengths[start : start + _USERS_AT_ONCE] - 1, 0, max_length)
@@ -256,15 +256,15 @@ class TrainBatches:
 
 
 class EpochPlan:
-  """The users in the rows of an epoch; positions of tokens are looked up for the steps asked for.
+  """The users in the rows of an epoch; `steps` looks up the positions of tokens for some steps.
 
-  All rows together, with their empty slots, take several times as much memory.
+  The plan of all rows, with their empty slots, would take several times as much memory.
   """
 
   def __init__(
     self, in_slots: np.ndarray, order: np.ndarray, users: Plan, packing: Packing, rows: int
   ):
-    """Keeps what the steps are looked up in.
+    """Stores the arrays from which `steps` looks up.
 
     Args:
       in_slots: `[users]` index into `users` for each slot that is not empty, row by row.
@@ -300,7 +300,7 @@ def gather_batch(item_ids: Array, plan: Plan | ReadPlan, row_length: int) -> Bat
   """Gathers the tokens of the rows of one device; runs on the device.
 
   Args:
-    item_ids: `[interactions]`, see `Dataset`; those of some steps alone with a `ReadPlan`.
+    item_ids: `[interactions]`, see `Dataset`; with a `ReadPlan`, the items of its steps.
     plan: `[rows, slots]`.
     row_length: tokens per row.
 

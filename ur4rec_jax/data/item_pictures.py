@@ -47,7 +47,7 @@ def find(data_dir: str | Path, items: Iterable[dict[str, Any]] | None = None) ->
 
   Args:
     data_dir: the prepared folder.
-    items: of its items those whose pictures are wanted; None for all.
+    items: the items whose pictures are wanted; None for all.
 
   Returns:
     `[items]` picture files or None, in the order of the items.

@@ -11,9 +11,9 @@ from ur4rec_jax.errors import InputError
 def read_ids(text: str, known: Collection[str]) -> list[str]:
   """Reads ids that are separated by commas, or, if `text` names a file, one id per line of it.
 
-  An id of the catalogue is found exactly as it is printed, also with blanks around it, with commas
-  in it, or if it is the name of a file. Blanks around any other id are ignored; so are those around
-  an id of the catalogue, unless this leaves a choice between several.
+  An id is first compared as it is written. So an id of the catalogue may have blanks around it,
+  have commas in it, or be the name of a file. If that finds nothing, blanks around ids are ignored,
+  unless several ids of the catalogue differ only in such blanks.
 
   Args:
     text: one id, several ids, or the name of a file.

@@ -58,7 +58,7 @@ def by_time(offsets: np.ndarray, timestamps: np.ndarray, valid_from: int, test_f
   lengths = np.diff(offsets).astype(np.int32)
 
   def before(border: int) -> np.ndarray:
-    counts = np.zeros(len(offsets), np.int64)  # Of all interactions up to each offset.
+    counts = np.zeros(len(offsets), np.int64)  # Matching interactions before each offset.
     total = 0
     for start, part in flat_arrays.parts(timestamps):
       so_far = total + np.cumsum(part < border)
@@ -78,15 +78,15 @@ def by_time(offsets: np.ndarray, timestamps: np.ndarray, valid_from: int, test_f
 
 
 def written_from(train_lengths: np.ndarray, hold_back: float) -> np.ndarray:
-  """Counts the first interactions of each user, which the user's text is written from.
+  """Counts the leading interactions of each user that the user's text is written from.
 
   Training shows the text only for the later interactions. Otherwise the model would learn to copy
   items from the text, which does not help at validation and test.
 
   Args:
     train_lengths: `[users]` training interactions.
-    hold_back: share of the latest ones, in [0, 1], that the text is not written from; the number is
-      rounded up.
+    hold_back: share of the latest interactions, in [0, 1], that the text is not written from; their
+      number is rounded up.
 
   Returns:
     `[users]` int64.

@@ -1,7 +1,7 @@
 """Reads the items of batches from mapped files, for data that are larger than a device's memory.
 
-Batches are the same as those that the device gathers from all interactions. What is read is a
-function of the plan alone, so nothing needs to be saved to go on after an interruption.
+Batches are the same as those that the device gathers from all interactions. Which items are read
+depends only on the plan, so nothing needs to be saved to go on after an interruption.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class ItemReader:
     self._item_ids, self._row_length = dataset.item_ids, row_length
     train_lengths = dataset.split.train_lengths
     before = np.cumsum(train_lengths, dtype=np.int64) - train_lengths
-    # Held-out interactions of earlier users, which a plan of training does not count.
+    # Held-out interactions of earlier users, which training plans do not count.
     self._held_out_before = (dataset.offsets[:-1] - before).astype(np.int32)
     flat_arrays.expect_random_reads(self._item_ids)
 
@@ -65,14 +65,14 @@ def ranges(lengths: np.ndarray) -> np.ndarray:
 
 
 class Ahead(NamedTuple):
-  """What a thread prepares: the arguments, and what becomes of them."""
+  """A call that the thread has begun: its arguments and its result."""
 
   wanted: tuple[Any, ...]
   result: Future
 
 
 class Prefetcher:
-  """Calls a function ahead of time in a thread; what is asked for otherwise is computed at once."""
+  """Calls a function ahead of time in a thread; `get` computes any other call when asked."""
 
   def __init__(self, function: Callable[..., Any]):
     """Starts no thread yet.
@@ -85,14 +85,14 @@ class Prefetcher:
     self._ahead: Ahead | None = None
 
   def start(self, *wanted: Any) -> None:
-    """Begins to compute what will be asked for next."""
+    """Begins to compute the call that `get` will ask for next."""
     self._ahead = Ahead(wanted, self._pool.submit(self._function, *wanted))
 
   def get(self, *wanted: Any) -> Any:
     """Returns the function's result, and waits for it if need be."""
     ahead, self._ahead = self._ahead, None
     if ahead is not None:
-      result = ahead.result.result()  # Also what is not wanted has to end before the next call.
+      result = ahead.result.result()  # A call that is not wanted has to end, too.
       if ahead.wanted == wanted:
         return result
     return self._function(*wanted)

@@ -28,10 +28,10 @@ def best_items(
 
   Args:
     model: see `UR4Rec`.
-    data: what the evaluation reads, on the devices.
+    data: inputs of the evaluation, on the devices.
     params: on the devices, as `data.embeddings` says.
     queries: the users, so few that a device can score the catalogue for all of them at once.
-    count: how many items each gets.
+    count: number of items for each user.
 
   Returns:
     `[users, count]` int32 item ids, the best first, 0 where no item is left.

@@ -1,4 +1,4 @@
-"""What lists of recommendations are like apart from being right: coverage, novelty, diversity.
+"""Beyond-accuracy metrics of recommendation lists, such as coverage, novelty and diversity.
 
 Definitions follow RecTools where it has the metric: `coverage` is CatalogCoverage, `novelty` is
 MeanInvUserFreq, `serendipity` is Serendipity and `diversity` is IntraListDiversity.
@@ -18,8 +18,8 @@ def list_metrics(
   Args:
     lists: `[users, k]` item ids, best first; 0 where a list is shorter.
     targets: `[users]` the held-out item of each user.
-    together: `[items + 1, items + 1]`, how many training users had both items; on the diagonal, how
-      many had the item.
+    together: `[items + 1, items + 1]`, number of training users who had both items; on the
+      diagonal, who had the item.
     num_users: number of training users who had any item.
 
   Returns:
@@ -27,9 +27,9 @@ def list_metrics(
     `coverage`: share of the catalogue that is in some list.
     `gini`: how unequally often items are listed, 0 for equally often, near 1 for few items.
     `novelty`: mean of -log2 of the share of the training users who had the item.
-    `diversity`: mean over pairs of a list of 1 - cosine of the users who had the two items.
-    `serendipity`: mean of how much higher an item is ranked than by popularity, 0 unless it is the
-      held-out one.
+    `diversity`: mean of 1 - cosine over the pairs of a list, with items as vectors of users.
+    `serendipity`: mean of how much higher the held-out item is ranked than by popularity; other
+      items count as 0.
     `popularity`: mean of the share of the training users who had the item.
   """
   listed = lists > 0
@@ -49,7 +49,7 @@ def list_metrics(
 
 
 def _mean_of_lists(values: np.ndarray, counts: np.ndarray) -> float:
-  """Averages the entries `[users, entries]` that count, then the users who have any; or 0."""
+  """Averages each user's entries that count, then the users who have any; 0 if nobody has."""
   number = counts.sum(1)
   if not number.any():
     return 0.0
@@ -58,7 +58,7 @@ def _mean_of_lists(values: np.ndarray, counts: np.ndarray) -> float:
 
 
 def _surprise(lists: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> np.ndarray:
-  """Returns `[users, k]`: by how much the share of items below is more than by popularity."""
+  """Returns `[users, k]`: how many more items a hit outranks than by popularity, as a share."""
   num_items = len(counts) - 1
   levels = np.unique(counts[1:][counts[1:] > 0])[::-1]  # Equally popular items share a rank.
   rank = num_items + 1 - np.searchsorted(-levels, -counts)

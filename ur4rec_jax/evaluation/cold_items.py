@@ -40,7 +40,7 @@ class ColdItems(NamedTuple):
 
 
 def has_pure_item_table(model: Any) -> bool:
-  """Tells whether a model has a branch that knows items by their id alone, without content."""
+  """Tells whether a model has a branch that embeds items by id alone, without content."""
   sasrec = getattr(model, 'sasrec', None)
   return sasrec is not None and sasrec.content is None
 
@@ -80,8 +80,8 @@ def find_cold_items(
   if not cold.size or warm.size < NEAREST:
     return None
   directions = _directions(jax.device_put(dict(features)), dim)
-  # Every comparison has the same number of items, so that a single program is compiled. The last
-  # one therefore repeats some items of the one before.
+  # Every comparison has the same number of items, so that a single program is compiled. For that,
+  # the last comparison repeats some items of the one before.
   count = min(_AT_ONCE, cold.size)
   nearest = np.zeros((cold.size, NEAREST), np.int32)
   for start in range(0, cold.size, count):

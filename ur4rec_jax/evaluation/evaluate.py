@@ -38,11 +38,11 @@ PyTree = Any
 
 
 class EvalData(NamedTuple):
-  """What an evaluation reads, and how it lies on the devices.
+  """The inputs of an evaluation, and their placement on the devices.
 
   Attributes:
     dataset: all interactions.
-    protocol: what the held-out items are ranked against.
+    protocol: which items the held-out items are ranked against.
     users_per_batch: about how many users a device ranks at once.
     item_ids: `dataset.item_ids` on the devices; None if each batch brings the items that it reads.
     tables: tokens of items and users, on the devices.
@@ -66,7 +66,7 @@ class Evaluators:
   """The evaluations of a run, each prepared when it is first needed: programs take time to compile.
 
   Attributes:
-    data: what they read.
+    data: inputs of the evaluations.
   """
 
   def __init__(self, data: EvalData):
@@ -93,7 +93,7 @@ class Catalogue(NamedTuple):
 
 
 def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[..., np.ndarray | None]:
-  """Prepares the evaluation of one part, with everything that it reads on the devices.
+  """Prepares the evaluation of one part, and places its inputs on the devices.
 
   Args:
     model: see `UR4Rec`.
@@ -140,7 +140,7 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
 def place_batches(
   batches: EvalBatch, data: EvalData
 ) -> Callable[[], Iterable[tuple[Array, EvalBatch]]]:
-  """Returns what yields the items to read and the batch of each device, on the devices."""
+  """Returns a function that iterates over batches on the devices, each with the items it reads."""
   count = devices.device_count()
   starts = range(0, len(batches.targets), count)
   groups = [jax.tree.map(lambda x, i=i: x[i : i + count], batches) for i in starts]
@@ -169,8 +169,8 @@ def make_catalogue_encoder(model: nn.Module, data: EvalData) -> Callable[..., Ca
 def make_encode_step(model: nn.Module, data: EvalData) -> Callable[..., Catalogue]:
   """Builds `encode(params, features)`, which encodes all items, or those of one device.
 
-  Cold items get the mean embedding of their nearest neighbours in a branch that knows items only by
-  a table, see `cold_items.py`.
+  In a branch that embeds items by id alone, cold items get the mean embedding of their nearest
+  neighbours, see `cold_items.py`.
   """
   embeddings, cold = data.embeddings, cold_items_of(model, data.dataset)
   model = model.for_items(embeddings.items_on_device) if embeddings.is_sharded else model
@@ -234,14 +234,14 @@ def make_batch_encoder(
   """Builds the function that encodes the users of one device's batch.
 
   Args:
-    model: see `make_eval_step`, like the others.
+    model: see `make_eval_step`.
     embeddings: the policy for item tables.
     seen_capacity: at least the sum of a batch's `seen_lengths`.
 
   Returns:
     `encode_batch(params, catalogue, user_tables, item_ids, batch)`, which returns the model's
     `apply` with its parameters; by branch `[users, width]`, each user's state after the whole
-    history; the targets `[users]`; and what the users have seen.
+    history; the targets `[users]`; and the items that the users have seen.
   """
 
   def encode_batch(
@@ -277,7 +277,7 @@ def make_batch_encoder(
 
 
 def _seen(item_ids: Array, batch: EvalBatch, capacity: int) -> Seen:
-  """Lists what the users of a batch have seen; unused pairs at the end belong to no user."""
+  """Lists the items that the users of a batch have seen; unused pairs at the end have no user."""
   num_users = len(batch.targets)
   entry = jnp.arange(capacity)
   users = jnp.repeat(jnp.arange(num_users), batch.seen_lengths, total_repeat_length=capacity)

@@ -11,20 +11,20 @@ from ur4rec_jax.evaluation.history_models import Histories, HistoryModel
 from ur4rec_jax.evaluation.neighbours import users_and_items
 
 _FACTORS = 128
-_CONFIDENCES = (1.0, 10.0, 40.0)  # Weight of a pair that was seen beside one that was not.
+_CONFIDENCES = (1.0, 10.0, 40.0)  # Weight of an observed pair relative to an unobserved one.
 _PENALTIES = (0.001, 0.01, 0.1)
 
 
 def factor_models(train: Dataset, seed: int) -> dict[str, Iterator[HistoryModel]]:
-  """Returns the settings to choose from of `ALS` and `BPR-MF`.
+  """Returns, for `ALS` and `BPR-MF`, the models to choose from by validation.
 
   ALS (Hu, Koren & Volinsky, ICDM 2008) computes a user's factors from the history of the query.
-  BPR-MF (Rendle et al., UAI 2009) keeps those of the training part, so it does not see the item of
-  validation when test items are ranked.
+  BPR-MF (Rendle et al., UAI 2009) keeps the factors from training, so it does not use the
+  validation item when it ranks test items.
 
   Args:
     train: the training part of the data.
-    seed: of the first factors and of the samples.
+    seed: seed of the initial factors and of the samples.
 
   Raises:
     ModuleNotFoundError: the library is not installed.
@@ -36,7 +36,7 @@ def factor_models(train: Dataset, seed: int) -> dict[str, Iterator[HistoryModel]
 
   def fit(model: object) -> object:
     with warnings.catch_warnings():
-      warnings.simplefilter('ignore', RuntimeWarning)  # It asks for other settings of threads.
+      warnings.simplefilter('ignore', RuntimeWarning)  # It is about thread settings.
       model.fit(has, show_progress=False)
     return model
 

@@ -20,7 +20,7 @@ class Histories(NamedTuple):
     users: `[users]` index of each user in the dataset.
     owners: `[items of histories]` index into `users`.
     items: `[items of histories]` item ids, oldest first for each user.
-    ages: `[items of histories]` number of items after it in its history.
+    ages: `[items of histories]` number of newer items in the same history.
   """
 
   users: np.ndarray
@@ -42,7 +42,7 @@ class HistoryModel(NamedTuple):
 
 
 def tuned(models: Iterable[HistoryModel], dataset: Dataset, protocol: Protocol) -> HistoryModel:
-  """Returns the model with the best NDCG@10 in validation; of equal ones the first."""
+  """Returns the model with the best NDCG@10 in validation; the first one if several tie."""
   models = list(models)
   if len(models) == 1:
     return models[0]
@@ -64,8 +64,8 @@ def rank_and_list(
     model: the model.
     dataset: all interactions.
     part: `valid` or `test`.
-    protocol: what the held-out items are ranked against; ties count against the model.
-    k: length of the lists, which are from the whole catalogue under every protocol.
+    protocol: which items the held-out items are ranked against; ties count against the model.
+    k: length of the lists, which come from the whole catalogue under every protocol.
 
   Returns:
     Ranks `[users]` and item ids `[users, k]`, best first, 0 after the last item that can be listed.
@@ -95,7 +95,7 @@ def rank_and_list(
 
 
 def histories_of(dataset: Dataset, queries: Queries) -> Histories:
-  """Returns what the users of some queries had before their held-out item."""
+  """Returns the histories before the held-out items of some queries."""
   lengths = queries.lengths
   owners = np.repeat(np.arange(len(lengths)), lengths)
   position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -104,7 +104,7 @@ def histories_of(dataset: Dataset, queries: Queries) -> Histories:
 
 
 def _is_first(histories: Histories, counts: np.ndarray) -> np.ndarray:
-  """Returns `[items of histories]` bool: is an item among the first `counts` of its user?"""
+  """Returns `[items of histories]` bool, True for the first `counts` items of each user."""
   lengths = np.bincount(histories.owners, minlength=len(counts))
   position = lengths[histories.owners] - 1 - histories.ages
   return position < counts[histories.owners]

@@ -1,8 +1,8 @@
 """Strong baselines without a neural network: next items, item-kNN and EASE.
 
 Each is one matrix `[items + 1, items + 1]`. The score of an item is the sum of its column over the
-items of a history, in which older items may count less. Settings are chosen by validation, and the
-items that the matrix does not know follow by popularity.
+items of a history, in which older items may count less. Settings are chosen by validation. Items
+with a score of 0 are ranked last, by popularity.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from ur4rec_jax.evaluation.history_models import Histories, HistoryModel
 
 NEIGHBOURS = 100  # Kept for each item.
 MOST_ITEMS_OF_EASE = 5000  # EASE inverts a matrix of all items.
-_DECAYS = (1.0, 0.8, 0.5, 0.2)  # Weight of an item of the history beside the one after it.
+_DECAYS = (1.0, 0.8, 0.5, 0.2)  # Weight of a history item relative to the next newer one.
 _PENALTIES = (1.0, 10.0, 100.0, 500.0)
 
 
 def neighbour_models(train: Dataset) -> dict[str, Iterator[HistoryModel]]:
-  """Returns the settings to choose from of `next item`, `item-kNN` and `EASE`.
+  """Returns, for `next item`, `item-kNN` and `EASE`, the models to choose from by validation.
 
   EASE is left out if there are more than `MOST_ITEMS_OF_EASE` items.
 
@@ -71,12 +71,12 @@ def _popularity_last(train: Dataset) -> np.ndarray:
 
 
 def _product(matrix: Any, decay: float, last: np.ndarray) -> Callable[[Histories], np.ndarray]:
-  """Returns a function that adds up the rows of `matrix` for the items of a history.
+  """Returns a function that sums the rows of `matrix` for the items of a history.
 
   Args:
     matrix: `[items + 1, items + 1]`, dense or sparse.
-    decay: weight of an item of the history beside the one after it.
-    last: `[items + 1]` is added to all scores.
+    decay: weight of a history item relative to the next newer one.
+    last: `[items + 1]`, added to all scores.
   """
 
   def score(histories: Histories) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The simplest models: a random order, popularity, and popularity of late."""
+"""The simplest models: a random order, popularity, and recent popularity."""
 
 from collections.abc import Iterator
 
@@ -7,18 +7,18 @@ import numpy as np
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.evaluation.history_models import HistoryModel
 
-_LATE = (0.01, 0.05, 0.2)  # Shares of the training interactions that are counted, the latest ones.
+_LATE = (0.01, 0.05, 0.2)  # Shares of the training interactions to count, from the latest on.
 
 
 def popularity_models(
   dataset: Dataset, timestamps: np.ndarray, seed: int
 ) -> dict[str, Iterator[HistoryModel]]:
-  """Returns the settings to choose from of `random`, `popularity` and `recent popularity`.
+  """Returns, for `random`, `popularity` and `recent popularity`, the models to choose from.
 
   Args:
     dataset: all interactions; the held-out ones are not counted.
     timestamps: `[interactions]` unix seconds.
-    seed: of the random order.
+    seed: seed of the random order.
   """
   width = dataset.num_items + 1
   random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""The protocol of an evaluation: everything besides the model on which a metric depends."""
+"""The protocol of an evaluation: everything besides the model that determines a metric."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,14 @@ LEAVE_OUT, KEEP = SEEN_ITEMS = ('leave_out', 'keep')
 
 
 class Protocol(NamedTuple):
-  """What a held-out item is ranked against.
+  """Which items a held-out item is ranked against.
 
   Attributes:
-    candidates: `all` items, or `uniform` or `popularity` to draw some that the user never has, or
-      does not have later if seen items are kept.
-    num_candidates: how many are drawn for each user.
-    seed: of the draw and of the random baseline.
-    seen_items: `leave_out` or `keep` the items that a user had before among those that are ranked.
+    candidates: `all` items, or a draw of some, `uniform` or by `popularity`. Items that the user
+      ever has are not drawn; if seen items are kept, those before the target may be drawn.
+    num_candidates: number of items that are drawn for each user.
+    seed: seed of the draw and of the random baseline.
+    seen_items: `leave_out` or `keep` items that the user had before in the ranking.
   """
 
   candidates: str = 'all'
@@ -51,11 +51,11 @@ class Protocol(NamedTuple):
     return ~dataset.is_repeated(part)
 
   def counts_any(self, dataset: Dataset, part: str) -> bool:
-    """Tells whether `is_counted` holds for any user; it looks at no more users than it must."""
+    """Tells whether `is_counted` holds for any user; stops at the first block with one."""
     return self.keeps_seen or not all(block.all() for block in dataset.repeated_blocks(part))
 
   def describe(self, dataset: Dataset) -> dict[str, str]:
-    """Names the protocol as it stands beside a metric; the dataset gives the split."""
+    """Describes the protocol as it is stored with metrics; the dataset gives the split."""
     candidates = 'all items'
     if self.candidates != 'all':
       candidates = f'target + {self.num_candidates} {self.candidates} (seed {self.seed})'

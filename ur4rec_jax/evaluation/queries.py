@@ -19,14 +19,15 @@ Array = jax.Array
 
 
 class Queries(NamedTuple):
-  """Held-out items to rank, and the history before each. Arrays are `[users]` unless said.
+  """Held-out items to rank, and the history before each. Arrays are `[users]` unless noted.
 
   Attributes:
     users: index of the user in the dataset.
     targets: the held-out item id.
     starts: index into `Dataset.item_ids` of the user's first interaction.
     lengths: interactions before the target.
-    seen_lengths: the first of these whose items are left out of the ranking: all or none.
+    seen_lengths: leading interactions whose items are left out of the ranking: `lengths`, or 0 if
+      seen items are kept.
     candidates: `[users, candidates]` item ids to rank against; `[users, 0]` for all items.
   """
 
@@ -82,10 +83,10 @@ def _draw_candidates(
 
   Args:
     dataset: all interactions.
-    users: for whom to draw.
-    places: `[users]` index into `Dataset.item_ids` of the target. If seen items are kept, those
-      before it are drawn too.
-    protocol: says how.
+    users: the users to draw for.
+    places: `[users]` index into `Dataset.item_ids` of the target. If seen items are kept, items
+      before it may be drawn, too.
+    protocol: says how to draw.
   """
   rng = np.random.default_rng(protocol.seed)
   weights = np.ones(dataset.num_items)
@@ -111,9 +112,9 @@ def pack_queries(
   """Packs the users into equal batches; their number is a multiple of the device count.
 
   Args:
-    queries: whom to evaluate.
-    max_length: tokens a row; longer histories lose their oldest interactions.
-    users_per_batch: about how many users a batch has.
+    queries: the users to evaluate.
+    max_length: tokens per row; longer histories lose their oldest interactions.
+    users_per_batch: approximate number of users per batch.
 
   Returns:
     An `EvalBatch` whose arrays have a leading dimension `[batches]`, and `[batches, users]`, the

@@ -19,7 +19,7 @@ ITEMS_AT_ONCE = 16_384
 
 
 class Seen(NamedTuple):
-  """The interactions before the targets: pairs of a user and an item that this user has seen.
+  """The interactions before the targets, as pairs of a user and an item.
 
   Attributes:
     users: `[pairs]` index of the user; a pair with an index beyond all users is ignored.
@@ -77,14 +77,14 @@ def rank_by_products(
     own = scores.at[everybody, columns].get(mode='fill', fill_value=0)  # 0 on other devices.
     counts = count(0, scores, embeddings.sum_parts(own), 0)
     return 1 + embeddings.sum_own_queries(counts), jnp.isfinite(scores).all()
-  of_targets = {branch: embeddings.take(x, targets) for branch, x in items.items()}
-  of_targets = jax.tree.map(lambda x: jnp.pad(x, ((0, size - len(x)), (0, 0))), of_targets)
+  own_vectors = {branch: embeddings.take(x, targets) for branch, x in items.items()}
+  own_vectors = jax.tree.map(lambda x: jnp.pad(x, ((0, size - len(x)), (0, 0))), own_vectors)
 
   def add_part(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     counts, target_scores, finite = carry
     start = jnp.clip(i * size, 0, rows - size)
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
-    scores = scores_of(jax.lax.cond(i < 0, lambda: of_targets, lambda: jax.tree.map(cut, items)))
+    scores = scores_of(jax.lax.cond(i < 0, lambda: own_vectors, lambda: jax.tree.map(cut, items)))
     target_scores = jnp.where(i < 0, scores[everybody, everybody], target_scores)
     counts += jnp.where(i < 0, 0, count(start, scores, target_scores, i * size))
     return counts, target_scores, finite & jnp.isfinite(scores).all()
@@ -122,7 +122,7 @@ def best_by_products(
   ids = first + jnp.arange(rows)
   scores = jnp.where((ids > 0) & (ids <= embeddings.num_items), scores, -jnp.inf)
   best, found = best_of(scores, ids, min(count, rows))
-  if embeddings.is_sharded:  # Every device has its own best for the users of all.
+  if embeddings.is_sharded:  # Each device has the best of its own items for all users.
     best, found = jax.lax.all_gather((best, found), devices.AXIS, axis=1, tiled=True)
     _, found = best_of(best, found, min(count, best.shape[1]))
     return found
@@ -146,7 +146,7 @@ def best_of(scores: Array, ids: Array, count: int) -> tuple[Array, Array]:
 
 
 def _among_all_queries(seen: Seen, count: int, embeddings: ItemEmbeddings) -> Seen:
-  """Numbers the users of a device's `count` queries as they are among those of all devices."""
+  """Shifts the users of a device's `count` queries to their index among those of all devices."""
   # A pair that belongs to no user must not become a pair of the next device's first user.
   is_pair = seen.users < count
   return seen._replace(
@@ -161,7 +161,7 @@ def rank_among_candidates(
   candidates: Array,
   embeddings: ItemEmbeddings,
 ) -> tuple[Array, Array]:
-  """Ranks targets among drawn items alone, by the sum of the branches' inner products.
+  """Ranks targets among drawn candidates, by the sum of the branches' inner products.
 
   Args:
     users: by branch, `[users, width]`; each device has its own.
@@ -210,7 +210,7 @@ def leave_out_seen(scores: Array, targets: Array, seen: Seen) -> Array:
   Args:
     scores: `[users, num_items]`, column i is item id i + 1.
     targets: `[users]` item ids, which keep their scores even if they were seen.
-    seen: what the users have seen.
+    seen: the items that the users have seen.
   """
   users = jnp.arange(scores.shape[0])
   target_scores = scores[users, targets - 1]
@@ -222,7 +222,7 @@ def rank_by_scores(scores: Array, targets: Array, candidates: Array) -> Array:
   """Ranks targets by scores of the whole catalogue that are not sums of inner products.
 
   Args:
-    scores: `[users, num_items]`, column i is item id i + 1; -inf for what is left out.
+    scores: `[users, num_items]`, column i is item id i + 1; -inf for items that are left out.
     targets: `[users]` item ids.
     candidates: `[users, candidates]` item ids to rank against, 0 for none; `[users, 0]` for all.
 

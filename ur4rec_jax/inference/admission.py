@@ -13,8 +13,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from ur4rec_jax.inference.http_schema import problem
 from ur4rec_jax.inference.turns import Turns
 
-MOST_BYTES = 1 << 20  # In the body of a request.
-MOST_HEADER_BYTES = 1 << 16  # In the address and the header of a request.
+MOST_BYTES = 1 << 20  # Limit for the body of a request.
+MOST_HEADER_BYTES = 1 << 16  # Limit for the address and the header of a request.
 READ_SECONDS = 5  # A body that takes longer to arrive is refused.
 RETRY_SECONDS = 1  # Refused clients are told to wait this long.
 TURN = 'ur4rec.turn'  # The `Turn` of a request in its scope.
@@ -30,7 +30,7 @@ INSIDE = Gauge('ur4rec_requests_inside', 'Accepted requests that have no answer 
 
 
 class AdmissionControl:
-  """An ASGI application around another that refuses requests it could not answer in time.
+  """ASGI middleware that refuses requests that the service could not answer in time.
 
   It decides before anything is parsed, because refusing must be cheap under overload. Every request
   that it admits is answered.
@@ -83,8 +83,8 @@ class AdmissionControl:
 
   async def _in_queue(self, scope: dict, receive: Callable, send: Callable) -> None:
     client = scope['client'][0] if scope['client'] else ''
-    # When the queue is full, a client who has less than an equal share of it still gets in. The
-    # queue therefore has twice the places at most.
+    # When the queue is full, a client with less than an equal share of it still gets in. So the
+    # queue holds at most twice as many requests.
     of_client = self._of_client[client]
     share = self._most_inside / (len(self._of_client) + (not of_client))
     if self.inside >= self._most_inside and of_client >= share:
@@ -154,12 +154,12 @@ def make_host_check(bound: str, more: Sequence[str] = ()) -> Callable[[str], boo
 
 
 async def _nothing() -> dict:
-  """Stands for a body that is not read."""
+  """Returns an empty body in place of one that is not read."""
   return {'type': 'http.request', 'body': b'', 'more_body': False}
 
 
 def _closing(response: JSONResponse) -> JSONResponse:
-  """Has the connection closed after a response, because the rest of the request is not read."""
+  """Makes a response close its connection, because the rest of the request is not read."""
   response.headers['Connection'] = 'close'
   return response
 

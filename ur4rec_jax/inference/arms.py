@@ -1,4 +1,4 @@
-"""The arms of an experiment in a running service: whom each one answers, and with which model."""
+"""The arms of an experiment in a running service: the users and the model of each arm."""
 
 import asyncio
 import math
@@ -99,15 +99,15 @@ class Arms:
     return model._replace(weights=weights, rules=found)
 
   async def watch(self) -> None:
-    """Obeys changes of the files, until the task is cancelled."""
+    """Applies changes of the files, until the task is cancelled."""
     while True:
       await asyncio.sleep(WATCH_SECONDS)
       self.refresh()
 
   def refresh(self) -> None:
-    """Reads the files again if they have changed; a wrong file is named and changes nothing."""
+    """Reads the files again if they have changed; a wrong file is reported and changes nothing."""
     before, self._looked_at = self._looked_at, self._contents()
-    # Many editors write a file in parts, so it counts when two looks have found the same.
+    # Many editors write a file in parts, so a change counts once two looks find the same content.
     if self._looked_at == self._seen or self._looked_at != before:
       return
     self._seen = self._looked_at
@@ -139,7 +139,7 @@ def _fixed(experiment: Experiment) -> Any:
 def _content(path: str | pathlib.Path) -> bytes | None:
   try:
     return pathlib.Path(path).read_bytes()
-  except OSError:  # Whoever reads it says what is wrong.
+  except OSError:  # The reader of the file reports the error.
     return None
 
 

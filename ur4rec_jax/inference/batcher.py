@@ -1,4 +1,4 @@
-"""Ranks the requests of many clients together, in batches of sizes that were compiled before."""
+"""Ranks the requests of many clients together, in batches whose sizes are compiled in advance."""
 
 import asyncio
 import collections
@@ -15,7 +15,7 @@ from ur4rec_jax.inference.recommender import BATCH_SIZES, Recommender
 from ur4rec_jax.inference.rules import Rules
 
 # These limits of a request are also the input shapes for which the programs are compiled.
-MOST_IDS = 1000  # In a history, and in each of the filters.
+MOST_IDS = 1000  # Limit for a history, and for each of the filters.
 MOST_K = 100
 BATCHES = Histogram(
   'ur4rec_batch_users', 'Requests that were ranked together.', buckets=BATCH_SIZES
@@ -33,7 +33,7 @@ class Job(NamedTuple):
   Attributes:
     query: the query of a single user.
     only: the request's filter `only`, or None. Jobs with the same filter share a batch.
-    client: who asks. Clients take turns.
+    client: the client that asks. Clients take turns.
     rules: the rules that make the list, or None.
   """
 
@@ -58,12 +58,12 @@ class Waiting(NamedTuple):
 
 
 class Line:
-  """The jobs that wait. Clients take turns, so that nobody waits for all jobs of another."""
+  """The queue of jobs. Clients take turns, so that no client waits for all jobs of another."""
 
   def __init__(self) -> None:
     self._waiting: list[Waiting] = []
     self._turns = itertools.count(1)
-    self._last_turn: dict[Hashable, int] = {}  # Of clients with waiting jobs.
+    self._last_turn: dict[Hashable, int] = {}  # For clients with waiting jobs.
     self._is_filled = asyncio.Event()
 
   def __len__(self) -> int:
@@ -106,7 +106,7 @@ class Batcher:
 
   Attributes:
     most_k: the most items that a request can ask for.
-    no_texts: texts of a user without texts.
+    no_texts: empty tokens and masks, for a user without texts.
   """
 
   def __init__(self, recommender: Recommender, most_jobs: int, wait_seconds: float):
@@ -185,7 +185,7 @@ class Batcher:
     ranking = self._recommender.rank(self._joined(queries))
     answers = []
     for row, (query, job) in enumerate(zip(queries, jobs, strict=True)):
-      if job.rules is not None:  # They choose among all that were ranked.
+      if job.rules is not None:  # Rules choose among all ranked items.
         of_one = Ranking(*(values[row : row + 1] for values in ranking))
         answers.append(self._recommender.apply_rules(job.query, of_one, job.rules))
         continue
@@ -210,5 +210,5 @@ class Batcher:
 
 
 def _padded(ids: np.ndarray, length: int) -> np.ndarray:
-  """Brings ids to a length: drops the first ones, or puts zeros before them, which are no item."""
+  """Returns the last `length` ids, padded at the start with zeros, which are no item."""
   return np.pad(ids[-length:], (max(length - len(ids), 0), 0))

@@ -1,4 +1,4 @@
-"""The connections of the HTTP service: deadlines, the size of headers, and the share of a client.
+"""Limits the connections of the HTTP service: deadlines, header size, and connections per client.
 
 uvicorn limits none of these with httptools, so this module adds them to its protocol.
 """
@@ -76,7 +76,7 @@ class Connections:
 
 
 def client_name(address: str) -> str:
-  """Returns what counts as one client: an IPv4 address, or the 64-bit network of an IPv6 address.
+  """Returns the name of a client: its IPv4 address, or the 64-bit network of its IPv6 address.
 
   Args:
     address: the address of the other side.
@@ -94,7 +94,7 @@ class Connection(HttpToolsProtocol):
   """One connection.
 
   Attributes:
-    is_waiting: whether the whole request has not arrived yet, so that nothing is lost if the
+    is_waiting: whether it waits for a request or the rest of one, so that nothing is lost if the
       connection is closed.
     client_name: see the function of this name.
   """
@@ -107,7 +107,7 @@ class Connection(HttpToolsProtocol):
     self._write_deadline: asyncio.TimerHandle | None = None
     self._is_refused, self._is_in_header = False, False
     self._without_body = 0  # Bytes since the last part of a body: headers, trailers and the like.
-    self._came_on = False
+    self._has_progressed = False
     self.is_waiting, self.client_name = True, ''
 
   def connection_made(self, transport: asyncio.Transport) -> None:
@@ -128,7 +128,7 @@ class Connection(HttpToolsProtocol):
     super()._start_asgi_task(cycle, app)
 
   def _answer_no_more(self) -> None:
-    """Keeps the application from writing; uvicorn does that for the newest request only."""
+    """Stops the application from writing; uvicorn does so for the newest request only."""
     if self._answering is not None:
       self._answering.disconnected = True
       self._answering.message_event.set()
@@ -143,12 +143,12 @@ class Connection(HttpToolsProtocol):
   def data_received(self, data: bytes) -> None:
     if self._is_refused:
       return
-    self._came_on = False
+    self._has_progressed = False
     super().data_received(data)
     if self.is_waiting and self._deadline is None:
-      # uvicorn ends its own deadline of idle connections whatever arrives.
+      # uvicorn cancels its own deadline of idle connections whatever arrives.
       self._expect_within(HEADER_SECONDS)
-    self._without_body = 0 if self._came_on else self._without_body + len(data)
+    self._without_body = 0 if self._has_progressed else self._without_body + len(data)
     if self._without_body > MOST_HEADER_BYTES and not self._is_refused:
       self._refuse(431, f'the header has more than {MOST_HEADER_BYTES:,} bytes')
 
@@ -172,16 +172,16 @@ class Connection(HttpToolsProtocol):
 
   def on_headers_complete(self) -> None:
     super().on_headers_complete()
-    self._is_in_header, self._came_on = False, True
+    self._is_in_header, self._has_progressed = False, True
     self._expect_within(BODY_SECONDS)
 
   def on_body(self, body: bytes) -> None:
-    self._came_on = True
+    self._has_progressed = True
     super().on_body(body)
 
   def on_message_complete(self) -> None:
     # A refused request may be answered before its body has arrived.
-    self._came_on, self.is_waiting = True, self.cycle.response_complete
+    self._has_progressed, self.is_waiting = True, self.cycle.response_complete
     self._expect_within(None)
     super().on_message_complete()
 
@@ -222,13 +222,13 @@ class Connection(HttpToolsProtocol):
       self.abort()
 
   def _refuse(self, status: int, detail: str) -> None:
-    """Answers what never became a request, and closes the connection."""
+    """Answers data that never became a request, and closes the connection."""
     self._is_refused = True
     if self.transport.is_closing():
       return
     answering = self._answering
     if answering is not None and answering.response_started and not answering.response_complete:
-      self.abort()  # This answer would get into the middle of the other one.
+      self.abort()  # This answer would be written into the middle of the other one.
       return
     self._answer_no_more()
     REQUESTS.labels(status).inc()

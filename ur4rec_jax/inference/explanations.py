@@ -16,7 +16,7 @@ from ur4rec_jax.inference.query import Ids
 if TYPE_CHECKING:
   from ur4rec_jax.inference.trained import TrainedRecommender
 
-_COMMON = 0.05  # Sentences of a larger share of the items tell nothing about one of them.
+_COMMON = 0.05  # Sentences that a larger share of the items has say nothing about a single item.
 
 
 class _Sentences(NamedTuple):
@@ -135,7 +135,7 @@ def _stored_sentences(
   rows: list[int],
   most: float = _COMMON,
 ) -> dict[int, _Sentences]:
-  """Reads the sentences about some items or users by their row, without those that many have."""
+  """Reads the sentences about some items or users by row, without those that many share."""
   chosen, texts, counts = set(rows), {}, Counter()
   stored = text.texts(recommender.config.data_dir, of, features.shape[1] - 1)
   for row, parts in enumerate(stored):

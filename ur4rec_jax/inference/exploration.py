@@ -1,4 +1,4 @@
-"""Shows some lists in an order of chance, so that logs can say what other lists would have got.
+"""Shows some lists in a random order, so that logs can tell how other lists would have done.
 
 The order is drawn by Plackett-Luce: the first item with a probability that grows with its score,
 then the next one among those that are left, and so on. Needs only NumPy.
@@ -22,8 +22,8 @@ class Exploration:
     share: the probability that a list is drawn.
     temperature: 0 would keep the order, large values forget the scores. It is measured in standard
       deviations of the scores of the items that are drawn from.
-    items: the best items, which are drawn from; the places behind them keep their order.
-    rng: the source of chance.
+    items: number of the best items, whose order is drawn; the items after them keep their order.
+    rng: random generator.
   """
 
   share: float
@@ -50,7 +50,7 @@ class Exploration:
     weights = self.weights(scores[: self.items])
     is_drawn = bool(self.rng.random() < self.share)
     if is_drawn:
-      # The largest of logarithms of weights with Gumbel noise are a draw by Plackett-Luce.
+      # Sorting log weights with Gumbel noise draws an order by Plackett-Luce.
       keys = np.log(weights) + self.rng.gumbel(size=len(weights))
       order[:drawn] = np.argsort(-keys)[:drawn]
     by_chance = position_probabilities(weights, order[:drawn])
@@ -59,7 +59,7 @@ class Exploration:
     return order, propensity, is_drawn
 
   def weights(self, scores: np.ndarray) -> np.ndarray:
-    """Returns `[items]` to which the probabilities of the first position are proportional."""
+    """Returns `[items]` weights; the probability of the first position is proportional to them."""
     scale = scores.std() * self.temperature
     relative = (scores - scores.max()) / (scale if scale > 0 else 1.0)
     return np.maximum(np.exp(relative), _LEAST_WEIGHT)

@@ -32,7 +32,7 @@ from ur4rec_jax.inference.thumbnails import Thumbnails
 FORMAT_VERSION = 1
 MANIFEST, PROGRAM, ARRAYS, ITEMS = 'manifest.json', 'program.bin', 'arrays.npz', 'items.json'
 USERS = 'users.npz'  # Only folders that were exported with --users have it.
-PICTURES = 'pictures.npz'  # The index of the pictures, in folders that have some.
+PICTURES = 'pictures.npz'  # The index of the pictures; only folders with pictures have it.
 PASSAGES = 'passages.json'  # Only folders of models that read texts have them.
 # Programs in use by the hash of their file.
 _programs: weakref.WeakValueDictionary[str, Callable[..., Any]] = weakref.WeakValueDictionary()
@@ -100,7 +100,7 @@ def model_hash(folder: str | pathlib.Path) -> str:
 
 
 def _program(content: bytes, digest: str) -> Callable[..., Any]:
-  """Reads a program. A model that was only trained on has the same one, already compiled."""
+  """Reads a program. The next model after an update has the same program, already compiled."""
   program = _programs.get(digest)
   if program is None:
     program = jax.jit(jax.export.deserialize(bytearray(content)).call)
@@ -138,7 +138,7 @@ def load_thumbnails(folder: str | pathlib.Path) -> Thumbnails | None:
 
 
 def load_passages(folder: str | pathlib.Path) -> list[list[str]]:
-  """Reads what the text of each item says that those of others do not; [] if the model reads none.
+  """Reads the distinctive passages of each item's text; [] if the model reads no texts.
 
   Args:
     folder: the folder that `ur4rec_jax.export` wrote.
@@ -190,7 +190,7 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
   manifest['files'][USERS] = hashlib.sha256(archive.getvalue()).hexdigest()
   with files.new_folder(folder) as draft:
     for path in folder.iterdir():
-      # Programs that a service has compiled, in a folder, are those of the next start again.
+      # The folder of programs that a service has compiled is not copied; the next start does so.
       if path.is_file() and path.name not in (USERS, MANIFEST):
         shutil.copy2(path, draft / path.name)
     files.write_file(draft / USERS, archive.getvalue())

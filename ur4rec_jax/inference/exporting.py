@@ -1,4 +1,4 @@
-"""Writes a trained recommender into one folder that only jax and NumPy are needed to open."""
+"""Writes a trained recommender into one folder; opening it needs only jax and NumPy."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def export(
   with_users: bool = False,
   with_pictures: bool = True,
 ) -> dict[str, Any]:
-  """Writes the folder. After an error nothing is left of it.
+  """Writes a trained recommender into a folder; an error leaves no folder behind.
 
   Args:
     recommender: a recommender from `ur4rec_jax.load`.

@@ -1,4 +1,4 @@
-"""What the service does with events: it keeps them, ranks with them, and measures its answers."""
+"""Handles the events of the service: stores them, ranks with them, and measures its answers."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ COVERAGE = Gauge(
 
 
 class Feedback:
-  """The events of a running service. Models come and go, this stays.
+  """The events of a running service, which stay when the model changes.
 
   Attributes:
     keep_seconds: for how long events are kept.
@@ -77,7 +77,7 @@ class Feedback:
   async def _count_click(self, event: Event) -> None:
     with contextlib.suppress(StorageError):  # The event is stored; only its count is missing.
       shown = await self._read(self._store.exposure, event.request_id)
-      # Nobody may count for answers that others got.
+      # A user's click on an answer to somebody else does not count.
       if shown is not None and shown.user in ('', event.user):
         for position, row in enumerate(shown.items, 1):
           if row.item == event.item:
@@ -92,7 +92,7 @@ class Feedback:
     return await self._read(self._store.history, user, self._kinds, MOST_READ)
 
   def show(self, user: str, arm: str, model: str, rows: Iterable[dict[str, Any]]) -> str:
-    """Has an answer written to the log of what was shown, and returns the answer's id.
+    """Logs the items of an answer as shown, and returns the answer's id.
 
     Args:
       user: the user; '' if the request had a history of its own.
@@ -113,7 +113,7 @@ class Feedback:
     return function(*arguments)
 
   async def run(self) -> None:
-    """Writes, and deletes what is too old, until the task is cancelled."""
+    """Writes events and deletes old ones, until the task is cancelled."""
     expiring = asyncio.create_task(self._expire())
     try:
       await self._commit.run()
@@ -170,15 +170,15 @@ def new_request_id() -> str:
 def join_history(
   recommender: Recommender, known: Known | None, stored: History, until: float
 ) -> Known:
-  """Puts stored events behind the history that a model was exported with.
+  """Appends stored events to the history that a model was exported with.
 
   Args:
     recommender: the model.
     known: the exported history; None if the model does not know the user.
-    stored: the stored events. Items that are not in the catalogue are left out, and are not named,
-      because the one who asks need not be the user.
-    until: the time of the latest interaction in the exported histories. An earlier event is in
-      there already if its item is.
+    stored: the stored events. Items that are not in the catalogue are left out and not reported,
+      because the client need not be the user.
+    until: the time of the latest interaction in the exported histories. An earlier event is left
+      out if its item is in the exported history.
   """
   items = stored.items
   if known is not None and known.items.size:

@@ -24,7 +24,7 @@ class Histories(NamedTuple):
 
 
 def read_histories(history: Any) -> Histories:
-  """Reads histories.
+  """Converts a list, a dict or a DataFrame to histories.
 
   Args:
     history: a list of item ids, a list of lists, a dict of lists by user, or a DataFrame with the

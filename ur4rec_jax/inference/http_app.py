@@ -49,7 +49,7 @@ from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 MOST_SIMILAR = 20  # Similar items in an answer.
 MOST_FOUND = 20  # Results of a search.
 MOST_EXPLAINED = 20  # Recommended items that are explained.
-METRICS_SECONDS = 1  # For how long the metrics are the same, because anybody may ask for them.
+METRICS_SECONDS = 1  # Metrics are cached for this long, because anybody may ask for them.
 _PAGE = pathlib.Path(__file__).with_name('serve.html').read_bytes()
 _LIVE_TAB = pathlib.Path(__file__).with_name('live_tab.html').read_bytes()
 _PAGE_HEADERS = {
@@ -68,8 +68,8 @@ class Live(NamedTuple):
   """Events of a running service.
 
   Attributes:
-    feedback: keeps them.
-    route: takes them.
+    feedback: stores the events.
+    route: handles `POST /events`.
   """
 
   feedback: Feedback
@@ -259,7 +259,7 @@ class Service:
     )
 
   def _arm(self, question: Any) -> tuple[str | None, Model]:
-    """Returns the arm that answers, if there is one, and the model that does.
+    """Returns the arm that answers, None if there is none, and the model that answers.
 
     Raises:
       HTTPException: the question asks for an arm that does not exist.
@@ -275,9 +275,9 @@ class Service:
     return arm, self._model_of.get(arm, self._model)
 
   def _told(self, user: str | None, recommender: Recommender) -> Container[int] | None:
-    """Returns the items of a history that an answer may name; None for all.
+    """Returns the numbers of the items of a history that an answer may name; None for all.
 
-    Stored events are not told to anybody, so of a user only what was exported is named.
+    Stored events are told to nobody, so only the exported items of a user are named.
     """
     if user is None or self._feedback is None:
       return None
@@ -319,8 +319,8 @@ class Service:
   def _shown(
     self, question: Any, arm: str | None, model: Model, rows: Sequence[dict[str, Any]]
   ) -> str:
-    """Logs and counts what an answer shows, and returns the answer's id."""
-    # Who asks for an arm wants to look at it. Such a list says nothing about the arm's users.
+    """Logs and counts the items of an answer, and returns the answer's id."""
+    # A question that asks for an arm only inspects it, and says nothing about the arm's users.
     if self._feedback is None or question.arm is not None or not question.log:
       return new_request_id()
     numbers = (self._recommender.number_of(row['item']) for row in rows)
@@ -423,7 +423,7 @@ class Service:
 
 
 def make_metrics() -> Callable:
-  """Builds the route of the metrics, which are computed once a second at most."""
+  """Builds the route of the metrics, which are computed at most once a second."""
   until, text = 0.0, b''
 
   async def metrics() -> str:
@@ -437,7 +437,7 @@ def make_metrics() -> Callable:
 
 
 def make_page(is_live: bool) -> Callable:
-  """Builds the route of the page, which has a tab more where events are taken."""
+  """Builds the route of the page, which has one more tab if the service takes events."""
   content = _PAGE.replace(b'</body>', _LIVE_TAB + b'</body>') if is_live else _PAGE
 
   zipped = gzip.compress(content, mtime=0)
@@ -476,7 +476,7 @@ def _problems(*statuses: int) -> dict[int, dict[str, Any]]:
 
 
 async def _on_wrong_method(request: fastapi.Request, _) -> JSONResponse:
-  """Names all methods of the path; the framework would name those of one route."""
+  """Lists all methods of the path; the framework would list those of a single route."""
   path, routes = request.scope['path'], request.app.routes
   matching = [route for route in routes if route.path_regex.match(path)]
   methods = {method for route in matching for method in route.methods}
@@ -486,7 +486,7 @@ async def _on_wrong_method(request: fastapi.Request, _) -> JSONResponse:
 
 
 async def _on_bad_request(_, error: RequestValidationError) -> JSONResponse:
-  """Names the first thing that is wrong with a request."""
+  """Reports the first thing that is wrong with a request."""
   first = error.errors()[0]
   if first['type'] == 'json_invalid':
     return problem(400, f'the body is no JSON: {first["ctx"]["error"]}')

@@ -18,8 +18,8 @@ from ur4rec_jax.inference.http_schema import problem
 from ur4rec_jax.online.events import KINDS, MOST_CHARACTERS, MOST_EVENTS, Event, check_event
 
 UNKNOWN_ITEMS = Counter('ur4rec_events_unknown_items', 'Events with items that the model lacks.')
-BURST_SECONDS = 10  # A client that was silent may send the events of so many seconds at once.
-_MOST_CLIENTS = 10_000  # Whose use of the limit is remembered.
+BURST_SECONDS = 10  # A client that was silent may send the events of this many seconds at once.
+_MOST_CLIENTS = 10_000  # Clients whose use of the limit is remembered.
 _ONE_LINE = r'^[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$'
 _ID = {
   'anyOf': [
@@ -51,7 +51,7 @@ _EVENT = {
     },
   },
 }
-# What the route is in openapi.json; `check_event` checks it.
+# The description of the route in openapi.json; `check_event` checks the events.
 OPENAPI = {
   'requestBody': {
     'required': True,
@@ -73,14 +73,14 @@ class EventRoute:
   """The handler of `POST /events`."""
 
   def __init__(self, feedback: Feedback, events_per_second: float):
-    """Remembers the limit.
+    """Sets the limit.
 
     Args:
-      feedback: where events go.
+      feedback: stores the events.
       events_per_second: the most events of one client, on average.
     """
     self._feedback, self._rate = feedback, events_per_second
-    self._spent: dict[str, tuple[float, float]] = {}  # By client: when, and how much is used.
+    self._spent: dict[str, tuple[float, float]] = {}  # By client: time and use of the limit.
 
   async def __call__(self, request: fastapi.Request, has_item: Any) -> JSONResponse:
     """Stores one event or a list of them, all or none.
@@ -134,7 +134,7 @@ class EventRoute:
     return events
 
   def _seconds_to_wait(self, client: str, count: int) -> int:
-    """Takes events from what a client may send; returns 0, or after how long it may try again."""
+    """Counts events against a client's limit; returns the seconds until it may try again, or 0."""
     if not math.isfinite(self._rate):
       return 0
     now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Adds to an answer of the service why its items are recommended."""
+"""Adds reasons for the recommended items to an answer of the service."""
 
 import asyncio
 import dataclasses
@@ -14,7 +14,7 @@ from ur4rec_jax.inference.passages import closest
 if TYPE_CHECKING:
   from ur4rec_jax.inference.http_app import Model
 
-MOST_LEFT_OUT = 50  # Items of a history that are left out in turn to explain a recommendation.
+MOST_LEFT_OUT = 50  # Items of a history that are left out one by one to explain a recommendation.
 
 
 async def add_reasons(
@@ -47,7 +47,7 @@ async def add_reasons(
 async def _influences(
   model: 'Model', job: Job, history: np.ndarray, numbers: np.ndarray
 ) -> np.ndarray:
-  """Returns `[history, items]`: by how much the score of an item falls without one of a history."""
+  """Returns `[history, items]`: how much an item's score falls without an item of the history."""
   recommender, batcher = model.recommender, model.batcher
   num_items = len(recommender.item_ids)
   compared = influences.reference(num_items, recommender.compares_ranks)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from ur4rec_jax.inference.batcher import MOST_IDS
 
 MOST_WEIGHT = 100
-MOST_CHARACTERS = 256  # In an id or a search.
+MOST_CHARACTERS = 256  # Limit for an id or a search.
 
 # JSON has a single type of numbers, so 3.0 is a whole number, too.
 Whole = Annotated[
@@ -51,9 +51,9 @@ class Similar(Item):
 
 
 class Recommended(Item):
-  """A recommended item; its shares are what each branch adds to the score.
+  """A recommended item; its shares are the contributions of the branches to the score.
 
-  Where the service has rules, `rules` names those that moved the item here. Where they explore,
+  If the service has rules, `rules` names those that moved the item here. If they explore,
   `propensity` is the probability with which the item is shown at this position. A pinned item that
   is far from the best has no score. With `explain`, `because` has the items of the history without
   which the score falls the most, `why` names them in a sentence, and `sentence` is a passage of the

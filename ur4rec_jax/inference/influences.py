@@ -1,7 +1,7 @@
-"""Measures which items of a history a recommendation comes from: each one is left out in turn.
+"""Measures how much each item of a history raises a recommendation, by leaving it out.
 
 Attention weights would only say where a layer looks, not how that changes a score. This measure
-means the same in every branch and fusion, and needs nothing but the ranking of an exported model.
+means the same in every branch and fusion, and needs only the ranking of an exported model.
 """
 
 import numpy as np
@@ -9,12 +9,12 @@ import numpy as np
 from ur4rec_jax.inference.query import CheckedQuery
 
 # A score alone says little, because leaving an item out may move all scores alike. Scores are
-# therefore compared with the mean of so many items of the catalogue, evenly spread.
+# therefore compared with the mean over this many items, evenly spaced in the catalogue.
 REFERENCE = 80
 
 
 def reference(num_items: int, is_whole: bool) -> np.ndarray:
-  """Returns the numbers of the items with whose mean score a score is compared.
+  """Returns the numbers of the items whose mean score is the reference.
 
   Args:
     num_items: size of the catalogue.
@@ -66,8 +66,8 @@ def influences(
     compared: from `reference`.
 
   Returns:
-    `[history, items]` float32: by how much the score of an item, above the mean of the compared
-    ones, falls without that item of the history.
+    `[history, items]` float32: how much the score of an item, above the mean of the compared ones,
+    falls without that item of the history.
   """
   chosen = np.union1d(items, compared)
   table = np.full((len(ids), len(chosen)), np.nan, np.float32)

@@ -1,7 +1,7 @@
 """Keeps the best parameters of a run, and its encoded catalogue, in the folder of the run.
 
-Reading a checkpoint takes the libraries of training and the shapes of all that was trained. What is
-kept here opens with NumPy alone, so that only the first start after a training takes so long.
+Reading a checkpoint needs the libraries of training and the shapes of all trained arrays. The kept
+files need only NumPy, so that only the first start after a training takes so long.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from ur4rec_jax.inference import stored_arrays
 from ur4rec_jax.runs.saved_steps import MANIFEST, checkpoint_folder, find_damage, saved_steps
 
 FOLDER = 'recommender'
-_FORMAT_VERSION = 1  # To be raised when items are encoded in another way.
+_FORMAT_VERSION = 1  # Raise it when items are encoded in another way.
 _RECORD, _ARRAYS, _ITEMS = 'record.json', 'arrays.npz', 'items.json'
 
 
@@ -26,7 +26,7 @@ class Kept(NamedTuple):
   """A trained model that is ready to recommend.
 
   Attributes:
-    config: config of the stage that the parameters are from.
+    config: config of the stage that the parameters come from.
     params: the best parameters, NumPy.
     items: `ids` and `titles` of the catalogue.
     item_arrays: the encoded catalogue, see `scoring.item_arrays`.
@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 
 
 def origin(workdir: str | pathlib.Path) -> dict[str, Any] | None:
-  """Names the checkpoint and the config of a run by their hashes; None without a checkpoint."""
+  """Identifies the checkpoint and the config of a run by hashes; None without a checkpoint."""
   for step in saved_steps(workdir):
     with contextlib.suppress(OSError):
       manifest = (checkpoint_folder(workdir) / str(step) / MANIFEST).read_bytes()
@@ -66,7 +66,7 @@ def read(workdir: str | pathlib.Path, config: ConfigDict, dataset: dict[str, Any
     dataset: identity of the data.
 
   Returns:
-    None if the data are others, or a file is missing or has changed.
+    The model; None if it belongs to other data, or a file is missing or has changed.
   """
   folder = pathlib.Path(workdir) / FOLDER
   record = _record(folder)
@@ -83,7 +83,7 @@ def read(workdir: str | pathlib.Path, config: ConfigDict, dataset: dict[str, Any
 
 
 def write(workdir: str | pathlib.Path, kept: Kept, dataset: dict[str, Any]) -> None:
-  """Keeps a model that was read from the newest checkpoint; nothing where that is impossible.
+  """Keeps a model that was read from the newest checkpoint; does nothing if it cannot be written.
 
   Args:
     workdir: folder of the run.
@@ -91,7 +91,7 @@ def write(workdir: str | pathlib.Path, kept: Kept, dataset: dict[str, Any]) -> N
     dataset: identity of the data.
   """
   made_from = origin(workdir)
-  # A damaged checkpoint was passed over, so the model is from another one.
+  # If the newest checkpoint is damaged, the model comes from an earlier one.
   if made_from is None or find_damage(checkpoint_folder(workdir) / str(made_from['step'])):
     return
   arrays = stored_arrays.by_path({'params': kept.params, 'items': kept.item_arrays})
@@ -108,7 +108,7 @@ def write(workdir: str | pathlib.Path, kept: Kept, dataset: dict[str, Any]) -> N
     'files': {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()},
   }
   folder = pathlib.Path(workdir) / FOLDER
-  with contextlib.suppress(OSError, StorageError):  # The next start takes longer then, no more.
+  with contextlib.suppress(OSError, StorageError):  # Then only the next start takes longer.
     clean_up(folder)
     with new_folder(folder) as draft:
       for name, content in contents.items():

@@ -62,10 +62,10 @@ class LiveModel:
 
     Args:
       served: the model to begin with.
-      load: makes a model ready, from its folder and the name of its version.
+      load: opens a model, from its folder and the name of its version.
       folder: the registry to watch, if there is one.
       beside: functions that run beside the requests, until their tasks are cancelled.
-      prepare: does for a folder what can be done outside of this process, before it is loaded.
+      prepare: prepares a folder before it is loaded, e.g. compiles its programs elsewhere.
     """
     self._served, self._load, self._folder, self._beside = served, load, folder, beside
     self._prepare = prepare
@@ -89,7 +89,7 @@ class LiveModel:
         self._let_go(served)
 
   async def _live(self, receive: Callable, send: Callable) -> None:
-    """Runs what runs beside the requests, from the start of the service to its end."""
+    """Runs the background tasks, from the start of the service to its end."""
     await receive()
     self._start(self._served)
     others = [asyncio.create_task(function()) for function in self._beside]
@@ -130,14 +130,14 @@ class LiveModel:
         with _short_turns():
           served = await loop.run_in_executor(self._thread, _gently, self._load, place, version)
       except Exception as error:
-        refused = content  # It is named once, and tried again when the file changes.
+        refused = content  # It is reported once, and tried again when the file changes.
         reason = as_reported(error) or repr(error)
         REFUSED.labels(version or registry.CURRENT).inc()
         say(f'version {version} is refused, {self._served.version} goes on: {reason}', sys.stderr)
         continue
       self._swap(served)
       del served
-      # The former model may be large, and cycles keep it until they are looked for.
+      # The former model may be large, and reference cycles keep it until a collection.
       await loop.run_in_executor(self._thread, gc.collect)
 
   def _swap(self, served: Served) -> None:
@@ -165,7 +165,7 @@ def open_current(folder: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _short_turns() -> Iterator[None]:
-  """Makes the loader give the interpreter back after half a millisecond instead of five."""
+  """Makes threads release the interpreter after half a millisecond instead of five."""
   usual = sys.getswitchinterval()
   sys.setswitchinterval(_TURN_SECONDS)
   try:
@@ -175,10 +175,10 @@ def _short_turns() -> Iterator[None]:
 
 
 def _gently(function: Callable, *arguments: Any) -> Any:
-  """Calls a function that rests again and again, most of the time.
+  """Calls a function and makes its thread sleep most of the time.
 
-  A request takes the interpreter many times. It would wait for a thread that always wants it, too,
-  each time for a turn.
+  A request needs the interpreter (GIL) many times. Each time, it would have to wait for a thread
+  that never sleeps.
   """
   until = 0.0
 
@@ -188,7 +188,7 @@ def _gently(function: Callable, *arguments: Any) -> Any:
       time.sleep(_REST_SECONDS)
       until = time.perf_counter() + _TURN_SECONDS
 
-  sys.setprofile(rest)  # Is called at each call of this thread alone.
+  sys.setprofile(rest)  # Runs at each function call of this thread only.
   try:
     return function(*arguments)
   finally:
@@ -203,5 +203,5 @@ def _content(folder: str) -> bytes:
 
 
 def _become_loader() -> None:
-  # The thread keeps its priority: it holds the interpreter at times, and requests wait for that.
+  # The thread keeps its priority, because requests wait while it holds the interpreter.
   _loading.is_on = True

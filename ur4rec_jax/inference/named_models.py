@@ -29,7 +29,7 @@ class NamedModels:
   """An ASGI application that passes a request on to the model that it names."""
 
   def __init__(self, name: str, served: Callable, others: Mapping[str, Served]):
-    """Keeps the models.
+    """Stores the models.
 
     Args:
       name: name of the served model.

@@ -79,7 +79,7 @@ def read_new_items(
       `[items]`, and for each modality `[items, tokens, width]` or `[items, width]`.
     trained_on: the item features by modality that the model was trained on.
     options: the options of the training data, which name the columns of a table.
-    known: ids of items that the catalogue has; those of a table are not encoded again.
+    known: ids of items in the catalogue; if a table has them, they are not encoded again.
     pictures: folder of the pictures of a table; None for the folder of the table.
 
   Raises:
@@ -140,7 +140,7 @@ def _read_table(
 
 
 def _is_encoded(name: str, features: Features) -> bool:
-  """Tells whether a table of goods has what an encoder made the features of."""
+  """Tells whether the features were encoded from texts or pictures, which a table of goods has."""
   return name in (TEXT, IMAGE) and pretrained.can_encode(features.info['encoder'])
 
 
@@ -163,7 +163,7 @@ def _encode_pictures(
       refused[row] = str(error)
   _, *shape = features.shape
   tokens, mask = np.zeros((len(goods), *shape), np.float32), np.zeros((len(goods), shape[0]), bool)
-  if any(contents):  # Without a picture the encoder need not be there.
+  if any(contents):  # Without a picture the encoder need not be installed.
     tokens, mask, damaged = pictures.encode_like(
       features.folder, features.info, contents, image_size
     )
@@ -288,7 +288,7 @@ class NewItemEncoder:
       else tree
       for name, tree in self._params.items()
     }
-    # Compiled as a whole, which a later start then finds, instead of operation by operation.
+    # Compiled as one program, which later starts find in the cache, not operation by operation.
     encode = functools.partial(scoring.item_arrays, create_model(self._config, count))
     arrays = jax.jit(encode)(params, features)
     if cold_items.has_pure_item_table(self._model):

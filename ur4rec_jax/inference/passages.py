@@ -1,10 +1,10 @@
-"""Finds what the text of an item says that the texts of other items do not."""
+"""Finds distinctive passages: parts of an item's text that no other item's text has."""
 
 import re
 from collections.abc import Iterable, Sequence
 
-MOST = 3  # Passages of an item.
-_LONGEST = 3  # Sentences of a passage.
+MOST = 3  # Limit of passages per item.
+_LONGEST = 3  # Limit of sentences per passage.
 
 
 def distinctive(texts: Iterable[Sequence[str]], titles: Sequence[str]) -> list[list[str]]:
@@ -45,10 +45,10 @@ def distinctive(texts: Iterable[Sequence[str]], titles: Sequence[str]) -> list[l
 
 
 def closest(passages: Sequence[str], to: str) -> str | None:
-  """Returns the passage that shares the most words with a text, the first of several; None without.
+  """Returns the passage that shares the most words with a text; None without passages.
 
   Args:
-    passages: of one item.
+    passages: passages of one item.
     to: texts about other items.
   """
   words = _words(to)

@@ -1,6 +1,6 @@
 """Compiles the programs of an exported folder beside a running service, for its next model.
 
-The compiler would take the processors from the requests. So it runs in a process of its own, at a
+The compiler would take processor time from the requests. So it runs in a process of its own, at a
 low priority, and leaves the programs in the cache, where the service finds them.
 """
 
@@ -34,7 +34,7 @@ async def precompile(folder: str, most_jobs: int) -> None:
   if jax.default_backend() != 'cpu' or not has_cache or exported.is_compiled(folder):
     return
   options = {name.upper(): str(getattr(jax.config, name)) for name in _CACHE_OPTIONS}
-  # The one of asyncio forks, which jax warns of.
+  # The subprocesses of asyncio fork, and jax warns about that.
   process = subprocess.Popen(
     [sys.executable, '-m', __name__, folder, str(most_jobs)],
     env=os.environ | options,

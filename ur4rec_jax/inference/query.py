@@ -141,11 +141,11 @@ class Answer(NamedTuple):
     items: original ids, the best item first. There are fewer than k if no other item is left.
     titles: the items' titles.
     scores: `[items]` float32.
-    shares: `[items, shares]` float32 in the order of `Recommender.share_names`: what each branch
-      adds to the score.
+    shares: `[items, shares]` float32 in the order of `Recommender.share_names`: the
+      contributions of the branches to the score.
     unknown: items of the history that are not in the catalogue and were ignored.
     problems: why a user got no recommendations, '' for the others.
-    choices: what the rules did for each user; () without rules.
+    choices: the lists that rules made; () without rules.
   """
 
   items: list[list[str]]

@@ -1,4 +1,4 @@
-"""Says in words that a customer may read why an item is recommended."""
+"""Explains recommendations in words for customers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 MOST = 3  # Items of the history that are named.
-_ROUNDING = 1e-6  # Smaller influences are rounding.
+_ROUNDING = 1e-6  # Smaller influences are rounding errors.
 
 
 def because(

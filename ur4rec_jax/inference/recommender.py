@@ -63,7 +63,7 @@ class Users(NamedTuple):
 def make_users(
   names: Sequence[str], offsets: np.ndarray, items: np.ndarray, preferences: UserTokens
 ) -> Users:
-  """Finds the distinct items of each user once, so that no request has to.
+  """Builds the users, and finds the distinct items of each one once, so that no request has to.
 
   Args:
     names: `[users]` original ids.
@@ -137,7 +137,7 @@ class Recommender:
 
   @property
   def compares_ranks(self) -> bool:
-    """Whether scores are made of ranks among all items, and are no sums."""
+    """Whether scores are made of ranks among all items and are not sums of branch scores."""
     fusion = self.settings.about.get('config', {}).get('fusion', {})
     return len(self.branches) > 1 and fusion.get('kind') in ('rank', 'cascade')
 
@@ -193,7 +193,7 @@ class Recommender:
     return Answer(*([x for part in parts for x in part] for parts in zip(*answers, strict=True)))
 
   def only_seen(self, query: CheckedQuery) -> CheckedQuery:
-    """Allows a single user the items of the history alone."""
+    """Restricts the query of a single user to the items of the history."""
     is_seen = np.zeros(len(self._ids_by_number), bool)
     is_seen[query.histories[0]] = True
     allowed = is_seen if query.allowed is None else is_seen & query.allowed
@@ -230,7 +230,7 @@ class Recommender:
     )
 
   def _vectors_of_likeness(self) -> np.ndarray:
-    """Returns `[items + 1, width]` vectors of length 1, by which diversity compares items."""
+    """Returns `[items + 1, width]` vectors of length 1, with which diversity compares items."""
     vectors = self.item_vectors().vectors
     return vectors.get(CONTENT, vectors.get(SEQUENCE))
 
@@ -243,7 +243,7 @@ class Recommender:
     return self.check_known(query, [self.known(history) for history in query.histories])
 
   def known(self, history: Any) -> Known:
-    """Looks up a history; one that is no list of ids has a problem."""
+    """Looks up a history; a value that is no list of ids gives a `problem`."""
     try:
       items, unknown = self.lookup(history)
     except InputError as error:
@@ -465,7 +465,7 @@ class Recommender:
 
     Args:
       ids: original ids.
-      what: what the ids are, for error messages.
+      what: name of the ids in error messages.
 
     Returns:
       `[known]` int32 item numbers, and the ids that are not in the catalogue.
@@ -521,7 +521,7 @@ class Recommender:
       raise InputError(f'k={k!r:.80}: must be a whole number from 1 to {most}, {reason}')
 
   def warm_up(self, k: int = 10, users: int = 1) -> None:
-    """Compiles the programs that answer queries of so many users without filters.
+    """Compiles the programs that answer queries of this many users without filters.
 
     The histories may have any length up to `max_length`.
     """
@@ -609,7 +609,7 @@ class Recommender:
     return 'history: is empty; give items, or a preference if the model reads texts'
 
   def _lookup_filter(self, ids: Ids, what: str) -> np.ndarray:
-    """Looks up a filter, of which at least one item must be in the catalogue."""
+    """Looks up the ids of a filter; at least one of them must be in the catalogue."""
     found, unknown = self.lookup(ids, what)
     if not found.size:
       raise InputError(

@@ -1,4 +1,4 @@
-"""A registry: a folder with the models that have been served, and which of them is served now.
+"""A registry: a folder with the models that have been served, and the one that is served now.
 
   REGISTRY/
     versions/000001/ ...      one export each, as `ur4rec_jax.export` writes it
@@ -18,7 +18,7 @@ from ur4rec_jax.errors import InputError, StorageError
 
 CURRENT = 'current.json'
 _VERSIONS = 'versions'
-_MANIFEST = 'manifest.json'  # Of an export; it holds the hashes of the other files.
+_MANIFEST = 'manifest.json'  # The manifest of an export, with the hashes of its other files.
 
 
 def current(registry: str | Path) -> str | None:
@@ -133,7 +133,7 @@ def _write(registry: Path, version: str, history: list[str], newest: str, reason
   record = {
     'version': version,
     'history': history,
-    'newest': newest,  # Numbers are never used twice, also after a rollback.
+    'newest': newest,  # Numbers are never used twice, not even after a rollback.
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'reason': reason,
   }
@@ -152,7 +152,7 @@ def _is_same(export_dir: Path, version: Path) -> bool:
 
 
 def _remove_leftovers(registry: Path, newest: int) -> None:
-  """Removes what a killed promotion left: drafts, and a version that never became current."""
+  """Removes leftovers of a killed promotion: drafts, and a version that never became current."""
   for folder in (registry / _VERSIONS).iterdir():
     if not folder.name.isdecimal() or int(folder.name) > newest:
       shutil.rmtree(folder)

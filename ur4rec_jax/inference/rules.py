@@ -56,7 +56,7 @@ _FIELDS = {
 
 
 class Filter(NamedTuple):
-  """A filter: the condition, and `[items + 1]` bool, which items meet it."""
+  """A filter: the condition, and `[items + 1]` bool: whether an item meets it."""
 
   where: str
   allowed: np.ndarray
@@ -68,7 +68,7 @@ class Cap(NamedTuple):
   Attributes:
     attribute: name of the attribute.
     most: the most items with the same value in a list.
-    values: `[items + 1]` the values of each item, of which it may have several.
+    values: `[items + 1]` the values of each item, which may be several.
   """
 
   attribute: str
@@ -77,7 +77,7 @@ class Cap(NamedTuple):
 
 
 class Boost(NamedTuple):
-  """A boost: the condition, `[items + 1]` bool, which items meet it, and what their scores gain."""
+  """A boost: the condition, `[items + 1]` bool: whether an item meets it, and the added score."""
 
   where: str
   holds: np.ndarray
@@ -102,12 +102,12 @@ class Pick(NamedTuple):
 
 
 class Choice(NamedTuple):
-  """What rules made of the candidates of a user.
+  """The list that rules made from the candidates of a user.
 
   Attributes:
     picks: the list, the best item first.
     is_final: whether more candidates would change nothing.
-    notes: what a reader should know, such as why the list is short.
+    notes: remarks for the reader, such as why the list is short.
   """
 
   picks: list[Pick]
@@ -122,7 +122,7 @@ class Rules:
   Attributes:
     filters: the filters, all of which an item must meet.
     caps: the caps.
-    boosts: the boosts, of which an item may get several.
+    boosts: the boosts; an item may get several.
     pins: item number by position, from 1.
     pin_names: original id of these items by number.
     diversity: 0 sorts by score alone, 1 by difference from the items before alone.
@@ -174,8 +174,8 @@ class Rules:
       scores: `[candidates]` their scores, -inf where no item is left.
       k: length of the list.
       is_allowed: whether the user may get an item, which pins must be, too.
-      vectors: returns `[items + 1, width]` the vectors of length 1 whose products are the likeness
-        of items; diversity needs it.
+      vectors: returns `[items + 1, width]` vectors of length 1, whose inner products are the
+        similarities of items; only diversity needs it.
     """
     count = int(np.isfinite(scores).sum())
     is_all = count < len(items)
@@ -259,7 +259,7 @@ class Rules:
   def _joined(
     self, numbers: Sequence[int], chosen: Sequence[int], pins: Mapping[int, int], k: int
   ) -> list[Pick]:
-    """Puts the pins at their positions; in a list that is too short they come at its end."""
+    """Puts the pins at their positions, or at the end of a list that is too short."""
     others, waiting, picks = iter(chosen), dict(pins), []
     other = next(others, None)
     while len(picks) < k and (other is not None or waiting):
@@ -312,26 +312,27 @@ def _by_score(scores: np.ndarray) -> Iterator[int]:
 def _by_difference(
   scores: np.ndarray, strength: float, vectors: np.ndarray, items: np.ndarray, pins: list[int]
 ) -> Generator[int, int | None, None]:
-  """Yields candidates by maximal marginal relevance: the score, less the likeness to a list.
+  """Yields candidates by maximal marginal relevance: score minus similarity to the list so far.
 
   Args:
     scores: `[candidates]`.
     strength: 0 sorts by score alone, 1 by difference alone.
     vectors: `[items + 1, width]` of length 1.
     items: `[candidates]` item numbers.
-    pins: item numbers that are in the list already. A candidate joins it when it is sent back.
+    pins: item numbers that are in the list already. The caller sends back a candidate that joins
+      the list.
   """
   low, high = scores.min(), scores.max()
   relevance = (1 - strength) * (scores - low) / max(high - low, 1e-9)
-  of_items, nearest = vectors[items], np.zeros(len(items))
+  item_vectors, nearest = vectors[items], np.zeros(len(items))
   for item in pins:
-    nearest = np.maximum(nearest, of_items @ vectors[item])
+    nearest = np.maximum(nearest, item_vectors @ vectors[item])
   value = relevance - strength * nearest
   for _ in range(len(items)):
     at = int(value.argmax())
     if (yield at) is not None:
-      yield at  # The answer to `send`, which nobody reads.
-      nearest = np.maximum(nearest, of_items @ of_items[at])
+      yield at  # The result of `send`, which is not used.
+      nearest = np.maximum(nearest, item_vectors @ item_vectors[at])
     relevance[at] = -np.inf
     value = relevance - strength * nearest
 

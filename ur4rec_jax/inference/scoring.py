@@ -38,7 +38,7 @@ def _has_id(branch: SASRec | Retriever) -> bool:
 
 
 def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:
-  """Names the parts of which item vectors are sums: the modalities, then the id.
+  """Names the parts that sum to an item's vector: the modalities, then the id.
 
   Args:
     model: the model.
@@ -192,7 +192,7 @@ def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Ar
 
 
 def make_user_encoder(model: UR4Rec) -> Callable[[dict, dict], Array]:
-  """Builds the function whose inner products with item vectors are the scores.
+  """Builds the function that encodes users; inner products with item vectors are the scores.
 
   Args:
     model: a trained model whose scores are sums.
@@ -308,7 +308,7 @@ def _scores_of_chosen(users: Array, vectors: Array, ids: Array) -> Array:
 def _shares(
   model: UR4Rec, arrays: dict, users: dict[str, Array], by_branch: dict[str, Array], ids: Array
 ) -> Array:
-  """Returns `[batch, ids, shares]`: what branches, and parts of item vectors, add to the scores."""
+  """Returns `[batch, ids, shares]`: the shares of branches and of vector parts in the scores."""
   shares = []
   for branch, x in users.items():
     items = arrays['items'][branch]

@@ -10,7 +10,7 @@ from ur4rec_jax.inference.stored_format import Settings
 
 SEQUENCE, CONTENT, BOTH, USERS = 'sequence', 'content', 'both', 'users'
 KINDS = (SEQUENCE, CONTENT, BOTH, USERS)
-_ID_SHARE = 'retriever_id'  # The share of the items' ids, which are no content.
+_ID_SHARE = 'retriever_id'  # The share of the id embeddings, which are no content.
 
 
 class ItemVectors:
@@ -78,7 +78,7 @@ def _unit(vectors: Any) -> np.ndarray:
 
 
 class SharedUsers:
-  """Which users have an item, to find the items that the same users have."""
+  """The users of each item, to find items that the same users have."""
 
   def __init__(self, offsets: np.ndarray, items: np.ndarray, num_items: int):
     """Sorts the users by item.

@@ -29,7 +29,7 @@ def as_tree(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def pack(arrays: Mapping[str, np.ndarray], dtypes: dict[str, str]) -> bytes:
-  """Makes a .npz archive. NumPy cannot store bfloat16, so `dtypes` notes whose bits it stores."""
+  """Makes a .npz archive. bfloat16 arrays are stored as uint16, and `dtypes` gets their names."""
   dtypes |= {name: x.dtype.name for name, x in arrays.items() if x.dtype.kind == 'V'}
   archive = io.BytesIO()
   np.savez(archive, **{n: x.view(np.uint16) if n in dtypes else x for n, x in arrays.items()})

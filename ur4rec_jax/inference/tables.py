@@ -1,4 +1,4 @@
-"""Reads tables that people give when they recommend: interactions of customers, and new goods.
+"""Reads tables for recommending: interactions of customers, and new goods.
 
 The same readers read the files of a build, so a table gives the same ids, times and rows here.
 """
@@ -29,8 +29,8 @@ class Customers(NamedTuple):
     codes: `[interactions]` indices into `items`, the oldest interaction of each customer first.
     items: distinct original ids of items.
     incomplete: number of rows without a customer or an item, which were left out.
-    dropped: number of rows that the build would have left out, by the flag.
-    dropped_users: customers of whom those flags left no row, by the flag.
+    dropped: by flag of the build, the number of rows that it would have left out.
+    dropped_users: by flag of the build, the customers whose rows it left out completely.
     notes: how the table was read, and which flags of the build it has no column for.
   """
 
@@ -163,7 +163,7 @@ def _rows_of_build(
 
 
 def _compact(codes: np.ndarray, names: pa.Array) -> tuple[np.ndarray, list[str]]:
-  """Leaves out the names that no row has."""
+  """Removes the names that no row has."""
   encoded = ids.compact(pa.DictionaryArray.from_arrays(pa.array(codes), names))
   return np.asarray(encoded.indices).astype(np.int64), encoded.dictionary.to_pylist()
 

@@ -31,7 +31,7 @@ class Thumbnails:
 
     Args:
       folder: the exported folder.
-      index: what `pack` returned.
+      index: the result of `pack`.
 
     Raises:
       InputError: the packed file is missing or has another size.

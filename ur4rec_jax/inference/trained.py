@@ -154,8 +154,8 @@ def encode_catalogue(
 ) -> dict[str, Any]:
   """Encodes the items of a dataset, see `scoring.item_arrays`.
 
-  Items that training has not seen get the vectors of the items most like them where the model knows
-  items by their id alone.
+  If the model embeds items by id alone, items that training has not seen get the mean vector of the
+  most similar items.
 
   Args:
     model: the model.
@@ -271,9 +271,9 @@ class TrainedRecommender(Recommender):
       k: number of items to recommend to each user.
       user: a user of the training data or a list of them, instead of a history.
       preference: what the user likes, in words; used for all users of the call.
-      explain: whether to say why: `because` has the ids of the items of the history with the most
-        influence, `why` names them in a sentence, and `sentence` is what the item's text says that
-        the texts of others do not; see `explanations.explain`. It takes as long as a
+      explain: whether to add reasons: `because` has the ids of the items of the history with the
+        most influence, `why` names them in a sentence, and `sentence` is a passage of the item's
+        text that no item with another text has; see `explanations.explain`. It takes as long as a
         recommendation to as many users as the history has items.
       **options: `only`, `without`, `keep_seen` and `weights` of `Query`.
 
@@ -316,7 +316,7 @@ class TrainedRecommender(Recommender):
     return frame
 
   def _histories(self, history: Any, user: Any) -> tuple[frames.Histories, dict[Any, str]]:
-    """Returns the histories, and why users of the data that were asked for have none."""
+    """Returns the histories, and by name the problems of users who have none."""
     if history is not None and user is not None:
       raise InputError('history and user exclude each other; leave one out')
     if user is not None:
@@ -476,7 +476,7 @@ class TrainedRecommender(Recommender):
     return larger
 
   def evaluate(self) -> dict[str, Any]:
-    """Returns how good the model was at the end of its training.
+    """Returns the metrics of the model at the end of its training.
 
     Returns:
       `test` and `valid` with their metrics, the `protocol`, and the `seed`.
@@ -529,12 +529,12 @@ class TrainedRecommender(Recommender):
 
   @property
   def compares_ranks(self) -> bool:
-    """Whether scores are made of ranks among all items, and are no sums."""
+    """Whether scores are made of ranks among all items and are not sums of branch scores."""
     return not self.model.is_sum
 
   @functools.cached_property
   def passages(self) -> list[list[str]]:
-    """What the text of each item says that those of others do not; see `passages.distinctive`."""
+    """Distinctive passages of each item's text, see `passages.distinctive`."""
     texts = [[] for _ in self.item_ids]
     features = self.dataset.features.get(TEXT)
     if features is not None and not features.is_shuffled:

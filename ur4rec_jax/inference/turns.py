@@ -19,8 +19,8 @@ class Turns:
     # By client, in the order in which they came.
     self._waiting: dict[Hashable, collections.deque[asyncio.Future]] = {}
     self._reading: set[Hashable] = set()  # Clients whose turn it is.
-    # Seconds used by each client that is here. Who comes begins where the latest turn began, so
-    # that being away earns nothing.
+    # Seconds used by each client that has a request here. A client that arrives starts with the
+    # seconds of the latest turn's client, so that being away earns nothing.
     self._used: dict[Hashable, float] = {}
     self._latest = 0.0
     self._is_scheduled = False
@@ -61,8 +61,8 @@ class Turns:
       del self._used[client]
 
   def _schedule(self) -> None:
-    # One turn an iteration of the event loop: in between, what has just arrived gets in line. A
-    # turn that waits for something else than the loop holds up its own client alone.
+    # One turn per iteration of the event loop, so that requests that have just arrived can queue in
+    # between. A turn that waits for something else than the loop delays only its own client.
     if not self._is_scheduled:
       self._is_scheduled = True
       asyncio.get_running_loop().call_soon(self._give_next)
@@ -102,7 +102,7 @@ class Turn:
     self.end()
 
   def end(self) -> None:
-    """Lets the next request be read; for a request that waits for its batch or is answered."""
+    """Lets the next request be read, once this one waits for its batch or is answered."""
     if self._start is not None:
       self._turns.end(self._client, time.perf_counter() - self._start)
       self._start = None

@@ -1,7 +1,7 @@
 """Writes item and user vectors whose inner products are the scores, for vector search elsewhere.
 
 faiss, usearch, pgvector and other programs find the items with the largest inner products. Vectors
-of several branches are put one after the other, because the score is the sum of their products.
+of several branches are concatenated, because the score is the sum of their products.
 """
 
 import os

@@ -1,7 +1,8 @@
 """Attention: which keys a query may attend to, and the fastest way on each kind of device.
 
-`masked_attention` is the definition. `self_attention` and `cross_attention` compute the same in
-causal blocks on CPU, by cuDNN on GPU, and in one kernel on TPU (`attention_kernel.py`).
+`masked_attention` is the definition. `self_attention` and `cross_attention` compute the same with
+cuDNN on GPU where it can be used, and in one kernel on TPU (`attention_kernel.py`). On CPU,
+self-attention is computed in causal blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,18 +15,18 @@ from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.sharding import devices
 
 Array = jax.Array
-QUERY_BLOCK = 64  # Queries in a block on CPU, compared only with keys up to the last of them.
+QUERY_BLOCK = 64  # Queries per block on CPU. A block skips the keys after its last query.
 
 
 class Visible(NamedTuple):
-  """Says which queries may attend to each key: those at positions from `since` to before `until`.
+  """A mask in compact form: a key is visible to queries at positions `since` to `until - 1`.
 
-  Two numbers a key stand for every mask of this project, so that none is kept in memory: causal
+  Two numbers per key express every mask of this project, so no full mask is kept in memory: causal
   within a segment, without items that lack a modality, or a user's text for the user's positions.
 
   Attributes:
     since: `[batch, keys]` int32.
-    until: `[batch, keys]` int32; no query attends to a key whose `until` is not above `since`.
+    until: `[batch, keys]` int32; a key with `until <= since` is visible to no query.
   """
 
   since: Array
@@ -54,7 +55,7 @@ class Visible(NamedTuple):
 def visible_history(segment_ids: Array, window: int = 0) -> Visible:
   """Lets each position attend to itself and to earlier positions of its segment.
 
-  Padding may attend to padding, so that every query sees a key. Nothing reads the result.
+  Padding attends to padding, so that every query sees a key. These outputs are never used.
 
   Args:
     segment_ids: `[batch, length]`, equal along one user's contiguous tokens, 0 for padding.
@@ -86,11 +87,11 @@ def self_attention(
   """Lets the tokens of each history attend to themselves and to earlier ones.
 
   Args:
-    query_key_value: `[batch * length, 3 * dim]`, side by side.
+    query_key_value: `[batch * length, 3 * dim]`, queries, keys and values side by side.
     visible: `[batch, length]`; each query sees itself, and no key that comes after it.
     num_heads: attention heads; divides `dim`.
-    window: most positions that a query sees according to `visible`; 0 for no limit. On CPU, scores
-      outside of it are not computed.
+    window: most positions that a query sees according to `visible`; 0 for no limit. On CPU, most
+      scores outside the window are not computed.
 
   Returns:
     `[batch * length, dim]`.
@@ -119,9 +120,9 @@ def cross_attention(
   Args:
     tokens: by modality `[batch * length, 3 * dim]`, queries, keys and values side by side.
     memory: by name `[batch * length, 2 * dim]`, keys and values side by side.
-    visible: by modality and name of memory, `[batch, length]`.
+    visible: by name, for `tokens` and `memory`, `[batch, length]`.
     num_heads: attention heads; divides `dim`.
-    query_positions: `[batch, queries]`, the queries of each modality to mix for; None for all.
+    query_positions: `[batch, queries]`, the query positions to compute; None for all.
 
   Returns:
     By modality `[batch * queries, dim]`, finite but meaningless for a query that sees nothing.
@@ -157,11 +158,13 @@ def cross_attention(
 def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
   """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-  The division by the total follows the product with the values. On CPU this halves the time of the
+  The weights are normalised after the product with the values. On CPU this halves the time of the
   forward pass, because normalised weights are never written to memory.
 
   Args:
-    query: `[batch, queries, heads, width]`; `key` and `value` alike with their own length.
+    query: `[batch, queries, heads, width]`.
+    key: `[batch, keys, heads, width]`.
+    value: `[batch, keys, heads, width]`.
     mask: `[batch, queries, keys]`, True where query i may attend to key j.
 
   Returns:
@@ -182,11 +185,13 @@ def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
 def causal_attention(
   query: Array, key: Array, value: Array, visible: Visible, window: int = 0
 ) -> Array:
-  """Computes `masked_attention` where no query sees a later key, without most masked scores.
+  """Computes `masked_attention` for a causal mask, and skips most of the masked scores.
 
   Args:
-    query: `[batch, length, heads, width]`; `key` and `value` alike.
-    visible: `[batch, length]`.
+    query: `[batch, length, heads, width]`.
+    key: `[batch, length, heads, width]`.
+    value: `[batch, length, heads, width]`.
+    visible: `[batch, length]`; no query sees a later key.
     window: see `self_attention`.
   """
   length = query.shape[1]
@@ -209,7 +214,7 @@ def causal_attention(
 
 
 def _has_kernel(*visible: Visible) -> bool:
-  """Whether the TPU kernel takes these histories; exported programs take any length and device."""
+  """Whether the TPU kernel can run; not in exported programs, whose lengths are symbolic."""
   sizes = [size for x in visible for size in x.since.shape]
   return devices.platform() == 'tpu' and all(isinstance(size, int) for size in sizes)
 
@@ -220,7 +225,7 @@ def _in_kernel(
   reads: tuple[tuple[int, ...], ...],
   num_heads: int,
 ) -> list[Array]:
-  from ur4rec_jax.models import attention_kernel  # Here, because importing Pallas takes a second.
+  from ur4rec_jax.models import attention_kernel  # Importing Pallas takes a second.
 
   mix = attention_kernel.Mix(
     reads, tuple(x.since.shape[1] for x in visible), sources[0].shape[1] // 3, num_heads
@@ -229,7 +234,7 @@ def _in_kernel(
 
 
 def _has_cudnn(query: Array, key: Array) -> bool:
-  """Whether cuDNN's fused attention takes these shapes with a mask."""
+  """Whether cuDNN's fused attention supports these shapes with a mask."""
   lengths = query.shape[1], key.shape[1]
   return (
     devices.platform() == 'gpu'

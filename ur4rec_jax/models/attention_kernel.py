@@ -1,4 +1,4 @@
-"""Attention in one TPU kernel, which keeps the scores of a few histories in the chip's fast memory.
+"""Attention in one TPU kernel, which keeps the scores of a few histories in fast memory (VMEM).
 
 XLA writes the scores `[batch, heads, queries, keys]` to memory and turns queries, keys and values
 from `[tokens, heads, width]` into `[heads, tokens, width]` and back. This kernel reads the output
@@ -21,12 +21,12 @@ _SUBLANES = 8  # The number of tokens in a block must be a multiple of this.
 _WANTED_TOKENS = 128  # Short histories share a block, because the chip multiplies 128 x 128 values.
 _MOST_TOKENS = 512
 _QUERIES = 256  # Queries whose scores are in fast memory at once.
-FAST_MEMORY = 64 * 2**20  # Bytes; what the smallest of the TPUs since v5e has.
+FAST_MEMORY = 64 * 2**20  # Bytes of VMEM; no TPU since v5e has less.
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
 class Mix(NamedTuple):
-  """What the kernel computes.
+  """The sources of one attention call, and which source attends to which.
 
   A source is an array `[batch * length, parts * dim]`: queries, keys and values side by side, or
   only keys and values. The sources with queries come first.
@@ -52,8 +52,8 @@ def fused_attention(mix: Mix, visible: Sequence[Array], sources: Sequence[Array]
 
   Args:
     mix: which source attends to which.
-    visible: for each source `[batch, 2, length]` int32: its keys may be attended to by the queries
-      at positions from the first to before the second number.
+    visible: for each source `[batch, 2, length]` int32, `since` and `until` of its keys, see
+      `attention.Visible`.
     sources: `[batch * length, parts * dim]` each.
 
   Returns:
@@ -92,7 +92,7 @@ def _rows_in_block(batch: int, lengths: Sequence[int]) -> int:
 
 
 def _in_blocks(mix: Mix, visible, sources, cotangents=()):
-  """Adds rows until blocks are full, and counts positions from the start of a block."""
+  """Pads arrays to whole blocks, and shifts `visible` to positions counted from a block's start."""
   batch = visible[0].shape[0]
   rows = _rows_in_block(batch, mix.lengths)
   missing = -batch % rows
@@ -197,7 +197,7 @@ def _backward_kernel(mix: Mix, *refs) -> None:
 
 
 def _groups(refs: Sequence, *sizes: int) -> Iterator[Sequence]:
-  """Splits `refs` into groups of these sizes and the rest."""
+  """Yields `refs` in groups of these sizes, then the remaining ones."""
   for size in sizes:
     yield refs[:size]
     refs = refs[size:]
@@ -221,7 +221,7 @@ def _for_queries(tokens: int, function) -> None:
 def _heads(
   mix: Mix, visible, sources, index: int, rows
 ) -> Iterator[tuple[list[slice], Array, list[_Read]]]:
-  """Yields for each head its columns in all parts, its queries, and what they may attend to."""
+  """Yields for each head its columns in all parts, its queries, and the sources they attend to."""
   positions = rows.start + jax.lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0)
   masks = {
     i: (visible[i][0, 0:1] <= positions) & (positions < visible[i][0, 1:2])

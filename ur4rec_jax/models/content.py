@@ -33,7 +33,7 @@ class Content(NamedTuple):
 
 
 class EncodedItems(NamedTuple):
-  """All items as one branch encodes them, once for all users.
+  """All items, encoded by one branch once for all users.
 
   Attributes:
     vectors: `[items + 1, dim]`, row 0 for padding. A score is the inner product of a user's vector
@@ -128,7 +128,7 @@ class ContentTower(nn.Module):
         tokens = block(tokens, visible, deterministic=deterministic)
     pool = lambda name: AttentionPool(self.pooled_vectors, self.dtype, name=f'{name}_attention')
     pooled = {name: pool(name)(tokens[name], masks[name]) for name in names}
-    # As small as the item embeddings to which these vectors may be added.
+    # These vectors may be added to item embeddings, so they start at the same scale.
     small = nn.initializers.normal(0.02)
     vectors = jnp.stack(
       [

@@ -45,9 +45,9 @@ class CrossModalBlock(nn.Module):
 
     Args:
       tokens: by modality, `[rows, tokens, dim]`; the number of tokens may differ.
-      visible: by modality, also those in `memory`: which queries of other modalities may attend to
-        its tokens, `[rows, tokens]`.
-      memory: tokens of the same form, which are attended to and do not change.
+      visible: by name, for `tokens` and `memory`, `[rows, tokens]`: which queries of other
+        modalities may attend to each token.
+      memory: by name, `[rows, tokens, dim]` tokens that are attended to and do not change.
       deterministic: False applies dropout, with the `dropout` key.
       query_positions: `[rows, queries]`, the tokens of each modality to return; None for all.
     """

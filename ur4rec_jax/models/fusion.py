@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 MODALITY_FUSIONS = ('add', 'concat', 'gated')
-# The first are weighted sums of scores; the others need the ranking of each branch.
+# Weighted sums of scores; the other fusions need the ranking of each branch.
 SUMS = ('weighted', 'learned', 'adaptive')
 BRANCH_FUSIONS = (*SUMS, 'rank', 'cascade')
 CALIBRATIONS = ('standardise', 'log_probability')
@@ -32,7 +32,7 @@ class ModalityFusion(nn.Module):
       for missing ones; `gated` averages them with weights that are computed from all of them and
       sum to 1 over those present (Arevalo et al., Gated Multimodal Units, 2017, here with a softmax
       for any number of modalities).
-    names: of the modalities. If there are several, their mean weights go to the collection `gates`.
+    names: names of the modalities. The mean weights of several go to the collection `gates`.
     dtype: computation type; gates are float32.
   """
 
@@ -71,8 +71,8 @@ def modality_parts(kind: str, params: Mapping, vectors: Array, present: Array) -
   The bias of `concat` belongs to no modality, so it is divided equally among those present.
 
   Args:
-    kind: of the `ModalityFusion`.
-    params: its parameters; empty for `add`.
+    kind: kind of the `ModalityFusion`.
+    params: parameters of the `ModalityFusion`; empty for `add`.
     vectors: `[rows, modalities, dim]`.
     present: `[rows, modalities]` bool.
 
@@ -121,7 +121,7 @@ def standard_deviation(users: Array, covariance: Array) -> Array:
 
   Args:
     users: `[..., dim]`.
-    covariance: `[dim, dim]` of the items.
+    covariance: `[dim, dim]` of the item vectors.
 
   Returns:
     `[..., 1]` float32.
@@ -143,12 +143,13 @@ class BranchFusion(nn.Module):
       or `cascade`, where the second branch orders the best items of the first.
     branches: names of the branches.
     weights: a constant for each branch, from which `learned` and `adaptive` start.
-    calibration: of sums. `standardise` divides scores by the user's standard deviation over the
-      catalogue. `log_probability` takes scores as they are, which is right if each branch was
-      trained by cross-entropy: the sum is then a product of experts (Hinton 2002).
+    calibration: how scores are made comparable before they are summed. `standardise` divides them
+      by the user's standard deviation over the catalogue. `log_probability` takes scores as they
+      are, which is right if each branch was trained by cross-entropy: the sum is then a product of
+      experts (Hinton 2002).
     hidden_dim: width of the network of `adaptive`.
-    rank_constant: of `rank`.
-    cascade_size: of `cascade`: how many of the first branch's best items.
+    rank_constant: constant of `rank`, see `reciprocal_rank`.
+    cascade_size: number of the first branch's best items that `cascade` reorders.
   """
 
   kind: str
@@ -167,7 +168,7 @@ class BranchFusion(nn.Module):
 
     Args:
       users: by branch, `[..., width]`.
-      covariances: by branch, `[width, width]` of the items' vectors; for `standardise`.
+      covariances: by branch, `[width, width]` of the item vectors; only `standardise` reads them.
 
     Returns:
       By branch `[..., 1]` or `[1]` float32.
@@ -225,7 +226,7 @@ class BranchFusion(nn.Module):
 
     Args:
       users: by branch, `[..., width]`.
-      covariances: of the items.
+      covariances: by branch, `[width, width]` of the item vectors.
     """
     weights = self.branch_weights(users, covariances)
     return {

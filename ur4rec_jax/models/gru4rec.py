@@ -1,7 +1,7 @@
 """GRU4Rec: session-based recommendations with recurrent networks (Hidasi et al., ICLR 2016).
 
 The branch `sasrec` becomes GRU4Rec with `sasrec.block=gru`: item embeddings, losses and ranking
-stay, and this block takes the place of the transformer's.
+stay, and this block replaces the transformer block.
 """
 
 import flax.linen as nn
@@ -48,7 +48,7 @@ class GRUBlock(nn.Module):
       `[batch * length, dim]` or `[batch * queries, dim]` states.
     """
     batch, dim = segment_ids.shape[0], self.dim
-    # The products with the inputs do not depend on the states, so one product makes them all.
+    # Products with the inputs do not depend on the states, so one matrix product computes them all.
     gates = nn.Dense(3 * dim, dtype=self.dtype, name='input')(x).reshape(batch, -1, 3 * dim)
     kernel = self.param('kernel', nn.initializers.orthogonal(), (dim, 3 * dim))
     bias = self.param('bias', nn.initializers.zeros, (dim,))
@@ -58,9 +58,10 @@ class GRUBlock(nn.Module):
     def step(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
       gate, is_first = inputs
       state = jnp.where(is_first[:, None], 0, state)
-      of_input, of_state = jnp.split(gate, 3, axis=-1), jnp.split(state @ kernel, 3, axis=-1)
-      reset, update = (nn.sigmoid(a + b) for a, b in zip(of_input[:2], of_state[:2], strict=True))
-      candidate = jnp.tanh(of_input[2] + reset * (of_state[2] + bias))
+      from_input, from_state = jnp.split(gate, 3, axis=-1), jnp.split(state @ kernel, 3, axis=-1)
+      gate_inputs = zip(from_input[:2], from_state[:2], strict=True)
+      reset, update = (nn.sigmoid(a + b) for a, b in gate_inputs)
+      candidate = jnp.tanh(from_input[2] + reset * (from_state[2] + bias))
       state = (1 - update) * candidate + update * state
       return state, state
 

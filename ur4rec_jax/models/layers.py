@@ -46,7 +46,7 @@ class TokenProjection(nn.Module):
 
 
 class Dropout(nn.Module):
-  """Dropout (Srivastava et al. 2014) with 8 random bits a value instead of 32 as in `nn.Dropout`.
+  """Dropout (Srivastava et al. 2014) with 8 random bits per value; `nn.Dropout` draws 32.
 
   Attributes:
     rate: share of values set to zero, to the nearest 1/256.
@@ -68,12 +68,13 @@ class Dropout(nn.Module):
 
 
 def _keep(key: Array, shape: tuple[int, ...], dropped: int) -> Array:
-  """Returns `shape` bool, False with probability `dropped` / 256; a random word decides on four."""
+  """Returns `shape` bool, False with probability `dropped` / 256; one word decides four values."""
   if devices.platform() == 'cpu':
     words = jax.random.bits(key, (-(-math.prod(shape) // 4),), jnp.uint32)
     draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)
     return draws[: math.prod(shape)].reshape(shape) >= dropped
-  # A word as four neighbours would be moved through memory by TPUs, whose tiles are 8 x 128 values.
+  # A TPU stores arrays in tiles of 8 x 128 values. Four neighbours from one word would have to be
+  # moved between tiles, so the four bytes of a word go to four different parts of the array.
   words = jax.random.bits(key, (-(-shape[0] // 4), *shape[1:]), jnp.uint32)
   parts = [(words >> shift & 255) >= dropped for shift in (0, 8, 16, 24)]
   return jnp.concatenate(parts)[: shape[0]]

@@ -1,4 +1,4 @@
-"""The multimodal preference retriever: compares what a user likes with what items are about."""
+"""The multimodal preference retriever: compares users' preferences with the content of items."""
 
 import math
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class Retriever(nn.Module):
     dim: width of user and item vectors.
     query: the tower that reads the user's tokens: `user` for `UserTower`, `proxies` for
       `ProxyTower`.
-    num_blocks: transformer blocks; `UserTower` has so many for each modality.
+    num_blocks: transformer blocks, in `UserTower` for each modality.
     num_heads: attention heads; divides `dim`.
     ffn_dim: width of the hidden feed-forward layer.
     dropout: rate on history tokens and inside the blocks.
@@ -111,15 +111,15 @@ class Retriever(nn.Module):
       item_ids: `[batch, length]` int32, oldest first, 0 where there is no item.
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: tokens of the users' own texts, or None.
-      backbone: `[batch, length, width]` states of the sequence branch, which `ProxyTower` reads; of
-        `query_positions` alone, if they are given.
+      backbone: `[batch, length, width]` states of the sequence branch, which `ProxyTower` reads;
+        `[batch, queries, width]` with `query_positions`.
       deterministic: False applies dropout, with the `dropout` key.
       query_positions: `[batch, queries]` positions to encode, or None for all. The last layers
         compute nothing for the others.
 
     Returns:
       `[batch, length, dim]`, whose inner product with an item's vector is the score, in nats; and
-      what each proxy retrieved, `[batch, length, proxies, dim]`, or None without proxies.
+      the vectors that the proxies retrieved, `[batch, length, proxies, dim]`, None without proxies.
     """
     content = items.content
     if self.item_id:

@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, h: Array, visible: Visible, query_positions: Array | None = None) -> Array:
-    """Mixes `h` `[batch * length, dim]`, of which each token sees the `visible` ones.
+    """Lets each token of `h` `[batch * length, dim]` attend to the `visible` tokens.
 
     Returns:
       `[batch * length, dim]`, or `[batch * queries, dim]` for `query_positions` `[batch, queries]`.
@@ -123,10 +123,11 @@ class Attention(nn.Module):
 
 
 class CausalFilter(nn.Module):
-  """Adds up the newest items of each history with a learned weight for each distance and channel.
+  """Sums the newest items of each history with a learned weight for each distance and channel.
 
-  A causal convolution by channel. It learns which frequencies of a history matter, as the filters
-  of BSARec do (Shin et al., AAAI 2024, eq. 6), which read the whole sequence and are not causal.
+  This is a causal depthwise convolution. It learns which frequencies of a history matter, as the
+  filters of BSARec do (Shin et al., AAAI 2024, eq. 6). Theirs read the whole sequence and are not
+  causal.
 
   Attributes:
     width: number of items that a position sees, itself included.
@@ -138,8 +139,8 @@ class CausalFilter(nn.Module):
 
   @nn.compact
   def __call__(self, h: Array, visible: Visible) -> Array:
-    """Filters `h` `[batch * length, dim]`, of which each token sees the `visible` ones."""
-    # Zeros, so that a block begins as attention alone.
+    """Filters `h` `[batch * length, dim]`; each token sees only the `visible` tokens."""
+    # The kernel starts at zero, so that a block starts as attention alone.
     kernel = self.param('kernel', nn.initializers.zeros, (self.width, h.shape[1]))
     h, kernel = promote_dtype(h, kernel, dtype=self.dtype)
     until = visible.until
@@ -187,7 +188,7 @@ class Block(nn.Module):
   def __call__(
     self, x: Array, visible: Visible, *, deterministic: bool, query_positions: Array | None = None
   ) -> Array:
-    """Maps tokens `x` `[batch * length, dim]`, which attend to the `visible` `[batch, length]`.
+    """Transforms tokens `x` `[batch * length, dim]`; `visible` is `[batch, length]`.
 
     With `query_positions` `[batch, queries]`, returns those positions: `[batch * queries, dim]`.
     """
@@ -237,16 +238,17 @@ class SASRec(nn.Module):
     dropout: rate on embeddings and inside the blocks.
     block: one of `BLOCKS`; recurrent layers use neither heads, feed-forward network nor window.
     norm: `pre` or `post` normalisation.
-    activation: of the feed-forward network, one of `ACTIVATIONS`; `swiglu` has a gate (Shazeer
-      2020).
+    activation: activation of the feed-forward network, one of `ACTIVATIONS`; `swiglu` has a gate
+      (Shazeer 2020).
     positions: `absolute` adds an embedding of the distance from the end of the history; `rotary`
       rotates queries and keys; one of `POSITIONS`.
     window: most items that a position attends to, itself included; 0 for all.
-    filter_width: items that the filter beside attention adds up, see `CausalFilter`; 0 for none.
+    filter_width: items that the filter beside attention sums, see `CausalFilter`; 0 for none.
     input_norm: whether the sum of item and position embedding is normalised.
     item_input: one of `ITEM_INPUTS`.
     item_scale: root mean square of the table at the start.
-    whitening: of the initial table with `id_from_content`, see `initial_item_embeddings`.
+    whitening: how the initial table of `id_from_content` is whitened, see
+      `initial_item_embeddings`.
     content: makes vectors of width `dim` from features; None unless `item_input` is one of
       `OF_CONTENT`.
     dtype: computation type; parameters and reductions stay float32.
@@ -288,7 +290,7 @@ class SASRec(nn.Module):
 
   @property
   def has_item_table(self) -> bool:
-    """Whether it has a table with a row for each item."""
+    """Whether the branch has an embedding table with a row for each item."""
     return self.item_input != 'content'
 
   def encode_items(
@@ -363,8 +365,8 @@ def _transformer_block(branch: SASRec) -> nn.Module:
   )
 
 
-# What reads a history, by name: functions of the branch that make one layer, a module with the call
-# of `gru4rec.GRUBlock`. Extensions may add some.
+# The kinds of layers that encode a history, by name. A function makes one layer for a branch: a
+# module that is called like `gru4rec.GRUBlock`. Extensions may add entries.
 BLOCKS: dict[str, Callable[[SASRec], nn.Module]] = {
   'transformer': _transformer_block,
   'gru': lambda branch: GRUBlock(branch.dim, branch.dropout, branch.dtype),

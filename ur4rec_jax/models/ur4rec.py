@@ -23,20 +23,20 @@ TEMPERED = ('info_nce', 'contrast', 'same_target')  # Losses that share a learne
 
 
 class Encoded(NamedTuple):
-  """What losses read: users and items of each branch and of their fusion; products are scores.
+  """The model's output in training: vectors whose inner products are scores, and loss parameters.
 
   Attributes:
-    users: by branch, `[batch, length, width]`.
-    items: by branch, `[items, width]`, row i of item i + 1.
+    users: by branch and for `fused`, `[batch, length, width]`.
+    items: by branch and for `fused`, `[items, width]`; row i belongs to item i + 1.
     own_items: by branch `[rows, width]`, this device's rows of sharded item vectors, for a loss
-      over the whole catalogue; `items` then has only the items that the step reads. None elsewhere.
-    content: of the items, from the retriever if there is one; None without features.
-    retrieved: `[batch, length, proxies, dim]`, what each proxy of the retriever found; None without
-      proxies.
-    log_temperature: `[]`, of the losses `info_nce` and `contrast`.
+      over the whole catalogue; `items` then has only the items that the step reads. None otherwise.
+    content: content of the items, from the retriever if there is one; None without features.
+    retrieved: `[batch, length, proxies, dim]`, the vectors that the retriever's proxies retrieved;
+      None without proxies.
+    log_temperature: `[]`, shared by the losses in `TEMPERED`.
     matching_scale: `[]`, factor that turns scores into logits of the loss `matching`.
     matching_bias: `[]`, added to these logits.
-    log_variances: by loss, `[]`, of uncertainty weighting.
+    log_variances: by loss, `[]`, the parameters of uncertainty weighting.
   """
 
   users: dict[str, Array]
@@ -59,7 +59,7 @@ class UR4Rec(nn.Module):
     fusion: joins their scores; None if there is one branch.
     losses: weight of each loss in training; some losses have parameters.
     uncertainty_weighting: whether the weights are learned, starting from these.
-    temperature: initial value of the learned temperature of `info_nce` and `contrast`.
+    temperature: initial value of the learned temperature of the losses in `TEMPERED`.
   """
 
   sasrec: SASRec | None = None
@@ -107,7 +107,12 @@ class UR4Rec(nn.Module):
   def encode_items(
     self, features: Mapping[str, TokenTable], *, deterministic: bool = True
   ) -> dict[str, EncodedItems]:
-    """Encodes all items in each branch, once for all users; features as `ContentTower` reads."""
+    """Encodes all items in each branch, once for all users.
+
+    Args:
+      features: by modality, tables with `items + 1` rows.
+      deterministic: False applies dropout, with the `dropout` key.
+    """
     return {
       name: branch.encode_items(features, deterministic=deterministic)
       for name, branch in self.branches.items()
@@ -144,7 +149,7 @@ class UR4Rec(nn.Module):
   def _encode_users(
     self, items, item_ids, segment_ids, preferences, deterministic, query_positions=None
   ) -> tuple[dict[str, Array], Array | None]:
-    """Returns `encode_users`, and what the retriever's proxies found."""
+    """Returns the result of `encode_users`, and the vectors that the proxies retrieved."""
     users, retrieved = {}, None
     if self.sasrec is not None:
       users['sasrec'] = self.sasrec.encode_users(
@@ -184,8 +189,8 @@ class UR4Rec(nn.Module):
       segment_ids: `[batch, length]` int32, see `sasrec`.
       preferences: tokens of the users' own texts, or None.
       deterministic: False applies dropout, with the `dropout` key.
-      lookup: if this device encodes only its own rows of sharded items, selects from an array
-        `[rows, ...]` those that histories and losses number; the same on all devices.
+      lookup: None unless this device encodes only its own rows of sharded items. Then it takes an
+        array `[rows, ...]` of these and returns the rows that `item_ids` and the losses index.
     """
     sides = self.encode_items(features, deterministic=deterministic)
     own_items = None
@@ -212,7 +217,7 @@ class UR4Rec(nn.Module):
     )
 
   def covariances(self, items: Mapping[str, EncodedItems]) -> dict[str, Array]:
-    """Returns what `scaled_users` needs of all items, by branch; {} unless branches are summed."""
+    """Returns the covariances that `scaled_users` needs, by branch; {} if it needs none."""
     if self.fusion is None or not self.is_sum:
       return {}
     return self.fusion.covariances(_vectors(items))

@@ -1,4 +1,4 @@
-"""Encodes what a user likes, from the content of the history and the user's own texts."""
+"""Encodes a user's preferences from the content of the history and the user's own texts."""
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ class HistoryTokens(nn.Module):
   def __call__(
     self, content: Content, item_ids: Array, segment_ids: Array, *, deterministic: bool
   ) -> tuple[dict[str, Array], dict[str, Visible]]:
-    """Returns tokens `[batch, length, dim]` and who may attend to them, by modality.
+    """Returns by modality tokens `[batch, length, dim]` and which positions may attend to them.
 
     No position attends to an item without the modality.
     """
@@ -91,7 +91,7 @@ class UserTower(nn.Module):
 
   A causal transformer reads each modality. Then the modalities attend to each other and to the
   user's texts, and each position's vectors are joined into one. The text tokens never attend to the
-  history: they would carry its end back to its beginning.
+  history, because they would leak its later items to earlier positions.
 
   Attributes: see `Retriever`.
   """
@@ -119,7 +119,7 @@ class UserTower(nn.Module):
     deterministic: bool,
     query_positions: Array | None = None,
   ) -> tuple[Array, None]:
-    """Returns `[batch, length, dim]`, and None; arguments as `Retriever.encode_users`."""
+    """Returns `[batch, length, dim]`, and None; arguments as in `Retriever.encode_users`."""
     del backbone  # Only `ProxyTower` reads it.
     history = HistoryTokens(self.max_length, self.dim, self.dropout, self.dtype, name='history')
     states, visible = history(content, item_ids, segment_ids, deterministic=deterministic)
@@ -217,7 +217,7 @@ class ProxyBlock(nn.Module):
 
 
 class ProxyTower(nn.Module):
-  """Queries the user's tokens with learned proxies and the sequence branch's state, as UR4Rec does.
+  """Queries the user's tokens with learned proxies and the sequence branch's state (UR4Rec).
 
   K proxy tokens and one token made from the state attend to each other, then to the content of the
   history and the user's own texts, then pass a feed-forward network (Zhang, Zhu & Dou, COLING 2025,
@@ -248,9 +248,11 @@ class ProxyTower(nn.Module):
     deterministic: bool,
     query_positions: Array | None = None,
   ) -> tuple[Array, Array]:
-    """Returns `[batch, length, dim]`, and what each proxy found, `[batch, length, proxies, dim]`.
+    """Encodes every prefix; arguments as in `Retriever.encode_users`.
 
-    Arguments as `Retriever.encode_users`.
+    Returns:
+      `[batch, length, dim]`, and the vector that each proxy retrieved, `[batch, length, proxies,
+      dim]`.
     """
     batch, length = backbone.shape[:2]
     dense = lambda width, name: nn.Dense(width, dtype=self.dtype, name=name)
@@ -266,7 +268,7 @@ class ProxyTower(nn.Module):
     queries = length if query_positions is None else query_positions
     visible = [x.mask(queries) for x in [*visible.values(), *texts[1].values()]]
     num_queries = self.num_proxies + 1
-    # Every query of a position may attend to what the position may attend to.
+    # All queries of a position see the tokens that the position sees.
     visible = jnp.repeat(jnp.concatenate(visible, axis=2), num_queries, axis=1)
 
     proxies = self.param('proxies', nn.initializers.normal(0.02), (self.num_proxies, self.dim))

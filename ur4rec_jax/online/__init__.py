@@ -1,1 +1,1 @@
-"""What happens around a model that serves: events, what was shown, experiments."""
+"""Events and exposures of a served model, experiments on it, and its updates."""

@@ -17,14 +17,14 @@ _MOST_IN_TWO_ARMS = 0.01
 
 
 class Measured(NamedTuple):
-  """What the metrics are for each user, in the order of the first exposures.
+  """The values of the metrics for each user, in the order of the first exposures.
 
   Attributes:
     arm: `[users]` number of the arm.
     start: `[users]` time of the first exposure, seconds since 1970.
     values: for each metric `[users, 3]`: numerator, denominator, covariate.
     unfinished: number of users whose window has not ended, who are left out.
-    warnings: what may be wrong.
+    warnings: possible faults of the logs.
   """
 
   arm: np.ndarray
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
     Args:
       level: accepted probability of a false alarm.
-      is_over: whether the planned users are there, so that the fixed horizon counts.
+      is_over: whether all planned users have finished, so that the fixed horizon decides.
     """
     p = self.fixed.p if is_over else float(self.looks.p[-1])
     if p is None or p >= level:
@@ -69,7 +69,7 @@ class Result(NamedTuple):
     share_p: p value of the numbers of users by arm.
     rows: one for each metric and each arm but the control.
     stopped: reason for each arm that the guard stops.
-    warnings: what may be wrong.
+    warnings: possible faults of the logs or the experiment.
     starts: sorted times of first exposures by arm, for the plot.
   """
 
@@ -210,7 +210,7 @@ def analyze(experiment: Experiment, logs: Logs) -> Result:
   """Compares each arm with the control in each metric.
 
   Raises:
-    InputError: an arm has fewer than two finished users, or something that `measure` refuses.
+    InputError: an arm has fewer than two finished users, or `measure` refuses the logs.
   """
   measured = measure(experiment, logs)
   arms = experiment.arms
@@ -297,7 +297,7 @@ def _compared(
 def _looks(
   experiment: Experiment, measured: Measured, metric: Metric, arm: int, level: float
 ) -> Sequential:
-  """Compares an arm with the control after each hundredth of the users."""
+  """Compares an arm with the control after each of `LOOKS` equal parts of the users."""
   of_both = measured.arm[(measured.arm == 0) | (measured.arm == arm)]
   ends = np.unique(np.linspace(0, len(of_both), LOOKS + 1)[1:].astype(int))
   of_arm = np.concatenate([[0], np.cumsum(of_both == arm)])[ends]
@@ -317,20 +317,20 @@ def power(
   wanted: float,
   daily_users: float | None = None,
 ) -> list[dict[str, Any]]:
-  """Says for each metric and effect how many users and days the experiment needs.
+  """Computes for each metric and effect how many users and days the experiment needs.
 
   Args:
     experiment: the experiment; its first two arms are compared.
     logs: what users did without the change; arms are ignored.
     effects: relative differences, such as 0.05.
     wanted: probability of finding the effect.
-    daily_users: new users a day in the experiment; None takes that of the logs.
+    daily_users: new users per day in the experiment; None takes the rate of the logs.
 
   Returns:
     Records with `metric`, `value`, `effect`, `users` (in all arms), `users_always_valid`, `days`.
 
   Raises:
-    InputError: too few users, or something that `measure` refuses.
+    InputError: too few users, or `measure` refuses the logs.
   """
   shown = logs.exposures
   everyone = logs._replace(exposures=shown._replace(arm=np.zeros_like(shown.arm)))

@@ -1,4 +1,4 @@
-"""What users do with items, and what they were shown. Needs only the standard library."""
+"""Events and exposures: actions of users, and the items they were shown. Standard library only."""
 
 import enum
 import hashlib
@@ -12,10 +12,9 @@ from ur4rec_jax.errors import InputError
 
 KINDS = ('view', 'click', 'cart', 'buy', 'rating', 'skip')
 CLICK = 'click'
-MOST_CHARACTERS = 256  # In an id.
-MOST_EVENTS = 1000  # In a request.
-# Clocks of senders may be ahead of this machine's by so much.
-FUTURE_SECONDS = 300
+MOST_CHARACTERS = 256  # Limit for an id.
+MOST_EVENTS = 1000  # Limit for a request.
+FUTURE_SECONDS = 300  # Clocks of senders may be ahead of this machine's clock by this much.
 _CONTROLS = re.compile(r'[\x00-\x1f\x7f]')
 _OTHER_UNIT = 1e11  # Seconds since 1970 beyond this are milliseconds or smaller.
 
@@ -57,7 +56,7 @@ class Shown(NamedTuple):
 
 
 class Exposure(NamedTuple):
-  """What the service showed in one answer.
+  """The items that the service showed in one answer.
 
   Attributes:
     request_id: the id in the answer.
@@ -77,7 +76,7 @@ class Exposure(NamedTuple):
 
 
 class Outcome(enum.Enum):
-  """What became of an event: stored, stored earlier, or of a user who was deleted after it."""
+  """The outcome for an event: stored, stored earlier, or from before its user was deleted."""
 
   NEW = 'accepted'
   DUPLICATE = 'duplicates'
@@ -85,11 +84,11 @@ class Outcome(enum.Enum):
 
 
 class History(NamedTuple):
-  """What the store knows of a user.
+  """The latest events of a user in the store.
 
   Attributes:
-    items: items of the user's latest events, the oldest first.
-    times: when, in seconds since 1970.
+    items: items of the events, the oldest first.
+    times: times of the events, in seconds since 1970.
     is_deleted: whether the user was deleted once, so that older copies must not be used either.
   """
 
@@ -99,7 +98,7 @@ class History(NamedTuple):
 
 
 def user_hash(user: str) -> str:
-  """Returns the name under which a deleted user is remembered."""
+  """Returns the hash under which a deleted user is remembered."""
   return hashlib.sha256(user.encode()).hexdigest()
 
 
@@ -109,12 +108,12 @@ def pack_items(items: Sequence[Shown]) -> str:
 
 
 def unpack_items(text: str) -> tuple[Shown, ...]:
-  """Reads what `pack_items` wrote."""
+  """Reads shown items from the JSON of `pack_items`."""
   return tuple(Shown(*item) for item in json.loads(text))
 
 
 def check_event(fields: Any, now: float, keep_seconds: float = math.inf) -> Event:
-  """Makes an event from what somebody sent.
+  """Checks the fields that a client sent, and makes an event of them.
 
   Args:
     fields: `user`, `item`, `kind` and `id`, and optionally `time` (without it: now), `value` and

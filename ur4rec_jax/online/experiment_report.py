@@ -20,7 +20,7 @@ _WIDEST = 4.0  # Intervals wider than this many times the last one are not drawn
 
 
 def as_json(result: Result) -> dict[str, Any]:
-  """Returns everything that the page says, for other programs."""
+  """Returns all numbers of the page, for other programs."""
   experiment = result.experiment
   return {
     'name': experiment.name,
@@ -89,7 +89,7 @@ def headline(result: Result) -> str:
 
 
 def how_to_read(result: Result) -> str:
-  """Says which of the two kinds of intervals decides now."""
+  """Returns a sentence that says which of the two kinds of intervals decides now."""
   users, planned = sum(result.users.values()), result.experiment.planned_users
   if result.is_over:
     return (
@@ -103,7 +103,7 @@ def how_to_read(result: Result) -> str:
 
 
 def column_names(result: Result) -> tuple[str, ...]:
-  """Returns the names of what `cells` returns."""
+  """Returns the names of the columns of `cells`."""
   level = f'{1 - result.experiment.level:.0%}'
   arms = [arm.name for arm in result.experiment.arms]
   names = [f'{level} interval', 'p', f'{level} always valid', 'p, always valid', 'verdict']

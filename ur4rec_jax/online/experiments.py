@@ -1,7 +1,7 @@
-"""The file of an experiment, and which user gets which arm.
+"""Reads the file of an experiment, and assigns users to arms.
 
-A user's arm is a function of salt, user and time alone. No server has to remember it, and all
-servers agree.
+A user's arm depends only on salt, user and time. So no server has to remember it, and all servers
+agree.
 """
 
 import difflib
@@ -27,7 +27,7 @@ class Arm(NamedTuple):
     name: its name in the logs.
     share: its share of the users in the experiment; the shares of all arms add up to 1.
     stopped: whether its users leave the experiment and get the default again.
-    settings: what the service does in this arm: `export`, `weights` and `rules`, as in the file.
+    settings: settings of the service in this arm: `export`, `weights` and `rules`, as in the file.
   """
 
   name: str
@@ -37,14 +37,14 @@ class Arm(NamedTuple):
 
 
 class Step(NamedTuple):
-  """From `start` (UTC seconds since 1970) on, `share` of all users are in the experiment."""
+  """A step of the ramp: from `start` (UTC seconds since 1970), `share` of all users take part."""
 
   start: float
   share: float
 
 
 class Metric(NamedTuple):
-  """What is measured for each user, within the window that begins with the first exposure.
+  """A metric of each user, within the window that begins with the first exposure.
 
   Attributes:
     name: its name in the report.
@@ -63,12 +63,12 @@ class Metric(NamedTuple):
 
 
 class Guard(NamedTuple):
-  """When an arm is stopped.
+  """The rule that stops an arm.
 
   Attributes:
     metric: name of the metric.
-    level: probability of stopping any arm that is not worse.
-    worse_by: loss relative to the control that is accepted.
+    level: accepted probability of stopping any arm that is not worse.
+    worse_by: accepted loss relative to the control.
   """
 
   metric: str
@@ -92,7 +92,7 @@ class Experiment(NamedTuple):
     planned_users: number of users, in all arms, at which always-valid intervals are narrowest.
     assignment: `hash`: `assign` chooses the arms, and the logs must agree; `other`: another
       program chooses them.
-    guard: when an arm is stopped, or None.
+    guard: the rule that stops arms, or None.
   """
 
   path: str
@@ -216,7 +216,7 @@ def read_stopped(experiment: Experiment) -> dict[str, str]:
 
 def position(salt: str, user: str) -> float:
   """Returns a number in [0, 1) that is uniform over users and independent between salts."""
-  # The length keeps apart pairs whose joined texts are equal.
+  # With the length, different pairs never give the same text.
   digest = hashlib.blake2b(f'{len(salt)}:{salt}{user}'.encode(), digest_size=8).digest()
   return (int.from_bytes(digest, 'big') >> 11) / 2**53
 
@@ -254,7 +254,7 @@ def seconds(text: str, name: str) -> float:
 
   Args:
     text: the moment in ISO 8601.
-    name: where it comes from, for the message.
+    name: name of the flag or field, for the message.
 
   Raises:
     InputError: it is no moment.
@@ -271,7 +271,7 @@ def _moment(time: datetime) -> float:
 
 
 class _Fields:
-  """Takes fields out of a table of the file and checks them; what is left is unknown."""
+  """Takes fields out of a table of the file and checks them; remaining fields are unknown ones."""
 
   def __init__(self, where: str, fields: dict[str, Any]):
     self.where = where
@@ -286,7 +286,7 @@ class _Fields:
     value = self.take(name, default)
     if not isinstance(value, str) or not value.strip():
       raise InputError(f'{self.where}: {name} must be a text, {_found(value)}')
-    return value.strip()  # As in tables, where blanks around names do not count.
+    return value.strip()  # Tables ignore blanks around names, too.
 
   def choice(self, name: str, choices: Collection[str], default: str | None = None) -> str:
     value = self.text(name, default)

@@ -1,8 +1,8 @@
-"""Keeps events and what was shown: in one SQLite file, or in Redis or Postgres by the address.
+"""Stores events and exposures in one SQLite file, or in Redis or Postgres if an address says so.
 
-All stores have the same functions. What `write` has returned is on the disk: it survives a kill of
-this process, and for SQLite a power cut. An event with the id of an earlier one of the same user is
-not stored again.
+All stores have the same functions. When `write` returns, its events are on the disk: they survive a
+kill of this process and, with SQLite, a power cut. An event with the id of an earlier one of the
+same user is not stored again.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from ur4rec_jax.online.events import (
 
 _BUSY_SECONDS = 5  # Another process may be writing: a second service, or a command.
 _EXPIRED_AT_ONCE = 5000  # Rows in one transaction, so that no writer waits for long.
-_APPLICATION_ID, _VERSION = 0x75723472, 1  # Of the file: "ur4r", and its format.
+_APPLICATION_ID, _VERSION = 0x75723472, 1  # Marks of the file: "ur4r", and the format version.
 _TABLES = """
 CREATE TABLE events (
   number INTEGER PRIMARY KEY, user TEXT NOT NULL, id TEXT NOT NULL, item TEXT NOT NULL,
@@ -54,19 +54,19 @@ class FeedbackStore(Protocol):
   waits: bool
 
   def write(self, events: Sequence[Event], exposures: Sequence[Exposure] = ()) -> list[Outcome]:
-    """Stores all or nothing; when it returns, all is durable. One outcome per event."""
+    """Stores all or nothing, durably, and returns one outcome per event."""
 
   def history(self, user: str, kinds: Sequence[str], most: int) -> History:
     """Reads the latest events of some kinds."""
 
   def exposure(self, request_id: str) -> Exposure | None:
-    """Finds what was shown in an answer."""
+    """Finds the items that were shown in an answer."""
 
   def delete_user(self, user: str, now: float) -> int:
-    """Deletes what is stored about a user, and returns the number of events."""
+    """Deletes all events and exposures of a user, and returns the number of events."""
 
   def expire(self, before: float) -> int:
-    """Deletes what happened before a time, and returns the number of events."""
+    """Deletes events and exposures before a time, and returns the number of events."""
 
   def written(self) -> int:
     """Returns a number that grows by one with each event that is stored.
@@ -78,14 +78,14 @@ class FeedbackStore(Protocol):
     """Reads all events, those of one user in the order of time."""
 
   def exposures(self) -> Iterator[Exposure]:
-    """Reads all that was shown."""
+    """Reads all exposures."""
 
   def close(self) -> None:
     """Closes the store."""
 
 
 def open_store(place: str) -> FeedbackStore:
-  """Opens a store, and makes it if it is not there.
+  """Opens a store, which is created if it does not exist.
 
   Args:
     place: the path of a SQLite file, or an address such as `redis://localhost:6379/0` or
@@ -148,7 +148,7 @@ class SqliteStore:
     connection = sqlite3.connect(
       self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
     )
-    # FULL writes each transaction to the disk before it ends, NORMAL would not in WAL mode.
+    # FULL syncs each transaction to the disk before it ends; NORMAL would not in WAL mode.
     connection.execute('PRAGMA synchronous = FULL')
     return connection
 
@@ -156,7 +156,7 @@ class SqliteStore:
     connection = self._connection
     one = lambda name: connection.execute(f'PRAGMA {name}').fetchone()[0]
     connection.execute('PRAGMA journal_mode = WAL')
-    # Deleted rows are overwritten with zeros, and the log of changes does not stay large.
+    # Deleted rows are overwritten with zeros, and the write-ahead log does not stay large.
     connection.execute('PRAGMA secure_delete = ON')
     connection.execute('PRAGMA journal_size_limit = 16777216')
     connection.execute('PRAGMA cache_size = -65536')
@@ -268,7 +268,7 @@ class SqliteStore:
       connection.execute(
         'INSERT OR REPLACE INTO deleted_users VALUES (?, ?)', (user_hash(user), now)
       )
-    # The log of changes still holds the rows; this empties it if nobody reads just now.
+    # The write-ahead log still holds the rows; this empties it unless somebody is reading.
     with self._lock, self._errors():
       self._connection.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
     return count

@@ -10,9 +10,9 @@ from ur4rec_jax.errors import StorageError
 from ur4rec_jax.online.events import Event, Exposure, Outcome
 from ur4rec_jax.online.feedback_store import FeedbackStore
 
-_MOST_EVENTS = 5000  # In a transaction.
-_MOST_EXPOSURES = 10_000  # That wait; the store cannot keep up if there are more.
-_EXPOSURE_SECONDS = 0.5  # Nobody waits for exposures, so they wait for events to join.
+_MOST_EVENTS = 5000  # Limit for a transaction.
+_MOST_EXPOSURES = 10_000  # Limit of waiting exposures; with more, the store cannot keep up.
+_EXPOSURE_SECONDS = 0.5  # No request waits for exposures, so they wait to be written with events.
 
 
 class _Waiting(NamedTuple):
@@ -21,7 +21,7 @@ class _Waiting(NamedTuple):
 
 
 class GroupCommit:
-  """Collects events while the disk is busy with those before them.
+  """Collects events while earlier ones are being written.
 
   Attributes:
     lost_exposures: exposures that could not be written.
@@ -43,7 +43,7 @@ class GroupCommit:
     """Waits until the events are durable.
 
     Raises:
-      StorageError: they are not, and none of them was stored.
+      StorageError: the store failed, and none of them was stored.
     """
     outcomes = asyncio.get_running_loop().create_future()
     self._waiting.append(_Waiting(events, outcomes))
@@ -51,14 +51,14 @@ class GroupCommit:
     return await outcomes
 
   def note(self, exposure: Exposure) -> None:
-    """Has an exposure written soon; nobody waits for it."""
+    """Queues an exposure to be written soon, without waiting for it."""
     if len(self._exposures) < _MOST_EXPOSURES:
       self._exposures.append(exposure)
     else:
       self.lost_exposures += 1
 
   async def run(self) -> None:
-    """Writes until the task is cancelled, and then what still waits."""
+    """Writes until the task is cancelled, and then writes the rest of the queue."""
     try:
       while True:
         with contextlib.suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""Interleaving: one list from two rankers, and which ranker its clicks prefer.
+"""Interleaving: merges two rankers into one list, and tells from clicks which one users prefer.
 
 Every user sees both rankers, so differences between users do not blur the comparison. It needs far
 fewer users than an A/B test, but says only which ranker is preferred, not by how much a metric of
@@ -18,12 +18,12 @@ _DRAWS = 10_000  # Random sign flips: the standard error of a p value of .05 is 
 
 
 class Preference(NamedTuple):
-  """Which of two teams the users prefer.
+  """The team that users prefer; a team is the items of one ranker.
 
   Attributes:
     teams: names of the two teams.
-    wins: users who preferred the first and the second team.
-    ties: users without a preference, of those who were shown something.
+    wins: number of users who preferred the first and the second team.
+    ties: number of users without a preference.
     advantage: mean over all users of 1 for the second team, -1 for the first, 0 for a tie.
     interval: interval of the advantage.
     p_sign: p value of the sign test over the users with a preference.
@@ -52,7 +52,7 @@ def team_draft(
     first: items of the first ranker, the best first.
     second: items of the second ranker.
     length: number of items wanted; fewer if the rankings have no more.
-    rng: the coin.
+    rng: random generator of the coin.
 
   Returns:
     The items, and the team of each: 0 for the first ranker and 1 for the second.
@@ -86,7 +86,7 @@ def team_draft(
 def balanced(
   first: Sequence[Hashable], second: Sequence[Hashable], length: int, rng: np.random.Generator
 ) -> list[Hashable]:
-  """Merges two rankings so that each prefix holds as many top items of both as can be.
+  """Merges two rankings so that each prefix holds as many top items of both as possible.
 
   One coin decides who begins. (Joachims, "Evaluating retrieval performance using clickthrough
   data", 2003.)
@@ -95,7 +95,7 @@ def balanced(
     first: items of the first ranker, the best first.
     second: items of the second ranker.
     length: number of items wanted; fewer if the rankings have no more.
-    rng: the coin.
+    rng: random generator of the coin.
   """
   rankings = (first, second)
   at = [0, 0]
@@ -130,9 +130,9 @@ def balanced_credit(
   first: Sequence[Hashable],
   second: Sequence[Hashable],
 ) -> int:
-  """Returns how many more of the clicked items the second ranker has near its top.
+  """Returns how many more of the clicked items the second ranker has in its top than the first.
 
-  The top ends where one of the rankers has the lowest clicked item.
+  The top is the shortest prefix with which one of the rankers reaches the lowest clicked item.
 
   Args:
     shown: items of the interleaved list.
@@ -159,7 +159,7 @@ def prefer(
       the first one won.
     teams: names of the teams.
     level: one minus the confidence of the interval.
-    seed: of the random sign flips.
+    seed: seed of the random sign flips.
 
   Raises:
     InputError: fewer than two users.

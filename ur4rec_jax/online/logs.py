@@ -1,7 +1,7 @@
-"""Reads what a service has shown and what users did, and brings both to numbers.
+"""Reads the exposures and events of a service, and encodes their ids as integers.
 
-An exposure is one item that was shown: `request_id`, `user`, `time`, `arm`, `item`, and where they
-are needed `position`, `propensity` and `team`. An event is `id`, `user`, `item`, `kind`, `time`,
+An exposure is one item that was shown: `request_id`, `user`, `time`, `arm`, `item`, and if they are
+needed `position`, `propensity` and `team`. An event is `id`, `user`, `item`, `kind`, `time`,
 and optionally `request_id` and `value`. Both are tables (CSV, TSV, Parquet or JSON lines), so they
 can come from any service.
 """
@@ -28,11 +28,13 @@ _MAY_BE_BLANK = ('arm', 'team', 'request_id')  # `request_id` only in events.
 
 
 class Exposures(NamedTuple):
-  """Items shown, one an entry, in the order of their times; each field is `[exposures]`.
+  """Items shown, in the order of their times; each field is `[exposures]`.
 
   Attributes:
-    user, item, request: int64 numbers; `Logs` has the ids of users and requests.
-    arm: number of the arm in the given names; the team, where the items have one.
+    user: int64 index into `Logs.users`.
+    item: int64 index into `Logs.items`.
+    request: int64 index into `Logs.requests`.
+    arm: index of the arm, or of the item's team, in `Logs.arms`.
     time: seconds since 1970.
     position: place in the list from 1, or None if the table has no such column.
     propensity: probability with which the item was shown there, or None.
@@ -48,14 +50,15 @@ class Exposures(NamedTuple):
 
 
 class Events(NamedTuple):
-  """What users did, in the order of the times; each field is `[events]`.
+  """Events, in the order of their times; each field is `[events]`.
 
   Attributes:
-    user, item: int64 numbers as in `Exposures`; -1 for users and items that were never shown.
-    request: int64 number of the request whose list led to the event; -1 if unknown.
-    kind: index in `Logs.kinds`.
+    user: as in `Exposures`; -1 for a user who was shown nothing.
+    item: as in `Exposures`; -1 for an item that was never shown.
+    request: as in `Exposures`, the request whose list led to the event; -1 if unknown.
+    kind: index into `Logs.kinds`.
     time: seconds since 1970.
-    value: what the event is worth, or None if the table has no such column.
+    value: value of the event, or None if the table has no such column.
   """
 
   user: np.ndarray
@@ -67,17 +70,17 @@ class Events(NamedTuple):
 
 
 class Logs(NamedTuple):
-  """Exposures and events with common numbers.
+  """Exposures and events whose indices belong to the same lists of ids.
 
   Attributes:
-    exposures: what was shown.
-    events: what users did.
+    exposures: the items shown.
+    events: the events.
     arms: names of the arms or teams.
     users: ids of the users.
     requests: ids of the requests.
     items: ids of the items.
     kinds: kinds of events.
-    warnings: what may be wrong with the tables.
+    warnings: possible faults of the tables.
     paths: the two files, for messages.
   """
 
@@ -125,8 +128,8 @@ def read_logs(
     events: table of what users did.
     arms: names of the arms; None if arms do not matter, or to take all teams of the table.
     needs: columns that must be there besides those that are always needed.
-    by_item: whether each item has an arm of its own, its team, as in interleaving. It is in the
-      column `team`, or else in `arm`.
+    by_item: whether each item has an arm of its own, its team, as in interleaving. The team is in
+      the column `team`, or else in `arm`.
 
   Raises:
     InputError: a file cannot be read, or the tables contradict themselves or each other.
@@ -292,7 +295,7 @@ def _numbers(column: pa.ChunkedArray, name: str, where: Callable[[int], str]) ->
     if row is not None:
       raise InputError(f'{where(row)}: {name} must be a number, not {_value(column, row)}')
   found = column.cast(pa.float64())
-  # A value that is left out is worth nothing; a position or probability must be known.
+  # A missing value counts as 0; a position or probability must be known.
   if name == 'value':
     found = pc.fill_null(found, 0.0)
   row = tables.first_true(pc.invert(pc.fill_null(pc.is_finite(found), False)))
@@ -317,7 +320,7 @@ def _in_order(records: NamedTuple) -> NamedTuple:
 
 
 def _without_blank_arms(table: Table, warnings: list[str]) -> tuple[Table, np.ndarray]:
-  """Leaves out what was shown to users who are not in the experiment."""
+  """Leaves out the exposures of users who are not in the experiment."""
   seconds = _seconds(table)
   blank = pc.equal(table.columns['arm'], '').to_numpy()
   if blank.all():
@@ -335,7 +338,7 @@ def _without_blank_arms(table: Table, warnings: list[str]) -> tuple[Table, np.nd
 def _without_repeats(
   table: Table, seconds: np.ndarray, by_item: bool, warnings: list[str]
 ) -> tuple[Table, np.ndarray]:
-  """Counts each shown item once; refuses requests with two users, two arms or two times."""
+  """Keeps each shown item once; refuses requests with two users, two arms or two times."""
   request, item, user, arm = (
     _dense(table.columns[name]) for name in ('request_id', 'item', 'user', 'arm')
   )
@@ -414,9 +417,9 @@ def _check_propensities(table: Table, exposures: Exposures) -> None:
 
 
 def _without_repeated_events(table: Table, warnings: list[str]) -> tuple[Table, np.ndarray]:
-  """Counts each event once, and leaves out those of the future; returns their times, too.
+  """Keeps each event once, and leaves out events in the future; returns the times, too.
 
-  One event of next year would make every window look finished.
+  An event dated next year would make every window look finished.
   """
   seconds = _seconds(table)
   ids = _dense(table.columns['id'])

@@ -16,9 +16,9 @@ from ur4rec_jax.data.raw import texts
 from ur4rec_jax.errors import InputError, counted
 from ur4rec_jax.online.logs import Logs, Table, reacted, read_table
 
-_LEAST_EFFECTIVE = 100  # Fewer, and an interval from the normal distribution is too narrow.
+_LEAST_EFFECTIVE = 100  # With a smaller effective sample size, intervals are too narrow.
 _LEAST_SHARE = 0.01
-_FAR_FROM_ONE = 4.0  # Standard errors.
+_FAR_FROM_ONE = 4.0  # Distance of the mean weight from 1 in standard errors.
 
 
 class Estimate(NamedTuple):
@@ -42,9 +42,9 @@ class Evaluation(NamedTuple):
 
   Attributes:
     estimates: by several methods.
-    effective: number of exposures that the weights leave: `sum(w)**2 / sum(w**2)`.
+    effective: effective sample size of the weighted exposures, `sum(w)**2 / sum(w**2)`.
     exposures: number of exposures.
-    mean_weight: mean of the weights, which is 1 if both policies were logged rightly.
+    mean_weight: mean of the weights, whose expectation is 1 if all propensities are right.
     warnings: why the estimates may be wrong.
   """
 
@@ -56,13 +56,13 @@ class Evaluation(NamedTuple):
 
 
 class Trials(NamedTuple):
-  """What was shown, each field `[exposures]` or `[requests]`.
+  """The exposures with rewards and weights; each field is `[exposures]` or `[requests]`.
 
   Attributes:
     request: number of the request of each exposure, from 0.
     reward: reward of each exposure, e.g. 1 for a click.
-    weight: propensity of the new policy by that of the logged one.
-    user: `[requests]` number of the user, whose requests depend on each other.
+    weight: importance weight: propensity under the new policy divided by the logged one.
+    user: `[requests]` number of the user; requests of one user depend on each other.
     predicted: reward that a model predicts for each exposure, or None.
     expected: `[requests]` predicted reward of the list that the new policy shows, or None.
   """
@@ -84,7 +84,7 @@ def evaluate(trials: Trials, level: float = 0.05) -> Evaluation:
     propensities or the predictions are right. (Dudik, Langford and Li, ICML 2011.)
 
   Args:
-    trials: what was shown.
+    trials: the exposures with rewards and weights.
     level: one minus the confidence of the intervals.
 
   Raises:
@@ -122,7 +122,7 @@ def evaluate(trials: Trials, level: float = 0.05) -> Evaluation:
 
 
 def _estimate(method: str, values: np.ndarray, user: np.ndarray, level: float) -> Estimate:
-  """Returns the mean over requests; requests of one user may depend on each other."""
+  """Returns the mean over requests, with standard errors clustered by user."""
   from scipy.stats import t
 
   mean = values.mean()

@@ -1,4 +1,4 @@
-"""Keeps events and what was shown in Postgres, for several services that share them."""
+"""Stores events and exposures in Postgres, for several services that share them."""
 
 import contextlib
 import sys
@@ -22,10 +22,10 @@ from ur4rec_jax.online.events import (
 _SECONDS = 3  # A server that does not answer a connection within this time counts as lost.
 _BUSY_SECONDS = 5  # Another service may be writing.
 _AT_ONCE = 5000  # Rows that one transaction deletes, so that no writer waits for long.
-_VERSION = 1  # Of the tables.
-_LOCK = 0x75723472  # Services that start together make the tables one after the other.
-# `written` counts the events. Whoever writes holds its row, so that writers take turns: numbers of
-# events have no gaps, and nothing of a user is stored between the parts of the user's deletion.
+_VERSION = 1  # Version of the tables.
+_LOCK = 0x75723472  # Advisory lock: services that start together create the tables one by one.
+# `written` counts the events. A writer locks its row, so that writers take turns: numbers of events
+# have no gaps, and nothing is stored about a user in the middle of the user's deletion.
 _TABLES = f"""
 CREATE TABLE ur4rec_store (version integer NOT NULL, written bigint NOT NULL);
 INSERT INTO ur4rec_store VALUES ({_VERSION}, 0);
@@ -101,7 +101,7 @@ class PostgresStore:
       application_name='ur4rec',
     )
     connection.execute(f"SET lock_timeout = '{_BUSY_SECONDS}s'")
-    # A database or a role may have turned it off, and events would be acknowledged too early.
+    # A database or role may have it turned off; then events would be acknowledged too early.
     connection.execute(
       "SELECT set_config('synchronous_commit', 'on', false)"
       " WHERE current_setting('synchronous_commit') = 'off'"
@@ -127,7 +127,7 @@ class PostgresStore:
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[tuple[psycopg.Connection, int]]:
-    """Runs the block as one transaction; gives the number of events, and no other writes now."""
+    """Runs a transaction while other writers wait; yields the connection and the event count."""
     with self._errors():
       connection = self._connection()
       with connection.transaction():
@@ -256,5 +256,5 @@ def _exposure(row: Sequence[Any]) -> Exposure:
 
 
 def _first_line(error: psycopg.Error) -> str:
-  """Returns what went wrong, without the hints of the server."""
+  """Returns the first line of an error, without the hints of the server."""
   return str(error).strip().partition('\n')[0]

@@ -1,4 +1,4 @@
-"""Keeps events and what was shown in Redis, for several services that share them."""
+"""Stores events and exposures in Redis, for several services that share them."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from ur4rec_jax.online.events import (
 
 _PREFIX = 'ur4rec:'
 _SECONDS = 3  # A Redis that does not answer within this time counts as lost.
-_READ_AT_ONCE = 256  # Events of a user, read from the newest on until enough are of the kinds.
+_READ_AT_ONCE = 256  # Events per read of a history, from the newest on.
 # Keys: EVENTS + user is a hash from ids to events, ORDER + user sorts the ids by time. SHOWN +
 # request id is an exposure, SHOWN_TO + user has the user's request ids by time.
 _EVENTS, _ORDER = f'{_PREFIX}events:', f'{_PREFIX}order:'
@@ -30,7 +30,7 @@ _SHOWN, _SHOWN_TO = f'{_PREFIX}shown:', f'{_PREFIX}shown_to:'
 _DELETED = f'{_PREFIX}deleted'  # A hash from hashes of users to times.
 _WRITTEN = f'{_PREFIX}written'  # The number of events that were stored.
 
-# A script runs as a whole, so that no event is ever counted without being in order.
+# A script is atomic, so that no event is ever stored without its place in the order.
 _ADD = """
 local deleted = redis.call('HGET', KEYS[3], ARGV[1])
 if deleted and tonumber(ARGV[3]) <= tonumber(deleted) then return 2 end
@@ -140,7 +140,7 @@ class RedisStore:
 
   def delete_user(self, user: str, now: float) -> int:
     with self._errors(), self._redis.pipeline(transaction=True) as pipeline:
-      # First, so that nothing older is written from now on.
+      # This comes first, so that nothing older is written from now on.
       self._redis.hset(_DELETED, user_hash(user), repr(now))
       shown = self._redis.zrange(_SHOWN_TO + user, 0, -1)
       pipeline.hlen(_EVENTS + user)
@@ -189,7 +189,7 @@ class RedisStore:
           yield _exposure(content)
 
   def _names(self, kind: str) -> set[str]:
-    """Returns what follows `kind` in the names of keys; a scan may give a key twice."""
+    """Returns the rest of the names of keys that start with `kind`; a scan may give a key twice."""
     return {key.removeprefix(kind) for key in self._redis.scan_iter(f'{kind}*', count=1000)}
 
   def close(self) -> None:

@@ -18,9 +18,7 @@ import numpy as np
 
 from ur4rec_jax.errors import InputError
 
-LEAST_SHARE_P = (
-  0.001  # Below it the sample ratio is wrong: the usual threshold, as it is read often.
-)
+LEAST_SHARE_P = 0.001  # The usual threshold for a sample-ratio mismatch, which is tested often.
 
 
 class Moments(NamedTuple):
@@ -28,7 +26,7 @@ class Moments(NamedTuple):
 
   Attributes:
     count: `[looks]` number of users.
-    mean: `[looks, 3]` of numerator, denominator and covariate.
+    mean: `[looks, 3]` means of numerator, denominator and covariate.
     cov: `[looks, 3, 3]` covariances with the divisor `count - 1`.
   """
 
@@ -51,7 +49,7 @@ class Comparison(NamedTuple):
     interval: interval of the difference for a horizon that was fixed in advance.
     relative: the difference relative to the control.
     relative_interval: its interval, for the same horizon.
-    p: p value for the same horizon; None if nobody differs from anybody.
+    p: p value for the same horizon; None if all users have the same value.
   """
 
   control: float
@@ -64,7 +62,7 @@ class Comparison(NamedTuple):
 
 
 class Sequential(NamedTuple):
-  """An arm against the control at each look; valid however often one looks.
+  """An arm against the control at each look; valid for any number of looks.
 
   Attributes:
     users: `[looks]` users of both arms.
@@ -90,7 +88,7 @@ def moments(values: np.ndarray, ends: Sequence[int] | None = None) -> Moments:
     values: `[users, 3]` numerator, denominator and covariate of each user.
     ends: numbers of users.
   """
-  # Sums of squares around the mean of all, as those around zero would lose digits.
+  # Sums of squares around the overall mean; around zero they would lose digits.
   center = values.mean(0) if len(values) else np.zeros(values.shape[1])
   around = values - center
   if ends is None:
@@ -173,13 +171,13 @@ def sequential(
 
 
 def ratio_or_zero(m: Moments) -> np.ndarray:
-  """Returns numerator by denominator at each look; zero where nothing was counted."""
+  """Returns numerator divided by denominator at each look; zero where nothing was counted."""
   numerator, denominator = m.mean[..., 0], m.mean[..., 1]
   return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
 def tuning(level: float) -> float:
-  """Returns the variance of the mixture, by that of the estimate, that suits the planned users."""
+  """Returns the mixture variance, relative to the estimate's, that suits the planned users."""
   return -2 * math.log(level) + math.log1p(-2 * math.log(level))
 
 
@@ -221,14 +219,14 @@ def users_needed(
   ratio: float = 1.0,
   with_covariate: bool = False,
 ) -> list[int]:
-  """Returns for each effect the users of both arms that find it.
+  """Returns for each effect the number of users in both arms that finds it.
 
   Args:
     baseline: moments of users without the change, without an axis of looks.
     effects: relative differences, such as 0.05.
     level: accepted probability of a false alarm.
     power: wanted probability of finding the effect.
-    ratio: users in the arm by users in the control.
+    ratio: users in the arm divided by users in the control.
     with_covariate: whether the covariate explains a part of the variance.
 
   Raises:
@@ -246,10 +244,10 @@ def users_needed(
 
 
 def sequential_factor(level: float, power: float) -> float:
-  """Returns how many times the users a test needs whose always-valid interval decides.
+  """Returns how many times as many users an always-valid test needs as a fixed-horizon test.
 
-  This holds where the effect is found just at the planned number of users. A larger effect is
-  found earlier, which is what such intervals are for.
+  This holds if the effect is found just at the planned number of users. A larger effect is found
+  earlier, which is the purpose of such intervals.
   """
   from scipy.stats import norm
 

@@ -17,7 +17,7 @@ _EXPOSURE_COLUMNS = (
 
 
 def write_tables(store: FeedbackStore, out: str | pathlib.Path) -> dict[str, int]:
-  """Writes all events and all exposures, one row for each event and for each item shown.
+  """Writes all events, and the exposures of users: one row per event and per item shown.
 
   Args:
     store: the store.
@@ -42,7 +42,7 @@ def write_tables(store: FeedbackStore, out: str | pathlib.Path) -> dict[str, int
 def write(
   path: pathlib.Path, columns: Sequence[str], rows: Iterable[Sequence], delimiter: str = ','
 ) -> None:
-  """Writes a table row by row, as it may not fit into memory; it appears when it is whole.
+  """Writes a table row by row, as it may not fit into memory; the file appears when complete.
 
   Args:
     path: the file.
@@ -70,7 +70,7 @@ def _event_rows(events: Iterable[Event], counts: collections.Counter) -> Iterato
 
 def _exposure_rows(exposures: Iterable[Exposure], counts: collections.Counter) -> Iterator:
   for x in exposures:
-    if not x.user:  # Every use of the table compares users, and a history alone is of nobody.
+    if not x.user:  # Analyses compare users, and a request with only a history has no user.
       continue
     for position, shown in enumerate(x.items, 1):
       counts[''] += 1

@@ -1,6 +1,6 @@
-"""Repeats what makes a service learn: events into the dataset, an update, the gate, the registry.
+"""Updates a service again and again: adds events to the data, trains, gates and promotes.
 
-  OUT/watch.json       the rounds that are done, and the model and the data that they left
+  OUT/watch.json       the number of finished rounds, and the latest model and data
   OUT/000001/          a round: its log of events, data, run and the output of its commands
 
 Each step is a command of its own, as a user would type it, because nothing in this package may
@@ -28,18 +28,18 @@ from ur4rec_jax.online import tables
 from ur4rec_jax.online.feedback_store import FeedbackStore, open_store
 
 STATE = 'watch.json'
-GATE = 'gate.json'  # As the update writes it, and the line with which it says that it promotes.
-_PROMOTED = 'promoted: '
+GATE = 'gate.json'  # The update writes its verdict here.
+_PROMOTED = 'promoted: '  # Start of the line with which an update reports a promotion.
 _ROUND, _LOG, _OUTPUT = 'round.json', 'events.csv', 'output.log'
 _POLL_SECONDS = 1.0
-_SECONDS_TO_RETRY = 60.0  # After a failed round.
-_SECONDS_TO_RESTART = 5.0  # After a failure that another start may mend at once.
+_SECONDS_TO_RETRY = 60.0  # Wait after a failed round.
+_SECONDS_TO_RESTART = 5.0  # Wait after a failure that a restart may fix at once.
 _KEPT_ROUNDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-  """What the loop is asked to do.
+  """The settings of the loop.
 
   Attributes:
     events: the store of events.
@@ -47,9 +47,9 @@ class Watch:
     data_dir: the prepared folder that the events are added to.
     out: folder of the rounds.
     registry: folder of served models.
-    every_minutes: a round begins after so many minutes, if there are new events.
-    every_events: a round begins after so many new events.
-    kinds: kinds of events that count, where the data have no kinds of their own.
+    every_minutes: a round begins after this many minutes, if there are new events.
+    every_events: a round begins after this many new events.
+    kinds: kinds of events that count if the data have no kinds of their own.
     items: table of new goods, or None.
     encode: flags of `data_prep.encode` that made the embeddings of the data, or None.
     update: further flags of `ur4rec_jax.update`.
@@ -71,12 +71,12 @@ class Watch:
 
 
 class _State(NamedTuple):
-  """What the rounds so far have left.
+  """The state after the finished rounds.
 
   Attributes:
     started: the folders that the loop was started with.
-    round: number of rounds that are done.
-    written: events that the store had got when the latest round began; None before the first.
+    round: number of finished rounds.
+    written: events that the store had received when the latest round began; None before the first.
     workdir: the run of the latest promoted model.
     data_dir: the latest data.
   """
@@ -97,7 +97,7 @@ class _Failed(Exception):
 
   Attributes:
     code: its exit code.
-    command: what to type to repeat it.
+    command: the command line that repeats it.
     reason: the last line that it printed.
   """
 
@@ -110,7 +110,7 @@ def run(watch: Watch) -> None:
   """Makes rounds until SIGTERM or Ctrl-C.
 
   Raises:
-    InputError: a folder, the store or what a command reads is wrong.
+    InputError: a folder, the store or an input of a command is wrong.
     BusyError: another process works in the same folder.
   """
   columns = _columns(read_info(watch.data_dir), watch)
@@ -194,7 +194,7 @@ class _Loop:
     self._due = time.monotonic() + 60 * self._watch.every_minutes
 
   def _round(self) -> None:
-    """Makes a round, or what is left of one."""
+    """Makes a round, or finishes a stopped one."""
     started, folder, state = time.monotonic(), self._folder(), self._state
     self._start_clock()
     with files.disk_errors(folder, '--out'):
@@ -232,7 +232,7 @@ class _Loop:
     self._remove_old_rounds()
 
   def _write_log(self, folder: pathlib.Path) -> tuple[int, int]:
-    """Writes the log of a round unless it is there; returns what the store had got, and rows."""
+    """Writes the log of a round once; returns the events that the store has received, and rows."""
     folder.mkdir(exist_ok=True)
     if not (folder / _ROUND).exists():
       # Counted first, so that an event of this moment counts for the next round, too.
@@ -313,7 +313,7 @@ class _Loop:
     say(text)
 
   def _remove_old_rounds(self) -> None:
-    """Removes all but the latest rounds, and the one whose model the next update starts from."""
+    """Removes old rounds, except those whose model or data are in use."""
     used = {pathlib.Path(x).parent.name for x in (self._state.workdir, self._state.data_dir)}
     for folder in self._watch.out.iterdir():
       number = int(folder.name) if folder.name.isdecimal() else self._state.round
@@ -339,7 +339,7 @@ def _read_state(watch: Watch) -> _State:
 
 
 def _columns(info: dict[str, Any], watch: Watch) -> dict[str, str]:
-  """Returns the names of the log's columns, which are those that the data were built with.
+  """Returns the names of the log's columns, which are the same as in the table of the build.
 
   Raises:
     InputError: events cannot be added to the data.

@@ -77,10 +77,10 @@ def _read_step(
   """Reads the arrays and the progress of one step.
 
   Args:
-    folder: of the step.
-    tree: see `Checkpointer.restore`, like the next.
-    axes: where arrays are sharded. There a stored array may have other padding than `tree`: it
-      depends on the number of devices.
+    folder: folder of the step.
+    tree: see `Checkpointer.restore`.
+    axes: see `Checkpointer.restore`. A sharded array may be stored with other padding than in
+      `tree`, because padding depends on the number of devices.
     whole: whether to place all arrays whole on each device.
   """
   with _without_warnings(), ocp.Checkpointer(_array_handler()) as reader:
@@ -99,7 +99,7 @@ def _read_step(
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-  """Silences Orbax, which warns that a part of a step has no metadata of its own."""
+  """Silences the warning of Orbax that a part of a step has no metadata of its own."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -143,7 +143,7 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 class _QuietLoop(asyncio.SelectorEventLoop):
-  """Ignores, without a word, a write that ends when another has failed and closed the loop."""
+  """An event loop that ignores writes that end after a failed write has closed it."""
 
   def call_soon_threadsafe(self, callback, *args, **kwargs):
     try:
@@ -154,7 +154,7 @@ class _QuietLoop(asyncio.SelectorEventLoop):
 
 
 class _QuietPolicy(asyncio.DefaultEventLoopPolicy):
-  """Makes the loops in which Orbax waits for its writes."""
+  """Makes the event loops in which Orbax waits for its writes."""
 
   def new_event_loop(self) -> asyncio.AbstractEventLoop:
     return _QuietLoop()
@@ -249,7 +249,8 @@ class Checkpointer:
       ) from error
     finally:
       asyncio.set_event_loop_policy(policy)
-    logging.set_verbosity(verbosity)  # After an error the close would print it once more.
+    # Not after an error, because closing Orbax would print it once more.
+    logging.set_verbosity(verbosity)
 
   def _reserve(self, size: int) -> None:
     """Raises OSError if there is no room for arrays of `size` bytes.

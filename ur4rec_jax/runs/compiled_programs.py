@@ -1,4 +1,4 @@
-"""Keeps compiled programs, so that every start but the first finds them."""
+"""Caches compiled programs on disk, so that later starts of a run need not compile again."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ _NO_CACHE = 'none'
 
 
 def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:
-  """Lets every start but the first find its programs compiled, in `config.compilation_cache`.
+  """Sets the cache of compiled programs to the folder `config.compilation_cache`.
 
   By default that is a folder in `workdir`, unless `JAX_COMPILATION_CACHE_DIR` names another.
   """

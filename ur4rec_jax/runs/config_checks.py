@@ -21,7 +21,7 @@ _DIVIDES = (
 
 
 def flatten(config: dict, prefix: str = '') -> dict[str, Any]:
-  """Turns nested fields into dotted names."""
+  """Flattens nested fields to dotted names."""
   flat = {}
   for name, value in config.items():
     if isinstance(value, dict):
@@ -131,7 +131,7 @@ def _check_losses(fields: dict[str, Any]) -> None:
 
 
 def _check_streaming(config: ConfigDict) -> None:
-  """Refuses the one loss that draws from all interactions where a device has only a batch's."""
+  """Refuses a loss that draws from all interactions if devices hold only those of some steps."""
   losses = retrieval_losses(config.loss).values()
   by_popularity = 'sampled_softmax' in losses and config.loss.negatives == 'popularity'
   if by_popularity and not config.data_in_memory:
@@ -198,11 +198,11 @@ def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str,
   before, now = flatten(started), flatten(current)
   fixed = set(before) | set(now)
   fixed -= {name for name, knob in KNOBS.items() if knob.may_change or knob.may_round}
-  fixed -= {'num_epochs', 'patience'}  # The stages follow them, and those are compared below.
+  fixed -= {'num_epochs', 'patience'}  # Defaults of the stages, whose values are compared instead.
   last = f'stage.{now["stages"][-1]}'
-  if now['stages'].count(now['stages'][-1]) == 1:  # It is the only stage that cannot have ended.
+  if now['stages'].count(now['stages'][-1]) == 1:  # An earlier stage of this name may have ended.
     fixed.discard(f'{last}.patience')
-    if now.get(f'{last}.schedule') != 'cosine':  # Which is stretched over the steps.
+    if now.get(f'{last}.schedule') != 'cosine':  # A cosine depends on the number of steps.
       fixed -= {f'{last}.num_epochs', f'{last}.num_steps'}
   in_use = tuple(f'stage.{name}.' for name in now['stages'])
   fixed = {name for name in fixed if not name.startswith('stage.') or name.startswith(in_use)}

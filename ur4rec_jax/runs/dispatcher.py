@@ -24,8 +24,8 @@ class Dispatcher:
 
   Attributes:
     train_step: the mapped step of the stage.
-    data: what training reads, on the devices.
-    numbers: of the stage, on the devices.
+    data: training data, on the devices.
+    numbers: numbers of the stage, on the devices.
     alternates: whether the stage trains groups in turns; the turn is then among the metrics.
     batches: all batches.
     max_steps: steps in one dispatch.
@@ -71,7 +71,7 @@ class Dispatcher:
     return min(self.max_steps, self.batches.steps_per_epoch - step % self.batches.steps_per_epoch)
 
   def _place(self, step: int, count: int) -> tuple[TrainData, Plan | ReadPlan]:
-    """Looks up the rows of some steps of one epoch, and places what they need on the devices."""
+    """Looks up the rows of some steps of one epoch, and places them and their items on devices."""
     epoch, offset = divmod(step, self.batches.steps_per_epoch)
     if epoch != self._epoch:
       self._plan = None  # Two plans at once would take twice the memory.

@@ -1,8 +1,8 @@
 """The gate of an update: may the new model replace the one that serves?
 
 Both models rank the last item of each user in the new data, which neither has trained on. The old
-one gets rows for new items, but no training. The users with new events show what the new day asks
-for; the others show what the update has forgotten.
+model gets rows for new items, but no training. Users with new events show what the update has
+learned; the other users show what it has forgotten.
 """
 
 import pathlib
@@ -45,7 +45,7 @@ def rank_both(run: Run, workdir: str | pathlib.Path) -> Ranks:
 
   Args:
     run: the update, whose `config.init.run` names the run before.
-    workdir: of the update.
+    workdir: folder of the update.
   """
   with np.load(pathlib.Path(workdir) / 'test_ranks.npz') as stored:
     users, after = stored['users'], stored['ranks']

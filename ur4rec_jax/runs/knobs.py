@@ -47,8 +47,8 @@ class Knob(NamedTuple):
     below: allowed values are smaller than this.
     may_change: whether a started run goes on with another value, because the knob changes neither
       what is computed nor what is stored.
-    may_round: whether a started run goes on with another value, too, but with numbers that are
-      rounded in another way, of which it warns.
+    may_round: whether a started run goes on with another value, too, but warns that numbers are
+      then rounded in another way.
     follows: for a knob of a stage, the knob of the run whose value is the default.
   """
 
@@ -345,11 +345,11 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       choices=('fixed', 'uncertainty'),
     ),
     'loss.temperature': Knob(
-      0.1, 'Start value of the learned temperature of info_nce and contrast.', above=0
+      0.1, 'Start value of the temperature that info_nce, contrast and same_target learn.', above=0
     ),
     'loss.contrast_items': Knob(
       256,
-      'Targets in a step that info_nce, diversity, contrast and matching look at.',
+      'Targets per step for info_nce, diversity, contrast and matching; pairs for same_target.',
       at_least=2,
     ),
     'loss.diversity': Knob('cosine', 'Measure of the loss diversity.', choices=DIVERSITIES),
@@ -602,7 +602,7 @@ def changed_fields(fields: dict[str, Any], stages: Collection[str]) -> dict[str,
   """Returns the default of each field of a config that has another value.
 
   Args:
-    fields: of a config, by dotted name; tuples may be lists, as in JSON.
+    fields: fields of a config, by dotted name; tuples may be lists, as in JSON.
     stages: names of the stages that the run has; fields of others are left out.
 
   Returns:
@@ -664,7 +664,7 @@ def from_stored(config: dict[str, Any]) -> ConfigDict:
   """Reads the `config` of a `config.json`, which an earlier version may have written.
 
   Knobs that the earlier version did not have get their defaults, with which the program works as it
-  did before. Lists become the tuples that config files have: JSON has lists alone.
+  did before. Lists become the tuples that config files have: JSON has only lists.
 
   Raises:
     AttributeError: it has no records of stages.

@@ -58,16 +58,16 @@ class MetricWriter:
   """
 
   def __init__(self, workdir: str, step: int, size: int, trackers: Trackers | None = None):
-    """Opens the files where a run goes on.
+    """Opens the files at the place where the run goes on.
 
     Args:
       workdir: the run's folder.
       step: last step that is kept.
       size: bytes of `metrics.jsonl` that are kept, from `position` when `step` was saved.
-      trackers: get the points of the curves, too.
+      trackers: trackers that get the points of the curves, too.
 
     Raises:
-      StorageError: a file cannot be written. Every other method raises it, too.
+      StorageError: a file cannot be written. Every other method but `close` raises it, too.
     """
     self._path, self._trackers = pathlib.Path(workdir) / METRICS, trackers
     try:
@@ -122,7 +122,7 @@ class MetricWriter:
 def _keep_lines(path: pathlib.Path, size: int) -> None:
   """Cuts a file of JSON lines to its first `size` bytes, without lines that are damaged.
 
-  It is checked before a run goes on, since the report at its end reads every line.
+  The file is checked when a run goes on, because the report at the end of the run reads every line.
   """
   if not path.exists() and not size:
     return
@@ -153,8 +153,8 @@ class Course(NamedTuple):
 
   Attributes:
     stage: name of the stage.
-    number: of the stage, from 1.
-    num_stages: of the run.
+    number: number of the stage, from 1.
+    num_stages: number of stages of the run.
     first_step: step of the run at which the stage began.
     done: steps that the stage has taken.
     total: steps that it may take.
@@ -178,8 +178,8 @@ class Course(NamedTuple):
 
     Args:
       done: steps that the stage has taken by now.
-      seconds: time that those after `self.done` took.
-      end: steps of the stage at its end; None: all that it may take.
+      seconds: time that the steps since `self.done` took.
+      end: step at which the stage ends; None for `self.total`.
     """
     end = self.total if end is None else end
     return seconds / max(done - self.done, 1) * (end - done + self.later)
@@ -214,7 +214,7 @@ class Progress:
 
     Args:
       message: the message.
-      end: step of the stage at which it ends unless validation improves; None: the last one.
+      end: step at which the stage ends unless validation improves; None for its last step.
     """
     total = self._course.total
     self._end = total if end is None else min(end, total)

@@ -1,4 +1,4 @@
-"""Opens a run: everything that training, evaluation, recommending and benchmarks read of it."""
+"""Opens a run: the config, data and model that training, evaluation and recommending share."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ class Run:
     config: the whole run's config; each stage has its own.
     dataset: all interactions, with features.
     tables: tokens of items and users, in host memory.
-    stages: of training, in order.
+    stages: stages of training, in order.
     labels: tree with the label of each parameter, see `make_stages`.
   """
 
@@ -58,7 +58,7 @@ class Run:
 
   @property
   def protocol(self) -> Protocol:
-    """What held-out items are ranked against."""
+    """The protocol under which held-out items are ranked."""
     return Protocol.of_config(self.config.evaluation)
 
   @functools.cached_property
@@ -103,10 +103,10 @@ class Run:
         )
 
   def eval_data(self, tables: Tables | None = None) -> EvalData:
-    """Copies what an evaluation reads onto each device, with whole item tables.
+    """Copies the inputs of an evaluation onto each device, with whole item tables.
 
     Args:
-      tables: those of the run, if they are on the devices already.
+      tables: the run's tables, if they are on the devices already.
     """
     item_ids = devices.replicate(self.dataset.item_ids) if self.config.data_in_memory else None
     return EvalData(
@@ -156,7 +156,7 @@ def _check_dataset(config: ConfigDict, dataset: Dataset) -> None:
 
 
 def restore_best(run: Run, workdir: str) -> tuple[Stage, PyTree]:
-  """Reads a run's best parameters, and the stage that they are from.
+  """Reads a run's best parameters, and the stage that they come from.
 
   Raises:
     InputError: the run has not been validated yet.

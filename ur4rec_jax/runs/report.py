@@ -1,4 +1,4 @@
-"""Writes the page of a finished run, `WORKDIR/report.html`, from the files in its folder alone."""
+"""Writes the page of a finished run, `WORKDIR/report.html`, using only the files in its folder."""
 
 import itertools
 import json
@@ -76,11 +76,11 @@ def report_page(
   """Makes the page.
 
   Args:
-    name: of the run.
+    name: name of the run.
     results: content of `results.json`.
     timing: content of `timing.json`.
     started: content of `config.json`.
-    lines: of `metrics.jsonl`.
+    lines: lines of `metrics.jsonl`.
     shown: content of `shown_users.json`; None if there is none.
   """
   ends = itertools.accumulate(stage['steps'] for stage in results['stages'])
@@ -128,7 +128,7 @@ def report_page(
 
 
 def below_popularity(results: dict[str, Any]) -> str:
-  """Says that a run is not better than a ranking by popularity; empty if it is.
+  """Returns a warning if a run is no better than a ranking by popularity, else an empty text.
 
   Args:
     results: content of `results.json`.
@@ -156,7 +156,7 @@ def targets_apart(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def repeated_targets(results: dict[str, Any]) -> str:
-  """Says how many test items their users had before, and whether they count; empty if none.
+  """Returns a note on how many test items their users had before; empty if there are none.
 
   Args:
     results: content of `results.json`.
@@ -175,7 +175,7 @@ def repeated_targets(results: dict[str, Any]) -> str:
 
 
 def _users(shown: dict[str, Any]) -> list[dict[str, Any]]:
-  """Puts the items of each shown user in the place of their numbers, and says what came of it."""
+  """Replaces the item ids of each shown user by the items, and adds the held-out item's rank."""
   item = lambda number: shown['items'][str(number)]
   users = []
   for user in shown['users']:

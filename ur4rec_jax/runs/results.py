@@ -47,16 +47,15 @@ def write_results(
   Every stage's best parameters are ranked with the branches that the stage trains. The run's
   metrics are those of the stage with the best validation.
 
-  The files beside it are `timing.json`, `shown_users.json`, `report.html`, and `test_ranks.npz`
-  with `users`, their index in the dataset, and `ranks`, int32, which paired tests between two runs
-  need.
+  The files beside it are `timing.json`, `shown_users.json`, `report.html`, and `test_ranks.npz`.
+  The latter has `users` (index in the dataset) and `ranks` (int32), which paired tests need.
 
   Args:
-    run: that was trained.
-    workdir: where to write.
-    progress: how the stages went.
-    best_params: of all stages, `[stages, ...]` each, on the devices.
-    evaluators: of the run.
+    run: the trained run.
+    workdir: folder to write to.
+    progress: record of the stages.
+    best_params: best parameters of all stages, `[stages, ...]` each, on the devices.
+    evaluators: evaluations of the run.
 
   Returns:
     The contents of `results.json`.
@@ -122,7 +121,7 @@ def write_results(
 
 
 def _next_lines(run: Run, workdir: str) -> list[str]:
-  """Returns where the report is, and two commands that use the run."""
+  """Returns lines with the place of the report and two commands that use the run."""
   folder = shlex.quote(str(workdir))
   user = shlex.quote(first_user(run.config.data_dir))
   return [
@@ -165,13 +164,13 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
 def rank_held_out(
   model: UR4Rec, data: EvalData, params: PyTree, parts: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """Returns the ranks of the held-out items that count by part, in the users' order.
+  """Returns by part the ranks of the held-out items that count, in the users' order.
 
   Args:
-    model: with the branches that rank, and their fusion.
-    data: what the evaluation reads, on the devices.
+    model: the model with the branches that rank, and their fusion.
+    data: inputs of the evaluation, on the devices.
     params: on the devices, as `data.embeddings` says.
-    parts: of `PARTS`.
+    parts: some of `PARTS`.
   """
   evaluators = Evaluators(data._replace(params_axes=data.embeddings.axes(params)))
   return _ranks(model, evaluators, params, parts)

@@ -1,4 +1,4 @@
-"""What a run says of itself before it trains: parameters, data, batches, devices, features."""
+"""The summary that a run prints before it trains: parameters, data, batches, devices, features."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The steps that a run has saved: which there are, and whether one is complete."""
+"""Lists the checkpoint steps that a run has saved, and checks whether one is complete."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def saved_steps(workdir: str | pathlib.Path) -> list[int]:
 
 
 def hashes(folder: pathlib.Path) -> dict[str, str]:
-  """Returns the SHA-256 of each file of a step but the manifest, by name."""
+  """Returns the SHA-256 of each file of a step except the manifest, by name."""
   files = sorted(p for p in folder.rglob('*') if p.is_file() and p != folder / MANIFEST)
   found = {}
   for path in files:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
   import optuna
 
 PAGE, RECORD = 'search.html', 'search.json'
-_UNPRUNED_TRIALS = 4  # These show what a usual validation is at each epoch.
+_UNPRUNED_TRIALS = 4  # They give the median validation at each epoch, for pruning later trials.
 _SHOWN = 10  # Trials in the table on the terminal.
 _HOW = 'Share of each parameter in the differences between good trials and all trials (PED-ANOVA).'
 
@@ -37,11 +37,11 @@ def run_search(config: ConfigDict, workdir: str, place: str, trials: int) -> dic
   """Runs trials until `trials` have ended, and prints which settings are best and which matter.
 
   Args:
-    config: what the trials have in common.
-    workdir: holds a folder for each of them.
+    config: the config that all trials share.
+    workdir: holds a folder for each trial.
     place: `FILE.py:FUNCTION`, or `FILE.py` for its `get_search`. The function gets an
       `optuna.Trial` and returns the fields to override, by dotted name.
-    trials: number of trials that have ended, those of earlier calls included.
+    trials: number of ended trials to reach, those of earlier calls included.
 
   Returns:
     The contents of `search.json`, see `summarise`.
@@ -119,7 +119,7 @@ def _run_trial(
   reported = set()
 
   def report(epoch: int, score: float) -> None:
-    if epoch in reported:  # Of a later stage. Stages begin again at epoch 0.
+    if epoch in reported:  # It is from a later stage, which counts epochs from 0 again.
       return
     reported.add(epoch)
     trial.report(score, epoch)
@@ -142,7 +142,7 @@ def _run_trial(
 
 
 def _ask_again_for_stopped(study: 'optuna.Study') -> None:
-  """Puts trials that were running when the search was stopped at the head of the queue."""
+  """Queues trials again that were running when the search was stopped."""
   from optuna.trial import TrialState
 
   for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -159,7 +159,7 @@ def _count_ended(study: 'optuna.Study') -> int:
 
 
 def summarise(study: 'optuna.Study') -> dict[str, Any]:
-  """Returns the trials and what mattered.
+  """Summarises the trials and the importance of the parameters.
 
   Returns:
     `trials`, the best first, each with `overrides`, `state`, `valid` (its NDCG@10 at the last

@@ -1,4 +1,4 @@
-"""Some users of a finished run, for its page: what they had, what they are recommended, what came.
+"""Example users for the page of a run: history, recommendations and held-out item of each.
 
 The users are drawn at random, not chosen for how well the model does. `shown_users.json` holds
 everything that the page shows of them, small pictures included.
@@ -23,7 +23,7 @@ from ur4rec_jax.evaluation.queries import Queries, make_queries
 PyTree = Any
 FILE = 'shown_users.json'
 USERS, HISTORY, BEST = 6, 5, 5
-# A JPEG file of this size has at most some 6 kB, so that all pictures of a page stay below 1 MB.
+# Pixels. A JPEG file of this size has at most about 6 kB, so a page has less than 1 MB of pictures.
 _SIDE = 96
 _MOST_BYTES = 8000
 
@@ -35,8 +35,8 @@ def shown_users(
 
   Args:
     model: the run's best model.
-    data: what the evaluation reads, on the devices.
-    params: its parameters, on the devices.
+    data: inputs of the evaluation, on the devices.
+    params: parameters of the model, on the devices.
     ranks: `[users]` of the test items that count, as `make_evaluator` gives them.
     config: the run's config, for `seed`, `data_dir` and `transfer_guard`.
 
@@ -49,7 +49,7 @@ def shown_users(
     best = best_items(model, data, params, queries, BEST)
   found = describe(data.dataset, config.data_dir, queries, best)
   for user, place in zip(found['users'], places, strict=True):
-    # A rank among drawn items would not fit a list of the best of all.
+    # A rank among drawn candidates would not fit the list, which is from the whole catalogue.
     user['rank'] = int(ranks[place]) if data.protocol.candidates == 'all' else None
   rule = (
     f'drawn at random, with the seed {config.seed} of the run, from the {len(ranks):,} test users '
@@ -62,12 +62,12 @@ def _draw(data: EvalData, seed: int) -> tuple[Queries, np.ndarray]:
   """Draws users whose test item counts.
 
   Args:
-    data: what the evaluation reads.
-    seed: of the draw.
+    data: inputs of the evaluation.
+    seed: seed of the draw.
 
   Returns:
-    The users with their test items, to be ranked among all items; and `[users]` which of the users
-    whose test item counts they are.
+    The users with their test items, to be ranked among all items; and `[users]` their indices among
+    the users whose test item counts.
   """
   queries = make_queries(data.dataset, 'test', data.protocol._replace(candidates='all'))
   counted = np.flatnonzero(data.protocol.is_counted(data.dataset, 'test'))
@@ -121,7 +121,7 @@ def describe(
 
 
 def _small(picture: pathlib.Path | None) -> str:
-  """Returns a small copy of a picture in base64; '' without one that can be read."""
+  """Returns a small copy of a picture in base64; '' if it is missing, unreadable or too large."""
   try:
     content = b'' if picture is None else thumbnail(picture.read_bytes(), _SIDE)
   except (OSError, BadPicture):

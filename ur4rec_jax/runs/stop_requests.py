@@ -18,12 +18,13 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
   After SIGTERM the process ends itself when `grace_seconds` are over, saved or not. Python handles
   a signal only after the call that it is in, and compiling may take longer than a scheduler waits.
 
-  If training fails for a reason that is not its own, the process ignores SIGTERM from then on.
-  Another process has probably died, the launcher ends the others, and this one must still say why.
+  If training fails with an error that is not a `ReportedError`, the process ignores SIGTERM from
+  then on. Another process has probably died and the launcher ends the others, but this one must
+  still print the reason.
   """
   received = []
   numbers = [signal.SIGTERM, signal.SIGINT]
-  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As it is under nohup.
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Under nohup it is ignored.
     numbers.append(signal.SIGHUP)
   old = {
     number: signal.signal(number, lambda number, frame: received.append(number))

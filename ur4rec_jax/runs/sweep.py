@@ -55,17 +55,18 @@ def run_sweep(
   """Runs all members, writes `sweep.json` and `sweep.html` after each, and prints the table.
 
   Args:
-    config: what the members have in common.
-    workdir: holds a folder for each of them.
-    seeds: each variant runs with each; without any, with the config's.
-    grid: `FILE.py:FUNCTION`, see `load_grid`; None: the config is the only variant.
+    config: the config that all members share.
+    workdir: holds a folder for each member.
+    seeds: seeds for each variant; empty for the config's seed.
+    grid: `FILE.py:FUNCTION`, see `load_grid`; None if the config is the only variant.
 
   Returns:
     The contents of `sweep.json`, see `summarise`.
 
   Raises:
-    InputError: a member's config is impossible, before anything is run; or see `train`.
-    DivergenceError: of some members, after all the others have finished.
+    InputError: a member's config is impossible, which is checked before anything is run; or see
+      `train_loop.train_and_evaluate`.
+    DivergenceError: some members have diverged; raised after all the others have finished.
   """
   members = make_members(config, seeds, load_grid(grid) if grid else [{}])
   finished, diverged, summary = [], [], {}
@@ -99,7 +100,7 @@ def run_sweep(
 def _next_lines(
   finished: Sequence[tuple[Member, dict[str, Any], np.ndarray]], workdir: str
 ) -> list[str]:
-  """Returns where the reports are, and two commands that use the runs."""
+  """Returns lines with the places of the reports and two commands that use the runs."""
   best, *_ = max(finished, key=lambda run: run[1]['valid'][METRIC])
   folder = pathlib.Path(workdir) / best.name
   user = shlex.quote(first_user(best.config.data_dir))
@@ -212,7 +213,7 @@ def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
 
 
 def read_run(folder: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
-  """Reads what a run wrote: `results.json`, and the ranks of the test users' items."""
+  """Reads the `results.json` of a run, and the ranks of the test users' items."""
   with np.load(folder / 'test_ranks.npz') as archive:
     return json.loads((folder / 'results.json').read_text()), archive['ranks']
 
@@ -296,7 +297,7 @@ def paired_p_value(differences: np.ndarray) -> float:
   Returns:
     An estimate of the share of sign patterns whose mean is at least as far from 0.
   """
-  differences = differences[differences != 0]  # The sign of 0 makes no difference.
+  differences = differences[differences != 0]  # Flipping the sign of 0 changes nothing.
   rng = np.random.default_rng(0)
   total = differences.sum()
   least = abs(total) * (1 - 1e-9)  # Sums in another order differ by rounding.
@@ -362,7 +363,7 @@ def _page(
   Args:
     runs: see `summarise`.
     summary: its result.
-    name: of the sweep.
+    name: name of the sweep.
   """
   trials = _trials(runs)
   columns, *rows = _summary_rows(summary, name)

@@ -1,4 +1,4 @@
-"""Sends what a run reports to experiment trackers: MLflow, Weights & Biases, trackio.
+"""Sends the metrics of a run to experiment trackers: MLflow, Weights & Biases, trackio.
 
 A tracker is a sink beside the run's own files. One thread feeds all of them, so that a slow one
 does not slow training, and an error of one ends only that one. `WORKDIR/trackers.json` remembers
@@ -24,9 +24,8 @@ from ur4rec_jax.files import write_file
 
 FILE = 'trackers.json'
 PROJECT = 'ur4rec'
-_MOST_WAITING = 10_000  # Points that wait for a slow tracker; those beyond are dropped.
-# How long the end of a run waits for its trackers, and how long one that is stopped, which has
-# little time left.
+_MOST_WAITING = 10_000  # Points that wait for a slow tracker; further ones are dropped.
+# How long a run waits for its trackers at its end, and when it is stopped and has little time left.
 _END_SECONDS, _STOP_SECONDS = 20.0, 5.0
 
 
@@ -34,7 +33,7 @@ class Tracker(Protocol):
   """A run of a tracker.
 
   Attributes:
-    id: what the tracker knows the run by.
+    id: the tracker's name for the run.
   """
 
   id: str
@@ -43,18 +42,18 @@ class Tracker(Protocol):
     """Adds a point to the curve of each value."""
 
   def close(self, is_done: bool) -> None:
-    """Ends the run, or leaves it to be gone on with."""
+    """Ends the run, or leaves it open to go on with later."""
 
 
 class Trackers:
-  """Feeds trackers in a thread of its own; an error of one is said once and ends it."""
+  """Feeds trackers in a thread of its own; a tracker with an error is dropped with a warning."""
 
   def __init__(self, workdir: str | pathlib.Path, names: Sequence[str], config: dict[str, Any]):
     """Starts to open the trackers.
 
     Args:
       workdir: the run's folder.
-      names: of `OPEN`.
+      names: names of trackers in `OPEN`.
       config: fields of the run's config by dotted name.
     """
     self._folder, self._config = pathlib.Path(workdir), config
@@ -74,10 +73,10 @@ class Trackers:
       self._has_dropped = True
 
   def close(self, is_done: bool) -> None:
-    """Sends what is waiting, and ends.
+    """Sends the waiting points, and ends the thread.
 
     Args:
-      is_done: whether the run has ended; else the trackers' runs can be gone on with.
+      is_done: whether the run has ended; if not, the trackers can go on with it later.
     """
     seconds = _END_SECONDS if is_done else _STOP_SECONDS
     deadline = time.monotonic() + seconds
@@ -109,7 +108,7 @@ class Trackers:
 
   @contextlib.contextmanager
   def _ending_alone(self, name: str) -> Iterator[None]:
-    """Drops a tracker that raises an error; libraries of others raise any kind of error."""
+    """Drops a tracker that raises an error; its library may raise any kind of error."""
     try:
       yield
     except BaseException as error:  # Some end the process when they lack a login.
@@ -199,7 +198,7 @@ class _WandB:
       settings=wandb.Settings(silent=True, console='off'),
     )
     self.id = self._run.id
-    # Its own steps may only grow, but a run that was killed repeats some.
+    # Steps of W&B may only grow, but a run that was killed repeats some.
     self._run.define_metric('*', step_metric='step')
 
   def log(self, step: int, values: dict[str, float]) -> None:
@@ -215,7 +214,7 @@ class _Trackio:
   def __init__(self, folder: pathlib.Path, known: str | None, config: dict[str, Any]):
     import trackio
 
-    # Runs are found by their names, which must therefore be unlike those of other folders.
+    # trackio finds runs by name, so the name must differ from those of runs in other folders.
     self.id = known or f'{folder.absolute().name}-{secrets.token_hex(4)}'
     self._run = trackio.init(
       project=PROJECT,
@@ -243,7 +242,7 @@ OPEN: dict[str, Callable[[pathlib.Path, str | None, dict[str, Any]], Tracker]] =
 
 
 def _read(folder: pathlib.Path) -> dict[str, str]:
-  """Reads the runs of the trackers; {} for a file that is missing or damaged."""
+  """Reads the trackers' ids of the run; {} if the file is missing or damaged."""
   try:
     found = json.loads((folder / FILE).read_text())
   except (OSError, ValueError):

@@ -57,8 +57,8 @@ def train_and_evaluate(
   Args:
     config: see `configs/default.py`.
     workdir: the run's folder; if a run was started in it, it goes on.
-    on_validation: is called after each validation with the stage's epoch and the NDCG@10. What it
-      raises ends the run, which can be started again.
+    on_validation: is called after each validation with the stage's epoch and the NDCG@10. An
+      exception from it ends the run, which can be started again.
 
   Returns:
     The contents of `results.json`.
@@ -67,7 +67,7 @@ def train_and_evaluate(
     InputError: the config, the data or the workdir's earlier run do not fit.
     DivergenceError: the loss, a gradient or a score is not finite.
     StorageError: something cannot be written.
-    InterruptedBySignal: SIGTERM or SIGINT came; the run is saved.
+    InterruptedBySignal: SIGTERM, SIGINT or SIGHUP came; the run is saved.
   """
   run = open_run(config)
   run.check_targets()
@@ -140,11 +140,11 @@ class Start:
   """Where a training loop starts or goes on.
 
   Attributes:
-    state: on the devices.
-    best_params: of all stages, `[stages, ...]` each, on the devices.
+    state: training state, on the devices.
+    best_params: best parameters of all stages, `[stages, ...]` each, on the devices.
     axes: for the arrays of both, the dimension that is spread over devices.
-    progress: of the run.
-    is_saved: whether this is what the latest checkpoint holds.
+    progress: progress of the run.
+    is_saved: whether the latest checkpoint holds this position.
   """
 
   state: TrainState
@@ -166,7 +166,7 @@ def restore_or_create(run: Run, checkpointer: Checkpointer) -> Start:
   progress = TrainProgress()
   if run.config.init.run:
     state = devices.place(warm_start.warm_state(run), axes['state'])
-    progress.validated_step = NEVER  # What the run starts with may stay its best.
+    progress.validated_step = NEVER  # The parameters it starts with may stay its best.
   else:
     state = devices.create(lambda: embeddings.pad(run.create_state()), axes['state'])
     if 'sasrec' in run.config.branches and run.config.sasrec.item_input == 'id_from_content':
@@ -207,10 +207,10 @@ class TrainLoop:
   whatever came after the last save, in the same way.
 
   Attributes:
-    state: of training, on the devices.
-    best_params: of all stages, `[stages, ...]` each, on the devices.
-    progress: of the run.
-    evaluators: rank the held-out items.
+    state: training state, on the devices.
+    best_params: best parameters of all stages, `[stages, ...]` each, on the devices.
+    progress: progress of the run.
+    evaluators: evaluations that rank the held-out items.
   """
 
   def __init__(
@@ -245,7 +245,7 @@ class TrainLoop:
     self._enter_stage()
 
   def _enter_stage(self) -> None:
-    """Prepares what the current stage trains and validates with."""
+    """Prepares the training step, the limits and the progress report of the current stage."""
     stage = self.stage = self.run.stages[len(self.progress.stages) - 1]
     self.total_steps = stage.total_steps(self.batches.steps_per_epoch)
     self.validate_every = stage.validate_every_epochs * self.batches.steps_per_epoch
@@ -326,7 +326,7 @@ class TrainLoop:
     )
 
   def _is_border(self) -> bool:
-    # Later stages are validated at their start too, as what they begin with may stay their best.
+    # Later stages are validated at their start, too: their first parameters may stay their best.
     done = self._steps_in_stage()
     return done % self.validate_every == 0 or done >= self.total_steps
 
@@ -335,7 +335,7 @@ class TrainLoop:
     out_of_patience = progress.step >= self._out_of_patience_at()
     is_validated = progress.validated_step == progress.step
     is_done = self._steps_in_stage() >= self.total_steps or out_of_patience
-    # A run whose time is over at once still takes a step, after which it is validated.
+    # A run that is out of time at its start still takes a step and is validated after it.
     return is_validated and (is_done or (self.is_out_of_time and bool(progress.stage.valid)))
 
   def _find_out_of_time(self) -> bool:
@@ -426,7 +426,7 @@ class TrainLoop:
 
   def _save_and_stop(self, signal_number: int) -> None:
     self.dispatcher.flush()
-    # A save of the same step would first delete the last one, and would spare only a validation.
+    # Saving the same step again would first delete the last save, only to spare a validation.
     if self.saved is None or self.saved[0] < self.progress.step:
       self._save()
     raise InterruptedBySignal(

@@ -1,4 +1,4 @@
-"""Makes the page of a sweep or a search: all trials in a table and in plots, and what mattered.
+"""Makes the page of a sweep or a search: a table and plots of all trials, and parameter importance.
 
 A trial is a dict with `overrides` (the fields that it changes), `parameters` (values whose
 influence is plotted), `state` (`complete` or `pruned`), `valid` (its validation NDCG@10) and
@@ -47,11 +47,11 @@ def trials_page(
 
   Args:
     title: its heading.
-    about: what the trials are, in a line.
+    about: a line that describes the trials.
     trials: in any order.
     importance: the share of each parameter in the differences between trials, and a sentence that
       says how it was measured.
-    tables: of the page.
+    tables: tables of the page.
   """
   shares, how = importance
   names = list(trials[0]['parameters']) if trials else []
@@ -70,7 +70,7 @@ def trials_page(
 
 
 def variance_shares(trials: Sequence[Trial]) -> dict[str, float]:
-  """Computes which share of the variance of the validation goes along with each parameter.
+  """Computes the share of the variance in validation that each parameter explains by itself.
 
   Args:
     trials: each with the same `parameters`.
@@ -85,7 +85,7 @@ def variance_shares(trials: Sequence[Trial]) -> dict[str, float]:
     return {}
 
   def between(keys: Sequence[str]) -> float:
-    """Share of the variance that lies between the trials of different keys."""
+    """Returns the share of the variance that lies between groups of trials with equal keys."""
     groups = [scores[[key == other for other in keys]] for key in set(keys)]
     return float(sum(len(x) * (x.mean() - scores.mean()) ** 2 for x in groups) / total)
 

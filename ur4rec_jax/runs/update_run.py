@@ -1,8 +1,8 @@
-"""An update as a run: the config of the run before, its parameters, few epochs, and the gate.
+"""Trains an update: a run that starts from an earlier one, trains few epochs and passes a gate.
 
-The gate needs events that the model has not seen. Where the served model should learn those too, a
-second model is trained in the same way on all events, in `WORKDIR/all`, and it is the one that is
-promoted. Updates of updates go on from both: each model from the one of its kind.
+The gate needs events that the model has not seen. If the served model should learn those, too, a
+second model is trained in the same way on all events, in `WORKDIR/all`, and that model is promoted.
+The next update continues both: its first model from the first one, its second from the second.
 """
 
 import json
@@ -22,7 +22,7 @@ from ur4rec_jax.sharding import devices
 
 GATE = 'gate.json'
 ALL = 'all'  # Folder of the second model, in that of the update.
-_WARMUP_STEPS = 10  # Most steps of the warmup; an update may have fewer steps than a first run's.
+_WARMUP_STEPS = 10  # Limit, because an update may have fewer steps than the warmup of a first run.
 
 
 def update_config(
@@ -33,15 +33,15 @@ def update_config(
   moments: str = 'reset',
   keep: str = 'best',
 ) -> ConfigDict:
-  """Returns the config of an update: that of the run before, for the stage that it serves from.
+  """Returns the config of an update: that of the earlier run, with only its best stage.
 
   Args:
-    workdir: of the run before.
+    workdir: folder of the earlier run.
     data_dir: the new data.
-    epochs: to train.
+    epochs: number of epochs to train.
     replay: see the knob `init.replay`.
     moments: see the knob `init.moments`.
-    keep: see the knob `keep`; `last` trains both models of an update for as long.
+    keep: see the knob `keep`; with `last`, both models of an update train equally long.
 
   Raises:
     InputError: there is no trained run in `workdir`.
@@ -65,8 +65,8 @@ def train_on_all(config: ConfigDict, workdir: str | pathlib.Path) -> pathlib.Pat
   """Trains the second model of an update, which learns the held-out events, too.
 
   Args:
-    config: of the update.
-    workdir: of the update.
+    config: config of the update.
+    workdir: folder of the update.
 
   Returns:
     The folder of the second model.
@@ -87,7 +87,7 @@ def train_and_judge(config: ConfigDict, workdir: str, margin: float) -> dict[str
 
   Args:
     config: from `update_config`.
-    workdir: of the update.
+    workdir: folder of the update.
     margin: see `gate.judge`.
 
   Returns:

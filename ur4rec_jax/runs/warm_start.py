@@ -1,8 +1,8 @@
 """Starts a run with the parameters of another one, which may know fewer users and items.
 
-Parameters go over as they are. The rows of item tables go over by the original ids of the items. A
-row of an item that the other run never trained on starts as the mean of rows like it: those of the
-two items with the nearest content, or else those of its neighbours in the histories.
+Parameters are copied. The rows of item tables are matched by the original ids of the items. The row
+of an item that the other run never trained on starts as the mean over similar items: the two with
+the nearest content, or else the item's neighbours in the histories.
 """
 
 from typing import Any
@@ -90,7 +90,7 @@ def _warm_state(run: Run) -> TrainState:
 
 
 def warm_params(run: Run) -> PyTree:
-  """Returns the parameters of `warm_state` alone: the old model, which knows the new items."""
+  """Returns only the parameters of `warm_state`: the old model with rows for the new items."""
   fresh = jax.device_get(jax.jit(run.create_state)().params)
   before = open_before(run)
   return _grown(run, before, _rows_before(run, before), fresh)
@@ -142,7 +142,7 @@ def _check_same(run: Run, fresh: PyTree, stored: PyTree) -> None:
 
 
 def _mapped(fresh: PyTree, stored: PyTree, rows: np.ndarray) -> PyTree:
-  """Returns `stored` with the rows of item tables where the new run has them."""
+  """Returns `stored` with the rows of item tables in the order of the new run."""
   is_known = rows >= 0
 
   def of_items(new: np.ndarray, old: np.ndarray) -> np.ndarray:
@@ -157,7 +157,7 @@ class _Newcomers:
   """The items that the earlier run never trained on, and the items like them."""
 
   def __init__(self, run: Run, before: Run, rows: np.ndarray):
-    """Finds them.
+    """Finds the new items, and for each the known items like it.
 
     Args:
       run: on the new data.

@@ -62,7 +62,7 @@ def check_workdir(workdir: str, run: Run, free: tuple[str, ...] = ()) -> bool:
 
   Args:
     workdir: the run's folder.
-    run: as it is now.
+    run: the run with its current config and data.
     free: config fields whose names start with one of these may differ.
 
   Returns:
@@ -98,7 +98,7 @@ def is_started_with(workdir: str | pathlib.Path, config: ConfigDict) -> bool:
 
 
 def _as_stored(config: ConfigDict) -> dict[str, Any]:
-  """Returns a config as JSON gives it back, with a data folder that every folder can reach."""
+  """Returns the fields of a config as JSON reads them, with an absolute path of the data."""
   fields = json.loads(json.dumps(config.to_dict()))
   return fields | {'data_dir': os.path.abspath(fields['data_dir'])}
 
@@ -196,7 +196,7 @@ def _warn_of_other_rounding(
 
 
 def _rounding(record: dict) -> dict[str, Any]:
-  """Returns what the rounding of a run depends on, from a `config.json`; empty if it is old."""
+  """Returns the settings in a `config.json` that affect rounding; {} for an earlier version's."""
   if not isinstance(record.get('machine'), dict):
     return {}
   fields = flatten(from_stored(record['config']).to_dict())

@@ -25,7 +25,7 @@ from ur4rec_jax.errors import DeviceError, InputError, LostProcessError, Reporte
 AXIS = 'batch'
 PyTree = Any
 # On GPUs and TPUs a collective does not always fail when another process has died. Then jax ends
-# this process so many seconds after the last heartbeat of the other; its own default is 100.
+# this process this long after the other's last heartbeat; the default of jax is 100.
 _HEARTBEAT_SECONDS = 30
 # At its end a process waits this long for the others. If one does not come, the first process waits
 # a little longer, because its own end aborts the others.
@@ -43,7 +43,7 @@ def joined_processes() -> Iterator[None]:
   environment; on SLURM and Cloud TPU `JAX_COORDINATOR_ADDRESS=auto` lets jax find all three.
 
   Raises:
-    InputError: the environment is wrong, or has no such device.
+    InputError: an environment variable is wrong, or names a device that is not there.
     LostProcessError: another process has died.
   """
   _check_xla_flags()
@@ -61,7 +61,7 @@ def joined_processes() -> Iterator[None]:
     found = _own_place(address)
   try:
     jax.distributed.initialize(*found, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-  except ValueError as error:  # Of `auto`, where jax knows no scheduler.
+  except ValueError as error:  # With `auto`, if jax finds no scheduler.
     raise InputError(
       f'JAX_COORDINATOR_ADDRESS={address}: jax finds no other processes here ({error}); give '
       'host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or leave all three out for one process'
@@ -141,16 +141,16 @@ def _leave(exit_code: int) -> None:
   os._exit(exit_code)
 
 
-# Devices to compile for that are not here; none to use those that are.
+# Devices of another machine to compile for; empty to use the devices of this one.
 _described: tuple[jax.Device, ...] = ()
 
 
 @contextlib.contextmanager
 def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
-  """Lets mapped functions be lowered for devices that are not here, see `lower`.
+  """Lets mapped functions be lowered for devices that this machine does not have, see `lower`.
 
   Args:
-    devices: of a topology, from `jax.experimental.topologies.get_topology_desc`.
+    devices: devices of a topology from `jax.experimental.topologies.get_topology_desc`.
   """
   global _described
   before, _described = _described, tuple(devices)
@@ -191,10 +191,10 @@ def usable_cores() -> int:
 
 
 def use_cpu_threads(number: int) -> None:
-  """Sets among how many threads a CPU divides its sums, before anything is computed.
+  """Sets the number of threads that XLA uses on CPU; call it before anything is computed.
 
   Args:
-    number: of threads; 0 for one a core that this process may use.
+    number: number of threads; 0 for one per core that this process may use.
   """
   if number:
     os.environ['NPROC'] = str(number)  # XLA reads it when it opens the CPU.
@@ -203,7 +203,7 @@ def use_cpu_threads(number: int) -> None:
 def machine() -> dict[str, Any]:
   """Describes the devices and, on CPU, the usable cores and the threads.
 
-  The last digits of a run depend on all of it but the cores.
+  The last digits of a run's results depend on all of these except the cores.
   """
   device = jax.devices()[0]
   found = {'device': device.device_kind, 'devices': jax.device_count()}
@@ -324,8 +324,8 @@ def to_global(tree: PyTree, axes: PyTree = None) -> PyTree:
   Args:
     tree: arrays as mapped steps give them.
     axes: for each array, or for all of a subtree, None if it is whole on each device; or the
-      dimension which counts local devices, `[..., local devices, rows / devices, ...]`, and becomes
-      one with the next: `[..., rows, ...]`.
+      dimension that counts local devices, `[..., local devices, rows / devices, ...]`, which is
+      merged with the next one: `[..., rows, ...]`.
   """
 
   def merge(axis: int | None, x: PyTree) -> PyTree:
@@ -380,8 +380,7 @@ def pmap(
     in_axes: for each argument, or each array in it, 0 if it comes from `shard`, None if from
       `replicate`.
     donate_argnums: arguments whose memory the outputs take over.
-    out_axes: the same for the outputs: None if an output is equal on each device, 0 if each device
-      has its own.
+    out_axes: for each output, None if it is equal on all devices, 0 if each device has its own.
 
   Returns:
     The compiled function, whose outputs are placed like its inputs.
@@ -417,13 +416,13 @@ def lower(
   out_axes: PyTree,
   shapes: Sequence[PyTree],
 ) -> jax.stages.Lowered:
-  """Lowers what `shard_map` maps, without running it; within `compiling_for` for other devices.
+  """Lowers the function that `shard_map` would run; inside `compiling_for`, for other devices.
 
   Args:
-    step: see `pmap`, like the next three.
-    in_axes: of the arguments.
-    donate_argnums: arguments whose memory the outputs take over.
-    out_axes: of the outputs.
+    step: see `pmap`.
+    in_axes: see `pmap`.
+    donate_argnums: see `pmap`.
+    out_axes: see `pmap`.
     shapes: for each argument, arrays or `jax.ShapeDtypeStruct`s; `[devices, ...]` where the axis
       is 0.
   """
@@ -433,7 +432,7 @@ def lower(
 
 
 def on_one_device(shapes: PyTree) -> PyTree:
-  """Returns the shapes of arrays that are all on the first device that is compiled for."""
+  """Returns the shapes of arrays, placed on the first device that programs are compiled for."""
   where = SingleDeviceSharding((_described or jax.devices())[0])
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   return jax.tree.map(place, shapes)
@@ -486,7 +485,7 @@ def _spec(axis: int | None) -> PartitionSpec:
 
 
 def _map_axes(function: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
-  """Maps over axes, where None is a leaf too, and the arrays or subtrees they belong to."""
+  """Maps `function` over axes and the arrays or subtrees they belong to; None is a leaf, too."""
   return jax.tree.map(function, axes, *trees, is_leaf=lambda x: x is None)
 
 

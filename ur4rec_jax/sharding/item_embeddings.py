@@ -12,8 +12,8 @@ moments in the optimizer state. `ItemEmbeddings` is the policy for all of them:
   updates its own. A loss over the whole catalogue is computed on each device for its own rows, and
   then all rows are updated, each on its device.
 
-Training numbers the items that a step reads from 1, in the order of their ids, and runs the model
-on that small catalogue.
+In training, the items that a step reads are renumbered from 1, in the order of their ids, and the
+model runs on that small catalogue.
 """
 
 import dataclasses
@@ -146,8 +146,8 @@ class ItemEmbeddings:
     if self.is_sharded and not needs_catalogue and not has_content:
       rows = self.items_on_device + 1
       if rows <= flat.size * jax.lax.axis_size(AXIS):
-        # A device has fewer rows than the steps of all devices read. So it is cheaper that each
-        # updates its own than that all update those that any device reads.
+        # A device has fewer rows than all devices read together. So each device updates its own
+        # rows, which is cheaper than updating every row that any device reads.
         own = self._distinct(flat)
         everywhere = jax.lax.all_gather(own, AXIS, tiled=True)
         place = index_from(jax.lax.axis_index(AXIS) * rows, everywhere)
@@ -156,11 +156,11 @@ class ItemEmbeddings:
     read = self.read(flat)
     return DeviceTables(self, read) if needs_catalogue else ReadTables(self, read)
 
-  # If tables are whole, these four do nothing: the first query is 0, and the others return their
-  # argument. So ranking is written once.
+  # The next four methods let ranking be written once. With whole tables the first query is 0, and
+  # the other three return their argument.
 
   def gather_queries(self, queries: PyTree) -> PyTree:
-    """Collects the queries of all devices, as each device ranks all of them among its own items."""
+    """Collects the queries of all devices; each device ranks all of them among its own items."""
     return jax.lax.all_gather(queries, AXIS, tiled=True) if self.is_sharded else queries
 
   def first_query(self, count: int) -> Array | int:
@@ -168,7 +168,7 @@ class ItemEmbeddings:
     return jax.lax.axis_index(AXIS) * count if self.is_sharded else 0
 
   def sum_parts(self, x: Array) -> Array:
-    """Sums what each device computed from its own items."""
+    """Sums the results that devices computed from their own items."""
     return jax.lax.psum(x, AXIS) if self.is_sharded else x
 
   def sum_own_queries(self, x: Array) -> Array:
@@ -178,7 +178,7 @@ class ItemEmbeddings:
 
 @dataclasses.dataclass(frozen=True)
 class StepTables:
-  """Whole item tables in one training step; the subclasses have only a part of the rows.
+  """The item tables of one training step: whole here, only a part of the rows in subclasses.
 
   Attributes:
     embeddings: the policy.
@@ -192,7 +192,7 @@ class StepTables:
     return self.embeddings.num_items
 
   def renumber(self, ids: Array) -> Array:
-    """Turns item ids into the step's own numbers; 0 stays 0."""
+    """Turns item ids into the step's row numbers; 0 stays 0."""
     return ids
 
   def take(self, tree: PyTree) -> PyTree:
@@ -205,11 +205,11 @@ class StepTables:
 
   @property
   def lookup(self) -> Callable[[Array], Array] | None:
-    """Selects the items that the step numbers from encoded ones; None if both are the same."""
+    """Gathers, from encoded items, those that the step reads; None if the step reads them all."""
     return None
 
   def put_back(self, old: PyTree, new: PyTree) -> PyTree:
-    """Undoes `take`: returns `new` with its rows put into the item tables of `old`."""
+    """Undoes `take`: returns `new`, with its item rows written into the item tables of `old`."""
     del old
     return new
 
@@ -263,7 +263,7 @@ class DeviceTables(StepTables):
 
   Attributes:
     embeddings: the policy.
-    read: `[rows]` int32 ids of the items in histories and targets.
+    read: `[rows]` int32 ids of the items that the steps of all devices read.
   """
 
   read: Array
@@ -280,7 +280,7 @@ class DeviceTables(StepTables):
     return lambda table: self.embeddings.take(table, self.read)
 
   def mean_over_devices(self, gradients: PyTree, is_trainable: PyTree) -> PyTree:
-    # An item table's gradient is this device's rows, already summed over the devices' tokens.
+    # The gradient of an item table has this device's rows, already summed over devices.
     mean = lambda g, trains: jax.lax.pmean(g, AXIS) if trains else g
     part = lambda g, trains: g / jax.lax.axis_size(AXIS) if trains else g
     return map_item_tables(part, gradients, mean, is_trainable)
@@ -294,7 +294,7 @@ class DeviceTables(StepTables):
 
 @dataclasses.dataclass(frozen=True)
 class OwnTables(DeviceTables):
-  """This device's rows of sharded item tables, of which the step updates those that it reads.
+  """This device's rows of sharded item tables; the step updates those that any device reads.
 
   Attributes:
     embeddings: the policy.
@@ -315,11 +315,11 @@ class OwnTables(DeviceTables):
 
 @jax.custom_vjp
 def exchange_rows(rows: Array, ids: Array) -> Array:
-  """Looks up rows of a sharded table that this device alone needs, inside a mapped function.
+  """Looks up the rows of a sharded table that this device needs, inside a mapped function.
 
-  Each device sends the others the ids that they hold and gets their rows. Messages have equal
-  lengths, twice those of ids that are spread evenly; devices that hold more of them answer in
-  several rounds. So a device receives about as many rows as it needs, however many devices there
+  Each device sends the others the ids that they hold and gets their rows. All messages have the
+  same length, twice what evenly spread ids would need. A device that holds more of the ids answers
+  in several rounds. So a device receives about as many rows as it needs, however many devices there
   are. Gradients go the same way back.
 
   Args:
@@ -353,7 +353,7 @@ def _exchange_backward(residuals: tuple, gradient: Array) -> tuple[Array, None]:
     sent = jnp.take(gradient, place, axis=0, mode='fill', fill_value=0)
     return total.at[asked].add(_all_to_all(sent).astype(total.dtype), mode='drop')
 
-  # A row that many devices read has a sum of many small gradients.
+  # float32, because a row that many devices read sums many small gradients.
   nothing = jnp.zeros((len(like), *gradient.shape[1:]), jnp.float32)
   total = jax.lax.fori_loop(0, messages.rounds, send, nothing)
   return total.astype(like.dtype), None
@@ -363,7 +363,7 @@ exchange_rows.defvjp(_exchange_forward, _exchange_backward)
 
 
 class _Messages:
-  """Who asks whom for which rows, in rounds.
+  """The requests for rows between devices, in rounds.
 
   Attributes:
     rounds: `[]` int32, how many are needed until every device has all rows that it needs.

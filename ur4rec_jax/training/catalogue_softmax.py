@@ -31,7 +31,7 @@ def plain_softmax(hidden: Array, item_vectors: Array, targets: Array, weights: A
 
 
 def _chunks(x: Array, chunk_size: int) -> Array:
-  """Reshapes `[tokens, ...]` to `[chunks, chunk_size, ...]`, zeros at the end."""
+  """Reshapes `[tokens, ...]` to `[chunks, chunk_size, ...]`, padded with zeros at the end."""
   padding = [(0, -x.shape[0] % chunk_size)] + [(0, 0)] * (x.ndim - 1)
   return jnp.pad(x, padding).reshape(-1, chunk_size, *x.shape[1:])
 
@@ -41,7 +41,7 @@ def chunked_sum(loss: Callable[..., Array], chunk_size: int, *arrays: Array) -> 
 
   Args:
     loss: maps `[chunk_size, ...]` arrays to a scalar; zero for tokens that are all zeros.
-    chunk_size: tokens a chunk.
+    chunk_size: tokens per chunk.
     *arrays: `[tokens, ...]`.
 
   Returns:
@@ -68,7 +68,7 @@ def softmax(
     item_vectors: `[num_items, dim]`.
     targets: `[tokens]` int32 rows of `item_vectors`.
     weights: `[tokens]`.
-    chunk_size: tokens a chunk; the last chunk is padded.
+    chunk_size: tokens per chunk; the last chunk is padded.
 
   Returns:
     Scalar sum over tokens.
@@ -79,7 +79,7 @@ def softmax(
 def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
   arrays = hidden, item_vectors, targets, weights
   if has_kernel(hidden, item_vectors):
-    from ur4rec_jax.training.softmax_kernel import softmax_gradients  # Pallas imports in a second.
+    from ur4rec_jax.training.softmax_kernel import softmax_gradients  # Slow to import.
 
     loss, hidden_gradient, item_gradient, _ = softmax_gradients(*arrays)
   else:
@@ -88,7 +88,7 @@ def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
 
 
 def has_kernel(hidden: Array, item_vectors: Array) -> bool:
-  """Whether the devices have a kernel that takes so many items of this width."""
+  """Whether the devices have a kernel that fits this number of items of this width."""
   if devices.platform() != 'tpu':
     return False
   from ur4rec_jax.training.softmax_kernel import tokens_in_block
@@ -97,7 +97,7 @@ def has_kernel(hidden: Array, item_vectors: Array) -> bool:
 
 
 def _in_chunks(hidden, item_vectors, targets, weights, chunk_size):
-  """Returns the loss and its gradients, that of the items in float32."""
+  """Returns the loss and the gradients of states and items; the latter in float32."""
   tokens, dim = hidden.shape
   chunk_size = min(chunk_size, tokens)
 
@@ -150,13 +150,13 @@ def fused_sampled_softmax(
   weights: Array,
   negatives: Negatives,
 ) -> Array:
-  """Sums `losses.sampled_softmax` over tokens in the kernel of `has_kernel`.
+  """Computes `losses.sampled_softmax` in the TPU kernel; only where `has_kernel` is True.
 
   Args:
     hidden: `[tokens, dim]`.
     target_vectors: `[tokens, dim]`.
     negative_vectors: `[negatives, dim]`.
-    targets: `[tokens]` int32, numbered as the negatives are.
+    targets: `[tokens]` int32, in the numbering of `negatives.items`.
     weights: `[tokens]`.
     negatives: shared by all tokens.
 
@@ -171,16 +171,16 @@ def _sampled_forward(hidden, target_vectors, negative_vectors, targets, weights,
   from ur4rec_jax.training.softmax_kernel import Sampled, softmax_gradients
 
   positive = (hidden * target_vectors).sum(-1, dtype=jnp.float32)
-  found = softmax_gradients(
+  result = softmax_gradients(
     hidden, negative_vectors, targets, weights, Sampled(positive, *negatives)
   )
-  of_positive = found.positive[:, None]
+  positive_gradient = result.positive[:, None]
   gradients = (
-    (found.hidden + of_positive * target_vectors).astype(hidden.dtype),
-    (of_positive * hidden).astype(target_vectors.dtype),
-    found.items.astype(negative_vectors.dtype),
+    (result.hidden + positive_gradient * target_vectors).astype(hidden.dtype),
+    (positive_gradient * hidden).astype(target_vectors.dtype),
+    result.items.astype(negative_vectors.dtype),
   )
-  return found.loss, gradients
+  return result.loss, gradients
 
 
 def _sampled_backward(gradients, cotangent):
@@ -201,7 +201,7 @@ def softmax_over_devices(
 ) -> Array:
   """Cross-entropy over a catalogue that is spread over devices (vocabulary-parallel).
 
-  Each device multiplies the tokens of all devices with its own items and sends three numbers a
+  Each device multiplies the tokens of all devices with its own items and sends three numbers per
   token to the others: the maximum, the sum of exponentials and the score of the target. Neither the
   catalogue nor the logits are ever collected on one device (Shoeybi et al., Megatron-LM, 2019,
   section 3). The forward pass computes the gradients, as `softmax` does. They are the gradients of
@@ -209,11 +209,11 @@ def softmax_over_devices(
   the objective.
 
   Args:
-    hidden: `[tokens, dim]`, this device's.
-    item_rows: `[rows, dim]`, this device's. The rows of all devices, in order, belong to ids 0, 1,
+    hidden: `[tokens, dim]` of this device.
+    item_rows: `[rows, dim]` of this device. The rows of all devices, in order, belong to ids 0, 1,
       ...; id 0 and ids above `num_items` are not items.
-    target_ids: `[tokens]` item ids, this device's.
-    weights: `[tokens]`, this device's.
+    target_ids: `[tokens]` item ids, of this device.
+    weights: `[tokens]` of this device.
     num_items: catalogue size.
     chunk_size: tokens whose logits are in memory at once.
 
@@ -229,8 +229,8 @@ def _softmax_over_devices_forward(hidden, item_rows, target_ids, weights, num_it
   rows, device = item_rows.shape[0], jax.lax.axis_index(AXIS)
   ids = device * rows + jnp.arange(rows)
   is_item = (ids > 0) & (ids <= num_items)
-  of_all = jax.lax.all_gather((hidden, target_ids, weights), AXIS, tiled=True)
-  tokens = of_all[0].shape[0]
+  all_tokens = jax.lax.all_gather((hidden, target_ids, weights), AXIS, tiled=True)
+  tokens = all_tokens[0].shape[0]
   chunk_size = min(chunk_size, tokens)
 
   def step(item_gradient, chunk):
@@ -247,7 +247,8 @@ def _softmax_over_devices_forward(hidden, item_rows, target_ids, weights, num_it
     highest = tops.max(0)
     total = (totals * jnp.exp(tops - highest)).sum(0)
     losses = jnp.log(total) + highest - target_logits.sum(0)
-    # The factor that turns exponentials into probabilities scales the narrow arrays, as above.
+    # The factor that turns exponentials into probabilities scales the narrow arrays, as in
+    # `_in_chunks`.
     share = (jnp.exp(top - highest) / total)[:, None]
     weight = weight[:, None]
     unnormalised = unnormalised.astype(h.dtype)
@@ -260,7 +261,7 @@ def _softmax_over_devices_forward(hidden, item_rows, target_ids, weights, num_it
   item_gradient, (losses, hidden_gradient) = jax.lax.scan(
     step,
     jnp.zeros(item_rows.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in of_all),
+    tuple(_chunks(x, chunk_size) for x in all_tokens),
   )
   hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
   hidden_gradient = jax.lax.psum_scatter(hidden_gradient, AXIS, tiled=True)

@@ -43,8 +43,9 @@ def bce(positive: Array, negative: Array, weights: Array) -> Array:
   return (losses * weights).sum()
 
 
-# Losses over scores, by name. A function compares each target with negatives of its own and has the
-# arguments of `bpr`; extensions may add some. `objective.make_retrieval_loss` has the others.
+# Losses over scores, by name. A function has the arguments of `bpr` and compares each target with
+# its own negatives; extensions may add such functions. `objective.make_retrieval_loss` builds the
+# losses that are None here.
 RETRIEVAL_LOSSES: dict[str, Callable[..., Array] | None] = {
   'softmax': None,
   'sampled_softmax': None,
@@ -154,7 +155,7 @@ def info_nce(a: Array, b: Array, ids: Array, weights: Array, log_temperature: Ar
     a: `[batch, dim]` or `[batch, vectors, dim]`.
     b: `[batch, dim]`.
     ids: `[batch]`; rows with the same id are not each other's negatives.
-    weights: `[batch]`, 0 for rows that count neither as rows nor as negatives.
+    weights: `[batch]`, 0 for rows that are left out, as negatives of other rows too.
     log_temperature: scalar.
 
   Returns:
@@ -241,7 +242,7 @@ def matching_bce(logits: Array, labels: Array, weights: Array) -> Array:
 
 
 def uncertainty_weighted(losses: Mapping[str, Array], log_variances: Mapping[str, Array]) -> Array:
-  """Sum of losses with learnt weights (Kendall, Gal & Cipolla, CVPR 2018): exp(-s) L + s.
+  """Sum of losses with learned weights (Kendall, Gal & Cipolla, CVPR 2018): exp(-s) L + s.
 
   This is twice their eq. 7, with s = log sigma^2.
 

@@ -31,9 +31,10 @@ ByBranch = dict[str, Negatives | None]
 
 
 def draw_all_negatives(stage: Stage, targets: Array, data: TrainData, key: Array) -> ByBranch:
-  """Draws the negatives of each branch of a stage; the others as in `draw_negatives`.
+  """Draws the negatives of each branch of a stage.
 
-  Branches with the same loss share their negatives.
+  Branches with the same loss share their negatives. The other arguments are those of
+  `draw_negatives`.
   """
   return {
     branch: draw_negatives(name, stage.config.loss, targets, data, key)
@@ -44,10 +45,10 @@ def draw_all_negatives(stage: Stage, targets: Array, data: TrainData, key: Array
 def draw_negatives(
   name: str, config: ConfigDict, targets: Array, data: TrainData, key: Array
 ) -> Negatives | None:
-  """Draws what a retrieval loss compares the targets with.
+  """Draws the negatives of a retrieval loss.
 
   Args:
-    name: of the loss, see `objective.make_retrieval_loss`.
+    name: name of the loss, see `objective.make_retrieval_loss`.
     config: `config.loss`: `num_negatives`, and `negatives`, the distribution of shared ones.
     targets: `[tokens]` int32, items from 0.
     data: has the popularity of items.
@@ -74,7 +75,7 @@ def draw_negatives(
 
 
 def drawn_ids(negatives: ByBranch, weights: Array) -> dict[str, Array]:
-  """Returns the item ids of all negatives, from 1; 0 for the negatives of padding.
+  """Returns the item ids of all negatives, from 1; 0 for a padding token's own negatives.
 
   Args:
     negatives: from `draw_all_negatives`.
@@ -89,12 +90,12 @@ def drawn_ids(negatives: ByBranch, weights: Array) -> dict[str, Array]:
 
 
 def renumbered(negatives: ByBranch, ids: dict[str, Array], tables: StepTables) -> ByBranch:
-  """Turns negatives into the step's own numbers, from 0.
+  """Replaces the items of negatives by the step's row numbers, from 0.
 
   Args:
     negatives: from `draw_all_negatives`.
     ids: from `drawn_ids`.
-    tables: of the step.
+    tables: item tables of the step.
   """
   new = {branch: jnp.maximum(tables.renumber(x) - 1, 0) for branch, x in ids.items()}
   return negatives | {branch: negatives[branch]._replace(items=x) for branch, x in new.items()}

@@ -23,13 +23,13 @@ Array = jax.Array
 
 
 class LossInputs(NamedTuple):
-  """What losses read besides the model's output.
+  """Inputs of the losses besides the model's output.
 
   Attributes:
-    numbers: `[tokens]` int32, the step's number of each target from 1, 0 for padding.
+    numbers: `[tokens]` int32, the step's row number of each target from 1, 0 for padding.
     target_ids: `[tokens]` int32, item ids of the targets, 0 for padding.
     negatives: by branch; None where the loss reads the whole catalogue.
-    num_tokens: `[]` float32, the number by which sums over tokens are divided.
+    num_tokens: `[]` float32, the divisor of sums over tokens.
   """
 
   numbers: Array
@@ -51,17 +51,17 @@ class LossInputs(NamedTuple):
 class Sample(NamedTuple):
   """The tokens that losses over vectors look at.
 
-  They lie at even distances in the batch, so items appear in them as often as they are consumed.
+  They are evenly spaced in the batch, so items appear in proportion to how often users choose them.
 
   Attributes:
     tokens: `[sample]` indices of tokens.
-    numbers: `[sample]` int32, the step's number of their targets from 1, 0 for padding. Content
-      has a row for each number.
+    numbers: `[sample]` int32, the step's row numbers of their targets from 1, 0 for padding.
+      They index the rows of `Content`.
     targets: `[sample]` int32 from 0, rows of the step's item vectors.
     weights: `[sample]` float32.
-    pairs: `[2, sample]` indices of two tokens each that have the same target.
-    pair_numbers: `[sample]` int32, as `numbers`, of the targets of the pairs.
-    pair_weights: `[sample]` float32, 0 where two tokens are no pair.
+    pairs: `[2, sample]` indices of pairs of tokens that have the same target.
+    pair_numbers: `[sample]` int32, like `numbers`, for the targets of the pairs.
+    pair_weights: `[sample]` float32, 0 where the two targets differ or are padding.
   """
 
   tokens: Array
@@ -96,12 +96,12 @@ def make_losses(stage: Stage, num_items: int) -> Callable[[Encoded, LossInputs],
   """Builds the losses of a stage that have a weight.
 
   Args:
-    stage: of training.
+    stage: the training stage.
     num_items: size of the whole catalogue.
 
   Returns:
     `losses(encoded, inputs)`, which returns the scalars by name: for a branch the sum over this
-      device's tokens divided by `inputs.num_tokens`, for the others a mean over a sample of tokens.
+      device's tokens divided by `inputs.num_tokens`, for the others a mean over items or tokens.
   """
   config = stage.config.loss
   retrieval = {
@@ -131,7 +131,7 @@ def make_losses(stage: Stage, num_items: int) -> Callable[[Encoded, LossInputs],
 def _branch_loss(
   encoded: Encoded, inputs: LossInputs, *, branch: str, loss: Callable, over_devices: Callable
 ) -> Array:
-  """Returns the mean retrieval loss of a branch over the tokens of all devices."""
+  """Returns the retrieval loss of a branch: this device's sum divided by `num_tokens`."""
   users = encoded.users[branch]
   users = users.reshape(-1, users.shape[-1])
   negatives = inputs.negatives[branch]
@@ -176,7 +176,7 @@ def diversity(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
 
 
 def contrast(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
-  """Lets one of a user's proxies find the target among the targets of the sample."""
+  """Makes a user's best proxy find the target among the targets of the sample."""
   del config
   retrieved = encoded.retrieved.reshape(-1, *encoded.retrieved.shape[2:])[sample.tokens]
   target_vectors = encoded.items['retriever'][sample.targets]
@@ -186,10 +186,10 @@ def contrast(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
 
 
 def matching(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
-  """Tells a token's own target from the target of the token before it in the sample.
+  """Tells pairs of a token and its own target from pairs with the previous token's target.
 
-  That target is about as popular as the own one. In packed rows it is often an earlier item of the
-  same user.
+  The two targets are about equally popular. In packed rows the other one is often an earlier item
+  of the same user.
   """
   del config
   users = encoded.users['retriever']
@@ -208,7 +208,7 @@ def matching(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
 def same_target(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
   """Makes two states of `sasrec` alike if the same item comes next (ICSRec: Qin et al. 2024).
 
-  Of all pairs of the sample, each state must find the other one of its pair.
+  Each state must find its partner among the states of all pairs in the sample.
   """
   del config
   users = encoded.users['sasrec']
@@ -251,7 +251,8 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
       )
       return pairwise(positive, negative, weights)
 
-    # Each negative needs its vector in memory: with width 64, as much as logits over 2,048 items.
+    # The vectors of a chunk's negatives are in memory together. With width 64 they take as much
+    # memory as the logits of `config.chunk_size` tokens over 2,048 items.
     chunk_size = max(1, 32 * config.chunk_size // config.num_negatives)
     return catalogue_softmax.chunked_sum(
       loss, chunk_size, hidden, targets, negatives.items, weights

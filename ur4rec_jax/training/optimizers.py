@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 Array = jax.Array
 PyTree = Any
-# A parameter belongs to the first group whose pattern its name begins with.
+# A parameter belongs to the first group whose pattern matches the beginning of its name.
 GROUPS = {
   'sasrec': re.compile(r'sasrec/'),
   'user_tower': re.compile(r'retriever/(user_tower/|log_temperature$)'),
@@ -32,7 +32,7 @@ def group_of(name: str) -> str:
   """Returns the group of a parameter by its name, `a/b/c`.
 
   Raises:
-    ValueError: no group in `GROUPS` has it.
+    ValueError: the name matches no group in `GROUPS`.
   """
   for group, pattern in GROUPS.items():
     if pattern.match(name):
@@ -83,8 +83,8 @@ def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransf
 
   Returns:
     An optimizer whose `update` takes three more arguments: `learning_rate`; `active`, by label
-    whether it is trained; and `norm`, a function from gradients to their norm, as a device may
-    have only a part of them.
+    whether its parameters are trained; and `norm`, a function that returns the norm of gradients,
+    because a device may hold only a part of them.
   """
 
   def of_label(label: str) -> optax.GradientTransformationExtraArgs:
@@ -101,7 +101,7 @@ def create_optimizer(config: ConfigDict, labels: PyTree) -> optax.GradientTransf
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
-  """Clips like `optax.clip_by_global_norm`, with the norm function that `update` is given."""
+  """Clips like `optax.clip_by_global_norm`, but with the norm function passed to `update`."""
 
   def update(updates, state, params=None, *, norm=optax.tree.norm, **extra_args):
     length = norm(updates)

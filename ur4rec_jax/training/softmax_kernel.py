@@ -1,7 +1,7 @@
 """Cross-entropy over the catalogue or shared negatives in one TPU kernel, without logits in memory.
 
 One pass over the tokens computes the loss and both gradients, as `catalogue_softmax.softmax` does
-in chunks: while a block of tokens is in the chip's fast memory, so are its logits over all items.
+in chunks: while a block of tokens is in fast memory (VMEM), so are its logits over all items.
 The catalogue and its gradient stay there from the first block to the last.
 """
 
@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from ur4rec_jax.models.attention_kernel import FAST_MEMORY, dot
 
 Array = jax.Array
-_TOKENS = 256  # In a block; half as many if the catalogue leaves no room.
-_ITEMS = 512  # The catalogue is read in pieces of so many items, in loops that compile fast.
+_TOKENS = 256  # Tokens in a block; half as many if the catalogue leaves no room.
+_ITEMS = 512  # Items in a piece; the catalogue is read in pieces, in loops that compile fast.
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
@@ -27,7 +27,7 @@ def tokens_in_block(num_items: int, dim: int, itemsize: int) -> int:
   Args:
     num_items: size of the catalogue.
     dim: width of its vectors.
-    itemsize: bytes of a number of the vectors.
+    itemsize: bytes of one value.
   """
   catalogue = num_items * (-(-dim // 128) * 128) * (itemsize + 4)
   left = 0.75 * FAST_MEMORY - catalogue
@@ -35,12 +35,12 @@ def tokens_in_block(num_items: int, dim: int, itemsize: int) -> int:
 
 
 class Sampled(NamedTuple):
-  """What a softmax over shared negatives adds to a softmax over a catalogue.
+  """Inputs that only a softmax over shared negatives has.
 
   Attributes:
     positive: `[tokens]` float32, logits of the targets.
     ids: `[negatives]` int32; a negative that is a token's target is left out of its sum.
-    log_expected_count: `[negatives]` float32, which is subtracted from the logits.
+    log_expected_count: `[negatives]` float32, subtracted from the logits.
   """
 
   positive: Array
@@ -49,13 +49,14 @@ class Sampled(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """What the kernel computes.
+  """The loss and its gradients.
 
   Attributes:
     loss: `[]`, the weighted sum over tokens.
-    hidden: `[tokens, dim]` in the type of `hidden`.
-    items: `[items, dim]` float32.
-    positive: `[tokens]` float32 of the targets' logits, of a softmax over negatives; else None.
+    hidden: `[tokens, dim]`, gradient of the states, in their type.
+    items: `[items, dim]` float32, gradient of the item vectors.
+    positive: `[tokens]` float32, gradient of the targets' logits in a softmax over negatives; else
+      None.
   """
 
   loss: Array
@@ -124,28 +125,28 @@ def softmax_gradients(
     interpret=interpret,
     name='catalogue_softmax',
   )(*arrays)
-  losses, of_hidden, of_items, of_positive = results
-  of_positive = None if sampled is None else of_positive.reshape(-1)[:tokens]
-  return Gradients(losses.sum(), of_hidden, of_items[:num_items], of_positive)
+  losses, hidden_gradient, item_gradient, positive_gradient = results
+  positive_gradient = None if sampled is None else positive_gradient.reshape(-1)[:tokens]
+  return Gradients(losses.sum(), hidden_gradient, item_gradient[:num_items], positive_gradient)
 
 
 def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
-  """Computes a block of tokens; logits are `[items, tokens]`, so that a number a token is a row."""
+  """Computes a block of tokens; logits are `[items, tokens]`, one column per token."""
   hidden, items, targets, weights = refs[:4]
   positive, ids, log_expected_count = refs[4:7] if is_sampled else (None,) * 3
-  losses, of_hidden, of_items, of_positive, logits = refs[-5:]
+  losses, hidden_gradient, item_gradient, positive_gradient, logits = refs[-5:]
   step, block = pl.program_id(0), hidden.shape[0]
 
   @pl.when(step == 0)
   def _():
-    of_items[...] = jnp.zeros_like(of_items)
+    item_gradient[...] = jnp.zeros_like(item_gradient)
 
-  # What lies behind the last token is undefined, and zero times NaN is NaN.
+  # Values past the last token are undefined and may be NaN, and zero times NaN is NaN.
   token = step * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
   states = jnp.where(token < tokens, hidden[...], 0).astype(hidden.dtype)
 
   def for_pieces(function, start):
-    """Carries a value through `function(slice of the items, their rows, value)`."""
+    """Calls `function(slice of items, their rows, value)` on each piece and carries the value."""
 
     def piece(i, value):
       begin = pl.multiple_of(i * _ITEMS, _ITEMS)
@@ -165,29 +166,29 @@ def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
     return jnp.maximum(highest, values.max(0, keepdims=True))
 
   def add_up(piece, row, sums):
-    total, of_target = sums
+    total, target_logit = sums
     values = logits[piece, :] - highest
     exponentials = jnp.exp(values)
     logits[piece, :] = exponentials
     if not is_sampled:
-      of_target += jnp.where(row == targets[0], values, 0).sum(0, keepdims=True)
-    return total + exponentials.sum(0, keepdims=True), of_target
+      target_logit += jnp.where(row == targets[0], values, 0).sum(0, keepdims=True)
+    return total + exponentials.sum(0, keepdims=True), target_logit
 
   def differentiate(piece, row, gradient):
-    change = logits[piece, :] * (weight / total)
+    logit_gradient = logits[piece, :] * (weight / total)
     if not is_sampled:
-      change -= jnp.where(row == targets[0], weight, 0)
-    change = change.astype(hidden.dtype)
-    of_items[piece, :] += dot(change, states, 1, 0)
-    return gradient + dot(change, items[piece, :], 0, 0)
+      logit_gradient -= jnp.where(row == targets[0], weight, 0)
+    logit_gradient = logit_gradient.astype(hidden.dtype)
+    item_gradient[piece, :] += dot(logit_gradient, states, 1, 0)
+    return gradient + dot(logit_gradient, items[piece, :], 0, 0)
 
   zeros = jnp.zeros((1, block), jnp.float32)
   highest = for_pieces(find_highest, positive[0] if is_sampled else zeros + _LOWEST)
   target_logit = positive[0] - highest if is_sampled else zeros
-  of_target = jnp.exp(target_logit) if is_sampled else zeros
-  total, target_logit = for_pieces(add_up, (of_target, target_logit))
+  target_exponential = jnp.exp(target_logit) if is_sampled else zeros
+  total, target_logit = for_pieces(add_up, (target_exponential, target_logit))
   weight = weights[0]
   losses[0] = (jnp.log(total) - target_logit) * weight
-  of_positive[0] = weight * (of_target / total - 1)
+  positive_gradient[0] = weight * (target_exponential / total - 1)
   gradient = for_pieces(differentiate, jnp.zeros(hidden.shape, jnp.float32))
-  of_hidden[...] = gradient.astype(hidden.dtype)
+  hidden_gradient[...] = gradient.astype(hidden.dtype)

@@ -31,11 +31,11 @@ class Stage:
   """One stage; fields without an explanation are those of `config.stage.NAME`.
 
   Attributes:
-    name: of the stage.
+    name: name of the stage.
     config: the run's config with only the stage's losses and the branches that they read.
     model: the part of the run's model that the stage trains.
-    losses: weight of each loss that has one.
-    retrieval_losses: name of the loss over scores by branch; `fused` is the fusion.
+    losses: weight of each loss of the stage.
+    retrieval_losses: by branch, the name of its loss over scores; `fused` is the fusion.
     trainable: labels of the parameters that are trained.
     alternation: labels that are trained in each turn; one turn if nothing alternates.
   """
@@ -68,7 +68,7 @@ class Stage:
 
 
 class StageNumbers(NamedTuple):
-  """The numbers of a stage that the compiled step reads.
+  """The numbers of a stage that are arguments of the compiled step.
 
   Stages that differ only in these numbers share one compiled step.
 
@@ -112,7 +112,7 @@ def stage_config(config: ConfigDict, name: str) -> ConfigDict:
   """Returns the config with only the losses of one stage and the branches that they read.
 
   Raises:
-    InputError: a loss is unknown or has no inputs in this stage, or none trains a branch.
+    InputError: a loss is unknown or has no inputs in this stage, or no loss trains a branch.
   """
   chosen = config.stage[name].losses
   field = f'config.stage.{name}.losses={tuple(chosen)}'
@@ -216,9 +216,9 @@ def _turns(
   """Returns the parameters that are trained in each turn of a stage.
 
   Args:
-    config: of the run.
+    config: the run's config.
     stage: name of the stage.
-    names: of all parameters.
+    names: names of all parameters.
     reached: names of the parameters that the losses of the stage reach.
   """
   fields = config.stage[stage]
@@ -255,7 +255,7 @@ def _turns(
 
 
 def _matching(entry: str, names: list[str], field: str) -> set[str]:
-  """Returns the parameters that a group's name, or a regex over parameter names, stands for."""
+  """Returns the parameters of a group, or those whose names match a regular expression."""
   if entry == ALL:
     return set(names)
   groups = _TOWERS.get(entry, (entry,))
@@ -285,7 +285,7 @@ def after_step(state: StageState, loss: Array, numbers: StageNumbers) -> StageSt
   """Counts a step and decides, on the device, which group the next step trains.
 
   The turn changes after `alternation_steps`. If the rule is adaptive, it changes once the moving
-  average of the loss, over about as many steps, has not reached a new low for so long.
+  average of the loss, over about as many steps, has reached no new low for `alternation_steps`.
   """
   change = (loss - state.average) / numbers.alternation_steps
   average = jnp.where(jnp.isfinite(state.average), state.average + change, loss)

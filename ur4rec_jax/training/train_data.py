@@ -1,4 +1,4 @@
-"""What training reads of a dataset; nothing that is held out is in it."""
+"""The part of a dataset that training reads, without its held-out interactions."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
 
 class TrainData(NamedTuple):
-  """What every device holds during training.
+  """The data that devices hold during training.
 
   Attributes:
-    item_ids: `[training interactions]` int32, 1-based, user after user; those of the current steps
-      alone if the others are read from the disk.
+    item_ids: `[training interactions]` int32, 1-based, user after user; only those of the current
+      steps if interactions are read from disk.
     item_counts: `[num_items]` float32, the number of training interactions of each item.
     tables: tokens of items and users.
     preference_starts: `[num_users]` int32, from `features.preference_starts`.
@@ -31,7 +31,7 @@ def make_train_data(dataset: Dataset, tables: Tables, in_memory: bool = True) ->
   """Collects the arrays in host memory.
 
   Args:
-    dataset: all interactions; what is held out is left out.
+    dataset: all interactions; only those of the training part are used.
     tables: tokens of items and users.
     in_memory: whether the devices hold the interactions.
   """

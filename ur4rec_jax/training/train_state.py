@@ -1,4 +1,4 @@
-"""What a training step reads and returns, and what a run saves."""
+"""The state of a training step, and the progress of a run, which checkpoints save."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ NEVER = -1
 
 
 class StageState(NamedTuple):
-  """The position in a stage. All fields are `[]`; all but `step` change only if groups alternate.
+  """The position in a stage. All fields are `[]`; `turn` changes only if groups alternate.
 
   Attributes:
     step: int32, steps of this stage.
@@ -86,7 +86,7 @@ def create_train_state(
   Args:
     model: has `encode`, see `UR4Rec`.
     tx: optimizer.
-    seed: of the parameters and of all randomness in training.
+    seed: seed of the parameters and of all randomness in training.
     tables: tokens of items and users; only their shapes matter.
   """
 

@@ -1,7 +1,7 @@
 """The training step: a pure function of one device's data, which is mapped over devices.
 
-`make_train_step` builds it. One step reads: draw a batch and negatives, take the item embeddings
-that they need, differentiate the objective, update, put the item embeddings back.
+`make_train_step` builds it. A step gathers a batch, draws negatives, takes the item embeddings that
+they need, differentiates the objective, updates the parameters, and puts the item embeddings back.
 """
 
 import functools
@@ -38,22 +38,22 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Builds the function that takes several optimizer steps in one dispatch.
 
-  Frozen parameters get no gradient, and what no loss reads is not computed.
+  Frozen parameters get no gradient, and values that no loss reads are not computed.
 
   Args:
     tx: optimizer, from `create_optimizer`.
-    labels: of the parameters, from `make_stages`.
+    labels: labels of the parameters, from `make_stages`.
     stage: has the model, its losses and the labels that are trained.
     embeddings: the policy for item tables. If they are sharded, `state` and `data` hold this
       device's part.
 
   Returns:
-    `train_step(state, data, plan, num_steps, numbers)` with `plan` `[steps, rows, slots]`, this
-    device's rows of each step, of which the first `num_steps` are taken, and the `numbers` of the
-    stage. It returns the new state and metrics `[steps]`: `loss`, the weighted sum, and `loss/NAME`
-    each loss without its weight, all means over the tokens of all devices; `weight/NAME` a
-    learned loss weight; `gate/NAME` the share of a branch or modality; `grad_norm`; `turn`, the
-    index of the trained group; `finite`, whether loss and gradient are.
+    `train_step(state, data, plan, num_steps, numbers)`. `plan` is `[steps, rows, slots]`, this
+    device's rows of each step; the first `num_steps` steps are taken. `numbers` are those of the
+    stage. It returns the new state and metrics `[steps]`, means over all devices: `loss`, the
+    weighted sum; `loss/NAME`, each loss without its weight; `weight/NAME`, a learned loss weight;
+    `gate/NAME`, the share of a branch or modality. The others are `grad_norm`; `turn`, the index of
+    the trained group; and `finite`, whether the loss and the gradient norm are finite.
   """
   is_trainable = jax.tree.map(lambda label: label in stage.trainable, labels)
   needs_catalogue = embeddings.is_sharded and 'softmax' in stage.retrieval_losses.values()
@@ -128,7 +128,7 @@ def make_objective(
 
   Returns:
     `objective_of(data, tables, batch, inputs, dropout_key)`, which returns the function
-    `objective(params)` of one batch: the weighted sum of the losses, and what is reported.
+    `objective(params)` of one batch: the weighted sum of the losses, and metrics to report.
   """
   all_losses, loss_weights = make_losses(stage, num_items), stage.losses
 
@@ -188,7 +188,8 @@ def _gates(reported: PyTree, modalities: Sequence[str]) -> Metrics:
 
 def _several_steps(one_step: Callable) -> Callable[..., tuple[TrainState, Metrics]]:
   """Loops `one_step` over the first steps of a plan and stacks the metrics."""
-  # It is traced once for the shapes of the metrics and for the loop; `inline` keeps the program.
+  # With `jit`, one trace serves the shapes of the metrics and the loop. `inline` leaves no call in
+  # the compiled program.
   one_step = jax.jit(one_step, inline=True)
 
   def train_step(
