@@ -188,9 +188,6 @@ def _gates(reported: PyTree, modalities: Sequence[str]) -> Metrics:
 
 def _several_steps(one_step: Callable) -> Callable[..., tuple[TrainState, Metrics]]:
   """Loops `one_step` over the first steps of a plan and stacks the metrics."""
-  # With `jit`, one trace serves the shapes of the metrics and the loop. `inline` leaves no call in
-  # the compiled program.
-  one_step = jax.jit(one_step, inline=True)
 
   def train_step(
     state: TrainState, data: TrainData, plan: Plan, num_steps: Array, numbers: StageNumbers
