@@ -177,7 +177,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
   'Branch sasrec': {
     'sasrec.dim': Knob(64, 'Width of item embeddings and hidden states.', at_least=1),
     'sasrec.block': Knob(
-      'transformer', 'What reads a history: SASRec, or recurrent layers (GRU4Rec).', choices=BLOCKS
+      'transformer', 'Kind of blocks: transformer (SASRec) or gru (GRU4Rec).', choices=BLOCKS
     ),
     'sasrec.num_blocks': Knob(2, 'Number of transformer blocks or recurrent layers.', at_least=1),
     'sasrec.num_heads': Knob(1, 'Number of attention heads; must divide sasrec.dim.', at_least=1),
