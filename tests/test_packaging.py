@@ -156,11 +156,11 @@ def test_a_wheel_runs_every_command(wheel, environment_with_libraries, empty_fol
     'encode': (data, '--modality=text', '--encoder=hashing'),
     'train': run,
     'evaluate': run,
+    'baselines': (data,),
     'compare': ('runs/shop',),
     'recommend': ('--workdir=runs/shop', '--user=u001'),
     'export': ('--workdir=runs/shop', '--out=model'),
-    'serve': ('--help',),
-    'experiment': ('--help',),
+    **dict.fromkeys(('serve', 'experiment', 'quick', 'update', 'feedback'), ('--help',)),
   }
   assert commands.keys() == cli.COMMANDS.keys()
   codes = {'download-images': 2}  # The items of the synthetic data have pictures, not links.
