@@ -5,7 +5,8 @@
 The service runs as a separate process that may open 1,024 files. Honest clients ask 50 times a
 second, each time over a new connection: first undisturbed, then beside a process of hostile
 clients, each with an address of its own (127.0.0.2 and so on). The last line of output is one JSON
-object. The exit code is 1 if a promise was broken.
+object. The exit code is 1 if a promise was broken. With --keep, it stores the result in
+`benchmarks/results/robustness/hostile_clients.json` and writes docs/inference.md.
 """
 
 import argparse
@@ -29,9 +30,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality.accuracy import put_between_marks
 from benchmarks.speed.measure import machine, memory_megabytes
 from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.files import write_file
 
+ROOT = pathlib.Path(__file__).parents[2]
+STORED = ROOT / 'benchmarks' / 'results' / 'robustness' / 'hostile_clients.json'
+PAGE = ROOT / 'docs' / 'inference.md'
 FILES = 1024  # Open files of the service.
 RATE = 50  # Honest requests a second.
 MOST_TIMES_SLOWER, MOST_MEGABYTES = 3, 200
@@ -286,6 +292,18 @@ def broken_promises(found: dict[str, Any]) -> list[str]:
   ]
 
 
+def sentence(found: dict[str, Any]) -> str:
+  """Describes the result in a sentence for docs/inference.md."""
+  answered, asked = found['besieged'].get('200', 0), sum(found['besieged'].values())
+  return (
+    f'On {found["cores"]} cores that the service and all clients shared, {found["seconds"]:g}'
+    f' seconds: {answered:,} of {asked:,} honest requests answered, p99'
+    f' {found["besieged_p99_ms"]:.0f} ms beside hostile clients and {found["calm_p99_ms"]:.0f} ms'
+    f' without, {found["memory_mb"] - found["memory_before_mb"]:.0f} MB more memory, stopped'
+    f' {found["stop_seconds"]:.0f} s after SIGTERM.'
+  )
+
+
 @exit_on_reported_error
 def main() -> None:
   """Reads the flags, measures, and prints the result."""
@@ -296,11 +314,15 @@ def main() -> None:
   add('--export', required=True, help='folder that ur4rec_jax.export wrote')
   add('--seconds', type=float, default=600, help='seconds beside hostile clients')
   add('--calm_seconds', type=float, default=20, help='seconds without them before')
+  add('--keep', action='store_true', help='store the result and write it to docs/inference.md')
   flags = parser.parse_args()
   found = measure(flags.export, flags.seconds, flags.calm_seconds)
   for name, value in found.items():
     print(f'{name.replace("_", " "):<28} {value}')
   found['broken'] = broken_promises(found)
+  if flags.keep:
+    write_file(STORED, json.dumps(found, indent=1) + '\n')
+    put_between_marks(PAGE, 'hostile', sentence(found))
   print(json.dumps(found))
   sys.exit(1 if found['broken'] else 0)
 
