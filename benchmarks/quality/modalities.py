@@ -237,10 +237,11 @@ def table(found: dict[str, Any]) -> str:
     value = mean_and_spread(statistics.mean(of_mix['test']), spread(of_mix['test']))
     lines.append(f'| {mix} | {tells} | {value} | {gain} | {p} |')
   lines.append(f'| (the process itself) | topic, style, look | {found["process"]:.4f} | | |')
+  seeds = ', '.join(map(str, found['seeds']))
   lines += [
     '',
-    f'Test users, all items ranked; seeds {", ".join(map(str, found["seeds"]))}, ± standard deviation;'
-    f' p by permutation, paired by user. {USERS:,} users, {ITEMS:,} items.',
+    f'{USERS:,} users and {ITEMS:,} items; all items are ranked for the test. Seeds {seeds}, ±'
+    ' standard deviation; p by permutation, paired by user.',
   ]
   return '\n'.join(lines)
 
