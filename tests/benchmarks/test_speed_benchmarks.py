@@ -287,7 +287,7 @@ def test_starts_on_the_page(tmp_path):
   assert starts.table(commands)[1].split() == ['recommend', 'now', '9.0', '3.0', '1.5']
   store(tmp_path, 'starts', 'starts', commands=commands)
   page = performance.page(performance.load_results(tmp_path))
-  found = [*rows(page, 'processor, s')['`recommend`'].values()]
+  found = [*rows(page, 'CPU s')['`recommend`'].values()]
   assert found == ['`recommend`', '20 → 9', '12.0 → 3.0', '6.0 → 1.5', '6.0 → 1.5']
 
 
