@@ -8,8 +8,8 @@ text and its picture; each kind of file tells two or three of the properties. It
 user would, with the built-in encoders, and trains with ids alone, with each modality, with all, and
 with all shuffled over the items. `process` ranks by the true probabilities: nothing can do better.
 
-A run that has finished is not run again. Writes `benchmarks/results/modalities/results.json`, and
-the table in docs/embeddings.md; --table writes only the latter.
+A run that has finished is not run again. Prints a table, and stores what was found in
+`results.json` of the scratch folder.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from benchmarks.quality.accuracy import put_between_marks, seeds_of, train_seeds
+from benchmarks.quality.accuracy import seeds_of, train_seeds
 from data_prep.sources import synthetic, vocabulary
 from ur4rec_jax.data.dataset import load_dataset, read_interactions, read_items
 from ur4rec_jax.errors import exit_on_reported_error
@@ -42,9 +42,6 @@ from ur4rec_jax.runs.sweep import (
   spread,
 )
 
-ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = ROOT / 'benchmarks' / 'results' / 'modalities' / 'results.json'
-PAGE = ROOT / 'docs' / 'embeddings.md'
 USERS, ITEMS, SEED = 2000, 1500, 0  # As in the quickstart, for which the config was tuned.
 RATE, SOUND_SECONDS = 16_000, 1.0
 SIDE, FRAMES = 64, 3  # Pixels and frames of a video.
@@ -248,22 +245,17 @@ def table(found: dict[str, Any]) -> str:
 
 @exit_on_reported_error
 def main() -> None:
-  """Trains, stores what was found and writes the table."""
+  """Trains, stores what was found and prints the table."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
   add('--scratch', type=pathlib.Path, default='runs/modalities', help='folder of data and runs')
   add('--seeds', type=seeds_of, default='0,1,2', help='comma-separated')
-  add('--table', action='store_true', help='only write the table from the stored results')
   flags = parser.parse_args()
-  if not flags.table:
-    found = measure(flags.scratch, flags.seeds)
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_file(RESULTS, json.dumps(found, indent=1) + '\n')
-  text = table(json.loads(RESULTS.read_text()))
-  put_between_marks(PAGE, 'modalities', text)
-  print(text)
+  found = measure(flags.scratch, flags.seeds)
+  write_file(flags.scratch / 'results.json', json.dumps(found, indent=1) + '\n')
+  print(table(found))
 
 
 if __name__ == '__main__':
