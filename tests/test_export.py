@@ -30,7 +30,7 @@ for line in sys.stdin:
   print(json.dumps([[a.items, [x.tolist() for x in a.scores], [x.tolist() for x in a.shares]]
                     for a in answers]))
 """
-EXPORTED = ('sasrec', 'paper', 'adaptive')
+EXPORTED = ('sasrec', 'paper', 'standardise', 'adaptive', 'cascade')
 
 
 def histories_of(recommender):

@@ -228,7 +228,7 @@ def test_a_run_with_content_trains_and_names_its_features(run, trained, encoded)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('item_rows', [pytest.param('all', marks=pytest.mark.slow), 'sharded'])
+@pytest.mark.parametrize('item_rows', ['all', 'sharded'])
 def test_a_run_begins_with_items_as_their_content(run, encoded, tmp_path, item_rows):
   flags = (
     '--config.modalities=text',

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.robustness.small_runs import assert_same_end
+from tests.helpers.marks import slow
 from ur4rec_jax.data import streaming
 from ur4rec_jax.data.dataset import load_dataset
 from ur4rec_jax.data.input_pipeline import TrainBatches, gather_batch
@@ -40,9 +41,7 @@ class Stopped(Exception):
   """Ends a run after its first validation."""
 
 
-@pytest.mark.parametrize(
-  'make_config', [config_of, pytest.param(with_preferences, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('make_config', [config_of, *slow(with_preferences)])
 def test_parameters_and_results_are_the_same(data_dir, encoded, tmp_path, make_config):
   data_dir = encoded if make_config is with_preferences else data_dir
   in_memory, streamed = tmp_path / 'in_memory', tmp_path / 'streamed'

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.robustness.small_runs import lines, load_arrays
+from tests.helpers.marks import slow
 from tests.helpers.runs import wait_for
 from ur4rec_jax.errors import LostProcessError
 from ur4rec_jax.runs.checkpoint import find_damage
@@ -131,9 +132,8 @@ def one_device(run, tmp_path_factory):
 @pytest.mark.parametrize(
   ('mapping', 'item_rows'),
   [
-    pytest.param('pmap', 'all', marks=pytest.mark.slow),
-    pytest.param('shard_map', 'all', marks=pytest.mark.slow),
     ('pmap', 'sharded'),
+    *slow(('pmap', 'all'), ('shard_map', 'all')),
   ],
 )
 def test_devices_agree(mapping, item_rows, run, one_device, tmp_path):
@@ -262,7 +262,7 @@ def test_the_parameters_moved(one_device, run, tmp_path):
 
 @pytest.mark.parametrize(
   ('mapping', 'found'),
-  [('shard_map', by_slurm), pytest.param('pmap', by_address, marks=pytest.mark.slow)],
+  [('shard_map', by_slurm), *slow(('pmap', by_address))],
 )
 def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_path):
   workdir = tmp_path / 'run'
@@ -295,7 +295,7 @@ def test_a_notice_to_one_process_saves_and_ends_both(start, tmp_path):
   ('dying', 'exit_codes'),
   [
     ('2', [LostProcessError.exit_code] * 2 + [-signal.SIGKILL]),
-    pytest.param('', [128 + signal.SIGTERM] * 3, marks=pytest.mark.slow),
+    *slow(('', [128 + signal.SIGTERM] * 3)),
   ],
 )
 def test_no_process_loses_the_coordinator_before_it_ends(dying, exit_codes, environment):
