@@ -23,7 +23,7 @@ from ur4rec_jax.inference.recommender import make_users
 def test_every_job_is_taken_once_in_batches_of_one_filter(jobs, most):
   line = Line()
   for i, (client, only) in enumerate(jobs):
-    line.put(Waiting(Job(i, only, client), only, None))
+    line.put(Waiting(Job(i, only, client), only, None, 0))
   taken = []
   while len(line):
     batch = line.take(most)
@@ -40,10 +40,26 @@ def test_every_job_is_taken_once_in_batches_of_one_filter(jobs, most):
 def test_a_client_waits_for_one_batch_of_another_at_most():
   line = Line()
   for i in range(50):
-    line.put(Waiting(Job(i, i, 'flood'), i, None))
+    line.put(Waiting(Job(i, i, 'flood'), i, None, 0))
   line.take(4)
-  line.put(Waiting(Job('honest', None, 'honest'), None, None))
+  line.put(Waiting(Job('honest', None, 'honest'), None, None, 0))
   assert [entry.job.query for entry in line.take(4)] == ['honest']
+
+
+def test_jobs_that_waited_during_the_last_batch_are_ranked_at_once(shop):
+  an_hour = 3600
+  batcher = Batcher(make(shop, 'sasrec')[0], most_jobs=4, wait_seconds=an_hour)
+
+  async def next_batch(waited):
+    since = asyncio.get_running_loop().time() - waited
+    batcher._line.put(Waiting(Job('old', None), None, None, since))
+    batcher._line.put(Waiting(Job('new', None), None, None, since + waited))
+    batch = await asyncio.wait_for(batcher._next_batch(), 1)
+    return [waiting.job.query for waiting in batch]
+
+  assert asyncio.run(next_batch(an_hour)) == ['old', 'new']
+  with pytest.raises(TimeoutError):
+    asyncio.run(next_batch(an_hour / 2))
 
 
 @pytest.fixture

@@ -50,11 +50,13 @@ class Waiting(NamedTuple):
     job: the job.
     key: jobs with the same key may share a batch.
     answer: future of the answer.
+    since: when the job came, in seconds of the event loop's clock.
   """
 
   job: Job
   key: Hashable
   answer: asyncio.Future
+  since: float
 
 
 class Line:
@@ -74,9 +76,10 @@ class Line:
     self._waiting.append(waiting)
     self._is_filled.set()
 
-  async def filled(self) -> None:
-    """Waits until there is a job."""
+  async def first(self) -> Waiting:
+    """Waits until there is a job, and returns the one that came first."""
     await self._is_filled.wait()
+    return self._waiting[0]
 
   def take(self, most: int) -> list[Waiting]:
     """Takes the next job and others that may share its batch.
@@ -138,10 +141,12 @@ class Batcher:
 
   async def answer(self, job: Job) -> Answer:
     """Waits until the job was ranked and returns its answer."""
-    future = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
     is_usual = len(job.query.excluded[0]) <= self._most_excluded
     # The program takes one set of allowed items per batch, so each filter needs its own batch.
-    self._line.put(Waiting(job, (job.only, None if is_usual else id(job)), future))
+    key = job.only, None if is_usual else id(job)
+    self._line.put(Waiting(job, key, future, loop.time()))
     return await future
 
   async def run(self) -> None:
@@ -163,9 +168,11 @@ class Batcher:
     self._thread.shutdown(wait=False)
 
   async def _next_batch(self) -> list[Waiting]:
-    await self._line.filled()
-    if len(self._line) < self._most_jobs:
-      await asyncio.sleep(self._wait_seconds)
+    first = await self._line.first()
+    # Jobs that came while the last batch was ranked have waited already.
+    seconds = first.since + self._wait_seconds - asyncio.get_running_loop().time()
+    if len(self._line) < self._most_jobs and seconds > 0:
+      await asyncio.sleep(seconds)
     return self._line.take(self._most_jobs)
 
   def _rank_or_fail(self, jobs: Sequence[Job]) -> list[Answer | Exception]:

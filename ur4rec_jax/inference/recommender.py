@@ -475,18 +475,13 @@ class Recommender:
     """
     if isinstance(ids, str | bytes | Mapping) or not hasattr(ids, '__iter__'):
       raise InputError(f'{what}: must be a list of item ids, not {ids!r:.80}')
-    found, unknown = [], []
-    for name in ids:
-      if not isinstance(name, str):
-        if isinstance(name, bool) or not isinstance(name, int | np.integer):
-          raise InputError(f'{what}: item ids must be text or whole numbers, not {name!r:.80}')
-        name = str(name)
-      number = self._number_of.get(name)
-      if number is None:
-        unknown.append(name)
-      else:
-        found.append(number)
-    return np.array(found, np.int32), unknown
+    names = [name if type(name) is str else _as_text(name, what) for name in ids]
+    numbers = list(map(self._number_of.get, names))
+    unknown = []
+    if None in numbers:
+      unknown = [name for name, number in zip(names, numbers, strict=True) if number is None]
+      numbers = [number for number in numbers if number is not None]
+    return np.array(numbers, np.int32), unknown
 
   def number_of(self, item: str) -> int:
     """Returns the number of an item, 0 if the catalogue does not have it."""
@@ -635,6 +630,13 @@ class Recommender:
       is_empty = np.array([not history.items.size for history in known], bool)
       checked[is_empty, self.branches.index('sasrec')] = 0
     return checked
+
+
+def _as_text(name: Any, what: str) -> str:
+  """Returns an item id as text; ids may also be whole numbers."""
+  if isinstance(name, bool) or not isinstance(name, str | int | np.integer):
+    raise InputError(f'{what}: item ids must be text or whole numbers, not {name!r:.80}')
+  return str(name)
 
 
 def _length_step(users: int) -> int:
