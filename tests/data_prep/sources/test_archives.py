@@ -166,6 +166,13 @@ def test_a_link_in_a_zip_is_refused(fault, tmp_path):
   assert 'is a link or device' in fault(archive)
 
 
+def test_a_member_without_a_name_is_ignored(unpack, tmp_path):
+  archive = pack(tmp_path / 'a.zip', {'x': b'1', 'ratings.dat': b'2'})
+  named = archive.read_bytes()
+  archive.write_bytes(named.replace(b'x', b'\0'))  # A name ends at its first zero byte.
+  assert unpack(archive) == {'ratings.dat': b'2'}
+
+
 def test_an_encrypted_member_is_refused(fault, tmp_path):
   archive = pack(tmp_path / 'a.zip', {'ratings.dat': b'x'})
   data = bytearray(archive.read_bytes())

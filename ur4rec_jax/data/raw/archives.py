@@ -224,7 +224,9 @@ def _zip_members(path: Path, limits: Limits) -> Iterator[_Member]:
       if info.flag_bits & 1:
         fault = 'is encrypted'
       opened = functools.partial(content.open, info)
-      yield _Member(info.filename, info.file_size, info.is_dir(), fault, opened)
+      # `info.is_dir` raises an error if the name is empty.
+      is_folder = info.filename.endswith('/')
+      yield _Member(info.filename, info.file_size, is_folder, fault, opened)
 
 
 def _tar_members(path: Path, limits: Limits) -> Iterator[_Member]:
