@@ -5,8 +5,8 @@ import collections
 import time
 from collections.abc import Hashable
 
-# Runs of the event loop between two turns. A new connection needs about five until its request waits
-# for a turn, and an answer a few until it is sent. Without a turn in between, each is short.
+# Runs of the event loop between two turns. A new connection needs about five until its request
+# waits for a turn, and an answer a few until it is sent. Without a turn in between, each is short.
 RUNS_BETWEEN = 8
 
 

@@ -1,0 +1,188 @@
+"""Events of a Kafka topic are stored once, whatever ends the consumer."""
+
+import contextlib
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers.kafka_server import kafka_server
+from ur4rec_jax import feedback
+from ur4rec_jax.online import kafka_source
+from ur4rec_jax.online.feedback_store import SqliteStore
+
+
+@pytest.fixture
+def kafka():
+  with kafka_server() as server:
+    yield server
+
+
+@pytest.fixture
+def consume(kafka, tmp_path, environment):
+  """Starts the command that stores the events of topic `clicks`."""
+  processes = []
+  # The broker notices soon that a consumer was killed.
+  (tmp_path / 'kafka').write_text('session.timeout.ms=6000\nheartbeat.interval.ms=500\n')
+
+  def start(*flags):
+    command = [sys.executable, '-m', 'ur4rec_jax.feedback', f'--events={tmp_path}/events.db']
+    command += [f'--consume=kafka://{kafka.address}/clicks', '--kafka_config=kafka', *flags]
+    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    processes.append(subprocess.Popen(command, env=environment, cwd=tmp_path, **options))
+    return processes[-1]
+
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()
+
+
+def event(number, **fields):
+  return {'user': f'u{number % 7}', 'item': f'i{number}', 'kind': 'click', 'time': 1e9} | fields
+
+
+def stored(tmp_path):
+  store = SqliteStore(str(tmp_path / 'events.db'))
+  events = list(store.events())
+  store.close()
+  return events
+
+
+def wait_until(is_true):
+  end = time.monotonic() + 60
+  while not is_true():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+
+
+def count(tmp_path):
+  with contextlib.closing(sqlite3.connect(tmp_path / 'events.db')) as connection:
+    try:
+      return connection.execute('SELECT count(*) FROM events').fetchone()[0]
+    except sqlite3.Error:  # The consumer has not made the table yet.
+      return 0
+
+
+def test_good_events_are_stored_and_others_named(kafka, consume, tmp_path):
+  before = time.time()
+  kafka.send(
+    'clicks',
+    event(0, id='a'),
+    event(0, id='a'),
+    [event(1, id='b'), event(2, id='c', kind='buy', value=3.5)],
+    {'user': 'u', 'item': 'i', 'kind': 'view'},
+    b'{',
+    b'',
+    event(3, id='d', kind='hug'),
+    [],
+  )
+  process = consume('--until_end')
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  assert out.splitlines()[-1] == (
+    '4 events stored, 1 were stored before, 0 of deleted users, 4 messages refused'
+  )
+  notes = [line for line in err.splitlines() if line.startswith('note: partition')]
+  assert len(notes) == 4
+  assert all(line.endswith('; refused') for line in notes)
+  assert 'kind: must be one of' in err
+  assert 'the message is no JSON' in err
+  events = {found.id: found for found in stored(tmp_path)}
+  assert len(events) == 4
+  assert events['c'].value == 3.5
+  (place,) = events.keys() - {'a', 'b', 'c'}  # The id and the time come from the message.
+  assert place.startswith('clicks/')
+  assert before - 1 <= events[place].time <= time.time() + 1
+
+
+def test_after_kills_every_event_is_there_once(kafka, consume, tmp_path):
+  sent = 0
+  for _ in range(2):
+    process, before = consume(), sent
+    kafka.send('clicks', *(event(i) for i in range(sent, sent + 2000)))
+    sent += 2000
+    wait_until(lambda before=before: count(tmp_path) > before)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  process = consume('--until_end')
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  events = stored(tmp_path)
+  assert sorted(found.item for found in events) == sorted(f'i{i}' for i in range(sent))
+
+
+def test_it_goes_on_where_it_was_stopped(kafka, consume, tmp_path):
+  kafka.send('clicks', event(0))
+  process = consume()
+  wait_until(lambda: count(tmp_path) == 1)
+  kafka.send('clicks', event(1))
+  wait_until(lambda: count(tmp_path) == 2)
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert out.splitlines()[-1].startswith('2 events stored')
+  kafka.send('clicks', event(2))
+  process = consume('--until_end')
+  out, err = process.communicate(timeout=120)
+  assert out.splitlines()[-1].startswith('1 events stored, 0 were stored before'), err
+
+
+def test_events_wait_for_a_store_that_cannot_be_written(kafka, consume, tmp_path):
+  kafka.send('clicks', event(0))
+  process = consume()
+  wait_until(lambda: count(tmp_path) == 1)
+  with contextlib.closing(sqlite3.connect(tmp_path / 'events.db')) as other:
+    other.execute('BEGIN IMMEDIATE')
+    kafka.send('clicks', event(1))
+    assert 'cannot be used now' in process.stderr.readline()
+    assert count(tmp_path) == 1
+  wait_until(lambda: count(tmp_path) == 2)
+
+
+@pytest.mark.parametrize(
+  ('address', 'message'),
+  [
+    ('kafka://localhost', 'must be kafka://HOST:PORT/TOPIC'),
+    ('localhost:9092/clicks', 'must be kafka://HOST:PORT/TOPIC'),
+    ('kafka://localhost:9092/a b', 'must be kafka://HOST:PORT/TOPIC'),
+  ],
+)
+def test_wrong_addresses(address, message):
+  with pytest.raises(kafka_source.InputError, match=message):
+    kafka_source.parse_topic(address, 'group')
+
+
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ('nonsense', 'line 2 must be name=value'),
+    ('group.id=x', 'line 2: group.id is set by this program'),
+    ('enable.auto.commit=true', 'enable.auto.commit is set by this program'),
+    ('no.such.setting=1', 'no.such.setting'),
+  ],
+)
+def test_wrong_settings(tmp_path, capsys, line, message):
+  (tmp_path / 'kafka').write_text(f'# comment\n{line}\n')
+  flags = [f'--events={tmp_path}/e.db', f'--kafka_config={tmp_path}/kafka']
+  with pytest.raises(SystemExit) as end:
+    feedback.main([*flags, '--consume=kafka://127.0.0.1:1/clicks'])
+  assert end.value.code == 2
+  assert message in capsys.readouterr().err
+
+
+def test_missing_topics_and_brokers_are_one_message(kafka, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(kafka_source, '_FIND_SECONDS', 1)
+  kafka.send('carts', event(0))
+  flags = [f'--events={tmp_path}/e.db']
+  for address, message in (
+    (f'{kafka.address}/clicks', 'clicks: no such topic'),
+    ('127.0.0.1:1/clicks', 'no broker answers within 1 s'),
+  ):
+    with pytest.raises(SystemExit) as end:
+      feedback.main([*flags, f'--consume=kafka://{address}'])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
