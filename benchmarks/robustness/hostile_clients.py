@@ -236,7 +236,7 @@ def start_service(folder: str, errors: Any) -> tuple[subprocess.Popen, int]:
 def measure(folder: str, seconds: float, calm_seconds: float) -> dict[str, Any]:
   """Measures honest clients alone, then beside all attacks."""
   ids = json.loads((pathlib.Path(folder) / 'items.json').read_text())['ids']
-  gc.freeze()  # A full garbage collection of this process would delay honest clients by 100 ms.
+  gc.freeze()  # A full garbage collection here would look like a slow answer.
   process, port = start_service(folder, None)
   try:
     asyncio.run(Honest(port, ids).run(min(calm_seconds, 3), lambda: None))
