@@ -8,6 +8,8 @@ from collections.abc import Hashable
 # Runs of the event loop between two turns. A new connection needs about five until its request
 # waits for a turn, and an answer a few until it is sent. Without a turn in between, each is short.
 RUNS_BETWEEN = 8
+# With many connections at once a run may take as long as a turn, so time counts, too.
+SECONDS_BETWEEN = 0.005
 
 
 class Turns:
@@ -27,6 +29,7 @@ class Turns:
     # seconds of the latest turn's client, so that being away earns nothing.
     self._used: dict[Hashable, float] = {}
     self._latest = 0.0
+    self._given = 0.0  # When the latest turn was given, by `time.perf_counter`.
     self._is_scheduled = False
 
   def __len__(self) -> int:
@@ -71,7 +74,7 @@ class Turns:
       asyncio.get_running_loop().call_soon(self._count_down, runs)
 
   def _count_down(self, runs: int) -> None:
-    if runs > 1:
+    if runs > 1 and time.perf_counter() < self._given + SECONDS_BETWEEN:
       asyncio.get_running_loop().call_soon(self._count_down, runs - 1)
     else:
       self._is_scheduled = False
@@ -88,7 +91,7 @@ class Turns:
     if not line:
       del self._waiting[client]
     self._reading.add(client)
-    self._latest = self._used[client]
+    self._latest, self._given = self._used[client], time.perf_counter()
     if turn.cancelled():
       self.end(client, 0)
     else:
