@@ -114,6 +114,7 @@ def copy_events(
       for message in consumer.consume(_MESSAGES, _POLL_SECONDS):
         if message.error() is None:
           batch.append(message)
+          ended.discard(message.partition())
         elif message.error().code() == KafkaError._PARTITION_EOF:
           ended.add(message.partition())
         else:
