@@ -1,5 +1,7 @@
 """Guesses about the columns of tables in several languages, and where there is no guess."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers.goods import row_of_item, write_table
@@ -54,6 +56,18 @@ def test_names_that_say_nothing_are_guessed_only_if_there_is_one_way(tmp_path):
   assert found.flags['user_column'] == 'b'
   with pytest.raises(InputError, match="no column 'x'"):
     guess(many, goods(tmp_path), {'user_column': 'x'})
+
+
+def test_files_without_rows_are_left_out_or_named(tmp_path):
+  parts = tmp_path / 'parts'
+  parts.mkdir()
+  orders(parts, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  (parts / 'before.csv').write_text('order_id,customer_id,sku,quantity,price,ordered_at\n')
+  assert guess(parts, None, {}).notes[0] == 'user = customer_id'
+  empty = tmp_path / 'empty.parquet'
+  pq.write_table(pa.table({name: pa.array([], pa.string()) for name in ('user', 'item')}), empty)
+  with pytest.raises(InputError, match=r'empty\.parquet: no rows'):
+    guess(empty, None, {})
 
 
 def test_returns_are_left_out_and_counted(tmp_path):

@@ -68,7 +68,7 @@ def guess(orders: Path, goods: Path | None, given: Mapping[str, str]) -> Guess:
   Raises:
     InputError: a table cannot be read, or no column can be the user or the item.
   """
-  files = interactions.find(orders, {})
+  files = interactions.with_rows(interactions.find(orders, {}))
   found = _sample(files[0])
   goods_found = None if goods is None else _sample_items(goods)
   ids = set() if goods_found is None else _any_ids(goods_found)
@@ -275,8 +275,10 @@ def _sample(path: Path) -> _Sample:
   file = tables.open_file(path)
   names = [name for name in file.columns if file.columns.count(name) == 1]
   if file.delimiter is None:
-    batches = tables.parquet_batches(path, names)
-    table = pa.Table.from_batches([next(batches)]).slice(0, _ROWS)
+    batch = next(tables.parquet_batches(path, names), None)
+    if batch is None:
+      raise tables.no_rows(path)
+    table = pa.Table.from_batches([batch]).slice(0, _ROWS)
   else:
     table = tables.read(file, names).slice(0, _ROWS)
   return _Sample(path, {name: _texts(table[name].to_pylist()) for name in names})

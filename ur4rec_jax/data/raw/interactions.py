@@ -145,9 +145,7 @@ def open_files(files: Sequence[Path], options: Mapping[str, Any]) -> Layout:
   Raises:
     InputError: a file is no table or has no such columns, or an option is wrong.
   """
-  parts = [path for path in files if not tables.is_empty(path)] if len(files) > 1 else list(files)
-  if not parts:
-    raise InputError(f'{files[0].parent}: no rows in its {len(files)} files; export them again')
+  parts = with_rows(files)
   notes = []
   if len(parts) < len(files):
     notes.append(f'{len(files) - len(parts):,} of {len(files):,} files have no rows: skipped')
@@ -162,6 +160,18 @@ def open_files(files: Sequence[Path], options: Mapping[str, Any]) -> Layout:
   notes += [note for file in opened for note in file.notes]
   path = str(files[0] if len(files) == 1 else files[0].parent)
   return Layout(path, tuple(opened), columns, selection, tuple(notes))
+
+
+def with_rows(files: Sequence[Path]) -> list[Path]:
+  """Leaves out the files without rows; a single file stays, and is refused when it is read.
+
+  Raises:
+    InputError: no file has rows.
+  """
+  parts = [path for path in files if not tables.is_empty(path)] if len(files) > 1 else list(files)
+  if not parts:
+    raise InputError(f'{files[0].parent}: no rows in its {len(files)} files; export them again')
+  return parts
 
 
 def read_layout(layout: Layout, options: Mapping[str, Any], every_kind: bool = True) -> Raw:

@@ -201,7 +201,7 @@ def batches(file: File, columns: list[str]) -> Iterator[pa.Table]:
         check_rows(file)
       raise _damaged(file.path, error) from error
   if not rows:
-    raise InputError(f'{file.path}: no rows below the column names; export it again')
+    raise no_rows(file.path)
   if file.rows is not None and rows != file.rows:
     check_rows(file)
     raise InputError(
@@ -494,6 +494,11 @@ def _readable(path: Path) -> Iterator[None]:
     raise InputError(f'{path}: cannot be read ({reason}); make it readable') from error
   except (pa.ArrowException, UnicodeDecodeError) as error:  # The latter of names of columns.
     raise _damaged(path, error) from error
+
+
+def no_rows(path: Path) -> InputError:
+  """Creates the error for a file that holds no rows."""
+  return InputError(f'{path}: no rows below the column names; export it again')
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
