@@ -1,4 +1,4 @@
-"""Pictures of items are found by file name, by the end of a URL, and by the item's id."""
+"""Texts of items, and pictures by file name, by the end of a URL, and by the item's id."""
 
 import pytest
 
@@ -48,3 +48,10 @@ def test_without_such_a_folder_only_names_count(tmp_path, pictures):
   assert read(tmp_path, [['k3', 'no picture', ''], ['k4', 'URL', url]]) == {'k3': None, 'k4': url}
   with pytest.raises(InputError, match=r'leads out of .*pictures'):
     read(tmp_path, [['k0', 'outside', '../k3.png']], images=str(pictures))
+
+
+@pytest.mark.parametrize('wanted', ['brand,description', 'brand, description '])
+def test_a_column_that_is_named_as_a_text_is_read_once(tmp_path, wanted):
+  table = write_table(tmp_path / 'goods.csv', 'sku,description,brand', [['k0', 'Long.', 'Acme']])
+  found, _ = items.read(table, text_columns=wanted)
+  assert found['k0'].description == 'brand: Acme\ndescription: Long.'

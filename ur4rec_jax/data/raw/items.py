@@ -84,8 +84,8 @@ def from_table(
   """
   options = {**PARAMETERS, **parameters}
   path, names = source.path, source.columns
-  columns = _choose_columns(path, names, options)
   extra = _text_columns(path, names, options['text_columns'])
+  columns = _choose_columns(path, names, options, extra)
   table: dict[str, Item] = {}
   places: dict[str, Place] = {}
   for place, row in source.rows(list(dict.fromkeys([*columns.values(), *extra]))):
@@ -117,8 +117,7 @@ def from_table(
 def id_column(path: str | Path, names: Sequence[str], wanted: str | None) -> str:
   """Finds the column of the items' ids."""
   others = dict.fromkeys((f'{role}_column' for role in column_names.ITEMS), 'none')
-  options = {'text_columns': None} | others | {'item_id_column': wanted}
-  return _choose_columns(str(path), names, options)['item_id']
+  return _choose_columns(str(path), names, others | {'item_id_column': wanted})['item_id']
 
 
 def pictures(table: Mapping[str, Item]) -> list[Path]:
@@ -143,9 +142,11 @@ def genres(value: Any) -> tuple[str, ...]:
   return tuple(dict.fromkeys(part.strip() for part in text(value).split('|') if part.strip()))
 
 
-def _choose_columns(path: str, names: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
+def _choose_columns(
+  path: str, names: Sequence[str], options: Mapping[str, Any], extra: Sequence[str] = ()
+) -> dict[str, str]:
+  """Returns the column of each role, by flag or by name; columns in `extra` have another use."""
   chosen: dict[str, str] = {}
-  extra = (options['text_columns'] or '').split(',')
   for role in column_names.ITEMS:
     flag = f'--{role}_column'
     wanted = options[f'{role}_column']
