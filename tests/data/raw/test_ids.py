@@ -93,6 +93,13 @@ def test_ids_that_pandas_made_floats_are_read_on_request():
   assert 'row 2: user is 16777216.0, and float holds' in fault(inexact, clean_ids='all')
 
 
+def test_a_row_without_an_id_is_not_taken_for_a_broken_one():
+  rows = table(user=[None, 'a\nb', 'c'], item=['x', 'y', 'y'])
+  assert 'row 2: user is no text on one line' in fault(rows, clean_ids='missing')
+  rows = table(user=[None, 7.5, 8], item=['x', 'y', 'y'])
+  assert 'row 2: user is 7.5' in fault(rows, clean_ids='missing,decimals')
+
+
 def test_padded_ids_fit_the_item_table_on_request():
   rows = table(user=['a', 'a ', 'b'], item=[' i1', ' i2', 'i2'])
   goods = table(id=['i1', 'i2', ' i3 '], title=['1', '2', '3'])

@@ -37,6 +37,29 @@ class Ids(NamedTuple):
   found: dict[str, str]
 
 
+class _Column(NamedTuple):
+  """The rows of a column whose ids are in a dictionary.
+
+  Attributes:
+    name: name of the column, for messages.
+    where: returns the position of a row, for messages.
+    indices: `[rows]` entry of the dictionary, 0 for a row without an id.
+    is_present: `[rows]` bool, rows with an id.
+  """
+
+  name: str
+  where: Where
+  indices: np.ndarray
+  is_present: np.ndarray
+
+  def first_with(self, is_wanted: np.ndarray) -> int | None:
+    """Returns the first row with one of the entries `[dictionary]`, or None."""
+    if not is_wanted.any():
+      return None
+    rows = np.flatnonzero(self.is_present & is_wanted[self.indices])
+    return int(rows[0]) if rows.size else None
+
+
 def parse_cleanings(value: str | None) -> frozenset[str]:
   """Reads `--clean_ids`: some of `CLEANINGS`, separated by commas, or `all`."""
   wanted = [name.strip() for name in (value or '').split(',') if name.strip()]
@@ -107,20 +130,19 @@ def read(column: pa.ChunkedArray, name: str, where: Where, cleanings: Collection
     encoded = encoded.chunk(0)
   present = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
   indices = np.asarray(encoded.indices.fill_null(0))
-  names = _as_text(encoded.dictionary, name, indices, where, cleanings)
+  rows_of = _Column(name, where, indices, present)
+  names = _as_text(encoded.dictionary, rows_of, cleanings)
   # A null in the dictionary is a missing id as well as a null in the column.
   present &= names.is_valid().to_numpy(zero_copy_only=False)[indices] if len(names) else False
   names = names.fill_null('')
-  may_be_empty = MISSING in cleanings or EMPTY in cleanings
-  if not present.all() and not may_be_empty:
-    raise InputError(f'{where(int(np.argmin(present)))}: {name} is empty; {_WAY_OUT}')
-  counts = np.bincount(indices[present], minlength=len(names))
-  if not may_be_empty:
-    _refuse(names, counts, _is_blank(names), indices, f'{name} is empty', where, _WAY_OUT)
-  is_broken = pc.and_not(pc.match_substring_regex(names, _CONTROL), _is_blank(names))
-  fault = f'{name} is no text on one line'
-  _refuse(names, counts, is_broken, indices, fault, where, 'correct it or remove the row')
-  found = _describe(names, counts)
+  is_blank = _is_blank(names)
+  if MISSING not in cleanings and EMPTY not in cleanings:
+    if not present.all():
+      raise InputError(f'{where(int(np.argmin(present)))}: {name} is empty; {_WAY_OUT}')
+    _refuse(names, is_blank, rows_of, 'is empty', _WAY_OUT)
+  is_broken = pc.and_not(pc.match_substring_regex(names, _CONTROL), is_blank)
+  _refuse(names, is_broken, rows_of, 'is no text on one line', 'correct it or remove the row')
+  found = _describe(names, np.bincount(indices[present], minlength=len(names)))
   cleaned = clean(names, cleanings)
   unique = cleaned.dictionary_encode()
   new = np.asarray(unique.indices.fill_null(-1))
@@ -154,9 +176,8 @@ def compact(ids: pa.DictionaryArray) -> pa.DictionaryArray:
 _WAY_OUT = f'fill it in, remove the row, or leave such rows out with --clean_ids={MISSING}'
 
 
-def _as_text(
-  names: pa.Array, name: str, indices: np.ndarray, where: Where, cleanings: Collection[str]
-) -> pa.Array:
+def _as_text(names: pa.Array, column: _Column, cleanings: Collection[str]) -> pa.Array:
+  """Writes the entries of a dictionary as text; InputError if they are no ids."""
   kind = names.type
   is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
   if pa.types.is_integer(kind) or is_text or pa.types.is_null(kind):
@@ -166,37 +187,30 @@ def _as_text(
     if pa.types.is_floating(kind):
       way_out += f', or pass --clean_ids={DECIMALS} if all of them are whole numbers'
     raise InputError(
-      f'{where(0)}: {name} is of type {kind}; ids are text or whole numbers: {way_out}'
+      f'{column.where(0)}: {column.name} is of type {kind}; ids are text or whole numbers:'
+      f' {way_out}'
     )
   # pandas makes whole numbers floats where one of them is missing.
   values = names.to_numpy(zero_copy_only=False).astype(np.float64)
   exact = 2 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1)
   odd = ~np.isnan(values) & ((values != np.round(values)) | (np.abs(values) >= exact))
-  if odd.any() and (rows := np.flatnonzero(odd[indices])).size:
-    value = float(values[indices[rows[0]]])
+  if (row := column.first_with(odd)) is not None:
+    value = float(values[column.indices[row]])
     raise InputError(
-      f'{where(int(rows[0]))}: {name} is {value!r}, and {kind} holds no such id exactly; ids are'
-      ' text or whole numbers: convert the column'
+      f'{column.where(row)}: {column.name} is {value!r}, and {kind} holds no such id exactly; ids'
+      ' are text or whole numbers: convert the column'
     )
   whole = pa.array(np.nan_to_num(values).astype(np.int64)).cast(pa.string())
   return pc.if_else(pa.array(np.isnan(values)), _NULL, whole)
 
 
-def _refuse(
-  names: pa.Array,
-  counts: np.ndarray,
-  is_bad: pa.Array,
-  indices: np.ndarray,
-  fault: str,
-  where: Where,
-  way_out: str,
-) -> None:
-  bad = np.flatnonzero(is_bad.to_numpy(zero_copy_only=False) & (counts > 0))
-  if bad.size:
-    row = int(np.flatnonzero(np.isin(indices, bad))[0])
-    value = names[int(indices[row])].as_py()
+def _refuse(names: pa.Array, is_bad: pa.Array, column: _Column, fault: str, way_out: str) -> None:
+  """Raises InputError for the first row whose id is bad."""
+  row = column.first_with(is_bad.to_numpy(zero_copy_only=False))
+  if row is not None:
+    value = names[int(column.indices[row])].as_py()
     example = f': {shown(value)}' if value else ''
-    raise InputError(f'{where(row)}: {fault}{example}; {way_out}')
+    raise InputError(f'{column.where(row)}: {column.name} {fault}{example}; {way_out}')
 
 
 def _is_blank(names: pa.Array) -> pa.Array:
