@@ -159,6 +159,11 @@ def test_what_cannot_be_compared_is_named(make_run, tmp_path):
   ):
     with pytest.raises(InputError, match=message):
       sweep.compare([tmp_path / name for name in names])
+  for name in ('test_ranks.npz', 'results.json'):
+    path = tmp_path / 'a/seed0' / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match=f'{name}: cannot be read'):
+      sweep.compare([tmp_path / 'a'])
   (tmp_path / 'a/seed0/results.json').unlink()
   with pytest.raises(InputError, match='seed0: is not finished'):
     sweep.compare([tmp_path / 'a'])

@@ -11,6 +11,7 @@ import pathlib
 import re
 import shlex
 import statistics
+import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -213,9 +214,22 @@ def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
 
 
 def read_run(folder: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
-  """Reads the `results.json` of a run, and the ranks of the test users' items."""
-  with np.load(folder / 'test_ranks.npz') as archive:
-    return json.loads((folder / 'results.json').read_text()), archive['ranks']
+  """Reads the `results.json` of a run, and the ranks of the test users' items.
+
+  Raises:
+    InputError: one of them is missing or damaged.
+  """
+  path = folder / 'results.json'
+  try:
+    results = json.loads(path.read_text())
+    path = folder / 'test_ranks.npz'
+    with np.load(path) as archive:
+      return results, archive['ranks']
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise InputError(
+      f'{path}: cannot be read ({error!r:.200}); remove {folder / "results.json"} and start the'
+      ' training again, which writes both anew'
+    ) from error
 
 
 def measured_on(run: dict[str, Any]) -> tuple[str, ...]:
