@@ -5,12 +5,17 @@ import json
 import pytest
 
 from benchmarks.robustness.small_runs import lines
+from configs import synthetic
 from tests.helpers.runs import wait_for
+from ur4rec_jax.runs import search
 
 SEARCH = """
 def get_search(trial):
   # With 1e-9 nothing is learned.
   return {'optimizer.learning_rate': trial.suggest_categorical('rate', [1e-2, 1e-9])}
+
+def even(trial):
+  return {'optimizer.learning_rate': trial.suggest_float('rate', 1e-4, 1e-2)}
 
 def unknown(trial):
   return {'sasrec.drop': trial.suggest_float('x', 0.1, 0.5)}
@@ -55,6 +60,15 @@ def test_a_killed_search_goes_on_and_finds_the_better_rate(start, run, space, tm
   more = run(workdir, f'--search={space}', '--trials=5')
   assert 'trial ' not in more.stdout
   assert read(workdir) == summary
+
+
+def test_a_later_start_draws_other_settings(space, tmp_path, monkeypatch):
+  monkeypatch.setattr(search.train_loop, 'train_and_evaluate', lambda *_: None)
+  monkeypatch.setattr(search, 'read_run', lambda _: ({'valid': {search.METRIC: 0.1}}, None))
+  for trials in (1, 2, 3):
+    found = search.run_search(synthetic.get_config(), str(tmp_path), f'{space}:even', trials)
+  rates = {trial['overrides']['optimizer.learning_rate'] for trial in found['trials']}
+  assert len(rates) == 3
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,11 @@ def run_search(config: ConfigDict, workdir: str, place: str, trials: int) -> dic
     storage=f'sqlite:///{folder.absolute() / "search.db"}',
     load_if_exists=True,
     direction='maximize',
-    sampler=optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=_UNPRUNED_TRIALS),
     pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED_TRIALS),
+  )
+  # With the seed alone, each start of the command would draw the settings of the first trial again.
+  study.sampler = optuna.samplers.TPESampler(
+    seed=(config.seed + len(study.trials)) % 2**32, n_startup_trials=_UNPRUNED_TRIALS
   )
   _ask_again_for_stopped(study)
   while (ended := _count_ended(study)) < trials:
