@@ -1,5 +1,6 @@
 """Refuses a config that cannot work, and a config that a started run cannot go on with."""
 
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -79,7 +80,8 @@ def _check_branches(fields: dict[str, Any]) -> None:
       f'config.branches={branches}: must be some of {", ".join(BRANCHES)}, in this order'
     )
   weights = fields['fusion.weights']
-  if len(branches) > 1 and (len(weights) != len(branches) or min(weights) <= 0):
+  are_weights = len(weights) == len(branches) and all(0 < weight < math.inf for weight in weights)
+  if len(branches) > 1 and not are_weights:
     raise InputError(f'config.fusion.weights={weights}: must be one number above 0 for each branch')
   reads_content = 'retriever' in branches or fields['sasrec.item_input'] != 'id'
   if bool(fields['modalities']) != reads_content:

@@ -82,6 +82,10 @@ class Knob(NamedTuple):
     kind, types = _TYPES[type(self.default)]
     if not isinstance(value, types):
       return f'must be {kind}'
+    if isinstance(value, tuple | list):
+      are_numbers = bool(self.default) and not isinstance(self.default[0], str)
+      if not all(isinstance(x, int | float if are_numbers else str) for x in value):
+        return f'must be a tuple of {"numbers" if are_numbers else "names"}'
     is_allowed = (
       (not self.choices or value in self.choices)
       and (self.at_least is None or value >= self.at_least)
