@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,15 @@ def test_replay_chooses_users(days):
   more = warm_start.users_to_train(warm_run(days, replay=0.5))
   assert more[chosen].all()
   assert chosen.sum() < more.sum() < len(more)
+
+
+def test_an_update_takes_all_its_epochs_whatever_the_time_limit_of_the_run_before(days, tmp_path):
+  before = tmp_path / 'limited'
+  shutil.copytree(days / 'run1', before)
+  record = json.loads((before / 'config.json').read_text())
+  record['config']['max_minutes'] = 0.001
+  (before / 'config.json').write_text(json.dumps(record))
+  assert update_run.update_config(before, days / 'day2', epochs=2).max_minutes == 0
 
 
 def test_another_model_is_refused(days):
