@@ -124,7 +124,7 @@ def test_moments_are_carried_or_reset(days):
   jax.tree.map(np.testing.assert_array_equal, reset.params, carried.params)
 
 
-def test_replay_chooses_users(days):
+def test_replay_chooses_users(days, monkeypatch):
   assert warm_start.users_to_train(warm_run(days)) is None
   run = warm_run(days, replay=0.0)
   chosen = warm_start.users_to_train(run)
@@ -133,6 +133,10 @@ def test_replay_chooses_users(days):
   trained = set(plan.users[plan.lengths > 0].tolist())
   assert trained == set(np.flatnonzero(chosen & (run.dataset.split.train_lengths > 1)).tolist())
   assert 0 < chosen.sum() < len(chosen)
+  with monkeypatch.context() as patch:
+    patch.setattr(warm_start, 'users_to_train', lambda _: np.zeros_like(chosen))
+    with pytest.raises(InputError, match=r'config\.init\.replay=0\.0: no user .* new events since'):
+      train_loop.plan_batches(run)
   more = warm_start.users_to_train(warm_run(days, replay=0.5))
   assert more[chosen].all()
   assert chosen.sum() < more.sum() < len(more)

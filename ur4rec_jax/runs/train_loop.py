@@ -101,15 +101,25 @@ def _trackers(run: Run, workdir: str) -> contextlib.AbstractContextManager[Track
 
 
 def plan_batches(run: Run) -> TrainBatches:
-  """Plans the training batches of a run; InputError if a device would get none of their rows."""
-  config = run.config
+  """Plans the training batches of a run.
+
+  Raises:
+    InputError: there is nobody to train on, or a device would get no rows.
+  """
+  config, lengths = run.config, run.dataset.split.train_lengths
+  trains = warm_start.users_to_train(run)
+  if trains is not None and not (trains & (lengths > 1)).any():
+    raise InputError(
+      f'config.init.replay={config.init.replay}: no user with two training interactions has new'
+      f' events since {config.init.run}; set it above 0, or add events'
+    )
   batches = TrainBatches(
-    run.dataset.split.train_lengths,
+    lengths,
     max_length=config.max_length,
     batch_size=config.batch_size,
     crop=config.crop,
     seed=config.seed,
-    trains=warm_start.users_to_train(run),
+    trains=trains,
   )
   if batches.rows < devices.device_count():
     raise InputError(
