@@ -181,18 +181,18 @@ def _watch(flags: argparse.Namespace) -> None:
   passed += [f'--{name}' for name in ('force', 'users') if getattr(flags, name)]
   update_loop.run(
     update_loop.Watch(
-      flags.events,
-      flags.workdir,
-      flags.data_dir,
-      pathlib.Path(flags.out),
-      flags.registry,
-      flags.every_minutes,
-      flags.every_events,
-      update_loop.counted_kinds(flags.data_dir) or kinds,
-      flags.items,
-      flags.encode,
-      tuple(passed),
-      flags.rounds,
+      events=flags.events,
+      workdir=flags.workdir,
+      data_dir=flags.data_dir,
+      out=pathlib.Path(flags.out),
+      registry=flags.registry,
+      every_minutes=flags.every_minutes,
+      every_events=flags.every_events,
+      kinds=update_loop.counted_kinds(flags.data_dir) or kinds,
+      items=flags.items,
+      encode=flags.encode,
+      update=tuple(passed),
+      rounds=flags.rounds,
     )
   )
 
