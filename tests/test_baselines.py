@@ -1,6 +1,7 @@
 """The command that measures baselines, alone and beside a trained run."""
 
 import json
+import sys
 
 import pytest
 
@@ -33,6 +34,18 @@ def test_the_lists_of_a_run_hold_the_items_that_its_metrics_count(finished, data
   metrics, lists = baselines._open_run(str(finished), dataset, Protocol())()
   targets = dataset.held_out('test')[1]
   assert (lists == targets[:, None]).any(1).mean() == pytest.approx(metrics['hit@10'])
+
+
+def test_without_the_library_of_als_the_others_are_measured(data_dir, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'implicit', None)
+  flags = [f'--data_dir={data_dir}', '--models=popularity,ALS']
+  done = run_here(baselines.main, flags)
+  assert done.returncode == 0, done.stderr
+  assert 'popularity' in done.stdout
+  assert 'are left out' in done.stdout
+  done = run_here(baselines.main, [flags[0], '--models=ALS'])
+  assert done.returncode == 2
+  assert "--models=ALS: need a library: pip install 'ur4rec-jax[baselines]'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,11 @@ def _baselines(
   if any(name in FACTORS for name in flags.models):
     try:
       models |= factor_models(train, flags.seed)
-    except ModuleNotFoundError:
-      say("ALS and BPR-MF are left out: pip install -e '.[baselines]'")
+    except ModuleNotFoundError as error:
+      way_out = "pip install 'ur4rec-jax[baselines]' (in a clone: '.[baselines]')"
+      if set(flags.models) <= set(FACTORS):
+        raise InputError(f'--models={",".join(flags.models)}: need a library: {way_out}') from error
+      say(f'ALS and BPR-MF are left out: {way_out}')
   yield from ((name, settings) for name, settings in models.items() if name in flags.models)
 
 
