@@ -7,8 +7,11 @@ import optax
 import pytest
 
 from configs import default
+from ur4rec_jax.data.features import Tables, TokenTable
 from ur4rec_jax.models.sasrec import SASRec
+from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.training import optimizers
+from ur4rec_jax.training.train_state import parameter_shapes
 
 
 def make_config(**fields):
@@ -73,6 +76,18 @@ def test_decay_leaves_out_biases_scales_and_embeddings():
     'item_embedding',
     'position_embedding',
   }
+
+
+def test_decay_leaves_out_temperatures_loss_weights_and_learned_tokens():
+  config = default.get_config('paper')
+  config.loss.weighting, config.fusion.kind, config.loss.weights.fused = 'uncertainty', 'learned', 1
+  table = TokenTable(np.zeros((6, 2, 4), np.float32), np.ones((6, 2), bool))
+  tables = Tables({'text': table}, {'text': table})
+  mask = optimizers.decay_mask(parameter_shapes(create_model(config, 5), tables))
+  leaves = jax.tree_util.tree_leaves_with_path(mask)
+  names = {jax.tree_util.keystr(path, simple=True, separator='/'): value for path, value in leaves}
+  assert {'log_temperature', 'retriever/user_tower/proxies', 'fusion/log_weights'} <= names.keys()
+  assert {name.split('/')[-1] for name, decays in names.items() if decays} == {'kernel'}
 
 
 def test_weight_decay_shrinks_only_what_it_is_for():

@@ -24,8 +24,9 @@ GROUPS = {
   'loss': re.compile(r'log_temperature$|log_variance_|matching_(scale|bias)$'),
 }
 SCHEDULES = ('constant', 'cosine')
-# Weight decay is for matrices that mix features, not for scales, offsets and lookup tables.
-_NO_DECAY = re.compile(r'(bias|scale|embedding)$')
+# Weight decay is for matrices that mix features, not for scales, offsets, learned tokens and lookup
+# tables. It would pull a learned temperature or loss weight to 1.
+_NO_DECAY = re.compile(r'(bias|scale|embedding|_query|proxies)$|(^|/)log_\w+$')
 
 
 def group_of(name: str) -> str:
