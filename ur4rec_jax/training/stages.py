@@ -196,17 +196,17 @@ def make_stages(
   stages = []
   for name in config.stages:
     labelled = tuple(frozenset(labels[x] for x in turn) for turn in turns[name])
-    made = Stage(
-      name=name,
-      config=configs[name],
-      model=models[name],
-      losses=models[name].losses,
-      retrieval_losses=retrieval_losses(configs[name].loss),
-      trainable=frozenset.union(*labelled),
-      alternation=labelled,
-      **{field.name: config.stage[name][field.name] for field in dataclasses.fields(Stage)[7:]},
-    )
-    stages.append(made)
+    found = {
+      'name': name,
+      'config': configs[name],
+      'model': models[name],
+      'losses': models[name].losses,
+      'retrieval_losses': retrieval_losses(configs[name].loss),
+      'trainable': frozenset.union(*labelled),
+      'alternation': labelled,
+    }
+    others = [field.name for field in dataclasses.fields(Stage) if field.name not in found]
+    stages.append(Stage(**found, **{field: config.stage[name][field] for field in others}))
   return stages, jax.tree.unflatten(jax.tree.structure(shapes), [labels[name] for name in names])
 
 
