@@ -177,7 +177,7 @@ class BranchFusion(nn.Module):
     if self.kind == 'learned':
       log_weights = self.param('log_weights', lambda _: log_weights)
     elif self.kind == 'adaptive':
-      # No gradient flows into the states: only the branches' own losses train them.
+      # No gradient of the weights flows into the states, which only their scores train.
       states = jnp.concatenate(
         [jax.lax.stop_gradient(users[branch]) for branch in self.branches], -1
       )
