@@ -274,14 +274,14 @@ class TrainLoop:
       )
     )
     self.dispatcher = Dispatcher(
-      self._train_step(stage),
-      self.data,
-      devices.replicate(numbers),
-      len(stage.alternation) > 1,
-      self.batches,
-      self.config.steps_per_dispatch,
-      self.reporter,
-      self.reader,
+      train_step=self._train_step(stage),
+      data=self.data,
+      numbers=devices.replicate(numbers),
+      alternates=len(stage.alternation) > 1,
+      batches=self.batches,
+      max_steps=self.config.steps_per_dispatch,
+      reporter=self.reporter,
+      reader=self.reader,
     )
 
   def _train_step(self, stage: Stage) -> Callable:
