@@ -1,8 +1,8 @@
 r"""Reads conditions, such as `quantity > 0 and status == 'paid'`. Needs only the standard library.
 
 A condition is one or more comparisons joined by `and`. A comparison is a column, one of
-`== != < <= > >=`, and a number or a text in quotes. A column whose name is not a plain word is
-written in backticks.
+`== != < <= > >=` (or `=` and `<>`, as in SQL), and a number or a text in quotes. A column whose
+name is not a plain word is written in backticks.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Strong baselines without a neural network: next items, item-kNN and EASE.
 
 Each is one matrix `[items + 1, items + 1]`. The score of an item is the sum of its column over the
-items of a history, in which older items may count less. Settings are chosen by validation. Items
-with a score of 0 are ranked last, by popularity.
+items of a history, in which older items may count less. Settings are chosen by validation. Up to
+1e-6 is added to a score by popularity, which orders the items that nothing else tells apart.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def users_and_items(train: Dataset) -> sp.csr_matrix:
 
 
 def _popularity_last(train: Dataset) -> np.ndarray:
-  """Returns `[items + 1]` scores that order by popularity the items whose score is 0."""
+  """Returns `[items + 1]` small scores that order by popularity the items without any other."""
   popularity = train.item_counts().astype(np.float32)
   popularity[0] = 0
   return popularity * (1e-6 / max(popularity.max(), 1))
