@@ -64,6 +64,9 @@ def test_files_without_rows_are_left_out_or_named(tmp_path):
   orders(parts, 'order_id,customer_id,sku,quantity,price,ordered_at')
   (parts / 'before.csv').write_text('order_id,customer_id,sku,quantity,price,ordered_at\n')
   assert guess(parts, None, {}).notes[0] == 'user = customer_id'
+  (parts / 'other.csv').write_text('customer_id,article\nk00,g00\n')  # Quantities are no must.
+  with pytest.raises(InputError, match=r"other\.csv: no column 'sku'; its columns are customer_id"):
+    guess(parts, goods(tmp_path), {})
   empty = tmp_path / 'empty.parquet'
   pq.write_table(pa.table({name: pa.array([], pa.string()) for name in ('user', 'item')}), empty)
   with pytest.raises(InputError, match=r'empty\.parquet: no rows'):

@@ -182,14 +182,16 @@ def _negative_quantities(files: Sequence[Path], found: _Sample) -> tuple[str, in
   """Returns the column of quantities and its negative rows, if there are some."""
   for name in filter(_is_quantity, found.columns):
     total = 0
-    for path in files:
-      column = tables.read(tables.open_file(path), [name])[name]
-      numbers, odd = where.as_numbers(column)
+    for file in map(tables.open_file, files):
+      if name not in file.columns:
+        break
+      numbers, odd = where.as_numbers(tables.read(file, [name])[name])
       if odd is not None:
         break
       total += pc.sum(pc.less(numbers, 0)).as_py() or 0
-    if total:
-      return name, total
+    else:  # Every file has the column, with numbers only.
+      if total:
+        return name, total
   return None
 
 

@@ -24,7 +24,7 @@ from pyarrow import csv as arrow_csv
 
 from ur4rec_jax.data.raw import archives
 from ur4rec_jax.data.raw.records import Place
-from ur4rec_jax.data.raw.texts import shown
+from ur4rec_jax.data.raw.texts import listed, shown
 from ur4rec_jax.errors import InputError
 
 DELIMITERS = {'.csv': ',', '.tsv': '\t', '.tab': '\t'}
@@ -178,9 +178,13 @@ def batches(file: File, columns: list[str]) -> Iterator[pa.Table]:
   """Reads some columns, many rows at a time; columns of text files are unchanged strings.
 
   Raises:
-    InputError: the file is damaged or has no rows.
+    InputError: the file is damaged, lacks a column, or has no rows.
   """
   check_names(str(file.path), file.columns, columns)
+  if missing := [name for name in columns if name not in (*file.columns, *file.folders)]:
+    raise InputError(
+      f'{file.path}: no column {missing[0]!r}; its columns are {listed(file.columns)}'
+    )
   inside = [name for name in columns if name in file.columns]
   rows = 0
   with _readable(file.path):
