@@ -282,7 +282,10 @@ def _sample(path: Path) -> _Sample:
       raise tables.no_rows(path)
     table = pa.Table.from_batches([batch]).slice(0, _ROWS)
   else:
-    table = tables.read(file, names).slice(0, _ROWS)
+    parts = tables.batches(file, names)
+    table = next(parts).slice(0, _ROWS)
+    for _ in parts:  # Read without keeping them, so that a damaged row is named before the build.
+      pass
   return _Sample(path, {name: _texts(table[name].to_pylist()) for name in names})
 
 
