@@ -160,6 +160,13 @@ def test_cached_items_score_as_uncached_and_permuting_items_permutes_scores(kind
   np.testing.assert_allclose(permuted, expected[:, order[1:] - 1], atol=1e-4)
 
 
+def test_all_vectors_have_the_type_of_the_computation():
+  _, model, params, features = make(dtype='bfloat16')
+  encoded = encode(model, params, features, [[1, 2, 3]])
+  vectors = [*encoded.users.values(), *encoded.items.values()]
+  assert {x.dtype for x in vectors} == {jnp.dtype('bfloat16')}
+
+
 def test_the_retriever_scores_by_cosine_over_temperature():
   config, model, params, features = make('text')
   encoded = encode(model, params, features, [[1, 2, 3, 5, 6, 7]])

@@ -91,7 +91,7 @@ class Retriever(nn.Module):
     vectors = content.vectors
     if self.item_id:
       vectors = vectors + self.item_embedding
-    return EncodedItems(normalised(vectors), content)
+    return EncodedItems(normalised(vectors).astype(self.dtype), content)
 
   def encode_users(
     self,
