@@ -159,6 +159,13 @@ def test_shops_whose_customers_buy_again_recommend_seen_items(tmp_path, items, a
   assert quick.seen_items(tmp_path / 'data') == answer
 
 
+@pytest.mark.parametrize('content', ['{"inputs"', '{}', '[]'])
+def test_a_damaged_record_is_named(tmp_path, content):
+  (tmp_path / quick.RECORD).write_text(content)
+  with pytest.raises(InputError, match=f'{quick.RECORD}: cannot be read'):
+    quick.Commands(quick.Order(tmp_path / 'o.csv', tmp_path))
+
+
 def test_time_is_divided_once_and_the_second_model_gets_what_is_left(tmp_path):
   order = quick.Order(tmp_path / 'o.csv', tmp_path / 'out', minutes=10)
   commands = quick.Commands(order)

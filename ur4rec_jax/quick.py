@@ -111,7 +111,7 @@ class Commands:
       try:
         self.record = json.loads(self._path.read_text())
         before = self.record['inputs']
-      except (ValueError, KeyError) as error:
+      except (ValueError, KeyError, TypeError) as error:
         raise InputError(f'{self._path}: cannot be read ({error!r}); remove it') from error
       if before != inputs:
         raise InputError(f'--out={self.out}: was made from other files; give another --out')
@@ -431,9 +431,8 @@ def _order(flags: argparse.Namespace) -> Order:
   encoders = {name: found for name in _SPEED if (found := values[f'{name}_encoder'])}
   given = {name: values[name] for name in _BUILD_FLAGS if values[name] is not None}
   out = pathlib.Path(flags.out or f'quick-{orders.name.partition(".")[0]}')
-  return Order(
-    orders, out, *(tables or [None]), *(folders or [None]), flags.minutes, given, encoders
-  )
+  goods, pictures = (next(iter(found), None) for found in (tables, folders))
+  return Order(orders, out, goods, pictures, flags.minutes, given, encoders)
 
 
 def _export(order: Order, best: pathlib.Path) -> pathlib.Path:
