@@ -144,7 +144,7 @@ def test_damaged_files_are_named(data):
 
   path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
   features = load_features(data, 'item', 'audio')
-  with pytest.raises(InputError, match=rf'{path.name}: is damaged'):
+  with pytest.raises(InputError, match=rf'{path.name}: is damaged.*; make them: '):
     features.table()
 
   for damaged in (content[:-7], content[:40], b''):
@@ -175,8 +175,12 @@ def test_what_is_not_finite_is_refused(data):
   info = json.loads(info_path.read_text())
   info['shards'][1]['sha256']['tokens'] = hashlib.sha256(path.read_bytes()).hexdigest()
   info_path.write_text(json.dumps(info))
-  with pytest.raises(InputError, match='shard 1 has values that are not finite'):
+  with pytest.raises(InputError, match='shard 1 has values that are not finite; make them: '):
     load_features(data, 'item', 'audio').table()
+  found = load_features(data, 'item', 'audio')
+  path.unlink()
+  with pytest.raises(InputError, match=f'{path.name}: cannot be read .*; make them: '):
+    found.table()
 
 
 @pytest.mark.parametrize('content', ['', '{', '[]', '{"format_version": 99}'])

@@ -67,6 +67,7 @@ class Features:
     is_shuffled: whether `table` gives each row the tokens of another row. It is a control: a gain
       that remains does not come from the content of the tokens.
     max_tokens: most tokens per row in `table`, which keeps the first ones; 0 for all.
+    way_out: end of the message if a file is damaged.
   """
 
   folder: pathlib.Path
@@ -74,6 +75,7 @@ class Features:
   shards: dict[str, list[np.ndarray]]
   is_shuffled: bool = False
   max_tokens: int = 0
+  way_out: str = 'encode again'
 
   @property
   def shape(self) -> tuple[int, int, int]:
@@ -139,7 +141,9 @@ class Features:
       found = {kind: self._read(kind, shard) for kind in self.shards}
       values = decoded(found)
       if not np.isfinite(values).all():
-        raise InputError(f'{self.folder}: shard {shard} has values that are not finite')
+        raise InputError(
+          f'{self.folder}: shard {shard} has values that are not finite; {self.way_out}'
+        )
       tokens[start:end], mask[start:end] = values[:, :count], found['mask'][:, :count]
     if self.is_shuffled:
       # All modalities get the same order, so that they still fit each other.
@@ -149,9 +153,12 @@ class Features:
 
   def _read(self, kind: str, shard: int) -> np.ndarray:
     path = self.folder / file_name(kind, shard, len(self.info['shards']))
-    content = path.read_bytes()
+    try:
+      content = path.read_bytes()
+    except OSError as error:
+      raise InputError(f'{path}: cannot be read ({error}); {self.way_out}') from error
     if hashlib.sha256(content).hexdigest() != self.info['shards'][shard]['sha256'][kind]:
-      raise InputError(f'{path}: is damaged: its content is not what was written')
+      raise InputError(f'{path}: is damaged: its content is not what was written; {self.way_out}')
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
@@ -224,7 +231,7 @@ def open_features(folder: pathlib.Path, info: dict[str, Any], way_out: str) -> F
           f'{path}: holds {array.dtype} {array.shape}, not what was written; {way_out}'
         )
       shards[kind].append(array)
-  return Features(folder, info, shards)
+  return Features(folder, info, shards, way_out=way_out)
 
 
 def load_with_features(config: ConfigDict) -> Dataset:
