@@ -104,3 +104,9 @@ def test_popular_negatives_need_all_interactions(data_dir):
   fields = {'loss.name': 'sampled_softmax', 'loss.negatives': 'popularity'}
   with pytest.raises(InputError, match=r'config\.loss\.negatives=.popularity'):
     open_run(config_of(data_dir, data_in_memory=False, **fields))
+
+
+def test_more_interactions_than_batches_can_count_are_refused(data_dir, monkeypatch):
+  monkeypatch.setattr('ur4rec_jax.runs.open_run._MOST_INTERACTIONS', 100)
+  with pytest.raises(InputError, match=r'interactions; batches count in 32 bits, up to 100'):
+    open_run(config_of(data_dir))

@@ -31,6 +31,7 @@ from ur4rec_jax.training.train_state import (
 )
 
 PyTree = Any
+_MOST_INTERACTIONS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,11 @@ def _check_dataset(config: ConfigDict, dataset: Dataset) -> None:
     raise InputError(
       f'config.data_dir={config.data_dir}: {dataset.num_users} users and {dataset.num_items} '
       'items; a recommender needs at least 2 of each'
+    )
+  if (count := dataset.info['counts']['interactions']) > _MOST_INTERACTIONS:
+    raise InputError(
+      f'config.data_dir={config.data_dir}: {count:,} interactions; batches count in 32 bits, up to'
+      f' {_MOST_INTERACTIONS:,}: build it with a larger --k_core, or with --where'
     )
   for part in PARTS:
     if not dataset.info['splits'][dataset.split_name][f'{part}_users']:
