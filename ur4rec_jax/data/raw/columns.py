@@ -40,10 +40,11 @@ class Memory(NamedTuple):
       try:
         found[name] = self.column(name)
       except (pa.ArrowException, ValueError, TypeError) as error:
-        raise _unusable(f'{self.name}: {name}', error) from error
-      except InputError:
-        if name not in optional:
+        if name in optional:
+          continue
+        if isinstance(error, InputError):  # It is a ValueError that has its message.
           raise
+        raise _unusable(f'{self.name}: {name}', error) from error
     rows = len(next(iter(found.values()), ()))
     empty = pa.chunked_array([pa.nulls(rows)])
     return pa.table([found.get(name, empty) for name in columns], list(columns))
