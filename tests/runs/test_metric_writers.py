@@ -6,6 +6,10 @@ import re
 import select
 import termios
 
+import pytest
+
+from ur4rec_jax.errors import StorageError
+from ur4rec_jax.runs import metric_writers
 from ur4rec_jax.runs.metric_writers import Course, Progress
 
 COURSE = Course(
@@ -52,6 +56,19 @@ def test_with_patience_the_time_left_is_that_without_a_better_validation(capsys,
   bar.line('epoch 1: good', end=80)
   line = capsys.readouterr().err.strip()
   assert '20/30000 steps, 0:01:00 left, more while validation improves (at most 8:19:40)]' in line
+
+
+def test_a_file_that_cannot_be_mended_is_named_with_the_reason(tmp_path, monkeypatch):
+  (tmp_path / 'metrics.jsonl').write_text('{"step"')
+
+  def no_room(*_):
+    raise StorageError('No space left on device')
+
+  monkeypatch.setattr(metric_writers, 'write_file', no_room)
+  with pytest.raises(
+    StorageError, match=r'metrics\.jsonl or .*: No space left on device; make room'
+  ):
+    metric_writers.MetricWriter(str(tmp_path), step=0, size=7)
 
 
 def test_the_time_left_is_that_of_all_stages():

@@ -114,8 +114,8 @@ class MetricWriter:
 
   def _storage_error(self, error: OSError) -> StorageError:
     return StorageError(
-      f'cannot write {self._path} or the curves beside it: {error.strerror}; make room and start '
-      'the same command again to go on from the last checkpoint'
+      f'cannot write {self._path} or the curves beside it: {error.strerror or error}; make room'
+      ' and start the same command again to go on from the last checkpoint'
     )
 
 
