@@ -103,3 +103,29 @@ def test_titles_of_any_language_stay_as_they_are(title):
 def test_an_escape_sequence_is_shown():
   assert errors.printable('Kind\x1b[2J of\n\x9b31m Blue') == 'Kind\\x1b[2J of\n\\x9b31m Blue'
   assert os.linesep in errors.printable(f'a{os.linesep}b')
+
+
+@pytest.mark.parametrize('is_buffered', [True, False])
+@pytest.mark.parametrize('lines', [3, 100_000])
+def test_a_reader_that_leaves_ends_a_program_without_a_word(lines, is_buffered):
+  program = (
+    'import sys\n'
+    'from ur4rec_jax.errors import exit_on_reported_error\n'
+    '@exit_on_reported_error\n'
+    'def main():\n'
+    '  sys.stdin.read()\n'
+    f'  for i in range({lines}): print(i)\n'
+    'main()\n'
+  )
+  environment = os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1' * (not is_buffered)}
+  process = subprocess.Popen(
+    [sys.executable, '-c', program],
+    env=environment,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  process.stdout.close()
+  process.stdin.close()
+  assert process.stderr.read() == b''
+  assert process.wait() == 141

@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ class ExitCode(NamedTuple):
   restart: bool
 
 
+_SIGPIPE = 13  # The module `signal` has no such name on Windows.
 # The one table of exit codes. `launch/` and docs/training.md agree with it, and a test compares.
 EXIT_CODES = {
   0: ExitCode('finished', 'none', restart=False),
@@ -70,6 +72,7 @@ EXIT_CODES = {
   128 + signal.SIGKILL: ExitCode(
     'killed', 'the machine is out of memory or goes down', restart=True
   ),
+  128 + _SIGPIPE: ExitCode('the reader of its output has left', 'as in `| head`', restart=False),
   128 + signal.SIGTERM: ExitCode('told to stop', 'training saves first', restart=True),
 }
 _STORAGE = (
@@ -218,11 +221,18 @@ def errors_end_the_program() -> Iterator[None]:
   """Turns an error of the block that users can act on into a message on stderr and an exit code."""
   try:
     yield
+    if sys.stdout is not None:
+      sys.stdout.flush()  # Python would report an error of this at its exit in its own way.
   except BaseException as error:
+    if isinstance(error, BrokenPipeError) and _reader_has_left(sys.stdout):
+      _redirect_broken_streams()
+      sys.exit(128 + _SIGPIPE)  # Without a word, like other programs.
     reported = as_reported(error)
     if not isinstance(error, SystemExit):
       _note_exit_code(reported.exit_code if reported else 1)
     if reported is None:
+      if isinstance(error, SystemExit):
+        _redirect_broken_streams()
       raise
     prefix = '' if isinstance(reported, InterruptedBySignal) else 'error: '
     with contextlib.suppress(OSError):  # The disk that holds stderr may be full, too.
@@ -242,8 +252,20 @@ def _note_exit_code(code: int) -> None:
       file.write(f'{code}\n')
 
 
+def _reader_has_left(stream: TextIO) -> bool:
+  """Tells whether a stream is a pipe that nobody reads any more."""
+  with contextlib.suppress(OSError, ValueError, AttributeError):  # No file, or no poll on Windows.
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)  # Errors are always reported.
+    return bool(poll.poll(0))
+  return False
+
+
 def _redirect_broken_streams() -> None:
-  """Redirects streams on a full disk to the null device; otherwise Python would end with 120."""
+  """Redirects streams that cannot be written to the null device.
+
+  Otherwise Python would write the rest when it exits, and end with 120.
+  """
   for stream in (sys.stdout, sys.stderr):
     try:
       stream.flush()
