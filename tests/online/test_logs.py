@@ -141,7 +141,7 @@ def test_other_user_ids_in_the_events_are_refused(tmp_path):
   [
     (SHOWN + 'r1,u1,2026-01-01T10:00:00Z,old,b,2,0.25\n', DONE, '1 repeated exposure'),
     (SHOWN + 'r9,u9,2026-01-02T10:00:00Z,,a,1,0.5\n', DONE, '1 exposure without an arm'),
-    (SHOWN, DONE + 'e1,u2,a,click,2026-01-03T00:00:00Z,\n', '1 event with the id of an earlier'),
+    (SHOWN, DONE + 'e1,u1,a,click,2026-01-03T00:00:00Z,\n', '1 event with the id of an earlier'),
     (SHOWN, DONE + 'e4,u1,a,click,2999-01-03T00:00:00Z,\n', '1 event dated in the future'),
     (SHOWN, DONE + 'e4,u5,a,click,2026-01-03T00:00:00Z,\n', '1 event of 4 left out'),
     (SHOWN, DONE + 'e4,u1,a,click,2026-01-03T00:00:00Z,r8\n', '1 event with a request'),
@@ -151,6 +151,12 @@ def test_what_does_not_count_is_counted_in_a_warning(tmp_path, shown, done, warn
   logs = read(tmp_path, shown, done)
   assert [text for text in logs.warnings if warning in text]
   assert len(logs.exposures.user) == 4
+
+
+def test_two_users_may_number_their_events_alike(tmp_path):
+  logs = read(tmp_path, done=DONE.replace('e2,', 'e1,'))
+  assert logs.warnings == ()
+  assert np.isfinite(reacted(logs, 'click')).sum() == 2
 
 
 def test_a_missing_table(tmp_path):

@@ -419,10 +419,12 @@ def _check_propensities(table: Table, exposures: Exposures) -> None:
 def _without_repeated_events(table: Table, warnings: list[str]) -> tuple[Table, np.ndarray]:
   """Keeps each event once, and leaves out events in the future; returns the times, too.
 
-  An event dated next year would make every window look finished.
+  As in the store of a service, events of two users may have the same id. An event dated next year
+  would make every window look finished.
   """
   seconds = _seconds(table)
-  ids = _dense(table.columns['id'])
+  user = _dense(table.columns['user'])
+  ids = _dense(table.columns['id']) * (user.max() + 1) + user
   is_first = np.zeros(len(ids), bool)
   is_first[np.unique(ids, return_index=True)[1]] = True
   is_past = seconds <= time.time() + _CLOCK_SKEW
