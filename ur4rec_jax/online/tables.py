@@ -61,10 +61,15 @@ def write(
     draft.unlink(missing_ok=True)
 
 
+def number_text(value: float) -> str:
+  """Writes the value of an event with all digits that people enter, such as 4 and 1234567.89."""
+  return f'{value:.15g}'
+
+
 def _event_rows(events: Iterable[Event], counts: collections.Counter) -> Iterator[Sequence]:
   for e in events:
     counts[e.kind] += 1
-    value = '' if e.value is None else f'{e.value:g}'
+    value = '' if e.value is None else number_text(e.value)
     yield e.user, e.item, f'{e.time:.3f}', e.kind, value, e.id, e.request_id
 
 

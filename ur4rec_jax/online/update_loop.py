@@ -264,7 +264,7 @@ class _Loop:
     if 'value' in self._columns:
       if event.value is None:
         return None
-      row.append(f'{event.value:g}')
+      row.append(tables.number_text(event.value))
     return row
 
   def _command(self, module: str, *flags: str) -> str:
