@@ -155,6 +155,11 @@ class SqliteStore:
   def _prepare(self) -> None:
     connection = self._connection
     one = lambda name: connection.execute(f'PRAGMA {name}').fetchone()[0]
+    # Looked at before anything is set: the journal mode would stay in a file of somebody else. In
+    # this order, because another service may be making the tables, and sets both in one step.
+    has_tables, application = one('schema_version') > 0, one('application_id')
+    if application != _APPLICATION_ID and (application or has_tables):
+      raise InputError(f'{self._path}: is another SQLite file; give another one, which is made')
     connection.execute('PRAGMA journal_mode = WAL')
     # Deleted rows are overwritten with zeros, and the write-ahead log does not stay large.
     connection.execute('PRAGMA secure_delete = ON')
@@ -167,8 +172,6 @@ class SqliteStore:
           connection.execute(statement)
         connection.execute(f'PRAGMA application_id = {_APPLICATION_ID}')
         connection.execute(f'PRAGMA user_version = {_VERSION}')
-    if one('application_id') != _APPLICATION_ID:
-      raise InputError(f'{self._path}: is another SQLite file; give another one, which is made')
     if one('user_version') != _VERSION:
       raise InputError(
         f'{self._path}: is of format {one("user_version")}, this version reads {_VERSION}'
