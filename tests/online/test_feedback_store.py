@@ -282,6 +282,9 @@ def test_a_redis_that_forgets_is_refused(tmp_path, capsys):
   with pytest.raises(InputError, match='cannot be reached') as raised:
     open_store('redis://user:hidden@127.0.0.1:1/0')
   assert 'hidden' not in str(raised.value)
+  with pytest.raises(InputError, match=r'Redis at 127.0.0.1:1/0: cannot be reached') as raised:
+    open_store('rediss://127.0.0.1:1/0?password=hidden')
+  assert 'hidden' not in str(raised.value)
 
 
 def test_a_postgres_that_cannot_be_used_is_named(postgres_address, capsys):

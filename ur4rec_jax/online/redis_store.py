@@ -63,7 +63,7 @@ class RedisStore:
     Raises:
       InputError: the server cannot be reached, or would lose events when it ends.
     """
-    self._name = address.rpartition('@')[2].removeprefix('redis://')  # Without the password.
+    self._name = address.rpartition('@')[2].rpartition('://')[2].partition('?')[0]  # No password.
     try:
       self._redis = redis.Redis.from_url(
         address,

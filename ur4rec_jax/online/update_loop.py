@@ -145,7 +145,7 @@ class _Loop:
   def run(self) -> None:
     """Makes rounds."""
     say(
-      f'watching {self._watch.events.rpartition("@")[2]}: a round after'
+      f'watching {self._watch.events.rpartition("@")[2].partition("?")[0]}: a round after'
       f' {self._watch.every_events:,g} new events or {self._watch.every_minutes:g} minutes'
     )
     while self._state.round < self._watch.rounds:
