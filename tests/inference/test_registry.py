@@ -51,6 +51,15 @@ def test_promoting_the_current_model_again_changes_nothing(tmp_path):
   assert (tmp_path / 'models' / 'current.json').read_bytes() == before
 
 
+def test_only_leftovers_of_promotions_are_removed(tmp_path):
+  versions = tmp_path / 'models' / 'versions'
+  for name in ('000001.incomplete-12', '000004', 'mine'):
+    (versions / name).mkdir(parents=True)
+  (versions / '.DS_Store').write_text('of a file manager')
+  assert registry.promote(tmp_path / 'models', make_export(tmp_path / 'a', 'first')) == '000001'
+  assert sorted(path.name for path in versions.iterdir()) == ['.DS_Store', '000001', 'mine']
+
+
 def test_wrong_input_is_named(tmp_path):
   with pytest.raises(InputError, match='no exported model'):
     registry.promote(tmp_path / 'models', tmp_path)

@@ -154,5 +154,7 @@ def _is_same(export_dir: Path, version: Path) -> bool:
 def _remove_leftovers(registry: Path, newest: int) -> None:
   """Removes leftovers of a killed promotion: drafts, and a version that never became current."""
   for folder in (registry / _VERSIONS).iterdir():
-    if not folder.name.isdecimal() or int(folder.name) > newest:
+    number, is_draft, _ = folder.name.partition('.incomplete-')
+    # Everything else is not ours, such as the files of file managers.
+    if folder.is_dir() and number.isdecimal() and (is_draft or int(number) > newest):
       shutil.rmtree(folder)
