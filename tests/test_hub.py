@@ -5,8 +5,10 @@ address of the hub when it is imported.
 """
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ import pytest
 from tests.helpers.hub_server import hub_server
 from tests.helpers.recommenders import make
 from tests.helpers.runs import ROOT
+from ur4rec_jax import hub
 from ur4rec_jax.export import export
-from ur4rec_jax.hub import model_card
+from ur4rec_jax.hub import model_card, push_to_hub
 
 PUSH = 'import sys, ur4rec_jax; print(ur4rec_jax.push_to_hub(sys.argv[1], "me/shop"))'
 PULL = (
@@ -86,6 +89,33 @@ def test_users_are_not_uploaded_unless_that_is_meant(recommender, call, tmp_path
     refused = call(hub, PUSH, tmp_path / 'model')
     assert 'has the histories of users' in refused.stderr
     assert hub.repos == {}
+
+
+def test_only_the_files_of_an_export_are_uploaded(folder, tmp_path, monkeypatch):
+  copy = shutil.copytree(folder, tmp_path / 'model')
+  (copy / 'events.db').write_bytes(b'what users did')
+  (copy / 'README.md').write_text('the card of an earlier upload')
+  uploaded = []
+
+  class Api:
+    create_repo = staticmethod(lambda *_, **__: None)
+
+    def create_commit(self, repo, operations, commit_message):
+      uploaded.extend(name for name, _ in operations)
+      return SimpleNamespace(commit_url='https://hub.example/commit')
+
+  errors = SimpleNamespace(HfHubHTTPError=OSError, HFValidationError=OSError)
+  fake = SimpleNamespace(HfApi=Api, CommitOperationAdd=lambda *pair: pair, errors=errors)
+  monkeypatch.setattr(hub, '_hub', lambda: fake)
+  push_to_hub(copy, 'me/shop')
+  assert 'manifest.json' in uploaded
+  assert 'events.db' not in uploaded
+  assert uploaded.count('README.md') == 1
+
+
+def test_a_hub_out_of_reach_is_one_message(folder, call):
+  done = call(SimpleNamespace(address='http://127.0.0.1:9'), PUSH, folder)
+  assert 'InputError: me/shop: cannot be pushed' in done.stderr
 
 
 def test_the_card_has_numbers_terms_and_protocol(recommender, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def push_to_hub(
     InputError: this is no export, it has users, or the hub refuses it.
   """
   folder = pathlib.Path(folder)
-  exported.model_hash(folder)  # An error if it is no export.
+  names = exported.file_names(folder)
   if (folder / exported.USERS).exists() and not with_users:
     raise InputError(
       f'{folder}: has the histories of users; export it without --users, or give with_users=True if'
@@ -52,15 +52,13 @@ def push_to_hub(
     try:
       api = hub.HfApi()
       api.create_repo(repo, private=private, exist_ok=True)
-      operations = [
-        hub.CommitOperationAdd(path.name, path)
-        for path in [card, *sorted(folder.iterdir())]
-        if path.is_file()
-      ]
+      # Only those: somebody may keep the events of the service in the same folder.
+      paths = [card, *(folder / name for name in sorted(names))]
+      operations = [hub.CommitOperationAdd(path.name, path) for path in paths]
       return api.create_commit(
         repo, operations, commit_message='A model exported by ur4rec_jax'
       ).commit_url
-    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
+    except _failures(hub) as error:
       raise InputError(f'{repo}: cannot be pushed ({_first_line(error)})') from error
 
 
@@ -77,7 +75,7 @@ def from_hub(repo: str, revision: str | None = None) -> Recommender:
   hub = _hub()
   try:
     folder = hub.snapshot_download(repo, revision=revision)
-  except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError, OSError) as error:
+  except _failures(hub) as error:
     raise InputError(f'{repo}: cannot be downloaded ({_first_line(error)})') from error
   return exported.load(folder)
 
@@ -165,6 +163,12 @@ def _hub() -> Any:
   except ImportError as error:
     raise InputError("huggingface_hub is not installed; pip install 'ur4rec-jax[hub]'") from error
   return huggingface_hub
+
+
+def _failures(hub: Any) -> tuple[type[Exception], ...]:
+  """Returns the errors of a hub that refuses something or cannot be reached."""
+  # Its own error of HTTP has the one of its HTTP library as a base, as lost connections do.
+  return *hub.errors.HfHubHTTPError.__bases__, hub.errors.HFValidationError, OSError
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.inference.recommender import Recommender, Users, make_users
 from ur4rec_jax.inference.stored_arrays import as_tree, unpack
 from ur4rec_jax.inference.stored_format import Settings
-from ur4rec_jax.inference.thumbnails import Thumbnails
+from ur4rec_jax.inference.thumbnails import PACKED, Thumbnails
 
 FORMAT_VERSION = 1
 MANIFEST, PROGRAM, ARRAYS, ITEMS = 'manifest.json', 'program.bin', 'arrays.npz', 'items.json'
@@ -97,6 +97,19 @@ def model_hash(folder: str | pathlib.Path) -> str:
     InputError: this is not an exported folder.
   """
   return hashlib.sha256(manifest_text(_read_manifest(pathlib.Path(folder))).encode()).hexdigest()
+
+
+def file_names(folder: str | pathlib.Path) -> list[str]:
+  """Returns the names of the files of an export; others may lie beside them in its folder.
+
+  Args:
+    folder: the folder that `ur4rec_jax.export` wrote.
+
+  Raises:
+    InputError: this is not an exported folder.
+  """
+  names = _read_manifest(pathlib.Path(folder))['files']
+  return [MANIFEST, *names, *([PACKED] if PICTURES in names else [])]
 
 
 def _program(content: bytes, digest: str) -> Callable[..., Any]:
