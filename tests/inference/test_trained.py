@@ -344,6 +344,13 @@ def test_new_items_are_placed_by_their_content(shop, new_items):
   assert larger.answer([['new-3']], 3).items[0]
 
 
+def test_new_items_have_passages_also_where_those_of_the_old_ones_are_known(shop, new_items):
+  recommender, _ = make(shop, 'multimodal')
+  assert len(recommender.passages) == 60
+  larger, _ = recommender.add_items(new_items)
+  assert len(larger.passages) == len(larger.item_ids) == 62
+
+
 def test_rows_alone_take_new_items_for_those_they_are_most_like(shop, new_items):
   recommender, _ = make(shop, 'rows alone')
   larger, _ = recommender.add_items(new_items)

@@ -471,6 +471,7 @@ class TrainedRecommender(Recommender):
     )
     items = {'ids': [*self.item_ids, *new.ids], 'titles': [*self.titles, *new.titles]}
     larger = copy.copy(self)
+    larger.__dict__.pop('passages', None)  # Those of the smaller catalogue, if they were asked for.
     larger._set_catalogue(items, joined, self.settings)
     larger._new_pictures = [*self._new_pictures, *new.pictures]
     return larger
