@@ -375,6 +375,10 @@ def test_new_items_that_cannot_be_placed_are_refused(shop, new_items, tmp_path):
     ({'image': content['image'][:2]}, "must hold 'image', with an entry for each"),
     ({'text': content['text'][..., :7]}, r'text must be finite, \[items, tokens, 256\]'),
     ({'ids': np.array(['a', 'a', 'b'])}, 'an id is there twice'),
+    ({'ids': np.array('a')}, r'ids must be \[items\]'),
+    ({'titles': np.array(['One', 'Two'])}, "must hold 'titles', with an entry for each"),
+    ({'image': np.array(5.0)}, "must hold 'image', with an entry for each"),
+    ({'image': np.array([[['red']]] * 3)}, 'image must be finite'),
     (
       {'text': content['text'] * 0, 'image': content['image'] * 0},
       "item 'new-3' has no features",
@@ -383,6 +387,12 @@ def test_new_items_that_cannot_be_placed_are_refused(shop, new_items, tmp_path):
     np.savez(tmp_path / 'bad.npz', **content | changed)
     with pytest.raises(InputError, match=message):
       recommender.add_items(tmp_path / 'bad.npz')
+  whole = new_items.read_bytes()
+  (tmp_path / 'bad.npz').write_bytes(whole[: len(whole) // 2])
+  np.save(tmp_path / 'bad.npy', content['image'])
+  for name in ('bad.npz', 'bad.npy'):
+    with pytest.raises(InputError, match='neither a prepared folder nor a readable'):
+      recommender.add_items(tmp_path / name)
   same, known = recommender.add_items(shop)
   assert (same, len(known)) == (recommender, 60)
 

@@ -217,15 +217,20 @@ def _read_folder(folder: pathlib.Path, trained_on: Mapping[str, Features]) -> Ne
 
 def _read_npz(path: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItems:
   try:
-    with np.load(path, allow_pickle=False) as file:
+    file = np.load(path, allow_pickle=False)
+    if isinstance(file, np.ndarray):
+      raise ValueError('it holds a single array')
+    with file:
       arrays = dict(file)
-  except (OSError, ValueError, EOFError) as error:
+  except Exception as error:  # Damaged files make the reader raise any kind of error.
     raise InputError(
       f'add_items {path}: is neither a prepared folder nor a readable .npz file ({error}); a table'
       ' of goods ends in .csv, .tsv, .parquet or .jsonl'
     ) from error
-  for name in ('ids', *trained_on):
-    if name not in arrays or len(arrays[name]) != len(arrays['ids']):
+  if 'ids' in arrays and arrays['ids'].ndim != 1:
+    raise InputError(f'{path}: ids must be [items], not of shape {arrays["ids"].shape}')
+  for name in ('ids', *trained_on, *arrays.keys() & {'titles'}):
+    if name not in arrays or arrays[name].shape[:1] != arrays['ids'].shape:
       raise InputError(f'{path}: must hold {name!r}, with an entry for each of the ids')
   ids = [str(name) for name in arrays['ids']]
   if len(set(ids)) < len(ids):
@@ -234,7 +239,8 @@ def _read_npz(path: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItem
   for name, features in trained_on.items():
     tokens = arrays[name] if arrays[name].ndim == 3 else arrays[name][:, None]
     width = features.shape[2]
-    if tokens.ndim != 3 or tokens.shape[2] != width or not np.isfinite(tokens).all():
+    is_right = tokens.dtype.kind in 'fiub' and tokens.ndim == 3 and tokens.shape[2] == width
+    if not is_right or not np.isfinite(tokens).all():
       raise InputError(f'{path}: {name} must be finite, [items, tokens, {width}]')
     tokens = tokens[:, : features.max_tokens or None]
     # Encoders never give a token of zeros, so zeros mark a missing token.
