@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,19 @@ def test_a_user_is_forgotten_also_where_a_service_has_compiled(shop, tmp_path):
   found = exported.load(folder)
   assert first not in found.known_users.index
   np.testing.assert_array_equal(found.known_user(second)[0].items, before.items)
+
+
+def test_a_user_is_forgotten_behind_a_link_and_after_a_kill(shop, tmp_path):
+  recommender, folder = make(shop, 'sasrec')[0], tmp_path / 'model'
+  export(recommender, folder, with_users=True)
+  (tmp_path / 'current').symlink_to(folder)
+  # Left by a killed process that had the number of this one, as in a container.
+  (tmp_path / f'model.incomplete-{os.getpid()}').mkdir()
+  first = next(iter(recommender.users))
+  assert exported.forget_user(tmp_path / 'current', first)
+  assert (tmp_path / 'current').is_symlink()
+  assert first not in exported.load(folder).known_users.index
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['current', 'model']
 
 
 def test_pictures_are_small_copies_of_those_of_old_and_new_items(small_shop, tmp_path):

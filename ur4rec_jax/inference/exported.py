@@ -183,6 +183,8 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
   from ur4rec_jax import files  # Needs filelock, which machines that only recommend may lack.
 
   folder = pathlib.Path(folder)
+  target = folder.resolve()  # If a link were replaced, the folder behind it would keep the user.
+  files.clean_up(target)
   manifest = _read_manifest(folder)
   if USERS not in manifest['files']:
     return False
@@ -201,7 +203,7 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
   archive = io.BytesIO()
   np.savez(archive, **arrays)
   manifest['files'][USERS] = hashlib.sha256(archive.getvalue()).hexdigest()
-  with files.new_folder(folder) as draft:
+  with files.new_folder(target) as draft:
     for path in folder.iterdir():
       # The folder of programs that a service has compiled is not copied; the next start does so.
       if path.is_file() and path.name not in (USERS, MANIFEST):
