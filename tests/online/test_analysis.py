@@ -99,6 +99,19 @@ def test_less_can_be_better():
   assert row.verdict(0.05, False) == 'open'
 
 
+def test_before_the_end_a_verdict_has_the_sign_of_the_look_that_decided():
+  looks = analysis.Sequential(
+    users=np.array([100, 1000]),
+    control=np.array([0.1, 0.1]),
+    difference=np.array([-0.05, 0.001]),
+    error=np.array([0.01, 0.01]),
+    half_width=np.array([0.04, 0.03]),
+    p=np.array([0.01, 0.01]),  # The smallest so far.
+  )
+  fixed = analysis.Comparison(0.1, 0.101, 0.001, (-0.02, 0.02), 0.01, (-0.2, 0.2), 0.9)
+  assert analysis.Row(METRICS[0], Arm('new', 0.5), fixed, looks).verdict(0.05, False) == 'worse'
+
+
 def measured(gain, seed, users=3000):
   rng = np.random.default_rng(seed)
   arm = rng.integers(0, 2, users)

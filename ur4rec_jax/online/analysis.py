@@ -53,10 +53,13 @@ class Row(NamedTuple):
       level: accepted probability of a false alarm.
       is_over: whether all planned users have finished, so that the fixed horizon decides.
     """
-    p = self.fixed.p if is_over else float(self.looks.p[-1])
+    p, difference = self.fixed.p, self.fixed.difference
+    if not is_over:  # The smallest p value so far says nothing about a later change of sign.
+      at = int(np.argmin(self.looks.p))
+      p, difference = float(self.looks.p[at]), self.looks.difference[at]
     if p is None or p >= level:
       return 'open'
-    return 'better' if (self.fixed.difference > 0) == self.metric.more_is_better else 'worse'
+    return 'better' if (difference > 0) == self.metric.more_is_better else 'worse'
 
 
 class Result(NamedTuple):
