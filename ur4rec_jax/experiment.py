@@ -128,6 +128,7 @@ def run_report(flags: argparse.Namespace) -> None:
   experiment = experiments.read(flags.config)
   if flags.out is not None and flags.out.suffix == '.json':
     raise InputError(f'--out={flags.out}: the page needs another name, as the JSON gets this one')
+  experiment = experiments.with_stopped(experiment, experiments.read_stopped(experiment))
   arms = [arm.name for arm in experiment.arms]
   result = analysis.analyze(experiment, logs.read_logs(flags.exposures, flags.events, arms))
   say(experiment_report.summary(result))

@@ -158,6 +158,21 @@ def test_a_wrong_sample_ratio_is_the_first_warning(tmp_path):
   assert '200, 120 users' in result.warnings[0]
 
 
+def test_users_who_came_after_an_arm_was_stopped_are_not_compared_with_it(tmp_path):
+  shown = people(200, 'old') + people(200, 'new', 200)
+  # Later only the control is served, to people who buy more, as before holidays.
+  later = [(f'v{i}', 'old', 10, 'a') for i in range(400)]
+  done = [(user, 'a', 'buy', day + 0.1, 1.0) for user, _, day, _ in [*shown[::10], *later]]
+  logs = logs_of(tmp_path, shown + later, [*done, ('u0', 'a', 'click', 20, 0)])
+  arms = (Arm('old', 0.5), Arm('new', 0.5, stopped=True))
+  found = experiment(assignment='other', arms=arms, metrics=METRICS[:1])
+  result = analysis.analyze(found, logs)
+  assert result.warnings == ()
+  assert result.share_p == 1.0
+  assert result.rows[0].fixed.control == result.rows[0].fixed.treatment == 0.1
+  assert result.users == {'old': 600, 'new': 200}
+
+
 def test_logs_that_disagree_with_the_hash_are_warned_of(tmp_path):
   logs = logs_of(
     tmp_path,

@@ -37,6 +37,12 @@ class Measured(NamedTuple):
     """Returns `[users, 3]` the numbers of the users of one arm."""
     return self.values[metric][self.arm == arm]
 
+  def until(self, time: float) -> 'Measured':
+    """Returns the users whose first exposure came up to a time."""
+    end = int(np.searchsorted(self.start, time, side='right'))
+    values = {name: found[:end] for name, found in self.values.items()}
+    return self._replace(arm=self.arm[:end], start=self.start[:end], values=values)
+
 
 class Row(NamedTuple):
   """One arm against the control in one metric: at a fixed horizon and at every look."""
@@ -69,7 +75,7 @@ class Result(NamedTuple):
     experiment: the experiment.
     users: number of finished users by arm.
     unfinished: number of users whose window has not ended yet.
-    share_p: p value of the numbers of users by arm.
+    share_p: p value of the numbers of users by arm, before any arm was stopped.
     rows: one for each metric and each arm but the control.
     stopped: reason for each arm that the guard stops.
     warnings: possible faults of the logs or the experiment.
@@ -210,34 +216,41 @@ def _check_assignment(
 
 
 def analyze(experiment: Experiment, logs: Logs) -> Result:
-  """Compares each arm with the control in each metric.
+  """Compares each arm with the control in each metric, a stopped arm as long as it ran.
 
   Raises:
     InputError: an arm has fewer than two finished users, or `measure` refuses the logs.
   """
   measured = measure(experiment, logs)
   arms = experiment.arms
-  counts = np.bincount(measured.arm, minlength=len(arms))
-  for arm, number in zip(arms, counts, strict=True):
+  # Users who came after an arm was stopped came on other days than its own.
+  ends = [
+    measured.start[measured.arm == number].max(initial=-np.inf) if arm.stopped else np.inf
+    for number, arm in enumerate(arms)
+  ]
+  counts, together = (
+    np.bincount(found.arm, minlength=len(arms)) for found in (measured, measured.until(min(ends)))
+  )
+  for arm, number in (*zip(arms, counts, strict=True), *zip(arms, together, strict=True)):
     if number < 2:
       raise InputError(
         f'{logs.paths[0]}: arm {arm.name!r} has {counted(int(number), "user")} whose window of'
         f' {experiment.window_days:g} days has ended; each arm needs two or more'
       )
   rows = [
-    Row(metric, arm, *_compared(experiment, measured, metric, number))
+    Row(metric, arm, *_compared(experiment, measured.until(ends[number]), metric, number))
     for metric in experiment.metrics
     for number, arm in enumerate(arms)
     if number
   ]
-  p = statistics.share_p(counts, [arm.share for arm in arms])
+  p = statistics.share_p(together, [arm.share for arm in arms])
   warnings = list(measured.warnings)
   if p < statistics.LEAST_SHARE_P:
     warnings.insert(
       0,
       f'sample-ratio mismatch (p {p:.1g}): the arms have'
-      f' {", ".join(f"{n:,}" for n in counts)} users, which their shares do not explain. Users are'
-      ' lost or logged wrongly in some arm, and no other number of this page can be trusted',
+      f' {", ".join(f"{n:,}" for n in together)} users, which their shares do not explain. Users'
+      ' are lost or logged wrongly in some arm, and no other number of this page can be trusted',
     )
   for row in rows:
     if row.fixed.p is None:

@@ -214,6 +214,12 @@ def read_stopped(experiment: Experiment) -> dict[str, str]:
   return {name: str(reason) for name, reason in found.items()}
 
 
+def with_stopped(experiment: Experiment, names: Collection[str]) -> Experiment:
+  """Returns an experiment some of whose arms are stopped, beside those that its file stops."""
+  arms = (arm._replace(stopped=arm.stopped or arm.name in names) for arm in experiment.arms)
+  return experiment._replace(arms=tuple(arms))
+
+
 def position(salt: str, user: str) -> float:
   """Returns a number in [0, 1) that is uniform over users and independent between salts."""
   # With the length, different pairs never give the same text.
