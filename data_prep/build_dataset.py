@@ -546,6 +546,10 @@ def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, builds the dataset and prints the summary."""
   flags = _flags().parse(argv)
+  for name in ('k_core', 'min_length', 'image_size', 'workers'):
+    value = getattr(flags, name)
+    if value is not None and value < 1:
+      raise InputError(f'--{name} must be 1 or more, not {value}')
   if flags.append:
     try:
       metadata, is_new = _append(flags)
@@ -564,10 +568,6 @@ def main(argv: list[str] | None = None) -> None:
     raise InputError(f'--source must be one of {", ".join(sources.SOURCES)}{given}')
   if not flags.data_dir:
     raise InputError('--data_dir is missing: the folder to create')
-  for name in ('k_core', 'min_length', 'image_size', 'workers'):
-    value = getattr(flags, name)
-    if value is not None and value < 1:
-      raise InputError(f'--{name} must be 1 or more, not {value}')
   values = vars(flags)
   options = prepare.Options(**{name: values[name] for name in prepare.Options._fields})
   parameters = {name: values[name] for name in _PARAMETERS if values[name] is not None}

@@ -378,6 +378,7 @@ def test_what_is_next_depends_on_what_the_items_have(tmp_path, capsys):
     (['--source=netflix', '--data_dir=x'], "not 'netflix'"),
     (['--source=synthetic'], '--data_dir is missing'),
     (['--source=synthetic', '--data_dir=x', '--k_core=0'], '--k_core must be 1 or more, not 0'),
+    (['--append', '--data_dir=x', '--workers=0'], '--workers must be 1 or more, not 0'),
     (['--source=synthetic', '--data_dir=x', 'y'], "unexpected argument 'y'"),
     (['--sorce=synthetic', '--data_dir=x'], 'unknown flag --sorce; did you mean --source?'),
     (['--source=synthetic', '--data_dir=x', '--k_core=two'], "--k_core: invalid int value: 'two'"),
