@@ -291,12 +291,12 @@ def main(argv: list[str] | None = None) -> None:
     data_dir,
     kinds,
     settings,
-    flags.language,
-    flags.split,
-    flags.hold_back,
-    flags.max_history,
-    flags.regenerate,
-    flags.retry_failed,
+    language=flags.language,
+    split_name=flags.split,
+    hold_back=flags.hold_back,
+    max_history=flags.max_history,
+    regenerate=flags.regenerate,
+    retry_failed=flags.retry_failed,
   )
   store = flags.store or str(Path(data_dir).absolute()).rstrip('/') + '.answers'
   price = _price(flags, settings.model)
