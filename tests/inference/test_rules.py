@@ -256,6 +256,7 @@ def test_new_items_do_not_pass_filters_that_do_not_know_them(tmp_path):
     ('bought = "twice"', "bought='twice' must be one of leave_out, keep, only"),
     ('filter = 3', r'filter must be written as \[\[filter\]\]'),
     ('a = [', 'cannot be read'),
+    ('a = ' + 5000 * '[', 'cannot be read'),
     ('id_column = "nr"', 'no column nr; its columns are sku, kind, stock, price'),
   ],
 )
@@ -263,6 +264,12 @@ def test_wrong_files_get_one_message(tmp_path, text, message):
   path = write(tmp_path, f'attributes = "goods.csv"\n{text}')
   with pytest.raises(InputError, match=message):
     load(path, ITEMS)
+
+
+def test_a_file_of_an_editor_that_marks_utf_8_is_read(tmp_path):
+  path = write(tmp_path, '')
+  path.write_text('bought = "keep"', encoding='utf-8-sig')
+  assert load(path, ITEMS).bought == 'keep'
 
 
 def test_a_missing_table_is_named(tmp_path):

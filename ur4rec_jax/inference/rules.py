@@ -353,8 +353,8 @@ def load(path: str | pathlib.Path, item_ids: Sequence[str]) -> Rules:
   """
   path = pathlib.Path(path)
   try:
-    found = tomllib.loads(path.read_text(encoding='utf-8'))
-  except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    found = tomllib.loads(path.read_text(encoding='utf-8-sig'))
+  except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
     raise InputError(f'--rules={path}: cannot be read ({error}); correct it') from error
   return make(found, path, item_ids)
 
