@@ -95,6 +95,27 @@ def test_what_waits_is_written_when_the_service_ends(tmp_path):
     assert sum(1 for _ in again.exposures()) == 50
 
 
+@pytest.mark.parametrize('error', [StorageError('the disk is gone'), ValueError('a fault')])
+def test_a_failure_while_the_service_ends_is_told_and_counted(tmp_path, error):
+  store = CountingStore(tmp_path / 'events.db')
+
+  def fail(events, exposures=()):
+    time.sleep(0.05)
+    raise error
+
+  async def main():
+    async with running(store) as commit:
+      store.write = fail
+      commit.note(exposure('lost'))
+      writing = asyncio.create_task(commit.write([event(1)]))
+      await asyncio.sleep(0.02)  # The transaction has begun.
+    with pytest.raises(type(error)):
+      await asyncio.wait_for(writing, 5)
+    assert commit.lost_exposures == 1
+
+  asyncio.run(main())
+
+
 def test_exposures_are_written_without_events_and_do_not_fill_the_memory(tmp_path):
   store = CountingStore(tmp_path / 'events.db', 0)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from ur4rec_jax.errors import StorageError
 from ur4rec_jax.online.events import Event, Exposure, Outcome
 from ur4rec_jax.online.feedback_store import FeedbackStore
 
@@ -83,22 +82,16 @@ class GroupCommit:
     loop = asyncio.get_running_loop()
     writing = loop.run_in_executor(self._thread, self._store.write, events, exposures)
     try:
-      # A transaction that has begun goes to its end, also if this task is cancelled meanwhile.
-      outcomes = await asyncio.shield(writing)
+      await asyncio.wait([writing])
     except asyncio.CancelledError:
-      await self._settle(taken, writing)
+      await asyncio.wait([writing])  # A transaction that has begun goes to its end.
       raise
-    except Exception as error:
-      self.lost_exposures += len(exposures)
-      self._fail(taken, error)
-    else:
-      self._answer(taken, outcomes)
-
-  async def _settle(self, taken: Sequence[_Waiting], writing: asyncio.Future) -> None:
-    try:
-      self._answer(taken, await writing)
-    except StorageError as error:
-      self._fail(taken, error)
+    finally:
+      if error := writing.exception():
+        self.lost_exposures += len(exposures)
+        self._fail(taken, error)
+      else:
+        self._answer(taken, writing.result())
 
   def _answer(self, taken: Sequence[_Waiting], outcomes: Sequence[Outcome]) -> None:
     start = 0
@@ -108,7 +101,7 @@ class GroupCommit:
         waiting.outcomes.set_result(outcomes[start:end])
       start = end
 
-  def _fail(self, taken: Sequence[_Waiting], error: Exception) -> None:
+  def _fail(self, taken: Sequence[_Waiting], error: BaseException) -> None:
     for waiting in taken:
       if not waiting.outcomes.done():
         waiting.outcomes.set_exception(error)
