@@ -313,7 +313,9 @@ def _check(flags: argparse.Namespace) -> None:
     raise InputError('--user and --history exclude each other; leave one out')
   about_one = [flags.user, flags.history, flags.preference]
   if flags.similar_to is not None:
-    if any(x is not None for x in (*about_one, flags.out)) or flags.all_users or flags.explain:
+    others = (flags.histories, flags.out, flags.only, flags.without, flags.rules, flags.keep_seen)
+    is_given = any(x is not None for x in (*about_one, *others))
+    if is_given or flags.all_users or flags.explain:
       raise InputError('--similar_to: takes --by, --k, --add_items and --json alone')
     return
   name = '--all_users' if flags.all_users else '--histories'
