@@ -52,6 +52,14 @@ def test_an_event_before_the_exposure_or_of_another_user_does_not_count(tmp_path
   assert not np.isfinite(reacted(read(tmp_path, done=done), 'click')).any()
 
 
+def test_an_event_of_a_list_outside_of_the_experiment_does_not_count_for_one_inside(tmp_path):
+  shown = SHOWN + 'r4,u1,2026-01-03T10:00:00Z,,a,1,0.5\n'  # Without an arm.
+  done = DONE + 'e4,u1,a,skip,2026-01-03T10:01:00Z,r4\n'
+  logs = read(tmp_path, shown, done)
+  assert not np.isfinite(reacted(logs, 'skip')).any()
+  assert '1 event with a request that no exposure has' in logs.warnings
+
+
 @pytest.mark.parametrize('suffix', ['.csv', '.tsv', '.parquet', '.jsonl'])
 def test_every_format_gives_the_same(tmp_path, suffix):
   expected = read(tmp_path)

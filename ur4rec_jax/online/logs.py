@@ -24,6 +24,7 @@ _EVENT = ('id', 'user', 'item', 'kind', 'time')
 _NUMBERS = ('position', 'propensity', 'value', 'predicted')
 _JSON = ('.jsonl', '.ndjson', '.json')
 _CLOCK_SKEW = 86_400.0  # A day: clocks and time zones of two servers may differ.
+UNNAMED, UNKNOWN = -1, -2  # Values of `Events.request`.
 _MAY_BE_BLANK = ('arm', 'team', 'request_id')  # `request_id` only in events.
 
 
@@ -55,7 +56,8 @@ class Events(NamedTuple):
   Attributes:
     user: as in `Exposures`; -1 for a user who was shown nothing.
     item: as in `Exposures`; -1 for an item that was never shown.
-    request: as in `Exposures`, the request whose list led to the event; -1 if unknown.
+    request: as in `Exposures`, the request whose list led to the event; `UNNAMED` if the event
+      names none, `UNKNOWN` if it names one that no exposure has.
     kind: index into `Logs.kinds`.
     time: seconds since 1970.
     value: value of the event, or None if the table has no such column.
@@ -177,12 +179,11 @@ def read_logs(
   )
   _check_propensities(shown, found)
   kinds = pc.unique(done.columns['kind'].combine_chunks())
-  request = done.columns.get('request_id')
   user = _codes(done.columns['user'], users)
   logged = Events(
     user=user,
     item=_codes(done.columns['item'], items),
-    request=np.full(len(user), -1) if request is None else _codes(request, requests),
+    request=_named_requests(done, requests),
     kind=_codes(done.columns['kind'], kinds),
     time=times_done,
     value=done.floats('value'),
@@ -312,6 +313,17 @@ def _seconds(table: Table) -> np.ndarray:
 def _codes(column: pa.ChunkedArray, vocabulary: pa.Array) -> np.ndarray:
   found = pc.fill_null(pc.index_in(column, value_set=vocabulary), -1)
   return found.to_numpy().astype(np.int64)
+
+
+def _named_requests(events: Table, requests: pa.Array) -> np.ndarray:
+  """Returns `[events]` the field `Events.request`."""
+  named = events.columns.get('request_id')
+  if named is None:
+    return np.full(len(events.columns['user']), UNNAMED)
+  found = _codes(named, requests)
+  found[found < 0] = UNKNOWN
+  found[pc.equal(named, '').to_numpy()] = UNNAMED
+  return found
 
 
 def _in_order(records: NamedTuple) -> NamedTuple:
@@ -453,12 +465,8 @@ def _warn_about_links(table: Table, events: Events, warnings: list[str], exposur
       f'{counted(strangers, "event")} of {len(events.user):,} left out: their users were shown'
       ' nothing'
     )
-  if 'request_id' in table.columns:
-    is_known = events.request >= 0
-    is_given = pc.not_equal(table.columns['request_id'], '').to_numpy()
-    lost = int((is_given & ~is_known & (events.user >= 0)).sum())
-    if lost:
-      warnings.append(f'{counted(lost, "event")} with a request that no exposure has')
+  if lost := int(((events.request == UNKNOWN) & (events.user >= 0)).sum()):
+    warnings.append(f'{counted(lost, "event")} with a request that no exposure has')
 
 
 def reacted(logs: Logs, kind: str) -> np.ndarray:
@@ -495,7 +503,7 @@ def reacted(logs: Logs, kind: str) -> np.ndarray:
   fits = (key[exposure] == asked) & (shown.user[exposure] == user[named])
   np.minimum.at(first, exposure[fits], moment[named][fits])
 
-  free = np.flatnonzero(request < 0)
+  free = np.flatnonzero(request == UNNAMED)
   pair = np.concatenate([shown.user * items + shown.item, user[free] * items + item[free]])
   moment = np.concatenate([shown.time, moment[free]])
   is_event = np.arange(len(pair)) >= len(key)
