@@ -20,6 +20,7 @@ from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
 from ur4rec_jax.inference.arms import Arms
 from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
+from ur4rec_jax.inference.connections import client_name
 from ur4rec_jax.inference.feedback import (
   ONLY_ARM,
   Coverage,
@@ -229,7 +230,7 @@ class Service:
     if problem_of_user := checked.problems[0]:
       raise HTTPException(404, problem_of_user)
     only = None if question.only is None else tuple(question.only)
-    client = request.client.host if request.client else None
+    client = client_name(request.client.host) if request.client else None
     if TURN in request.scope:
       request.scope[TURN].end()
     if query.rules is not None and query.rules.bought == ONLY:
