@@ -1,5 +1,6 @@
 """Measures the users of an experiment and compares its arms."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,7 +126,8 @@ def measure(experiment: Experiment, logs: Logs) -> Measured:
     )
   kept = kept[np.argsort(start[kept], kind='stable')]
   if experiment.assignment == 'hash':
-    _check_assignment(experiment, logs, arm[kept], start[kept], kept, warnings)
+    users = logs.users.take(kept).to_pylist()
+    warnings += _wrong_arms(experiment, users, arm[kept], start[kept])
   values = {}
   for metric in experiment.metrics:
     values[metric.name] = _numbers(experiment, metric, logs, start)[kept]
@@ -194,25 +196,21 @@ def _check_mixed(logs: Logs, is_mixed: np.ndarray, warnings: list[str]) -> None:
   warnings.append(f'{found}: left out')
 
 
-def _check_assignment(
-  experiment: Experiment,
-  logs: Logs,
-  arm: np.ndarray,
-  start: np.ndarray,
-  kept: np.ndarray,
-  warnings: list[str],
-) -> None:
-  """Warns where the logs disagree with the hash of salt and user."""
+def _wrong_arms(
+  experiment: Experiment, users: Sequence[str], arm: np.ndarray, start: np.ndarray
+) -> list[str]:
+  """Returns a warning if the logs disagree with the hash of salt and user."""
   running = experiment._replace(arms=tuple(a._replace(stopped=False) for a in experiment.arms))
-  wrong = 0
-  users = logs.users.take(kept).to_pylist()
-  for user, number, time in zip(users, arm.tolist(), start.tolist(), strict=True):
-    wrong += assign(running, user, time) != running.arms[number]
-  if wrong:
-    warnings.append(
-      f'{counted(wrong, "user")} of {len(kept):,} had another arm than the file gives them, or were'
-      ' not yet in the ramp; if another program assigns the arms, set assignment = "other"'
-    )
+  wrong = sum(
+    assign(running, user, time) != running.arms[number]
+    for user, number, time in zip(users, arm.tolist(), start.tolist(), strict=True)
+  )
+  if not wrong:
+    return []
+  return [
+    f'{counted(wrong, "user")} of {len(users):,} had another arm than the file gives them, or were'
+    ' not yet in the ramp; if another program assigns the arms, set assignment = "other"'
+  ]
 
 
 def analyze(experiment: Experiment, logs: Logs) -> Result:
