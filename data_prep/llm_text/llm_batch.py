@@ -80,6 +80,9 @@ class Batches:
     self._secrets = llm_calls.secrets(provider, settings)
     self._price = price or costs.Price(0.0, 0.0)
     self._max_requests = min(max_requests or provider.BATCH_REQUESTS, provider.BATCH_REQUESTS)
+    self._is_full = False  # Whether the next request did not fit into the budget.
+    # A request that did not fit into a batch, as `_lines` yields it; it begins the next one.
+    self._left_over: tuple[str, str, float] | None = None
 
   async def answer_all(
     self,
@@ -192,8 +195,6 @@ class Batches:
     }
     self._write_state(state)
     return state
-
-  _left_over: tuple[str, str, float] | None = None
 
   async def _submit(self, state: dict[str, Any], may_exist: bool) -> None:
     """Submits a batch exactly once: in doubt, the provider is asked first whether it exists."""
