@@ -82,6 +82,16 @@ def test_a_missing_file(tmp_path):
     experiments.read(tmp_path / 'none.toml')
 
 
+@pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied'), OSError(5, 'no disk')])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, error):
+  path = tmp_path / 'exp.toml'
+  path.write_text(FILE)
+  monkeypatch.setattr(type(path), 'read_bytes', lambda _: (_ for _ in ()).throw(error))
+  # The service goes on as before after an `InputError`; anything else would end its watch.
+  with pytest.raises(InputError, match=r'exp\.toml: cannot be read \((Permission|no disk)'):
+    experiments.read(path)
+
+
 def test_positions_are_uniform_and_independent_between_salts():
   first, second = (np.array([position(salt, user) for user in USERS]) for salt in ('a', 'b'))
   assert kstest(first, 'uniform').pvalue > 0.001

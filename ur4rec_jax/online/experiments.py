@@ -116,13 +116,15 @@ def read(path: str | Path) -> Experiment:
     path: a TOML file; docs/experiments.md describes its fields.
 
   Raises:
-    InputError: the file is missing, is no TOML, or a field is wrong.
+    InputError: the file cannot be read, is no TOML, or a field is wrong.
   """
   path = Path(path)
-  if not path.is_file():
-    raise InputError(f'{path}: no such file; docs/experiments.md shows how to write one')
   try:
     fields = tomllib.loads(path.read_bytes().decode('utf-8-sig'))
+  except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+    raise InputError(f'{path}: no such file; docs/experiments.md shows how to write one') from error
+  except OSError as error:
+    raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
   except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
     raise InputError(f'{path}: is no TOML: {error}') from error
   top = _Fields(str(path), fields)
