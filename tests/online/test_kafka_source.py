@@ -1,17 +1,21 @@
 """Events of a Kafka topic are stored once, whatever ends the consumer."""
 
 import contextlib
+import json
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
+from typing import NamedTuple
 
 import pytest
 
 from tests.helpers.kafka_server import kafka_server
 from ur4rec_jax import feedback
 from ur4rec_jax.online import kafka_source
+from ur4rec_jax.online.events import Outcome
 from ur4rec_jax.online.feedback_store import SqliteStore
 
 
@@ -39,6 +43,18 @@ def consume(kafka, tmp_path, environment):
   for process in processes:
     process.kill()
     process.communicate()
+
+
+class Sent(NamedTuple):
+  """A message, as far as `_store` looks at it."""
+
+  content: bytes
+  at: int
+
+  value = lambda self: self.content
+  offset = lambda self: self.at
+  topic, partition = staticmethod(lambda: 'clicks'), staticmethod(lambda: 0)
+  timestamp = staticmethod(lambda: (1, 1_000_000_000_000))
 
 
 def event(number, **fields):
@@ -97,6 +113,22 @@ def test_good_events_are_stored_and_others_named(kafka, consume, tmp_path):
   (place,) = events.keys() - {'a', 'b', 'c'}  # The id and the time come from the message.
   assert place.startswith('clicks/')
   assert before - 1 <= events[place].time <= time.time() + 1
+
+
+def test_large_messages_take_several_transactions_so_that_a_service_can_write_between():
+  rows = [[event(n, id=str(n)) for n in range(start, start + 1000)] for start in (0, 1000, 2000)]
+  messages = [Sent(json.dumps(row).encode(), offset) for offset, row in enumerate(rows * 5)]
+  sizes, stored, counts = [], set(), Counter()
+
+  class Store:
+    def write(self, events):
+      sizes.append(len(events))
+      return [Outcome.DUPLICATE if x in stored else stored.add(x) or Outcome.NEW for x in events]
+
+  assert kafka_source._store(messages, Store(), counts, lambda: False)
+  assert sum(sizes) == 15_000
+  assert max(sizes) <= 5000
+  assert counts == {'accepted': 3000, 'duplicates': 12_000}
 
 
 def test_after_kills_every_event_is_there_once(kafka, consume, tmp_path):

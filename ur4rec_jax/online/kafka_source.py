@@ -22,7 +22,8 @@ from ur4rec_jax.online.events import MOST_EVENTS, Event, Outcome, check_event
 from ur4rec_jax.online.feedback_store import FeedbackStore
 
 REFUSED = 'refused'  # Beside the names of `Outcome`.
-_MESSAGES = 500  # Messages whose events are stored in one transaction.
+_MESSAGES = 500  # Messages that are read at once.
+_AT_ONCE = 5000  # Events of a transaction, so that a service that writes need not wait for long.
 _POLL_SECONDS = 0.5  # A signal ends the consumer within this time.
 _FIND_SECONDS = 10  # How long the brokers are looked for at the start.
 _RETRY_SECONDS = 1  # Pause after the store has failed.
@@ -197,20 +198,29 @@ def _store(
         where = f'partition {message.partition()}, offset {message.offset()}'
         end = '; later ones are only counted' if counts[REFUSED] == _MOST_NAMED else ''
         say(f'note: {where}: {error}; refused{end}', sys.stderr)
+  for start in range(0, len(events), _AT_ONCE):
+    outcomes = _write(events[start : start + _AT_ONCE], store, is_stopped)
+    if outcomes is None:
+      return False
+    counts.update(outcome.value for outcome in outcomes)
+  return True
+
+
+def _write(
+  events: Sequence[Event], store: FeedbackStore, is_stopped: Callable[[], bool]
+) -> list[Outcome] | None:
+  """Stores events, as often as it takes; None if it was stopped before it could."""
   has_failed = False
   while True:
     try:
-      outcomes = store.write(events) if events else []
-      break
+      return store.write(events)
     except StorageError as error:
       if not has_failed:
         say(f'note: {error}; trying again', sys.stderr)
       has_failed = True
     if is_stopped():
-      return False
+      return None
     time.sleep(_RETRY_SECONDS)
-  counts.update(outcome.value for outcome in outcomes)
-  return True
 
 
 def _events_of(message: Message) -> list[Event]:
