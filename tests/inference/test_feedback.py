@@ -1,5 +1,6 @@
 """Stored events join the exported history, and metrics count what was shown."""
 
+import asyncio
 import math
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from prometheus_client import REGISTRY
 
 from tests.helpers.recommenders import make
-from ur4rec_jax.inference.feedback import Coverage, join_history
+from ur4rec_jax.inference.feedback import Coverage, Feedback, join_history
 from ur4rec_jax.inference.query import Known
 from ur4rec_jax.inference.recommender import Recommender, make_users
-from ur4rec_jax.online.events import History
+from ur4rec_jax.online.events import CLICK, Event, Exposure, History, Shown
+from ur4rec_jax.online.feedback_store import open_store
 
 
 @pytest.fixture(scope='module')
@@ -67,3 +69,32 @@ def test_coverage_counts_each_item_once_and_new_items_each_time(recommender):
   coverage.count([3, 1])
   assert value('ur4rec_catalogue_coverage') == 3 / len(model.item_ids)
   assert value('ur4rec_shown_new_total') == before + 2
+
+
+def test_the_list_of_many_clicks_is_read_once(tmp_path):
+  store = open_store(str(tmp_path / 'events.db'))
+  reads, read = [], store.exposure
+  store.exposure = lambda request_id: reads.append(request_id) or read(request_id)
+  items = tuple(Shown(f'i{n}', 0.5) for n in range(3))
+  store.write([], [Exposure('r1', 'ann', 1.7e9, 'click test', 'abc', items)])
+  clicks = [
+    Event('ann', str(n), f'i{n % 3}', CLICK, 1.7e9, None, 'r1' if n < 8 else 'r2')
+    for n in range(10)
+  ]
+  clicks.append(Event('bob', '1', 'i0', CLICK, 1.7e9, None, 'r1'))  # Not his list.
+
+  async def main():
+    feedback = Feedback(store, [CLICK], math.inf)
+    running = asyncio.create_task(feedback.run())
+    counts = await feedback.add(clicks)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    return counts
+
+  assert asyncio.run(main())['accepted'] == 11
+  assert sorted(reads) == ['r1', 'r2']
+  counted = [
+    REGISTRY.get_sample_value('ur4rec_clicks_total', {'position': str(n), 'arm': 'click test'})
+    for n in (1, 2, 3)
+  ]
+  assert counted == [3, 3, 2]

@@ -5,6 +5,7 @@ import contextlib
 import secrets
 import sys
 import time
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -69,19 +70,24 @@ class Feedback:
     counts = {outcome.value: outcomes.count(outcome) for outcome in Outcome}
     for name, count in counts.items():
       EVENTS.labels(name).inc(count)
+    clicks: dict[str, list[Event]] = {}
     for event, outcome in zip(events, outcomes, strict=True):
       if outcome is Outcome.NEW and event.kind == CLICK and event.request_id:
-        await self._count_click(event)
+        clicks.setdefault(event.request_id, []).append(event)
+    for request_id, found in clicks.items():
+      await self._count_clicks(request_id, found)
     return counts
 
-  async def _count_click(self, event: Event) -> None:
-    with contextlib.suppress(StorageError):  # The event is stored; only its count is missing.
-      shown = await self._read(self._store.exposure, event.request_id)
+  async def _count_clicks(self, request_id: str, clicks: Sequence[Event]) -> None:
+    with contextlib.suppress(StorageError):  # The events are stored; only their count is missing.
+      shown = await self._read(self._store.exposure, request_id)
+      if shown is None:
+        return
       # A user's click on an answer to somebody else does not count.
-      if shown is not None and shown.user in ('', event.user):
-        for position, row in enumerate(shown.items, 1):
-          if row.item == event.item:
-            CLICKS.labels(_position(position), shown.arm).inc()
+      items = Counts(event.item for event in clicks if shown.user in ('', event.user))
+      for position, row in enumerate(shown.items, 1):
+        if row.item in items:
+          CLICKS.labels(_position(position), shown.arm).inc(items[row.item])
 
   async def history(self, user: str) -> History:
     """Returns the latest items of a user's stored events.
