@@ -67,6 +67,18 @@ def test_a_full_queue_still_takes_clients_with_less_than_their_share():
   asyncio.run(run())
 
 
+def test_the_addresses_of_one_ipv6_network_are_one_client():
+  async def run():
+    app = App()
+    admission = AdmissionControl(app, 4, lambda host: True)
+    flood = [f'2001:db8:1:2::{i}' for i in range(6)]
+    assert await statuses_of(admission, app, [*flood, '2001:db8:1:3::1']) == (
+      [200] * 4 + [503] * 2 + [200]
+    )
+
+  asyncio.run(run())
+
+
 def test_clients_are_read_in_turn_and_wait_for_their_batch_together():
   async def run():
     app = App()

@@ -82,7 +82,7 @@ class AdmissionControl:
     return None
 
   async def _in_queue(self, scope: dict, receive: Callable, send: Callable) -> None:
-    client = scope['client'][0] if scope['client'] else ''
+    client = client_name(scope['client'][0]) if scope['client'] else ''
     # When the queue is full, a client with less than an equal share of it still gets in. So the
     # queue holds at most twice as many requests.
     of_client = self._of_client[client]
@@ -125,6 +125,21 @@ class AdmissionControl:
       scope[TURN] = turn
       await self._app(scope, replay, end_turn_and_send)
     self.answered += 1
+
+
+def client_name(address: str) -> str:
+  """Returns the name of a client: its IPv4 address, or the 64-bit network of its IPv6 address.
+
+  Args:
+    address: the address of the other side.
+  """
+  try:
+    found = ipaddress.ip_address(address.partition('%')[0])
+  except ValueError:
+    return address
+  if found.version == 6 and found.ipv4_mapped is not None:
+    return str(found.ipv4_mapped)
+  return str(found) if found.version == 4 else str(ipaddress.ip_network((found, 64), strict=False))
 
 
 def make_host_check(bound: str, more: Sequence[str] = ()) -> Callable[[str], bool]:

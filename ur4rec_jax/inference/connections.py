@@ -5,13 +5,17 @@ uvicorn limits none of these with httptools, so this module adds them to its pro
 
 import asyncio
 import http
-import ipaddress
 from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from ur4rec_jax.inference.admission import MOST_HEADER_BYTES, READ_SECONDS, REQUESTS
+from ur4rec_jax.inference.admission import (
+  MOST_HEADER_BYTES,
+  READ_SECONDS,
+  REQUESTS,
+  client_name,
+)
 from ur4rec_jax.inference.http_schema import problem
 
 MOST_HEADERS = 200  # Lines of a header; each line costs time, however short it is.
@@ -73,21 +77,6 @@ class Connections:
     self.remove(oldest)
     oldest.abort()
     return True
-
-
-def client_name(address: str) -> str:
-  """Returns the name of a client: its IPv4 address, or the 64-bit network of its IPv6 address.
-
-  Args:
-    address: the address of the other side.
-  """
-  try:
-    found = ipaddress.ip_address(address.partition('%')[0])
-  except ValueError:
-    return address
-  if found.version == 6 and found.ipv4_mapped is not None:
-    return str(found.ipv4_mapped)
-  return str(found) if found.version == 4 else str(ipaddress.ip_network((found, 64), strict=False))
 
 
 class Connection(HttpToolsProtocol):

@@ -17,10 +17,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
+from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, client_name
 from ur4rec_jax.inference.arms import Arms
 from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
-from ur4rec_jax.inference.connections import client_name
 from ur4rec_jax.inference.feedback import (
   ONLY_ARM,
   Coverage,

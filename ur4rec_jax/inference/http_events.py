@@ -11,8 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Counter
 
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN
-from ur4rec_jax.inference.connections import client_name
+from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, client_name
 from ur4rec_jax.inference.feedback import EVENTS, Feedback
 from ur4rec_jax.inference.http_schema import problem
 from ur4rec_jax.online.events import KINDS, MOST_CHARACTERS, MOST_EVENTS, Event, check_event
