@@ -143,6 +143,14 @@ def test_a_guard_may_watch_what_should_be_small():
   assert not analysis.guard(found, measured(-0.6, 0))
 
 
+def test_users_beyond_the_planned_ones_do_not_change_the_fixed_horizon():
+  found, users = experiment(planned_users=1000), measured(0.3, 1)
+  fixed, looks = analysis._compared(found, users, METRICS[0], 1)
+  assert fixed == analysis._compared(found, users.first(1000), METRICS[0], 1)[0]
+  assert fixed != analysis._compared(found, users.first(900), METRICS[0], 1)[0]
+  assert looks.users[-1] == 3000
+
+
 def people(count, arm, first=0):
   return [(f'u{i}', arm, 1 + (i % 7) / 10, 'a') for i in range(first, first + count)]
 

@@ -40,13 +40,16 @@ class Measured(NamedTuple):
 
   def until(self, time: float) -> 'Measured':
     """Returns the users whose first exposure came up to a time."""
-    end = int(np.searchsorted(self.start, time, side='right'))
-    values = {name: found[:end] for name, found in self.values.items()}
-    return self._replace(arm=self.arm[:end], start=self.start[:end], values=values)
+    return self.first(int(np.searchsorted(self.start, time, side='right')))
+
+  def first(self, users: int) -> 'Measured':
+    """Returns the users who came first, `users` at most."""
+    values = {name: found[:users] for name, found in self.values.items()}
+    return self._replace(arm=self.arm[:users], start=self.start[:users], values=values)
 
 
 class Row(NamedTuple):
-  """One arm against the control in one metric: at a fixed horizon and at every look."""
+  """One arm against the control in one metric, for the planned users and at every look."""
 
   metric: Metric
   arm: Arm
@@ -301,8 +304,10 @@ def guard(experiment: Experiment, measured: Measured) -> dict[str, str]:
 def _compared(
   experiment: Experiment, measured: Measured, metric: Metric, arm: int
 ) -> tuple[Comparison, Sequential]:
+  # Later users would be further looks, for which the p value of a fixed horizon does not hold.
+  planned = measured.first(experiment.planned_users)
   control, treatment = (
-    statistics.moments(measured.of(number, metric.name)).last() for number in (0, arm)
+    statistics.moments(planned.of(number, metric.name)).last() for number in (0, arm)
   )
   fixed = statistics.compare(control, treatment, experiment.level, metric.cuped)
   return fixed, _looks(experiment, measured, metric, arm, experiment.level)

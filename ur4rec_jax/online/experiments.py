@@ -89,7 +89,8 @@ class Experiment(NamedTuple):
     window_days: days after the first exposure in which a user is measured.
     history_days: days before the first exposure whose events CUPED uses.
     level: accepted probability of a false alarm.
-    planned_users: number of users, in all arms, at which always-valid intervals are narrowest.
+    planned_users: number of users, in all arms, whose p value decides. Always-valid intervals are
+      narrowest near it.
     assignment: `hash`: `assign` chooses the arms, and the logs must agree; `other`: another
       program chooses them.
     guard: the rule that stops arms, or None.
