@@ -72,7 +72,9 @@ EXIT_CODES = {
   128 + signal.SIGKILL: ExitCode(
     'killed', 'the machine is out of memory or goes down', restart=True
   ),
-  128 + _SIGPIPE: ExitCode('the reader of its output has left', '`head` has seen enough', restart=True),
+  128 + _SIGPIPE: ExitCode(
+    'the reader of its output has left', '`head` has seen enough', restart=True
+  ),
   128 + signal.SIGTERM: ExitCode('told to stop', 'training saves first', restart=True),
 }
 _STORAGE = (
