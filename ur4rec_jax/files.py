@@ -39,7 +39,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
       file.flush()
       os.fsync(file.fileno())
     draft.replace(path)
-    _sync_folder(path.parent)
+    sync(path.parent)
   except OSError as error:
     raise StorageError(f'cannot write {path}: {error.strerror or error}') from error
   finally:
@@ -180,9 +180,19 @@ def _exchange(first: Path, second: Path) -> bool:
   )
 
 
-def _sync_folder(folder: Path) -> None:
-  """Forces the names in a folder to the disk: a rename is lost in a power cut otherwise."""
-  descriptor = os.open(folder, os.O_RDONLY)
+def sync_tree(folder: Path) -> None:
+  """Forces all files and names below a folder to the disk."""
+  for path in folder.rglob('*'):
+    sync(path)
+  sync(folder)
+
+
+def sync(path: Path) -> None:
+  """Forces the names in a folder, or the content of a file, to the disk.
+
+  A power cut may undo a rename otherwise, or leave an empty file.
+  """
+  descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
   finally:

@@ -99,7 +99,8 @@ def _directions(features: dict[str, TokenTable], dim: int) -> Array:
 
 @jax.jit
 def _nearest(directions: Array, cold: Array, warm: Array) -> Array:
-  return jax.lax.top_k(directions[cold] @ directions[warm].T, NEAREST)[1]
+  cosines = jnp.matmul(directions[cold], directions[warm].T, precision='highest')
+  return jax.lax.top_k(cosines, NEAREST)[1]
 
 
 def cold_items_of(model: Any, dataset: Dataset) -> ColdItems | None:

@@ -73,6 +73,9 @@ def promote(registry: str | Path, export_dir: str | Path, reason: str = '') -> s
         # Programs that a service has compiled stay where they are.
         ignored = shutil.ignore_patterns('compiled')
         shutil.copytree(export_dir, draft, dirs_exist_ok=True, ignore=ignored)
+        files.sync_tree(draft)
+      # Otherwise a power cut might leave a current version without its files.
+      files.sync(registry / _VERSIONS)
       history = (
         record['history'][: record['history'].index(record['version']) + 1] if record else []
       )

@@ -1,5 +1,6 @@
 """Turns the frozen token embeddings of items into content vectors."""
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -74,11 +75,14 @@ def initial_item_embeddings(
     centred = jnp.where(mask, tokens - (share * tokens).sum(0), 0)
     parts.append(centred * jax.lax.rsqrt(jnp.maximum((share * centred**2).sum(), 1e-12)))
   rows = jnp.concatenate(parts, axis=1)
-  variances, directions = (x[..., -dim:] for x in jnp.linalg.eigh(rows.T @ rows))  # Ascending.
+  # At the usual precision of accelerators, the nearest neighbours of some items would be others.
+  product = functools.partial(jnp.matmul, precision='highest')
+  variances, directions = jnp.linalg.eigh(product(rows.T, rows))  # Ascending.
+  variances, directions = variances[-dim:], directions[:, -dim:]
   directions *= jnp.maximum(variances, 1e-6 * variances[-1] + 1e-12) ** (-whitening / 2)
   rotation_key, absent_key = jax.random.split(key)
   rotation = nn.initializers.orthogonal()(rotation_key, (directions.shape[1], dim))
-  rows = rows @ directions @ rotation
+  rows = product(product(rows, directions), rotation)
   is_there = rows.any(1, keepdims=True)
   mean_square = (rows**2).sum() / jnp.maximum(is_there.sum() * dim, 1)
   rows *= scale * jax.lax.rsqrt(jnp.maximum(mean_square, 1e-12))
