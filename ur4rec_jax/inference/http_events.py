@@ -1,6 +1,5 @@
 """The route that takes events: what it accepts, and how many a client may send."""
 
-import json
 import math
 import time
 from typing import Any
@@ -14,7 +13,16 @@ from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, client_name
 from ur4rec_jax.inference.feedback import EVENTS, Feedback
 from ur4rec_jax.inference.http_schema import problem
-from ur4rec_jax.online.events import KINDS, MOST_CHARACTERS, MOST_EVENTS, Event, check_event
+from ur4rec_jax.online.events import (
+  KINDS,
+  MOST_CHARACTERS,
+  MOST_EVENTS,
+  Event,
+  NotJsonError,
+  check_event,
+  load_json,
+  rows_of,
+)
 
 UNKNOWN_ITEMS = Counter('ur4rec_events_unknown_items', 'Events with items that the model lacks.')
 BURST_SECONDS = 10  # A client that was silent may send the events of this many seconds at once.
@@ -117,13 +125,10 @@ class EventRoute:
 
   def _parse(self, body: bytes) -> list[Event]:
     try:
-      content = json.loads(body, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-      raise HTTPException(400, f'the body is no JSON: {str(error)[:200]}') from error
-    rows = content if isinstance(content, list) else [content]
-    if not 1 <= len(rows) <= MOST_EVENTS:
-      raise InputError(f'a request has {len(rows):,} events; 1 to {MOST_EVENTS:,} are allowed')
-    now, events = time.time(), []
+      content = load_json(body)
+    except NotJsonError as error:
+      raise HTTPException(400, f'the body is no JSON: {error}') from error
+    now, events, rows = time.time(), [], rows_of(content, 'a request')
     for number, row in enumerate(rows):
       try:
         events.append(check_event(row, now, self._feedback.keep_seconds))
@@ -145,7 +150,3 @@ class EventRoute:
       del self._spent[next(iter(self._spent))]  # The one that was silent for the longest time.
     self._spent[client] = now, spent + count * is_allowed
     return 0 if is_allowed else max(math.ceil((spent + count - most) / self._rate), 1)
-
-
-def _refuse(name: str) -> None:
-  raise ValueError(f'{name} is no number of JSON')

@@ -19,6 +19,10 @@ _CONTROLS = re.compile(r'[\x00-\x1f\x7f]')
 _OTHER_UNIT = 1e11  # Seconds since 1970 beyond this are milliseconds or smaller.
 
 
+class NotJsonError(InputError):
+  """Events are not written as JSON."""
+
+
 class Event(NamedTuple):
   """Something that a user did with an item.
 
@@ -112,6 +116,34 @@ def unpack_items(text: str) -> tuple[Shown, ...]:
   return tuple(Shown(*item) for item in json.loads(text))
 
 
+def load_json(text: bytes) -> Any:
+  """Reads the JSON of one event or of a list of events.
+
+  Raises:
+    NotJsonError: it is no JSON; the message is the reason.
+  """
+  try:
+    return json.loads(text, parse_constant=_refuse_constant)
+  except (ValueError, RecursionError) as error:
+    raise NotJsonError(str(error)[:200]) from error
+
+
+def rows_of(content: Any, what: str) -> list[Any]:
+  """Returns the events in what `load_json` read; `check_event` checks each.
+
+  Args:
+    content: one event or a list of events.
+    what: name of the content in messages, such as `a request`.
+
+  Raises:
+    InputError: there is no event, or more than `MOST_EVENTS`.
+  """
+  rows = content if isinstance(content, list) else [content]
+  if not 1 <= len(rows) <= MOST_EVENTS:
+    raise InputError(f'{what} has {len(rows):,} events; 1 to {MOST_EVENTS:,} are allowed')
+  return rows
+
+
 def check_event(fields: Any, now: float, keep_seconds: float = math.inf) -> Event:
   """Checks the fields that a client sent, and makes an event of them.
 
@@ -184,6 +216,10 @@ def _number(value: Any, name: str) -> float:
   if not is_number or not abs(value) < 1e15:  # False for NaN, too.
     raise InputError(f'{name}: must be a number, not {_shown(value)}')
   return float(value)
+
+
+def _refuse_constant(name: str) -> None:
+  raise ValueError(f'{name} is no number of JSON')
 
 
 def _is_unicode(text: str) -> bool:

@@ -5,7 +5,7 @@ after the events are durable. A consumer that was killed therefore reads some me
 the store knows their events by their ids.
 """
 
-import json
+import contextlib
 import logging
 import pathlib
 import re
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from ur4rec_jax.errors import InputError, StorageError, say
-from ur4rec_jax.online.events import MOST_EVENTS, Event, Outcome, check_event
+from ur4rec_jax.online.events import Event, NotJsonError, Outcome, check_event, load_json, rows_of
 from ur4rec_jax.online.feedback_store import FeedbackStore
 
 REFUSED = 'refused'  # Beside the names of `Outcome`.
@@ -29,7 +29,7 @@ _FIND_SECONDS = 10  # How long the brokers are looked for at the start.
 _RETRY_SECONDS = 1  # Pause after the store has failed.
 _REPORT_SECONDS = 10  # Between lines of progress.
 _MOST_NAMED = 10  # Refused messages that are named; later ones are only counted.
-# What this program needs to be as it is, so that no event is lost.
+# Other values of these settings would lose events.
 _OWN_SETTINGS = {
   'auto.offset.reset': 'earliest',
   'enable.auto.commit': False,
@@ -106,10 +106,11 @@ def copy_events(
   Raises:
     InputError: no broker answers at the start, there is no such topic, or a setting is wrong.
   """
-  consumer = _open(topic)
   counts: Counter[str] = Counter()
   ended, reported, known = set(), time.monotonic(), 0
-  try:
+  # Closing tells the group at once that this consumer has left.
+  with contextlib.closing(_make_consumer(topic)) as consumer:
+    _subscribe(consumer, topic)
     while not is_stopped():
       batch = []
       for message in consumer.consume(_MESSAGES, _POLL_SECONDS):
@@ -130,8 +131,6 @@ def copy_events(
       if counts.total() > known and time.monotonic() > reported + _REPORT_SECONDS:
         reported, known = time.monotonic(), counts.total()
         say(summary(counts))
-  finally:
-    consumer.close()  # The group learns at once that this consumer has left.
   return counts
 
 
@@ -145,8 +144,7 @@ def summary(counts: Mapping[str, int]) -> str:
   )
 
 
-def _open(topic: Topic) -> Consumer:
-  """Connects to the brokers and joins the group."""
+def _make_consumer(topic: Topic) -> Consumer:
   logger = logging.Logger('kafka')  # Without handlers: `note` reports what a person needs to know.
   logger.addHandler(logging.NullHandler())
 
@@ -160,25 +158,24 @@ def _open(topic: Topic) -> Consumer:
     'group.id': topic.group,
   }
   try:
-    consumer = Consumer({**settings, 'error_cb': note}, logger=logger)
+    return Consumer({**settings, 'error_cb': note}, logger=logger)
   except KafkaException as error:
     raise InputError(f'--kafka_config: {error.args[0].str()}') from error
+
+
+def _subscribe(consumer: Consumer, topic: Topic) -> None:
+  """Looks for the topic and joins the group."""
   try:
     topics = consumer.list_topics(timeout=_FIND_SECONDS).topics
-    if topic.name not in topics:
-      names = ', '.join(sorted(topics)[:10]) or 'none'
-      raise InputError(f'{topic.name}: no such topic at {topic.servers}; its topics are: {names}')
-    consumer.subscribe([topic.name])
   except KafkaException as error:
-    consumer.close()
     raise InputError(
       f'Kafka at {topic.servers}: no broker answers within {_FIND_SECONDS} s'
       f' ({error.args[0].str()}); correct the address, or give --kafka_config'
     ) from error
-  except InputError:
-    consumer.close()
-    raise
-  return consumer
+  if topic.name not in topics:
+    names = ', '.join(sorted(topics)[:10]) or 'none'
+    raise InputError(f'{topic.name}: no such topic at {topic.servers}; its topics are: {names}')
+  consumer.subscribe([topic.name])
 
 
 def _store(
@@ -229,12 +226,9 @@ def _events_of(message: Message) -> list[Event]:
   An event without `id` gets the place of the message, one without `time` the time of the message.
   """
   try:
-    content = json.loads(message.value() or b'')
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'the message is no JSON: {str(error)[:200]}') from error
-  rows = content if isinstance(content, list) else [content]
-  if not 1 <= len(rows) <= MOST_EVENTS:
-    raise InputError(f'it has {len(rows):,} events; 1 to {MOST_EVENTS:,} are allowed')
+    rows = rows_of(load_json(message.value() or b''), 'the message')
+  except NotJsonError as error:
+    raise InputError(f'the message is no JSON: {error}') from error
   now = time.time()
   kind, milliseconds = message.timestamp()
   defaults: dict[str, Any] = {'time': milliseconds / 1000 if kind else now}
