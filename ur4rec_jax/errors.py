@@ -115,6 +115,11 @@ def printable(text: str) -> str:
   return _CONTROLS.sub(lambda match: match[0].encode('unicode_escape').decode(), text)
 
 
+def server_name(address: str) -> str:
+  """Returns the part of a server's address that messages may show: no user, no password."""
+  return address.rpartition('@')[2].rpartition('://')[2].partition('?')[0]
+
+
 def counted(number: int, noun: str) -> str:
   """Formats a number of things, such as `1 user` and `1,200 users`."""
   return f'{number:,} {noun}{"s" * (number != 1)}'
@@ -224,7 +229,7 @@ def errors_end_the_program() -> Iterator[None]:
   try:
     yield
     if sys.stdout is not None:
-      sys.stdout.flush()  # Python would report an error of this at its exit in its own way.
+      sys.stdout.flush()  # If this fails when Python exits, it prints an error of its own.
   except BaseException as error:
     if isinstance(error, BrokenPipeError) and _reader_has_left(sys.stdout):
       _redirect_broken_streams()
@@ -233,8 +238,7 @@ def errors_end_the_program() -> Iterator[None]:
     if not isinstance(error, SystemExit):
       _note_exit_code(reported.exit_code if reported else 1)
     if reported is None:
-      if isinstance(error, SystemExit):
-        _redirect_broken_streams()
+      _redirect_broken_streams()
       raise
     prefix = '' if isinstance(reported, InterruptedBySignal) else 'error: '
     with contextlib.suppress(OSError):  # The disk that holds stderr may be full, too.
@@ -268,7 +272,7 @@ def _redirect_broken_streams() -> None:
 
   Otherwise Python would write the rest when it exits, and end with 120.
   """
-  for stream in (sys.stdout, sys.stderr):
+  for stream in filter(None, (sys.stdout, sys.stderr)):
     try:
       stream.flush()
     except OSError:

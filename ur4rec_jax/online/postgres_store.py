@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 
-from ur4rec_jax.errors import InputError, StorageError, say
+from ur4rec_jax.errors import InputError, StorageError, say, server_name
 from ur4rec_jax.online.events import (
   Event,
   Exposure,
@@ -65,7 +65,7 @@ class PostgresStore:
         version.
     """
     self._address = address
-    self._name = address.rpartition('@')[2].rpartition('://')[2].partition('?')[0]  # No password.
+    self._name = server_name(address)
     self._mine = threading.local()
     self._connections: list[psycopg.Connection] = []
     try:

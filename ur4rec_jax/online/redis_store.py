@@ -9,7 +9,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ur4rec_jax.errors import InputError, StorageError, say
+from ur4rec_jax.errors import InputError, StorageError, say, server_name
 from ur4rec_jax.online.events import (
   Event,
   Exposure,
@@ -63,7 +63,7 @@ class RedisStore:
     Raises:
       InputError: the server cannot be reached, or would lose events when it ends.
     """
-    self._name = address.rpartition('@')[2].rpartition('://')[2].partition('?')[0]  # No password.
+    self._name = server_name(address)
     try:
       self._redis = redis.Redis.from_url(
         address,
