@@ -215,6 +215,7 @@ class TrainedRecommender(Recommender):
       **scoring.catalogue_arrays(self.model, item_arrays, approximate),
     }
     super().__init__(self.program, self.arrays, items, settings)
+    self.__dict__.pop('passages', None)  # It is computed again for the new items.
 
   @functools.cached_property
   def users(self) -> dict[str, int]:
@@ -471,7 +472,6 @@ class TrainedRecommender(Recommender):
     )
     items = {'ids': [*self.item_ids, *new.ids], 'titles': [*self.titles, *new.titles]}
     larger = copy.copy(self)
-    larger.__dict__.pop('passages', None)  # Those of the smaller catalogue, if they were asked for.
     larger._set_catalogue(items, joined, self.settings)
     larger._new_pictures = [*self._new_pictures, *new.pictures]
     return larger
