@@ -181,18 +181,22 @@ def _values(files: Sequence[Path], name: str) -> set[str]:
 def _negative_quantities(files: Sequence[Path], found: _Sample) -> tuple[str, int] | None:
   """Returns the column of quantities and its negative rows, if there are some."""
   for name in filter(_is_quantity, found.columns):
-    total = 0
-    for file in map(tables.open_file, files):
-      if name not in file.columns:
-        break
-      numbers, odd = where.as_numbers(tables.read(file, [name])[name])
-      if odd is not None:
-        break
-      total += pc.sum(pc.less(numbers, 0)).as_py() or 0
-    else:  # Every file has the column, with numbers only.
-      if total:
-        return name, total
+    if total := _negative_rows(files, name):
+      return name, total
   return None
+
+
+def _negative_rows(files: Sequence[Path], name: str) -> int:
+  """Counts the negative numbers of a column; 0 if a file lacks it or has other values in it."""
+  total = 0
+  for file in map(tables.open_file, files):
+    if name not in file.columns:
+      return 0
+    numbers, odd = where.as_numbers(tables.read(file, [name])[name])
+    if odd is not None:
+      return 0
+    total += pc.sum(pc.less(numbers, 0)).as_py() or 0
+  return total
 
 
 def _quoted(name: str) -> str:
