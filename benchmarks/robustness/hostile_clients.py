@@ -236,7 +236,6 @@ def start_service(folder: str, errors: Any) -> tuple[subprocess.Popen, int]:
 def measure(folder: str, seconds: float, calm_seconds: float) -> dict[str, Any]:
   """Measures honest clients alone, then beside all attacks."""
   ids = json.loads((pathlib.Path(folder) / 'items.json').read_text())['ids']
-  gc.freeze()  # A full garbage collection here would look like a slow answer.
   process, port = start_service(folder, None)
   try:
     asyncio.run(Honest(port, ids).run(min(calm_seconds, 3), lambda: None))
@@ -318,6 +317,7 @@ def main() -> None:
   add('--calm_seconds', type=float, default=20, help='seconds without them before')
   add('--keep', action='store_true', help='store the result and write it to docs/inference.md')
   flags = parser.parse_args()
+  gc.freeze()  # A full garbage collection here would look like a slow answer.
   found = measure(flags.export, flags.seconds, flags.calm_seconds)
   for name, value in found.items():
     print(f'{name.replace("_", " "):<28} {value}')

@@ -99,6 +99,7 @@ def _directions(features: dict[str, TokenTable], dim: int) -> Array:
 
 @jax.jit
 def _nearest(directions: Array, cold: Array, warm: Array) -> Array:
+  # Rounded cosines would choose other neighbours.
   cosines = jnp.matmul(directions[cold], directions[warm].T, precision='highest')
   return jax.lax.top_k(cosines, NEAREST)[1]
 

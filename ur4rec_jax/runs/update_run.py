@@ -57,7 +57,7 @@ def update_config(
   stage = config.stage[name]
   stage.num_epochs, stage.num_steps, stage.patience = epochs, 0, epochs + 1
   config.keep, stage.validate_every_epochs = keep, 1 if keep == 'best' else epochs
-  config.max_minutes = 0.0  # That limit was for the epochs of the earlier run.
+  config.max_minutes = 0.0  # The limit was for the epochs of the earlier run.
   stage.warmup_steps = min(stage.warmup_steps, _WARMUP_STEPS)
   return config
 
