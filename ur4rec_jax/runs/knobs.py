@@ -21,6 +21,7 @@ from ur4rec_jax.models.retriever import QUERIES
 from ur4rec_jax.models.sasrec import ACTIVATIONS, BLOCKS, ITEM_INPUTS, NORMS, POSITIONS
 from ur4rec_jax.sharding.devices import MAPPINGS
 from ur4rec_jax.sharding.item_embeddings import POLICIES
+from ur4rec_jax.training import seen_items
 from ur4rec_jax.training.losses import DIVERSITIES, RETRIEVAL_LOSSES
 from ur4rec_jax.training.optimizers import SCHEDULES
 from ur4rec_jax.training.stages import ALTERNATIONS, STARTS
@@ -50,6 +51,7 @@ class Knob(NamedTuple):
     may_round: whether a started run goes on with another value, too, but warns that numbers are
       then rounded in another way.
     follows: for a knob of a stage, the knob of the run whose value is the default.
+    earlier: how runs of versions without the knob were trained, if not with the default.
   """
 
   default: Any
@@ -62,6 +64,7 @@ class Knob(NamedTuple):
   may_change: bool = False
   may_round: bool = False
   follows: str = ''
+  earlier: Any = None
 
   @property
   def bounds(self) -> str:
@@ -309,6 +312,12 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       'uniform',
       'Distribution from which sampled_softmax draws.',
       choices=('uniform', 'popularity'),
+    ),
+    'loss.seen_items': Knob(
+      seen_items.AS_EVALUATION,
+      "Whether both softmaxes leave out a user's other items as evaluation.seen_items does.",
+      choices=seen_items.CHOICES,
+      earlier=seen_items.KEEP,
     ),
     'loss.calibration': Knob(
       0.75, 'For gbce, its t: 0 is plain bce, 1 is fully calibrated.', at_least=0, at_most=1
@@ -667,8 +676,8 @@ def no_such_field(field: str, known: Iterable[str]) -> str:
 def from_stored(config: dict[str, Any]) -> ConfigDict:
   """Reads the `config` of a `config.json`, which an earlier version may have written.
 
-  Knobs that the earlier version did not have get their defaults, with which the program works as it
-  did before. Lists become the tuples that config files have: JSON has only lists.
+  Knobs that the earlier version did not have get the value with which the program works as it did
+  before. Lists become the tuples that config files have: JSON has only lists.
 
   Raises:
     AttributeError: it has no records of stages.
@@ -679,7 +688,7 @@ def from_stored(config: dict[str, Any]) -> ConfigDict:
   fields = {renamed(name) or name: value for name, value in stored.items()}
   for name, knob in knobs_of(ConfigDict(unflatten_dict(fields, sep='.'))).items():
     default = fields[knob.follows] if knob.follows else knob.default
-    fields.setdefault(name, default)
+    fields.setdefault(name, default if knob.earlier is None else knob.earlier)
   fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
   return ConfigDict(unflatten_dict(fields, sep='.'))
 

@@ -2,7 +2,8 @@
 
 `hidden` `[tokens, dim]` are user states, `item_vectors` `[num_items, dim]` the catalogue (row i is
 item id i + 1), `targets` `[tokens]` rows of the catalogue, `weights` `[tokens]` 1 for a real token
-and 0 for padding. Each function returns the sum over tokens, in float32.
+and 0 for padding. `seen` lists items that are no candidates for the tokens of a user, unless one is
+the target; None if all items are candidates. Each function returns the sum over tokens, in float32.
 """
 
 import functools
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.devices import AXIS
-from ur4rec_jax.sharding.item_embeddings import index_from
+from ur4rec_jax.sharding.item_embeddings import NOWHERE, index_from
 from ur4rec_jax.training.negatives import Negatives
+from ur4rec_jax.training.seen_items import LOWEST, SeenItems, packed, without_seen
 
 Array = jax.Array
 
@@ -23,9 +25,17 @@ def _matmul(a: Array, b: Array) -> Array:
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def plain_softmax(hidden: Array, item_vectors: Array, targets: Array, weights: Array) -> Array:
+def plain_softmax(
+  hidden: Array,
+  item_vectors: Array,
+  targets: Array,
+  weights: Array,
+  seen: SeenItems | None = None,
+) -> Array:
   """Cross-entropy over the whole catalogue, written plainly; the reference for `softmax`."""
   logits = _matmul(hidden, item_vectors.T)
+  if seen is not None:
+    logits = without_seen(logits, seen.table(len(item_vectors))[seen.users], targets)
   target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
   return ((jax.nn.logsumexp(logits, axis=-1) - target_logits) * weights).sum()
 
@@ -56,7 +66,12 @@ def chunked_sum(loss: Callable[..., Array], chunk_size: int, *arrays: Array) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def softmax(
-  hidden: Array, item_vectors: Array, targets: Array, weights: Array, chunk_size: int
+  hidden: Array,
+  item_vectors: Array,
+  targets: Array,
+  weights: Array,
+  chunk_size: int,
+  seen: SeenItems | None = None,
 ) -> Array:
   """Cross-entropy over the whole catalogue in memory for `chunk_size * num_items` logits.
 
@@ -69,21 +84,23 @@ def softmax(
     targets: `[tokens]` int32 rows of `item_vectors`.
     weights: `[tokens]`.
     chunk_size: tokens per chunk; the last chunk is padded.
+    seen: items in the numbering of `targets`.
 
   Returns:
     Scalar sum over tokens.
   """
-  return _softmax_forward(hidden, item_vectors, targets, weights, chunk_size)[0]
+  return _softmax_forward(hidden, item_vectors, targets, weights, chunk_size, seen)[0]
 
 
-def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size):
+def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size, seen):
   arrays = hidden, item_vectors, targets, weights
   if has_kernel(hidden, item_vectors):
     from ur4rec_jax.training.softmax_kernel import softmax_gradients  # Slow to import.
 
-    loss, hidden_gradient, item_gradient, _ = softmax_gradients(*arrays)
+    words = None if seen is None else packed(seen.table(len(item_vectors)))[seen.users]
+    loss, hidden_gradient, item_gradient, _ = softmax_gradients(*arrays, seen=words)
   else:
-    loss, hidden_gradient, item_gradient = _in_chunks(*arrays, chunk_size)
+    loss, hidden_gradient, item_gradient = _in_chunks(*arrays, chunk_size, seen)
   return loss, (hidden_gradient, item_gradient.astype(item_vectors.dtype))
 
 
@@ -96,14 +113,17 @@ def has_kernel(hidden: Array, item_vectors: Array) -> bool:
   return tokens_in_block(*item_vectors.shape, hidden.dtype.itemsize) > 0
 
 
-def _in_chunks(hidden, item_vectors, targets, weights, chunk_size):
+def _in_chunks(hidden, item_vectors, targets, weights, chunk_size, seen):
   """Returns the loss and the gradients of states and items; the latter in float32."""
   tokens, dim = hidden.shape
   chunk_size = min(chunk_size, tokens)
+  is_seen = None if seen is None else seen.table(len(item_vectors))
 
   def step(item_gradient, chunk):
-    h, target, weight = chunk
+    h, target, weight, *user = chunk
     logits = _matmul(h, item_vectors.T)
+    if user:
+      logits = without_seen(logits, is_seen[user[0]], target)
     top = logits.max(-1, keepdims=True)
     unnormalised = jnp.exp(logits - top)
     total = unnormalised.sum(-1, keepdims=True)
@@ -123,15 +143,19 @@ def _in_chunks(hidden, item_vectors, targets, weights, chunk_size):
   item_gradient, (losses, hidden_gradient) = jax.lax.scan(
     step,
     jnp.zeros(item_vectors.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in (hidden, targets, weights)),
+    tuple(_chunks(x, chunk_size) for x in (hidden, targets, weights, *_users(seen))),
   )
   hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
   return losses.sum(), hidden_gradient, item_gradient
 
 
+def _users(seen: SeenItems | None) -> tuple[Array, ...]:
+  return () if seen is None else (seen.users,)
+
+
 def _softmax_backward(chunk_size, residuals, cotangent):
   del chunk_size
-  return (*_scaled(residuals, cotangent), None, None)
+  return (*_scaled(residuals, cotangent), None, None, None)
 
 
 def _scaled(gradients, cotangent):
@@ -149,6 +173,7 @@ def fused_sampled_softmax(
   targets: Array,
   weights: Array,
   negatives: Negatives,
+  seen: Array | None = None,
 ) -> Array:
   """Computes `losses.sampled_softmax` in the TPU kernel; only where `has_kernel` is True.
 
@@ -159,20 +184,21 @@ def fused_sampled_softmax(
     targets: `[tokens]` int32, in the numbering of `negatives.items`.
     weights: `[tokens]`.
     negatives: shared by all tokens.
+    seen: `[tokens, words]`, the negatives to leave out, see `seen_items.packed`; None for none.
 
   Returns:
     Scalar sum over tokens.
   """
-  arrays = hidden, target_vectors, negative_vectors, targets, weights, negatives
+  arrays = hidden, target_vectors, negative_vectors, targets, weights, negatives, seen
   return _sampled_forward(*arrays)[0]
 
 
-def _sampled_forward(hidden, target_vectors, negative_vectors, targets, weights, negatives):
+def _sampled_forward(hidden, target_vectors, negative_vectors, targets, weights, negatives, seen):
   from ur4rec_jax.training.softmax_kernel import Sampled, softmax_gradients
 
   positive = (hidden * target_vectors).sum(-1, dtype=jnp.float32)
   result = softmax_gradients(
-    hidden, negative_vectors, targets, weights, Sampled(positive, *negatives)
+    hidden, negative_vectors, targets, weights, Sampled(positive, *negatives), seen
   )
   positive_gradient = result.positive[:, None]
   gradients = (
@@ -184,7 +210,7 @@ def _sampled_forward(hidden, target_vectors, negative_vectors, targets, weights,
 
 
 def _sampled_backward(gradients, cotangent):
-  return (*_scaled(gradients, cotangent), None, None, None)
+  return (*_scaled(gradients, cotangent), None, None, None, None)
 
 
 fused_sampled_softmax.defvjp(_sampled_forward, _sampled_backward)
@@ -198,6 +224,7 @@ def softmax_over_devices(
   weights: Array,
   num_items: int,
   chunk_size: int,
+  seen: SeenItems | None = None,
 ) -> Array:
   """Cross-entropy over a catalogue that is spread over devices (vocabulary-parallel).
 
@@ -216,29 +243,37 @@ def softmax_over_devices(
     weights: `[tokens]` of this device.
     num_items: catalogue size.
     chunk_size: tokens whose logits are in memory at once.
+    seen: items from 0 for id 1, of this device's users.
 
   Returns:
     Scalar sum over this device's tokens.
   """
   arrays = hidden, item_rows, target_ids, weights
-  return _softmax_over_devices_forward(*arrays, num_items, chunk_size)[0]
+  return _softmax_over_devices_forward(*arrays, num_items, chunk_size, seen)[0]
 
 
-def _softmax_over_devices_forward(hidden, item_rows, target_ids, weights, num_items, chunk_size):
+def _softmax_over_devices_forward(
+  hidden, item_rows, target_ids, weights, num_items, chunk_size, seen
+):
   own_tokens, dim = hidden.shape
   rows, device = item_rows.shape[0], jax.lax.axis_index(AXIS)
   ids = device * rows + jnp.arange(rows)
   is_item = (ids > 0) & (ids <= num_items)
+  if seen is not None:
+    seen = _of_all_devices(seen, ids[0])
+    is_seen = seen.table(rows)
   all_tokens = jax.lax.all_gather((hidden, target_ids, weights), AXIS, tiled=True)
   tokens = all_tokens[0].shape[0]
   chunk_size = min(chunk_size, tokens)
 
   def step(item_gradient, chunk):
-    h, target, weight = chunk
+    h, target, weight, *user = chunk
     row = index_from(ids[0], target)  # Beyond the end if another device has the target.
-    logits = jnp.where(is_item, _matmul(h, item_rows.T), jnp.finfo(jnp.float32).min)
+    logits = jnp.where(is_item, _matmul(h, item_rows.T), LOWEST)
+    if user:
+      logits = without_seen(logits, is_seen[user[0]], row)
     top = logits.max(-1)
-    unnormalised = jnp.where(is_item, jnp.exp(logits - top[:, None]), 0)
+    unnormalised = jnp.where(logits > LOWEST, jnp.exp(logits - top[:, None]), 0)
     target_logit = logits.at[jnp.arange(len(h)), row].get(mode='fill', fill_value=0)
     target_vectors = item_rows.at[row].get(mode='fill', fill_value=0)
     tops, totals, target_logits = jax.lax.all_gather(
@@ -261,13 +296,22 @@ def _softmax_over_devices_forward(hidden, item_rows, target_ids, weights, num_it
   item_gradient, (losses, hidden_gradient) = jax.lax.scan(
     step,
     jnp.zeros(item_rows.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in all_tokens),
+    tuple(_chunks(x, chunk_size) for x in (*all_tokens, *_users(seen))),
   )
   hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
   hidden_gradient = jax.lax.psum_scatter(hidden_gradient, AXIS, tiled=True)
   own = jax.lax.dynamic_slice_in_dim(losses.reshape(-1), device * own_tokens, own_tokens)
   gradients = hidden_gradient.astype(hidden.dtype), item_gradient.astype(item_rows.dtype)
   return own.sum(), gradients
+
+
+def _of_all_devices(seen: SeenItems, first_id: Array) -> SeenItems:
+  """Collects the users of all devices, with items in the numbering of this device's rows."""
+  users = seen.users + jax.lax.axis_index(AXIS) * seen.num_users
+  users, items = jax.lax.all_gather((users, seen.items), AXIS, tiled=True)
+  is_item = items != NOWHERE
+  items = index_from(first_id, jnp.where(is_item, items + 1, NOWHERE))
+  return SeenItems(items, users, seen.num_users * jax.lax.axis_size(AXIS))
 
 
 def _softmax_over_devices_backward(num_items, chunk_size, residuals, cotangent):

@@ -82,25 +82,27 @@ def sampled_softmax(
   negative: Array,
   weights: Array,
   log_expected_count: Array,
-  is_target: Array,
+  left_out: Array,
 ) -> Array:
   """Cross-entropy whose partition sum is estimated from shared negatives.
 
   The target is always in the sum, so it is not corrected. Each negative represents
   1 / (expected number of times that it is drawn) items (Bengio & Senecal 2008; Khrylchenko et al.
-  2025). A negative that equals the token's own target is left out.
+  2025). A negative that equals the token's own target must be left out.
 
   Args:
     positive: `[tokens]` logits of the targets.
     negative: `[tokens, negatives]` logits of the shared negatives.
     weights: `[tokens]`.
     log_expected_count: `[negatives]`, log(negatives * probability of drawing that item).
-    is_target: `[tokens, negatives]`, True where the negative is that token's target.
+    left_out: `[tokens, negatives]`, True where a negative does not count for that token.
 
   Returns:
     Scalar sum over tokens.
   """
-  corrected = jnp.where(is_target, -jnp.inf, negative - log_expected_count)
+  # A finite number, because the sum of no negatives at all would have a gradient of NaN.
+  lowest = jnp.finfo(jnp.float32).min
+  corrected = jnp.where(left_out, lowest, negative - log_expected_count)
   log_sum = jnp.logaddexp(positive, jax.nn.logsumexp(corrected, axis=-1))
   return ((log_sum - positive) * weights).sum()
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax.models.ur4rec import Encoded
 from ur4rec_jax.training import catalogue_softmax, losses
 from ur4rec_jax.training.negatives import ByBranch
+from ur4rec_jax.training.seen_items import SeenItems, packed
 from ur4rec_jax.training.stages import Stage
 
 Array = jax.Array
@@ -30,12 +31,16 @@ class LossInputs(NamedTuple):
     target_ids: `[tokens]` int32, item ids of the targets, 0 for padding.
     negatives: by branch; None where the loss reads the whole catalogue.
     num_tokens: `[]` float32, the divisor of sums over tokens.
+    seen: items that the softmax losses leave out, numbered as `targets`; None for none.
+    seen_ids: the same, but from 0 for item id 1.
   """
 
   numbers: Array
   target_ids: Array
   negatives: ByBranch
   num_tokens: Array
+  seen: SeenItems | None = None
+  seen_ids: SeenItems | None = None
 
   @property
   def targets(self) -> Array:
@@ -136,9 +141,11 @@ def _branch_loss(
   users = users.reshape(-1, users.shape[-1])
   negatives = inputs.negatives[branch]
   if encoded.own_items is not None and negatives is None:
-    total = over_devices(users, encoded.own_items[branch], inputs.target_ids, inputs.weights)
+    items = encoded.own_items[branch]
+    total = over_devices(users, items, inputs.target_ids, inputs.weights, seen=inputs.seen_ids)
   else:
-    total = loss(users, encoded.items[branch], inputs.targets, inputs.weights, negatives)
+    items = encoded.items[branch]
+    total = loss(users, items, inputs.targets, inputs.weights, negatives, inputs.seen)
   return total / inputs.num_tokens
 
 
@@ -235,11 +242,13 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
     num_items: size of the whole catalogue.
 
   Returns:
-    `loss(hidden, item_vectors, targets, weights, negatives)`, the scalar sum over tokens. Shapes
-      are those of `catalogue_softmax.py`; `negatives` come from `draw_negatives`.
+    `loss(hidden, item_vectors, targets, weights, negatives, seen)`, the scalar sum over tokens.
+      Shapes are those of `catalogue_softmax.py`; `negatives` come from `draw_negatives`. Only the
+      softmax losses leave out the items in `seen`.
   """
 
-  def sampled_for_each_token(hidden, item_vectors, targets, weights, negatives):
+  def sampled_for_each_token(hidden, item_vectors, targets, weights, negatives, seen=None):
+    del seen
     pairwise = losses.RETRIEVAL_LOSSES[name]
     if name == 'gbce':
       pairwise = lambda *logits: losses.gbce(*logits, num_items, config.calibration)
@@ -258,25 +267,39 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
       loss, chunk_size, hidden, targets, negatives.items, weights
     )
 
-  def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives):
+  def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives, seen=None):
     negative_vectors = item_vectors[negatives.items]
+    is_seen = None if seen is None else _is_seen(seen, negatives.items)
     if catalogue_softmax.has_kernel(hidden, negative_vectors):
       vectors = hidden, item_vectors[targets], negative_vectors
-      return catalogue_softmax.fused_sampled_softmax(*vectors, targets, weights, negatives)
+      words = None if is_seen is None else packed(is_seen)[seen.users]
+      return catalogue_softmax.fused_sampled_softmax(*vectors, targets, weights, negatives, words)
 
-    def loss(hidden, targets, weights):
+    def loss(hidden, targets, weights, *users):
       positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
       negative = jnp.matmul(hidden, negative_vectors.T, preferred_element_type=jnp.float32)
-      is_target = targets[:, None] == negatives.items
+      left_out = targets[:, None] == negatives.items
+      if users:
+        left_out |= is_seen[users[0]]
       return losses.sampled_softmax(
-        positive, negative, weights, negatives.log_expected_count, is_target
+        positive, negative, weights, negatives.log_expected_count, left_out
       )
 
-    return catalogue_softmax.chunked_sum(loss, config.chunk_size, hidden, targets, weights)
+    arrays = hidden, targets, weights, *(() if seen is None else (seen.users,))
+    return catalogue_softmax.chunked_sum(loss, config.chunk_size, *arrays)
 
-  def whole_catalogue(hidden, item_vectors, targets, weights, negatives):
+  def whole_catalogue(hidden, item_vectors, targets, weights, negatives, seen=None):
     del negatives
-    return catalogue_softmax.softmax(hidden, item_vectors, targets, weights, config.chunk_size)
+    arrays = hidden, item_vectors, targets, weights
+    return catalogue_softmax.softmax(*arrays, config.chunk_size, seen)
 
   others = {'sampled_softmax': sampled_for_all_tokens, 'softmax': whole_catalogue}
   return others.get(name, sampled_for_each_token)
+
+
+def _is_seen(seen: SeenItems, negatives: Array) -> Array:
+  """Returns `[users, negatives]` bool: which of the negatives `[negatives]` each user has."""
+  ascending = jnp.sort(negatives)
+  # An item that was drawn several times is found in the first of its places; all read that one.
+  first = jnp.searchsorted(ascending, negatives)
+  return seen.renumbered(ascending).table(negatives.size)[:, first]

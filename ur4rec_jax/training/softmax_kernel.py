@@ -14,11 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ur4rec_jax.models.attention_kernel import FAST_MEMORY, dot
+from ur4rec_jax.training.seen_items import BITS, LOWEST
 
 Array = jax.Array
 _TOKENS = 256  # Tokens in a block; half as many if the catalogue leaves no room.
 _ITEMS = 512  # Items in a piece; the catalogue is read in pieces, in loops that compile fast.
-_LOWEST = jnp.finfo(jnp.float32).min
+_WORDS = _ITEMS // BITS  # Of `seen_items.packed`, for a piece.
 
 
 def tokens_in_block(num_items: int, dim: int, itemsize: int) -> int:
@@ -71,6 +72,7 @@ def softmax_gradients(
   targets: Array,
   weights: Array,
   sampled: Sampled | None = None,
+  seen: Array | None = None,
   *,
   interpret: bool = False,
 ) -> Gradients:
@@ -82,6 +84,8 @@ def softmax_gradients(
     targets: `[tokens]` int32 rows of the catalogue; with negatives, numbers as in `sampled.ids`.
     weights: `[tokens]`.
     sampled: None for a softmax over the catalogue.
+    seen: `[tokens, words]` int32 from `seen_items.packed`, items or negatives that are no candidate
+      for a token, unless one is its target; None if all are candidates.
     interpret: whether to run as plain jax operations, on any device.
   """
   (tokens, dim), num_items = hidden.shape, item_vectors.shape[0]
@@ -100,8 +104,13 @@ def softmax_gradients(
     of_negatives = [with_all_pieces(x[:, None]) for x in (sampled.ids, sampled.log_expected_count)]
     arrays += [in_blocks(sampled.positive), *of_negatives]
     specs += [number, *map(whole, of_negatives)]
+  if seen is not None:
+    words = len(items) // BITS
+    padding = (0, words - seen.shape[1]), (0, blocks * block - tokens)
+    arrays.append(jnp.pad(seen.T, padding))
+    specs.append(pl.BlockSpec((words, block), lambda i: (0, i)))
   results = pl.pallas_call(
-    functools.partial(_kernel, tokens, num_items, sampled is not None),
+    functools.partial(_kernel, tokens, num_items, sampled is not None, seen is not None),
     grid=(blocks,),
     in_specs=specs,
     out_specs=[number, of_tokens, whole(items), number],
@@ -130,10 +139,11 @@ def softmax_gradients(
   return Gradients(losses.sum(), hidden_gradient, item_gradient[:num_items], positive_gradient)
 
 
-def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
+def _kernel(tokens: int, num_items: int, is_sampled: bool, leaves_out: bool, *refs) -> None:
   """Computes a block of tokens; logits are `[items, tokens]`, one column per token."""
   hidden, items, targets, weights = refs[:4]
   positive, ids, log_expected_count = refs[4:7] if is_sampled else (None,) * 3
+  seen = refs[-6] if leaves_out else None
   losses, hidden_gradient, item_gradient, positive_gradient, logits = refs[-5:]
   step, block = pl.program_id(0), hidden.shape[0]
 
@@ -161,7 +171,12 @@ def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
     if is_sampled:
       values -= log_expected_count[piece, :]
       counts &= ids[piece, :] != targets[0]
-    values = jnp.where(counts, values, _LOWEST)
+    if leaves_out:
+      words = seen[pl.ds(pl.multiple_of(piece.start // BITS, _WORDS), _WORDS), :]
+      words = jnp.broadcast_to(words[:, None], (_WORDS, BITS, block)).reshape(_ITEMS, block)
+      is_unseen = (jnp.right_shift(words, row % BITS) & 1) == 0
+      counts &= is_unseen if is_sampled else is_unseen | (row == targets[0])
+    values = jnp.where(counts, values, LOWEST)
     logits[piece, :] = values
     return jnp.maximum(highest, values.max(0, keepdims=True))
 
@@ -183,7 +198,7 @@ def _kernel(tokens: int, num_items: int, is_sampled: bool, *refs) -> None:
     return gradient + dot(logit_gradient, items[piece, :], 0, 0)
 
   zeros = jnp.zeros((1, block), jnp.float32)
-  highest = for_pieces(find_highest, positive[0] if is_sampled else zeros + _LOWEST)
+  highest = for_pieces(find_highest, positive[0] if is_sampled else zeros + LOWEST)
   target_logit = positive[0] - highest if is_sampled else zeros
   target_exponential = jnp.exp(target_logit) if is_sampled else zeros
   total, target_logit = for_pieces(add_up, (target_exponential, target_logit))
