@@ -34,6 +34,7 @@ from ur4rec_jax.runs.open_run import Run
 from ur4rec_jax.runs.train_loop import plan_batches
 from ur4rec_jax.training.negatives import draw_all_negatives
 from ur4rec_jax.training.objective import LossInputs, make_losses
+from ur4rec_jax.training.seen_items import seen_items
 from ur4rec_jax.training.stages import Stage
 from ur4rec_jax.training.train_data import make_train_data
 from ur4rec_jax.training.train_state import PyTree, create_train_state
@@ -79,7 +80,8 @@ def measure(
         method='encode',
         mutable=(GATES,),
       )
-      return all_losses(encoded, LossInputs(target_ids, target_ids, negatives, tokens))
+      seen = seen_items(stage.config, batch)
+      return all_losses(encoded, LossInputs(target_ids, target_ids, negatives, tokens, seen))
 
     return values(params), jax.jacrev(values)(params)
 

@@ -35,9 +35,10 @@ def one_user_a_row(histogram: np.ndarray) -> input_pipeline.Packing:
   return input_pipeline.Packing(lengths[:, None], histogram[lengths])
 
 
-def plain_softmax(*arrays_and_chunk_size) -> jax.Array:
+def plain_softmax(*arguments) -> jax.Array:
   """Replaces `catalogue_softmax.softmax`: all logits are in memory at once."""
-  return catalogue_softmax.plain_softmax(*arrays_and_chunk_size[:-1])
+  *arrays, _chunk_size, seen = arguments
+  return catalogue_softmax.plain_softmax(*arrays, seen)
 
 
 def plain_attention(

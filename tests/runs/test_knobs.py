@@ -196,6 +196,13 @@ def test_an_old_stored_config_is_the_present_one(variant, tmp_path):
   assert not is_started_with(tmp_path, config)
 
 
+def test_a_run_from_before_a_knob_keeps_what_it_did():
+  stored = default_config().to_dict()
+  del stored['loss']['seen_items'], stored['sasrec']['filter_width']
+  config = from_stored(stored)
+  assert (config.loss.seen_items, config.sasrec.filter_width) == ('keep', 0)
+
+
 @pytest.mark.parametrize('damaged', [None, 3, 'text'])
 def test_a_damaged_stored_config_is_an_error(damaged):
   with pytest.raises((TypeError, ValueError)):

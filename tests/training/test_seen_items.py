@@ -17,7 +17,7 @@ from ur4rec_jax.training import catalogue_softmax, losses, softmax_kernel
 from ur4rec_jax.training.catalogue_softmax import fused_sampled_softmax, plain_softmax
 from ur4rec_jax.training.negatives import Negatives
 from ur4rec_jax.training.objective import make_retrieval_loss
-from ur4rec_jax.training.seen_items import SeenItems, leaves_out_seen, packed, seen_items
+from ur4rec_jax.training.seen_items import SeenItems, packed, seen_items
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 40, 6
 
@@ -184,15 +184,13 @@ def test_each_user_of_a_packed_row_has_the_own_items_of_the_row():
   plan = Plan(*(np.array(x, np.int32) for x in (
     [[0, 4], [6, 0]], [[3, 1], [4, 0]], [[0, 1], [2, 0]])))  # fmt: skip
   batch = gather_batch(jnp.asarray(item_ids), plan, 6)
-  table = np.asarray(seen_items(batch).table(9))
+  table = np.asarray(seen_items(default_config(), batch).table(9))
   found = [set(np.flatnonzero(row) + 1) for row in table]
   assert found == [*map(set, histories), set()]
 
 
-def test_it_follows_the_evaluation():
+@pytest.mark.parametrize('field', ['loss', 'evaluation'])
+def test_all_items_are_candidates_if_training_or_evaluation_keeps_them(field):
   config = default_config()
-  assert leaves_out_seen(config)
-  config.loss.seen_items = 'keep'
-  assert not leaves_out_seen(config)
-  config.loss.seen_items, config.evaluation.seen_items = 'as_evaluation', 'keep'
-  assert not leaves_out_seen(config)
+  config[field].seen_items = 'keep'
+  assert seen_items(config, None) is None

@@ -48,13 +48,14 @@ class SeenItems:
     return self.replace(items=jnp.where(is_there, index, NOWHERE))
 
 
-def leaves_out_seen(config: ConfigDict) -> bool:
-  """Tells whether the softmax losses of a run leave out a user's other items."""
-  return config.loss.seen_items == AS_EVALUATION and config.evaluation.seen_items == LEAVE_OUT
+def seen_items(config: ConfigDict, batch: Batch) -> SeenItems | None:
+  """Lists the items of the users of a batch, from 0 for id or number 1.
 
-
-def seen_items(batch: Batch) -> SeenItems:
-  """Lists the items of the users of a batch, from 0 for id or number 1."""
+  Returns:
+    None if the config has all items as candidates.
+  """
+  if config.loss.seen_items == KEEP or config.evaluation.seen_items != LEAVE_OUT:
+    return None
   rows, slots = batch.users.shape
   row = jnp.arange(rows, dtype=jnp.int32)[:, None]
   return SeenItems(

@@ -21,7 +21,7 @@ from ur4rec_jax.training import losses
 from ur4rec_jax.training.negatives import draw_all_negatives, drawn_ids, renumbered
 from ur4rec_jax.training.objective import LossInputs, make_losses
 from ur4rec_jax.training.optimizers import learning_rate_at
-from ur4rec_jax.training.seen_items import leaves_out_seen, seen_items
+from ur4rec_jax.training.seen_items import seen_items
 from ur4rec_jax.training.stages import Stage, StageNumbers, after_step
 from ur4rec_jax.training.train_data import TrainData
 from ur4rec_jax.training.train_state import TrainState
@@ -73,8 +73,7 @@ def make_train_step(
     tables = embeddings.for_step(
       [batch.item_ids, batch.targets, *ids.values()], needs_catalogue, bool(data.tables.items)
     )
-    leaves_out = leaves_out_seen(stage.config)
-    seen_ids = seen_items(batch) if leaves_out else None
+    seen_ids = seen_items(stage.config, batch)
     batch = batch._replace(
       item_ids=tables.renumber(batch.item_ids), targets=tables.renumber(batch.targets)
     )
@@ -86,7 +85,7 @@ def make_train_step(
       target_ids=target_ids,
       negatives=renumbered(negatives, ids, tables),
       num_tokens=jnp.where(num_tokens > 0, num_tokens, 1.0),
-      seen=seen_items(batch) if leaves_out else None,
+      seen=seen_items(stage.config, batch),
       seen_ids=seen_ids,
     )
     params, opt_state = tables.take((state.params, state.opt_state))
