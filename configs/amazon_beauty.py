@@ -26,6 +26,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   # In validation about as good as the whole softmax, and several times as fast.
   config.loss.name = config.loss.retriever_name = 'sampled_softmax'
   config.loss.num_negatives = 2000
+  # Histories are so short that leaving them out changes nothing, in validation 0.0713 and 0.0716.
+  config.loss.seen_items = 'keep'
   config.optimizer.item_embeddings = 'touched'
   config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule = 'cosine'
