@@ -315,7 +315,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     ),
     'loss.seen_items': Knob(
       seen_items.AS_EVALUATION,
-      "Whether both softmaxes leave out a user's other items as evaluation.seen_items does.",
+      "Items of the user that both softmaxes leave out: earlier ones as evaluation does, all, or none.",
       choices=seen_items.CHOICES,
       earlier=seen_items.KEEP,
     ),
