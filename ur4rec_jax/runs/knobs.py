@@ -315,7 +315,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     ),
     'loss.seen_items': Knob(
       seen_items.AS_EVALUATION,
-      'Items of a user that both softmaxes leave out: earlier ones as evaluation does, all, none.',
+      "Whether both softmaxes leave out a user's other items as evaluation.seen_items does.",
       choices=seen_items.CHOICES,
       earlier=seen_items.KEEP,
     ),

@@ -2,8 +2,8 @@
 
 `hidden` `[tokens, dim]` are user states, `item_vectors` `[num_items, dim]` the catalogue (row i is
 item id i + 1), `targets` `[tokens]` rows of the catalogue, `weights` `[tokens]` 1 for a real token
-and 0 for padding. `seen` has the items that are no candidates for a token, unless one is its
-target; None if all items are candidates. Each function returns the sum over tokens, in float32.
+and 0 for padding. `seen` lists items that are no candidates for the tokens of a user, unless one is
+the target; None if all items are candidates. Each function returns the sum over tokens, in float32.
 """
 
 import functools
@@ -35,8 +35,7 @@ def plain_softmax(
   """Cross-entropy over the whole catalogue, written plainly; the reference for `softmax`."""
   logits = _matmul(hidden, item_vectors.T)
   if seen is not None:
-    first = seen.first_positions(len(item_vectors))
-    logits = without_seen(logits, first[seen.users] < seen.ends[:, None], targets)
+    logits = without_seen(logits, seen.table(len(item_vectors))[seen.users], targets)
   target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
   return ((jax.nn.logsumexp(logits, axis=-1) - target_logits) * weights).sum()
 
@@ -98,9 +97,7 @@ def _softmax_forward(hidden, item_vectors, targets, weights, chunk_size, seen):
   if has_kernel(hidden, item_vectors):
     from ur4rec_jax.training.softmax_kernel import softmax_gradients  # Slow to import.
 
-    words = None
-    if seen is not None:
-      words = packed(seen.first_positions(len(item_vectors))[seen.users] < seen.ends[:, None])
+    words = None if seen is None else packed(seen.table(len(item_vectors)))[seen.users]
     loss, hidden_gradient, item_gradient, _ = softmax_gradients(*arrays, seen=words)
   else:
     loss, hidden_gradient, item_gradient = _in_chunks(*arrays, chunk_size, seen)
@@ -120,14 +117,13 @@ def _in_chunks(hidden, item_vectors, targets, weights, chunk_size, seen):
   """Returns the loss and the gradients of states and items; the latter in float32."""
   tokens, dim = hidden.shape
   chunk_size = min(chunk_size, tokens)
-  first = None if seen is None else seen.first_positions(len(item_vectors))
+  is_seen = None if seen is None else seen.table(len(item_vectors))
 
   def step(item_gradient, chunk):
-    h, target, weight, *of_user = chunk
+    h, target, weight, *user = chunk
     logits = _matmul(h, item_vectors.T)
-    if of_user:
-      user, end = of_user
-      logits = without_seen(logits, first[user] < end[:, None], target)
+    if user:
+      logits = without_seen(logits, is_seen[user[0]], target)
     top = logits.max(-1, keepdims=True)
     unnormalised = jnp.exp(logits - top)
     total = unnormalised.sum(-1, keepdims=True)
@@ -147,14 +143,14 @@ def _in_chunks(hidden, item_vectors, targets, weights, chunk_size, seen):
   item_gradient, (losses, hidden_gradient) = jax.lax.scan(
     step,
     jnp.zeros(item_vectors.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in (hidden, targets, weights, *_of_user(seen))),
+    tuple(_chunks(x, chunk_size) for x in (hidden, targets, weights, *_users(seen))),
   )
   hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
   return losses.sum(), hidden_gradient, item_gradient
 
 
-def _of_user(seen: SeenItems | None) -> tuple[Array, ...]:
-  return () if seen is None else (seen.users, seen.ends)
+def _users(seen: SeenItems | None) -> tuple[Array, ...]:
+  return () if seen is None else (seen.users,)
 
 
 def _softmax_backward(chunk_size, residuals, cotangent):
@@ -265,18 +261,17 @@ def _softmax_over_devices_forward(
   is_item = (ids > 0) & (ids <= num_items)
   if seen is not None:
     seen = _of_all_devices(seen, ids[0])
-    first = seen.first_positions(rows)
+    is_seen = seen.table(rows)
   all_tokens = jax.lax.all_gather((hidden, target_ids, weights), AXIS, tiled=True)
   tokens = all_tokens[0].shape[0]
   chunk_size = min(chunk_size, tokens)
 
   def step(item_gradient, chunk):
-    h, target, weight, *of_user = chunk
+    h, target, weight, *user = chunk
     row = index_from(ids[0], target)  # Beyond the end if another device has the target.
     logits = jnp.where(is_item, _matmul(h, item_rows.T), LOWEST)
-    if of_user:
-      user, end = of_user
-      logits = without_seen(logits, first[user] < end[:, None], row)
+    if user:
+      logits = without_seen(logits, is_seen[user[0]], row)
     top = logits.max(-1)
     unnormalised = jnp.where(logits > LOWEST, jnp.exp(logits - top[:, None]), 0)
     target_logit = logits.at[jnp.arange(len(h)), row].get(mode='fill', fill_value=0)
@@ -301,7 +296,7 @@ def _softmax_over_devices_forward(
   item_gradient, (losses, hidden_gradient) = jax.lax.scan(
     step,
     jnp.zeros(item_rows.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in (*all_tokens, *_of_user(seen))),
+    tuple(_chunks(x, chunk_size) for x in (*all_tokens, *_users(seen))),
   )
   hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
   hidden_gradient = jax.lax.psum_scatter(hidden_gradient, AXIS, tiled=True)
@@ -313,11 +308,10 @@ def _softmax_over_devices_forward(
 def _of_all_devices(seen: SeenItems, first_id: Array) -> SeenItems:
   """Collects the users of all devices, with items in the numbering of this device's rows."""
   users = seen.users + jax.lax.axis_index(AXIS) * seen.num_users
-  seen = jax.lax.all_gather(seen.replace(users=users), AXIS, tiled=True)
-  item_ids = jnp.where(seen.items == NOWHERE, NOWHERE, seen.items + 1)
-  return seen.replace(
-    items=index_from(first_id, item_ids), num_users=seen.num_users * jax.lax.axis_size(AXIS)
-  )
+  users, items = jax.lax.all_gather((users, seen.items), AXIS, tiled=True)
+  is_item = items != NOWHERE
+  items = index_from(first_id, jnp.where(is_item, items + 1, NOWHERE))
+  return SeenItems(items, users, seen.num_users * jax.lax.axis_size(AXIS))
 
 
 def _softmax_over_devices_backward(num_items, chunk_size, residuals, cotangent):

@@ -269,27 +269,24 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
 
   def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives, seen=None):
     negative_vectors = item_vectors[negatives.items]
-    first = None if seen is None else _first_positions(seen, negatives.items)
+    is_seen = None if seen is None else _is_seen(seen, negatives.items)
     if catalogue_softmax.has_kernel(hidden, negative_vectors):
       vectors = hidden, item_vectors[targets], negative_vectors
-      words = None if seen is None else packed(first[seen.users] < seen.ends[:, None])
+      words = None if is_seen is None else packed(is_seen)[seen.users]
       return catalogue_softmax.fused_sampled_softmax(*vectors, targets, weights, negatives, words)
 
-    def loss(hidden, targets, weights, *of_user):
+    def loss(hidden, targets, weights, *users):
       positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
       negative = jnp.matmul(hidden, negative_vectors.T, preferred_element_type=jnp.float32)
       left_out = targets[:, None] == negatives.items
-      if of_user:
-        user, end = of_user
-        left_out |= first[user] < end[:, None]
+      if users:
+        left_out |= is_seen[users[0]]
       return losses.sampled_softmax(
         positive, negative, weights, negatives.log_expected_count, left_out
       )
 
-    of_user = () if seen is None else (seen.users, seen.ends)
-    return catalogue_softmax.chunked_sum(
-      loss, config.chunk_size, hidden, targets, weights, *of_user
-    )
+    arrays = hidden, targets, weights, *(() if seen is None else (seen.users,))
+    return catalogue_softmax.chunked_sum(loss, config.chunk_size, *arrays)
 
   def whole_catalogue(hidden, item_vectors, targets, weights, negatives, seen=None):
     del negatives
@@ -300,9 +297,9 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
   return others.get(name, sampled_for_each_token)
 
 
-def _first_positions(seen: SeenItems, negatives: Array) -> Array:
-  """Finds where each user has each negative first, `[users, negatives]`; see `SeenItems`."""
+def _is_seen(seen: SeenItems, negatives: Array) -> Array:
+  """Returns `[users, negatives]` bool: which of the negatives `[negatives]` each user has."""
   ascending = jnp.sort(negatives)
-  # An item that was drawn several times has one column here, which all its draws read.
-  column = jnp.searchsorted(ascending, negatives)
-  return seen.renumbered(ascending).first_positions(negatives.size)[:, column]
+  # An item that was drawn several times is found in the first of its places; all read that one.
+  first = jnp.searchsorted(ascending, negatives)
+  return seen.renumbered(ascending).table(negatives.size)[:, first]
