@@ -155,13 +155,17 @@ def train_seeds(
   for note in notes:
     if note.exists() and note.read_text() != shown:
       raise InputError(f'{note.parent} holds a run of {note.read_text()!r}; use another --workdir')
-  command = [sys.executable, *shlex.split(shown)[1:], f'--workdir={workdir}']
-  command += [f'--config.data_dir={data_dir}', f'--seeds={",".join(map(str, seeds))}']
-  if code := subprocess.run(command, check=False).returncode:
-    sys.exit(code)  # The command has printed the reason.
+  flags = [f'--workdir={workdir}', f'--config.data_dir={data_dir}']
+  run_module(*shlex.split(shown)[2:], *flags, f'--seeds={",".join(map(str, seeds))}')
   for note in notes:
     note.write_text(shown)
   return folders
+
+
+def run_module(module: str, *flags: str) -> None:
+  """Runs a program of the project; if it fails, this process ends with its exit code."""
+  if code := subprocess.run([sys.executable, '-m', module, *flags], check=False).returncode:
+    sys.exit(code)  # The program has printed the reason.
 
 
 def load_results(folder: pathlib.Path) -> Stored:
