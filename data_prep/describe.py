@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import describe_page
-from data_prep.describe_page import percent
+from data_prep.describe_page import Prepared, percent
 from data_prep.flags import Parser
 from ur4rec_jax import files
 from ur4rec_jax.data import item_pictures, splits
@@ -48,14 +48,16 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
   if out.is_dir() or not out.parent.is_dir():
     what = 'is a folder' if out.is_dir() else f'there is no folder {out.parent}'
     raise InputError(f'--out={out}: {what}; give the name of a file in a folder that exists')
-  histories = read_interactions(data_dir)
-  items = read_items(data_dir)
-  images = item_pictures.find(data_dir)
-  figures = measure(info, histories, items, images)
-  shown = facts(info, figures)
-  page = describe_page.render(
-    Path(data_dir).resolve().name, info, figures, shown, histories, items, images
+  prepared = Prepared(
+    Path(data_dir).resolve().name,
+    info,
+    read_interactions(data_dir),
+    read_items(data_dir),
+    item_pictures.find(data_dir),
   )
+  figures = measure(prepared)
+  shown = facts(info, figures)
+  page = describe_page.render(prepared, figures, shown)
   with files.disk_errors(out, '--out'):
     files.write_file(out, page)
   rows = [
@@ -67,24 +69,14 @@ def describe(data_dir: str | Path, out: str | Path | None = None) -> str:
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 
 
-def measure(
-  info: dict[str, Any],
-  histories: Interactions,
-  items: Sequence[dict[str, Any]],
-  images: Sequence[Path | None],
-) -> dict[str, Any]:
+def measure(prepared: Prepared) -> dict[str, Any]:
   """Computes statistics that dataset.json does not contain.
-
-  Args:
-    info: content of dataset.json.
-    histories: all interactions.
-    items: `[items]` metadata.
-    images: `[items]` picture files or None.
 
   Returns:
     `density`; `lengths` of the histories; `popularity`; `ratings`, None without ratings; `known`:
     number of items with each kind of metadata; `warnings`.
   """
+  _, info, histories, items, pictures = prepared
   lengths = np.diff(histories.offsets)
   names = ('min', 'q1', 'median', 'q3', 'max')
   known = {name: sum(bool(item[name]) for item in items) for name in ('title', 'genres')}
@@ -97,8 +89,8 @@ def measure(
       item['description'] != _own_description(item['description'], columns) for item in items
     )
     known['text columns'] = added
-  known['picture'] = sum(path is not None for path in images)
-  absent = [item['image'] for item, path in zip(items, images, strict=True) if not path]
+  known['picture'] = sum(path is not None for path in pictures)
+  absent = [item['image'] for item, path in zip(items, pictures, strict=True) if not path]
   urls = sum('://' in image for image in absent)
   if urls:
     known['picture URL'] = urls

@@ -9,7 +9,7 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -45,6 +45,24 @@ SPLIT_COUNTS = {
 }
 
 
+class Prepared(NamedTuple):
+  """A prepared folder, as far as the page shows it.
+
+  Attributes:
+    folder: its name.
+    info: content of dataset.json.
+    histories: all interactions.
+    items: `[items]` metadata.
+    pictures: `[items]` picture files or None.
+  """
+
+  folder: str
+  info: dict[str, Any]
+  histories: Interactions
+  items: Sequence[dict[str, Any]]
+  pictures: Sequence[Path | None]
+
+
 def item_count(counts: Mapping[str, Any]) -> str:
   """Formats the number of items; those that nobody has had yet are counted apart."""
   cold = counts.get('items_without_interactions', 0)
@@ -62,26 +80,15 @@ def date(seconds: int) -> str:
   return str(np.datetime64(seconds, 's').astype('M8[D]'))
 
 
-def render(
-  folder: str,
-  info: dict[str, Any],
-  figures: dict[str, Any],
-  facts: Sequence[tuple[str, str]],
-  histories: Interactions,
-  items: Sequence[dict[str, Any]],
-  pictures: Sequence[Path | None],
-) -> str:
+def render(prepared: Prepared, figures: dict[str, Any], facts: Sequence[tuple[str, str]]) -> str:
   """Renders the page.
 
   Args:
-    folder: name of the prepared folder.
-    info: content of dataset.json.
+    prepared: what the page is about.
     figures: see `describe.measure`.
     facts: see `describe.facts`.
-    histories: all interactions.
-    items: `[items]` metadata.
-    pictures: `[items]` picture files or None.
   """
+  folder, info, histories, items, pictures = prepared
   counts = info['counts']
   words = dict(facts)
   item_counts = np.bincount(histories.item_ids, minlength=len(items) + 1)[1:]

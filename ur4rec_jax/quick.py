@@ -63,6 +63,20 @@ class Models(NamedTuple):
   metrics: dict[str, dict]
 
 
+class Prepared(NamedTuple):
+  """What every model is trained on.
+
+  Attributes:
+    folder: the prepared folder.
+    modalities: those that are encoded.
+    seen_items: value of `config.evaluation.seen_items`.
+  """
+
+  folder: pathlib.Path
+  modalities: Sequence[str]
+  seen_items: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Order:
   """The inputs and settings of one call.
@@ -180,9 +194,9 @@ def make_models(order: Order) -> Models:
   commands = Commands(order)
   data = order.out / 'data'
   _build(commands, order, data)
-  modalities = _encode(commands, order, data)
-  keeps_seen = seen_items(data)
-  flags = [f'--seen_items={keeps_seen}', f'--models={",".join(WITHOUT_TRAINING)}']
+  prepared = Prepared(data, _encode(commands, order, data), seen_items(data))
+  modalities = prepared.modalities
+  flags = [f'--seen_items={prepared.seen_items}', f'--models={",".join(WITHOUT_TRAINING)}']
   flags.append(f'--out={order.out / "baselines.json"}')
   commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *flags)
   metrics = json.loads((order.out / 'baselines.json').read_text())
@@ -194,7 +208,7 @@ def make_models(order: Order) -> Models:
         f'\n{_title(name, modalities)}: no time is left; --minutes={2 * order.minutes:g} has more'
       )
       continue
-    found[name] = _train(commands, data, name, limit, modalities, keeps_seen)
+    found[name] = _train(commands, prepared, name, limit)
     metrics[_title(name, modalities)] = found[name]['test']
   best = max(found, key=lambda name: found[name]['valid']['ndcg@10'])
   return Models(order.out / 'runs' / best, metrics)
@@ -303,17 +317,11 @@ def _title(name: str, modalities: Sequence[str]) -> str:
   return 'SASRec' if name == 'ids' else f'SASRec + {content}'
 
 
-def _train(
-  commands: Commands,
-  data: pathlib.Path,
-  name: str,
-  minutes: float,
-  modalities: Sequence[str],
-  keeps_seen: str,
-) -> dict[str, Any]:
+def _train(commands: Commands, prepared: Prepared, name: str, minutes: float) -> dict[str, Any]:
   """Trains a model; returns the contents of results.json."""
   from ur4rec_jax.data.dataset import read_info
 
+  data, modalities, keeps_seen = prepared
   variant, workdir = 'sasrec', data.parent / 'runs' / name
   flags = [f'--config.data_dir={data}', f'--workdir={workdir}']
   flags += [f'--config.max_minutes={minutes}', f'--config.evaluation.seen_items={keeps_seen}']

@@ -111,42 +111,31 @@ RUNS = Folded(
 )
 
 
-def run_seeds(
+def store_runs(
   name: str,
-  config: str,
-  overrides: Sequence[str],
-  data_dir: str,
-  workdir: str,
-  seeds: Sequence[int],
+  command: str,
+  folders: Sequence[pathlib.Path],
   baseline: str | None = None,
   is_headline: bool = False,
 ) -> None:
-  """Trains once for each seed and stores all results under `name`.
+  """Stores the results of finished runs under `name`.
 
   Args:
     name: names the stored files, and the variant in the tables.
-    config: value of `--config`.
-    overrides: `--config.FIELD=VALUE` arguments.
-    data_dir: folder of the prepared data.
-    workdir: folder of the runs; the run of seed n is in `seedN`.
-    seeds: one run is trained with each.
+    command: what was run, without data, seed and folder.
+    folders: of the runs, one for each seed.
     baseline: name of the stored results to compare with.
     is_headline: whether README shows the results.
 
   Raises:
-    InputError: a folder holds the run of another command, or the baseline is missing, or it was
-      measured on other data or under another protocol.
+    InputError: the baseline was measured on other data or under another protocol.
   """
-  shown = shlex.join(['python', '-m', 'ur4rec_jax.main', f'--config={config}', *overrides])
-  if baseline and not (RESULTS / f'{baseline}.json').exists():
-    raise InputError(f'--baseline={baseline}: no such results in {RESULTS}; run it first')
-  folders = train_seeds(shown, data_dir, pathlib.Path(workdir), seeds)
   runs, ranks = [], []
   for folder in folders:
     results, ranks_of_seed = read_run(folder)
     runs.append({**results, 'timing': json.loads((folder / 'timing.json').read_text())})
     ranks.append(ranks_of_seed)
-  new = {'command': shown, 'baseline': baseline, 'headline': is_headline, 'runs': runs}
+  new = {'command': command, 'baseline': baseline, 'headline': is_headline, 'runs': runs}
   _check({**load_results(RESULTS), name: new})
   archive = io.BytesIO()
   np.savez_compressed(archive, ranks=ranks)
@@ -168,13 +157,17 @@ def train_seeds(
   for note in notes:
     if note.exists() and note.read_text() != shown:
       raise InputError(f'{note.parent} holds a run of {note.read_text()!r}; use another --workdir')
-  command = [sys.executable, *shlex.split(shown)[1:], f'--workdir={workdir}']
-  command += [f'--config.data_dir={data_dir}', f'--seeds={",".join(map(str, seeds))}']
-  if code := subprocess.run(command, check=False).returncode:
-    sys.exit(code)  # The command has printed the reason.
+  flags = [f'--workdir={workdir}', f'--config.data_dir={data_dir}']
+  run_module(*shlex.split(shown)[2:], *flags, f'--seeds={",".join(map(str, seeds))}')
   for note in notes:
     note.write_text(shown)
   return folders
+
+
+def run_module(module: str, *flags: str) -> None:
+  """Runs a program of the project; if it fails, this process ends with its exit code."""
+  if code := subprocess.run([sys.executable, '-m', module, *flags], check=False).returncode:
+    sys.exit(code)  # The program has printed the reason.
 
 
 def load_results(folder: pathlib.Path) -> Stored:
@@ -602,16 +595,14 @@ def main() -> None:
       parser.error('--name, --config, --data_dir and --workdir are needed together')
     if not re.fullmatch(r'[\w.-]+', flags.name):
       parser.error(f'--name={flags.name}: only letters, digits and . _ - as it names files')
-    run_seeds(
-      flags.name,
-      flags.config,
-      overrides,
-      flags.data_dir,
-      flags.workdir,
-      flags.seeds,
-      flags.baseline,
-      flags.headline,
+    baseline = flags.baseline
+    if baseline and not (RESULTS / f'{baseline}.json').exists():
+      raise InputError(f'--baseline={baseline}: no such results in {RESULTS}; run it first')
+    command = shlex.join(
+      ['python', '-m', 'ur4rec_jax.main', f'--config={flags.config}', *overrides]
     )
+    folders = train_seeds(command, flags.data_dir, pathlib.Path(flags.workdir), flags.seeds)
+    store_runs(flags.name, command, folders, baseline, flags.headline)
   write_tables()
 
 

@@ -80,6 +80,7 @@ class World:
   Attributes:
     arrival: `[goods]` day on which each of the goods arrives.
     names: `[goods]` ids.
+    numbers: the number of each of the goods, by id.
     examined: `[LENGTH]` probability that a user looks at a position.
   """
 
@@ -98,6 +99,7 @@ class World:
       ]
     )
     self.names = np.array([f'g{i:04}' for i in range(total)])
+    self.numbers = {name: i for i, name in enumerate(self.names)}
     self.examined = 1 / np.arange(1, LENGTH + 1) ** 0.6
     kind = rng.integers(self.topics, size=total)
     self._goods = np.eye(self.topics)[kind] + 0.3 * rng.normal(size=(total, self.topics))
@@ -334,7 +336,6 @@ def simulate(
   shops = {name: Shop(world, taken) for name in POLICIES}
   for shop in shops.values():
     shop.counts[:PAST_DAYS] = counts
-  number_of = {name: i for i, name in enumerate(world.names)}
   with contextlib.ExitStack() as stack:
     services = {}
     for name in SERVICES:
@@ -342,9 +343,7 @@ def simulate(
       stack.callback(services[name].stop)
     for day in range(size.days):
       for name, shop in shops.items():
-        shop.begin(day)
-        for place, user in enumerate(world.visitors(day).tolist()):
-          _visit(shop, services.get(name), name, day, place, user, number_of)
+        _play(day, name, shop, services.get(name))
       clicks = ', '.join(f'{name} {shops[name].clicks[day].sum()}' for name in POLICIES)
       say(f'day {day + 1}: {clicks}; {time.monotonic() - started:.0f} s')
       if day + 1 == size.days or time.monotonic() > started + 60 * minutes:
@@ -359,31 +358,31 @@ def simulate(
   return found | {'lost_by_standing_still': lost}
 
 
-def _visit(
-  shop: Shop, service: Service | None, name: str, day: int, place: int, user: int, number_of: dict
-) -> None:
-  """Lets a user come to a shop, and tells its service what was clicked."""
-  request_id = ''
-  if name == 'oracle':
-    shown = shop.best(user, shop._appeal[user])
-  elif name == 'popularity':
-    end = day + PAST_DAYS
-    shown = shop.best(user, shop.counts[end - POPULAR_DAYS : end].sum(0))
-  else:
-    answer = service.ask(f'/recommend?user=u{user:03}&k={LENGTH}')
-    request_id = answer['request_id']
-    shown = [number_of[row['item']] for row in answer['recommendations']]
-  clicked = shop.visit(day, user, shown)
-  if service is not None and clicked:
-    events = [
-      {
-        'user': f'u{user:03}', 'item': str(shop.world.names[item]), 'kind': 'click',
-        'id': f'{day}-{item}', 'time': _time(day, place, turn),
-        **({'request_id': request_id} if item in shown else {}),
-      }
-      for turn, item in enumerate(clicked)
-    ]  # fmt: skip
-    service.ask('/events', events)
+def _play(day: int, name: str, shop: Shop, service: Service | None) -> None:
+  """Lets the visitors of a day come to the shop of a policy, and tells its service the clicks."""
+  shop.begin(day)
+  for place, user in enumerate(shop.world.visitors(day).tolist()):
+    request_id = ''
+    if name == 'oracle':
+      shown = shop.best(user, shop._appeal[user])
+    elif name == 'popularity':
+      end = day + PAST_DAYS
+      shown = shop.best(user, shop.counts[end - POPULAR_DAYS : end].sum(0))
+    else:
+      answer = service.ask(f'/recommend?user=u{user:03}&k={LENGTH}')
+      request_id = answer['request_id']
+      shown = [shop.world.numbers[row['item']] for row in answer['recommendations']]
+    clicked = shop.visit(day, user, shown)
+    if service is not None and clicked:
+      events = [
+        {
+          'user': f'u{user:03}', 'item': str(shop.world.names[item]), 'kind': 'click',
+          'id': f'{day}-{item}', 'time': _time(day, place, turn),
+          **({'request_id': request_id} if item in shown else {}),
+        }
+        for turn, item in enumerate(clicked)
+      ]  # fmt: skip
+      service.ask('/events', events)
 
 
 def summary(size: Size, shops: dict[str, Shop], services: dict[str, Service]) -> dict[str, Any]:

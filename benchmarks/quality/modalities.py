@@ -18,15 +18,13 @@ import json
 import pathlib
 import shlex
 import statistics
-import subprocess
-import sys
 import wave
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
-from benchmarks.quality.accuracy import seeds_of, train_seeds
+from benchmarks.quality.accuracy import run_module, seeds_of, train_seeds
 from data_prep.sources import synthetic, vocabulary
 from ur4rec_jax.data.dataset import load_dataset, read_interactions, read_items
 from ur4rec_jax.errors import exit_on_reported_error
@@ -143,7 +141,9 @@ def prepare(scratch: pathlib.Path) -> pathlib.Path:
   if mark.exists():
     return data
   sizes = (f'--num_users={USERS}', f'--num_items={ITEMS}', f'--seed={SEED}')
-  _run('data_prep.build_dataset', '--source=synthetic', f'--data_dir={data}', '--overwrite', *sizes)
+  run_module(
+    'data_prep.build_dataset', '--source=synthetic', f'--data_dir={data}', '--overwrite', *sizes
+  )
   world = synthetic.make_world(USERS, ITEMS, SEED)
   write_files(files, synthetic.item_names(ITEMS), world)
   for name, modality in MODALITIES.items():
@@ -154,14 +154,9 @@ def prepare(scratch: pathlib.Path) -> pathlib.Path:
       flags.append(f'--files={files / "graph.csv"}')
     if modality.max_tokens:
       flags.append(f'--max_tokens={modality.max_tokens}')
-    _run('data_prep.encode', *flags, '--overwrite')
+    run_module('data_prep.encode', *flags, '--overwrite')
   mark.touch()
   return data
-
-
-def _run(module: str, *flags: str) -> None:
-  if code := subprocess.run([sys.executable, '-m', module, *flags], check=False).returncode:
-    sys.exit(code)  # The command has printed the reason.
 
 
 def command(mix: str) -> str:

@@ -81,7 +81,6 @@ def prove_kills(
   num_items: int,
   num_kills: int,
   backend: str,
-  faults: llm_server.Faults = FAULTS,
   start: Callable[..., subprocess.Popen] = start,
 ) -> dict[str, object]:
   """Kills the program again and again, then lets it end, and compares with the server's count."""
@@ -91,12 +90,12 @@ def prove_kills(
   for prompt in prompts.item_prompts(data_dir):
     key = answers.make_key(backend, provider.DEFAULT_MODEL, provider.PARAMETERS, prompt)
     inputs[key] = llm_server.input_name(prompt.text)
-  chooser = random.Random(faults.seed)
+  chooser = random.Random(FAULTS.seed)
   begin = time.monotonic()
   first_stored: dict[str, float] = {}  # When an input's answer was known to be in the store.
   texts: dict[str, str] = {}
   lost = 0
-  with llm_server.LlmServer(faults) as server:
+  with llm_server.LlmServer(FAULTS) as server:
     for moment in sorted(chooser.uniform(0, 0.95) for _ in range(num_kills)):
       process = start(server, backend, data_dir, '--max_cost=100', '--concurrency=32')
       # At the latest when so many are answered; a little later, so at any point of a write.

@@ -350,7 +350,7 @@ def _encode(
       reasons = {at + count: reason for at, reason in reasons.items()}
       for at in range(count):
         reasons[at] = earlier.reasons.get(rows[at].id, '')
-      masked = _check(source, settings['of'], rows, tokens, mask, reasons)
+      masked = _check(source, rows, tokens, mask, reasons)
       record = {
         'shard': number,
         'rows': len(rows),
@@ -433,7 +433,6 @@ def _progress(draft: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]
 
 def _check(
   source: Source,
-  of: str,
   rows: list[Row],
   tokens: np.ndarray,
   mask: np.ndarray,
@@ -448,8 +447,8 @@ def _check(
   if bad.any():
     row, token = np.argwhere(bad)[0]
     raise InputError(
-      f'{source.name}: {of} {rows[row].id!r}, token {token}: has values that are not finite;'
-      ' correct or remove it'
+      f'{source.name}: {source.info["of"]} {rows[row].id!r}, token {token}: has values that'
+      ' are not finite; correct or remove it'
     )
   tokens[~mask] = 0
   was_empty = ~mask.any(-1)

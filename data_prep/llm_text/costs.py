@@ -57,12 +57,15 @@ class Budget:
   """A limit in dollars for spent money and for the reservations of running requests.
 
   Attributes:
+    limit: most dollars; None for no limit.
+    price: of the model; zero if it is unknown.
     spent: cost of all answers in this store, usable or not.
     lost: the most that replies which broke off may have cost.
   """
 
-  def __init__(self, limit: float | None, spent: float):
+  def __init__(self, limit: float | None, spent: float, price: Price | None = None):
     self.limit = limit
+    self.price = price or Price(0.0, 0.0)
     self.spent = spent
     self.lost = 0.0
     self._promised = 0.0
@@ -77,6 +80,10 @@ class Budget:
     """Whether a request that may cost `amount` can be sent."""
     committed = self.spent + self.lost + self._promised + amount
     return self.limit is None or committed <= self.limit
+
+  def pay(self, tokens: tuple[int, int]) -> None:
+    """Adds what the (input, output) tokens of an answer cost."""
+    self.spent += self.price.cost(tokens)
 
   def promise(self, amount: float, num_requests: int = 1) -> None:
     """Reserves the most that requests may cost."""

@@ -119,7 +119,8 @@ def _generate(
     for state in llm_batch.read_states(store.folder)
     if is_online or not llm_batch.is_of(state, job.settings)
   ]
-  budget = costs.Budget(sending.max_cost, store.cost + sum(s['promised'] for s in others))
+  spent = store.cost + sum(s['promised'] for s in others)
+  budget = costs.Budget(sending.max_cost, spent, price)
   total = plan.requests.total()
   if not is_online:
     total += len(llm_batch.keys_under_way(store.folder))
@@ -144,7 +145,7 @@ def _generate(
   failures = recorder.failed + collections.Counter({'failed before': plan.found['failed before']})
   rows += [('failed', f'{count:,} {reason}') for reason, count in failures.items()]
   if is_paid:
-    rows += _cost_rows(recorder, store, price, budget)
+    rows += _cost_rows(recorder, budget)
   rows += _write_all(job, store, bool(plan.skipped[prompts.HAS_DESCRIPTION]))
   rows += [('store', str(store.folder)), *notes]
   rows += [
@@ -173,7 +174,7 @@ def _send(
   job: text_job.Job, recorder: text_job.Recorder, sending: Sending, budget: costs.Budget
 ) -> str:
   """Sends all missing requests; returns why it stopped early, '' if it did not."""
-  store, price = recorder.store, recorder.price
+  store = recorder.store
   work = lambda: job.work(store, llm_batch.keys_under_way(store.folder))
   provider = PROVIDERS.get(job.settings.backend)
   try:
@@ -186,7 +187,6 @@ def _send(
       online = llm_online.Online(
         provider,
         job.settings,
-        price,
         budget,
         sending.requests_per_minute,
         sending.tokens_per_minute,
@@ -202,9 +202,7 @@ def _send(
       work,
       recorder,
       sending,
-      llm_batch.Batches(
-        store.folder, provider, job.settings, price, budget, sending.batch_requests
-      ),
+      llm_batch.Batches(store.folder, provider, job.settings, budget, sending.batch_requests),
     )
   except llm_online.BudgetReached:
     return f'--max_cost={budget.limit:g} is reached: the next answer might cost more'
@@ -251,13 +249,9 @@ def _plan_rows(
   return [*rows, ('cost', cost), ('spent', f'${store.cost:.4f} in {store.folder} so far')]
 
 
-def _cost_rows(
-  recorder: text_job.Recorder,
-  store: answers.Store,
-  price: costs.Price | None,
-  budget: costs.Budget,
-) -> list[tuple[str, str]]:
-  now = f'${recorder.cost:.4f} now, ${store.cost:.4f} in all' if price else 'unknown'
+def _cost_rows(recorder: text_job.Recorder, budget: costs.Budget) -> list[tuple[str, str]]:
+  now = f'${recorder.cost:.4f} now, ${recorder.store.cost:.4f} in all'
+  now = now if recorder.price else 'unknown'
   lost = f', and at most ${budget.lost:.4f} for replies that broke off' if budget.lost else ''
   return [
     ('tokens', f'{recorder.tokens[0]:,} in, {recorder.tokens[1]:,} out'),

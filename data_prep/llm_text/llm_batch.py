@@ -68,7 +68,6 @@ class Batches:
     store: Path,
     provider: ModuleType,
     settings: Settings,
-    price: costs.Price | None,
     budget: costs.Budget,
     max_requests: int | None = None,
   ):
@@ -78,7 +77,6 @@ class Batches:
     self._provider = provider
     self._settings = settings
     self._secrets = llm_calls.secrets(provider, settings)
-    self._price = price or costs.Price(0.0, 0.0)
     self._max_requests = min(max_requests or provider.BATCH_REQUESTS, provider.BATCH_REQUESTS)
     self._is_full = False  # Whether the next request did not fit into the budget.
     # A request that did not fit into a batch, as `_lines` yields it; it begins the next one.
@@ -146,7 +144,7 @@ class Batches:
     limit = self._settings.parameters[self._provider.MAX_OUTPUT]
     for key, prompt in work:
       body = self._provider.body(prompt, self._settings)
-      most = self._price.cost(costs.most_tokens(body, limit))
+      most = self.budget.price.cost(costs.most_tokens(body, limit))
       if not self.budget.fits(most):
         self._is_full = True
         return
@@ -376,9 +374,9 @@ class Batches:
     try:
       answer = llm_calls.read(self._provider, result['reply'], estimate, self._secrets)
     except Rejected as error:
-      self.budget.spent += self._price.cost(error.tokens)
+      self.budget.pay(error.tokens)
       raise
-    self.budget.spent += self._price.cost(answer.tokens)
+    self.budget.pay(answer.tokens)
     return answer
 
   async def _call(self, request: Callable[[], Any]) -> Any:

@@ -74,7 +74,6 @@ class Online:
     self,
     provider: ModuleType,
     settings: Settings,
-    price: costs.Price | None,
     budget: costs.Budget,
     requests_per_minute: float | None,
     tokens_per_minute: float | None,
@@ -83,7 +82,6 @@ class Online:
     self.signal_number: int | None = None
     self._provider = provider
     self._settings = settings
-    self._price = price or costs.Price(0.0, 0.0)
     self._requests = Pace(requests_per_minute)
     self._tokens = Pace(tokens_per_minute)
     self._secrets = llm_calls.secrets(provider, settings)
@@ -221,7 +219,7 @@ class Online:
     body = self._provider.body(prompt, self._settings)
     limit = self._settings.parameters[self._provider.MAX_OUTPUT]
     most_tokens = costs.most_tokens(body, limit)
-    most = self._price.cost(most_tokens)
+    most = self.budget.price.cost(most_tokens)
     while not self.budget.fits(most):
       if self.budget.is_idle:
         raise BudgetReached
@@ -261,7 +259,7 @@ class Online:
     finally:
       self.budget.release(most)
       if tokens:
-        self.budget.spent += self._price.cost(tokens)
+        self.budget.pay(tokens)
         self._tokens.give_back(sum(estimate) - sum(tokens))
 
   async def _pause(self, seconds: float) -> None:

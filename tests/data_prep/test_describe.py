@@ -70,9 +70,11 @@ def run(*flags: str, limit: tuple[str, ...] = ()) -> subprocess.CompletedProcess
 
 
 def test_figures_are_those_computed_by_hand(shop):
-  items = read_items(shop)
+  pictures = item_pictures.find(shop)
   figures = describe.measure(
-    read_info(shop), read_interactions(shop), items, item_pictures.find(shop)
+    describe_page.Prepared(
+      'shop', read_info(shop), read_interactions(shop), read_items(shop), pictures
+    )
   )
   assert figures.pop('warnings') == [
     '1 of 3 (33.3 %) evaluated users have their last two interactions at one time: the order of'

@@ -46,7 +46,7 @@ class Run:
       timeout=20.0,
     )
     self.price = costs.Price(1.0, 2.0)
-    self.budget = costs.Budget(limit, 0.0)
+    self.budget = costs.Budget(limit, 0.0, self.price)
     self.folder = folder
     self.server = server
     self.texts: dict[str, str] = {}
@@ -65,9 +65,7 @@ class Run:
         yield self.key(prompt), prompt
 
   def online(self, prompts, concurrency=8, per_minute=None) -> llm_online.Online:
-    online = llm_online.Online(
-      self.provider, self.settings, self.price, self.budget, per_minute, None
-    )
+    online = llm_online.Online(self.provider, self.settings, self.budget, per_minute, None)
     self.now = online
     asyncio.run(
       online.answer_all(self.work(prompts), concurrency, self._on_answer, self._on_failure)
@@ -76,7 +74,7 @@ class Run:
 
   def batch(self, prompts, wait=True, max_requests=None, polled=lambda: None) -> llm_batch.Batches:
     batches = llm_batch.Batches(
-      self.folder, self.provider, self.settings, self.price, self.budget, max_requests
+      self.folder, self.provider, self.settings, self.budget, max_requests
     )
     asyncio.run(
       batches.answer_all(

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from ur4rec_jax.encoders import picture_files, pretrained, projection
+from ur4rec_jax.encoders.pretrained import LAST, PROJECTED
 from ur4rec_jax.errors import InputError
 
 COLOR = 'color'
 DEFAULT = 'openai/clip-vit-base-patch32'
-PROJECTED, LAST = 'projected', 'last'
 _SIDE = 96  # Pictures are reduced to squares of this many pixels a side.
 _LEVELS = 4  # Histogram bins per colour channel.
 _DIRECTIONS = 8  # Histogram bins of edge directions.
@@ -160,11 +160,7 @@ def vision_model(
     # `check_loaded` reports weights that do not fit.
     model, found = load(output_loading_info=True, ignore_mismatched_sizes=True)
     has_space = hasattr(model, 'visual_projection')
-    layer = layer or (PROJECTED if has_space else LAST)
-    if layer == PROJECTED and not has_space:
-      raise InputError(
-        f'--layer={PROJECTED}: {name} projects to no shared space; pass --layer=last'
-      )
+    layer = pretrained.choose_layer(name, layer, has_space)
     unused = ('pooler.', *(('visual_projection',) if layer != PROJECTED else ()))
     pretrained.check_loaded(name, found, unused)
     tower = getattr(model, 'vision_model', model)

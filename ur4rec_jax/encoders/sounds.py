@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ur4rec_jax.encoders import pretrained
+from ur4rec_jax.encoders.pretrained import LAST, PROJECTED
 from ur4rec_jax.errors import InputError
 
 SPECTRUM = 'spectrum'
 DEFAULT = 'laion/clap-htsat-unfused'
-PROJECTED, LAST = 'projected', 'last'
 WINDOW_SECONDS = 10  # Most models were trained on as much.
 _LEAST_SECONDS = 0.1  # Shorter sounds are padded, because convolutions need some samples.
 _RATE = 16_000
@@ -127,11 +127,7 @@ def sound_model(
 
     config = AutoConfig.from_pretrained(folder)
     has_space = config.model_type in ('clap', 'clap_audio_model')
-    layer = layer or (PROJECTED if has_space else LAST)
-    if layer == PROJECTED and not has_space:
-      raise InputError(
-        f'--layer={PROJECTED}: {name} projects to no shared space; pass --layer=last'
-      )
+    layer = pretrained.choose_layer(name, layer, has_space)
     load = functools.partial(
       (ClapAudioModelWithProjection if has_space else AutoModel).from_pretrained,
       folder,

@@ -287,7 +287,7 @@ def test_a_retry_waits_as_long_as_the_server_says(tmp_path):
       faults.rate_limit = 0.0
 
     async def both():
-      online = llm_online.Online(run.provider, run.settings, run.price, run.budget, None, None)
+      online = llm_online.Online(run.provider, run.settings, run.budget, None, None)
       work = run.work(questions(1))
       await asyncio.gather(
         online.answer_all(work, 1, run._on_answer, run._on_failure), then_answer()
