@@ -380,6 +380,25 @@ def test_a_flood_of_events_is_slowed_down(environment, exports, tmp_path):
     assert get(f'{address}/health')[0] == 200
 
 
+def test_a_flood_of_lists_cannot_fill_the_store(environment, exports, recommender, tmp_path):
+  place = tmp_path / 'events.db'
+  flags = f'--events={place}', '--shown_per_second=10'
+  with serve(environment, f'--export={exports}/sasrec', *flags) as (_, address):
+    question = {'history': recommender.item_ids[:1], 'k': 40}
+    answers = [request(f'{address}/recommend', question) for _ in range(5)]
+    assert [status for status, *_ in answers] == [200, 200, 429, 429, 429]
+    _, headers, content = answers[-1]
+    assert 'more than 10 items a second in answers that are logged; try again in' in content
+    assert 1 <= int(headers['Retry-After']) <= 4
+    assert get(f'{address}/recommend', question | {'log': False})[0] == 200
+    assert send(address, event('u', 'i', '1'))['accepted'] == 1
+    time.sleep(int(headers['Retry-After']))
+    assert get(f'{address}/recommend', question)[0] == 200
+    send(address, event('u', 'i', '2'))  # Exposures are written with the next events.
+  with contextlib.closing(open_store(str(place))) as store:
+    assert [len(x.items) for x in store.exposures()] == [40, 40, 40]
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
@@ -387,6 +406,7 @@ def test_a_flood_of_events_is_slowed_down(environment, exports, tmp_path):
     (('--export=x', '--registry=y'), 'give one of --export=FOLDER and --registry=FOLDER'),
     (('--registry=nowhere',), '--registry=nowhere: has no model yet'),
     (('--export=x', '--event_kinds=click,bye'), "--event_kinds: 'bye' is none of view, click"),
+    (('--export=x', '--shown_per_second=0'), '--shown_per_second=0: must be more than 0'),
     (('--export=x', '--keep_days=0'), '--keep_days=0: must be more than 0'),
     (('--export=x', '--events=kafka://y'), 'kafka://: no such store of events'),
     (('--export=x', '--events=no/such/folder.db'), 'its folder does not exist'),
