@@ -18,6 +18,7 @@ from tests.helpers.recommenders import make
 from tests.helpers.redis_server import redis_server
 from tests.helpers.runs import ROOT
 from tests.helpers.services import request, service
+from ur4rec_jax.errors import EXIT_CODES, FailedTaskError
 from ur4rec_jax.export import export
 from ur4rec_jax.inference import registry
 from ur4rec_jax.online.feedback_store import open_store
@@ -397,6 +398,34 @@ def test_a_flood_of_lists_cannot_fill_the_store(environment, exports, recommende
     send(address, event('u', 'i', '2'))  # Exposures are written with the next events.
   with contextlib.closing(open_store(str(place))) as store:
     assert [len(x.items) for x in store.exposures()] == [40, 40, 40]
+
+
+FAILING = """
+import asyncio, sys
+from ur4rec_jax import serve
+from ur4rec_jax.inference.batcher import Batcher
+from ur4rec_jax.inference.feedback import Feedback
+async def fail(*_):
+  await asyncio.sleep(1)
+  raise ZeroDivisionError('an unknown fault')
+owner, name = sys.argv[1].split('.')
+setattr(globals()[owner], name, fail)
+serve.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize('part', ['Feedback.expire', 'Batcher._next_batch'])
+def test_a_background_task_that_fails_ends_the_service(environment, exports, tmp_path, part):
+  command = [sys.executable, '-c', FAILING, part, '--port=0', '--batch=1', '--keep_days=9']
+  command += [f'--export={exports}/sasrec', f'--events={tmp_path}/events.db']
+  with service(command, environment) as (process, _):
+    line = process.stderr.readline()
+    assert line.startswith('error: the background task ')
+    assert "has failed: ZeroDivisionError('an unknown fault')" in line
+    assert process.wait(60) == FailedTaskError.exit_code
+    assert EXIT_CODES[process.returncode].restart
+    assert process.stderr.read() == ''
+    assert process.stdout.read().startswith('stopped: 0 of 0 accepted requests answered')
 
 
 @pytest.mark.parametrize(

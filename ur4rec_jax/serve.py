@@ -215,8 +215,10 @@ def main(argv: list[str] | None = None) -> None:
     return Served(make_app(model, live, arms, names), model.batcher, version or model.digest)
 
   folder, version = open_current(flags.registry) if flags.registry else (flags.export, '')
-  first, arms, beside = open_model(folder), None, [live.feedback.run] if live else []
+  first, arms = open_model(folder), None
+  beside = [live.feedback.run, live.feedback.expire] if live else []
   others = {name: load(place) for name, place in zip(names[1:], folders[1:], strict=True)}
+  beside += [other.batcher.run for other in others.values()]
   if flags.experiment is not None:
     # A registry's first model ends when the next one comes, so arms cannot share it.
     arms = Arms(flags.experiment, open_model, () if flags.registry else (first,))
@@ -238,6 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     took = time.monotonic() - start
     print(f'ready after {took:.1f} s: http://{host}:{port}', flush=True)
     _serve(app, listening, flags.client_connections)
+  if model.failure is not None:
+    sys.exit(model.failure.exit_code)  # It was printed when it happened.
 
 
 if __name__ == '__main__':
