@@ -109,6 +109,29 @@ def test_a_history_is_that_of_one_user_in_the_order_of_time(store):
   assert store.history('nobody', ('click',), 3) == History([], [])
 
 
+def test_a_history_is_looked_for_in_a_limited_number_of_events(store):
+  most = 10_000
+  views = [event(name=f'v{n}', at=n, kind='view') for n in range(most - 1)]
+  old = [event(name='c1', item='sofa', at=-1), event(name='c2', item='desk', at=-2)]
+  store.write([*views[:5000], *old, *views[5000:]])
+  assert store.history('ann', ('click',), 9).items == ['sofa']
+  assert len(store.history('ann', ('click', 'view'), most + 9).items) == most
+
+
+def test_the_history_of_a_user_with_very_many_views_takes_no_longer(tmp_path):
+  with contextlib.closing(open_store(str(tmp_path / 'events.db'))) as store:
+    store.write([event(name='click', at=-1)])
+    waits = []
+    for start in (0, 20_000):
+      for first in range(start, 20_000 + 10 * start, 5000):
+        store.write([event(name=str(n), at=n, kind='view') for n in range(first, first + 5000)])
+      for _ in range(20):
+        began = time.perf_counter()
+        store.history('ann', ('click',), 1000)
+        waits.append(time.perf_counter() - began)
+  assert sorted(waits[20:])[10] < 3 * sorted(waits[:20])[10]
+
+
 def test_a_deleted_user_leaves_nothing_and_old_events_do_not_come_back(store, place):
   store.write([event(), event(name='2'), event('bob')], [exposure(), exposure('r2', 'bob')])
   assert store.delete_user('ann', NOW + 1) == 2

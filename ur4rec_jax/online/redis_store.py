@@ -11,6 +11,7 @@ from redis.retry import Retry
 
 from ur4rec_jax.errors import InputError, StorageError, say, server_name
 from ur4rec_jax.online.events import (
+  MOST_SCANNED,
   Event,
   Exposure,
   History,
@@ -121,8 +122,9 @@ class RedisStore:
     start = 0
     with self._errors():
       is_deleted = self._redis.hexists(_DELETED, user_hash(user))
-      while len(rows) < most:
-        ids = self._redis.zrevrange(_ORDER + user, start, start + _READ_AT_ONCE - 1)
+      while len(rows) < most and start < MOST_SCANNED:
+        end = min(start + _READ_AT_ONCE, MOST_SCANNED)
+        ids = self._redis.zrevrange(_ORDER + user, start, end - 1)
         if not ids:
           break
         for content in self._redis.hmget(_EVENTS + user, ids):
