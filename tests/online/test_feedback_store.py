@@ -145,6 +145,38 @@ def test_a_deleted_user_leaves_nothing_and_old_events_do_not_come_back(store, pl
   assert store.delete_user('nobody', NOW) == 0
 
 
+SHOWER = """
+import itertools, sys
+from ur4rec_jax.online.events import Exposure, Shown
+from ur4rec_jax.online.feedback_store import open_store
+store = open_store(sys.argv[1])
+for n in itertools.count():
+  name = f'{sys.argv[2]}-{n}'
+  # After the deletion, as if the clock of this service were ahead: it may be stored.
+  store.write([], [Exposure(name, 'ann', 1.8e9, 'default', 'abc', (Shown('lamp', 0.5),))])
+  print(name, flush=True)
+"""
+
+
+def test_what_is_shown_during_a_deletion_is_kept_or_deleted_as_a_whole(place):
+  command = [sys.executable, '-c', SHOWER, place]
+  with contextlib.closing(open_store(place)) as store:
+    services = [
+      subprocess.Popen([*command, name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+      for name in 'ab'
+    ]
+    for process in services:
+      process.stdout.readline()
+    for _ in range(100):
+      store.delete_user('ann', NOW)
+    for process in services:
+      process.kill()
+      process.communicate()
+    # Nothing of the user is left that a second deletion would not find.
+    store.delete_user('ann', NOW)
+    assert list(store.exposures()) == []
+
+
 def test_nothing_of_a_deleted_user_is_in_the_file(tmp_path):
   with contextlib.closing(open_store(str(tmp_path / 'events.db'))) as store:
     store.write(
