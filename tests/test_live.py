@@ -347,6 +347,26 @@ def test_models_change_under_load_and_a_damaged_one_is_refused(
     assert sum(1 for _ in store.exposures()) >= len(found)
 
 
+def test_the_served_version_stays_in_the_registry(environment, exports, recommender, tmp_path):
+  folder = tmp_path / 'models'
+  registry.promote(folder, exports / 'sasrec')
+  other = shutil.copytree(exports / 'text', tmp_path / 'other')
+  kept = lambda: sorted(path.name for path in (folder / 'versions').iterdir())
+
+  def promote_damaged():
+    (other / 'manifest.json').write_text((other / 'manifest.json').read_text()[1:])
+    registry.promote(folder, other, keep_versions=2)
+
+  with serve(environment, f'--registry={folder}') as (process, address):
+    for _ in range(3):
+      promote_damaged()
+    assert '000001 goes on' in process.stderr.readline()
+    assert kept() == ['000001', '000003', '000004']
+    assert get(f'{address}/recommend', {'history': recommender.item_ids[:1]})[0] == 200
+  promote_damaged()
+  assert kept() == ['000004', '000005']
+
+
 def test_without_its_store_nothing_is_acknowledged_and_histories_still_work(
   environment, exports, recommender, tmp_path
 ):

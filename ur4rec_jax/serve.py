@@ -31,7 +31,7 @@ try:
   import uvicorn
   from prometheus_client import Counter
 
-  from ur4rec_jax.inference import exported
+  from ur4rec_jax.inference import exported, registry
   from ur4rec_jax.inference.admission import AdmissionControl, RateLimit, make_host_check
   from ur4rec_jax.inference.arms import Arms
   from ur4rec_jax.inference.batcher import MOST_K, Batcher
@@ -202,13 +202,14 @@ def main(argv: list[str] | None = None) -> None:
   names = names_of(folders)
 
   def open_model(folder: str) -> Model:
+    held = registry.hold(folder)
     digest = exported.model_hash(folder)[:12]
     recommender = exported.load(folder)
     batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
     thumbnails = exported.load_thumbnails(folder)
     rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
     passages = exported.load_passages(folder)
-    return Model(recommender, batcher, thumbnails, rules, digest, passages=passages)
+    return Model(recommender, batcher, thumbnails, rules, digest, passages=passages, held=held)
 
   def load(folder: str, version: str = '', model: Model | None = None) -> Served:
     model = model or open_model(folder)

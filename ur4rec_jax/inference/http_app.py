@@ -7,7 +7,7 @@ import pathlib
 import time
 import urllib.parse
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import fastapi
 import numpy as np
@@ -89,6 +89,7 @@ class Model(NamedTuple):
     digest: the start of the hash of the exported folder, which exposures name.
     weights: factors of the scores of some branches, by name; 1 for the others.
     passages: passages about each item that no item with another text has, if the model reads texts.
+    held: keeps the folder of the model from being removed, see `registry.hold`.
   """
 
   recommender: Recommender
@@ -98,6 +99,7 @@ class Model(NamedTuple):
   digest: str = ''
   weights: Mapping[str, float] = {}
   passages: Sequence[Sequence[str]] = ()
+  held: BinaryIO | None = None
 
 
 def make_app(
