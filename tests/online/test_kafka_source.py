@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from typing import NamedTuple
@@ -145,6 +146,31 @@ def test_after_kills_every_event_is_there_once(kafka, consume, tmp_path):
   assert process.returncode == 0, err
   events = stored(tmp_path)
   assert sorted(found.item for found in events) == sorted(f'i{i}' for i in range(sent))
+
+
+def test_until_end_ends_on_a_topic_that_is_always_written_to(kafka, consume, tmp_path):
+  kafka.send('clicks', *(event(i) for i in range(1000)))
+  is_over = threading.Event()
+
+  def keep_sending():
+    while not is_over.is_set():
+      kafka.send('clicks', event(1000))
+      time.sleep(0.005)
+
+  sender = threading.Thread(target=keep_sending)
+  sender.start()
+  try:
+    process = consume('--until_end')
+    _, err = process.communicate(timeout=60)
+  finally:
+    is_over.set()
+    sender.join()
+  assert process.returncode == 0, err
+  assert {f'i{i}' for i in range(1000)} <= {found.item for found in stored(tmp_path)}
+  # A topic without new messages ends at once, too.
+  process = consume('--until_end')
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
 
 
 def test_it_goes_on_where_it_was_stopped(kafka, consume, tmp_path):
