@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.helpers.postgres_server import postgres_folder, postgres_server
 from tests.helpers.recommenders import make
 from tests.helpers.redis_server import redis_server
 from tests.helpers.runs import ROOT
@@ -150,6 +151,7 @@ GOOD = event('u', 'i', '1')
     (GOOD | {'time': time.time() + 3600}, 422, 'in the future; correct the clock'),
     (GOOD | {'time': 1.7e12}, 422, 'must be in seconds since 1970, not in milliseconds'),
     (GOOD | {'id': '\ud800'}, 422, 'must be text on one line'),
+    (GOOD | {'user': 'a\0b'}, 422, 'must be text on one line'),
     ('text', 422, 'an event must be an object'),
     (b' ' * 2_000_000, 413, 'the body has more than 1,048,576 bytes'),
   ],
@@ -162,6 +164,31 @@ def test_bad_events_get_one_message_and_store_nothing(live, body, status, messag
     assert (found, message in content) == (status, True), content
     assert len(content) < 1000
     assert sum(1 for _ in store.events()) == before
+
+
+@pytest.mark.parametrize('store', ['sqlite', 'redis', 'postgres'])
+def test_a_nul_in_an_id_is_refused_with_every_store(environment, exports, tmp_path, store):
+  with contextlib.ExitStack() as stack:
+    if store == 'sqlite':
+      place = f'{tmp_path}/events.db'
+    elif store == 'redis':
+      _, place = stack.enter_context(redis_server(tmp_path))
+    else:
+      _, place = stack.enter_context(postgres_server(stack.enter_context(postgres_folder())))
+    flags = f'--export={exports}/sasrec', f'--events={place}'
+    _, address = stack.enter_context(serve(environment, *flags))
+    for route, body in (
+      ('recommend?user=%00', None),
+      ('recommend?user=a%00b', None),
+      ('history?user=a%00b', None),
+      ('recommend', {'user': 'a\0b'}),
+    ):
+      status, content = get(f'{address}/{route}', body)
+      assert (status, 'user: ' in content, 'NUL' in content) == (422, True, True), content
+    for field in ('user', 'item', 'id', 'request_id'):
+      status, content = get(f'{address}/events', GOOD | {field: 'a\0b'})
+      assert (status, f'{field}: ' in content) == (422, True), content
+    assert send(address, GOOD)['accepted'] == 1
 
 
 def test_pages_of_other_sites_cannot_send_events(live):

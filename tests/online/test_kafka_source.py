@@ -96,18 +96,20 @@ def test_good_events_are_stored_and_others_named(kafka, consume, tmp_path):
     b'',
     event(3, id='d', kind='hug'),
     [],
+    event(4, id='e', user='a\0b'),
   )
   process = consume('--until_end')
   out, err = process.communicate(timeout=120)
   assert process.returncode == 0, err
   assert out.splitlines()[-1] == (
-    '4 events stored, 1 were stored before, 0 of deleted users, 4 messages refused'
+    '4 events stored, 1 were stored before, 0 of deleted users, 5 messages refused'
   )
   notes = [line for line in err.splitlines() if line.startswith('note: partition')]
-  assert len(notes) == 4
+  assert len(notes) == 5
   assert all(line.endswith('; refused') for line in notes)
   assert 'kind: must be one of' in err
   assert 'the message is no JSON' in err
+  assert "user: 'a\\x00b' must be text on one line" in err
   events = {found.id: found for found in stored(tmp_path)}
   assert len(events) == 4
   assert events['c'].value == 3.5

@@ -37,6 +37,7 @@ from ur4rec_jax.inference.http_schema import (
   Recommendations,
   Similar,
   Stored,
+  UserId,
   make_question,
   problem,
 )
@@ -59,7 +60,7 @@ _PAGE_HEADERS = {
   " frame-ancestors 'none'",
 }
 Search = Annotated[str, fastapi.Query(max_length=MOST_CHARACTERS)]
-UserName = Annotated[str, fastapi.Query(min_length=1, max_length=MOST_CHARACTERS)]
+UserName = Annotated[UserId, fastapi.Query(min_length=1)]
 Count = Annotated[int, fastapi.Query(ge=1, le=MOST_SIMILAR)]
 ItemName = Annotated[str, fastapi.Path(max_length=MOST_CHARACTERS)]
 
@@ -372,7 +373,7 @@ class Service:
     names = [self._user_names[i] for i in self._find_users(search)]
     return [name for name in names if not await self._is_deleted(name)]
 
-  async def history(self, user: Search) -> list[Item]:
+  async def history(self, user: UserName) -> list[Item]:
     """Returns the latest items of a known user, 1,000 at most, the oldest first.
 
     They are those of the export. Stored events are not told to anybody.
