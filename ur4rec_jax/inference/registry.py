@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -210,7 +209,7 @@ def _remove(registry: Path, versions: Sequence[str]) -> None:
   for version in versions:
     folder = registry / _VERSIONS / version
     # What a kill leaves of it is a leftover for the next promotion.
-    draft = folder.with_name(f'{version}.incomplete-{os.getpid()}')
+    draft = files.draft_path(folder)
     try:
       folder.rename(draft)
       shutil.rmtree(draft)
