@@ -75,7 +75,7 @@ def encode(data_dir: str | Path, of: str, flags: argparse.Namespace) -> tuple[di
   data_dir = Path(os.path.realpath(data_dir))
   dataset = read_info(data_dir)
   target = data_dir / 'features' / of / flags.modality
-  scratch = target.with_name(f'{target.name}.incomplete-{os.getpid()}')
+  scratch = files.draft_path(target)
   form = feature_files.Form(
     flags.dtype, flags.width, flags.whiten, flags.normalise, flags.rows_per_shard
   )

@@ -136,6 +136,8 @@ def test_users_keep_their_arms_and_the_report_counts_them(
     for user in users:
       arm = found[user]['arm']
       assert ask(address, user=user)['arm'] == (None if arm == 'new' else arm)
+    config.write_text(text.replace('planned_users = 100', f'planned_users = {"9" * 5000}'))
+    assert 'the experiment goes on as before' in process.stderr.readline()
     config.write_text(text.replace('share = 0.4', 'share = 0.15', 1))
     assert 'add up to 0.75' in process.stderr.readline()
     config.write_text(text.replace('{sasrec = 0.5', '{sasrec = 0.7'))

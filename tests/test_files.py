@@ -5,6 +5,7 @@ import os
 import pathlib
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,14 @@ import pytest
 
 from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import BusyError, InputError, StorageError
-from ur4rec_jax.files import disk_errors, expand_home, only_process, write_file
+from ur4rec_jax.files import (
+  clean_up,
+  disk_errors,
+  expand_home,
+  new_folder,
+  only_process,
+  write_file,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,28 @@ def test_write_file_killed_at_any_step_leaves_one_of_the_two_contents(tmp_path):
     write_file(path, 'old')
   assert number > 3
   assert (status, seen) == (0, {'old', 'new'})
+
+
+def test_leftovers_are_those_of_dead_processes_of_this_machine(tmp_path):
+  target, host = tmp_path / 'data', socket.gethostname()
+  dead = subprocess.Popen([sys.executable, '-c', ''])
+  dead.wait()
+  alive = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+  try:
+    kept = {f'data.incomplete-{host}-{alive.pid}', f'data.raw-{alive.pid}'}
+    # Another machine with the same disk: its processes cannot be seen from here.
+    kept |= {f'data.incomplete-other-{dead.pid}', f'data.spill-{host}-2-{dead.pid}', 'data.mine'}
+    abandoned = f'data.raw-other-{alive.pid}'
+    for name in {*kept, f'data.incomplete-{host}-{dead.pid}', f'data.raw-{dead.pid}', abandoned}:
+      (tmp_path / name).mkdir()
+    os.utime(tmp_path / abandoned, (time.time() - 8 * 86_400,) * 2)
+    clean_up(target)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    with new_folder(target) as draft:
+      assert draft.name == f'data.incomplete-{host}-{os.getpid()}'
+  finally:
+    alive.kill()
+    alive.wait()
 
 
 def test_disk_errors_say_what_to_do_about_a_failed_write(tmp_path):

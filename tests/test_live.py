@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.helpers.postgres_server import postgres_folder, postgres_server
 from tests.helpers.recommenders import make
 from tests.helpers.redis_server import redis_server
 from tests.helpers.runs import ROOT
 from tests.helpers.services import request, service
+from ur4rec_jax.errors import EXIT_CODES, FailedTaskError
 from ur4rec_jax.export import export
 from ur4rec_jax.inference import registry
 from ur4rec_jax.online.feedback_store import open_store
@@ -149,6 +151,7 @@ GOOD = event('u', 'i', '1')
     (GOOD | {'time': time.time() + 3600}, 422, 'in the future; correct the clock'),
     (GOOD | {'time': 1.7e12}, 422, 'must be in seconds since 1970, not in milliseconds'),
     (GOOD | {'id': '\ud800'}, 422, 'must be text on one line'),
+    (GOOD | {'user': 'a\0b'}, 422, 'must be text on one line'),
     ('text', 422, 'an event must be an object'),
     (b' ' * 2_000_000, 413, 'the body has more than 1,048,576 bytes'),
   ],
@@ -161,6 +164,31 @@ def test_bad_events_get_one_message_and_store_nothing(live, body, status, messag
     assert (found, message in content) == (status, True), content
     assert len(content) < 1000
     assert sum(1 for _ in store.events()) == before
+
+
+@pytest.mark.parametrize('store', ['sqlite', 'redis', 'postgres'])
+def test_a_nul_in_an_id_is_refused_with_every_store(environment, exports, tmp_path, store):
+  with contextlib.ExitStack() as stack:
+    if store == 'sqlite':
+      place = f'{tmp_path}/events.db'
+    elif store == 'redis':
+      _, place = stack.enter_context(redis_server(tmp_path))
+    else:
+      _, place = stack.enter_context(postgres_server(stack.enter_context(postgres_folder())))
+    flags = f'--export={exports}/sasrec', f'--events={place}'
+    _, address = stack.enter_context(serve(environment, *flags))
+    for route, body in (
+      ('recommend?user=%00', None),
+      ('recommend?user=a%00b', None),
+      ('history?user=a%00b', None),
+      ('recommend', {'user': 'a\0b'}),
+    ):
+      status, content = get(f'{address}/{route}', body)
+      assert (status, 'user: ' in content, 'NUL' in content) == (422, True, True), content
+    for field in ('user', 'item', 'id', 'request_id'):
+      status, content = get(f'{address}/events', GOOD | {field: 'a\0b'})
+      assert (status, f'{field}: ' in content) == (422, True), content
+    assert send(address, GOOD)['accepted'] == 1
 
 
 def test_pages_of_other_sites_cannot_send_events(live):
@@ -346,6 +374,26 @@ def test_models_change_under_load_and_a_damaged_one_is_refused(
     assert sum(1 for _ in store.exposures()) >= len(found)
 
 
+def test_the_served_version_stays_in_the_registry(environment, exports, recommender, tmp_path):
+  folder = tmp_path / 'models'
+  registry.promote(folder, exports / 'sasrec')
+  other = shutil.copytree(exports / 'text', tmp_path / 'other')
+  kept = lambda: sorted(path.name for path in (folder / 'versions').iterdir())
+
+  def promote_damaged():
+    (other / 'manifest.json').write_text((other / 'manifest.json').read_text()[1:])
+    registry.promote(folder, other, keep_versions=2)
+
+  with serve(environment, f'--registry={folder}') as (process, address):
+    for _ in range(3):
+      promote_damaged()
+    assert '000001 goes on' in process.stderr.readline()
+    assert kept() == ['000001', '000003', '000004']
+    assert get(f'{address}/recommend', {'history': recommender.item_ids[:1]})[0] == 200
+  promote_damaged()
+  assert kept() == ['000004', '000005']
+
+
 def test_without_its_store_nothing_is_acknowledged_and_histories_still_work(
   environment, exports, recommender, tmp_path
 ):
@@ -380,6 +428,53 @@ def test_a_flood_of_events_is_slowed_down(environment, exports, tmp_path):
     assert get(f'{address}/health')[0] == 200
 
 
+def test_a_flood_of_lists_cannot_fill_the_store(environment, exports, recommender, tmp_path):
+  place = tmp_path / 'events.db'
+  flags = f'--events={place}', '--shown_per_second=10'
+  with serve(environment, f'--export={exports}/sasrec', *flags) as (_, address):
+    question = {'history': recommender.item_ids[:1], 'k': 40}
+    answers = [request(f'{address}/recommend', question) for _ in range(5)]
+    assert [status for status, *_ in answers] == [200, 200, 429, 429, 429]
+    _, headers, content = answers[-1]
+    assert 'more than 10 items a second in answers that are logged; try again in' in content
+    assert 1 <= int(headers['Retry-After']) <= 4
+    assert get(f'{address}/recommend', question | {'log': False})[0] == 200
+    assert send(address, event('u', 'i', '1'))['accepted'] == 1
+    time.sleep(int(headers['Retry-After']))
+    assert get(f'{address}/recommend', question)[0] == 200
+    send(address, event('u', 'i', '2'))  # Exposures are written with the next events.
+  with contextlib.closing(open_store(str(place))) as store:
+    assert [len(x.items) for x in store.exposures()] == [40, 40, 40]
+
+
+FAILING = """
+import asyncio, sys
+from ur4rec_jax import serve
+from ur4rec_jax.inference.batcher import Batcher
+from ur4rec_jax.inference.feedback import Feedback
+async def fail(*_):
+  await asyncio.sleep(1)
+  raise ZeroDivisionError('an unknown fault')
+owner, name = sys.argv[1].split('.')
+setattr(globals()[owner], name, fail)
+serve.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize('part', ['Feedback.expire', 'Batcher._next_batch'])
+def test_a_background_task_that_fails_ends_the_service(environment, exports, tmp_path, part):
+  command = [sys.executable, '-c', FAILING, part, '--port=0', '--batch=1', '--keep_days=9']
+  command += [f'--export={exports}/sasrec', f'--events={tmp_path}/events.db']
+  with service(command, environment) as (process, _):
+    line = process.stderr.readline()
+    assert line.startswith('error: the background task ')
+    assert "has failed: ZeroDivisionError('an unknown fault')" in line
+    assert process.wait(60) == FailedTaskError.exit_code
+    assert EXIT_CODES[process.returncode].restart
+    assert process.stderr.read() == ''
+    assert process.stdout.read().startswith('stopped: 0 of 0 accepted requests answered')
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
@@ -387,6 +482,7 @@ def test_a_flood_of_events_is_slowed_down(environment, exports, tmp_path):
     (('--export=x', '--registry=y'), 'give one of --export=FOLDER and --registry=FOLDER'),
     (('--registry=nowhere',), '--registry=nowhere: has no model yet'),
     (('--export=x', '--event_kinds=click,bye'), "--event_kinds: 'bye' is none of view, click"),
+    (('--export=x', '--shown_per_second=0'), '--shown_per_second=0: must be more than 0'),
     (('--export=x', '--keep_days=0'), '--keep_days=0: must be more than 0'),
     (('--export=x', '--events=kafka://y'), 'kafka://: no such store of events'),
     (('--export=x', '--events=no/such/folder.db'), 'its folder does not exist'),

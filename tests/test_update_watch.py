@@ -143,6 +143,19 @@ def test_events_that_the_data_have_make_no_round(shop, tmp_path, monkeypatch):
   assert not list((tmp_path / 'rounds').glob('0*'))
 
 
+def test_events_of_unknown_items_are_told(shop, tmp_path, monkeypatch):
+  rows = [{'user': f'{n}', 'item': f'{900 + n}', 'kind': 'click', 'id': '1', 'time': START + n}
+          for n in range(3)]  # fmt: skip
+  store_of(tmp_path, rows).close()
+  monkeypatch.setattr(time, 'sleep', stop_at('nothing'))
+  done = run_here(update.main, flags_of(shop, tmp_path, '--every_events=1'))
+  assert done.returncode == 0, done.stderr
+  line = done.stdout.splitlines()[1]
+  assert line.startswith('nothing new: 3 of 3 events are of items that the data lack, such as')
+  assert "such as '900', where the data have 'i" in line
+  assert 'if these are ids of another kind, send the service those of the data' in line
+
+
 def stop_at(_):
   """A sleep in which the loop is told to stop."""
   return lambda seconds: os.kill(os.getpid(), signal.SIGTERM)

@@ -62,6 +62,11 @@ EXIT_CODES = {
   7: ExitCode(
     'another process uses the folder', 'it held the lock for longer than a minute', restart=True
   ),
+  8: ExitCode(
+    'a background task of the service has failed',
+    'the task that ranks, or the one that writes events; its error was printed at once',
+    restart=True,
+  ),
   126: ExitCode('the shell cannot run Python', 'it is not executable', restart=False),
   127: ExitCode('the shell cannot find Python', 'a wrong path or environment', restart=False),
   128 + signal.SIGHUP: ExitCode('its terminal closed', 'training saves first', restart=True),
@@ -178,6 +183,12 @@ class BusyError(ReportedError):
   """Another process has held the lock of a folder for as long as this one was ready to wait."""
 
   exit_code = 7
+
+
+class FailedTaskError(ReportedError):
+  """A background task of the service has failed, so that the service had to end."""
+
+  exit_code = 8
 
 
 class InterruptedBySignal(ReportedError):

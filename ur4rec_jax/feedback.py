@@ -44,7 +44,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   add(
     '--until_end',
     action='store_true',
-    help='with --consume: stop when all present messages are read',
+    help='with --consume: stop when the messages that were there at the start are read',
   )
   add('--delete_user', help='id of a user of whom nothing may stay in the store')
   add('--export', help='with --delete_user: exported folder that forgets the user, too')

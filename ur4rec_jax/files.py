@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ur4rec_jax.errors import BusyError, InputError, StorageError, say
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK_SECONDS = 60
+_OTHER_HOST_SECONDS = 7 * 86_400  # After these, what another machine left counts as abandoned.
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
@@ -32,7 +34,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     StorageError: the file cannot be written; an old file stays as it was.
   """
   path = Path(path)
-  draft = path.with_name(f'{path.name}.incomplete-{os.getpid()}')
+  draft = draft_path(path)
   try:
     with draft.open('wb') as file:
       file.write(content.encode() if isinstance(content, str) else content)
@@ -45,6 +47,11 @@ def write_file(path: str | Path, content: str | bytes) -> None:
   finally:
     with contextlib.suppress(OSError):
       draft.unlink(missing_ok=True)
+
+
+def draft_path(target: Path, purpose: str = 'incomplete') -> Path:
+  """Returns a path beside `target` that no other process has, on this machine or another one."""
+  return target.with_name(f'{target.name}.{purpose}-{socket.gethostname()}-{os.getpid()}')
 
 
 @contextlib.contextmanager
@@ -113,10 +120,10 @@ def disk_errors(target: Path, flag: str = '--data_dir') -> Iterator[None]:
 def scratch_folder(target: Path, purpose: str = 'raw') -> Iterator[Path]:
   """Creates an empty folder beside `target` and removes it when the block ends.
 
-  The folder is called TARGET.PURPOSE-PID. If the program is killed, the folder stays until
+  The folder is called TARGET.PURPOSE-HOST-PID. If the program is killed, the folder stays until
   `clean_up` removes it.
   """
-  folder = target.with_name(f'{target.name}.{purpose}-{os.getpid()}')
+  folder = draft_path(target, purpose)
   created = [parent for parent in folder.parents if not parent.exists()]
   try:
     folder.mkdir(parents=True)
@@ -143,13 +150,14 @@ def new_folder(target: Path) -> Iterator[Path]:
 def clean_up(target: Path) -> None:
   """Removes folders that killed programs left beside `target`.
 
-  If a program was killed while it replaced `target`, the old folder is put back.
+  If a program was killed while it replaced `target`, the old folder is put back. Programs of other
+  machines, which share the disk, cannot be asked; what they have left is removed after a week.
   """
-  pattern = re.compile(re.escape(target.name) + r'\.(raw|spill|incomplete|replaced)-(\d+)')
+  purposes = 'raw|spill|incomplete|replaced'
+  pattern = re.compile(rf'{re.escape(target.name)}\.({purposes})-(?:(.+)-)?(\d+)')
   for path in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
     match = pattern.fullmatch(path.name)
-    # This process has created nothing yet, so a folder with its number belongs to an earlier one.
-    if not match or (int(match[2]) != os.getpid() and _is_alive(int(match[2]))):
+    if not match or _is_used(path, match[2] or socket.gethostname(), int(match[3])):
       continue
     if match[1] == 'replaced' and not target.exists():
       path.rename(target)
@@ -163,7 +171,7 @@ def move_in(folder: Path, target: Path) -> None:
     if _exchange(folder, target):
       shutil.rmtree(folder, ignore_errors=True)
       return
-    replaced = target.with_name(f'{target.name}.replaced-{os.getpid()}')
+    replaced = draft_path(target, 'replaced')
     os.rename(target, replaced)
     os.rename(folder, target)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -197,6 +205,16 @@ def sync(path: Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+def _is_used(folder: Path, host: str, pid: int) -> bool:
+  """Tells whether the process that has made a folder may still use it."""
+  if host != socket.gethostname():
+    with contextlib.suppress(OSError):  # The other machine may have moved it just now.
+      return time.time() < folder.stat().st_mtime + _OTHER_HOST_SECONDS
+    return True
+  # This process has created nothing yet, so a folder with its number belongs to an earlier one.
+  return pid != os.getpid() and _is_alive(pid)
 
 
 def _is_alive(pid: int) -> bool:

@@ -31,10 +31,10 @@ try:
   import uvicorn
   from prometheus_client import Counter
 
-  from ur4rec_jax.inference import exported
-  from ur4rec_jax.inference.admission import AdmissionControl, make_host_check
+  from ur4rec_jax.inference import exported, registry
+  from ur4rec_jax.inference.admission import AdmissionControl, RateLimit, make_host_check
   from ur4rec_jax.inference.arms import Arms
-  from ur4rec_jax.inference.batcher import Batcher
+  from ur4rec_jax.inference.batcher import MOST_K, Batcher
   from ur4rec_jax.inference.connections import make_protocol
   from ur4rec_jax.inference.feedback import Feedback
   from ur4rec_jax.inference.http_app import Live, Model, make_app
@@ -84,6 +84,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     default=2000,
     help='most events of one client, on average; inf for no limit',
   )
+  add(
+    '--shown_per_second',
+    type=float,
+    default=10_000,
+    help='most items in logged answers to one client, on average; inf for no limit',
+  )
   add('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 for all networks')
   add('--port', type=int, default=8000, help='port to listen on; 0 for any free port')
   add('--batch', type=int, default=64, choices=BATCH_SIZES, help='most requests in a batch')
@@ -105,7 +111,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   for name, least in (('wait_ms', 0), ('queue', 1), ('client_connections', 1)):
     if not least <= getattr(flags, name) <= 100_000:
       raise InputError(f'--{name}={getattr(flags, name)}: must be from {least} to 100000')
-  for name in ('keep_days', 'events_per_second'):
+  for name in ('keep_days', 'events_per_second', 'shown_per_second'):
     if not getattr(flags, name) > 0:
       raise InputError(f'--{name}={getattr(flags, name):g}: must be more than 0')
   if (flags.export is None) == (flags.registry is None):
@@ -120,7 +126,8 @@ def _open_events(flags: argparse.Namespace) -> Live | None:
   if flags.events is None:
     return None
   feedback = Feedback(open_store(flags.events), flags.event_kinds, flags.keep_days * 86_400)
-  return Live(feedback, EventRoute(feedback, flags.events_per_second))
+  route = EventRoute(feedback, flags.events_per_second)
+  return Live(feedback, route, RateLimit(flags.shown_per_second, MOST_K))
 
 
 def _keep_compiled_programs(folder: str) -> None:
@@ -195,21 +202,24 @@ def main(argv: list[str] | None = None) -> None:
   names = names_of(folders)
 
   def open_model(folder: str) -> Model:
+    held = registry.hold(folder)
     digest = exported.model_hash(folder)[:12]
     recommender = exported.load(folder)
     batcher = Batcher(recommender, flags.batch, flags.wait_ms / 1000)
     thumbnails = exported.load_thumbnails(folder)
     rules = None if flags.rules is None else load_rules(flags.rules, recommender.item_ids)
     passages = exported.load_passages(folder)
-    return Model(recommender, batcher, thumbnails, rules, digest, passages=passages)
+    return Model(recommender, batcher, thumbnails, rules, digest, passages=passages, held=held)
 
   def load(folder: str, version: str = '', model: Model | None = None) -> Served:
     model = model or open_model(folder)
     return Served(make_app(model, live, arms, names), model.batcher, version or model.digest)
 
   folder, version = open_current(flags.registry) if flags.registry else (flags.export, '')
-  first, arms, beside = open_model(folder), None, [live.feedback.run] if live else []
+  first, arms = open_model(folder), None
+  beside = [live.feedback.run, live.feedback.expire] if live else []
   others = {name: load(place) for name, place in zip(names[1:], folders[1:], strict=True)}
+  beside += [other.batcher.run for other in others.values()]
   if flags.experiment is not None:
     # A registry's first model ends when the next one comes, so arms cannot share it.
     arms = Arms(flags.experiment, open_model, () if flags.registry else (first,))
@@ -231,6 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     took = time.monotonic() - start
     print(f'ready after {took:.1f} s: http://{host}:{port}', flush=True)
     _serve(app, listening, flags.client_connections)
+  if model.failure is not None:
+    sys.exit(model.failure.exit_code)  # It was printed when it happened.
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 from ur4rec_jax.files import expand_home
 
 EXPORT = 'export'
-_OF_EACH_UPDATE = ('epochs', 'replay', 'moments', 'margin', 'promote')
+_OF_EACH_UPDATE = ('epochs', 'replay', 'moments', 'margin', 'promote', 'keep_versions')
 _JUDGED, _ON_ALL = 'judged', 'on_all_events'
 
 
@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     choices=(_JUDGED, _ON_ALL),
     help='model to promote: the one that the gate judged, or a second one, trained in the same way'
     f' on all events, those of the test too; default {_JUDGED}, with --watch {_ON_ALL}',
+  )
+  add(
+    '--keep_versions',
+    type=int,
+    default=5,
+    help='versions that stay in the registry, at least 2: the new one, the one before it, and the'
+    ' newest others; default 5',
   )
   add('--force', action='store_true', help='promote it also if the gate refuses it')
   add('--users', action='store_true', help='export the users and their histories, too')
@@ -105,6 +112,8 @@ def _check(flags: argparse.Namespace) -> None:
   for name in ('every_minutes', 'every_events', 'rounds'):
     if not getattr(flags, name) > 0:
       raise InputError(f'--{name}={getattr(flags, name):g}: must be more than 0')
+  if flags.keep_versions < 2:
+    raise InputError(f'--keep_versions={flags.keep_versions}: must be at least 2')
   if flags.epochs < 1:
     raise InputError(f'--epochs={flags.epochs}: must be at least 1')
   for name in ('replay', 'margin'):
@@ -210,7 +219,8 @@ def _promote(served: pathlib.Path, verdict: dict[str, Any], flags: argparse.Name
   reason = f'update of {shlex.quote(flags.workdir)} with {shlex.quote(flags.data_dir)}'
   groups = verdict['groups'].items()
   numbers = [f'{name} {x["before"]:.4f} to {x["after"]:.4f}' for name, x in groups]
-  return registry.promote(flags.registry, out / EXPORT, f'{reason}: {", ".join(numbers)}')
+  reason = f'{reason}: {", ".join(numbers)}'
+  return registry.promote(flags.registry, out / EXPORT, reason, flags.keep_versions)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -225,7 +226,7 @@ def test_a_killed_build_leaves_nothing_trusted_and_the_next_one_cleans_up(comman
   before = contents(data_dir)
   flags = ['--source=synthetic', '--num_users=300', '--num_items=200', '--overwrite']
   process = subprocess.Popen(command(*flags, f'--data_dir={data_dir}'), cwd=ROOT)
-  folder = tmp_path / f'data.incomplete-{process.pid}'
+  folder = tmp_path / f'data.incomplete-{socket.gethostname()}-{process.pid}'
   deadline = time.monotonic() + 60
   while not (folder / 'interactions').exists():
     assert process.poll() is None

@@ -87,6 +87,60 @@ def test_a_registry_written_by_hand_can_be_read(tmp_path):
   assert registry.promote(tmp_path / 'models', export) == '000008'
 
 
+def versions(models):
+  return sorted(path.name for path in (models / 'versions').iterdir())
+
+
+def promote(models, folder, number, keep=registry.KEEP_VERSIONS):
+  export = make_export(folder / f'export-{number}', f'content {number}')
+  return registry.promote(models, export, keep_versions=keep)
+
+
+def test_old_versions_are_removed_and_told(tmp_path, capsys):
+  models = tmp_path / 'models'
+  for number in range(1, 6):
+    assert promote(models, tmp_path, number, 3) == f'{number:06}'
+  assert versions(models) == ['000003', '000004', '000005']
+  assert capsys.readouterr().out.splitlines() == [
+    f'{models}: removed old versions: 000001',
+    f'{models}: removed old versions: 000002',
+  ]
+  assert [registry.rollback(models) for _ in range(2)] == ['000004', '000003']
+  with pytest.raises(InputError, match='nothing was promoted before version 000003'):
+    registry.rollback(models)
+  # The version before stays for a rollback, although others are newer.
+  assert promote(models, tmp_path, 6, 2) == '000006'
+  assert versions(models) == ['000003', '000006']
+  assert registry.rollback(models) == '000003'
+
+
+HOLDER = """
+import sys, time
+from ur4rec_jax.inference import registry
+held = registry.hold(sys.argv[1])
+print('held', flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_version_in_use_stays_until_its_process_ends(tmp_path):
+  models = tmp_path / 'models'
+  promote(models, tmp_path, 1)
+  command = [sys.executable, '-c', HOLDER, registry.path(models, '000001')]
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+  try:
+    assert process.stdout.readline() == 'held\n'
+    for number in (2, 3, 4):
+      promote(models, tmp_path, number, 2)
+    assert versions(models) == ['000001', '000003', '000004']
+  finally:
+    process.kill()
+    process.communicate()
+  promote(models, tmp_path, 5, 2)
+  assert versions(models) == ['000004', '000005']
+  assert registry.hold(tmp_path) is None
+
+
 PROMOTER = """
 import sys
 from ur4rec_jax.inference import registry

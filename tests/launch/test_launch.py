@@ -197,6 +197,7 @@ def test_the_table_has_every_exit_code():
   for kind in kinds():
     if kind is not errors.InterruptedBySignal:
       passing = (errors.LostProcessError, errors.DeviceError, errors.BusyError)
+      passing += (errors.FailedTaskError,)
       assert errors.EXIT_CODES[kind.exit_code].restart == issubclass(kind, passing), kind
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     code = errors.InterruptedBySignal('stopped', number).exit_code

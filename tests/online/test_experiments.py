@@ -53,6 +53,7 @@ def test_the_file_is_read(tmp_path):
     ('weights = {sasrec = 0.5, retriever = 0.5}', 'weights = 3', 'weights must be a table'),
     ('name = "old"', 'name = "old"\nstopped = true', 'is the control and cannot be stopped'),
     ('[guard]', '[guard', 'is no TOML'),
+    ('planned_users = 1000', f'planned_users = {"9" * 5000}', 'is no TOML'),
     ('[guard]', '[[ramp]]\nfrom = "monday"\nshare = 0.1\n[guard]', 'from must be a date'),
     ('[guard]', '[[ramp]]\nfrom = 2026-11-01\n[guard]', 'share must be a number of 0 or more'),
     (
@@ -87,7 +88,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, error):
   path = tmp_path / 'exp.toml'
   path.write_text(FILE)
   monkeypatch.setattr(type(path), 'read_bytes', lambda _: (_ for _ in ()).throw(error))
-  # The service goes on as before after an `InputError`; anything else would end its watch.
   with pytest.raises(InputError, match=r'exp\.toml: cannot be read \((Permission|no disk)'):
     experiments.read(path)
 

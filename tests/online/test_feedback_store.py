@@ -109,6 +109,29 @@ def test_a_history_is_that_of_one_user_in_the_order_of_time(store):
   assert store.history('nobody', ('click',), 3) == History([], [])
 
 
+def test_a_history_is_looked_for_in_a_limited_number_of_events(store):
+  most = 10_000
+  views = [event(name=f'v{n}', at=n, kind='view') for n in range(most - 1)]
+  old = [event(name='c1', item='sofa', at=-1), event(name='c2', item='desk', at=-2)]
+  store.write([*views[:5000], *old, *views[5000:]])
+  assert store.history('ann', ('click',), 9).items == ['sofa']
+  assert len(store.history('ann', ('click', 'view'), most + 9).items) == most
+
+
+def test_the_history_of_a_user_with_very_many_views_takes_no_longer(tmp_path):
+  with contextlib.closing(open_store(str(tmp_path / 'events.db'))) as store:
+    store.write([event(name='click', at=-1)])
+    waits = []
+    for start in (0, 20_000):
+      for first in range(start, 20_000 + 10 * start, 5000):
+        store.write([event(name=str(n), at=n, kind='view') for n in range(first, first + 5000)])
+      for _ in range(20):
+        began = time.perf_counter()
+        store.history('ann', ('click',), 1000)
+        waits.append(time.perf_counter() - began)
+  assert sorted(waits[20:])[10] < 3 * sorted(waits[:20])[10]
+
+
 def test_a_deleted_user_leaves_nothing_and_old_events_do_not_come_back(store, place):
   store.write([event(), event(name='2'), event('bob')], [exposure(), exposure('r2', 'bob')])
   assert store.delete_user('ann', NOW + 1) == 2
@@ -120,6 +143,38 @@ def test_a_deleted_user_leaves_nothing_and_old_events_do_not_come_back(store, pl
   assert store.history('ann', ('click',), 9).items == ['lamp']
   assert store.exposure('r3') is None
   assert store.delete_user('nobody', NOW) == 0
+
+
+SHOWER = """
+import itertools, sys
+from ur4rec_jax.online.events import Exposure, Shown
+from ur4rec_jax.online.feedback_store import open_store
+store = open_store(sys.argv[1])
+for n in itertools.count():
+  name = f'{sys.argv[2]}-{n}'
+  # After the deletion, as if the clock of this service were ahead: it may be stored.
+  store.write([], [Exposure(name, 'ann', 1.8e9, 'default', 'abc', (Shown('lamp', 0.5),))])
+  print(name, flush=True)
+"""
+
+
+def test_what_is_shown_during_a_deletion_is_kept_or_deleted_as_a_whole(place):
+  command = [sys.executable, '-c', SHOWER, place]
+  with contextlib.closing(open_store(place)) as store:
+    services = [
+      subprocess.Popen([*command, name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+      for name in 'ab'
+    ]
+    for process in services:
+      process.stdout.readline()
+    for _ in range(100):
+      store.delete_user('ann', NOW)
+    for process in services:
+      process.kill()
+      process.communicate()
+    # Nothing of the user is left that a second deletion would not find.
+    store.delete_user('ann', NOW)
+    assert list(store.exposures()) == []
 
 
 def test_nothing_of_a_deleted_user_is_in_the_file(tmp_path):

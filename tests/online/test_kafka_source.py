@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from typing import NamedTuple
@@ -95,18 +96,20 @@ def test_good_events_are_stored_and_others_named(kafka, consume, tmp_path):
     b'',
     event(3, id='d', kind='hug'),
     [],
+    event(4, id='e', user='a\0b'),
   )
   process = consume('--until_end')
   out, err = process.communicate(timeout=120)
   assert process.returncode == 0, err
   assert out.splitlines()[-1] == (
-    '4 events stored, 1 were stored before, 0 of deleted users, 4 messages refused'
+    '4 events stored, 1 were stored before, 0 of deleted users, 5 messages refused'
   )
   notes = [line for line in err.splitlines() if line.startswith('note: partition')]
-  assert len(notes) == 4
+  assert len(notes) == 5
   assert all(line.endswith('; refused') for line in notes)
   assert 'kind: must be one of' in err
   assert 'the message is no JSON' in err
+  assert "user: 'a\\x00b' must be text on one line" in err
   events = {found.id: found for found in stored(tmp_path)}
   assert len(events) == 4
   assert events['c'].value == 3.5
@@ -145,6 +148,31 @@ def test_after_kills_every_event_is_there_once(kafka, consume, tmp_path):
   assert process.returncode == 0, err
   events = stored(tmp_path)
   assert sorted(found.item for found in events) == sorted(f'i{i}' for i in range(sent))
+
+
+def test_until_end_ends_on_a_topic_that_is_always_written_to(kafka, consume, tmp_path):
+  kafka.send('clicks', *(event(i) for i in range(1000)))
+  is_over = threading.Event()
+
+  def keep_sending():
+    while not is_over.is_set():
+      kafka.send('clicks', event(1000))
+      time.sleep(0.005)
+
+  sender = threading.Thread(target=keep_sending)
+  sender.start()
+  try:
+    process = consume('--until_end')
+    _, err = process.communicate(timeout=60)
+  finally:
+    is_over.set()
+    sender.join()
+  assert process.returncode == 0, err
+  assert {f'i{i}' for i in range(1000)} <= {found.item for found in stored(tmp_path)}
+  # A topic without new messages ends at once, too.
+  process = consume('--until_end')
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
 
 
 def test_it_goes_on_where_it_was_stopped(kafka, consume, tmp_path):

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import ipaddress
+import math
 import time
 from collections import Counter as Counts
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram
@@ -17,6 +18,8 @@ MOST_BYTES = 1 << 20  # Limit for the body of a request.
 MOST_HEADER_BYTES = 1 << 16  # Limit for the address and the header of a request.
 READ_SECONDS = 5  # A body that takes longer to arrive is refused.
 RETRY_SECONDS = 1  # Refused clients are told to wait this long.
+BURST_SECONDS = 10  # A client that was silent may use the limit of this many seconds at once.
+_MOST_CLIENTS = 10_000  # Clients whose use of a limit is remembered.
 TURN = 'ur4rec.turn'  # The `Turn` of a request in its scope.
 ALWAYS_ADMITTED = ('/health', '/metrics')  # They are needed most when the service is overloaded.
 
@@ -125,6 +128,46 @@ class AdmissionControl:
       scope[TURN] = turn
       await self._app(scope, replay, end_turn_and_send)
     self.answered += 1
+
+
+class RateLimit:
+  """Limits what each client may send or ask for, on average over some seconds.
+
+  Attributes:
+    per_second: the most of one client; infinite for no limit.
+  """
+
+  def __init__(self, per_second: float, largest: int):
+    """Sets the limit.
+
+    Args:
+      per_second: the most of one client.
+      largest: the most in one request, which a client that was silent may always make.
+    """
+    self.per_second = per_second
+    self._most = max(per_second * BURST_SECONDS, largest)
+    self._spent: dict[Hashable, tuple[float, float]] = {}  # By client: time and use of the limit.
+
+  def seconds_to_wait(self, client: Hashable, count: int) -> int:
+    """Counts a request against a client's limit, or returns the seconds until it may try again.
+
+    Args:
+      client: who asks.
+      count: how much the request has of what is limited.
+
+    Returns:
+      0 if the request is allowed.
+    """
+    if not math.isfinite(self.per_second):
+      return 0
+    now = time.monotonic()
+    before, spent = self._spent.pop(client, (now, 0.0))
+    spent = max(spent - (now - before) * self.per_second, 0)
+    is_allowed = spent + count <= self._most
+    if len(self._spent) >= _MOST_CLIENTS:
+      del self._spent[next(iter(self._spent))]  # The one that was silent for the longest time.
+    self._spent[client] = now, spent + count * is_allowed
+    return 0 if is_allowed else max(math.ceil((spent + count - self._most) / self.per_second), 1)
 
 
 def client_name(address: str) -> str:

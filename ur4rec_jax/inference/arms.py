@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ur4rec_jax.errors import InputError, say
+from ur4rec_jax.errors import InputError, as_reported, say
 from ur4rec_jax.inference import exported, rules
 from ur4rec_jax.inference.http_schema import MOST_WEIGHT
 from ur4rec_jax.online import experiments
@@ -119,8 +119,8 @@ class Arms:
           f'{self._path}: has another salt, other arms, shares or settings, which need a new start'
           ' of the service'
         )
-    except InputError as error:
-      say(f'the experiment goes on as before: {error}', sys.stderr)
+    except Exception as error:  # The file can be corrected while the service goes on.
+      say(f'the experiment goes on as before: {as_reported(error) or repr(error)}', sys.stderr)
       return
     self._experiment, self._stopped = experiment, stopped
     all_stopped = [arm.name for arm in experiment.arms if arm.stopped or arm.name in stopped]

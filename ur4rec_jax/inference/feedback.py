@@ -119,15 +119,14 @@ class Feedback:
     return function(*arguments)
 
   async def run(self) -> None:
-    """Writes events and deletes old ones, until the task is cancelled."""
-    expiring = asyncio.create_task(self._expire())
+    """Writes events until the task is cancelled, and then closes the store."""
     try:
       await self._commit.run()
     finally:
-      expiring.cancel()
       self._store.close()
 
-  async def _expire(self) -> None:
+  async def expire(self) -> None:
+    """Deletes old events once an hour, until the task is cancelled."""
     while np.isfinite(self.keep_seconds):
       try:
         await asyncio.to_thread(self._store.expire, time.time() - self.keep_seconds)

@@ -7,7 +7,7 @@ import pathlib
 import time
 import urllib.parse
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import fastapi
 import numpy as np
@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, client_name
+from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, RateLimit, client_name
 from ur4rec_jax.inference.arms import Arms
 from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
 from ur4rec_jax.inference.feedback import (
@@ -37,6 +37,7 @@ from ur4rec_jax.inference.http_schema import (
   Recommendations,
   Similar,
   Stored,
+  UserId,
   make_question,
   problem,
 )
@@ -59,7 +60,7 @@ _PAGE_HEADERS = {
   " frame-ancestors 'none'",
 }
 Search = Annotated[str, fastapi.Query(max_length=MOST_CHARACTERS)]
-UserName = Annotated[str, fastapi.Query(min_length=1, max_length=MOST_CHARACTERS)]
+UserName = Annotated[UserId, fastapi.Query(min_length=1)]
 Count = Annotated[int, fastapi.Query(ge=1, le=MOST_SIMILAR)]
 ItemName = Annotated[str, fastapi.Path(max_length=MOST_CHARACTERS)]
 
@@ -70,10 +71,12 @@ class Live(NamedTuple):
   Attributes:
     feedback: stores the events.
     route: handles `POST /events`.
+    shown: limits the items in logged answers to one client, because logs fill the disk.
   """
 
   feedback: Feedback
   route: EventRoute
+  shown: RateLimit
 
 
 class Model(NamedTuple):
@@ -87,6 +90,7 @@ class Model(NamedTuple):
     digest: the start of the hash of the exported folder, which exposures name.
     weights: factors of the scores of some branches, by name; 1 for the others.
     passages: passages about each item that no item with another text has, if the model reads texts.
+    held: keeps the folder of the model from being removed, see `registry.hold`.
   """
 
   recommender: Recommender
@@ -96,6 +100,7 @@ class Model(NamedTuple):
   digest: str = ''
   weights: Mapping[str, float] = {}
   passages: Sequence[Sequence[str]] = ()
+  held: BinaryIO | None = None
 
 
 def make_app(
@@ -116,20 +121,19 @@ def make_app(
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   app.add_exception_handler(405, _on_wrong_method)
-  feedback = None if live is None else live.feedback
-  service = Service(model, feedback, arms, models)
+  service = Service(model, live, arms, models)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
   usual_k = min(10, batcher.most_k)
 
   # The fields of a question depend on the model, so its type is only known here.
-  @app.post('/recommend', responses=_problems(400, 404, 408, 413, 421, 422, 431, 503))
+  @app.post('/recommend', responses=_problems(400, 404, 408, 413, 421, 422, 429, 431, 503))
   async def recommend(question: Question, request: fastapi.Request) -> Recommendations:
     """Returns the best items."""
     return await service.recommend(question, request)
 
-  @app.get('/recommend', responses=_problems(404, 421, 422, 431, 503))
+  @app.get('/recommend', responses=_problems(404, 421, 422, 429, 431, 503))
   async def recommend_to_user(
     user: UserName,
     request: fastapi.Request,
@@ -171,7 +175,7 @@ class Service:
   def __init__(
     self,
     model: Model,
-    feedback: Feedback | None = None,
+    live: Live | None = None,
     arms: Arms | None = None,
     models: Sequence[str] = (),
   ):
@@ -179,14 +183,15 @@ class Service:
 
     Args:
       model: the model to serve.
-      feedback: the events, if the service takes some.
+      live: events, if the service takes some.
       arms: the experiment, if there is one.
       models: names of all models of the service, the served one first.
     """
     self._models = list(models)
     recommender = model.recommender
     self._model, self._recommender, self._batcher = model, recommender, model.batcher
-    self._feedback, self._arms = feedback, arms
+    self._live, self._arms = live, arms
+    self._feedback = None if live is None else live.feedback
     self._model_of = {} if arms is None else arms.models(model)
     for one in (model, *self._model_of.values()):
       if one.rules is not None and one.rules.diversity:
@@ -230,6 +235,8 @@ class Service:
       raise HTTPException(404, problem_of_user)
     only = None if question.only is None else tuple(question.only)
     client = client_name(request.client.host) if request.client else None
+    if self._is_logged(question):
+      self._count_shown(client, query.k)
     if TURN in request.scope:
       request.scope[TURN].end()
     if query.rules is not None and query.rules.bought == ONLY:
@@ -316,12 +323,29 @@ class Service:
     except StorageError as error:
       raise HTTPException(503, str(error), {'Retry-After': str(RETRY_SECONDS)}) from error
 
+  def _is_logged(self, question: Any) -> bool:
+    # A question that asks for an arm only inspects it, and says nothing about the arm's users.
+    return self._live is not None and question.arm is None and question.log
+
+  def _count_shown(self, client: str | None, count: int) -> None:
+    """Counts the items of an answer that is to be logged.
+
+    Raises:
+      HTTPException: they are too many for the client.
+    """
+    limit = self._live.shown
+    if wait := limit.seconds_to_wait(client, count):
+      detail = (
+        f'more than {limit.per_second:g} items a second in answers that are logged; try again in'
+        f' {wait} s, or ask with log=false for what no user sees'
+      )
+      raise HTTPException(429, detail, {'Retry-After': str(wait)})
+
   def _shown(
     self, question: Any, arm: str | None, model: Model, rows: Sequence[dict[str, Any]]
   ) -> str:
     """Logs and counts the items of an answer, and returns the answer's id."""
-    # A question that asks for an arm only inspects it, and says nothing about the arm's users.
-    if self._feedback is None or question.arm is not None or not question.log:
+    if not self._is_logged(question):
       return new_request_id()
     numbers = (self._recommender.number_of(row['item']) for row in rows)
     self._coverage.count(filter(None, numbers))  # An arm may have items that the default lacks.
@@ -349,7 +373,7 @@ class Service:
     names = [self._user_names[i] for i in self._find_users(search)]
     return [name for name in names if not await self._is_deleted(name)]
 
-  async def history(self, user: Search) -> list[Item]:
+  async def history(self, user: UserName) -> list[Item]:
     """Returns the latest items of a known user, 1,000 at most, the oldest first.
 
     They are those of the export. Stored events are not told to anybody.

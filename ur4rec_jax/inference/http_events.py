@@ -1,6 +1,5 @@
 """The route that takes events: what it accepts, and how many a client may send."""
 
-import math
 import time
 from typing import Any
 
@@ -10,7 +9,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Counter
 
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, client_name
+from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, RateLimit, client_name
 from ur4rec_jax.inference.feedback import EVENTS, Feedback
 from ur4rec_jax.inference.http_schema import problem
 from ur4rec_jax.online.events import (
@@ -25,8 +24,6 @@ from ur4rec_jax.online.events import (
 )
 
 UNKNOWN_ITEMS = Counter('ur4rec_events_unknown_items', 'Events with items that the model lacks.')
-BURST_SECONDS = 10  # A client that was silent may send the events of this many seconds at once.
-_MOST_CLIENTS = 10_000  # Clients whose use of the limit is remembered.
 _ONE_LINE = r'^[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$'
 _ID = {
   'anyOf': [
@@ -86,8 +83,7 @@ class EventRoute:
       feedback: stores the events.
       events_per_second: the most events of one client, on average.
     """
-    self._feedback, self._rate = feedback, events_per_second
-    self._spent: dict[str, tuple[float, float]] = {}  # By client: time and use of the limit.
+    self._feedback, self._limit = feedback, RateLimit(events_per_second, MOST_EVENTS)
 
   async def __call__(self, request: fastapi.Request, has_item: Any) -> JSONResponse:
     """Stores one event or a list of them, all or none.
@@ -106,9 +102,10 @@ class EventRoute:
       EVENTS.labels('refused').inc()
       raise HTTPException(422, str(error)) from error
     client = client_name(request.client.host if request.client else '')
-    if wait := self._seconds_to_wait(client, len(events)):
+    if wait := self._limit.seconds_to_wait(client, len(events)):
       EVENTS.labels('refused').inc(len(events))
-      answer = problem(429, f'more than {self._rate:g} events a second; try again in {wait} s')
+      rate = f'{self._limit.per_second:g} events a second'
+      answer = problem(429, f'more than {rate}; try again in {wait} s')
       answer.headers['Retry-After'] = str(wait)
       return answer
     if TURN in request.scope:
@@ -136,17 +133,3 @@ class EventRoute:
         where = f'event {number}: ' if isinstance(content, list) else ''
         raise InputError(f'{where}{error}; nothing of this request was stored') from error
     return events
-
-  def _seconds_to_wait(self, client: str, count: int) -> int:
-    """Counts events against a client's limit; returns the seconds until it may try again, or 0."""
-    if not math.isfinite(self._rate):
-      return 0
-    now = time.monotonic()
-    before, spent = self._spent.pop(client, (now, 0.0))
-    spent = max(spent - (now - before) * self._rate, 0)
-    most = max(self._rate * BURST_SECONDS, MOST_EVENTS)
-    is_allowed = spent + count <= most
-    if len(self._spent) >= _MOST_CLIENTS:
-      del self._spent[next(iter(self._spent))]  # The one that was silent for the longest time.
-    self._spent[client] = now, spent + count * is_allowed
-    return 0 if is_allowed else max(math.ceil((spent + count - most) / self._rate), 1)

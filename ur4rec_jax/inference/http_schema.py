@@ -3,13 +3,29 @@
 from typing import Annotated
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+  AfterValidator,
+  BaseModel,
+  BeforeValidator,
+  ConfigDict,
+  Field,
+  create_model,
+  model_validator,
+)
 
 from ur4rec_jax.inference.batcher import MOST_IDS
 
 MOST_WEIGHT = 100
 MOST_CHARACTERS = 256  # Limit for an id or a search.
 
+
+def _without_nul(text: str) -> str:
+  if '\0' in text:
+    raise ValueError('must be text without NUL, which not every store can keep')
+  return text
+
+
+UserId = Annotated[str, Field(max_length=MOST_CHARACTERS), AfterValidator(_without_nul)]
 # JSON has a single type of numbers, so 3.0 is a whole number, too.
 Whole = Annotated[
   int, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
@@ -145,7 +161,7 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
       json_schema_extra={'oneOf': [{'required': ['history']}, {'required': ['user']}]}
     )
     history: Ids = Field(None, min_length=1, max_length=MOST_IDS)
-    user: str = Field(None, max_length=MOST_CHARACTERS)
+    user: UserId = None
     k: Whole = Field(min(10, most_k), ge=1, le=most_k)
     only: Ids = Field(None, min_length=1, max_length=MOST_IDS)
     without: Ids = Field((), max_length=MOST_IDS)

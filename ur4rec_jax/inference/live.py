@@ -7,16 +7,18 @@ import asyncio
 import contextlib
 import gc
 import pathlib
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from prometheus_client import Counter, Gauge
 
-from ur4rec_jax.errors import InputError, as_reported, say
+from ur4rec_jax.errors import FailedTaskError, InputError, as_reported, say
 from ur4rec_jax.inference import registry
 from ur4rec_jax.inference.batcher import Batcher
 
@@ -48,7 +50,11 @@ def is_loading() -> bool:
 
 
 class LiveModel:
-  """An ASGI application that passes requests on to the current model."""
+  """An ASGI application that passes requests on to the current model.
+
+  Attributes:
+    failure: the error of a background task that has failed, which ends the service; None so far.
+  """
 
   def __init__(
     self,
@@ -69,6 +75,7 @@ class LiveModel:
     """
     self._served, self._load, self._folder, self._beside = served, load, folder, beside
     self._prepare = prepare
+    self.failure: FailedTaskError | None = None
     self._inside: dict[int, int] = {}
     self._tasks: dict[int, asyncio.Task] = {}
     self._thread = ThreadPoolExecutor(1, initializer=_become_loader)
@@ -92,9 +99,9 @@ class LiveModel:
     """Runs the background tasks, from the start of the service to its end."""
     await receive()
     self._start(self._served)
-    others = [asyncio.create_task(function()) for function in self._beside]
+    others = [self._run(function()) for function in self._beside]
     if self._folder is not None:
-      others.append(asyncio.create_task(self._watch(self._folder)))
+      others.append(self._run(self._watch(self._folder)))
     await send({'type': 'lifespan.startup.complete'})
     await receive()
     for task in (*others, *self._tasks.values()):
@@ -103,7 +110,26 @@ class LiveModel:
     await send({'type': 'lifespan.shutdown.complete'})
 
   def _start(self, served: Served) -> None:
-    self._tasks[id(served)] = asyncio.create_task(served.batcher.run())
+    self._tasks[id(served)] = self._run(served.batcher.run())
+
+  def _run(self, work: Coroutine) -> asyncio.Task:
+    """Starts a background task. If it fails, the service ends, because it would be half alive."""
+    task = asyncio.create_task(work, name=work.__qualname__)
+    task.add_done_callback(self._end_if_failed)
+    return task
+
+  def _end_if_failed(self, task: asyncio.Task) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is None or self.failure is not None:
+      return
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f'{pathlib.Path(place.filename).name}, line {place.lineno}'
+    self.failure = FailedTaskError(
+      f'the background task {task.get_name()} has failed: {as_reported(error) or repr(error)}'
+      f' ({where}); the service ends, start it again'
+    )
+    say(f'error: {self.failure}', sys.stderr)
+    signal.raise_signal(signal.SIGTERM)  # Accepted requests are answered if they can be.
 
   def _let_go(self, served: Served) -> None:
     """Ends a former model, when its last request was answered."""

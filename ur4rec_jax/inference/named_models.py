@@ -1,6 +1,5 @@
 """Several models in one service: a request names one by `?model=NAME`, or gets the served one."""
 
-import asyncio
 import pathlib
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -34,15 +33,12 @@ class NamedModels:
     Args:
       name: name of the served model.
       served: answers requests that name no model, or this one.
-      others: further models by name.
+      others: further models by name. The caller runs their batchers.
     """
     self._name, self._served, self._others = name, served, others
 
   async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-    if scope['type'] == 'lifespan':
-      await self._live(scope, receive, send)
-      return
-    name = _asked(scope['query_string'])
+    name = _asked(scope.get('query_string', b''))  # The start and the end of the service have none.
     if name in (None, self._name):
       await self._served(scope, receive, send)
     elif name in self._others:
@@ -51,15 +47,6 @@ class NamedModels:
       known = ', '.join([self._name, *self._others])
       answer = problem(404, f'model {name!r:.80}: is not here; there is {known}')
       await answer(scope, receive, send)
-
-  async def _live(self, scope: dict, receive: Callable, send: Callable) -> None:
-    """Runs the batchers of the other models as long as the service runs."""
-    tasks = [asyncio.create_task(other.batcher.run()) for other in self._others.values()]
-    try:
-      await self._served(scope, receive, send)
-    finally:
-      for task in tasks:
-        task.cancel()
 
 
 def _asked(query: bytes) -> str | None:

@@ -4,19 +4,25 @@
     versions/000001/ ...      one export each, as `ur4rec_jax.export` writes it
     current.json              the promoted version, and the ones before it
 
-A kill at any moment leaves the old model or the new one promoted, never a part of one.
+A kill at any moment leaves the old model or the new one promoted, never a part of one. A promotion
+removes old versions. Services lock what they serve, so that it stays.
 """
 
+import contextlib
 import datetime
+import fcntl
 import json
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ur4rec_jax import files
-from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.errors import InputError, StorageError, say
 
 CURRENT = 'current.json'
+KEEP_VERSIONS = 5
 _VERSIONS = 'versions'
 _MANIFEST = 'manifest.json'  # The manifest of an export, with the hashes of its other files.
 
@@ -36,7 +42,28 @@ def path(registry: str | Path, version: str) -> str:
   return str(Path(registry) / _VERSIONS / version)
 
 
-def promote(registry: str | Path, export_dir: str | Path, reason: str = '') -> str:
+def hold(export_dir: str | Path) -> BinaryIO | None:
+  """Keeps a version from being removed, as long as the returned file is open.
+
+  Args:
+    export_dir: the folder of the version, or any other exported folder.
+
+  Returns:
+    None if the disk has no locks, or if there is no such folder.
+  """
+  with contextlib.suppress(OSError):
+    file = (Path(export_dir) / _MANIFEST).open('rb')
+    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return file
+  return None
+
+
+def promote(
+  registry: str | Path,
+  export_dir: str | Path,
+  reason: str = '',
+  keep_versions: int = KEEP_VERSIONS,
+) -> str:
   """Copies an export into the registry and makes it the current version.
 
   Nothing changes if the current version is the same export already.
@@ -45,6 +72,8 @@ def promote(registry: str | Path, export_dir: str | Path, reason: str = '') -> s
     registry: the folder; it is made if it is not there.
     export_dir: a folder that `ur4rec_jax.export` wrote.
     reason: why it is promoted, for people who read `current.json`.
+    keep_versions: how many versions stay: the new one, the one before it, and the newest others.
+      One that a service of this machine serves stays, too.
 
   Returns:
     The name of the version.
@@ -79,7 +108,11 @@ def promote(registry: str | Path, export_dir: str | Path, reason: str = '') -> s
       history = (
         record['history'][: record['history'].index(record['version']) + 1] if record else []
       )
-      _write(registry, version, [*history, version], version, reason)
+      with contextlib.ExitStack() as locks:
+        old = _lock_old(registry, [*history, version], keep_versions, locks)
+        history = [name for name in history if name not in old]
+        _write(registry, version, [*history, version], version, reason)
+        _remove(registry, old)
       return version
   except OSError as error:
     raise StorageError(f'{registry}: cannot be written ({error.strerror or error})') from error
@@ -152,6 +185,38 @@ def _locked(registry: Path) -> Any:
 def _is_same(export_dir: Path, version: Path) -> bool:
   here = version / _MANIFEST
   return here.is_file() and here.read_bytes() == (export_dir / _MANIFEST).read_bytes()
+
+
+def _lock_old(
+  registry: Path, history: Sequence[str], keep: int, locks: contextlib.ExitStack
+) -> list[str]:
+  """Returns the versions that nobody needs, and locks them so that no service begins with one."""
+  folders = (registry / _VERSIONS).iterdir()
+  names = {folder.name for folder in folders if folder.is_dir() and folder.name.isdecimal()}
+  needed = history[-2:]
+  others = sorted(names.difference(needed), key=int, reverse=True)
+  old = []
+  for name in others[max(keep - len(needed), 0) :]:
+    with contextlib.suppress(OSError):  # A service has the lock, or it is no version.
+      file = locks.enter_context((registry / _VERSIONS / name / _MANIFEST).open('r+b'))
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      old.append(name)
+  return sorted(old, key=int)
+
+
+def _remove(registry: Path, versions: Sequence[str]) -> None:
+  """Removes versions, each in one step."""
+  for version in versions:
+    folder = registry / _VERSIONS / version
+    # What a kill leaves of it is a leftover for the next promotion.
+    draft = files.draft_path(folder)
+    try:
+      folder.rename(draft)
+      shutil.rmtree(draft)
+    except OSError as error:  # The promotion is done.
+      say(f'note: {folder}: cannot be removed ({error.strerror or error})', sys.stderr)
+  if versions:
+    say(f'{registry}: removed old versions: {", ".join(versions)}')
 
 
 def _remove_leftovers(registry: Path, newest: int) -> None:

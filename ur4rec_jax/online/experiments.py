@@ -126,7 +126,7 @@ def read(path: str | Path) -> Experiment:
     raise InputError(f'{path}: no such file; docs/experiments.md shows how to write one') from error
   except OSError as error:
     raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
-  except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:  # Also a number of more than 4,300 digits.
     raise InputError(f'{path}: is no TOML: {error}') from error
   top = _Fields(str(path), fields)
   name = top.text('name')

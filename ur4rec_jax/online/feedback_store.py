@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from ur4rec_jax.errors import InputError, StorageError
 from ur4rec_jax.online.events import (
+  MOST_SCANNED,
   Event,
   Exposure,
   History,
@@ -57,7 +58,7 @@ class FeedbackStore(Protocol):
     """Stores all or nothing, durably, and returns one outcome per event."""
 
   def history(self, user: str, kinds: Sequence[str], most: int) -> History:
-    """Reads the latest events of some kinds."""
+    """Reads the latest events of some kinds, as far as they are in the latest `MOST_SCANNED`."""
 
   def exposure(self, request_id: str) -> Exposure | None:
     """Finds the items that were shown in an answer."""
@@ -242,9 +243,11 @@ class SqliteStore:
   def history(self, user: str, kinds: Sequence[str], most: int) -> History:
     with self._errors():
       execute = self._reader().execute
+      # An outer ORDER BY would sort again what the inner one has read in the order of the index.
       rows = execute(
-        'SELECT item, time FROM events INDEXED BY events_of_user WHERE user = ?'
-        f' AND kind IN ({",".join("?" * len(kinds))}) ORDER BY time DESC, number DESC LIMIT ?',
+        'SELECT item, time FROM (SELECT item, time, kind FROM events INDEXED BY events_of_user'
+        f' WHERE user = ? ORDER BY time DESC, number DESC LIMIT {MOST_SCANNED})'
+        f' WHERE kind IN ({",".join("?" * len(kinds))}) LIMIT ?',
         (user, *kinds, most),
       ).fetchall()
       find = 'SELECT 1 FROM deleted_users WHERE user_hash = ?'

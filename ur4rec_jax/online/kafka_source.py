@@ -7,6 +7,7 @@ the store knows their events by their ids.
 
 import contextlib
 import logging
+import math
 import pathlib
 import re
 import sys
@@ -98,7 +99,7 @@ def copy_events(
     topic: the topic.
     store: where the events go.
     is_stopped: tells whether to stop.
-    until_end: whether to stop, too, when all messages were read that there are now.
+    until_end: whether to stop, too, when all messages were read that there are at the start.
 
   Returns:
     How many events had which outcome, by the values of `Outcome`, and how many were `REFUSED`.
@@ -110,13 +111,15 @@ def copy_events(
   ended, reported, known = set(), time.monotonic(), 0
   # Closing tells the group at once that this consumer has left.
   with contextlib.closing(_make_consumer(topic)) as consumer:
-    _subscribe(consumer, topic)
+    partitions = _subscribe(consumer, topic)
+    ends = _end_offsets(consumer, topic, partitions) if until_end else {}
     while not is_stopped():
       batch = []
       for message in consumer.consume(_MESSAGES, _POLL_SECONDS):
         if message.error() is None:
           batch.append(message)
-          ended.discard(message.partition())
+          is_last = message.offset() + 1 >= ends.get(message.partition(), math.inf)
+          (ended.add if is_last else ended.discard)(message.partition())
         elif message.error().code() == KafkaError._PARTITION_EOF:
           ended.add(message.partition())
         else:
@@ -126,7 +129,7 @@ def copy_events(
           break
         _commit(consumer, batch)
       assigned = {partition.partition for partition in consumer.assignment()}
-      if until_end and not batch and assigned and assigned <= ended:
+      if until_end and assigned and assigned <= ended:
         break
       if counts.total() > known and time.monotonic() > reported + _REPORT_SECONDS:
         reported, known = time.monotonic(), counts.total()
@@ -163,8 +166,8 @@ def _make_consumer(topic: Topic) -> Consumer:
     raise InputError(f'--kafka_config: {error.args[0].str()}') from error
 
 
-def _subscribe(consumer: Consumer, topic: Topic) -> None:
-  """Looks for the topic and joins the group."""
+def _subscribe(consumer: Consumer, topic: Topic) -> list[int]:
+  """Looks for the topic and joins the group; returns the partitions of the topic."""
   try:
     topics = consumer.list_topics(timeout=_FIND_SECONDS).topics
   except KafkaException as error:
@@ -176,6 +179,22 @@ def _subscribe(consumer: Consumer, topic: Topic) -> None:
     names = ', '.join(sorted(topics)[:10]) or 'none'
     raise InputError(f'{topic.name}: no such topic at {topic.servers}; its topics are: {names}')
   consumer.subscribe([topic.name])
+  return list(topics[topic.name].partitions)
+
+
+def _end_offsets(consumer: Consumer, topic: Topic, partitions: Sequence[int]) -> dict[int, int]:
+  """Returns by partition the offset after the last message that there is now."""
+  try:
+    offsets = {
+      number: consumer.get_watermark_offsets(TopicPartition(topic.name, number), _FIND_SECONDS)
+      for number in partitions
+    }
+  except KafkaException as error:
+    raise InputError(
+      f'--until_end: Kafka at {topic.servers} does not tell where {topic.name} ends'
+      f' ({error.args[0].str()}); try again, or leave the flag out'
+    ) from error
+  return {number: end for number, (_, end) in offsets.items()}
 
 
 def _store(

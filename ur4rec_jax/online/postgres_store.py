@@ -10,6 +10,7 @@ import psycopg
 
 from ur4rec_jax.errors import InputError, StorageError, say, server_name
 from ur4rec_jax.online.events import (
+  MOST_SCANNED,
   Event,
   Exposure,
   History,
@@ -173,8 +174,9 @@ class PostgresStore:
     with self._errors():
       connection = self._connection()
       rows = connection.execute(
-        'SELECT item, time FROM ur4rec_events WHERE user_id = %s AND kind = ANY(%s)'
-        ' ORDER BY time DESC, number DESC LIMIT %s',
+        'SELECT item, time FROM (SELECT item, time, number, kind FROM ur4rec_events'
+        f' WHERE user_id = %s ORDER BY time DESC, number DESC LIMIT {MOST_SCANNED}) AS latest'
+        ' WHERE kind = ANY(%s) ORDER BY time DESC, number DESC LIMIT %s',
         (user, [*kinds], most),
       ).fetchall()
       is_deleted = user in _deleted(connection, {user})

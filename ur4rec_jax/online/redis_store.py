@@ -11,6 +11,7 @@ from redis.retry import Retry
 
 from ur4rec_jax.errors import InputError, StorageError, say, server_name
 from ur4rec_jax.online.events import (
+  MOST_SCANNED,
   Event,
   Exposure,
   History,
@@ -30,7 +31,8 @@ _SHOWN, _SHOWN_TO = f'{_PREFIX}shown:', f'{_PREFIX}shown_to:'
 _DELETED = f'{_PREFIX}deleted'  # A hash from hashes of users to times.
 _WRITTEN = f'{_PREFIX}written'  # The number of events that were stored.
 
-# A script is atomic, so that no event is ever stored without its place in the order.
+# A script is atomic, so that no event is ever stored without its place in the order, and nothing is
+# stored about a user in the middle of the user's deletion.
 _ADD = """
 local deleted = redis.call('HGET', KEYS[3], ARGV[1])
 if deleted and tonumber(ARGV[3]) <= tonumber(deleted) then return 2 end
@@ -45,6 +47,15 @@ if deleted and tonumber(ARGV[3]) <= tonumber(deleted) then return 0 end
 redis.call('SET', KEYS[1], ARGV[4])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
 return 1
+"""
+_DELETE = """
+local count = redis.call('HLEN', KEYS[1])
+for _, request_id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+  redis.call('DEL', ARGV[1] .. request_id)
+end
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+redis.call('HSET', KEYS[4], ARGV[2], ARGV[3])
+return count
 """
 _OUTCOMES = (Outcome.DUPLICATE, Outcome.NEW, Outcome.DELETED)
 
@@ -121,8 +132,9 @@ class RedisStore:
     start = 0
     with self._errors():
       is_deleted = self._redis.hexists(_DELETED, user_hash(user))
-      while len(rows) < most:
-        ids = self._redis.zrevrange(_ORDER + user, start, start + _READ_AT_ONCE - 1)
+      while len(rows) < most and start < MOST_SCANNED:
+        end = min(start + _READ_AT_ONCE, MOST_SCANNED)
+        ids = self._redis.zrevrange(_ORDER + user, start, end - 1)
         if not ids:
           break
         for content in self._redis.hmget(_EVENTS + user, ids):
@@ -139,15 +151,9 @@ class RedisStore:
     return _exposure(content) if content else None
 
   def delete_user(self, user: str, now: float) -> int:
-    with self._errors(), self._redis.pipeline(transaction=True) as pipeline:
-      # This comes first, so that nothing older is written from now on.
-      self._redis.hset(_DELETED, user_hash(user), repr(now))
-      shown = self._redis.zrange(_SHOWN_TO + user, 0, -1)
-      pipeline.hlen(_EVENTS + user)
-      pipeline.delete(_EVENTS + user, _ORDER + user, _SHOWN_TO + user)
-      for request_id in shown:
-        pipeline.delete(_SHOWN + request_id)
-      return pipeline.execute()[0]
+    keys = _EVENTS + user, _ORDER + user, _SHOWN_TO + user, _DELETED
+    with self._errors():
+      return int(self._redis.eval(_DELETE, 4, *keys, _SHOWN, user_hash(user), repr(now)))
 
   def expire(self, before: float) -> int:
     total = 0

@@ -8,6 +8,8 @@ import `data_prep`. Every step can be repeated. So the loop may be killed at any
 same command goes on with the round that was not done.
 """
 
+import collections
+import csv
 import dataclasses
 import json
 import math
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ur4rec_jax import files, processes
-from ur4rec_jax.data.dataset import read_info
+from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.errors import EXIT_CODES, InputError, StorageError, counted, printable, say
 from ur4rec_jax.online import tables
 from ur4rec_jax.online.feedback_store import FeedbackStore, open_store
@@ -31,6 +33,7 @@ STATE = 'watch.json'
 GATE = 'gate.json'  # The update writes its verdict here.
 _PROMOTED = 'promoted: '  # Start of the line with which an update reports a promotion.
 _ROUND, _LOG, _OUTPUT = 'round.json', 'events.csv', 'output.log'
+_NOTHING = 'nothing new; waiting'
 _POLL_SECONDS = 1.0
 _SECONDS_TO_RETRY = 60.0  # Wait after a failed round.
 _SECONDS_TO_RESTART = 5.0  # Wait after a failure that a restart may fix at once.
@@ -186,7 +189,7 @@ class _Loop:
       if written - before >= self._watch.every_events or (is_late and written > before):
         return
       if is_late:
-        say('nothing new; waiting')
+        say(_NOTHING)
         self._start_clock()
       time.sleep(_POLL_SECONDS)
 
@@ -200,7 +203,7 @@ class _Loop:
     with files.disk_errors(folder, '--out'):
       written, count = self._write_log(folder)
     if not count:
-      self._finish(state._replace(written=written), 'nothing new; waiting')
+      self._finish(state._replace(written=written), _NOTHING)
       return
     data, out = folder / 'data', folder / 'run'
     words = ['--append', '--if_new', '--late', f'--data_dir={state.data_dir}', f'--out={data}']
@@ -210,7 +213,7 @@ class _Loop:
     if not data.exists():
       self._command('data_prep.build_dataset', *words)
     if not data.exists():
-      self._finish(state._replace(written=written), 'nothing new; waiting')
+      self._finish(state._replace(written=written), self._nothing_new(folder))
       return
     if self._watch.encode is not None:
       flags = shlex.split(self._watch.encode)
@@ -266,6 +269,24 @@ class _Loop:
         return None
       row.append(tables.number_text(event.value))
     return row
+
+  def _nothing_new(self, folder: pathlib.Path) -> str:
+    """Says that nothing in a log could be added, and how much of it is of unknown items."""
+    with (folder / _LOG).open(newline='', encoding='utf-8') as file:
+      rows = csv.DictReader(file, delimiter=self._columns['delimiter'])
+      counts = collections.Counter(row[self._columns['item']] for row in rows)
+    total, known = counts.total(), ''
+    for item in iterate_items(self._state.data_dir):
+      known = item['original_id']
+      counts.pop(known, None)
+    if not counts:
+      return _NOTHING
+    unknown = f'{counts.total():,} of {counted(total, "event")}'
+    return (
+      f'nothing new: {unknown} are of items that the data lack, such as {next(iter(counts))!r},'
+      f' where the data have {known!r}; if these are ids of another kind, send the service those of'
+      ' the data; waiting'
+    )
 
   def _command(self, module: str, *flags: str) -> str:
     """Runs a command and returns what it has printed.
