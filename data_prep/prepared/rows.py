@@ -124,9 +124,10 @@ class Rows:
 
   def ordered(self, keys: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     """Yields some columns of all rows, sorted by `keys`, in consecutive parts."""
-    quoted = lambda names: ', '.join(f'"{name}"' for name in names)
+    # Spark sorts by a function of the name "user", if no table is named and it is not selected.
+    named = lambda names: ', '.join(f'a."{name}"' for name in names)
     return self._tables.parts(
-      f'SELECT {quoted(columns)} FROM {self._table} ORDER BY {quoted(keys)}'
+      f'SELECT {named(columns)} FROM {self._table} AS a ORDER BY {named(keys)}'
     )
 
 

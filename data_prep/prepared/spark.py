@@ -170,7 +170,7 @@ def moved(
     try:
       database.table('rows_0').to_parquet(str(folder / 'rows_0'), per_thread_output=True)
       database.execute('DROP TABLE rows_0')
-      with _started(folder, resources, master) as session:
+      with started(folder, resources, master) as session:
         tables = Tables(session, folder)
         tables.register('rows_0')
         yield tables
@@ -179,7 +179,7 @@ def moved(
 
 
 @contextlib.contextmanager
-def _started(folder: Path, resources: engine.Resources, master: str) -> Iterator['SparkSession']:
+def started(folder: Path, resources: engine.Resources, master: str) -> Iterator['SparkSession']:
   """Connects to a master; the Java process of this machine ends with the block."""
   import pyspark
   from pyspark.errors import PySparkRuntimeError
