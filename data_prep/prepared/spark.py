@@ -10,7 +10,9 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -211,8 +213,11 @@ def started(folder: Path, resources: engine.Resources, master: str) -> Iterator[
       ' Java 17 or later'
     ) from error
   try:
+    interrupt = signal.getsignal(signal.SIGINT)
     with _messages():
       context = pyspark.SparkContext(conf=conf, gateway=gateway)
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGINT, interrupt)  # That of pyspark fails once Spark has ended.
     try:
       yield SparkSession(context)
     finally:
@@ -221,7 +226,7 @@ def started(folder: Path, resources: engine.Resources, master: str) -> Iterator[
   finally:
     with contextlib.suppress(Exception):
       gateway.shutdown()
-    gateway.proc.stdin.close()  # It ends without this.
+    gateway.proc.kill()
     gateway.proc.wait()
     # pyspark would give the next build of this process the gateway that is closed now.
     pyspark.SparkContext._gateway = pyspark.SparkContext._jvm = None
@@ -242,11 +247,9 @@ def _messages() -> Iterator[None]:
     for code in files.DISK_FULL:
       if os.strerror(code) in text:
         raise OSError(code, os.strerror(code)) from error
-    is_gone = isinstance(error, Py4JError | ConnectionError) and not isinstance(
-      error, Py4JJavaError
-    )
-    if is_gone or _LOST.search(text):
-      reason = next(filter(None, map(str.strip, text.split('\n'))), type(error).__name__)
+    if not isinstance(error, Py4JJavaError | PySparkException) or _LOST.search(text):
+      # The messages of Java errors begin with the second line.
+      reason = re.sub(r'\A.*\n: ', '', text).partition('\n')[0]
       raise LostProcessError(
         f'Spark was lost ({reason}); start the same command again, and if that does not help raise'
         ' --memory_limit'

@@ -2,10 +2,15 @@
 
 import contextlib
 import importlib.util
+import os
 import random
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +20,9 @@ from hypothesis import strategies as st
 from data_prep import build_dataset
 from data_prep.prepared import engine, spark
 from data_prep.prepared.prepare import Options
+from tests.helpers.runs import ROOT
 from tests.helpers.spark_cluster import needs_spark
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.errors import InputError, LostProcessError
 
 USERS = ('a', 'B', 'Ä', 'e\u0301', '\ue000', '😀', '9', '10', '007', '7', '7.0', ' 7', 'NULL', '')
 ITEMS = ('x', 'y', 'z', "q'", 'q;', '../q', '-3', '3')
@@ -101,9 +107,23 @@ def test_larger_folders_are_equal_for_any_number_of_workers(tmp_path):
 
 
 @pytest.mark.slow
-def test_too_little_memory_is_said(one_spark):
-  with pytest.raises(InputError, match='--memory_limit'), spark._messages():
-    raise ConnectionError('java.lang.OutOfMemoryError: Java heap space')
+def test_a_build_that_loses_spark_can_be_started_again(tmp_path, sequences):
+  needs_spark()
+  command = [sys.executable, '-m', 'data_prep.build_dataset', '--source=sequences']
+  command += [f'--raw_dir={sequences}', f'--data_dir={tmp_path / "data"}', '--engine=spark']
+  build = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  answer = tmp_path / f'data.spill-{build.pid}' / 'spark' / 'answer'
+  while not answer.exists():
+    assert build.poll() is None, build.stderr.read()
+    time.sleep(0.01)
+  children = Path(f'/proc/{build.pid}/task/{build.pid}/children').read_text().split()
+  (java,) = [int(pid) for pid in children if Path(f'/proc/{pid}/comm').read_text() == 'java\n']
+  os.kill(java, signal.SIGKILL)
+  _, said = build.communicate(timeout=120)
+  assert build.returncode == LostProcessError.exit_code, said
+  assert 'error: Spark was lost (' in said
+  assert 'Traceback' not in said
+  assert not [*tmp_path.glob('data*')]
 
 
 @pytest.fixture
