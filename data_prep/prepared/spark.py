@@ -35,6 +35,7 @@ _SECONDS = 5.0  # How long a master may take to answer.
 _SETTINGS = {
   'spark.app.name': 'ur4rec build',
   'spark.ui.enabled': 'false',
+  'spark.ui.showConsoleProgress': 'false',
   # Columns are written "user", as in DuckDB.
   'spark.sql.ansi.enabled': 'true',
   'spark.sql.ansi.doubleQuotedIdentifiers': 'true',

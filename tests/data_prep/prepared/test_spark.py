@@ -126,6 +126,20 @@ def test_a_build_that_loses_spark_can_be_started_again(tmp_path, sequences):
   assert not [*tmp_path.glob('data*')]
 
 
+@pytest.mark.parametrize(
+  ('said', 'error', 'message'),
+  [
+    ('java.lang.OutOfMemoryError: Java heap space', InputError, '--memory_limit: is too low'),
+    ('No space left on device', OSError, 'No space left'),
+    ('Answer from Java side is empty', LostProcessError, 'start the same command again'),
+  ],
+)
+def test_errors_of_spark_say_the_way_out(said, error, message):
+  needs_spark()
+  with pytest.raises(error, match=message), spark._messages():
+    raise ConnectionError(said)
+
+
 @pytest.fixture
 def installed(monkeypatch):
   """Lets pyspark seem to be installed."""
