@@ -23,7 +23,7 @@ import numpy as np
 
 from data_prep import carry_over, describe_page, identity, sources
 from data_prep.flags import Parser
-from data_prep.prepared import appending, content, engine, pictures, prepare, tfds_writer
+from data_prep.prepared import appending, content, engine, pictures, prepare, spark, tfds_writer
 from data_prep.sources import download, raw_files
 from ur4rec_jax import files
 from ur4rec_jax.data import splits
@@ -130,8 +130,8 @@ def build(
     options: filters.
     overwrite: whether another dataset in `data_dir` may be replaced.
     parameters: flags of the source by name; the others get their defaults.
-    resources: memory for filtering and sorting, and processes for writing; what does not fit in
-      that memory goes to a folder beside `data_dir`, which is removed at the end.
+    resources: engine and memory for filtering and sorting, and processes for writing; what does
+      not fit in that memory goes to a folder beside `data_dir`, which is removed at the end.
 
   Returns:
     The content of dataset.json, and whether the dataset was built now.
@@ -211,7 +211,10 @@ def _build(
   to_build: _Build, raw_dir: str | Path | None, parameters: Mapping[str, Any]
 ) -> tuple[dict[str, Any], bool]:
   source, data_dir, options = to_build.source, to_build.data_dir, to_build.options
-  engine.check_memory_limit(to_build.resources.memory_limit)
+  limit, master = to_build.resources.memory_limit, to_build.resources.master
+  engine.megabytes(limit)
+  if master is not None:
+    spark.check(master, limit)
   spec = sources.SOURCES[source]
   if misplaced := sorted(set(parameters) - set(spec.parameters)):
     raise InputError(f'--{misplaced[0]} is no flag of --source={source}; leave it out')
@@ -487,6 +490,18 @@ def _flags() -> Parser:
     help='memory for filtering and sorting, such as 1GB; the rest goes to a folder on the disk',
   )
   add(
+    '--engine',
+    choices=('duckdb', 'spark'),
+    default='duckdb',
+    help='what filters and sorts, with the same result: duckdb in this process, or spark, also on'
+    ' several machines, see docs/large_data.md',
+  )
+  add(
+    '--master',
+    help=f'with --engine=spark: spark://HOST:PORT, or {spark.LOCAL} for the cores of this machine,'
+    ' which is the default',
+  )
+  add(
     '--workers',
     type=int,
     default=os.cpu_count() or 1,
@@ -521,6 +536,13 @@ def _flags() -> Parser:
   return parser
 
 
+def _resources(flags: argparse.Namespace) -> engine.Resources:
+  if flags.engine != 'spark' and flags.master:
+    raise InputError('--master is for --engine=spark; leave it out')
+  master = (flags.master or spark.LOCAL) if flags.engine == 'spark' else None
+  return engine.Resources(flags.memory_limit, workers=flags.workers, master=master)
+
+
 def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
   for name, what in (
     ('data_dir', 'the folder of the old version'),
@@ -531,6 +553,8 @@ def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
       raise InputError(f'--{name} is missing: {what}')
   if flags.overwrite:
     raise InputError('--overwrite: --append never replaces a folder; leave it out')
+  if flags.engine == 'spark':
+    raise InputError('--engine=spark: --append needs no engine; leave it out')
   values = vars(flags)
   defaults = prepare.Options()._asdict()
   given = {name: values[name] for name in defaults if values[name] != defaults[name]}
@@ -578,7 +602,7 @@ def main(argv: list[str] | None = None) -> None:
     options,
     flags.overwrite,
     parameters,
-    engine.Resources(flags.memory_limit, workers=flags.workers),
+    _resources(flags),
   )
   say(summary(metadata, flags.data_dir, is_new))
 

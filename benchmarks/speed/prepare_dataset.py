@@ -4,7 +4,9 @@
 
 The file is generated in the folder if it is missing: users, items and times in random order, with
 skewed popularity, 144 rows a user. Rows are built with 5-core and without repeats. Seconds of the
-processor are given beside the elapsed ones, because other programs may run at the same time.
+processor are given beside the elapsed ones, because other programs may run at the same time. Memory
+is that of the largest process. With `--master` Spark filters and sorts; of its processes only the
+driver is counted, not the workers of a cluster.
 
 With `--project` the build is that of another copy of the project, such as an earlier version.
 """
@@ -82,6 +84,7 @@ def main() -> None:
   add('--rows', type=int, default=20_000_000, help='rows to generate')
   add('--project', type=pathlib.Path, default=measure.ROOT, help='copy of the project that builds')
   add('--memory_limit', help='flag of build_dataset, if it has the flag')
+  add('--master', help='flag of build_dataset, with --engine=spark')
   measure.add_output_flags(parser, RESULTS)
   flags = parser.parse_args()
   flags.folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +92,7 @@ def main() -> None:
   if not path.exists():
     generate(path, flags.rows)
   more = [f'--memory_limit={flags.memory_limit}'] if flags.memory_limit else []
+  more += ['--engine=spark', f'--master={flags.master}'] if flags.master else []
   found = build(path, flags.project, more)
   lines = [
     f'{flags.rows:,} rows: {found["seconds"]:,} s, {found["processor_seconds"]:,} s of the'
@@ -99,6 +103,7 @@ def main() -> None:
     'benchmark': 'prepare_dataset',
     'rows': flags.rows,
     'memory_limit': flags.memory_limit,
+    'master': flags.master,
     'cores': len(os.sched_getaffinity(0)),
     **found,
   }

@@ -89,7 +89,7 @@ def load(database: duckdb.DuckDBPyConnection, layout: Layout) -> Loaded | None:
 def number(
   database: duckdb.DuckDBPyConnection, loaded: Loaded, numbers: Mapping[str, np.ndarray]
 ) -> None:
-  """Creates the table `rows_0` of `engine.Rows`, with numbers in place of ids.
+  """Creates the table `rows_0` of `rows.Rows`, with numbers in place of ids.
 
   Args:
     database: has the table `loaded`, which is dropped.

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.prepared import engine, pictures, plain_files
+from data_prep.prepared.rows import Repeat, Rows, open_rows
 from ur4rec_jax.data import flat_arrays, splits
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.raw.interactions import Layout, complete
@@ -137,7 +138,7 @@ def prepare_plain(
 
 
 class _Stored(NamedTuple):
-  """Rows that the engine has in its table `rows_0`, for `engine.Rows`.
+  """Rows that the engine has in its table `rows_0`, for `open_rows`.
 
   Attributes:
     database: the engine.
@@ -162,20 +163,21 @@ def _prepare(raw: Raw, stored: _Stored, options: Options, resources: engine.Reso
     resources: where the columns of the result are kept.
   """
   database, user_names, item_names, has = stored
-  rows = engine.Rows(database, {'user': len(user_names), 'item': len(item_names)})
-  rows_read = len(rows) + sum(raw.dropped.values())
-  unknown = _unknown_items(raw, item_names, rows)
-  # No filter drops these items.
-  stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
-  ledger = _Ledger(rows, stays, raw.dropped)
-  _filter(raw, rows, has, options, ledger, (user_names, item_names))
-  lengths = rows.counts('user')
-  kept_users, lengths = np.flatnonzero(lengths), lengths[lengths > 0]
-  is_kept = stays | (rows.counts('item') > 0)
-  numbers = np.cumsum(is_kept, dtype=np.int32)
-  kinds = {'item': np.int32, 'time': np.int64, 'rating': np.float32}
-  found = {name: resources.column(name, len(rows), kinds[name]) for name in kinds if name in has}
-  _put_in_order(rows, found, numbers, raw.ticks_per_second)
+  sizes = {'user': len(user_names), 'item': len(item_names)}
+  with open_rows(database, resources, sizes) as rows:
+    rows_read = len(rows) + sum(raw.dropped.values())
+    unknown = _unknown_items(raw, item_names, rows)
+    # No filter drops these items.
+    stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
+    ledger = _Ledger(rows, stays, raw.dropped)
+    _filter(raw, rows, has, options, ledger, (user_names, item_names))
+    lengths = rows.counts('user')
+    kept_users, lengths = np.flatnonzero(lengths), lengths[lengths > 0]
+    is_kept = stays | (rows.counts('item') > 0)
+    numbers = np.cumsum(is_kept, dtype=np.int32)
+    kinds = {'item': np.int32, 'time': np.int64, 'rating': np.float32}
+    found = {name: resources.column(name, len(rows), kinds[name]) for name in kinds if name in has}
+    _put_in_order(rows, found, numbers, raw.ticks_per_second)
   offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
   names = [item_names[i] for i in np.flatnonzero(is_kept)]
   dropped = ledger.dropped
@@ -216,7 +218,7 @@ def _prepare(raw: Raw, stored: _Stored, options: Options, resources: engine.Reso
 
 def _filter(
   raw: Raw,
-  rows: engine.Rows,
+  rows: Rows,
   has: Collection[str],
   options: Options,
   ledger: '_Ledger',
@@ -265,7 +267,7 @@ def _filter(
 
 
 def _put_in_order(
-  rows: engine.Rows, found: dict[str, np.ndarray], numbers: np.ndarray, ticks_per_second: int
+  rows: Rows, found: dict[str, np.ndarray], numbers: np.ndarray, ticks_per_second: int
 ) -> None:
   """Fills columns with all rows, user after user, each in time order.
 
@@ -400,7 +402,7 @@ def _sorted_at(values: np.ndarray, places: Sequence[int]) -> list[int]:
 class _Ledger:
   """Counts the rows that each filter drops, and keeps the users."""
 
-  def __init__(self, rows: engine.Rows, stays: np.ndarray, dropped: Mapping[str, int]):
+  def __init__(self, rows: Rows, stays: np.ndarray, dropped: Mapping[str, int]):
     """Counts what there is before the first filter.
 
     Args:
@@ -418,14 +420,14 @@ class _Ledger:
     self.dropped_users: dict[str, list[int]] = {}
     self._has_rows = rows.counts('user') > 0
 
-  def _count(self, rows: engine.Rows) -> dict[str, int]:
+  def _count(self, rows: Rows) -> dict[str, int]:
     return {
       'users': int(np.count_nonzero(rows.counts('user'))),
       'items': int(((rows.counts('item') > 0) | self._stays).sum()),
       'interactions': len(rows),
     }
 
-  def record(self, reason: str, rows: engine.Rows) -> None:
+  def record(self, reason: str, rows: Rows) -> None:
     left = self._count(rows)
     for what, reasons in self.dropped.items():
       if lost := self._left[what] - left[what]:
@@ -473,7 +475,7 @@ def sort_ids(ids: Sequence[str], others: Iterable[str] = ()) -> tuple[list[str],
   return [names[i] for i in order], rank
 
 
-def _unknown_items(raw: Raw, names: list[str], rows: engine.Rows) -> int:
+def _unknown_items(raw: Raw, names: list[str], rows: Rows) -> int:
   """Counts items without a row in the item table; an error unless the table may be partial."""
   if raw.table is None:
     return 0
@@ -490,7 +492,7 @@ def _unknown_items(raw: Raw, names: list[str], rows: engine.Rows) -> int:
 
 
 def _repeated(
-  raw: Raw, count: int, repeat: engine.Repeat, names: tuple[list[str], list[str]]
+  raw: Raw, count: int, repeat: Repeat, names: tuple[list[str], list[str]]
 ) -> InputError:
   users, items = names
   seconds, ticks = divmod(repeat.time, raw.ticks_per_second)
@@ -503,7 +505,7 @@ def _repeated(
   )
 
 
-def _check_enough_left(path: str, rows: engine.Rows, ledger: _Ledger, options: Options) -> None:
+def _check_enough_left(path: str, rows: Rows, ledger: _Ledger, options: Options) -> None:
   num_users, num_items = (int((rows.counts(of) > 0).sum()) for of in ('user', 'item'))
   if num_users > 1 and num_items > 1:
     return

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from data_prep import build_dataset
 from data_prep.prepared import engine
 from data_prep.prepared.prepare import Options, Prepared, prepare
+from data_prep.prepared.rows import Rows
 from ur4rec_jax.data.raw.records import Raw
 from ur4rec_jax.errors import InputError
 
@@ -107,7 +108,7 @@ def test_rows_beyond_the_limit_of_memory_go_to_the_disk(tmp_path):
   resources = engine.Resources('50MB', tmp_path)  # The rows alone take 36 MB.
   with engine.connected(resources) as database:
     engine.store(database, columns)
-    rows = engine.Rows(database, {'user': users, 'item': items})
+    rows = Rows(engine.Tables(database), {'user': users, 'item': items})
     assert np.array_equal(rows.counts('item'), np.bincount(columns['item'], minlength=items))
     parts = rows.ordered(['user', 'time', 'row'], ['item', 'time'])
     found = [next(parts)]
