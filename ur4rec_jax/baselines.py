@@ -114,7 +114,7 @@ def _baselines(
     try:
       models |= factor_models(train, flags.seed)
     except ModuleNotFoundError as error:
-      way_out = "pip install 'ur4rec-jax[baselines]' (in a clone: '.[baselines]')"
+      way_out = "pip install 'ur4rec-jax[baselines]' (in a clone: -e '.[baselines]')"
       if set(flags.models) <= set(FACTORS):
         raise InputError(f'--models={",".join(flags.models)}: need a library: {way_out}') from error
       say(f'ALS and BPR-MF are left out: {way_out}')

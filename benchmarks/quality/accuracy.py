@@ -63,8 +63,8 @@ READING = f"""
   items, GELU, normalised inputs, and on MovieLens the loss `same_target`, smaller batches and less
   dropout. `-kept` has a causal filter beside attention, too. `ml-1m` and `ml-1m-sequences` have all
   this, and their softmax leaves out the other items of a user. `ml-100k` has the positions, the
-  filter and that softmax, and `amazon-beauty` the positions and the filter. The variants with content
-  have none of this; on MovieLens they are compared with ids whose softmax kept all items, too.
+  filter and that softmax, and `amazon-beauty` the positions and the filter. The variants with
+  content have none of this; on MovieLens the ids beside them kept all items, too.
 - `ml-1m-sequences` is the MovieLens-1M file of the SASRec benchmarks. On it, under full ranking,
   the best published SASRec with full cross-entropy has NDCG@10 0.182 and Hit@10 0.315. The best
   published checkpoint that we know is that of ICSRec, 0.2007 and 0.3368.

@@ -109,7 +109,7 @@ def find(data_dir: str | Path, folder: str | Path, what: str) -> MediaFiles:
   except ImportError as error:
     raise InputError(
       "--modality=audio and video need PyAV: pip install 'ur4rec-jax[media]' (in a clone:"
-      " '.[media]')"
+      " -e '.[media]')"
     ) from error
   folder = Path(folder)
   if not folder.is_dir():

@@ -84,7 +84,7 @@ def _optuna() -> Any:
     import optuna
   except ImportError as error:
     raise InputError(
-      "--search needs Optuna: pip install 'ur4rec-jax[search]' (in a clone: '.[search]')"
+      "--search needs Optuna: pip install 'ur4rec-jax[search]' (in a clone: -e '.[search]')"
     ) from error
   optuna.logging.set_verbosity(optuna.logging.WARNING)
   logging.getLogger('alembic').setLevel(logging.WARNING)

@@ -147,7 +147,7 @@ def check_installed(name: str) -> None:
   if importlib.util.find_spec(name) is None:
     raise InputError(
       f"config.trackers: {name} is not installed: pip install 'ur4rec-jax[trackers]' (in a clone:"
-      " '.[trackers]'), which brings mlflow and wandb, or pip install trackio; or leave it out"
+      " -e '.[trackers]'), which brings mlflow and wandb, or pip install trackio; or leave it out"
     )
 
 
