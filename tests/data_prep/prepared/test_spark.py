@@ -112,8 +112,7 @@ def test_a_build_that_loses_spark_can_be_started_again(tmp_path, sequences):
   command = [sys.executable, '-m', 'data_prep.build_dataset', '--source=sequences']
   command += [f'--raw_dir={sequences}', f'--data_dir={tmp_path / "data"}', '--engine=spark']
   build = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-  answer = tmp_path / f'data.spill-{build.pid}' / 'spark' / 'answer'
-  while not answer.exists():
+  while not [*tmp_path.glob('data.spill-*/spark/answer')]:
     assert build.poll() is None, build.stderr.read()
     time.sleep(0.01)
   children = Path(f'/proc/{build.pid}/task/{build.pid}/children').read_text().split()
