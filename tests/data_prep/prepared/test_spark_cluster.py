@@ -66,7 +66,7 @@ def test_a_cluster_gives_the_same_folder(tmp_path, orders, wanted, is_killed):
           assert build.poll() is None, build.stderr.read()
           time.sleep(0.02)
         workers[0].kill()
-      _, said = build.communicate(timeout=600)
+      _, said = build.communicate(timeout=1800)
     finally:
       build.kill()
   assert build.returncode == 0, said
