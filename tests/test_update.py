@@ -211,11 +211,14 @@ def test_the_promoted_model_may_have_learned_all_events(days, tmp_path):
   assert 'all interactions' in about['protocol']['trained_on']
 
 
-def test_a_shuffled_day_is_refused(days, tmp_path):
+def test_a_day_of_robots_is_refused(days, tmp_path):
+  """Every user of the day has the same eight items, in an order of its own."""
   lines = (days / 'day2.csv').read_text().splitlines()
   users, items, times = zip(*(line.split(',') for line in lines[1:]), strict=True)
-  shuffled = np.random.default_rng(0).permutation(items)
-  rows = list(zip(users, shuffled, times, strict=True))
+  rng, pushed = np.random.default_rng(0), sorted(set(items))[:8]
+  orders = {user: iter(rng.permutation(pushed)) for user in users}
+  rows = [(user, next(orders[user], None), time) for user, time in zip(users, times, strict=True)]
+  rows = [row for row in rows if row[1] is not None]
   write_table(days / 'poisoned.csv', 'user,item,time', rows)
   append(days, 'poisoned')
   models = tmp_path / 'models'
