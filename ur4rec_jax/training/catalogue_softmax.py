@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.devices import AXIS
 from ur4rec_jax.sharding.item_embeddings import NOWHERE, index_from
+from ur4rec_jax.training.losses import LOWEST
 from ur4rec_jax.training.negatives import Negatives
-from ur4rec_jax.training.seen_items import LOWEST, SeenItems, packed, without_seen
+from ur4rec_jax.training.seen_items import SeenItems, packed, without_seen
 
 Array = jax.Array
 
@@ -46,13 +47,13 @@ def _chunks(x: Array, chunk_size: int) -> Array:
   return jnp.pad(x, padding).reshape(-1, chunk_size, *x.shape[1:])
 
 
-def chunked_sum(loss: Callable[..., Array], chunk_size: int, *arrays: Array) -> Array:
+def chunked_sum(loss: Callable[..., Array], chunk_size: int, *arrays: Array | None) -> Array:
   """Sums `loss(*chunk)` over chunks of tokens, with one chunk's intermediate values in memory.
 
   Args:
     loss: maps `[chunk_size, ...]` arrays to a scalar; zero for tokens that are all zeros.
     chunk_size: tokens per chunk.
-    *arrays: `[tokens, ...]`.
+    *arrays: `[tokens, ...]`; None stays None in each chunk.
 
   Returns:
     Scalar.
@@ -60,7 +61,7 @@ def chunked_sum(loss: Callable[..., Array], chunk_size: int, *arrays: Array) -> 
   if chunk_size >= arrays[0].shape[0]:
     return loss(*arrays)
   chunk_loss = jax.checkpoint(lambda chunk: loss(*chunk))
-  chunks = tuple(_chunks(x, chunk_size) for x in arrays)
+  chunks = jax.tree.map(lambda x: _chunks(x, chunk_size), arrays)
   return jax.lax.map(chunk_loss, chunks).sum()
 
 
@@ -117,13 +118,13 @@ def _in_chunks(hidden, item_vectors, targets, weights, chunk_size, seen):
   """Returns the loss and the gradients of states and items; the latter in float32."""
   tokens, dim = hidden.shape
   chunk_size = min(chunk_size, tokens)
-  is_seen = None if seen is None else seen.table(len(item_vectors))
+  users, is_seen = (None, None) if seen is None else (seen.users, seen.table(len(item_vectors)))
 
   def step(item_gradient, chunk):
-    h, target, weight, *user = chunk
+    h, target, weight, user = chunk
     logits = _matmul(h, item_vectors.T)
-    if user:
-      logits = without_seen(logits, is_seen[user[0]], target)
+    if user is not None:
+      logits = without_seen(logits, is_seen[user], target)
     top = logits.max(-1, keepdims=True)
     unnormalised = jnp.exp(logits - top)
     total = unnormalised.sum(-1, keepdims=True)
@@ -143,14 +144,10 @@ def _in_chunks(hidden, item_vectors, targets, weights, chunk_size, seen):
   item_gradient, (losses, hidden_gradient) = jax.lax.scan(
     step,
     jnp.zeros(item_vectors.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in (hidden, targets, weights, *_users(seen))),
+    jax.tree.map(lambda x: _chunks(x, chunk_size), (hidden, targets, weights, users)),
   )
   hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
   return losses.sum(), hidden_gradient, item_gradient
-
-
-def _users(seen: SeenItems | None) -> tuple[Array, ...]:
-  return () if seen is None else (seen.users,)
 
 
 def _softmax_backward(chunk_size, residuals, cotangent):
@@ -259,19 +256,20 @@ def _softmax_over_devices_forward(
   rows, device = item_rows.shape[0], jax.lax.axis_index(AXIS)
   ids = device * rows + jnp.arange(rows)
   is_item = (ids > 0) & (ids <= num_items)
+  users = is_seen = None
   if seen is not None:
     seen = _of_all_devices(seen, ids[0])
-    is_seen = seen.table(rows)
+    users, is_seen = seen.users, seen.table(rows)
   all_tokens = jax.lax.all_gather((hidden, target_ids, weights), AXIS, tiled=True)
   tokens = all_tokens[0].shape[0]
   chunk_size = min(chunk_size, tokens)
 
   def step(item_gradient, chunk):
-    h, target, weight, *user = chunk
+    h, target, weight, user = chunk
     row = index_from(ids[0], target)  # Beyond the end if another device has the target.
     logits = jnp.where(is_item, _matmul(h, item_rows.T), LOWEST)
-    if user:
-      logits = without_seen(logits, is_seen[user[0]], row)
+    if user is not None:
+      logits = without_seen(logits, is_seen[user], row)
     top = logits.max(-1)
     unnormalised = jnp.where(logits > LOWEST, jnp.exp(logits - top[:, None]), 0)
     target_logit = logits.at[jnp.arange(len(h)), row].get(mode='fill', fill_value=0)
@@ -296,7 +294,7 @@ def _softmax_over_devices_forward(
   item_gradient, (losses, hidden_gradient) = jax.lax.scan(
     step,
     jnp.zeros(item_rows.shape, jnp.float32),
-    tuple(_chunks(x, chunk_size) for x in (*all_tokens, *_users(seen))),
+    jax.tree.map(lambda x: _chunks(x, chunk_size), (*all_tokens, users)),
   )
   hidden_gradient = hidden_gradient.reshape(-1, dim)[:tokens]
   hidden_gradient = jax.lax.psum_scatter(hidden_gradient, AXIS, tiled=True)

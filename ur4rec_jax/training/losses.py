@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import optax
 
 Array = jax.Array
+# The score of an item that does not count. It is finite, because the sum of no items at all would
+# have a gradient of NaN.
+LOWEST = jnp.finfo(jnp.float32).min
 
 
 def bpr(positive: Array, negative: Array, weights: Array) -> Array:
@@ -100,9 +103,7 @@ def sampled_softmax(
   Returns:
     Scalar sum over tokens.
   """
-  # A finite number, because the sum of no negatives at all would have a gradient of NaN.
-  lowest = jnp.finfo(jnp.float32).min
-  corrected = jnp.where(left_out, lowest, negative - log_expected_count)
+  corrected = jnp.where(left_out, LOWEST, negative - log_expected_count)
   log_sum = jnp.logaddexp(positive, jax.nn.logsumexp(corrected, axis=-1))
   return ((log_sum - positive) * weights).sum()
 

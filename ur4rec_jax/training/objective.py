@@ -269,23 +269,26 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
 
   def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives, seen=None):
     negative_vectors = item_vectors[negatives.items]
-    is_seen = None if seen is None else _is_seen(seen, negatives.items)
+    users = is_seen = words = None
+    if seen is not None:
+      users, is_seen = seen.users, _is_seen(seen, negatives.items)
     if catalogue_softmax.has_kernel(hidden, negative_vectors):
       vectors = hidden, item_vectors[targets], negative_vectors
-      words = None if is_seen is None else packed(is_seen)[seen.users]
+      if seen is not None:
+        words = packed(is_seen)[users]
       return catalogue_softmax.fused_sampled_softmax(*vectors, targets, weights, negatives, words)
 
-    def loss(hidden, targets, weights, *users):
+    def loss(hidden, targets, weights, users):
       positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
       negative = jnp.matmul(hidden, negative_vectors.T, preferred_element_type=jnp.float32)
       left_out = targets[:, None] == negatives.items
-      if users:
-        left_out |= is_seen[users[0]]
+      if users is not None:
+        left_out |= is_seen[users]
       return losses.sampled_softmax(
         positive, negative, weights, negatives.log_expected_count, left_out
       )
 
-    arrays = hidden, targets, weights, *(() if seen is None else (seen.users,))
+    arrays = hidden, targets, weights, users
     return catalogue_softmax.chunked_sum(loss, config.chunk_size, *arrays)
 
   def whole_catalogue(hidden, item_vectors, targets, weights, negatives, seen=None):

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 from ur4rec_jax.data.input_pipeline import Batch
 from ur4rec_jax.evaluation.protocol import LEAVE_OUT
 from ur4rec_jax.sharding.item_embeddings import NOWHERE, index_from
+from ur4rec_jax.training.losses import LOWEST
 
 Array = jax.Array
 AS_EVALUATION, KEEP = CHOICES = ('as_evaluation', 'keep')
 BITS = 32  # In a word of `packed`.
-LOWEST = jnp.finfo(jnp.float32).min
 
 
 @flax.struct.dataclass

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ur4rec_jax.models.attention_kernel import FAST_MEMORY, dot
-from ur4rec_jax.training.seen_items import BITS, LOWEST
+from ur4rec_jax.training.losses import LOWEST
+from ur4rec_jax.training.seen_items import BITS
 
 Array = jax.Array
 _TOKENS = 256  # Tokens in a block; half as many if the catalogue leaves no room.
