@@ -23,10 +23,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ur4rec_jax import processes
 from ur4rec_jax.baselines import ACCURACY, WITHOUT_TRAINING, table
 from ur4rec_jax.errors import InputError, ReportedError, exit_on_reported_error, printable, say
 from ur4rec_jax.files import expand_home, write_file
+from ur4rec_jax.runs import processes
 
 if TYPE_CHECKING:
   from ur4rec_jax.inference.trained import TrainedRecommender

@@ -23,11 +23,12 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ur4rec_jax import files, processes
+from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.errors import EXIT_CODES, InputError, StorageError, counted, printable, say
 from ur4rec_jax.online import tables
 from ur4rec_jax.online.feedback_store import FeedbackStore, open_store
+from ur4rec_jax.runs import processes
 
 STATE = 'watch.json'
 GATE = 'gate.json'  # The update writes its verdict here.

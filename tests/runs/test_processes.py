@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from ur4rec_jax import processes
+from ur4rec_jax.runs import processes
 
 
 def start(code, **streams):

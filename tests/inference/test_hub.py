@@ -16,9 +16,9 @@ import pytest
 from tests.helpers.hub_server import hub_server
 from tests.helpers.recommenders import make
 from tests.helpers.runs import ROOT
-from ur4rec_jax import hub
 from ur4rec_jax.export import export
-from ur4rec_jax.hub import model_card, push_to_hub
+from ur4rec_jax.inference import hub
+from ur4rec_jax.inference.hub import model_card, push_to_hub
 
 PUSH = 'import sys, ur4rec_jax; print(ur4rec_jax.push_to_hub(sys.argv[1], "me/shop"))'
 PULL = (
