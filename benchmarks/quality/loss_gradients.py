@@ -80,7 +80,7 @@ def measure(
         method='encode',
         mutable=(GATES,),
       )
-      seen = seen_items(stage.config, batch)
+      seen = seen_items(batch) if stage.leaves_out_seen_items else None
       return all_losses(encoded, LossInputs(target_ids, target_ids, negatives, tokens, seen))
 
     return values(params), jax.jacrev(values)(params)

@@ -18,6 +18,7 @@ from ur4rec_jax.training.catalogue_softmax import fused_sampled_softmax, plain_s
 from ur4rec_jax.training.negatives import Negatives
 from ur4rec_jax.training.objective import make_retrieval_loss
 from ur4rec_jax.training.seen_items import SeenItems, packed, seen_items
+from ur4rec_jax.training.stages import make_stages
 
 NUM_USERS, NUM_ITEMS, DIM = 7, 40, 6
 
@@ -185,13 +186,15 @@ def test_each_user_of_a_packed_row_has_the_own_items_of_the_row():
   plan = Plan(*(np.array(x, np.int32) for x in (
     [[0, 4], [6, 0]], [[3, 1], [4, 0]], [[0, 1], [2, 0]])))  # fmt: skip
   batch = gather_batch(jnp.asarray(item_ids), plan, 6)
-  table = np.asarray(seen_items(default_config(), batch).table(9))
+  table = np.asarray(seen_items(batch).table(9))
   found = [set(np.flatnonzero(row) + 1) for row in table]
   assert found == [*(set(history[:-1]) for history in histories), set()]
 
 
-@pytest.mark.parametrize('field', ['loss', 'evaluation'])
-def test_all_items_are_candidates_if_training_or_evaluation_keeps_them(field):
+@pytest.mark.parametrize('keeps', [None, 'loss', 'evaluation'])
+def test_all_items_are_candidates_if_training_or_evaluation_keeps_them(keeps):
   config = default_config()
-  config[field].seen_items = 'keep'
-  assert seen_items(config, None) is None
+  if keeps:
+    config[keeps].seen_items = 'keep'
+  ((stage,), _) = make_stages(config, NUM_ITEMS, lambda _: {'sasrec': {'anything': 0}})
+  assert stage.leaves_out_seen_items == (keeps is None)

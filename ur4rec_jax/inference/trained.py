@@ -123,7 +123,7 @@ def _read_kept(
   kept = kept_model.read(workdir, config, dataset.identity())
   if kept is None:
     return None
-  keep_compiled_programs(str(workdir), config)
+  keep_compiled_programs(str(workdir), config.compilation_cache)
   return dataset, kept
 
 
@@ -136,7 +136,7 @@ def _read_checkpoint(
   from ur4rec_jax.runs.workdir import open_stored_run
 
   run = open_stored_run(workdir, data_dir)
-  keep_compiled_programs(str(workdir), run.config)
+  keep_compiled_programs(str(workdir), run.config.compilation_cache)
   stage, params = restore_best(run, str(workdir))
   items = {'ids': [], 'titles': []}
   for item in iterate_items(run.config.data_dir):

@@ -3,17 +3,15 @@
 import pathlib
 
 import jax
-from ml_collections import ConfigDict
 
 _NO_CACHE = 'none'
 
 
-def keep_compiled_programs(workdir: str, config: ConfigDict) -> None:
-  """Sets the cache of compiled programs to the folder `config.compilation_cache`.
+def keep_compiled_programs(workdir: str, folder: str) -> None:
+  """Sets the cache of compiled programs to a folder, see the knob `compilation_cache`.
 
   By default that is a folder in `workdir`, unless `JAX_COMPILATION_CACHE_DIR` names another.
   """
-  folder = config.compilation_cache
   if folder == _NO_CACHE:
     jax.config.update('jax_enable_compilation_cache', False)
   elif folder or not jax.config.jax_compilation_cache_dir:

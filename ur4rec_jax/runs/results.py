@@ -106,7 +106,7 @@ def write_results(
     'jax': jax.__version__,
   }
   model = run.stages[best].model
-  shown = shown_users.shown_users(model, data, best_of_stage, best_ranks['test'], run.config)
+  shown = shown_users.shown_users(run, model, data, best_of_stage, best_ranks['test'])
   if devices.is_main_process():
     archive = io.BytesIO()
     users = dataset.held_out('test')[0][data.protocol.is_counted(dataset, 'test')]
@@ -148,7 +148,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   run = open_run(config)
   if not check_workdir(workdir, run, free=('evaluation.',)):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
-  keep_compiled_programs(workdir, config)
+  keep_compiled_programs(workdir, config.compilation_cache)
   run.check_targets()
   stage, params = restore_best(run, workdir)
   data = run.eval_data()

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import Dataset, read_items_at, read_user_ids_at
@@ -19,6 +18,7 @@ from ur4rec_jax.encoders.picture_files import BadPicture, thumbnail
 from ur4rec_jax.evaluation.best_items import best_items
 from ur4rec_jax.evaluation.evaluate import EvalData
 from ur4rec_jax.evaluation.queries import Queries, make_queries
+from ur4rec_jax.runs.open_run import Run
 
 PyTree = Any
 FILE = 'shown_users.json'
@@ -29,31 +29,31 @@ _MOST_BYTES = 8000
 
 
 def shown_users(
-  model: nn.Module, data: EvalData, params: PyTree, ranks: np.ndarray, config: ConfigDict
+  run: Run, model: nn.Module, data: EvalData, params: PyTree, ranks: np.ndarray
 ) -> dict[str, Any]:
   """Draws test users and lists what the model ranks first for them; all processes must call it.
 
   Args:
-    model: the run's best model.
+    run: the trained run.
+    model: its best model.
     data: inputs of the evaluation, on the devices.
     params: parameters of the model, on the devices.
     ranks: `[users]` of the test items that count, as `make_evaluator` gives them.
-    config: the run's config, for `seed`, `data_dir` and `transfer_guard`.
 
   Returns:
     The content of `shown_users.json`: see `describe`; each user has a `rank` too, and `rule` says
     how they were drawn.
   """
-  queries, places = _draw(data, config.seed)
-  with jax.transfer_guard(config.transfer_guard):
+  queries, places = _draw(data, run.config.seed)
+  with jax.transfer_guard(run.config.transfer_guard):
     best = best_items(model, data, params, queries, BEST)
-  found = describe(data.dataset, config.data_dir, queries, best)
+  found = describe(data.dataset, run.config.data_dir, queries, best)
   for user, place in zip(found['users'], places, strict=True):
     # A rank among drawn candidates would not fit the list, which is from the whole catalogue.
     user['rank'] = int(ranks[place]) if data.protocol.candidates == 'all' else None
   rule = (
-    f'drawn at random, with the seed {config.seed} of the run, from the {len(ranks):,} test users '
-    'whose test item counts'
+    f'drawn at random, with the seed {run.config.seed} of the run, from the {len(ranks):,} test '
+    'users whose test item counts'
   )
   return {'rule': rule, **found}
 

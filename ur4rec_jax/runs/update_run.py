@@ -99,7 +99,7 @@ def train_and_judge(config: ConfigDict, workdir: str, margin: float) -> dict[str
   """
   if not is_finished(pathlib.Path(workdir), config):
     train_loop.train_and_evaluate(config, workdir)
-  keep_compiled_programs(workdir, config)
+  keep_compiled_programs(workdir, config.compilation_cache)
   verdict = gate.judge(gate.rank_both(open_run(config), workdir), margin)
   if devices.is_main_process():
     write_file(pathlib.Path(workdir) / GATE, json.dumps(verdict, indent=2) + '\n')

@@ -140,7 +140,7 @@ def claimed_workdir(workdir: str, run: Run) -> Iterator[None]:
   if not str(workdir):
     raise InputError('workdir is empty: it must name the folder in which the run is kept')
   check_workdir(workdir, run)
-  keep_compiled_programs(workdir, run.config)
+  keep_compiled_programs(workdir, run.config.compilation_cache)
   folder = pathlib.Path(workdir)
   taken = (
     f'another process is training in {workdir}; wait for it, stop it, or use another --workdir'

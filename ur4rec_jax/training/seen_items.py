@@ -9,10 +9,8 @@ too: they are no wrong answers, and at test time the target is the user's last i
 import flax.struct
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from ur4rec_jax.data.input_pipeline import Batch
-from ur4rec_jax.evaluation.protocol import LEAVE_OUT
 from ur4rec_jax.sharding.item_embeddings import NOWHERE, index_from
 from ur4rec_jax.training.losses import LOWEST
 
@@ -48,14 +46,8 @@ class SeenItems:
     return self.replace(items=jnp.where(is_there, index, NOWHERE))
 
 
-def seen_items(config: ConfigDict, batch: Batch) -> SeenItems | None:
-  """Lists the items of the users of a batch, from 0 for id or number 1.
-
-  Returns:
-    None if the config has all items as candidates.
-  """
-  if config.loss.seen_items == KEEP or config.evaluation.seen_items != LEAVE_OUT:
-    return None
+def seen_items(batch: Batch) -> SeenItems:
+  """Lists the items of the users of a batch, from 0 for id or number 1."""
   rows, slots = batch.users.shape
   row = jnp.arange(rows, dtype=jnp.int32)[:, None]
   return SeenItems(

@@ -11,9 +11,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.evaluation.protocol import LEAVE_OUT
 from ur4rec_jax.models.sasrec import OF_CONTENT
 from ur4rec_jax.models.ur4rec import BRANCHES, FUSED, UR4Rec, create_model, losses_in_use
 from ur4rec_jax.training.optimizers import GROUPS, RateSchedule, group_of
+from ur4rec_jax.training.seen_items import AS_EVALUATION
 from ur4rec_jax.training.train_state import StageState
 
 Array = jax.Array
@@ -57,6 +59,12 @@ class Stage:
   warmup_steps: int
   schedule: str
   start_next_with: str
+
+  @property
+  def leaves_out_seen_items(self) -> bool:
+    """Whether the softmax losses leave out what a user has, as the evaluation does."""
+    in_loss, in_evaluation = self.config.loss.seen_items, self.config.evaluation.seen_items
+    return in_loss == AS_EVALUATION and in_evaluation == LEAVE_OUT
 
   def total_steps(self, steps_per_epoch: int) -> int:
     """Returns the largest number of steps that the stage may take."""

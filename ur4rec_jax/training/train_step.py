@@ -58,6 +58,7 @@ def make_train_step(
   """
   is_trainable = jax.tree.map(lambda label: label in stage.trainable, labels)
   needs_catalogue = embeddings.is_sharded and 'softmax' in stage.retrieval_losses.values()
+  list_seen = seen_items if stage.leaves_out_seen_items else lambda batch: None
   objective_of = make_objective(stage, is_trainable, embeddings.num_items)
 
   @functools.partial(jax.jit, inline=True)  # Traced once, for its shapes and for the loop.
@@ -73,7 +74,7 @@ def make_train_step(
     tables = embeddings.for_step(
       [batch.item_ids, batch.targets, *ids.values()], needs_catalogue, bool(data.tables.items)
     )
-    seen_ids = seen_items(stage.config, batch)
+    seen_ids = list_seen(batch)
     batch = batch._replace(
       item_ids=tables.renumber(batch.item_ids), targets=tables.renumber(batch.targets)
     )
@@ -85,7 +86,7 @@ def make_train_step(
       target_ids=target_ids,
       negatives=renumbered(negatives, ids, tables),
       num_tokens=jnp.where(num_tokens > 0, num_tokens, 1.0),
-      seen=seen_items(stage.config, batch),
+      seen=list_seen(batch),
       seen_ids=seen_ids,
     )
     params, opt_state = tables.take((state.params, state.opt_state))
