@@ -59,16 +59,18 @@ READING = f"""
   `-multimodal` texts and pictures: on MovieLens in a second branch, on Amazon Beauty through item
   embeddings that start as texts. `-paper` uses the retriever of the paper. `-shuffled` is a
   control: every item has the text and the picture of another item.
-- `-plain` is SASRec with the parts of its paper. `-window` has rotary positions in a window of 50
-  items, GELU, normalised inputs, and on MovieLens the loss `same_target`, smaller batches and less
-  dropout. `-kept` has a causal filter beside attention, too. `ml-1m` and `ml-1m-sequences` have all
-  this, and their softmax leaves out the other items of a user. `ml-100k` has the positions, the
-  filter and that softmax, and `amazon-beauty` the positions and the filter. The variants with
-  content have none of this; on MovieLens they are compared with `-kept`.
+- `-plain` is our run of SASRec with the parts of its paper, but with cross-entropy over all or
+  many items where the paper has binary cross-entropy with one. `-window` has rotary positions in
+  a window of 50 items, GELU, normalised inputs, and on MovieLens the loss `same_target`, smaller
+  batches and less dropout. On MovieLens-1M, `-kept` has all this and a causal filter beside
+  attention. `ml-1m` and `ml-1m-sequences` have all this, and their softmax leaves out the other
+  items of a user. `ml-100k-kept` has the positions and the filter, `ml-100k` also that softmax,
+  and `amazon-beauty` the positions and the filter. The variants with content have none of this.
 - `-short` is the same in 9 epochs instead of 24, which takes five minutes on two cores.
 - `ml-1m-sequences` is the MovieLens-1M file of the SASRec benchmarks. On it, under full ranking,
-  the best published SASRec with full cross-entropy has NDCG@10 0.182 and Hit@10 0.315. The best
-  published checkpoint that we know is that of ICSRec, 0.2007 and 0.3368.
+  the best published SASRec with full cross-entropy has NDCG@10 0.182 and Hit@10 0.315 (Klenitskiy
+  and Vasilev, RecSys 2023). The best published checkpoint that we know is that of ICSRec (Qin et
+  al., WSDM 2024), 0.2007 and 0.3368, which we ranked ourselves under this protocol.
 - **gain** compares the mean NDCG@10 with that of the baseline, which is SASRec on the same data.
 - **p value** says how likely chance alone would give such a gain. It comes from a two-sided
   permutation test, paired by user: each user's NDCG@10 is averaged over the seeds, and p is the

@@ -89,8 +89,9 @@ def rank_by_products(
     counts += jnp.where(i < 0, 0, count(start, scores, target_scores, i * size))
     return counts, target_scores, finite & jnp.isfinite(scores).all()
 
-  nothing = jnp.zeros(len(targets), jnp.int32), jnp.zeros(len(targets)), jnp.array(True)
-  counts, _, finite = jax.lax.fori_loop(-1, -(-rows // size), add_part, nothing)
+  # Round -1 scores the targets, so that they come from the same compiled product as their rivals.
+  initial = jnp.zeros(len(targets), jnp.int32), jnp.zeros(len(targets)), jnp.array(True)
+  counts, _, finite = jax.lax.fori_loop(-1, -(-rows // size), add_part, initial)
   return 1 + embeddings.sum_own_queries(counts), finite
 
 

@@ -115,7 +115,7 @@ def has_kernel(hidden: Array, item_vectors: Array) -> bool:
 
 
 def _in_chunks(hidden, item_vectors, targets, weights, chunk_size, seen):
-  """Returns the loss and the gradients of states and items; the latter in float32."""
+  """Returns the loss `[]` and its gradients: `[tokens, dim]`, and `[num_items, dim]` float32."""
   tokens, dim = hidden.shape
   chunk_size = min(chunk_size, tokens)
   users, is_seen = (None, None) if seen is None else (seen.users, seen.table(len(item_vectors)))

@@ -30,9 +30,9 @@ class LossInputs(NamedTuple):
     numbers: `[tokens]` int32, the step's row number of each target from 1, 0 for padding.
     target_ids: `[tokens]` int32, item ids of the targets, 0 for padding.
     negatives: by branch; None where the loss reads the whole catalogue.
-    num_tokens: `[]` float32, the divisor of sums over tokens.
+    num_tokens: `[]` float32, mean number of tokens of a device; sums over tokens are divided by it.
     seen: items that the softmax losses leave out, numbered as `targets`; None for none.
-    seen_ids: the same, but from 0 for item id 1.
+    seen_in_catalogue: the same, numbered from 0 for item id 1.
   """
 
   numbers: Array
@@ -40,7 +40,7 @@ class LossInputs(NamedTuple):
   negatives: ByBranch
   num_tokens: Array
   seen: SeenItems | None = None
-  seen_ids: SeenItems | None = None
+  seen_in_catalogue: SeenItems | None = None
 
   @property
   def targets(self) -> Array:
@@ -89,11 +89,13 @@ def make_sample(inputs: LossInputs, size: int) -> Sample:
   pairs = jnp.stack([by_target[first], by_target[first + 1]])
   a, b = inputs.numbers[pairs]
   return Sample(
-    tokens,
-    *(x[tokens] for x in (inputs.numbers, inputs.targets, inputs.weights)),
-    pairs,
-    a,
-    ((a == b) & (a > 0)).astype(jnp.float32),
+    tokens=tokens,
+    numbers=inputs.numbers[tokens],
+    targets=inputs.targets[tokens],
+    weights=inputs.weights[tokens],
+    pairs=pairs,
+    pair_numbers=a,
+    pair_weights=((a == b) & (a > 0)).astype(jnp.float32),
   )
 
 
@@ -142,7 +144,8 @@ def _branch_loss(
   negatives = inputs.negatives[branch]
   if encoded.own_items is not None and negatives is None:
     items = encoded.own_items[branch]
-    total = over_devices(users, items, inputs.target_ids, inputs.weights, seen=inputs.seen_ids)
+    seen = inputs.seen_in_catalogue
+    total = over_devices(users, items, inputs.target_ids, inputs.weights, seen=seen)
   else:
     items = encoded.items[branch]
     total = loss(users, items, inputs.targets, inputs.weights, negatives, inputs.seen)
@@ -303,6 +306,6 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
 def _is_seen(seen: SeenItems, negatives: Array) -> Array:
   """Returns `[users, negatives]` bool: which of the negatives `[negatives]` each user has."""
   ascending = jnp.sort(negatives)
-  # An item that was drawn several times is found in the first of its places; all read that one.
+  # If an item was drawn several times, the search finds its first copy, and all copies read it.
   first = jnp.searchsorted(ascending, negatives)
   return seen.renumbered(ascending).table(negatives.size)[:, first]

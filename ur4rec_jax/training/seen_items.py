@@ -47,7 +47,7 @@ class SeenItems:
 
 
 def seen_items(batch: Batch) -> SeenItems:
-  """Lists the items of the users of a batch, from 0 for id or number 1."""
+  """Lists the items that each user of a batch has as inputs, from 0 for id or number 1."""
   rows, slots = batch.users.shape
   row = jnp.arange(rows, dtype=jnp.int32)[:, None]
   return SeenItems(

@@ -74,12 +74,12 @@ def make_train_step(
     tables = embeddings.for_step(
       [batch.item_ids, batch.targets, *ids.values()], needs_catalogue, bool(data.tables.items)
     )
-    seen_ids = list_seen(batch)
-    batch = batch._replace(
+    seen_in_catalogue = list_seen(batch)
+    batch = batch._replace(  # From here on, items have the numbers of the step.
       item_ids=tables.renumber(batch.item_ids), targets=tables.renumber(batch.targets)
     )
-    # Dividing by the count of all devices makes the mean of the devices' gradients the gradient of
-    # the mean over all tokens, however unevenly tokens are spread.
+    # Each device divides by the mean number of tokens of all devices. The mean of the devices'
+    # gradients is then the gradient of the mean over all tokens, however unevenly they are spread.
     num_tokens = jax.lax.pmean(weights.sum(), AXIS)
     inputs = LossInputs(
       numbers=batch.targets.reshape(-1),
@@ -87,7 +87,7 @@ def make_train_step(
       negatives=renumbered(negatives, ids, tables),
       num_tokens=jnp.where(num_tokens > 0, num_tokens, 1.0),
       seen=list_seen(batch),
-      seen_ids=seen_ids,
+      seen_in_catalogue=seen_in_catalogue,
     )
     params, opt_state = tables.take((state.params, state.opt_state))
     objective = objective_of(data, tables, batch, inputs, dropout_key)
