@@ -17,8 +17,8 @@ from ur4rec_jax import experiment as experiment_command
 from ur4rec_jax import feedback
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.export import export
-from ur4rec_jax.inference.arms import Arms
 from ur4rec_jax.online import experiments
+from ur4rec_jax.service.arms import Arms
 
 FILE = """
 name = "content"

@@ -450,8 +450,8 @@ def test_a_flood_of_lists_cannot_fill_the_store(environment, exports, recommende
 FAILING = """
 import asyncio, sys
 from ur4rec_jax import serve
-from ur4rec_jax.inference.batcher import Batcher
-from ur4rec_jax.inference.feedback import Feedback
+from ur4rec_jax.service.batcher import Batcher
+from ur4rec_jax.service.feedback import Feedback
 async def fail(*_):
   await asyncio.sleep(1)
   raise ZeroDivisionError('an unknown fault')

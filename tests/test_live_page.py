@@ -8,8 +8,8 @@ from fastapi import Request
 from tests.helpers.recommenders import make
 from tests.helpers.services import request, service
 from ur4rec_jax.export import export
-from ur4rec_jax.inference.http_app import make_page
 from ur4rec_jax.online.feedback_store import open_store
+from ur4rec_jax.service.http_app import make_page
 
 EXPERIMENT = """
 name = "page"

@@ -20,7 +20,7 @@ from tests.helpers.runs import ROOT
 from tests.helpers.services import request as get
 from tests.helpers.services import service
 from ur4rec_jax.export import export
-from ur4rec_jax.inference.admission import make_host_check
+from ur4rec_jax.service.admission import make_host_check
 
 # A process in which nothing of what training needs can be imported.
 ALONE = """

@@ -32,20 +32,20 @@ try:
   from prometheus_client import Counter
 
   from ur4rec_jax.inference import exported, registry
-  from ur4rec_jax.inference.admission import AdmissionControl, RateLimit, make_host_check
-  from ur4rec_jax.inference.arms import Arms
-  from ur4rec_jax.inference.batcher import MOST_K, Batcher
-  from ur4rec_jax.inference.connections import make_protocol
-  from ur4rec_jax.inference.feedback import Feedback
-  from ur4rec_jax.inference.http_app import Live, Model, make_app
-  from ur4rec_jax.inference.http_events import EventRoute
-  from ur4rec_jax.inference.live import LiveModel, Served, is_loading, open_current
-  from ur4rec_jax.inference.named_models import NamedModels, names_of
-  from ur4rec_jax.inference.precompile import precompile
   from ur4rec_jax.inference.recommender import BATCH_SIZES
   from ur4rec_jax.inference.rules import load as load_rules
   from ur4rec_jax.online.events import KINDS
   from ur4rec_jax.online.feedback_store import open_store
+  from ur4rec_jax.service.admission import AdmissionControl, RateLimit, make_host_check
+  from ur4rec_jax.service.arms import Arms
+  from ur4rec_jax.service.batcher import MOST_K, Batcher
+  from ur4rec_jax.service.connections import make_protocol
+  from ur4rec_jax.service.feedback import Feedback
+  from ur4rec_jax.service.http_app import Live, Model, make_app
+  from ur4rec_jax.service.http_events import EventRoute
+  from ur4rec_jax.service.live import LiveModel, Served, is_loading, open_current
+  from ur4rec_jax.service.named_models import NamedModels, names_of
+  from ur4rec_jax.service.precompile import precompile
 except ImportError as error:
   print(f"error: {error.name} is not installed; pip install 'ur4rec-jax[serve]'", file=sys.stderr)
   sys.exit(InputError.exit_code)

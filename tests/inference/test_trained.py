@@ -17,8 +17,8 @@ from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.best_items import best_items
 from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import Queries, make_queries
-from ur4rec_jax.inference.http_schema import make_question
 from ur4rec_jax.inference.query import CheckedQuery
+from ur4rec_jax.service.http_schema import make_question
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 

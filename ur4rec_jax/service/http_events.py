@@ -9,9 +9,6 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Counter
 
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, RateLimit, client_name
-from ur4rec_jax.inference.feedback import EVENTS, Feedback
-from ur4rec_jax.inference.http_schema import problem
 from ur4rec_jax.online.events import (
   KINDS,
   MOST_CHARACTERS,
@@ -22,6 +19,9 @@ from ur4rec_jax.online.events import (
   load_json,
   rows_of,
 )
+from ur4rec_jax.service.admission import RETRY_SECONDS, TURN, RateLimit, client_name
+from ur4rec_jax.service.feedback import EVENTS, Feedback
+from ur4rec_jax.service.http_schema import problem
 
 UNKNOWN_ITEMS = Counter('ur4rec_events_unknown_items', 'Events with items that the model lacks.')
 _ONE_LINE = r'^[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$'

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from ur4rec_jax.inference import turns as turns_module
-from ur4rec_jax.inference.turns import Turns
+from ur4rec_jax.service import turns as turns_module
+from ur4rec_jax.service.turns import Turns
 
 
 @pytest.fixture

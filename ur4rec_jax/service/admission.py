@@ -11,8 +11,8 @@ from collections.abc import Callable, Hashable, Sequence
 from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram
 
-from ur4rec_jax.inference.http_schema import problem
-from ur4rec_jax.inference.turns import Turns
+from ur4rec_jax.service.http_schema import problem
+from ur4rec_jax.service.turns import Turns
 
 MOST_BYTES = 1 << 20  # Limit for the body of a request.
 MOST_HEADER_BYTES = 1 << 16  # Limit for the address and the header of a request.

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from ur4rec_jax.inference.admission import TURN, AdmissionControl
+from ur4rec_jax.service.admission import TURN, AdmissionControl
 
 
 def scope(client):

@@ -5,8 +5,8 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.inference.http_schema import problem
-from ur4rec_jax.inference.live import Served
+from ur4rec_jax.service.http_schema import problem
+from ur4rec_jax.service.live import Served
 
 
 def names_of(folders: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pydantic import (
   model_validator,
 )
 
-from ur4rec_jax.inference.batcher import MOST_IDS
+from ur4rec_jax.service.batcher import MOST_IDS
 
 MOST_WEIGHT = 100
 MOST_CHARACTERS = 256  # Limit for an id or a search.

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.recommenders import make
-from ur4rec_jax.inference.batcher import Batcher, Job, Line, Waiting
 from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.recommender import make_users
+from ur4rec_jax.service.batcher import Batcher, Job, Line, Waiting
 
 
 @settings(max_examples=100, deadline=None)
@@ -85,7 +85,7 @@ def test_the_width_of_batches_does_not_grow_with_plays(with_long_user):
 
 def test_a_user_of_unusually_many_items_gets_the_same_answer_alone(shop, monkeypatch):
   recommender = make(shop, 'sasrec')[0]
-  monkeypatch.setattr('ur4rec_jax.inference.batcher.MOST_IDS', 10)
+  monkeypatch.setattr('ur4rec_jax.service.batcher.MOST_IDS', 10)
   batcher = Batcher(recommender, most_jobs=4, wait_seconds=0)
   ids = recommender.item_ids
   histories = [ids[:40], ids[3:5], ids[5:50]]

@@ -10,13 +10,13 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from ur4rec_jax.inference.admission import (
+from ur4rec_jax.service.admission import (
   MOST_HEADER_BYTES,
   READ_SECONDS,
   REQUESTS,
   client_name,
 )
-from ur4rec_jax.inference.http_schema import problem
+from ur4rec_jax.service.http_schema import problem
 
 MOST_HEADERS = 200  # Lines of a header; each line costs time, however short it is.
 HEADER_SECONDS = 10  # A header that takes longer to arrive is refused.

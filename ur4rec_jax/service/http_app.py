@@ -17,19 +17,24 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import generate_latest
 
 from ur4rec_jax.errors import InputError, StorageError
-from ur4rec_jax.inference.admission import RETRY_SECONDS, TURN, RateLimit, client_name
-from ur4rec_jax.inference.arms import Arms
-from ur4rec_jax.inference.batcher import MOST_IDS, Batcher, Job
-from ur4rec_jax.inference.feedback import (
+from ur4rec_jax.inference.query import Known, Query, UserTokens
+from ur4rec_jax.inference.recommender import Recommender
+from ur4rec_jax.inference.rules import ONLY, Rules
+from ur4rec_jax.inference.similar import BOTH, KINDS
+from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
+from ur4rec_jax.service.admission import RETRY_SECONDS, TURN, RateLimit, client_name
+from ur4rec_jax.service.arms import Arms
+from ur4rec_jax.service.batcher import MOST_IDS, Batcher, Job
+from ur4rec_jax.service.feedback import (
   ONLY_ARM,
   Coverage,
   Feedback,
   join_history,
   new_request_id,
 )
-from ur4rec_jax.inference.http_events import OPENAPI, EventRoute
-from ur4rec_jax.inference.http_reasons import add_reasons
-from ur4rec_jax.inference.http_schema import (
+from ur4rec_jax.service.http_events import OPENAPI, EventRoute
+from ur4rec_jax.service.http_reasons import add_reasons
+from ur4rec_jax.service.http_schema import (
   MOST_CHARACTERS,
   Health,
   Item,
@@ -41,11 +46,6 @@ from ur4rec_jax.inference.http_schema import (
   make_question,
   problem,
 )
-from ur4rec_jax.inference.query import Known, Query, UserTokens
-from ur4rec_jax.inference.recommender import Recommender
-from ur4rec_jax.inference.rules import ONLY, Rules
-from ur4rec_jax.inference.similar import BOTH, KINDS
-from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 
 MOST_SIMILAR = 20  # Similar items in an answer.
 MOST_FOUND = 20  # Results of a search.

@@ -5,8 +5,8 @@ import asyncio
 import httpx
 
 from tests.helpers.recommenders import make
-from ur4rec_jax.inference.batcher import Batcher
-from ur4rec_jax.inference.http_app import Model, make_app
+from ur4rec_jax.service.batcher import Batcher
+from ur4rec_jax.service.http_app import Model, make_app
 
 
 def test_a_network_of_ipv6_addresses_is_one_client_in_the_queue(shop):

@@ -8,11 +8,11 @@ import pytest
 from prometheus_client import REGISTRY
 
 from tests.helpers.recommenders import make
-from ur4rec_jax.inference.feedback import Coverage, Feedback, join_history
 from ur4rec_jax.inference.query import Known
 from ur4rec_jax.inference.recommender import Recommender, make_users
 from ur4rec_jax.online.events import CLICK, Event, Exposure, History, Shown
 from ur4rec_jax.online.feedback_store import open_store
+from ur4rec_jax.service.feedback import Coverage, Feedback, join_history
 
 
 @pytest.fixture(scope='module')

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ur4rec_jax.inference import influences, reasons
-from ur4rec_jax.inference.batcher import Job
 from ur4rec_jax.inference.passages import closest
+from ur4rec_jax.service.batcher import Job
 
 if TYPE_CHECKING:
-  from ur4rec_jax.inference.http_app import Model
+  from ur4rec_jax.service.http_app import Model
 
 MOST_LEFT_OUT = 50  # Items of a history that are left out one by one to explain a recommendation.
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ur4rec_jax.errors import InputError, as_reported, say
 from ur4rec_jax.inference import exported, rules
-from ur4rec_jax.inference.http_schema import MOST_WEIGHT
 from ur4rec_jax.online import experiments
 from ur4rec_jax.online.experiments import Arm, Experiment
+from ur4rec_jax.service.http_schema import MOST_WEIGHT
 
 if TYPE_CHECKING:
-  from ur4rec_jax.inference.http_app import Model
+  from ur4rec_jax.service.http_app import Model
 
 WATCH_SECONDS = 1
 

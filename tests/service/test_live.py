@@ -12,9 +12,10 @@ import pytest
 from tests.helpers.recommenders import make
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.export import export
-from ur4rec_jax.inference import exported, live
-from ur4rec_jax.inference.batcher import Batcher
-from ur4rec_jax.inference.precompile import precompile
+from ur4rec_jax.inference import exported
+from ur4rec_jax.service import live
+from ur4rec_jax.service.batcher import Batcher
+from ur4rec_jax.service.precompile import precompile
 
 
 def test_who_loads_rests_most_of_the_time():

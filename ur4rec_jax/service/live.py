@@ -20,7 +20,7 @@ from prometheus_client import Counter, Gauge
 
 from ur4rec_jax.errors import FailedTaskError, InputError, as_reported, say
 from ur4rec_jax.inference import registry
-from ur4rec_jax.inference.batcher import Batcher
+from ur4rec_jax.service.batcher import Batcher
 
 WATCH_SECONDS = 1
 _TURN_SECONDS, _REST_SECONDS = 0.0005, 0.004

@@ -12,7 +12,7 @@ import sys
 import jax
 
 from ur4rec_jax.inference import exported
-from ur4rec_jax.inference.batcher import Batcher
+from ur4rec_jax.service.batcher import Batcher
 
 _CACHE_OPTIONS = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
 

@@ -6,8 +6,8 @@ import pathlib
 import pytest
 
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.inference.live import Served
-from ur4rec_jax.inference.named_models import NamedModels, names_of
+from ur4rec_jax.service.live import Served
+from ur4rec_jax.service.named_models import NamedModels, names_of
 
 
 def ask(models, query: bytes) -> str:

@@ -1,0 +1,1 @@
+"""Answers requests over HTTP, takes events, and changes models while it does."""
