@@ -79,13 +79,27 @@ def test_other_ways_to_write_the_same_rows_change_nothing(write, change, name):
 
 
 def test_another_delimiter_comes_by_flag(write):
-  path = write(ROWS.replace(',', ';'), 'rows.csv')
-  assert events(read(path, delimiter=';')) == EVENTS
+  path = write(ROWS.replace(',', '^'), 'rows.csv')
+  assert events(read(path, delimiter='^')) == EVENTS
   assert 'is the delimiter another than' in fault(path)
   assert events(read(write(ROWS.replace(',', '\t'), 'rows.dat'), delimiter='tab')) == EVENTS
   for name in ('rows.dat', 'rows', 'rows.gz'):
     assert 'pass --delimiter' in fault(write(ROWS, name))
   assert '--delimiter must be one character' in fault(path, delimiter='::')
+
+
+@pytest.mark.parametrize(('delimiter', 'name'), [(';', "';'"), ('\t', 'tab'), ('|', "'|'")])
+def test_a_csv_file_of_a_spreadsheet_may_have_another_delimiter(write, delimiter, name):
+  path = write(ROWS.replace(',', delimiter), 'rows.csv')
+  raw = read(path, items=str(write(f'sku{delimiter}title\nx{delimiter}A, or B\n', 'items.csv')))
+  assert events(raw._replace(table=None)) == EVENTS
+  assert f'rows.csv: the columns are separated by {name}' in raw.notes
+  assert raw.table == {'x': prepare.Item('A, or B')}
+
+
+def test_a_file_of_another_program_has_to_be_saved_as_a_table(write):
+  for name in ('rows.xlsx', 'rows.jsonl'):
+    assert 'save the table as one of them' in fault(write(ROWS, name))
 
 
 def test_quotes_delimiters_and_line_ends_inside_other_columns(write):
