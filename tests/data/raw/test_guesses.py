@@ -73,6 +73,11 @@ def test_files_without_rows_are_left_out_or_named(tmp_path):
     guess(empty, None, {})
 
 
+def test_the_item_table_may_lie_in_the_folder_of_the_orders(tmp_path):
+  orders(tmp_path, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  assert guess(tmp_path, goods(tmp_path), {}).notes[0] == 'user = customer_id'
+
+
 def test_returns_are_left_out_and_counted(tmp_path):
   header = 'customer_id,sku,Order Qty,ordered_at'
   path = orders(

@@ -35,12 +35,12 @@ class Guess(NamedTuple):
   """A guess.
 
   Attributes:
-    flags: flags of the build by name.
+    flags: flags of the build by name; one without a value has '' or True.
     notes: one sentence about each column that plays a role.
     item_column: the column of the items' ids among the interactions.
   """
 
-  flags: dict[str, str]
+  flags: dict[str, str | bool]
   notes: list[str]
   item_column: str
 
@@ -57,7 +57,7 @@ class _Sample(NamedTuple):
     return sum(bool(re.match(pattern, value)) for value in filled) / max(len(filled), 1)
 
 
-def guess(orders: Path, goods: Path | None, given: Mapping[str, str]) -> Guess:
+def guess(orders: Path, goods: Path | None, given: Mapping[str, str | bool]) -> Guess:
   """Guesses the flags of a build.
 
   Args:
@@ -68,7 +68,7 @@ def guess(orders: Path, goods: Path | None, given: Mapping[str, str]) -> Guess:
   Raises:
     InputError: a table cannot be read, or no column can be the user or the item.
   """
-  files = interactions.with_rows(interactions.find(orders, {}))
+  files = interactions.with_rows(interactions.find(orders, {'items': goods}))
   found = _sample(files[0])
   goods_found = None if goods is None else _sample_items(goods)
   ids = set() if goods_found is None else _any_ids(goods_found)
@@ -93,7 +93,7 @@ def guess(orders: Path, goods: Path | None, given: Mapping[str, str]) -> Guess:
 
 
 def _interaction_columns(
-  found: _Sample, ids: set[str], given: Mapping[str, str]
+  found: _Sample, ids: set[str], given: Mapping[str, str | bool]
 ) -> dict[str, tuple[str, str]]:
   """Returns the column of each role, and why it was chosen if its name alone does not say it."""
   chosen: dict[str, tuple[str, str]] = {}
@@ -204,7 +204,7 @@ def _quoted(name: str) -> str:
 
 
 def _item_flags(
-  found: _Sample, used: set[str], given: Mapping[str, str]
+  found: _Sample, used: set[str], given: Mapping[str, str | bool]
 ) -> tuple[dict[str, str], list[str]]:
   """Guesses the columns of the item table, given ids of the interactions."""
   flags, chosen = {}, {}

@@ -253,7 +253,9 @@ def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path
     except (OSError, ValueError):  # The text is too long for a path, or has a NUL byte.
       fault = 'is no file name; correct it'
   if fault:
-    raise InputError(f'{where}: {column} {name!r} {fault}')
+    raise InputError(
+      f'{where}: {column} {name!r} {fault}, or leave all pictures out: --image_column=none'
+    )
   return path
 
 
