@@ -199,6 +199,13 @@ def test_without_a_time_column_the_order_of_the_file_counts(write):
   assert (raw.timestamps, raw.ratings) == (None, None)
 
 
+@pytest.mark.parametrize('name', ['bought_on_date', 'Datum', 'Bestellzeit', 'fecha'])
+def test_a_column_that_looks_like_a_time_is_asked_for(write, name):
+  path = write(f'user,item,{name}\na,x,2024-01-31\nb,y,2024-01-30\n')
+  assert f'--time_column={name}' in fault(path)
+  assert [x for *_, x, _ in events(read(path, time_column=name))] == [1706659200, 1706572800]
+
+
 def test_columns_by_flag_and_ambiguous_ones(write):
   path = write('user,customer,asin,parent_asin,when\na,c,x,p,1\nb,d,y,q,2\n')
   assert 'user and customer may each be the user; say which: --user_column=user' in fault(path)
