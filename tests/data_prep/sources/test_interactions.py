@@ -316,6 +316,14 @@ def test_item_tables_of_every_format_say_the_same(write, tmp_path, name):
   assert prepare.prepare(raw).dropped['items'] == {'never_interacted': 1}
 
 
+def test_texts_that_parquet_stores_as_bytes_are_texts(write, tmp_path):
+  path = tmp_path / 'items.parquet'
+  columns = {'sku': [b'x', b'y'], 'title': ['Zoë'.encode(), b''], 'genre': [[b'A', b'B'], None]}
+  pq.write_table(pa.table(columns), path)
+  raw = read(write(ROWS), items=str(path))
+  assert raw.table == {'x': prepare.Item('Zoë', ('A', 'B')), 'y': prepare.Item()}
+
+
 def test_values_of_json_lines(write):
   items = write(
     '{"asin": 1, "title": null, "categories": [["A", "B"], ["A"]], "size": 7, "desc": ["p", "q"]}\n'
