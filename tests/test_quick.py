@@ -1,5 +1,6 @@
 """`quick` and `train` on a real small shop: what they print, make, keep and refuse."""
 
+import contextlib
 import csv
 import json
 import shlex
@@ -15,6 +16,7 @@ import pytest
 import ur4rec_jax
 from data_prep.build_dataset import build_from_table
 from tests.helpers.commands import run_here
+from tests.helpers.goods import row_of_item, write_table
 from ur4rec_jax import exported, quick
 from ur4rec_jax.baselines import WITHOUT_TRAINING
 from ur4rec_jax.errors import InputError
@@ -108,6 +110,25 @@ def test_wrong_arguments(files, tmp_path, arguments, message):
   assert done.returncode == 2
   assert message in done.stderr
   assert 'Traceback' not in done.stderr
+
+
+def test_what_the_build_asks_for_can_be_answered(tmp_path, capfd):
+  rows = [[f'c{i % 9}', f' g{i % 7:02}', f'2024-05-{i % 28 + 1:02}', ''] for i in range(63)]
+  header = 'customer_id,sku,ordered_at,rating'
+  orders = write_table(tmp_path / 'orders.csv', header, [*rows, rows[0]])
+  goods = [[*row_of_item(i)[:3], f'/media/{i}.jpg'] for i in range(20)]
+  write_table(tmp_path / 'goods.csv', 'sku,title,description,image', goods)
+  words = [str(orders), str(tmp_path / 'goods.csv'), f'--out={tmp_path / "out"}']
+  answers = ('rating_column=none', 'clean_ids=blanks', 'image_column=none', 'drop_duplicates')
+  for number in range(len(answers) + 1):
+    order = quick._order(quick._flags().parse_args(words))
+    is_last = number == len(answers)
+    with contextlib.nullcontext() if is_last else pytest.raises(SystemExit):
+      quick._build(quick.Commands(order), order, order.out / 'data')
+    message = capfd.readouterr().err
+    words += [f'--{answer}' for answer in answers if f'--{answer}' in message]
+  dataset = json.loads((order.out / 'data/dataset.json').read_text())
+  assert dataset['counts']['interactions'] == 63
 
 
 @pytest.mark.slow  # It builds and trains again, to be stopped there.

@@ -32,7 +32,11 @@ if TYPE_CHECKING:
   from ur4rec_jax.inference.trained import TrainedRecommender
 
 RECORD = 'quick.json'
-_BUILD_FLAGS = ('user_column', 'item_column', 'time_column', 'where')
+# Those that settle what tables of shops often have: the messages of the build ask for them.
+_BUILD_FLAGS = (
+  *('user_column', 'item_column', 'time_column', 'rating_column', 'image_column'),
+  *('where', 'clean_ids', 'drop_duplicates'),
+)
 _SHARE_OF_CONTENT = 0.6  # Training time of the model with content; the model on ids gets the rest.
 _SECONDS_AFTER_TRAINING = 50  # Time to evaluate, export and start the service.
 _SECONDS_TO_START = 20  # Time that a training takes to start; it must have more than this left.
@@ -96,7 +100,7 @@ class Order:
   goods: pathlib.Path | None = None
   pictures: pathlib.Path | None = None
   minutes: float = 5
-  given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  given: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
   encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -220,7 +224,10 @@ def _build(commands: Commands, order: Order, data: pathlib.Path) -> None:
   guessed = guess(order.orders, order.goods, order.given)
   say(f'{order.orders}\n' + '\n'.join(f'  {note}' for note in guessed.notes))
   say('  If that is wrong: --user_column, --item_column, --time_column, --where.')
-  flags = [f'--{name}={value}' if value else f'--{name}' for name, value in guessed.flags.items()]
+  flags = [
+    f'--{name}' if value in ('', True) else f'--{name}={value}'
+    for name, value in guessed.flags.items()
+  ]
   inputs = [f'--raw_dir={order.orders}']
   if order.goods is not None:
     inputs.append(f'--items={order.goods}')
@@ -349,7 +356,7 @@ def train(
   items: Any = None,
   minutes: float = 5,
   out: str | pathlib.Path | None = None,
-  **columns: str,
+  **columns: str | bool,
 ) -> 'TrainedRecommender':
   """Trains a recommender on a table of interactions.
 
@@ -359,7 +366,8 @@ def train(
     minutes: how long it may take.
     out: folder for the data, the runs and their logs; the same folder goes on where it stopped.
       None makes a temporary one, which stays.
-    **columns: flags of the build that are not to be guessed, such as `user_column='customer'`.
+    **columns: flags of the build that are not to be guessed, such as `user_column='customer'` or
+      `drop_duplicates=True`.
 
   Returns:
     The best model, with `recommend`, `similar`, `evaluate` and `export`.
@@ -376,7 +384,8 @@ def train(
   paths = [_as_file(table, folder, name) for table, name in ((orders, 'orders'), (items, 'items'))]
   if unknown := sorted(set(columns) - set(_BUILD_FLAGS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(_BUILD_FLAGS)}')
-  order = Order(paths[0], folder / 'model', paths[1], minutes=minutes, given=columns)
+  given = {name: value for name, value in columns.items() if value is not False}
+  order = Order(paths[0], folder / 'model', paths[1], minutes=minutes, given=given)
   try:
     models = make_models(order)
   except SystemExit as stop:
@@ -413,7 +422,8 @@ def _flags() -> argparse.ArgumentParser:
   add('--out', help='folder of everything that is made; without it quick-NAME of the orders')
   add('--minutes', type=float, default=5, help='how long all of it may take, serving not counted')
   for name in _BUILD_FLAGS:
-    add(f'--{name}', help='not guessed; see python -m data_prep.build_dataset --help')
+    how = {'action': 'store_true', 'default': None} if name == 'drop_duplicates' else {}
+    add(f'--{name}', help='not guessed; see python -m data_prep.build_dataset --help', **how)
   add('--text_encoder', help=f'a pretrained model, or the built-in {HASHING}')
   add('--image_encoder', help=f'a pretrained model, or the built-in {COLOR}')
   add('--port', type=int, default=8000, help='port of the page')

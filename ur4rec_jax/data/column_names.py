@@ -40,11 +40,12 @@ def find(role: str, columns: Iterable[str]) -> list[str]:
     columns: names of columns.
   """
   columns, usual = list(columns), (INTERACTIONS | ITEMS)[role].split()
-  found = [name for name in columns if _plain(name) in usual]
+  found = [name for name in columns if plain(name) in usual]
   if role == 'time' and not found:
-    found = [name for name in columns if _LIKE_CREATED.fullmatch(_plain(name))]
+    found = [name for name in columns if _LIKE_CREATED.fullmatch(plain(name))]
   return found
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+  """Spells a name as the lists of this module do."""
   return re.sub(r'[\s._-]', '', name).lower()

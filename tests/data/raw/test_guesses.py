@@ -73,6 +73,11 @@ def test_files_without_rows_are_left_out_or_named(tmp_path):
     guess(empty, None, {})
 
 
+def test_the_item_table_may_lie_in_the_folder_of_the_orders(tmp_path):
+  orders(tmp_path, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  assert guess(tmp_path, goods(tmp_path), {}).notes[0] == 'user = customer_id'
+
+
 def test_returns_are_left_out_and_counted(tmp_path):
   header = 'customer_id,sku,Order Qty,ordered_at'
   path = orders(
@@ -92,6 +97,29 @@ def test_the_better_of_two_columns_with_usual_names_is_taken(tmp_path):
   assert found.flags['user_column'] == 'user_id'
   assert found.flags['item_column'] == 'sku'
   assert 'user = user_id (rather than session_id)' in found.notes
+
+
+def test_ids_are_preferred_to_names_that_several_may_have(tmp_path):
+  header = 'customer_id,customer,product,product_id,date'
+  rows = lambda u, x, i: [u, f'Ann {i % 3}', f'lamp {i % 4}', x, i]
+  path = orders(tmp_path, header, rows)
+  found = guess(path, None, {})
+  assert found.flags['user_column'] == 'customer_id'
+  assert found.flags['item_column'] == 'product_id'
+  assert 'user = customer_id (rather than customer)' in found.notes
+
+
+def test_numbers_of_orders_and_goods_are_no_times(tmp_path):
+  for number in (1_000_000_123, 3_000_012_345, 4_006_381_000_000):
+    rows = lambda u, x, i, n=number: [
+      n + i // 2,
+      u,
+      4_006_381_333_900 + int(x[1:]),
+      f'2024-05-{i % 28 + 1:02}',
+    ]
+    found = guess(orders(tmp_path, 'Bestellnummer,Kunde,EAN-Artikel,Datum', rows), None, {})
+    assert found.flags['time_column'] == 'Datum'
+    assert found.flags['item_column'] == 'EAN-Artikel'
 
 
 def test_an_item_table_of_other_items_is_refused_and_missing_items_are_told(tmp_path):

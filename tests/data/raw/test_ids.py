@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import build_dataset
 from data_prep.prepared import prepare
 from ur4rec_jax.data.original_ids import read_ids
 from ur4rec_jax.data.raw import ids, interactions
@@ -47,6 +48,17 @@ def test_every_id_goes_through_a_file_and_back_as_it_is(tmp_path_factory, users,
   for names in (users, items):
     once = ids.clean(pa.array(names, pa.string()), ids.CLEANINGS)
     assert ids.clean(once.drop_null(), ids.CLEANINGS).to_pylist() == once.drop_null().to_pylist()
+
+
+@pytest.mark.parametrize('name', ['4.00638E+12', '4,00638E+12', '1e+16', '1.2345678901234568e+16'])
+def test_ids_that_a_spreadsheet_rounded_are_told(tmp_path, name):
+  path = tmp_path / 'rows.csv'
+  path.write_text(f'user;item;time\n1;{name};1\n2;{name};2\n2;5E12;3\n')
+  data, _ = build_dataset.build('interactions', tmp_path / 'data', path)
+  assert any(
+    f'look like rounded numbers (items: {name!r} in 2 rows): several ids may' in note
+    for note in data['notes']
+  )
 
 
 MISSING = ['NULL', 'nan', 'None', r'\N', 'N/A', '<NA>', '', '  ', None]

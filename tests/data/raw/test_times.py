@@ -54,6 +54,24 @@ def test_unix_times_of_every_unit_are_the_same_instant(seconds, thousands):
     assert (found.ticks // found.ticks_per_second).tolist() == seconds
 
 
+@pytest.mark.parametrize(
+  ('form', 'way_out'),
+  [
+    ('%Y%m%d', 'is in 1970, .* write it as YYYY-MM-DD'),
+    ('%Y%m%d%H%M', 'is in 1976, .* write it as YYYY-MM-DD hh:mm'),
+    ('%Y%m%d%H%M%S', 'is in 2611, .* write it as YYYY-MM-DD hh:mm:ss'),
+    ('%Y%m%d%H%M%S123', 'is in 2611, .* write it as YYYY-MM-DD hh:mm:ss.sss'),
+  ],
+)
+def test_dates_written_as_one_number_are_no_unix_times(form, way_out):
+  days = [datetime.datetime(2024, 5, 31, 18, 20), datetime.datetime(2024, 6, 1, 9, 5, 59)]
+  numbers = [int(day.strftime(form)) for day in days]
+  for values in (numbers, [*map(str, numbers)]):
+    with pytest.raises(InputError, match=f'^row 1: time is {numbers[0]}, .*{way_out}$'):
+      parse(values)
+  assert times.plain_unit(min(numbers), max(numbers)) is None
+
+
 def test_more_than_nine_digits_are_cut():
   found = parse(['2023-11-14T23:20:40.1234567899999Z'])
   assert found.ticks.tolist() == [1_700_004_040_123_456_789]

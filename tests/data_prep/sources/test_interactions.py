@@ -79,13 +79,27 @@ def test_other_ways_to_write_the_same_rows_change_nothing(write, change, name):
 
 
 def test_another_delimiter_comes_by_flag(write):
-  path = write(ROWS.replace(',', ';'), 'rows.csv')
-  assert events(read(path, delimiter=';')) == EVENTS
+  path = write(ROWS.replace(',', '^'), 'rows.csv')
+  assert events(read(path, delimiter='^')) == EVENTS
   assert 'is the delimiter another than' in fault(path)
   assert events(read(write(ROWS.replace(',', '\t'), 'rows.dat'), delimiter='tab')) == EVENTS
   for name in ('rows.dat', 'rows', 'rows.gz'):
     assert 'pass --delimiter' in fault(write(ROWS, name))
   assert '--delimiter must be one character' in fault(path, delimiter='::')
+
+
+@pytest.mark.parametrize(('delimiter', 'name'), [(';', "';'"), ('\t', 'tab'), ('|', "'|'")])
+def test_a_csv_file_of_a_spreadsheet_may_have_another_delimiter(write, delimiter, name):
+  path = write(ROWS.replace(',', delimiter), 'rows.csv')
+  raw = read(path, items=str(write(f'sku{delimiter}title\nx{delimiter}A, or B\n', 'items.csv')))
+  assert events(raw._replace(table=None)) == EVENTS
+  assert f'rows.csv: the columns are separated by {name}' in raw.notes
+  assert raw.table == {'x': prepare.Item('A, or B')}
+
+
+def test_a_file_of_another_program_has_to_be_saved_as_a_table(write):
+  for name in ('rows.xlsx', 'rows.jsonl'):
+    assert 'save the table as one of them' in fault(write(ROWS, name))
 
 
 def test_quotes_delimiters_and_line_ends_inside_other_columns(write):
@@ -183,6 +197,13 @@ def test_without_a_time_column_the_order_of_the_file_counts(write):
   path = write(ROWS)
   raw = read(path, time_column='none', rating_column='none')
   assert (raw.timestamps, raw.ratings) == (None, None)
+
+
+@pytest.mark.parametrize('name', ['bought_on_date', 'Datum', 'Bestellzeit', 'fecha'])
+def test_a_column_that_looks_like_a_time_is_asked_for(write, name):
+  path = write(f'user,item,{name}\na,x,2024-01-31\nb,y,2024-01-30\n')
+  assert f'--time_column={name}' in fault(path)
+  assert [x for *_, x, _ in events(read(path, time_column=name))] == [1706659200, 1706572800]
 
 
 def test_columns_by_flag_and_ambiguous_ones(write):
@@ -293,6 +314,14 @@ def test_item_tables_of_every_format_say_the_same(write, tmp_path, name):
   note = 'item table: item_id = id, title = title, description = plot, genres = genre, text = brand'
   assert note in raw.notes
   assert prepare.prepare(raw).dropped['items'] == {'never_interacted': 1}
+
+
+def test_texts_that_parquet_stores_as_bytes_are_texts(write, tmp_path):
+  path = tmp_path / 'items.parquet'
+  columns = {'sku': [b'x', b'y'], 'title': ['Zoë'.encode(), b''], 'genre': [[b'A', b'B'], None]}
+  pq.write_table(pa.table(columns), path)
+  raw = read(write(ROWS), items=str(path))
+  assert raw.table == {'x': prepare.Item('Zoë', ('A', 'B')), 'y': prepare.Item()}
 
 
 def test_values_of_json_lines(write):

@@ -24,7 +24,9 @@ _HINTS = {
   'item': 'item prod artik artic sku good ware isbn asin track movie song book',
 }
 _QUANTITIES = ('quantity', 'qty', 'units', 'quantite', 'menge', 'anzahl')
-_TIME = r'^\s*(\d{4}-\d{2}-\d{2}|\d{9,10}(\.\d*)?\s*$|\d{13}\s*$)'
+_DATE = r'\s*\d{4}-\d{2}-\d{2}'
+# Dates, and unix seconds and milliseconds of the years 1995 to 2033: other numbers may be ids.
+_TIME = rf'{_DATE}|\s*(1\d{{9}}|[89]\d{{8}})(\.\d*)?\s*$|\s*(1\d{{12}}|[89]\d{{11}})\s*$'
 _URL = re.compile(r'https?://\S+$')
 _ROWS = 5000  # Rows at the start of a table whose values are looked at.
 _FEWEST_IDS = 10  # A column with fewer different values holds kinds or quantities.
@@ -35,12 +37,12 @@ class Guess(NamedTuple):
   """A guess.
 
   Attributes:
-    flags: flags of the build by name.
+    flags: flags of the build by name; one without a value has '' or True.
     notes: one sentence about each column that plays a role.
     item_column: the column of the items' ids among the interactions.
   """
 
-  flags: dict[str, str]
+  flags: dict[str, str | bool]
   notes: list[str]
   item_column: str
 
@@ -57,7 +59,7 @@ class _Sample(NamedTuple):
     return sum(bool(re.match(pattern, value)) for value in filled) / max(len(filled), 1)
 
 
-def guess(orders: Path, goods: Path | None, given: Mapping[str, str]) -> Guess:
+def guess(orders: Path, goods: Path | None, given: Mapping[str, str | bool]) -> Guess:
   """Guesses the flags of a build.
 
   Args:
@@ -68,7 +70,7 @@ def guess(orders: Path, goods: Path | None, given: Mapping[str, str]) -> Guess:
   Raises:
     InputError: a table cannot be read, or no column can be the user or the item.
   """
-  files = interactions.with_rows(interactions.find(orders, {}))
+  files = interactions.with_rows(interactions.find(orders, {'items': goods}))
   found = _sample(files[0])
   goods_found = None if goods is None else _sample_items(goods)
   ids = set() if goods_found is None else _any_ids(goods_found)
@@ -93,7 +95,7 @@ def guess(orders: Path, goods: Path | None, given: Mapping[str, str]) -> Guess:
 
 
 def _interaction_columns(
-  found: _Sample, ids: set[str], given: Mapping[str, str]
+  found: _Sample, ids: set[str], given: Mapping[str, str | bool]
 ) -> dict[str, tuple[str, str]]:
   """Returns the column of each role, and why it was chosen if its name alone does not say it."""
   chosen: dict[str, tuple[str, str]] = {}
@@ -106,7 +108,8 @@ def _interaction_columns(
     if len(usual) == 1:
       chosen[role] = usual[0], ''
     elif len(usual) > 1:
-      best = max(usual, key=lambda name: _fit(role, found.columns[name], ids))
+      rivals = usual if role == 'item' and ids else _without_names(usual)
+      best = max(rivals, key=lambda name: _fit(role, found.columns[name], ids))
       others = [name for name in usual if name != best]
       chosen[role] = best, f' (rather than {", ".join(others)})'
     elif candidate := _by_values(role, found, free, ids):
@@ -124,6 +127,12 @@ def _interaction_columns(
   return {role: chosen[role] for role in ('user', 'item', 'time') if role in chosen}
 
 
+def _without_names(columns: Sequence[str]) -> list[str]:
+  """Leaves out `customer` beside `customer_id`: several customers may have one name."""
+  plain = {column_names.plain(name) for name in columns}
+  return [name for name in columns if f'{column_names.plain(name)}id' not in plain]
+
+
 def _fit(role: str, values: Sequence[str], ids: set[str]) -> float:
   """Says how well values fit a role, to choose between columns with usual names."""
   if role == 'item' and ids:
@@ -139,7 +148,9 @@ def _by_values(
   """Finds the column of a role by its values, or by a part of its name."""
   if role == 'time':
     times = [name for name in free if found.share(name, _TIME) > 0.95]
-    return (times[0], ' (its values are times)') if times else None
+    # Numbers of orders may look like unix times.
+    best = max(times, key=lambda name: found.share(name, _DATE), default=None)
+    return (best, ' (its values are times)') if best else None
   if role == 'item' and ids:
     for name in free:
       filled = [value for value in found.columns[name] if value]
@@ -204,7 +215,7 @@ def _quoted(name: str) -> str:
 
 
 def _item_flags(
-  found: _Sample, used: set[str], given: Mapping[str, str]
+  found: _Sample, used: set[str], given: Mapping[str, str | bool]
 ) -> tuple[dict[str, str], list[str]]:
   """Guesses the columns of the item table, given ids of the interactions."""
   flags, chosen = {}, {}

@@ -21,18 +21,19 @@ def hints_about_ids(found: Mapping[str, ids.Ids], cleanings: Collection[str]) ->
     found: the ids of users and items, by role.
     cleanings: what `--clean_ids` undoes.
   """
+  examples = lambda damage: '; '.join(
+    f'{role}s: {column.found[damage]}' for role, column in found.items() if damage in column.found
+  )
   hints = []
   for cleaning, (fault, meaning, effect) in _DAMAGES.items():
-    examples = [
-      f'{role}s: {column.found[cleaning]}'
-      for role, column in found.items()
-      if cleaning in column.found
-    ]
-    if examples:
+    if shown_ids := examples(cleaning):
       meaning = '' if cleaning in cleanings else f' {meaning};'
-      hints.append(
-        f'ids that {fault} ({"; ".join(examples)}){meaning} --clean_ids={cleaning} {effect}'
-      )
+      hints.append(f'ids that {fault} ({shown_ids}){meaning} --clean_ids={cleaning} {effect}')
+  if shown_ids := examples(ids.ROUNDED):
+    hints.append(
+      f'ids that look like rounded numbers ({shown_ids}): several ids may have become one; export'
+      ' them again as text, and not through a spreadsheet'
+    )
   return hints
 
 

@@ -13,9 +13,11 @@ from ur4rec_jax.errors import InputError
 # Values of --clean_ids. Each one undoes one kind of damage.
 BLANKS, DECIMALS, MISSING, EMPTY = CLEANINGS = ('blanks', 'decimals', 'missing', 'empty')
 ALL = 'all'
+ROUNDED = 'rounded'  # Another damage, which nothing undoes.
 # What programs write for a value that they do not have, in lower case.
 _NO_ID = r'^(null|nan|none|nil|nat|n/a|na|#n/a|<na>|\(null\)|undefined|\\n)$'
 _DECIMAL = r'^([+-]?\d+)\.0+$'
+_EXPONENT = r'^[+-]?\d([.,]\d*)?[eE]\+\d+$'  # Spreadsheets write 4006381333931 as 4.00638E+12.
 _NULL = pa.nulls(1, pa.string())[0]  # `pa.scalar(None)` would import pandas.
 _CONTROL = r'[\x00-\x1f\x7f]'
 
@@ -29,7 +31,8 @@ class Ids(NamedTuple):
     ids: `[rows]` dictionary-encoded, null where there is no id; no entry of the dictionary is
       double.
     is_missing: `[rows]` bool, rows without an id.
-    found: what the ids look like before they are cleaned: for each of `CLEANINGS`, in words.
+    found: what the ids look like before they are cleaned: for each of `CLEANINGS` and `ROUNDED`, in
+      words.
   """
 
   ids: pa.DictionaryArray
@@ -236,4 +239,6 @@ def _describe(names: pa.Array, counts: np.ndarray) -> dict[str, str]:
     found[DECIMALS] = f'{at.size:,} such as {example(at)}, {both:,} of them also without .0'
   if (at := select(_says_missing(names))).size:
     found[MISSING] = f'{example(at)} in {int(counts[at].sum()):,} rows'
+  if (at := select(pc.match_substring_regex(trimmed, _EXPONENT))).size:
+    found[ROUNDED] = f'{example(at)} in {int(counts[at].sum()):,} rows'
   return found

@@ -334,7 +334,8 @@ def choose_columns(
 
 def _is_like_time(name: str) -> bool:
   """Whether a column may hold times, so that the order of the file is used only on request."""
-  return bool(re.search(r'time|date|stamp|[_ ]at$|^day$', name, re.IGNORECASE))
+  words = r'time|date|stamp|[_ ]at$|^day$|datum|zeit$|fecha|tijd'
+  return bool(re.search(words, name, re.IGNORECASE))
 
 
 def _shown(columns: Mapping[str, str]) -> str:

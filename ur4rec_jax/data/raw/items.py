@@ -132,7 +132,12 @@ def text(value: Any) -> str:
   if isinstance(value, list | tuple):
     return ' '.join(filter(None, map(text, value)))
   # JSON may hold halves of surrogate pairs, which UTF-8 files cannot.
-  return str(value).encode(errors='replace').decode().strip()
+  return str(_decoded(value)).encode(errors='replace').decode().strip()
+
+
+def _decoded(value: Any) -> Any:
+  """Decodes bytes, as which some programs store the texts of Parquet files."""
+  return value.decode(errors='backslashreplace') if isinstance(value, bytes) else value
 
 
 def genres(value: Any) -> tuple[str, ...]:
@@ -198,7 +203,7 @@ def original_id(value: Any, column: str, where: str) -> str:
   """Converts an id to text; InputError if it is empty or no id."""
   if isinstance(value, bool | float | list | dict):
     raise InputError(f'{where}: {column} is {value!r}; ids are text or whole numbers: correct it')
-  name = '' if value is None else str(value)
+  name = '' if value is None else str(_decoded(value))
   if not name.strip():
     raise InputError(f'{where}: {column} is empty; fill it in or remove the row')
   return name
@@ -253,7 +258,9 @@ def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path
     except (OSError, ValueError):  # The text is too long for a path, or has a NUL byte.
       fault = 'is no file name; correct it'
   if fault:
-    raise InputError(f'{where}: {column} {name!r} {fault}')
+    raise InputError(
+      f'{where}: {column} {name!r} {fault}, or leave all pictures out: --image_column=none'
+    )
   return path
 
 

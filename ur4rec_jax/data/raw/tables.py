@@ -112,7 +112,7 @@ def open_file(
   Args:
     path: `.parquet`, `.csv` or `.tsv` file, the last two also with `.gz`; any text file with a
       delimiter.
-    delimiter: one character; None chooses it by the extension.
+    delimiter: one character; None chooses it by the extension and the first line.
     quoting: `standard`: double quotes enclose fields; `none`: they are ordinary characters;
       `auto` or None: standard, but none in a tab-separated file whose lines are whole rows and
       whose quotes do not enclose fields.
@@ -136,26 +136,26 @@ def open_file(
 
 
 def _open_text(path: Path, delimiter: str | None, quoting: str, flag: str) -> File:
-  delimiter = delimiter or DELIMITERS.get(kind(path))
+  notes: tuple[str, ...] = ()
   if delimiter is None:
-    raise InputError(
-      f'{path}: its extension is none of .csv, .tsv, .parquet (.csv and .tsv also with .gz);'
-      ' rename it, or pass --delimiter'
-    )
-  quotes, notes, has_quotes = None, (), quoting != 'none' and _has_quotes(path)
+    delimiter = _delimiter(path)
+    if delimiter != DELIMITERS[kind(path)]:
+      name = DELIMITER_NAMES.get(delimiter, repr(delimiter))
+      notes = (f'{path.name}: the columns are separated by {name}',)
+  quotes, has_quotes = None, quoting != 'none' and _has_quotes(path)
   if has_quotes:
     quotes = _survey(path, delimiter, flag)
     misfit = quotes.spans or quotes.fault
     if quoting == 'auto' and delimiter == '\t' and misfit and _lines_are_rows(path, delimiter):
       quotes = None
-      notes = (f'{path.name}: quotes are ordinary characters, because they do not enclose fields',)
+      notes += (f'{path.name}: quotes are ordinary characters, because they do not enclose fields',)
     elif quotes.fault is not None:
       raise quotes.fault
     elif quoting == 'auto' and quotes.look_merged:
       raise _merged(path, quotes.spans, flag)
     elif quotes.spans:
       count, (first, last) = len(quotes.spans), quotes.spans[0]
-      notes = (
+      notes += (
         f'{path.name}: {count:,} {"rows span" if count > 1 else "row spans"} several lines, the'
         f' first one lines {first} to {last}; quotes enclose the line ends',
       )
@@ -167,6 +167,20 @@ def _open_text(path: Path, delimiter: str | None, quoting: str, flag: str) -> Fi
   is_plain = header[0] == 1 and (not has_quotes or (quotes is not None and quotes.only_first))
   file = File(path, delimiter, columns, is_plain=is_plain, notes=notes)
   return file if quotes is None else file._replace(quoted=True, rows=quotes.rows - 1)
+
+
+def _delimiter(path: Path) -> str:
+  """Returns the delimiter of the extension, or the one that the first line has instead."""
+  usual = DELIMITERS.get(kind(path))
+  if usual is None:
+    raise InputError(
+      f'{path}: its extension is none of .csv, .tsv, .parquet (.csv and .tsv also with .gz); save'
+      ' the table as one of them, or rename it if it is a text file, or pass --delimiter'
+    )
+  # Where a comma is the decimal point, spreadsheets write .csv files with semicolons.
+  names = next((line for line in _lines(path) if line.strip()), '')
+  others = [character for character in ',;\t|' if character in names]
+  return others[0] if usual not in others and len(others) == 1 else usual
 
 
 def read(file: File, columns: list[str]) -> pa.Table:

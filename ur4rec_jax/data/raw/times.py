@@ -13,6 +13,8 @@ from ur4rec_jax.errors import InputError
 # Unix times by their size: seconds reach 10^11 in the year 5138, milliseconds in 1973.
 _UNITS = ((1, 'seconds'), (10**3, 'milliseconds'), (10**6, 'microseconds'), (10**9, 'nanoseconds'))
 _LIMITS = np.array([10**11, 10**14, 10**17])
+# What follows the day in dates written as one number: nothing, hhmm, hhmmss, or also milliseconds.
+_AFTER_DAY = {1: '', 10**4: ' hh:mm', 10**6: ' hh:mm:ss', 10**9: ' hh:mm:ss.sss'}
 _NUMBER = r'^\s*[+-]?\d{1,19}\s*$'
 _DECIMAL = r'^\s*[+-]?\d{1,11}\.\d*\s*$'
 _DATE = r'^\d{4}-\d{2}-\d{2}'
@@ -88,10 +90,12 @@ def plain_unit(smallest: int, largest: int) -> int | None:
     largest: the largest one.
 
   Returns:
-    None if they may have several units, or may be dates of eight digits.
+    None if they may have several units, or may be dates written as numbers.
   """
   units = np.searchsorted(_LIMITS, [smallest, largest], side='right')
-  may_be_dates = smallest >= 19_000_101 and largest <= 21_001_231
+  may_be_dates = any(
+    smallest // after >= 19_000_101 and largest // after <= 21_001_231 for after in _AFTER_DAY
+  )
   return None if units[0] != units[1] or may_be_dates else _UNITS[units[0]][0]
 
 
@@ -202,12 +206,16 @@ def _unix(values: np.ndarray, name: str, where: Where) -> tuple[np.ndarray, int]
   if odd.size:
     a, b = (f'{values[row]} ({_UNITS[units[row]][1]}?) in {where(row)}' for row in (0, odd[0]))
     raise InputError(f'{where(odd[0])}: {name} mixes units: {a}, {b}; write all times in one unit')
-  if units[0] == 0 and _are_dates(values):
-    raise InputError(
-      f'{where(0)}: {name} is {values[0]}, which as unix time is in 1970, and looks like a date;'
-      ' write it as YYYY-MM-DD'
-    )
-  return values, _UNITS[units[0]][0]
+  per_second = _UNITS[units[0]][0]
+  for after, more in _AFTER_DAY.items():
+    # Most often the first value says no, and all others need not be looked at.
+    if _are_dates(values[:1] // after) and _are_dates(values // after):
+      year = np.datetime64(int(values[0]) // per_second, 's').astype('datetime64[Y]')
+      raise InputError(
+        f'{where(0)}: {name} is {values[0]}, which as unix time is in {year}, and looks like a'
+        f' date; write it as YYYY-MM-DD{more}'
+      )
+  return values, per_second
 
 
 def _are_dates(values: np.ndarray) -> bool:
