@@ -417,7 +417,7 @@ class Recommender:
         'similarity': float(scores[i]),
       }
       for i in best.tolist()
-      if by != USERS or scores[i] > 0
+      if scores[i]
     ]
 
   def influences(
