@@ -83,6 +83,16 @@ def test_assign_one_and_many(files, tmp_path):
   assert all(row['arm'] == experiments.assign(found, row['user'], 0.0).name for row in rows)
 
 
+def test_assign_gives_nobody_an_arm_that_the_guard_has_stopped(files, tmp_path):
+  config = tmp_path / 'exp.toml'
+  config.write_text(files.config.read_text())
+  users = [f'u{i}' for i in range(20)]
+  arms = lambda: {run('assign', f'--config={config}', f'--user={x}').stdout.strip() for x in users}
+  assert arms() == {'old', 'new'}
+  experiments.stopped_file(config).write_text('{"new": "conversion is worse"}')
+  assert arms() == {'old', 'not in the experiment'}
+
+
 def test_assign_follows_the_ramp(files, tmp_path):
   config = tmp_path / 'exp.toml'
   config.write_text(files.config.read_text() + '[[ramp]]\nfrom = 2026-11-01\nshare = 1.0\n')

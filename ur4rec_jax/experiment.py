@@ -100,6 +100,8 @@ def run_assign(flags: argparse.Namespace) -> None:
   from ur4rec_jax.online import experiments
 
   experiment = experiments.read(flags.config)
+  # As in the service, nobody gets an arm that the guard has stopped.
+  experiment = experiments.with_stopped(experiment, experiments.read_stopped(experiment))
   moment = time.time() if flags.time is None else experiments.seconds(flags.time, '--time')
   if flags.user is not None:
     arm = experiments.assign(experiment, flags.user, moment)

@@ -35,7 +35,7 @@ from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.query import Query
 from ur4rec_jax.inference.rules import Rules
-from ur4rec_jax.inference.similar import BOTH, KINDS
+from ur4rec_jax.inference.similar import BOTH, KINDS, USERS
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
 _TYPES = {  # Arrow types of the columns.
@@ -261,10 +261,12 @@ def _cell(value: float | None, width: int) -> str:
   return f'{"-":>{width}}' if value is None else f'{value:>{width}.4f}'
 
 
-def similar_as_text(rows: list[dict[str, Any]]) -> str:
+def similar_as_text(rows: list[dict[str, Any]], by: str) -> str:
   """Formats the result of `Recommender.similar` as a table."""
-  if not rows:
+  if not rows and by == USERS:
     return 'no user who has the item has another one'
+  if not rows:
+    return f'the item has no text or picture to compare; --by={USERS} compares who has it'
   width = max(len(row['item']) for row in rows)
   return '\n'.join(
     f'{i:>3} {row["item"]:<{width}} {row["similarity"]:>9.4f}  {row["title"]}'
@@ -354,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
   if flags.similar_to is not None:
     items = read_ids(flags.similar_to, set(recommender.item_ids))
     rows = recommender.similar(items, flags.k, flags.by)
-    say(json.dumps(rows) if flags.json else similar_as_text(rows))
+    say(json.dumps(rows) if flags.json else similar_as_text(rows, flags.by))
     return
   if flags.out is not None:
     if flags.all_users:

@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -38,6 +39,12 @@ def test_a_list_with_many_items_adds_up():
     [position_probabilities(weights, np.roll(np.arange(30), -shift)) for shift in range(30)]
   )
   np.testing.assert_allclose(probability.sum(0), 1, atol=1e-6)  # Over the items of each position.
+
+
+def test_a_long_list_takes_no_seconds():
+  exploration, start = Exploration(0.1, items=100), time.perf_counter()
+  exploration.draw(np.linspace(3, -3, 100), 100)  # Other requests wait for it.
+  assert time.perf_counter() - start < 1
 
 
 def test_lists_come_as_often_as_they_say():

@@ -232,6 +232,25 @@ def test_new_items_do_not_pass_filters_that_do_not_know_them(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ('where', 'met'),
+  [
+    ("kind == 'pan'", ['a', 'b|c']),
+    ("kind != 'pan'", ['c']),
+    ("kind != 'cup'", ['a', 'c']),
+    ('stock > 2', ['b|c', 'c']),
+    ("kind == 'pan' and stock > 2", ['b|c']),
+    ("item == 'b|c'", ['b|c']),
+  ],
+)
+def test_a_condition_reads_each_of_several_values(tmp_path, where, met):
+  ids = ['a', 'b|c', 'c', 'd']
+  rows = [['a', 'pan', 1, ''], ['b|c', 'cup | pan', '1|3', ''], ['c', 'pot', 4, '']]
+  text = f'attributes = "goods.csv"\n[[filter]]\nwhere = "{where}"'
+  passed = load(write(tmp_path, text, rows), ids).allowed(4)
+  assert [ids[i - 1] for i in np.flatnonzero(passed)] == met
+
+
+@pytest.mark.parametrize(
   ('text', 'message'),
   [
     ('[[filtr]]\nwhere = "a > 1"', 'filtr is no rule; did you mean filter?'),

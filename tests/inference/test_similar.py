@@ -80,6 +80,19 @@ def test_several_items_and_the_whole_catalogue(recommender):
     assert len(set(ids(rows))) == len(rows)
 
 
+def test_an_item_without_content_is_like_nothing_by_content(recommender, monkeypatch):
+  vectors = dict(recommender.item_vectors().vectors)
+  vectors['content'] = vectors['content'].copy()
+  vectors['content'][5] = 0
+  monkeypatch.setattr(recommender.item_vectors(), 'vectors', vectors)
+  item, other = recommender.item_ids[4], recommender.item_ids[6]
+  assert recommender.similar(item, by='content') == []
+  assert len(recommender.similar(item, by='both')) == 10
+  rows = recommender.similar(other, k=60, by='content')
+  assert len(rows) == 58
+  assert item not in ids(rows)
+
+
 @pytest.mark.parametrize(
   'variant', ['multimodal', *slow('sasrec', 'retriever alone', 'rank', 'cascade')]
 )

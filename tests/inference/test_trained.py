@@ -249,6 +249,29 @@ def test_without_the_named_item_the_score_falls_the_most(shop, name):
     assert why.startswith(f'Because of {title}')
 
 
+def test_explanations_are_those_of_the_weights(shop):
+  recommender, _ = make(shop, 'text')
+  history = [recommender.item_ids[i] for i in (3, 17, 5, 40, 9, 22)]
+  weights = [[0, 1], [1, 0]]
+  frame = recommender.recommend([history, history], 4, explain=True, weights=weights)
+  for user, own in enumerate(weights):
+    rows = frame[frame.user == user]
+    items = rows['item'].tolist()
+
+    def above_mean(history, own=own, items=items):
+      answer = recommender.answer([history], 60, keep_seen=True, weights=own)
+      by_id = dict(zip(answer.items[0], answer.scores[0], strict=True))
+      return np.array([by_id[item] for item in items]) - np.mean(list(by_id.values()))
+
+    whole = above_mean(history)
+    falls = np.stack([whole - above_mean(history[:i] + history[i + 1 :]) for i in range(6)])
+    for column, named in enumerate(rows['because']):
+      best = np.argsort(-falls[:, column])[:3]
+      assert named == [history[i] for i in best if falls[i, column] > 1e-6]
+    alone = recommender.recommend(history, 4, explain=True, weights=own)
+    assert alone['because'].tolist() == rows['because'].tolist()
+
+
 def test_explanations_of_several_users_belong_to_them(shop):
   recommender, _ = make(shop, 'text')
   ids = recommender.item_ids

@@ -106,7 +106,30 @@ def test_always_valid_intervals_hold_at_all_looks_and_fixed_ones_do_not():
   assert peeked / 300 > 0.2
 
 
-def test_an_arm_without_variance_proves_nothing():
+def test_an_arm_in_which_nothing_happens_any_more_is_found():
+  rng, ends = np.random.default_rng(0), np.arange(0, 2001, 50)
+  buys = np.stack([rng.random(2000) < 0.1, np.ones(2000), np.zeros(2000)], -1)
+  never = statistics.moments(buys * [0, 1, 1], ends)
+  looks = statistics.sequential(statistics.moments(buys, ends), never, 0.01, 4000)
+  assert looks.difference[-1] + looks.half_width[-1] < 0
+  assert looks.p[-1] < 0.01
+  assert looks.p[1] > 0.1  # A few purchases are not enough.
+
+
+def test_rare_events_that_one_arm_lacks_at_first_are_no_false_alarm():
+  rng, ends, alarms = np.random.default_rng(1), np.arange(0, 1001, 20), 0
+  for _ in range(300):
+    arms = [
+      statistics.moments(
+        np.stack([rng.random(1000) < 0.01, np.ones(1000), np.zeros(1000)], -1), ends
+      )
+      for _ in range(2)
+    ]
+    alarms += statistics.sequential(*arms, 0.05, 2000).p[-1] < 0.05
+  assert alarms / 300 <= 0.05
+
+
+def test_two_arms_without_variance_prove_nothing():
   same = statistics.moments(np.ones((10, 3)), [10])
   other = statistics.moments(np.stack([np.zeros(10), np.ones(10), np.zeros(10)], -1), [10])
   looks = statistics.sequential(same, other, 0.05, 20)

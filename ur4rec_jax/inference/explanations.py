@@ -37,6 +37,7 @@ def explain(
   items: Sequence[str],
   users: Sequence[int] | None = None,
   preference: str | None = None,
+  weights: Sequence[float] | np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
   """Explains why items were recommended to a user.
 
@@ -46,6 +47,7 @@ def explain(
     items: ids of the recommended items.
     users: a list with the user's index in the training data, or None.
     preference: the preference that was given, or None.
+    weights: `[branches]` factors of the branches' scores that were given, or None.
 
   Returns:
     One dict per item. `because` has the items of the history with the most influence, see
@@ -59,7 +61,7 @@ def explain(
   """
   known = recommender.lookup(history)[0][-recommender.max_length :]
   own_texts = None if users is None else recommender.preferences_of(users)
-  influences = recommender.influences(history, items, own_texts)
+  influences = recommender.influences(history, items, own_texts, weights)
   found = []
   for column, match in enumerate(_text_matches(recommender, known, items, users, preference)):
     named = reasons.because(influences[:, column], known, recommender.item_ids, recommender.titles)

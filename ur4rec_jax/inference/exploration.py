@@ -5,6 +5,8 @@ then the next one among those that are left, and so on. Needs only NumPy.
 """
 
 import dataclasses
+import functools
+import itertools
 
 import numpy as np
 
@@ -85,15 +87,28 @@ def position_probabilities(weights: np.ndarray, order: np.ndarray) -> np.ndarray
   step = min(_STEP, 1 / np.sqrt(len(order)))
   time = np.exp(np.arange(first, last + step, step))
   arrived = -np.expm1(-time[:, None] * weights)  # [times, items]
-  # [times, list, others]: the probability that so many others have arrived.
-  count = np.zeros((len(time), len(order), len(order)))
-  count[..., 0] = 1
-  for item in range(len(weights)):
-    p = np.where(order == item, 0.0, arrived[:, item, None])[..., None]
-    more = count[..., :-1] * p
-    count *= 1 - p
-    count[..., 1:] += more
-  positions = np.arange(len(order))
-  rate = time[:, None] * weights[order]
-  density = rate * np.exp(-rate) * count[:, positions, positions]
-  return np.clip(density.sum(0) * step, 0.0, 1.0)
+  nobody = np.zeros((len(time), len(order)))  # [times, count]: whether so many have arrived.
+  nobody[:, 0] = 1
+  outside = functools.reduce(_with_one_more, np.delete(arrived, order, axis=1).T, nobody)
+  # For each item, without it: the items after it in the list and those outside of the list.
+  after = [*itertools.accumulate(arrived[:, order[:0:-1]].T, _with_one_more, initial=outside)]
+  before, found = nobody, []
+  for position, item in enumerate(order):
+    others = after.pop()
+    count = (before[:, : position + 1] * others[:, position::-1]).sum(1)
+    rate = time * weights[item]
+    found.append((rate * np.exp(-rate) * count).sum() * step)
+    before = _with_one_more(before, arrived[:, item])
+  return np.clip(found, 0.0, 1.0)
+
+
+def _with_one_more(count: np.ndarray, arrived: np.ndarray) -> np.ndarray:
+  """Returns `[times, count]` probabilities that so many have arrived, with one more item.
+
+  Args:
+    count: `[times, count]` the probabilities without the item.
+    arrived: `[times]` probabilities that it has arrived.
+  """
+  found = count * (1 - arrived[:, None])
+  found[:, 1:] += count[:, :-1] * arrived[:, None]
+  return found

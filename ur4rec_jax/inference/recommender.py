@@ -417,11 +417,15 @@ class Recommender:
         'similarity': float(scores[i]),
       }
       for i in best.tolist()
-      if by != USERS or scores[i] > 0
+      if scores[i]
     ]
 
   def influences(
-    self, history: Ids, items: Ids, preferences: UserTokens | None = None
+    self,
+    history: Ids,
+    items: Ids,
+    preferences: UserTokens | None = None,
+    weights: Sequence[float] | np.ndarray | None = None,
   ) -> np.ndarray:
     """Measures how much each item of a history raises the scores of some items.
 
@@ -432,13 +436,15 @@ class Recommender:
       history: item ids, the oldest first; unknown ones are ignored.
       items: ids of catalogue items.
       preferences: the user's own texts, `[1, tokens, width]` and `[1, tokens]` by modality.
+      weights: `[branches]` factors of the branches' scores, with which the items were recommended.
 
     Returns:
       `[history, items]` float32. The rows are the known items of the history that the model reads.
     """
     known = self.lookup(history)[0][-self.max_length :]
     numbers = self.lookup(items, 'items')[0]
-    asked = CheckedQuery([known], 1, [known[:0]], preferences=preferences or {})
+    checked = self._checked_weights(weights, [Known(known, np.unique(known))])
+    asked = CheckedQuery([known], 1, [known[:0]], None, checked, preferences or {})
     compared = influences.reference(len(self.item_ids), self.compares_ranks)
     found = self.rank(influences.leave_one_out(asked, numbers, compared, len(self.item_ids)))
     return influences.influences(found.items, found.scores, numbers, compared)

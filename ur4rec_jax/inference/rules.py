@@ -516,33 +516,38 @@ class _Attributes:
       near = difflib.get_close_matches(name, self._columns, n=1)
       hint = f'did you mean {near[0]}?' if near else f'known are {", ".join(self._columns)}'
       raise InputError(f'{self._path}: no attribute {name!r}; {hint}')
-    if name == 'item':
-      return list(self._ids)
     return [(self._rows.get(item, {}).get(name) or '').strip() for item in self._ids]
 
   def values(self, name: str) -> list[tuple[str, ...]]:
     """Returns `[items + 1]` the values of an attribute, which `|` separates."""
+    if name == 'item':  # An id may have a `|` in it.
+      return [(), *((item,) for item in self._ids)]
     parts = [tuple(filter(None, map(str.strip, x.split('|')))) for x in self._column(name)]
     return [(), *map(tuple, map(dict.fromkeys, parts))]
 
   def holds(self, where: str) -> np.ndarray:
     """Returns `[items + 1]` bool, the items that meet a condition; empty values meet none."""
     found = np.ones(len(self._ids) + 1, bool)
-    found[0] = False
     for comparison in conditions.parse(where, f'{self._path}: where'):
-      values = self._column(comparison.column)
-      compare = _COMPARE[comparison.operator]
-      if isinstance(comparison.value, str):
-        found[1:] &= [bool(x) and compare(x, comparison.value) for x in values]
-        continue
-      for item, value in zip(self._ids, values, strict=True):
-        if value and not _is_number(value):
-          raise InputError(
-            f'{self._path}: {comparison.column} of {item!r} is {value!r}, which cannot be compared'
-            f' with the number {comparison.value}'
-          )
-      found[1:] &= [bool(x) and compare(float(x), comparison.value) for x in values]
+      compare, wanted = _COMPARE[comparison.operator], comparison.value
+      # One of several values is enough, but `!=` says that the item has no such value.
+      enough = all if compare is operator.ne else any
+      values: Sequence[Sequence[Any]] = self.values(comparison.column)
+      if not isinstance(wanted, str):
+        values = [
+          [self._number(x, item, comparison) for x in own]
+          for item, own in zip(('', *self._ids), values, strict=True)
+        ]
+      found &= [bool(own) and enough(compare(x, wanted) for x in own) for own in values]
     return found
+
+  def _number(self, value: str, item: str, comparison: conditions.Comparison) -> float:
+    if not _is_number(value):
+      raise InputError(
+        f'{self._path}: {comparison.column} of {item!r} is {value!r}, which cannot be compared'
+        f' with the number {comparison.value}'
+      )
+    return float(value)
 
 
 def _is_number(text: str) -> bool:

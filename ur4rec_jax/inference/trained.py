@@ -304,11 +304,16 @@ class TrainedRecommender(Recommender):
       warnings.warn(f'user {name!r} gets no recommendations{others}: {first}', stacklevel=2)
     frame = frames.to_frame(answer, self.share_names, histories)
     if explain:
+      given = options.get('weights')
+      shape = len(histories.items), len(self.branches)
+      weights = np.broadcast_to(1 if given is None else given, shape)
       reasons = [
         reason
         for i, (history, items) in enumerate(zip(histories.items, answer.items, strict=True))
         if items
-        for reason in _explain(self, history, items, users and users[i : i + 1], preference)
+        for reason in _explain(
+          self, history, items, users and users[i : i + 1], preference, weights[i]
+        )
       ]
       frame['because'] = [[named['item'] for named in reason['because']] for reason in reasons]
       frame['why'] = [reason['why'] for reason in reasons]

@@ -146,13 +146,15 @@ def sequential(
     ratio = lambda m: m.mean[..., 0] / m.mean[..., 1]
     gap = slope * (treatment.mean[..., 2] - control.mean[..., 2])
     difference = ratio(treatment) - ratio(control) - gap
-    variances = [
-      _variance(m.cov, _influence(m.mean, slope)) / m.count for m in (control, treatment)
-    ]
-  variance = sum(variances)
+    first, second = (_variance(m.cov, _influence(m.mean, slope)) for m in (control, treatment))
+    # An arm whose users are all alike, as when nobody buys, says nothing about its variance. It
+    # gets that of the other arm, which it would have if the arms did not differ.
+    variance = (
+      np.where(first > 0, first, second) / control.count
+      + np.where(second > 0, second, first) / treatment.count
+    )
   users = control.count + treatment.count
-  # An arm whose users are all alike says nothing about its variance yet.
-  is_known = np.isfinite(variance) & (variances[0] > 0) & (variances[1] > 0)
+  is_known = np.isfinite(variance) & (variance > 0)
   is_known &= (control.count > 1) & (treatment.count > 1)
   growth = users * tuning(level) / planned_users
   variance = np.where(is_known, variance, 1.0)
