@@ -236,6 +236,18 @@ def test_wrong_flags(flags, words, run, tmp_path):
   assert not (tmp_path / 'sweep').exists()
 
 
+def test_a_stage_follows_the_fields_that_a_member_overrides():
+  config = default.get_config()
+  config.stage.train.patience = 3
+  grid = [{'num_epochs': 5, 'optimizer.schedule': 'cosine', 'patience': 7}, {}]
+  members = [member.config for member in sweep.make_members(config, (0, 1), grid)]
+  stages = [member.stage.train for member in members]
+  assert [stage.num_epochs for stage in stages] == [5, 5, config.num_epochs, config.num_epochs]
+  assert [stage.schedule for stage in stages] == ['cosine'] * 2 + ['constant'] * 2
+  assert [stage.patience for stage in stages] == [3] * 4
+  assert [member.stage.end_to_end.patience for member in members] == [7, 7, 10, 10]
+
+
 def test_members_have_names_of_their_own_that_are_folders():
   values = [('a',), ('b',), ('a/b',), ('x' * 300, 'y'), ('x' * 300, 'z')]
   grid = [{'modalities': value} for value in values]

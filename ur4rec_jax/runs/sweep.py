@@ -5,6 +5,7 @@ A member of a sweep is a variant, which overrides some fields, with one seed. It
 any other run, and a finished member is not run again.
 """
 
+import copy
 import hashlib
 import json
 import pathlib
@@ -188,7 +189,7 @@ def make_members(
       told = '; '.join(no_such_field(field, known) for field in unknown)
       raise InputError(f'the sweep overrides {told}')
     for seed in seeds or [overrides.get('seed', config.seed)]:
-      changed = config.copy_and_resolve_references()
+      changed = copy.deepcopy(config)  # Stages still follow the fields of the run.
       try:
         changed.update_from_flattened_dict({**fields, 'seed': seed})
         check_config(changed)
