@@ -17,6 +17,7 @@ from ur4rec_jax import compare
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.runs import sweep
+from ur4rec_jax.runs.workdir import stored_config
 
 GRID = """
 def get_hyper():
@@ -192,6 +193,18 @@ def test_a_finished_member_with_more_epochs_goes_on(start, finished, tmp_path):
   process.communicate()
   # Or it would be taken for finished with all its epochs.
   assert not (member / 'results.json').exists()
+
+
+def test_a_finished_member_on_other_data_is_not_taken_over(finished, tmp_path):
+  member = tmp_path / 'sweep/seed0'
+  shutil.copytree(finished, member)
+  config = stored_config(member)
+  assert sweep.is_finished(member, config)
+  record = json.loads((member / 'config.json').read_text())
+  record['dataset']['split_hash'] = 'before the data were built again'
+  (member / 'config.json').write_text(json.dumps(record))
+  with pytest.raises(InputError, match=r'holds a run on dataset .*before the data were built'):
+    sweep.run_sweep(config, str(tmp_path / 'sweep'), (0,))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import first_user
+from ur4rec_jax.data.features import load_with_features
 from ur4rec_jax.errors import DivergenceError, InputError, counted, say
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.files import write_file
@@ -29,7 +30,7 @@ from ur4rec_jax.runs.config_files import call_function
 from ur4rec_jax.runs.knobs import no_such_field
 from ur4rec_jax.runs.report import PAGE
 from ur4rec_jax.runs.trials_page import Table, Trial, settings_text, trials_page, variance_shares
-from ur4rec_jax.runs.workdir import is_started_with
+from ur4rec_jax.runs.workdir import is_started_with, stored_identity
 from ur4rec_jax.sharding import devices
 
 METRIC = 'ndcg@10'
@@ -210,8 +211,14 @@ def _variant_name(fields: dict[str, Any]) -> str:
 
 
 def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
-  """Returns whether a run with this config has written its results in `folder`."""
-  return (folder / 'results.json').exists() and is_started_with(folder, config)
+  """Returns whether a run with this config, on the data as they are, has its results in `folder`.
+
+  Raises:
+    InputError: the data cannot be read.
+  """
+  if not ((folder / 'results.json').exists() and is_started_with(folder, config)):
+    return False
+  return stored_identity(folder) == load_with_features(config).identity()
 
 
 def read_run(folder: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
