@@ -97,11 +97,24 @@ def warm_params(run: Run) -> PyTree:
 
 
 def open_before(run: Run) -> Run:
-  """Opens the run that `config.init.run` names; InputError if that is impossible."""
+  """Opens the run that `config.init.run` names.
+
+  Raises:
+    InputError: that is impossible, or it has learned what this run holds out.
+  """
   try:
-    return open_stored_run(run.config.init.run)
+    before = open_stored_run(run.config.init.run)
   except InputError as error:
     raise InputError(f'config.init.run={run.config.init.run}: {error}') from error
+  for field in ('train_on', 'split'):
+    then, now = before.config[field], run.config[field]
+    if run.config.train_on == 'training' and then != now:
+      raise InputError(
+        f'config.init.run={run.config.init.run}: was trained with config.{field}={then}, so it has'
+        f' learned events that this run, with config.{field}={now}, would be measured on; start'
+        ' from another run, or measure nothing: --config.train_on=all --config.keep=last'
+      )
+  return before
 
 
 def _grown(run: Run, before: Run, rows: np.ndarray, fresh: PyTree) -> PyTree:
