@@ -150,6 +150,23 @@ def test_runs_that_were_trained_apart_are_compared(make_run, tmp_path, capsys):
   assert 'gain' not in capsys.readouterr().out
 
 
+def test_seeds_that_differ_in_more_than_the_seed_are_no_mean(make_run, tmp_path):
+  for seed in (0, 1):
+    make_run(f'data/seed{seed}', seed, protocol={'split': 'another'} if seed else {'split': 'one'})
+    make_run(f'config/seed{seed}', seed)
+  path = tmp_path / 'config/seed1/config.json'
+  record = json.loads(path.read_text())
+  record['config'] |= {'seed': 1, 'data_dir': 'moved'}  # These may differ.
+  path.write_text(json.dumps(record))
+  assert sweep.compare([tmp_path / 'config'])['variants'][0]['seeds'] == [0, 1]
+  record['config']['sasrec']['dim'] = 8
+  path.write_text(json.dumps(record))
+  for name, told in (('data', 'data and protocol is'), ('config', r'config\.sasrec\.dim is 8')):
+    with pytest.raises(InputError, match=f'seed1: {told}.* no seeds of one model'):
+      sweep.compare([tmp_path / name])
+  assert len(sweep.compare([tmp_path / f'config/seed{seed}' for seed in (0, 1)])['variants']) == 2
+
+
 def test_what_cannot_be_compared_is_named(make_run, tmp_path):
   make_run('a/seed0', 0)
   make_run('sweep/x=1/seed0', 0)
