@@ -162,6 +162,25 @@ def test_another_model_is_refused(days):
     warm_start.warm_params(open_run(config))
 
 
+def test_what_has_learned_the_held_out_events_is_refused(days, tmp_path):
+  before = tmp_path / 'run2' / 'all'
+  shutil.copytree(days / 'run1', before)
+  record = json.loads((before / 'config.json').read_text())
+  record['config'] |= {'train_on': 'all', 'keep': 'last'}
+  (before / 'config.json').write_text(json.dumps(record))
+  for promote in ('judged', 'on_all_events'):
+    flags = [f'--data_dir={days / "day2"}', f'--out={tmp_path / "run3"}', f'--promote={promote}']
+    done = run_here(update.main, [f'--workdir={before}', *flags])
+    assert done.returncode == 2
+    assert 'give the folder of the update itself' in done.stderr
+  with pytest.raises(InputError, match=r'was trained with config\.train_on=all, so it has learned'):
+    warm_start.warm_params(warm_run(days, run=str(before)))
+  run = warm_run(days)
+  run.config.split = 'time'
+  with pytest.raises(InputError, match=r'with config\.split=leave_one_out, so it has learned'):
+    warm_start.warm_params(run)
+
+
 def test_an_update_is_promoted_and_rolled_back(days, tmp_path):
   out, models = tmp_path / 'run2', tmp_path / 'models'
   first = tmp_path / 'first'

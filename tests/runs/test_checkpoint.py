@@ -11,6 +11,7 @@ import pytest
 from benchmarks.robustness.small_runs import load_arrays
 from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.errors import StorageError
+from ur4rec_jax.runs import checkpoint
 from ur4rec_jax.runs.checkpoint import Checkpointer, find_damage
 
 TREE = {'a': jnp.arange(1000, dtype=jnp.float32), 'b': jnp.zeros((), jnp.int32)}
@@ -124,6 +125,20 @@ def test_only_the_latest_steps_are_kept(tmp_path):
   names = sorted(p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
   assert names == ['3', '4', '5']
   assert all(find_damage(tmp_path / 'checkpoints' / name) is None for name in names)
+
+
+def test_the_last_step_stays_until_the_next_is_complete(tmp_path, monkeypatch):
+  checkpointer = Checkpointer(tmp_path, max_to_keep=1)
+  checkpointer.save(1, TREE, {'step': 1})
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(checkpoint, 'write_file', killed)
+  with pytest.raises(KeyboardInterrupt):
+    checkpointer.save(2, TREE, {'step': 2})
+  monkeypatch.undo()
+  assert restore(tmp_path)[1] == {'step': 1}
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -1,5 +1,6 @@
 """A search is runs of a sweep: it finds the better settings, ends weak ones early, and goes on."""
 
+import copy
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from benchmarks.robustness.small_runs import lines
 from configs import synthetic
 from tests.helpers.runs import wait_for
+from ur4rec_jax.errors import BusyError, InputError
+from ur4rec_jax.files import only_process
 from ur4rec_jax.runs import search
 
 SEARCH = """
@@ -62,13 +65,42 @@ def test_a_killed_search_goes_on_and_finds_the_better_rate(start, run, space, tm
   assert read(workdir) == summary
 
 
-def test_a_later_start_draws_other_settings(space, tmp_path, monkeypatch):
+@pytest.fixture
+def instant(data_dir, monkeypatch):
+  """Trials that train nothing; gives a config."""
   monkeypatch.setattr(search.train_loop, 'train_and_evaluate', lambda *_: None)
   monkeypatch.setattr(search, 'read_run', lambda _: ({'valid': {search.METRIC: 0.1}}, None))
+  config = synthetic.get_config()
+  config.data_dir = str(data_dir)
+  return config
+
+
+def test_a_later_start_draws_other_settings(space, tmp_path, instant):
   for trials in (1, 2, 3):
-    found = search.run_search(synthetic.get_config(), str(tmp_path), f'{space}:even', trials)
+    found = search.run_search(instant, str(tmp_path), f'{space}:even', trials)
   rates = {trial['overrides']['optimizer.learning_rate'] for trial in found['trials']}
   assert len(rates) == 3
+
+
+def test_trials_of_another_config_or_of_other_data_do_not_mix(space, tmp_path, instant, small_shop):
+  workdir = str(tmp_path / 'search')
+  search.run_search(instant, workdir, f'{space}:even', 1)
+  for field, value, told in (
+    ('sasrec.dim', 32, r'config\.sasrec\.dim is 32, but the trials of the search in .* had 64'),
+    ('num_epochs', 3, r'config\.num_epochs is 3, but'),
+    ('data_dir', str(small_shop), r'dataset\.name is '),
+  ):
+    other = copy.deepcopy(instant)
+    other.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=told):
+      search.run_search(other, workdir, f'{space}:even', 2)
+  instant.evaluation.batch_size = 32  # It changes no number.
+  assert len(search.run_search(instant, workdir, f'{space}:even', 2)['trials']) == 2
+
+
+def test_two_searches_do_not_work_in_one_folder(space, tmp_path, instant):
+  with only_process(tmp_path / 'search.lock', ''), pytest.raises(BusyError, match='another search'):
+    search.run_search(instant, str(tmp_path), f'{space}:even', 1)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ur4rec_jax import compare
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.runs import sweep
+from ur4rec_jax.runs.workdir import stored_config
 
 GRID = """
 def get_hyper():
@@ -149,6 +150,23 @@ def test_runs_that_were_trained_apart_are_compared(make_run, tmp_path, capsys):
   assert 'gain' not in capsys.readouterr().out
 
 
+def test_seeds_that_differ_in_more_than_the_seed_are_no_mean(make_run, tmp_path):
+  for seed in (0, 1):
+    make_run(f'data/seed{seed}', seed, protocol={'split': 'another'} if seed else {'split': 'one'})
+    make_run(f'config/seed{seed}', seed)
+  path = tmp_path / 'config/seed1/config.json'
+  record = json.loads(path.read_text())
+  record['config'] |= {'seed': 1, 'data_dir': 'moved'}  # These may differ.
+  path.write_text(json.dumps(record))
+  assert sweep.compare([tmp_path / 'config'])['variants'][0]['seeds'] == [0, 1]
+  record['config']['sasrec']['dim'] = 8
+  path.write_text(json.dumps(record))
+  for name, told in (('data', 'data and protocol is'), ('config', r'config\.sasrec\.dim is 8')):
+    with pytest.raises(InputError, match=f'seed1: {told}.* no seeds of one model'):
+      sweep.compare([tmp_path / name])
+  assert len(sweep.compare([tmp_path / f'config/seed{seed}' for seed in (0, 1)])['variants']) == 2
+
+
 def test_what_cannot_be_compared_is_named(make_run, tmp_path):
   make_run('a/seed0', 0)
   make_run('sweep/x=1/seed0', 0)
@@ -194,6 +212,18 @@ def test_a_finished_member_with_more_epochs_goes_on(start, finished, tmp_path):
   assert not (member / 'results.json').exists()
 
 
+def test_a_finished_member_on_other_data_is_not_taken_over(finished, tmp_path):
+  member = tmp_path / 'sweep/seed0'
+  shutil.copytree(finished, member)
+  config = stored_config(member)
+  assert sweep.is_finished(member, config)
+  record = json.loads((member / 'config.json').read_text())
+  record['dataset']['split_hash'] = 'before the data were built again'
+  (member / 'config.json').write_text(json.dumps(record))
+  with pytest.raises(InputError, match=r'holds a run on dataset .*before the data were built'):
+    sweep.run_sweep(config, str(tmp_path / 'sweep'), (0,))
+
+
 @pytest.mark.parametrize(
   ('function', 'seeds', 'words'),
   [
@@ -234,6 +264,18 @@ def test_wrong_flags(flags, words, run, tmp_path):
   assert done.returncode
   assert words in done.stdout + done.stderr
   assert not (tmp_path / 'sweep').exists()
+
+
+def test_a_stage_follows_the_fields_that_a_member_overrides():
+  config = default.get_config()
+  config.stage.train.patience = 3
+  grid = [{'num_epochs': 5, 'optimizer.schedule': 'cosine', 'patience': 7}, {}]
+  members = [member.config for member in sweep.make_members(config, (0, 1), grid)]
+  stages = [member.stage.train for member in members]
+  assert [stage.num_epochs for stage in stages] == [5, 5, config.num_epochs, config.num_epochs]
+  assert [stage.schedule for stage in stages] == ['cosine'] * 2 + ['constant'] * 2
+  assert [stage.patience for stage in stages] == [3] * 4
+  assert [member.stage.end_to_end.patience for member in members] == [7, 7, 10, 10]
 
 
 def test_members_have_names_of_their_own_that_are_folders():

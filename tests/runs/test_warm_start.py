@@ -1,10 +1,16 @@
 """`--init_from` starts a run with another one's parameters; tests/test_update.py has the rest."""
 
 import json
+import shutil
 
 import pytest
 
 from benchmarks.robustness.small_runs import lines
+from ur4rec_jax.errors import InputError
+from ur4rec_jax.runs import warm_start
+from ur4rec_jax.runs.knobs import default_config
+from ur4rec_jax.runs.open_run import open_run
+from ur4rec_jax.runs.workdir import note_start
 
 
 @pytest.mark.slow
@@ -26,3 +32,29 @@ def test_a_missing_run_is_named(run, tmp_path):
   assert 'config.init.run=' in done.stderr
   assert 'no run here' in done.stderr
   assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ('modality', 'change', 'is_refused'),
+  [
+    ('text', {}, False),
+    ('text', {'encoder': {'name': 'another', 'is_builtin': True}}, True),
+    ('text', {'projection': {'sha256': 'of other data'}}, True),
+    ('image', {'encoder': {'name': 'imported from day2.npz', 'is_builtin': False}}, False),
+  ],
+)
+def test_embeddings_of_another_encoder_are_refused(modality, change, is_refused, encoded, tmp_path):
+  config = default_config('text')
+  config.update_from_flattened_dict({'data_dir': str(encoded), 'modalities': (modality,)})
+  (tmp_path / 'run').mkdir()
+  note_start(tmp_path / 'run', open_run(config))
+  data = shutil.copytree(encoded, tmp_path / 'data')
+  path = data / 'features/item' / modality / 'info.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  config.update_from_flattened_dict({'data_dir': str(data), 'init.run': str(tmp_path / 'run')})
+  run = open_run(config)
+  if not is_refused:
+    assert warm_start.open_before(run).dataset.num_items == run.dataset.num_items
+    return
+  with pytest.raises(InputError, match='item embeddings text that were made in another way'):
+    warm_start.open_before(run)

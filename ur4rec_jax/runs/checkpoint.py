@@ -165,7 +165,7 @@ class Checkpointer:
 
   def __init__(self, workdir: str, max_to_keep: int):
     """Opens the folder to train in it; damaged newest steps are moved aside with a warning."""
-    self.workdir = workdir
+    self.workdir, self._max_to_keep = workdir, max_to_keep
     self._folder = checkpoint_folder(workdir)
     self._damaged = self._folder.with_name('damaged_checkpoints')
     try:
@@ -178,7 +178,6 @@ class Checkpointer:
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep,
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
       ),
@@ -241,6 +240,9 @@ class Checkpointer:
       if devices.is_main_process():
         folder = self._folder / str(step)
         write_file(folder / MANIFEST, json.dumps(hashes(folder), indent=1))
+      # Orbax itself would delete them before the manifest makes the new step complete.
+      for old in sorted(self._manager.all_steps())[: -self._max_to_keep]:
+        self._manager.delete(old)
     except (OSError, ValueError) as error:
       reason = getattr(error, 'strerror', None) or (str(error).splitlines() or [''])[0]
       raise StorageError(

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 from ml_collections import ConfigDict
 
+from ur4rec_jax.data.dataset import load_dataset
 from ur4rec_jax.errors import DivergenceError, InputError, counted, say
-from ur4rec_jax.files import write_file
+from ur4rec_jax.files import only_process, write_file
 from ur4rec_jax.runs import train_loop
+from ur4rec_jax.runs.config_checks import flatten
 from ur4rec_jax.runs.config_files import call_function
+from ur4rec_jax.runs.knobs import KNOBS
 from ur4rec_jax.runs.sweep import METRIC, Member, is_finished, make_members, read_run
 from ur4rec_jax.runs.trials_page import Table, settings_text, trials_page
 
@@ -47,30 +50,35 @@ def run_search(config: ConfigDict, workdir: str, place: str, trials: int) -> dic
     The contents of `search.json`, see `summarise`.
 
   Raises:
-    InputError: the function or a config is impossible, or there are several processes.
+    InputError: the function or a config is impossible, the earlier trials had another config or
+      other data, or there are several processes.
+    BusyError: another search works in the folder.
   """
   if jax.process_count() > 1:
     raise InputError('--search works in one process; give each process a search of its own')
   optuna, space = _optuna(), _space(place)
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  study = optuna.create_study(
-    study_name='search',
-    storage=f'sqlite:///{folder.absolute() / "search.db"}',
-    load_if_exists=True,
-    direction='maximize',
-    pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED_TRIALS),
-  )
-  # With the seed alone, each start of the command would draw the settings of the first trial again.
-  study.sampler = optuna.samplers.TPESampler(
-    seed=(config.seed + len(study.trials)) % 2**32, n_startup_trials=_UNPRUNED_TRIALS
-  )
-  _ask_again_for_stopped(study)
-  while (ended := _count_ended(study)) < trials:
-    trial = study.ask()
-    member = _member(config, space, trial, place)
-    say(f'trial {ended + 1} of {trials}: {member.variant or "config"}')
-    _run_trial(study, trial, member, folder)
+  busy = f'another search works in {workdir}; wait for it, stop it, or use another --workdir'
+  with only_process(folder / 'search.lock', busy):  # A second one would repeat its running trial.
+    study = optuna.create_study(
+      study_name='search',
+      storage=f'sqlite:///{folder.absolute() / "search.db"}',
+      load_if_exists=True,
+      direction='maximize',
+      pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED_TRIALS),
+    )
+    _check_same_search(study, config, workdir)
+    # With the seed alone, each start would draw the settings of the first trial again.
+    study.sampler = optuna.samplers.TPESampler(
+      seed=(config.seed + len(study.trials)) % 2**32, n_startup_trials=_UNPRUNED_TRIALS
+    )
+    _ask_again_for_stopped(study)
+    while (ended := _count_ended(study)) < trials:
+      trial = study.ask()
+      member = _member(config, space, trial, place)
+      say(f'trial {ended + 1} of {trials}: {member.variant or "config"}')
+      _run_trial(study, trial, member, folder)
   summary = summarise(study)
   write_file(folder / RECORD, json.dumps(summary, indent=2) + '\n')
   write_file(folder / PAGE, _page(summary, workdir))
@@ -142,6 +150,26 @@ def _run_trial(
     say(f'{error}; the search goes on without it')
   else:
     study.tell(trial, read_run(folder)[0]['valid'][METRIC])
+
+
+def _check_same_search(study: 'optuna.Study', config: ConfigDict, workdir: str) -> None:
+  """Raises InputError if earlier trials had another config or other data, which a search notes.
+
+  Their values would not compare with those of new trials.
+  """
+  dataset = load_dataset(config.data_dir, config.split).identity()
+  now = flatten({'dataset': dataset, 'config': config.to_dict()})
+  free = {f'config.{name}' for name, knob in KNOBS.items() if knob.may_change or knob.may_round}
+  now = {name: value for name, value in now.items() if name not in free}
+  before = study.user_attrs.get('searched') or now
+  for name in sorted(before | now):
+    if before.get(name) != now.get(name):
+      raise InputError(
+        f'{name} is {now.get(name)!r}, but the trials of the search in {workdir} had'
+        f' {before.get(name)!r}, and would not compare with new ones; set it back, or use another'
+        ' --workdir'
+      )
+  study.set_user_attr('searched', now)
 
 
 def _ask_again_for_stopped(study: 'optuna.Study') -> None:

@@ -5,6 +5,7 @@ A member of a sweep is a variant, which overrides some fields, with one seed. It
 any other run, and a finished member is not run again.
 """
 
+import copy
 import hashlib
 import json
 import pathlib
@@ -19,16 +20,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import first_user
+from ur4rec_jax.data.features import load_with_features
 from ur4rec_jax.errors import DivergenceError, InputError, counted, say
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.config_checks import check_config, flatten
 from ur4rec_jax.runs.config_files import call_function
-from ur4rec_jax.runs.knobs import no_such_field
+from ur4rec_jax.runs.knobs import KNOBS, no_such_field
 from ur4rec_jax.runs.report import PAGE
 from ur4rec_jax.runs.trials_page import Table, Trial, settings_text, trials_page, variance_shares
-from ur4rec_jax.runs.workdir import is_started_with
+from ur4rec_jax.runs.workdir import is_started_with, stored_config, stored_identity
 from ur4rec_jax.sharding import devices
 
 METRIC = 'ndcg@10'
@@ -123,7 +125,8 @@ def compare(workdirs: Sequence[str | pathlib.Path]) -> dict[str, Any]:
     See `summarise`; the variants have the names of the workdirs.
 
   Raises:
-    InputError: a folder holds no finished run, a run is not finished, or two have one seed.
+    InputError: a folder holds no finished run, a run is not finished, two have one seed, or seeds
+      of a workdir differ in more than the seed.
   """
   runs = []
   for workdir in workdirs:
@@ -133,15 +136,33 @@ def compare(workdirs: Sequence[str | pathlib.Path]) -> dict[str, Any]:
       inside = sorted({x.parent.parent for x in path.glob('*/seed*/results.json')})
       hint = f'; name the folders in it, such as {inside[0]}' if inside else ''
       raise InputError(f'{path}: holds no run{hint}')
+    expected = {}
     for folder in folders:
       if not (folder / 'results.json').exists():
         raise InputError(f'{folder}: is not finished; start its training again, or leave it out')
       results, ranks = read_run(folder)
+      shared = _shared_settings(folder, results)
+      expected = expected or shared
+      for field in sorted(expected | shared):
+        if shared.get(field) != expected.get(field):
+          raise InputError(
+            f'{folder}: {field} is {shared.get(field)!r}, but {expected.get(field)!r} in'
+            f' {folders[0]}, so they are no seeds of one model; name the runs one by one instead'
+          )
       runs.append((Member(name, {}, ConfigDict({'seed': results['seed']})), results, ranks))
   names = [member.name for member, *_ in runs]
   if repeated := {name for name in names if names.count(name) > 1}:
     raise InputError(f'{", ".join(sorted(repeated))} is there more than once; name each run once')
   return summarise(runs)
+
+
+def _shared_settings(folder: pathlib.Path, results: dict[str, Any]) -> dict[str, Any]:
+  """Returns by name the settings of a run that all seeds of one model have in common."""
+  free = {name for name, knob in KNOBS.items() if knob.may_change or knob.may_round}
+  free |= {'seed', 'init.run'}  # Each seed may go on from a run of its own.
+  fields = flatten(stored_config(folder).to_dict())
+  config = {f'config.{name}': value for name, value in fields.items() if name not in free}
+  return config | {'data and protocol': measured_on(results)}
 
 
 def load_grid(place: str) -> list[dict[str, Any]]:
@@ -188,7 +209,7 @@ def make_members(
       told = '; '.join(no_such_field(field, known) for field in unknown)
       raise InputError(f'the sweep overrides {told}')
     for seed in seeds or [overrides.get('seed', config.seed)]:
-      changed = config.copy_and_resolve_references()
+      changed = copy.deepcopy(config)  # Stages still follow the fields of the run.
       try:
         changed.update_from_flattened_dict({**fields, 'seed': seed})
         check_config(changed)
@@ -209,8 +230,14 @@ def _variant_name(fields: dict[str, Any]) -> str:
 
 
 def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
-  """Returns whether a run with this config has written its results in `folder`."""
-  return (folder / 'results.json').exists() and is_started_with(folder, config)
+  """Returns whether a run with this config, on the data as they are, has its results in `folder`.
+
+  Raises:
+    InputError: the data cannot be read.
+  """
+  if not ((folder / 'results.json').exists() and is_started_with(folder, config)):
+    return False
+  return stored_identity(folder) == load_with_features(config).identity()
 
 
 def read_run(folder: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ur4rec_jax.errors import InputError
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import gate, train_loop
 from ur4rec_jax.runs.compiled_programs import keep_compiled_programs
@@ -44,9 +45,15 @@ def update_config(
     keep: see the knob `keep`; with `last`, both models of an update train equally long.
 
   Raises:
-    InputError: there is no trained run in `workdir`.
+    InputError: there is no trained run in `workdir`, or it has learned the held-out events, too.
   """
   before = open_stored_run(workdir)
+  if before.config.train_on == 'all':
+    raise InputError(
+      f'--workdir={workdir}: has learned all events, the held-out ones, too, so that nothing is'
+      f' left to judge an update by. The second model of an update lies in its folder {ALL}/: give'
+      ' the folder of the update itself, which goes on with both'
+    )
   name = restore_best(before, str(workdir))[0].name
   config = before.config
   config.data_dir = str(data_dir)

@@ -11,8 +11,11 @@ import jax
 import numpy as np
 
 from ur4rec_jax.data.dataset import iterate_items, read_interactions
+from ur4rec_jax.data.features import Features
+from ur4rec_jax.encoders.pretrained import can_encode
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import cold_items
+from ur4rec_jax.models.sasrec import OF_CONTENT
 from ur4rec_jax.runs.checkpoint import read_latest
 from ur4rec_jax.runs.open_run import Run, restore_best
 from ur4rec_jax.runs.workdir import open_stored_run
@@ -97,11 +100,48 @@ def warm_params(run: Run) -> PyTree:
 
 
 def open_before(run: Run) -> Run:
-  """Opens the run that `config.init.run` names; InputError if that is impossible."""
+  """Opens the run that `config.init.run` names.
+
+  Raises:
+    InputError: that is impossible, it has learned what this run holds out, or its model reads
+      other embeddings.
+  """
   try:
-    return open_stored_run(run.config.init.run)
+    before = open_stored_run(run.config.init.run)
   except InputError as error:
     raise InputError(f'config.init.run={run.config.init.run}: {error}') from error
+  for field in ('train_on', 'split'):
+    then, now = before.config[field], run.config[field]
+    if run.config.train_on == 'training' and then != now:
+      raise InputError(
+        f'config.init.run={run.config.init.run}: was trained with config.{field}={then}, so it has'
+        f' learned events that this run, with config.{field}={now}, would be measured on; start'
+        ' from another run, or measure nothing: --config.train_on=all --config.keep=last'
+      )
+  config = run.config
+  if 'retriever' in config.branches or config.sasrec.item_input in OF_CONTENT:
+    _check_same_embeddings(run, before)
+  return before
+
+
+def _check_same_embeddings(run: Run, before: Run) -> None:
+  """Raises InputError if features lie in another space, though they may have the same width."""
+  for of, features in run.dataset.all_features.items():
+    earlier = before.dataset.all_features[of]
+    for name in features.keys() & earlier.keys():
+      if _space(features[name]) != _space(earlier[name]):
+        raise InputError(
+          f'config.init.run={run.config.init.run}: its model reads {of} embeddings {name} that were'
+          f' made in another way ({earlier[name].folder}) than {features[name].folder}; encode the'
+          ' new data with the encoder and the flags of the old ones, after build_dataset --append'
+        )
+
+
+def _space(features: Features) -> tuple[Any, ...]:
+  """Returns what embeddings must have in common to be compared; imported ones name only a file."""
+  info, made_by = features.info, features.info['encoder']
+  encoder = (made_by['name'], made_by.get('sha256')) if can_encode(made_by) else None
+  return encoder, info['projection'], info['is_normalised']
 
 
 def _grown(run: Run, before: Run, rows: np.ndarray, fresh: PyTree) -> PyTree:

@@ -45,6 +45,11 @@ def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
   return from_stored(_record(path)['config'])
 
 
+def stored_identity(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+  """Reads what identifies the data of a run, see `Dataset.identity`; InputError if damaged."""
+  return _record(pathlib.Path(workdir) / CONFIG).get('dataset')
+
+
 def _record(path: pathlib.Path) -> dict:
   """Reads a `config.json`; InputError if it is damaged."""
   try:
