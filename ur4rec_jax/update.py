@@ -35,12 +35,12 @@ def _parser() -> argparse.ArgumentParser:
   add('--data_dir', help='prepared folder with the new events, from build_dataset --append')
   add('--out', help='workdir of the update; it is resumed if it was started')
   add('--registry', help='folder of served models, to which an update that passes is promoted')
-  add('--epochs', type=int, default=2, help='epochs to train; default 2')
+  add('--epochs', type=int, default=6, help='epochs to train; default 6')
   add(
     '--replay',
     type=float,
-    default=1.0,
-    help='share, 0 to 1, of the users without new events who are trained on too; default 1',
+    default=0.2,
+    help='share, 0 to 1, of the users without new events who are trained on too; default 0.2',
   )
   add(
     '--moments',

@@ -1,12 +1,12 @@
 """Tests and then trains over windows of time: a static model, updates, retraining, and item-kNN.
 
-  python -m benchmarks.quality.over_time --data=/path/to/ml-100k --scratch=/tmp/over-time
+  python -m benchmarks.quality.over_time --data=/path/to/ml-1m --scratch=/tmp/over-time
 
 The first half of the events is the start; the rest comes in equal windows. In each window every
 model first ranks the last item of each user with new events, and only then learns the window. The
 data grow by `build_dataset --append`, and the updates pass the gate of `ur4rec_jax.update`. At the
 end the last window comes once more with shuffled items, which the gate must refuse. Writes
-`benchmarks/results/over_time/ml-100k.json` and the table in docs/updates.md; --table only the
+`benchmarks/results/over_time/ml-1m.json` and the table in docs/updates.md; --table only the
 latter.
 """
 
@@ -36,7 +36,7 @@ from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.sharding import devices
 
 _ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = _ROOT / 'benchmarks' / 'results' / 'over_time' / 'ml-100k.json'
+RESULTS = _ROOT / 'benchmarks' / 'results' / 'over_time' / 'ml-1m.json'
 PAGE = _ROOT / 'docs' / 'updates.md'
 _BEGIN, _END = '<!-- over_time -->', '<!-- end of over_time -->'
 MODELS = ('static', 'update', 'retrain', 'item-kNN')
@@ -75,9 +75,10 @@ def small_config(data_dir: pathlib.Path, epochs: int) -> ConfigDict:
       'sasrec.item_scale': 0.02,
       'optimizer.learning_rate': 5e-3,
       'optimizer.warmup_steps': 50,
+      'optimizer.schedule': 'cosine',
       'num_epochs': epochs,
       'validate_every_epochs': 5,
-      'patience': 2,
+      'patience': epochs,
       'seed': _SEED,
     }
   )
@@ -238,7 +239,7 @@ def table(results: dict[str, Any]) -> str:
   settings = results['settings']
   lines = [
     f'Data {results["data"]}: {results["events"][0]:,} events to start with, then'
-    f' {len(results["windows"])} of {len(results["events"]) - 1} windows; retraining of at most'
+    f' {len(results["windows"])} of {len(results["events"]) - 1} windows; retraining of'
     f' {settings["epochs"]} epochs,'
     f' updates of {settings["update_epochs"]} epochs with a replay of {settings["replay"]:g} and'
     f' moments {settings["moments"]}; one seed.',
@@ -294,9 +295,9 @@ def main() -> None:
   add('--scratch', type=pathlib.Path, help='folder for data and runs; finished ones are used again')
   add('--windows', type=int, default=6, help='number of windows')
   add('--start', type=float, default=0.5, help='share of the events before the first window')
-  add('--epochs', type=int, default=25, help='most epochs of a training from zero')
-  add('--update_epochs', type=int, default=3, help='epochs of an update')
-  add('--replay', type=float, default=0.3, help='see `ur4rec_jax.update`')
+  add('--epochs', type=int, default=25, help='epochs of a training from zero')
+  add('--update_epochs', type=int, default=6, help='epochs of an update')
+  add('--replay', type=float, default=0.2, help='see `ur4rec_jax.update`')
   add('--moments', default='reset', help='see `ur4rec_jax.update`')
   add('--margin', type=float, default=0.02, help='see `ur4rec_jax.update`')
   add('--out', type=pathlib.Path, default=RESULTS, help='where to write the results')

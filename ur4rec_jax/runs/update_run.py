@@ -66,6 +66,7 @@ def update_config(
   config.keep, stage.validate_every_epochs = keep, 1 if keep == 'best' else epochs
   config.max_minutes = 0.0  # The limit was for the epochs of the earlier run.
   stage.warmup_steps = min(stage.warmup_steps, _WARMUP_STEPS)
+  stage.schedule = 'cosine'  # So short a training is better if its last steps are small.
   return config
 
 
