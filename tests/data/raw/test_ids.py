@@ -105,6 +105,22 @@ def test_ids_that_pandas_made_floats_are_read_on_request():
   assert 'row 2: user is 16777216.0, and float holds' in fault(inexact, clean_ids='all')
 
 
+def test_float_ids_of_an_item_table_are_read_on_request(tmp_path):
+  rows = table(user=['a', 'b'], item=['1', '2'])
+  goods = table(id=[1.0, np.nan, 2, np.nan], title=['A', '?', 'B', '?'])
+  goods.to_parquet(tmp_path / 'goods.parquet')
+  for items in (goods, str(tmp_path / 'goods.parquet')):
+    assert 'row 1: id is 1.0; ids are text or whole numbers: convert' in fault(rows, items=items)
+    assert '--clean_ids=decimals if all' in fault(rows, items=items)
+    message = fault(rows, items=items, clean_ids='decimals')
+    assert 'row 2: id is empty' in message
+    assert '--clean_ids=missing' in message
+    raw = interactions.from_table(rows, items=items, clean_ids='all')
+    assert {name: item.title for name, item in raw.table.items()} == {'1': 'A', '2': 'B'}
+  goods = table(id=[1.5, 2.0], title=['A', 'B'])
+  assert 'row 1: id is 1.5; ids are text' in fault(rows, items=goods, clean_ids='all')
+
+
 def test_a_row_without_an_id_is_not_taken_for_a_broken_one():
   rows = table(user=[None, 'a\nb', 'c'], item=['x', 'y', 'y'])
   assert 'row 2: user is no text on one line' in fault(rows, clean_ids='missing')
