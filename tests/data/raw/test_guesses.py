@@ -137,3 +137,17 @@ def test_short_texts_that_repeat_join_the_description(tmp_path):
   rows = [[*row_of_item(i)[:3], ['Alder', 'Birch'][i % 2], 4.5] for i in range(20)]
   table = write_table(tmp_path / 'goods.csv', 'sku,title,description,brand,price', rows)
   assert guess(path, table, {}).flags['text_columns'] == 'brand'
+
+
+def test_columns_without_a_name_or_with_a_comma_in_it_are_left_out(tmp_path):
+  path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, x, 1])
+  rows = [[*row_of_item(i)[:2], ['Alder', 'Birch'][i % 2], '', ''] for i in range(20)]
+  table = write_table(tmp_path / 'goods.csv', 'sku,title,colour,,', rows)
+  table.write_text(table.read_text().replace('colour', '"colour, main"', 1))
+  assert guess(path, table, {}).flags == {}
+  text = path.read_text().splitlines()
+  path.write_text('\n'.join([f',{text[0]}', *(f'{i},{row}' for i, row in enumerate(text[1:]))]))
+  assert guess(path, table, {}).flags == {}
+  table.write_text(',,\n1,2,3\n')
+  with pytest.raises(InputError, match='none of its columns has the ids of the interactions'):
+    guess(path, table, {})
