@@ -271,6 +271,9 @@ def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path
   name = text(value)
   if not name:
     return None
+  urls = re.split(r'[\s,;|](?=https?://)', name, maxsplit=1)
+  if len(urls) > 1:  # Shops list all pictures of an item, the main one first.
+    name = urls[0].rstrip(' ,;|')
   if re.match(r'https?://\S+$', name):
     return name
   fault = ''
@@ -289,7 +292,7 @@ def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path
       fault = 'is no file name; correct it'
   if fault:
     raise InputError(
-      f'{where}: {column} {name!r} {fault}, or leave all pictures out: --image_column=none'
+      f'{where}: {column} {shown(name)} {fault}, or leave all pictures out: --image_column=none'
     )
   return path
 
