@@ -146,6 +146,17 @@ def test_padded_ids_fit_the_item_table_on_request():
   assert "has 'i1' and ' i1'" in fault(rows, items=twice, clean_ids='blanks')
 
 
+def test_items_that_lost_their_leading_zeros_are_told():
+  rows = table(user=['a', 'b', 'c'], item=['7', '8', 'x'])
+  goods = table(id=['00007', '0008', '12345'], title=['1', '2', '3'])
+  told = (
+    '2 of 3 items that are not in the item table differ from its ids in leading zeros only, first'
+    " '7', there '00007'"
+  )
+  assert told in fault(rows, items=goods)
+  assert told in interactions.from_table(rows, items=goods, partial_items=True).hints[0]
+
+
 def test_values_that_no_row_has_are_no_items():
   kinds = pd.CategoricalDtype(['x', 'y', '', 'z'])
   rows = table(user=['a', 'b'], item=pd.Series(['x', 'z'], dtype=kinds))

@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 
 from ur4rec_jax.data import column_names
 from ur4rec_jax.data.raw import interactions, items, tables, where
+from ur4rec_jax.data.raw.hints import hint_about_spelling
+from ur4rec_jax.data.raw.ids import clean, parse_cleanings
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError, counted
 
@@ -220,7 +222,10 @@ def _item_flags(
   """Guesses the columns of the item table, given ids of the interactions."""
   flags, chosen = {}, {}
   names = list(found.columns)
-  overlap = {name: len(used & set(found.columns[name])) for name in names}
+  cleanings = parse_cleanings(given.get('clean_ids'))
+  cleaned = lambda values: set(clean(pa.array(values, pa.string()), cleanings).to_pylist())
+  used = cleaned(used) - {None}
+  overlap = {name: len(used & cleaned(found.columns[name])) for name in names}
   for role in column_names.ITEMS:
     flag = f'{role}_column'
     if flag in given:
@@ -231,6 +236,9 @@ def _item_flags(
     if role == 'item_id':
       best = max(free, key=overlap.get, default='')
       if not overlap.get(best):
+        for name in usual or names:
+          if misspelled := hint_about_spelling(sorted(used), found.columns[name], cleanings):
+            raise InputError(f'{found.path}: {misspelled}')
         raise InputError(
           f'{found.path}: none of its columns has the ids of the interactions, such as'
           f' {next(iter(sorted(used)))!r}; its columns are {listed(names)}'
