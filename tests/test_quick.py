@@ -11,6 +11,7 @@ import time
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import ur4rec_jax
@@ -164,6 +165,23 @@ def test_tables_of_every_kind_become_the_same_file(files, tmp_path, kind):
   from ur4rec_jax.data.raw.guesses import guess
 
   assert guess(path, None, {}).flags == {'time_column': 'ordered'}
+
+
+def test_columns_that_no_file_holds_are_left_out_of_a_table(tmp_path, capsys):
+  frame = pd.DataFrame({'user': ['a', 'b'], 'item': ['x', 'y'], 'size': ['XL', 42.5]})
+  frame = pd.concat([frame, pd.DataFrame({'odd': [{}, {}], 'twice': 1}), frame[['size']]], axis=1)
+  path = quick._as_file(frame, tmp_path, 'orders')
+  assert pq.read_schema(path).names == ['user', 'item', 'twice']
+  interval = pa.array([(1, 2, 3)] * 2, pa.month_day_nano_interval())
+  table = pa.table({'user': ['a', 'b'], 'item': ['x', 'y'], 'until': interval})
+  assert pq.read_schema(quick._as_file(table, tmp_path, 'orders')).names == ['user', 'item']
+  told = capsys.readouterr().err
+  for name in ('size', 'odd', 'until'):
+    assert f"note: orders: the column '{name}' is left out (" in told
+  with pytest.raises(
+    InputError, match=r'orders: item cannot be used \(orders, row 2: item is a flo'
+  ):
+    quick._as_file(frame.assign(item=['x', 1.5]), tmp_path, 'orders')
 
 
 def test_wrong_tables_and_options_of_train(tmp_path):

@@ -394,7 +394,11 @@ def train(
 
 
 def _as_file(table: Any, folder: pathlib.Path, name: str) -> pathlib.Path | None:
-  """Returns the file of a table, which is written if it is in memory."""
+  """Returns the file of a table, which is written if it is in memory.
+
+  Raises:
+    InputError: it is no table, or a column with a usual name cannot be written.
+  """
   if table is None:
     return None
   if isinstance(table, str | os.PathLike):
@@ -402,13 +406,23 @@ def _as_file(table: Any, folder: pathlib.Path, name: str) -> pathlib.Path | None
   import pyarrow as pa
   import pyarrow.parquet as pq
 
+  from ur4rec_jax.data import column_names
   from ur4rec_jax.data.raw.columns import in_memory
 
-  memory = in_memory(table, name)
+  roles = column_names.INTERACTIONS | column_names.ITEMS
+  memory, found = in_memory(table, name), {}
+  for column in dict.fromkeys(memory.columns):
+    try:
+      part = memory.select([column])
+      pq.write_table(part.slice(0, 1), pa.BufferOutputStream())  # Arrow has types that files lack.
+      found[column] = part[column]
+    except (InputError, pa.ArrowException) as error:
+      reason = ' '.join(str(error).split())
+      if any(column_names.find(role, [column]) for role in roles):
+        raise InputError(f'{name}: {column} cannot be used ({reason})') from error
+      say(f'note: {name}: the column {column!r} is left out ({reason})', sys.stderr)
   folder.mkdir(parents=True, exist_ok=True)
-  path, found = folder / f'{name}.parquet', memory.select(list(memory.columns))
-  found = pa.table({column: found[column] for column in found.column_names})
-  pq.write_table(found, path)
+  pq.write_table(pa.table(found), path := folder / f'{name}.parquet')
   return path
 
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ import numpy as np
 from data_prep.embeddings.feature_files import Row, Source
 from data_prep.embeddings.imported_tokens import original_ids
 from ur4rec_jax.data.raw import items
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.data.raw.texts import shown
+from ur4rec_jax.errors import InputError, say
 
 NAME_WIDTH = 96  # Random sign vectors of this width are almost orthogonal.
 _BUMPS = 9  # Reference points that a number is compared with.
+_LIKE_NUMBER = re.compile(r'\W{0,3}\d[\d.,]*\W{0,3}[A-Za-z]{0,3}')  # With a comma, or a currency.
 
 
 def source(
@@ -123,6 +126,7 @@ def _column(column: str, values: list[Any], path: Path) -> np.ndarray:
   numbers = _numbers(values)
   if numbers is not None:
     return _places(numbers)
+  _tell_numbers(column, values, path)
   found = [names_of(value) for value in values]
   count = collections.Counter(name for row in found for name in row)
   if not count:
@@ -133,6 +137,19 @@ def _column(column: str, values: list[Any], path: Path) -> np.ndarray:
     for name in row:
       vector += math.log(1 + len(values) / count[name]) * signs[name]
   return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _tell_numbers(column: str, values: list[Any], path: Path) -> None:
+  """Prints a note if most values of a column of names look like numbers."""
+  texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+  like_numbers = [value for value in texts if _LIKE_NUMBER.fullmatch(value)]
+  odd = next((value for value in texts if _numbers([value]) is None), None)
+  if odd and 2 * len(like_numbers) > len(texts):
+    say(
+      f'note: {path}: {column} counts as names, not as numbers, because {shown(odd)} is no number;'
+      ' if it should be, write all numbers like 3.50, and leave unknown ones empty',
+      sys.stderr,
+    )
 
 
 def names_of(value: Any) -> list[str]:

@@ -590,6 +590,28 @@ def test_names_and_numbers_of_a_table(build, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+  ('prices', 'odd'),
+  [
+    (['3,50', '12', '4,00'], "'3,50' is no number"),
+    (['3.50', 'n/a', '4.00'], "'n/a' is no number"),
+    (['3.50 €', '$4', 'EUR'], "'3.50 €' is no number"),
+    (['3.50', '12', ''], None),
+    (['3.50', '1995-01-31', '4'], None),
+    (['XL', 'L', '42'], None),
+    (['blue', 'red', ''], None),
+  ],
+)
+def test_numbers_that_count_as_names_are_told(build, tmp_path, capsys, prices, odd):
+  table = tmp_path / 'table.jsonl'
+  rows = [{'id': f'i{at:03}', 'price': price} for at, price in enumerate(prices)]
+  table.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  run(build([{}] * 3), '--modality=attributes', f'--import={table}', '--columns=price')
+  told = capsys.readouterr().err
+  assert ('price counts as names' in told) == bool(odd)
+  assert odd is None or odd in told
+
+
+@pytest.mark.parametrize(
   'dates',
   [
     ['31-Jan-1995', '01-Feb-1995', '', '01-Feb-1995', '07-Mar-1997'],

@@ -195,8 +195,8 @@ def read_goods(path: str | pathlib.Path, options: Mapping[str, Any]) -> dict[str
     settings[f'{role}_column'] = wanted if wanted in (*table.columns, 'none') else None
   texts = (options.get('text_columns') or '').split(',')
   settings['text_columns'] = ','.join(x for x in map(str.strip, texts) if x in table.columns)
-  found, _ = items.from_table(table, lambda value, *_: items.text(value), **settings)
-  return ids.clean_table(found, ids.parse_cleanings(options.get('clean_ids')))
+  cleanings = ids.parse_cleanings(options.get('clean_ids'))
+  return items.from_table(table, lambda value, *_: items.text(value), cleanings, **settings)[0]
 
 
 def _check_kind(path: pathlib.Path, flag: str) -> None:

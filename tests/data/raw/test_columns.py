@@ -206,6 +206,20 @@ def test_pandas_columns_of_objects():
     interactions.from_table(FRAME.assign(user=np.array([1j, 2j, 3j]).astype(object)))
 
 
+def test_moments_of_several_kinds_in_one_pandas_column():
+  zoned = _DAY.replace(tzinfo=datetime.timezone(datetime.timedelta(hours=2)))
+  for moments, message in [
+    ([_DAY, _DAY, zoned], 'row 3: time is a time with a zone, but a time without a zone in other'),
+    ([zoned, pd.NaT, _DAY], 'row 3: time is a time without a zone, but a time with a zone in oth'),
+    ([_DAY.date(), _DAY, _DAY], 'row 2: time is a time without a zone, but a date in other rows'),
+  ]:
+    frame = FRAME.assign(time=pd.Series(moments, dtype=object))
+    with pytest.raises(InputError, match=f'^the table, {message}'):
+      interactions.from_table(frame)
+  for moments in ([zoned] * 3, [_DAY] * 3, [_DAY.date()] * 3):
+    assert interactions.from_table(FRAME.assign(time=pd.Series(moments, dtype=object)))
+
+
 def test_categories_in_use_nowhere_are_no_items():
   frame = FRAME.astype({'item': 'category', 'user': 'category'})
   frame['item'] = frame['item'].cat.add_categories(['gone'])

@@ -132,8 +132,34 @@ def test_an_item_table_of_other_items_is_refused_and_missing_items_are_told(tmp_
   assert '1 item without a row in the item table stay, without texts' in found.notes
 
 
+def test_an_item_table_whose_ids_are_spelled_otherwise_names_the_cause(tmp_path):
+  path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, f'000{x[1:]}', 1])
+  rows = [[i, f'The {i}'] for i in range(20)]
+  table = write_table(tmp_path / 'goods.csv', 'sku,title', rows)
+  with pytest.raises(InputError, match="leading zeros only, first '00000', there '0': a program"):
+    guess(path, table, {})
+  path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, f'{int(x[1:])}.0', 1])
+  with pytest.raises(InputError, match=r"first '0\.0'; pass --clean_ids=decimals"):
+    guess(path, table, {})
+  assert guess(path, table, {'clean_ids': 'decimals'}).flags == {'clean_ids': 'decimals'}
+
+
 def test_short_texts_that_repeat_join_the_description(tmp_path):
   path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, x, 1])
   rows = [[*row_of_item(i)[:3], ['Alder', 'Birch'][i % 2], 4.5] for i in range(20)]
   table = write_table(tmp_path / 'goods.csv', 'sku,title,description,brand,price', rows)
   assert guess(path, table, {}).flags['text_columns'] == 'brand'
+
+
+def test_columns_without_a_name_or_with_a_comma_in_it_are_left_out(tmp_path):
+  path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, x, 1])
+  rows = [[*row_of_item(i)[:2], ['Alder', 'Birch'][i % 2], '', ''] for i in range(20)]
+  table = write_table(tmp_path / 'goods.csv', 'sku,title,colour,,', rows)
+  table.write_text(table.read_text().replace('colour', '"colour, main"', 1))
+  assert guess(path, table, {}).flags == {}
+  text = path.read_text().splitlines()
+  path.write_text('\n'.join([f',{text[0]}', *(f'{i},{row}' for i, row in enumerate(text[1:]))]))
+  assert guess(path, table, {}).flags == {}
+  table.write_text(',,\n1,2,3\n')
+  with pytest.raises(InputError, match='none of its columns has the ids of the interactions'):
+    guess(path, table, {})

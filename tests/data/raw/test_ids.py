@@ -30,7 +30,7 @@ def fault(data, **flags) -> str:
   return str(error.value)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(
   st.lists(IDS, min_size=2, max_size=6, unique=True),
   st.lists(IDS, min_size=2, max_size=6, unique=True),
@@ -105,6 +105,22 @@ def test_ids_that_pandas_made_floats_are_read_on_request():
   assert 'row 2: user is 16777216.0, and float holds' in fault(inexact, clean_ids='all')
 
 
+def test_float_ids_of_an_item_table_are_read_on_request(tmp_path):
+  rows = table(user=['a', 'b'], item=['1', '2'])
+  goods = table(id=[1.0, np.nan, 2, np.nan], title=['A', '?', 'B', '?'])
+  goods.to_parquet(tmp_path / 'goods.parquet')
+  for items in (goods, str(tmp_path / 'goods.parquet')):
+    assert 'row 1: id is 1.0; ids are text or whole numbers: convert' in fault(rows, items=items)
+    assert '--clean_ids=decimals if all' in fault(rows, items=items)
+    message = fault(rows, items=items, clean_ids='decimals')
+    assert 'row 2: id is empty' in message
+    assert '--clean_ids=missing' in message
+    raw = interactions.from_table(rows, items=items, clean_ids='all')
+    assert {name: item.title for name, item in raw.table.items()} == {'1': 'A', '2': 'B'}
+  goods = table(id=[1.5, 2.0], title=['A', 'B'])
+  assert 'row 1: id is 1.5; ids are text' in fault(rows, items=goods, clean_ids='all')
+
+
 def test_a_row_without_an_id_is_not_taken_for_a_broken_one():
   rows = table(user=[None, 'a\nb', 'c'], item=['x', 'y', 'y'])
   assert 'row 2: user is no text on one line' in fault(rows, clean_ids='missing')
@@ -128,6 +144,17 @@ def test_padded_ids_fit_the_item_table_on_request():
   assert [*raw.table] == ['i1', 'i2', 'i3']
   twice = table(id=['i1', 'i2', ' i1'], title=['1', '2', '3'])
   assert "has 'i1' and ' i1'" in fault(rows, items=twice, clean_ids='blanks')
+
+
+def test_items_that_lost_their_leading_zeros_are_told():
+  rows = table(user=['a', 'b', 'c'], item=['7', '8', 'x'])
+  goods = table(id=['00007', '0008', '12345'], title=['1', '2', '3'])
+  told = (
+    '2 of 3 items that are not in the item table differ from its ids in leading zeros only, first'
+    " '7', there '00007'"
+  )
+  assert told in fault(rows, items=goods)
+  assert told in interactions.from_table(rows, items=goods, partial_items=True).hints[0]
 
 
 def test_values_that_no_row_has_are_no_items():

@@ -50,6 +50,30 @@ def test_without_such_a_folder_only_names_count(tmp_path, pictures):
     read(tmp_path, [['k0', 'outside', '../k3.png']], images=str(pictures))
 
 
+@pytest.mark.parametrize('between', [', ', ',', ' ', ' | ', ';'])
+def test_the_first_of_several_urls_is_taken(tmp_path, pictures, between):
+  urls = [f'https://shop.example/{name}.png?a=1,2' for name in ('z', 'a', 'k3')]
+  rows = [['k0', 'several', between.join(urls)]]
+  assert read(tmp_path, rows) == {'k0': urls[0]}
+  assert read(tmp_path, [['k0', 'of a file', between.join(urls[1:])]], images=str(pictures)) == {
+    'k0': pictures.resolve() / 'a.png'
+  }
+  inside = 'https://cdn.example/fetch/w_90,h_90/https://shop.example/a.png'
+  assert read(tmp_path, [['k0', 'a URL in a URL', inside]]) == {'k0': inside}
+
+
+def test_the_bytes_of_a_picture_are_not_printed_whole(tmp_path):
+  rows = [('k0', b'\x89PNG\r\n' + bytes(range(256)) * 99)]
+  table = items.Table(
+    'the table',
+    ['sku', 'image'],
+    lambda columns: [('row 1', dict(zip(columns, rows[0], strict=True)))],
+  )
+  with pytest.raises(InputError, match=r'row 1: image .*PNG.* is neither a URL nor') as error:
+    items.from_table(table, items.image_finder(str(tmp_path)))
+  assert len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize('wanted', ['brand,description', 'brand, description '])
 def test_a_column_that_is_named_as_a_text_is_read_once(tmp_path, wanted):
   table = write_table(tmp_path / 'goods.csv', 'sku,description,brand', [['k0', 'Long.', 'Acme']])

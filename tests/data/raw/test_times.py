@@ -72,6 +72,29 @@ def test_dates_written_as_one_number_are_no_unix_times(form, way_out):
   assert times.plain_unit(min(numbers), max(numbers)) is None
 
 
+@pytest.mark.parametrize('absent', [0, -1, 99_999_999])
+def test_a_number_for_no_date_among_dates_does_not_hide_them(absent):
+  for values in ([absent, 20240531], [20240531, 20240601, absent]):
+    with pytest.raises(InputError, match=r'^row \d: time is 20240531, .* write it as YYYY-MM-DD$'):
+      parse(values)
+    sizes = [abs(value) for value in values]
+    assert times.plain_unit(min(sizes), max(sizes)) is None
+
+
+@pytest.mark.parametrize(
+  'values', [[45443.5, 45444.25], [45443, 45444], ['45443.5', '45444'], ['45443', '45444']]
+)
+def test_dates_of_a_spreadsheet_are_told(values):
+  found = parse(values)
+  assert (np.diff(found.ticks) > 0).all()
+  assert f'such as {values[0]}, which as unix time is in 1970' in found.hint
+  assert 'is 2024-05-31; if it is that, the order is right' in found.hint
+  assert times.plain_unit(45443, 45444) is None
+  # Numbers of rows begin lower.
+  assert parse([0, 45443]).hint is None
+  assert times.plain_unit(0, 45443) == 1
+
+
 def test_more_than_nine_digits_are_cut():
   found = parse(['2023-11-14T23:20:40.1234567899999Z'])
   assert found.ticks.tolist() == [1_700_004_040_123_456_789]

@@ -1,5 +1,6 @@
 """Brings columns of any Arrow or pandas type to the few types that the readers work with."""
 
+import datetime
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,6 @@ def _unusable(name: str, error: Exception) -> InputError:
 def _of_pandas(series: Any, column: str, name: str) -> pa.ChunkedArray:
   try:
     array = pa.array(series, from_pandas=True)
-    return array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
   except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
     values = series.astype(object).where(series.notna(), None).tolist()
     # Text and whole numbers side by side, as pandas reads some columns of ids and titles.
@@ -105,6 +105,26 @@ def _of_pandas(series: Any, column: str, name: str) -> pa.ChunkedArray:
       f'{name}, row {row + 1}: {column} is a {kinds[1]}, other rows hold a {kinds[0]}; convert the'
       ' column to one type'
     ) from error
+  if series.dtype == object and (pa.types.is_timestamp(array.type) or pa.types.is_date(array.type)):
+    _check_moments(series.tolist(), column, name)
+  return array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
+
+
+def _check_moments(values: Sequence[Any], column: str, name: str) -> None:
+  """Refuses dates and times of several kinds, which Arrow reads as the kind of the first."""
+  first = None
+  for row, value in enumerate(values, 1):
+    if not isinstance(value, datetime.date) or value != value:  # The latter is pandas' NaT.
+      continue
+    kind = 'a date'
+    if isinstance(value, datetime.datetime):
+      kind = 'a time with a zone' if value.tzinfo else 'a time without a zone'
+    first = first or kind
+    if kind != first:
+      raise InputError(
+        f'{name}, row {row}: {column} is {kind}, but {first} in other rows; convert the column to'
+        ' one of them'
+      )
 
 
 def simplified(table: pa.Table, path: str, optional: Collection[str] = ()) -> pa.Table:

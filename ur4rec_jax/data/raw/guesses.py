@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 
 from ur4rec_jax.data import column_names
 from ur4rec_jax.data.raw import interactions, items, tables, where
+from ur4rec_jax.data.raw.hints import hint_about_spelling
+from ur4rec_jax.data.raw.ids import clean, parse_cleanings
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError, counted
 
@@ -220,7 +222,10 @@ def _item_flags(
   """Guesses the columns of the item table, given ids of the interactions."""
   flags, chosen = {}, {}
   names = list(found.columns)
-  overlap = {name: len(used & set(found.columns[name])) for name in names}
+  cleanings = parse_cleanings(given.get('clean_ids'))
+  cleaned = lambda values: set(clean(pa.array(values, pa.string()), cleanings).to_pylist())
+  used = cleaned(used) - {None}
+  overlap = {name: len(used & cleaned(found.columns[name])) for name in names}
   for role in column_names.ITEMS:
     flag = f'{role}_column'
     if flag in given:
@@ -229,8 +234,11 @@ def _item_flags(
     free = [name for name in names if name not in chosen.values()]
     usual = column_names.find(role, free)
     if role == 'item_id':
-      best = max(free, key=overlap.get)
-      if not overlap[best]:
+      best = max(free, key=overlap.get, default='')
+      if not overlap.get(best):
+        for name in usual or names:
+          if misspelled := hint_about_spelling(sorted(used), found.columns[name], cleanings):
+            raise InputError(f'{found.path}: {misspelled}')
         raise InputError(
           f'{found.path}: none of its columns has the ids of the interactions, such as'
           f' {next(iter(sorted(used)))!r}; its columns are {listed(names)}'
@@ -253,6 +261,7 @@ def _item_flags(
     if role not in chosen and name and (role == 'title' or free[name] >= _LONG):
       chosen[role] = flags[f'{role}_column'] = name
   more = [x for x in texts if x not in chosen.values() and not _is_distinct(found.columns[x])]
+  more = [x for x in more if x.split(',') == [x.strip()]]  # The flag is split at commas.
   if more and 'text_columns' not in given:
     flags['text_columns'] = ','.join(more)
   notes = [f'{role} of an item = {name}' for role, name in chosen.items()]
@@ -290,7 +299,7 @@ def _any_ids(found: _Sample) -> set[str]:
 def _sample(path: Path) -> _Sample:
   """Reads the first rows of a file of interactions."""
   file = tables.open_file(path)
-  names = [name for name in file.columns if file.columns.count(name) == 1]
+  names = _clear_names(file.columns)
   if file.delimiter is None:
     batch = next(tables.parquet_batches(path, names), None)
     if batch is None:
@@ -307,8 +316,14 @@ def _sample(path: Path) -> _Sample:
 def _sample_items(path: Path) -> _Sample:
   """Reads an item table."""
   table = items.open_table(path)
-  rows = [row for _, row in table.rows(list(table.columns))]
-  return _Sample(path, {name: _texts([row.get(name) for row in rows]) for name in table.columns})
+  names = _clear_names(table.columns)
+  rows = [row for _, row in table.rows(names)]
+  return _Sample(path, {name: _texts([row.get(name) for row in rows]) for name in names})
+
+
+def _clear_names(names: Sequence[str]) -> list[str]:
+  """Leaves out the columns that a flag cannot name: those without a name, and with that of two."""
+  return [name for name in names if name and names.count(name) == 1]
 
 
 def _texts(values: Sequence[object]) -> list[str]:

@@ -60,4 +60,13 @@ def hint_about_spelling(
         f' otherwise there, first {shown(alike[0])}; pass --clean_ids={cleaning}, or'
         ' spell them alike'
       )
+  there = {name.lstrip('0'): name for name in known}
+  alike = [name for name in unknown if name.lstrip('0') in there]
+  if 2 * len(alike) > len(unknown):
+    return (
+      f'{len(alike):,} of {len(unknown):,} items that are not in the item table differ from its ids'
+      f' in leading zeros only, first {shown(alike[0])}, there'
+      f' {shown(there[alike[0].lstrip("0")])}: a program took ids for numbers; export them again as'
+      ' text'
+    )
   return None

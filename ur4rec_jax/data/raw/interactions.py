@@ -418,7 +418,6 @@ def complete(raw: Raw, columns: Mapping[str, str], options: Mapping[str, Any]) -
   catalogue: dict[str, Item] | None = None
   if options['items'] is not None:
     catalogue, more = _read_items(options)
-    catalogue = ids.clean_table(catalogue, cleanings) if cleanings else catalogue
     names, known = raw.items.dictionary.to_pylist(), set(catalogue)
     unknown, cold = [name for name in names if name not in known], known.difference(names)
     misspelled = hint_about_spelling(unknown, catalogue, cleanings)
@@ -446,8 +445,9 @@ def complete(raw: Raw, columns: Mapping[str, str], options: Mapping[str, Any]) -
 
 def _read_items(options: Mapping[str, Any]) -> tuple[dict[str, Item], list[str]]:
   settings = {name: options[name] for name in item_tables.PARAMETERS}
+  cleanings = ids.parse_cleanings(options['clean_ids'])
   if isinstance(options['items'], str | Path):
-    return item_tables.read(Path(options['items']), **settings)
+    return item_tables.read(Path(options['items']), cleanings, **settings)
   name = 'the item table'
   memory = arrow_columns.in_memory(options['items'], name)
   rows = lambda columns: (
@@ -456,7 +456,7 @@ def _read_items(options: Mapping[str, Any]) -> tuple[dict[str, Item], list[str]]
   )
   read_image = item_tables.image_finder(settings.pop('images'))
   return item_tables.from_table(
-    item_tables.Table(name, memory.columns, rows), read_image, **settings
+    item_tables.Table(name, memory.columns, rows), read_image, cleanings, **settings
   )
 
 

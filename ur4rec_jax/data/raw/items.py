@@ -3,12 +3,12 @@
 import json
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ur4rec_jax.data import column_names
-from ur4rec_jax.data.raw import tables
+from ur4rec_jax.data.raw import ids, tables
 from ur4rec_jax.data.raw.records import Item, Place
 from ur4rec_jax.data.raw.texts import shown, utf8_lines
 from ur4rec_jax.errors import InputError
@@ -44,11 +44,14 @@ class Table(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
-def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
+def read(
+  path: Path, cleanings: Collection[str] = (), **parameters: Any
+) -> tuple[dict[str, Item], list[str]]:
   """Reads an item table; returns the items by id, and notes for the user.
 
   Args:
     path: the table.
+    cleanings: some of `ids.CLEANINGS`.
     **parameters: see `PARAMETERS`; picture files are relative to `images`, or to the table. In
       `images`, pictures are also found by the last part of a URL and by the item's id.
   """
@@ -58,7 +61,7 @@ def read(path: Path, **parameters: Any) -> tuple[dict[str, Item], list[str]]:
     )
   images = parameters.pop('images', None)
   table = open_table(path, parameters.get('items_quoting'))
-  return from_table(table, image_finder(images, path.parent), **parameters)
+  return from_table(table, image_finder(images, path.parent), cleanings, **parameters)
 
 
 def open_table(path: Path, quoting: str | None = None) -> Table:
@@ -72,7 +75,10 @@ def open_table(path: Path, quoting: str | None = None) -> Table:
 
 
 def from_table(
-  source: Table, read_image: Callable[[Any, str, str, str], Path | str | None], **parameters: Any
+  source: Table,
+  read_image: Callable[[Any, str, str, str], Path | str | None],
+  cleanings: Collection[str] = (),
+  **parameters: Any,
 ) -> tuple[dict[str, Item], list[str]]:
   """Reads an item table that is open or in memory; see `read`.
 
@@ -80,6 +86,7 @@ def from_table(
     source: the table.
     read_image: returns the picture of an item from the value in the table, the name of the column,
       the position of the row and the item's id; see `image_finder`.
+    cleanings: some of `ids.CLEANINGS`.
     **parameters: see `PARAMETERS`, without `images`.
   """
   options = {**PARAMETERS, **parameters}
@@ -90,7 +97,9 @@ def from_table(
   places: dict[str, Place] = {}
   for place, row in source.rows(list(dict.fromkeys([*columns.values(), *extra]))):
     where = str(place)
-    name = original_id(row.get(columns['item_id']), columns['item_id'], where)
+    name = _cleanable_id(row.get(columns['item_id']), columns['item_id'], where, cleanings)
+    if name is None:
+      continue
     if name in table:
       raise InputError(
         f'{where}: item {shown(name)} is in the table twice, first in {places[name].unit}'
@@ -108,6 +117,7 @@ def from_table(
     )
   if not table:
     raise InputError(f'{path}: no items in the table; export it again')
+  table = ids.clean_table(table, cleanings) if cleanings else table
   used = ', '.join(f'{role} = {name}' for role, name in columns.items())
   if extra:
     used += f', text = {"+".join(extra)}'
@@ -199,6 +209,26 @@ def _checked_depth(value: Any, depth: int = 0) -> None:
       _checked_depth(part, depth + 1)
 
 
+def _cleanable_id(value: Any, column: str, where: str, cleanings: Collection[str]) -> str | None:
+  """Converts an id to text; None if `--clean_ids` leaves its row out."""
+  if not text(value):
+    if ids.MISSING in cleanings or ids.EMPTY in cleanings:
+      return None
+    raise InputError(
+      f'{where}: {column} is empty; fill it in or remove the row, or build with'
+      f' --clean_ids={ids.MISSING}'
+    )
+  # pandas makes whole numbers floats where one of them is missing.
+  if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+    if ids.DECIMALS in cleanings:
+      return str(int(value))
+    raise InputError(
+      f'{where}: {column} is {value!r}; ids are text or whole numbers: convert the column, or build'
+      f' with --clean_ids={ids.DECIMALS} if all of them are whole numbers'
+    )
+  return original_id(value, column, where)
+
+
 def original_id(value: Any, column: str, where: str) -> str:
   """Converts an id to text; InputError if it is empty or no id."""
   if isinstance(value, bool | float | list | dict):
@@ -241,6 +271,9 @@ def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path
   name = text(value)
   if not name:
     return None
+  urls = re.split(r'[\s,;|](?=https?://)', name, maxsplit=1)
+  if len(urls) > 1:  # Shops list all pictures of an item, the main one first.
+    name = urls[0].rstrip(' ,;|')
   if re.match(r'https?://\S+$', name):
     return name
   fault = ''
@@ -259,7 +292,7 @@ def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path
       fault = 'is no file name; correct it'
   if fault:
     raise InputError(
-      f'{where}: {column} {name!r} {fault}, or leave all pictures out: --image_column=none'
+      f'{where}: {column} {shown(name)} {fault}, or leave all pictures out: --image_column=none'
     )
   return path
 

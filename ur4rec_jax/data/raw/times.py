@@ -29,6 +29,8 @@ _SPELLINGS = (
 _NANOSECONDS = r'\.\d{7,9}(\D|$)'
 _FORMS = 'unix seconds, unix milliseconds, or ISO 8601 like 2024-05-31 or 2024-05-31T18:20:00Z'
 _FEW, _MANY = 10, 10_000  # Fewer different times may be round by chance; more rows are not needed.
+_FIRST_DATE, _LAST_DATE = 19_000_101, 21_001_231
+_SERIALS = (32_874, 54_788)  # Days since 1899-12-30, as spreadsheets count: years 1990 to 2049.
 
 Where = Callable[[int], str]
 
@@ -79,7 +81,7 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> Times:
     times = _text(column, name, where)
   else:
     raise InputError(f'{where(0)}: {name} is of type {column.type}; times are {_FORMS}')
-  return Times(*times, _hint_about_precision(*times, name))
+  return Times(*times, _hint_about_serials(*times, name) or _hint_about_precision(*times, name))
 
 
 def plain_unit(smallest: int, largest: int) -> int | None:
@@ -94,9 +96,12 @@ def plain_unit(smallest: int, largest: int) -> int | None:
   """
   units = np.searchsorted(_LIMITS, [smallest, largest], side='right')
   may_be_dates = any(
-    smallest // after >= 19_000_101 and largest // after <= 21_001_231 for after in _AFTER_DAY
+    smallest // after <= _LAST_DATE and largest // after >= _FIRST_DATE for after in _AFTER_DAY
   )
-  return None if units[0] != units[1] or may_be_dates else _UNITS[units[0]][0]
+  may_be_serials = _SERIALS[0] <= smallest and largest <= _SERIALS[1]
+  if units[0] != units[1] or may_be_dates or may_be_serials:
+    return None
+  return _UNITS[units[0]][0]
 
 
 def _check_precision(values: np.ndarray, name: str, where: Where) -> None:
@@ -128,6 +133,20 @@ def _hint_about_precision(ticks: np.ndarray, ticks_per_second: int, name: str) -
     f'all values of {name} are numbers that float32 (single precision) can hold, such as'
     f' {ticks[0]}; if the column was float32 once, the order of near rows is lost: export it again'
     ' as whole numbers'
+  )
+
+
+def _hint_about_serials(ticks: np.ndarray, ticks_per_second: int, name: str) -> str | None:
+  """Tells whether all times look like the days that spreadsheets store as dates."""
+  first, last = (value * ticks_per_second for value in _SERIALS)
+  if ticks.min() < first or ticks.max() >= last + ticks_per_second:
+    return None
+  number = int(ticks[0]) / ticks_per_second
+  day = np.datetime64('1899-12-30') + int(number)
+  return (
+    f'all values of {name} are numbers such as {number:.12g}, which as unix time is in 1970, and as'
+    f' a date of a spreadsheet is {day}; if it is that, the order is right, but the dates are not:'
+    ' format the column as YYYY-MM-DD hh:mm:ss and export it again'
   )
 
 
@@ -208,21 +227,23 @@ def _unix(values: np.ndarray, name: str, where: Where) -> tuple[np.ndarray, int]
     raise InputError(f'{where(odd[0])}: {name} mixes units: {a}, {b}; write all times in one unit')
   per_second = _UNITS[units[0]][0]
   for after, more in _AFTER_DAY.items():
-    # Most often the first value says no, and all others need not be looked at.
-    if _are_dates(values[:1] // after) and _are_dates(values // after):
-      year = np.datetime64(int(values[0]) // per_second, 's').astype('datetime64[Y]')
+    # Not all of them, because some programs write 0 for a date that they do not have.
+    are_dates = _are_dates(values[:_MANY] // after)
+    if are_dates.mean() >= 0.5:
+      row = int(np.argmax(are_dates))
+      year = np.datetime64(int(values[row]) // per_second, 's').astype('datetime64[Y]')
       raise InputError(
-        f'{where(0)}: {name} is {values[0]}, which as unix time is in {year}, and looks like a'
+        f'{where(row)}: {name} is {values[row]}, which as unix time is in {year}, and looks like a'
         f' date; write it as YYYY-MM-DD{more}'
       )
   return values, per_second
 
 
-def _are_dates(values: np.ndarray) -> bool:
-  """Whether all values are dates of eight digits, YYYYMMDD."""
-  day, month, year = values % 100, values // 100 % 100, values // 10_000
+def _are_dates(values: np.ndarray) -> np.ndarray:
+  """Tells which values are dates of eight digits, YYYYMMDD: `[values]` bool."""
+  day, month = values % 100, values // 100 % 100
   is_date = (day >= 1) & (day <= 31) & (month >= 1) & (month <= 12)
-  return bool((is_date & (year >= 1900) & (year <= 2100)).all())
+  return is_date & (values >= _FIRST_DATE) & (values <= _LAST_DATE)
 
 
 def _decimal(values: np.ndarray, name: str, where: Where) -> tuple[np.ndarray, int]:
