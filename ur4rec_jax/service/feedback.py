@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import secrets
 import sys
 import time
@@ -182,8 +183,8 @@ def join_history(
     known: the exported history; None if the model does not know the user.
     stored: the stored events. Items that are not in the catalogue are left out and not reported,
       because the client need not be the user.
-    until: the time of the latest interaction in the exported histories. An earlier event is left
-      out if its item is in the exported history.
+    until: the time of the latest interaction in the exported histories. An event up to that
+      second is left out if its item is in the exported history.
   """
   items = stored.items
   if known is not None and known.items.size:
@@ -192,7 +193,8 @@ def join_history(
     items = [
       item
       for item, time in zip(items, stored.times, strict=True)
-      if time > until or number_of(item) not in exported
+      # Prepared data have whole seconds.
+      if math.floor(time) > until or number_of(item) not in exported
     ]
   numbers, _ = recommender.lookup(items)
   if known is None or not known.items.size:
