@@ -250,7 +250,7 @@ class Service:
     rows = recommender.recommendations(answer)
     if question.explain:
       explained = rows[:MOST_EXPLAINED]
-      await add_reasons(model, job, explained, self._told(question.user, recommender))
+      await add_reasons(model, job, explained, await self._told(question.user, recommender))
       for row in explained:
         row['because'] = [item | self._picture_of(item['item']) for item in row['because']]
     return JSONResponse(
@@ -281,16 +281,18 @@ class Service:
       raise HTTPException(404, f'arm: the service has no arm {arm!r}; {known}')
     return arm, self._model_of.get(arm, self._model)
 
-  def _told(self, user: str | None, recommender: Recommender) -> Container[int] | None:
+  async def _told(self, user: str | None, recommender: Recommender) -> Container[int] | None:
     """Returns the numbers of the items of a history that an answer may name; None for all.
 
-    Stored events are told to nobody, so only the exported items of a user are named.
+    Stored events are told to nobody, so only the exported items of a user are named, and none of
+    a deleted user.
     """
     if user is None or self._feedback is None:
       return None
     users = recommender.known_users
-    is_known = users is not None and user in users.index
-    return set(recommender.known_user(user)[0].seen.tolist()) if is_known else set()
+    if users is None or user not in users.index or await self._is_deleted(user):
+      return set()
+    return set(recommender.known_user(user)[0].seen.tolist())
 
   async def _user(self, name: str, model: Model) -> tuple[Known, UserTokens]:
     """Returns a user's history up to the latest event, and the user's own texts."""
