@@ -93,7 +93,7 @@ def moments(values: np.ndarray, ends: Sequence[int] | None = None) -> Moments:
   around = values - center
   if ends is None:
     cov = around.T @ around / max(len(values) - 1, 1)
-    return Moments(np.array([len(values)]), center[None], cov[None])
+    return _without_rounding(Moments(np.array([len(values)]), center[None], cov[None]), values)
   ends = np.array(ends)
   width = values.shape[1]
   sums = np.concatenate([np.zeros((1, width)), around.cumsum(0)])[ends]
@@ -102,7 +102,20 @@ def moments(values: np.ndarray, ends: Sequence[int] | None = None) -> Moments:
   count = np.maximum(ends, 1)[:, None]
   mean = sums / count
   squares = count[..., None] * mean[:, :, None] * mean[:, None]
-  return Moments(ends, mean + center, (products - squares) / np.maximum(ends - 1, 1)[:, None, None])
+  cov = (products - squares) / np.maximum(ends - 1, 1)[:, None, None]
+  return _without_rounding(Moments(ends, mean + center, cov), values)
+
+
+def _without_rounding(m: Moments, values: np.ndarray) -> Moments:
+  """Makes the moments exact of numbers that all users so far have in common.
+
+  Rounded sums would give them a tiny variance, against which any difference looks large.
+  """
+  changes = (values != values[:1]).cumsum(0)
+  varies = np.concatenate([np.zeros((1, values.shape[1]), int), changes])[m.count] > 0
+  first = values[0] if len(values) else 0.0
+  mean = np.where(varies, m.mean, first)
+  return Moments(m.count, mean, m.cov * varies[:, :, None] * varies[:, None])
 
 
 def _influence(mean: np.ndarray, slope: np.ndarray) -> np.ndarray:
