@@ -49,7 +49,8 @@ class Comparison(NamedTuple):
     interval: interval of the difference for a horizon that was fixed in advance.
     relative: the difference relative to the control.
     relative_interval: its interval, for the same horizon.
-    p: p value for the same horizon; None if all users have the same value.
+    p: p value for the same horizon; None if an arm has fewer than two users, or if the users of
+      both arms are all alike.
   """
 
   control: float
@@ -209,9 +210,10 @@ def compare(control: Moments, treatment: Moments, level: float, with_covariate: 
     InputError: tea-tasting is not installed.
   """
   test = _metric(with_covariate, confidence_level=1 - level)
-  if not has_variance(control, treatment):
-    values = (float(ratio_or_zero(arm)) for arm in (control, treatment))
-    return Comparison(*values, 0.0, (math.nan, math.nan), math.nan, (math.nan, math.nan), None)
+  if min(control.count, treatment.count) < 2 or not has_variance(control, treatment):
+    before, after = (float(ratio_or_zero(arm)) for arm in (control, treatment))
+    nothing = math.nan, math.nan
+    return Comparison(before, after, after - before, nothing, math.nan, nothing, None)
   # Relative to a control that is zero, there is no interval.
   with np.errstate(divide='ignore', invalid='ignore'):
     found = test.analyze_aggregates(_aggregates(control), _aggregates(treatment))
