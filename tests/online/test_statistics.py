@@ -209,6 +209,22 @@ def test_the_users_needed_are_those_of_the_textbook():
   assert statistics.sequential_factor(0.05, 0.8) == pytest.approx(1.91, abs=0.05)
 
 
+@pytest.mark.parametrize(
+  ('effect', 'power', 'message'),
+  [
+    (1000, 0.8, r'effects: three users would show one of 1000; give smaller ones'),
+    (1e-160, 0.8, r'effects: no number of users shows one of 1e-160; give larger ones'),
+    (0.05, 0.01, r'power=0\.01: must be more than the level 0\.05'),
+    (0.05, 0.05, r'power=0\.05: must be more than the level 0\.05'),
+  ],
+)
+def test_what_no_number_of_users_fits_is_one_message(effect, power, message):
+  pytest.importorskip('tea_tasting')
+  baseline = statistics.moments(users(100, 0)).last()
+  with pytest.raises(InputError, match=message):
+    statistics.users_needed(baseline, [0.05, effect], 0.05, power)
+
+
 def test_the_sample_ratio():
   assert statistics.share_p([5000, 5000], [0.5, 0.5]) == pytest.approx(1)
   assert statistics.share_p([5200, 4800], [0.5, 0.5]) == pytest.approx(6.334e-5, rel=1e-3)

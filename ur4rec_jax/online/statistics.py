@@ -247,8 +247,12 @@ def users_needed(
     with_covariate: whether the covariate explains a part of the variance.
 
   Raises:
-    InputError: tea-tasting is not installed.
+    InputError: no number of users fits, or tea-tasting is not installed.
   """
+  if not power > level:
+    raise InputError(
+      f'power={power:g}: must be more than the level {level:g}, the probability of a false alarm'
+    )
   test = _metric(
     with_covariate,
     rel_effect_size=tuple(effects),
@@ -257,7 +261,17 @@ def users_needed(
     ratio=ratio,
     use_t=False,
   )
-  return [found.n_obs for found in test.solve_power_from_aggregates(_aggregates(baseline), 'n_obs')]
+  try:
+    found = test.solve_power_from_aggregates(_aggregates(baseline), 'n_obs')
+  except ValueError as error:
+    raise InputError(
+      f'effects: three users would show one of {max(effects):g}; give smaller ones, such as 0.05'
+    ) from error
+  except RuntimeError as error:
+    raise InputError(
+      f'effects: no number of users shows one of {min(effects):g}; give larger ones, such as 0.05'
+    ) from error
+  return [plan.n_obs for plan in found]
 
 
 def sequential_factor(level: float, power: float) -> float:
