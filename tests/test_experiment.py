@@ -150,6 +150,8 @@ def test_interleave_and_off_policy(tmp_path):
     (['power', '--effects=0'], 'must be a number above 0'),
     (['power', '--power=80'], 'must be between 0 and 1, not 80'),
     (['power', '--effects=much'], 'invalid'),
+    (['power', '--effects=0.05,1000'], 'effects: three users would show one of 1000'),
+    (['power', '--power=0.01'], 'power=0.01: must be more than the level 0.05'),
     (['report', '--exposures=none.csv'], 'none.csv: no such file'),
     (['off-policy'], '--target'),
     (['assign'], '--user'),

@@ -14,14 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.helpers.commands import run_here
 from tests.helpers.postgres_server import postgres_folder, postgres_server
 from tests.helpers.recommenders import make
 from tests.helpers.redis_server import redis_server
 from tests.helpers.runs import ROOT
 from tests.helpers.services import request, service
+from ur4rec_jax import feedback as feedback_command
 from ur4rec_jax.errors import EXIT_CODES, FailedTaskError
 from ur4rec_jax.export import export
 from ur4rec_jax.inference import registry
+from ur4rec_jax.online.events import Exposure, Shown
 from ur4rec_jax.online.feedback_store import open_store
 from ur4rec_jax.online.logs import read_logs
 
@@ -273,9 +276,26 @@ def test_a_deleted_user_is_forgotten_while_the_service_runs(
   # The user comes back, as a new one.
   send(address, event(user, recommender.item_ids[5], 'z'))
   assert ask(address, user)['history']['items'] == 1
+  # Buying something of the deleted history again tells nobody that it was there.
+  for i, item in enumerate(recommender.history(user)):
+    send(address, event(user, item, f'again-{i}'))
+  rows = ask(address, user, explain='true')['recommendations']
+  assert rows
+  assert not any(row['because'] for row in rows)
   with serve(environment, f'--export={copy}') as (_, other):
     assert get(f'{other}/recommend?user={user}')[0] == 404
     assert ask(other, list(recommender.users)[12])['recommendations']
+
+
+def test_no_user_is_deleted_without_an_id(tmp_path):
+  place = tmp_path / 'events.db'
+  with contextlib.closing(open_store(str(place))) as store:
+    # A request with a history of its own has no user.
+    store.write([], [Exposure('r', '', time.time(), 'default', 'abc', (Shown('lamp', 0.5),))])
+    done = run_here(feedback_command.main, [f'--events={place}', '--delete_user='])
+    assert (done.returncode, done.stdout) == (2, '')
+    assert '--delete_user: is empty; give the id of a user' in done.stderr
+    assert store.exposure('r') is not None
 
 
 def test_the_log_becomes_tables_and_training_data(live, recommender, environment, tmp_path):

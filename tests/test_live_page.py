@@ -1,5 +1,6 @@
 """The Live tab of the page, in a real browser: act as a user, and see what changes."""
 
+import json
 import sys
 
 import pytest
@@ -95,6 +96,56 @@ def test_a_newcomer_clicks_and_both_lists_change(browser, live, width):
   # The other arm's lists were only looked at.
   assert {x.arm for x in store.exposures() if x.user == f'visitor {width}'} == {arm}
   store.close()
+
+
+# Holds the history of `slow` back until `release()` is called.
+SLOW = """
+const real = fetch;
+fetch = async (url, options) => {
+  const answer = await real(url, options);
+  if (url === `history?user=${window.slow}`) await new Promise(done => window.release = done);
+  return answer;
+};
+"""
+
+
+@pytest.mark.parametrize('tab', ['Try', 'Live'])
+def test_the_history_is_that_of_the_user_who_was_chosen_last(browser, live, shop, tab):
+  address, _ = live
+  first, second = list(make(shop, 'sasrec')[0].users)[4:6]
+  names = [item['title'] for item in json.loads(request(f'{address}/history?user={second}')[2])]
+  page = browser.new_page()
+  page.add_init_script(SLOW)
+  page.goto(address)
+  page.get_by_role('tab', name=tab).click()
+  field, shown = ('#live-user', '#live-history') if tab == 'Live' else ('#user', '#history')
+  page.evaluate('name => { window.slow = name; }', first)
+  for user in (first, second):
+    page.fill(field, user)
+    if tab == 'Live':
+      page.get_by_role('button', name='Come in').click()
+    else:
+      page.locator('#user-list [role=option]', has_text=user).first.click()
+  is_shown = """([place, names]) => JSON.stringify(names) === JSON.stringify(
+    [...document.querySelectorAll(`${place} li > span`)].map(x => x.textContent).reverse())"""
+  page.wait_for_function(is_shown, arg=[shown, names])
+  page.wait_for_function('() => window.release')
+  page.evaluate('release()')
+  page.wait_for_timeout(300)
+  assert page.evaluate(is_shown, [shown, names])
+  assert page.input_value(field) == second
+  page.close()
+
+
+def test_if_all_users_were_deleted_none_is_asked_for(browser, live):
+  page, asked = browser.new_page(), []
+  page.on('request', lambda found: asked.append(found.url))
+  page.route('**/users*', lambda route: route.fulfill(json=[]))
+  page.goto(live[0])
+  page.locator('#empty').wait_for()
+  assert not [url for url in asked if 'undefined' in url]
+  assert page.locator('#status').text_content() == ''
+  page.close()
 
 
 def test_without_events_there_is_no_live_tab(live):

@@ -52,6 +52,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   flags = parser.parse_args(expand_home(argv))
   if sum(getattr(flags, task) is not None for task in _TASKS) != 1:
     raise InputError('give one of --out, --consume, --delete_user and --delete_before_days')
+  if flags.delete_user == '':
+    raise InputError('--delete_user: is empty; give the id of a user')
   if flags.export and flags.delete_user is None:
     raise InputError('--export: is for --delete_user; leave it out')
   if flags.consume is None:

@@ -40,7 +40,7 @@ try:
   from ur4rec_jax.service.arms import Arms
   from ur4rec_jax.service.batcher import MOST_K, Batcher
   from ur4rec_jax.service.connections import make_protocol
-  from ur4rec_jax.service.feedback import Feedback
+  from ur4rec_jax.service.feedback import ONLY_ARM, Feedback
   from ur4rec_jax.service.http_app import Live, Model, make_app
   from ur4rec_jax.service.http_events import EventRoute
   from ur4rec_jax.service.live import LiveModel, Served, is_loading, open_current
@@ -125,7 +125,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _open_events(flags: argparse.Namespace) -> Live | None:
   if flags.events is None:
     return None
-  feedback = Feedback(open_store(flags.events), flags.event_kinds, flags.keep_days * 86_400)
+  outside = ONLY_ARM if flags.experiment is None else ''
+  store = open_store(flags.events)
+  feedback = Feedback(store, flags.event_kinds, flags.keep_days * 86_400, outside)
   route = EventRoute(feedback, flags.events_per_second)
   return Live(feedback, route, RateLimit(flags.shown_per_second, MOST_K))
 

@@ -250,6 +250,20 @@ def test_a_condition_reads_each_of_several_values(tmp_path, where, met):
   assert [ids[i - 1] for i in np.flatnonzero(passed)] == met
 
 
+def test_blanks_around_an_id_are_no_part_of_it_unless_the_catalogue_has_them(tmp_path):
+  ids = ['a', 'b', ' c']
+  rows = [[' a ', 'pan', 1, ''], ['b\t', 'pan', 1, ''], [' c', 'pan', 1, ''], [' ', 'pan', 1, '']]
+  text = 'attributes = "goods.csv"\n[[filter]]\nwhere = "kind == \'pan\'"'
+  assert load(write(tmp_path, text, rows), ids).allowed(3)[1:].all()
+
+
+def test_an_item_that_is_in_the_table_twice_is_named(tmp_path):
+  rows = [['a', 'pan', 1, ''], ['b', 'pot', 1, ''], ['a ', 'cup', 1, '']]
+  path = write(tmp_path, 'attributes = "goods.csv"', rows)
+  with pytest.raises(InputError, match=r"goods\.csv, line 4: item 'a' is in the table twice"):
+    load(path, ['a', 'b'])
+
+
 @pytest.mark.parametrize(
   ('text', 'message'),
   [

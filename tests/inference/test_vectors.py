@@ -45,6 +45,15 @@ def test_the_largest_inner_products_are_the_answer(shop, tmp_path, name):
       assert [recommender.item_ids[i] for i in best] == answer.items[0]
 
 
+@pytest.mark.parametrize('unknown', [['nope'], []])
+def test_a_history_without_a_known_item_has_no_vector(shop, unknown):
+  recommender, _ = make(shop, 'sasrec')
+  with pytest.raises(InputError, match=r'^history: '):
+    recommender.user_vectors([unknown])
+  with pytest.raises(InputError, match=r'^user 1: history: '):
+    recommender.user_vectors([recommender.item_ids[:2], unknown])
+
+
 def test_ranks_are_no_inner_products(shop, tmp_path):
   with pytest.raises(InputError, match='made of ranks, which are no inner products'):
     vectors.write_items(make(shop, 'rank')[0], tmp_path / 'items.parquet')

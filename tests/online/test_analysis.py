@@ -151,6 +151,24 @@ def test_users_beyond_the_planned_ones_do_not_change_the_fixed_horizon():
   assert looks.users[-1] == 3000
 
 
+@pytest.mark.parametrize('few', [0, 1])
+def test_planned_users_of_whom_an_arm_has_almost_none_give_no_verdict(tmp_path, few):
+  shown = people(few, 'new') + people(60 - few, 'old', few)
+  shown += [(f'late{i}', 'new', 3 + i, 'a') for i in range(30)]
+  done = [(f'u{i}', 'a', 'buy', 1.8, 3.0) for i in range(0, 60, 3)] + DONE
+  found = experiment(assignment='other', planned_users=20)
+  result = analysis.analyze(found, logs_of(tmp_path, shown, done))
+  assert result.is_over
+  assert {row.fixed.p for row in result.rows} == {None}
+  assert {row.verdict(0.05, True) for row in result.rows} == {'open'}
+  assert "arm 'new' has fewer than two of the first 20 users" in ' '.join(result.warnings)
+  assert 'have the same value' not in ' '.join(result.warnings)
+  experiment_report.page(result)
+  experiment_report.summary(result)
+  row = result.rows[0]
+  assert row._replace(fixed=row.fixed._replace(p=np.nan)).verdict(0.05, True) == 'open'
+
+
 def people(count, arm, first=0):
   return [(f'u{i}', arm, 1 + (i % 7) / 10, 'a') for i in range(first, first + count)]
 
@@ -220,7 +238,7 @@ def test_missing_kinds_values_and_history_are_named(tmp_path):
   text = '\n'.join(result.warnings)
   assert "metric conversion: the events have no kind 'buy'" in text
   assert 'metric buys: cuped has nothing to use' in text
-  assert 'metric conversion: all users of old and new have the same value' in text
+  assert 'metric conversion: all users of old have the same value, and so have all of new' in text
   assert all(row.verdict(0.05, over) == 'open' for row in result.rows for over in (True, False))
   experiment_report.summary(result)
   experiment_report.page(result)

@@ -29,6 +29,33 @@ def test_moments_of_every_prefix():
     assert np.allclose(found.cov[i], np.cov(values[:end].T), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize('value', [19.99, 0.1, 1 / 3])
+def test_what_all_users_have_in_common_has_no_variance(value):
+  values = users(200, 0)
+  values[:150, 0] = value
+  same, *_, end = statistics.moments(values, [50, 150, 200])[2]
+  assert (same[0] == 0).all()
+  assert same[1, 1] > 0
+  assert end[0, 0] > 0
+  assert statistics.moments(values, [50]).mean[0, 0] == value
+  values[:, 0] = value
+  whole = statistics.moments(values).last()
+  assert (whole.mean[0], *whole.cov[0]) == (value, 0, 0, 0)
+
+
+def test_equal_prices_are_no_difference():
+  pytest.importorskip('tea_tasting')
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    arms = [
+      np.stack([np.full(n, 19.99), np.ones(n), np.zeros(n)], -1) for n in rng.integers(50, 900, 2)
+    ]
+    fixed = statistics.compare(*(statistics.moments(x).last() for x in arms), 0.05, False)
+    assert (fixed.p, fixed.difference) == (None, 0)
+    looks = statistics.sequential(*(statistics.moments(x, [9, len(x)]) for x in arms), 0.05, 900)
+    assert looks.p.tolist() == [1, 1]
+
+
 def test_no_users_have_no_moments():
   found = statistics.moments(np.zeros((0, 3)), [0])
   assert found.count.tolist() == [0]
@@ -180,6 +207,22 @@ def test_the_users_needed_are_those_of_the_textbook():
   expected = [2 * 2 * 2.8016**2 * p * (1 - p) / (effect * p) ** 2 for effect in (0.05, 0.1)]
   assert found == pytest.approx(expected, rel=1e-3)
   assert statistics.sequential_factor(0.05, 0.8) == pytest.approx(1.91, abs=0.05)
+
+
+@pytest.mark.parametrize(
+  ('effect', 'power', 'message'),
+  [
+    (1000, 0.8, r'effects: three users would show one of 1000; give smaller ones'),
+    (1e-160, 0.8, r'effects: no number of users shows one of 1e-160; give larger ones'),
+    (0.05, 0.01, r'power=0\.01: must be more than the level 0\.05'),
+    (0.05, 0.05, r'power=0\.05: must be more than the level 0\.05'),
+  ],
+)
+def test_what_no_number_of_users_fits_is_one_message(effect, power, message):
+  pytest.importorskip('tea_tasting')
+  baseline = statistics.moments(users(100, 0)).last()
+  with pytest.raises(InputError, match=message):
+    statistics.users_needed(baseline, [0.05, effect], 0.05, power)
 
 
 def test_the_sample_ratio():

@@ -34,6 +34,8 @@ def known(*numbers):
     ([5, 6], [(7, 11), (5, 12)], 10, [5, 6, 7, 5]),
     # The export was made from the events up to 10, so these two are in it already.
     ([5, 6], [(5, 8), (6, 9), (7, 11)], 10, [5, 6, 7]),
+    # Exported times are whole seconds, those of events are not.
+    ([5, 6], [(6, 10.7), (7, 11)], 10, [5, 6, 7]),
     # An event of that time that the export lacks, for example of a kind that was not trained on.
     ([5, 6], [(8, 9), (7, 11)], 10, [5, 6, 8, 7]),
     ([5, 6], [(5, 8)], -math.inf, [5, 6, 5]),

@@ -494,7 +494,17 @@ class _Attributes:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         self._columns += [name for name in reader.fieldnames or () if name]
         column = self._id_column(table, general.get('id_column'))
-        self._rows = {row[column]: row for row in reader if row[column]}
+        known = set(item_ids)
+        for row in reader:
+          # A catalogue has blanks around its ids only if its own tables had them.
+          name = row[column] if row[column] in known else (row[column] or '').strip()
+          if name in self._rows:
+            raise InputError(
+              f'{table}, line {reader.line_num}: item {name!r:.80} is in the table twice; remove'
+              ' one of the two'
+            )
+          if name:
+            self._rows[name] = row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
       raise InputError(
         f'{path}: attributes: {table} must be a CSV or TSV file ({error}); correct it'

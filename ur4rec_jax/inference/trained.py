@@ -519,9 +519,15 @@ class TrainedRecommender(Recommender):
 
     Returns:
       `[users, width]` float32.
+
+    Raises:
+      InputError: a user has no known item and no text, or an argument is wrong.
     """
     texts = None if users is None else self.preferences_of(users)
     query = self.check(Query(histories, 1, preferences=texts))
+    for i, problem in enumerate(query.problems):
+      if problem:
+        raise InputError(problem if len(histories) == 1 else f'user {i}: {problem}')
     encode, found = jax.jit(scoring.make_user_encoder(self.model)), []
     for start in range(0, len(histories), self.batch_sizes[-1]):
       rows = np.arange(start, min(start + self.batch_sizes[-1], len(histories)))

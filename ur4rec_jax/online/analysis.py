@@ -67,7 +67,7 @@ class Row(NamedTuple):
     if not is_over:  # The smallest p value so far says nothing about a later change of sign.
       at = int(np.argmin(self.looks.p))
       p, difference = float(self.looks.p[at]), self.looks.difference[at]
-    if p is None or p >= level:
+    if p is None or not p < level:  # NaN decides nothing.
       return 'open'
     return 'better' if (difference > 0) == self.metric.more_is_better else 'worse'
 
@@ -253,11 +253,18 @@ def analyze(experiment: Experiment, logs: Logs) -> Result:
       f' {", ".join(f"{n:,}" for n in together)} users, which their shares do not explain. Users'
       ' are lost or logged wrongly in some arm, and no other number of this page can be trusted',
     )
+  planned = np.bincount(measured.first(experiment.planned_users).arm, minlength=len(arms))
+  few = [arm.name for arm, number in zip(arms, planned, strict=True) if number < 2]
+  warnings += [
+    f'arm {name!r} has fewer than two of the first {experiment.planned_users:,} users, so the fixed'
+    ' horizon says nothing; plan more users'
+    for name in few
+  ]
   for row in rows:
-    if row.fixed.p is None:
+    if row.fixed.p is None and not {arms[0].name, row.arm.name} & {*few}:
       warnings.append(
-        f'metric {row.metric.name}: all users of {arms[0].name} and {row.arm.name} have the same'
-        ' value, so there is nothing to test'
+        f'metric {row.metric.name}: all users of {arms[0].name} have the same value, and so have'
+        f' all of {row.arm.name}, so there is nothing to test'
       )
   return Result(
     experiment,

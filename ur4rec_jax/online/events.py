@@ -161,7 +161,9 @@ def check_event(fields: Any, now: float, keep_seconds: float = math.inf) -> Even
     raise InputError('an event must be an object with user, item, kind and id')
   if unknown := fields.keys() - set(Event._fields):
     first = min(map(str, unknown))
-    raise InputError(f'{first[:80]}: there is no such field; there are {", ".join(Event._fields)}')
+    raise InputError(
+      f'{_shown(first)}: there is no such field; there are {", ".join(Event._fields)}'
+    )
   kind = fields.get('kind')
   if not isinstance(kind, str) or kind not in KINDS:
     raise InputError(f'kind: must be one of {", ".join(KINDS)}, not {_shown(kind)}')

@@ -49,7 +49,8 @@ class Comparison(NamedTuple):
     interval: interval of the difference for a horizon that was fixed in advance.
     relative: the difference relative to the control.
     relative_interval: its interval, for the same horizon.
-    p: p value for the same horizon; None if all users have the same value.
+    p: p value for the same horizon; None if an arm has fewer than two users, or if the users of
+      both arms are all alike.
   """
 
   control: float
@@ -93,7 +94,7 @@ def moments(values: np.ndarray, ends: Sequence[int] | None = None) -> Moments:
   around = values - center
   if ends is None:
     cov = around.T @ around / max(len(values) - 1, 1)
-    return Moments(np.array([len(values)]), center[None], cov[None])
+    return _without_rounding(Moments(np.array([len(values)]), center[None], cov[None]), values)
   ends = np.array(ends)
   width = values.shape[1]
   sums = np.concatenate([np.zeros((1, width)), around.cumsum(0)])[ends]
@@ -102,7 +103,20 @@ def moments(values: np.ndarray, ends: Sequence[int] | None = None) -> Moments:
   count = np.maximum(ends, 1)[:, None]
   mean = sums / count
   squares = count[..., None] * mean[:, :, None] * mean[:, None]
-  return Moments(ends, mean + center, (products - squares) / np.maximum(ends - 1, 1)[:, None, None])
+  cov = (products - squares) / np.maximum(ends - 1, 1)[:, None, None]
+  return _without_rounding(Moments(ends, mean + center, cov), values)
+
+
+def _without_rounding(m: Moments, values: np.ndarray) -> Moments:
+  """Makes the moments exact of numbers that all users so far have in common.
+
+  Rounded sums would give them a tiny variance, against which any difference looks large.
+  """
+  changes = (values != values[:1]).cumsum(0)
+  varies = np.concatenate([np.zeros((1, values.shape[1]), int), changes])[m.count] > 0
+  first = values[0] if len(values) else 0.0
+  mean = np.where(varies, m.mean, first)
+  return Moments(m.count, mean, m.cov * varies[:, :, None] * varies[:, None])
 
 
 def _influence(mean: np.ndarray, slope: np.ndarray) -> np.ndarray:
@@ -196,9 +210,10 @@ def compare(control: Moments, treatment: Moments, level: float, with_covariate: 
     InputError: tea-tasting is not installed.
   """
   test = _metric(with_covariate, confidence_level=1 - level)
-  if not has_variance(control, treatment):
-    values = (float(ratio_or_zero(arm)) for arm in (control, treatment))
-    return Comparison(*values, 0.0, (math.nan, math.nan), math.nan, (math.nan, math.nan), None)
+  if min(control.count, treatment.count) < 2 or not has_variance(control, treatment):
+    before, after = (float(ratio_or_zero(arm)) for arm in (control, treatment))
+    nothing = math.nan, math.nan
+    return Comparison(before, after, after - before, nothing, math.nan, nothing, None)
   # Relative to a control that is zero, there is no interval.
   with np.errstate(divide='ignore', invalid='ignore'):
     found = test.analyze_aggregates(_aggregates(control), _aggregates(treatment))
@@ -232,8 +247,12 @@ def users_needed(
     with_covariate: whether the covariate explains a part of the variance.
 
   Raises:
-    InputError: tea-tasting is not installed.
+    InputError: no number of users fits, or tea-tasting is not installed.
   """
+  if not power > level:
+    raise InputError(
+      f'power={power:g}: must be more than the level {level:g}, the probability of a false alarm'
+    )
   test = _metric(
     with_covariate,
     rel_effect_size=tuple(effects),
@@ -242,7 +261,17 @@ def users_needed(
     ratio=ratio,
     use_t=False,
   )
-  return [found.n_obs for found in test.solve_power_from_aggregates(_aggregates(baseline), 'n_obs')]
+  try:
+    found = test.solve_power_from_aggregates(_aggregates(baseline), 'n_obs')
+  except ValueError as error:
+    raise InputError(
+      f'effects: three users would show one of {max(effects):g}; give smaller ones, such as 0.05'
+    ) from error
+  except RuntimeError as error:
+    raise InputError(
+      f'effects: no number of users shows one of {min(effects):g}; give larger ones, such as 0.05'
+    ) from error
+  return [plan.n_obs for plan in found]
 
 
 def sequential_factor(level: float, power: float) -> float:

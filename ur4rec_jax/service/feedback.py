@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import secrets
 import sys
 import time
@@ -43,16 +44,23 @@ class Feedback:
     keep_seconds: for how long events are kept.
   """
 
-  def __init__(self, store: FeedbackStore, kinds: Sequence[str], keep_seconds: float):
+  def __init__(
+    self,
+    store: FeedbackStore,
+    kinds: Sequence[str],
+    keep_seconds: float,
+    outside: str = ONLY_ARM,
+  ):
     """Prepares writing.
 
     Args:
       store: where events are kept.
       kinds: kinds of events whose items belong to a user's history.
       keep_seconds: for how long events are kept.
+      outside: the arm that is logged for answers of no arm; '' if there is an experiment.
     """
     self.keep_seconds = keep_seconds
-    self._store, self._kinds = store, tuple(kinds)
+    self._store, self._kinds, self._outside = store, tuple(kinds), outside
     self._commit = GroupCommit(store)
     LOST.set_function(lambda: self._commit.lost_exposures)
 
@@ -97,16 +105,17 @@ class Feedback:
     """
     return await self._read(self._store.history, user, self._kinds, MOST_READ)
 
-  def show(self, user: str, arm: str, model: str, rows: Iterable[dict[str, Any]]) -> str:
+  def show(self, user: str, arm: str | None, model: str, rows: Iterable[dict[str, Any]]) -> str:
     """Logs the items of an answer as shown, and returns the answer's id.
 
     Args:
       user: the user; '' if the request had a history of its own.
-      arm: the arm of the experiment; '' for users outside of it.
+      arm: the arm of the experiment; None without an arm.
       model: name of the model.
       rows: the recommendations.
     """
     request_id = new_request_id()
+    arm = self._outside if arm is None else arm
     items = tuple(Shown(row['item'], row['score'], row.get('propensity', 1.0)) for row in rows)
     self._commit.note(Exposure(request_id, user, time.time(), arm, model, items))
     for position in range(1, len(items) + 1):
@@ -182,8 +191,8 @@ def join_history(
     known: the exported history; None if the model does not know the user.
     stored: the stored events. Items that are not in the catalogue are left out and not reported,
       because the client need not be the user.
-    until: the time of the latest interaction in the exported histories. An earlier event is left
-      out if its item is in the exported history.
+    until: the time of the latest interaction in the exported histories. An event up to that
+      second is left out if its item is in the exported history.
   """
   items = stored.items
   if known is not None and known.items.size:
@@ -192,7 +201,8 @@ def join_history(
     items = [
       item
       for item, time in zip(items, stored.times, strict=True)
-      if time > until or number_of(item) not in exported
+      # Prepared data have whole seconds.
+      if math.floor(time) > until or number_of(item) not in exported
     ]
   numbers, _ = recommender.lookup(items)
   if known is None or not known.items.size:

@@ -25,13 +25,7 @@ from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
 from ur4rec_jax.service.admission import RETRY_SECONDS, TURN, RateLimit, client_name
 from ur4rec_jax.service.arms import Arms
 from ur4rec_jax.service.batcher import MOST_IDS, Batcher, Job
-from ur4rec_jax.service.feedback import (
-  ONLY_ARM,
-  Coverage,
-  Feedback,
-  join_history,
-  new_request_id,
-)
+from ur4rec_jax.service.feedback import Coverage, Feedback, join_history, new_request_id
 from ur4rec_jax.service.http_events import OPENAPI, EventRoute
 from ur4rec_jax.service.http_reasons import add_reasons
 from ur4rec_jax.service.http_schema import (
@@ -210,7 +204,7 @@ class Service:
       question: the question.
       request: the request that has the question as its body.
     """
-    arm, model = self._arm(question)
+    arm, model = self._arm(question, request)
     recommender, given = model.recommender, question.weights
     query = Query(
       [question.history],
@@ -250,7 +244,7 @@ class Service:
     rows = recommender.recommendations(answer)
     if question.explain:
       explained = rows[:MOST_EXPLAINED]
-      await add_reasons(model, job, explained, self._told(question.user, recommender))
+      await add_reasons(model, job, explained, await self._told(question.user, recommender))
       for row in explained:
         row['because'] = [item | self._picture_of(item['item']) for item in row['because']]
     return JSONResponse(
@@ -265,13 +259,15 @@ class Service:
       }
     )
 
-  def _arm(self, question: Any) -> tuple[str | None, Model]:
+  def _arm(self, question: Any, request: fastapi.Request) -> tuple[str | None, Model]:
     """Returns the arm that answers, None if there is none, and the model that answers.
+
+    A request that names a model gets that model, whichever arm its user has.
 
     Raises:
       HTTPException: the question asks for an arm that does not exist.
     """
-    if self._arms is None and question.arm is None:
+    if question.arm is None and (self._arms is None or 'model' in request.query_params):
       return None, self._model
     arm = question.arm
     if arm is None:
@@ -281,16 +277,18 @@ class Service:
       raise HTTPException(404, f'arm: the service has no arm {arm!r}; {known}')
     return arm, self._model_of.get(arm, self._model)
 
-  def _told(self, user: str | None, recommender: Recommender) -> Container[int] | None:
+  async def _told(self, user: str | None, recommender: Recommender) -> Container[int] | None:
     """Returns the numbers of the items of a history that an answer may name; None for all.
 
-    Stored events are told to nobody, so only the exported items of a user are named.
+    Stored events are told to nobody, so only the exported items of a user are named, and none of
+    a deleted user.
     """
     if user is None or self._feedback is None:
       return None
     users = recommender.known_users
-    is_known = users is not None and user in users.index
-    return set(recommender.known_user(user)[0].seen.tolist()) if is_known else set()
+    if users is None or user not in users.index or await self._is_deleted(user):
+      return set()
+    return set(recommender.known_user(user)[0].seen.tolist())
 
   async def _user(self, name: str, model: Model) -> tuple[Known, UserTokens]:
     """Returns a user's history up to the latest event, and the user's own texts."""
@@ -349,7 +347,6 @@ class Service:
       return new_request_id()
     numbers = (self._recommender.number_of(row['item']) for row in rows)
     self._coverage.count(filter(None, numbers))  # An arm may have items that the default lacks.
-    arm = ONLY_ARM if self._arms is None else arm or ''
     return self._feedback.show(question.user or '', arm, model.digest, rows)
 
   # A search holds the interpreter, so that a thread of its own would cost more time, not less.
