@@ -736,8 +736,9 @@ def page() -> str:
     '',
     *(f'- `{name}`' for name, knob in KNOBS.items() if knob.may_round),
     '',
-    'The last stage may get another `patience`, and another `num_epochs` or `num_steps` if its',
-    'learning rate does not fall by a cosine, which depends on the number of steps.',
+    'The last stage may get another `patience`, unless less might have ended it before. It may get',
+    'another `num_epochs` or `num_steps` if its learning rate does not fall by a cosine, which',
+    'depends on the number of steps.',
   ]
   return '\n'.join(lines) + '\n'
 
