@@ -147,11 +147,13 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'num_epochs': Knob(200, 'Largest number of epochs in each stage.', at_least=1),
     'validate_every_epochs': Knob(1, 'Epochs from one validation to the next.', at_least=1),
     'patience': Knob(
-      10, 'A stage ends after this many validations without a better NDCG@10.', at_least=1
+      10,
+      'With keep=best, a stage ends after this many validations without a better NDCG@10.',
+      at_least=1,
     ),
     'keep': Knob(
       'best',
-      'Parameters that each stage ends with: the best in validation, or the last.',
+      'Parameters that each stage ends with: the best in validation, or the last after all epochs.',
       choices=('best', 'last'),
     ),
     'max_minutes': Knob(
@@ -506,7 +508,8 @@ STAGE_KNOBS = {
     'validate_every_epochs', 'Epochs from one validation to the next.'
   ),
   'patience': _as_of_run(
-    'patience', 'The stage ends after this many validations without a better NDCG@10.'
+    'patience',
+    'With keep=best, the stage ends after this many validations without a better NDCG@10.',
   ),
   'learning_rate_scale': Knob(1.0, 'Factor of optimizer.learning_rate.', above=0),
   'warmup_steps': _as_of_run(

@@ -373,6 +373,8 @@ class TrainLoop:
 
   def _out_of_patience_at(self) -> int:
     """Returns the step at which the stage ends unless a validation before is better."""
+    if self.config.keep == 'last':  # Validation chooses nothing, so it does not end the stage.
+      return self.progress.stage.start + self.total_steps
     return self.progress.stage.best_step + self.stage.patience * self.validate_every
 
   def _why_over(self) -> str:
