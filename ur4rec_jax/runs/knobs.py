@@ -396,7 +396,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       choices=SCHEDULES,
     ),
     'optimizer.weight_decay': Knob(
-      0.0, 'Decoupled weight decay; norms, biases and embeddings have none.', at_least=0
+      0.0, 'Decoupled weight decay of AdamW; norms, biases and embeddings have none.', at_least=0
     ),
     'optimizer.clip_norm': Knob(
       1.0, 'Largest gradient norm of a parameter group; 0 for no clipping.', at_least=0
