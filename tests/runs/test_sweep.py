@@ -199,6 +199,14 @@ def test_a_member_that_diverges_does_not_stop_the_others(run, grid, tmp_path):
   assert member['name'] == 'seed0'
 
 
+def test_a_run_without_its_page_is_not_finished(finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / 'run')
+  config = stored_config(folder)
+  assert sweep.is_finished(folder, config)
+  (folder / 'report.html').unlink()
+  assert not sweep.is_finished(folder, config)
+
+
 @pytest.mark.slow
 def test_a_finished_member_with_more_epochs_goes_on(start, finished, tmp_path):
   member = tmp_path / 'sweep/seed0'

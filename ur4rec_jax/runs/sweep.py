@@ -235,7 +235,9 @@ def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
   Raises:
     InputError: the data cannot be read.
   """
-  if not ((folder / 'results.json').exists() and is_started_with(folder, config)):
+  # The page is the last file of a run: without it, the run was stopped while it wrote its results.
+  is_written = (folder / 'results.json').exists() and (folder / PAGE).exists()
+  if not (is_written and is_started_with(folder, config)):
     return False
   return stored_identity(folder) == load_with_features(config).identity()
 
