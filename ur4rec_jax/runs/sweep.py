@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -86,9 +87,13 @@ def run_sweep(
       except DivergenceError as error:
         diverged.append(f'{member.name}: {error}')
         continue
+      finally:
+        # Compiled programs take memory maps; those of some dozens of runs would be more than Linux
+        # allows a process.
+        jax.clear_caches()
     if devices.is_main_process():
       finished.append((member, *read_run(folder)))
-      summary = summarise(finished)
+      summary = summarise(finished, summary)
       write_file(pathlib.Path(workdir) / 'sweep.json', json.dumps(summary, indent=2) + '\n')
       page = _page(finished, summary, pathlib.Path(workdir).resolve().name)
       write_file(pathlib.Path(workdir) / SWEEP_PAGE, page)
@@ -266,11 +271,15 @@ def measured_on(run: dict[str, Any]) -> tuple[str, ...]:
   return run['dataset']['name'], run['dataset']['split_hash'], *run['protocol'].values()
 
 
-def summarise(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> dict[str, Any]:
+def summarise(
+  runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]], before: dict[str, Any] | None = None
+) -> dict[str, Any]:
   """Computes the numbers of the table.
 
   Args:
     runs: members with the contents of their `results.json` and their ranks.
+    before: the summary of the first of them, if there is one. It spares the p values of variants
+      that have no new runs, which take long with many users.
 
   Returns:
     `members`, each with its numbers, and `variants`, each with `mean` and `sd` over its seeds and,
@@ -281,6 +290,8 @@ def summarise(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> dict
   for run in runs:
     by_variant.setdefault(run[0].variant, []).append(run)
   base = next(iter(by_variant.values()))
+  known = {(x['name'], *x['seeds']): x['p'] for x in (before or {}).get('variants', ())}
+  key_of = lambda group: (group[0][0].variant, *(member.config.seed for member, _, _ in group))
   variants = []
   for name, group in by_variant.items():
     tests = [results['test'] for _, results, _ in group]
@@ -289,7 +300,10 @@ def summarise(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> dict
     if group is not base and is_alike:
       scores = ([results['test'][METRIC] for _, results, _ in g] for g in (group, base))
       gain = relative_gain(*scores)
-      p = ranks_p_value(*(np.array([ranks for _, _, ranks in g]) for g in (group, base)))
+      if {key_of(group), key_of(base)} <= known.keys():
+        p = known[key_of(group)]
+      else:
+        p = ranks_p_value(*(np.array([ranks for _, _, ranks in g]) for g in (group, base)))
     variants.append(
       {
         'name': name,
