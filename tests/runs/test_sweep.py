@@ -14,7 +14,7 @@ from configs import default
 from tests.helpers.html_page import Page
 from tests.helpers.runs import wait_for
 from ur4rec_jax import compare
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.errors import InputError, OutOfMemoryError
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.runs import sweep
 from ur4rec_jax.runs.workdir import stored_config
@@ -219,6 +219,21 @@ def grid_of(tmp_path, *rates):
     f"def get_hyper():\n  return [{{'sasrec.dropout': x}} for x in {rates}]\n"
   )
   return str(tmp_path / 'rates.py')
+
+
+def test_members_that_fail_do_not_stop_the_others(instant, tmp_path, capsys):
+  grid = grid_of(tmp_path, 0.1, 0.5, 0.6, 0.2)
+  with pytest.raises(OutOfMemoryError, match=r'(?s)0.5/seed0: out of memory.*0.6/seed0: no'):
+    sweep.run_sweep(instant, str(tmp_path / 'sweep'), [0], grid)
+  found = json.loads((tmp_path / 'sweep/sweep.json').read_text())
+  assert [x['name'] for x in found['members']] == [f'sasrec.dropout={x}/seed0' for x in (0.1, 0.2)]
+  assert 'sasrec.dropout=0.2' in capsys.readouterr().out
+
+
+def test_a_mistake_of_all_members_is_told_once(instant, tmp_path):
+  with pytest.raises(InputError, match=r'^no such data$'):
+    sweep.run_sweep(instant, str(tmp_path / 'sweep'), [0], grid_of(tmp_path, 0.6, 0.7))
+  assert not (tmp_path / 'sweep/sasrec.dropout=0.7').exists()
 
 
 def test_many_members_cost_no_more_than_they_must(instant, tmp_path, monkeypatch):

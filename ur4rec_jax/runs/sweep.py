@@ -12,6 +12,8 @@ import pathlib
 import re
 import shlex
 import statistics
+import sys
+import traceback
 import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +24,15 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import first_user
 from ur4rec_jax.data.features import load_with_features
-from ur4rec_jax.errors import DivergenceError, InputError, counted, say
+from ur4rec_jax.errors import (
+  DivergenceError,
+  InputError,
+  OutOfMemoryError,
+  ReportedError,
+  as_reported,
+  counted,
+  say,
+)
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
@@ -70,10 +80,11 @@ def run_sweep(
   Raises:
     InputError: a member's config is impossible, which is checked before anything is run; or see
       `train_loop.train_and_evaluate`.
-    DivergenceError: some members have diverged; raised after all the others have finished.
+    ReportedError: some members have failed, see `failure`; raised after all others have finished,
+      as the error of the first of them.
   """
   members = make_members(config, seeds, load_grid(grid) if grid else [{}])
-  finished, diverged, summary = [], [], {}
+  finished, failed, summary = [], {}, {}
   for number, member in enumerate(members, 1):
     folder = pathlib.Path(workdir) / member.name
     # All processes must agree, even if one of them does not see a shared file yet.
@@ -84,8 +95,13 @@ def run_sweep(
     if must_run:
       try:
         train_loop.train_and_evaluate(member.config, str(folder))
-      except DivergenceError as error:
-        diverged.append(f'{member.name}: {error}')
+      except Exception as error:
+        reason = failure(error)
+        # The first member may only show a mistake that all of them have, such as a wrong folder.
+        if reason is None or (is_mistake(reason) and not finished and not failed):
+          raise
+        failed[member.name] = reason
+        say(f'{member.name}: {reason}; the sweep goes on without it', sys.stderr)
         continue
       finally:
         # Compiled programs take memory maps; those of some dozens of runs would be more than Linux
@@ -100,9 +116,32 @@ def run_sweep(
   if summary:
     say(f'\n{summary_table(summary, pathlib.Path(workdir).name)}\n')
     say('\n'.join(_next_lines(finished, workdir)))
-  if diverged:
-    raise DivergenceError('\n'.join(diverged))
+  if failed:
+    first = next(iter(failed.values()))
+    raise type(first)('\n'.join(f'{name}: {reason}' for name, reason in failed.items()))
   return summary
+
+
+def failure(error: Exception) -> ReportedError | None:
+  """Returns why a run has failed; None if the runs after it cannot go on, either.
+
+  Those would meet a stop, a full disk or a broken device, too. And if one of several processes runs
+  out of memory, it must not go on without the others.
+  """
+  reported = as_reported(error)
+  if not isinstance(reported, DivergenceError | InputError | None):
+    return None
+  if jax.process_count() > 1 and not isinstance(reported, DivergenceError):
+    return None
+  if reported is None:
+    traceback.print_exception(error)
+    return ReportedError(f'{type(error).__name__}: {error}')
+  return type(reported)(str(reported))  # The traceback would keep the arrays of the run alive.
+
+
+def is_mistake(reason: ReportedError) -> bool:
+  """Tells whether a run was refused, which happens before it trains."""
+  return isinstance(reason, InputError) and not isinstance(reason, OutOfMemoryError)
 
 
 def _next_lines(
