@@ -356,6 +356,15 @@ def test_fewer_epochs_than_were_trained_are_refused_and_change_nothing(run, fini
   assert before == {path: path.read_bytes() for path in workdir.glob('*.*')}
 
 
+def test_less_patience_than_a_run_was_validated_with_is_refused(run, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  before = {path: path.read_bytes() for path in workdir.glob('*.*')}
+  done = run(workdir, '--config.patience=2')
+  assert_refused(done, 'config.patience=2', 'was started with 10', 'train 4 times')
+  assert before == {path: path.read_bytes() for path in workdir.glob('*.*')}
+
+
 def test_an_unwritable_workdir(run, tmp_path):
   (tmp_path / 'file').write_text('')
   assert_refused(run(tmp_path / 'file' / 'run'.replace('run', '.')), 'cannot write', code=4)

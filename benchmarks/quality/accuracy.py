@@ -607,6 +607,7 @@ def main() -> None:
     command = shlex.join(
       ['python', '-m', 'ur4rec_jax.main', f'--config={flags.config}', *overrides]
     )
+    load_results(RESULTS)  # A damaged file is told before the seeds are trained, not after.
     folders = train_seeds(command, flags.data_dir, pathlib.Path(flags.workdir), flags.seeds)
     store_runs(flags.name, command, folders, baseline, flags.headline)
   write_tables()

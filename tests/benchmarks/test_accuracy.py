@@ -157,6 +157,17 @@ def test_damaged_results_are_named(tmp_path):
     accuracy.load_results(tmp_path)
 
 
+def test_damaged_results_are_named_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'other.json').write_text('{')
+  flags = ['--name=a', '--config=c', '--data_dir=d', f'--workdir={tmp_path / "runs"}']
+  monkeypatch.setattr(sys, 'argv', ['accuracy', *flags])
+  monkeypatch.setattr(accuracy, 'RESULTS', tmp_path)
+  monkeypatch.setattr(accuracy, 'train_seeds', lambda *_: pytest.fail('it trained'))
+  with pytest.raises(SystemExit):
+    accuracy.main()
+  assert 'other.json: cannot be read' in capsys.readouterr().err
+
+
 @pytest.fixture
 def tool(environment, data_dir, tmp_path):
   """Runs the tool where it writes into a folder of its own: `tool(*flags)`."""

@@ -98,6 +98,25 @@ def test_a_damaged_step_is_named_and_the_one_before_restored(damage, tmp_path, c
   assert restore(tmp_path)[1] == {'step': 20}
 
 
+def test_a_kill_while_the_only_step_is_saved_again_loses_nothing(tmp_path, monkeypatch):
+  def kill(*_):
+    raise KeyboardInterrupt
+
+  checkpointer = Checkpointer(tmp_path, max_to_keep=1)
+  checkpointer.save(10, TREE, {'validated': False})
+  write_file = checkpoint.write_file
+  monkeypatch.setattr(checkpoint, 'write_file', kill)
+  with pytest.raises(KeyboardInterrupt):
+    checkpointer.save(10, TREE, {'validated': True})
+  monkeypatch.setattr(checkpoint, 'write_file', write_file)
+  assert restore(tmp_path)[1] == {'validated': False}
+  checkpointer = Checkpointer(tmp_path, max_to_keep=1)
+  checkpointer.save(10, TREE, {'validated': True})
+  checkpointer.close()
+  assert restore(tmp_path)[1] == {'validated': True}
+  assert [path.name for path in tmp_path.iterdir()] == ['checkpoints']
+
+
 def test_restoring_prints_no_warnings_of_libraries(tmp_path):
   """In a process of its own, as absl writes warnings before anybody sets it up."""
   save_steps(tmp_path, 10)

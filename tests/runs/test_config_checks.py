@@ -25,6 +25,8 @@ WRONG = [
   ('evaluation.candidates', 'sampled'),
   ('train_on', 'test'),
   ('keep', 'first'),
+  ('init.moments', 'carry'),  # Without init.run, both have nothing to go on from.
+  ('init.replay', 0.5),
   ('max_length', 0),
   ('batch_size', 0),
   ('num_epochs', 0),
@@ -153,6 +155,11 @@ def test_every_config_passes(name, variant):
     ('text', {'fusion.weights': ('0.7', '0.3')}, 'must be a tuple of numbers'),
     ('text', {'modalities': (1,)}, 'must be a tuple of names'),
     ('text', {'stage.train.trainable': (1,)}, 'must be a tuple of names'),
+    (
+      'sasrec',
+      {'optimizer.name': 'sgd', 'optimizer.weight_decay': 0.1},
+      'set it to 0, or take adam',
+    ),
     ('sasrec', {'train_on': 'all'}, 'nothing is held out by which the best'),
     ('text', {'train_on': 'all', 'keep': 'last'}, 'and 4 stages'),
     ('text', {**TOUCHED, 'loss.retriever_name': 'softmax'}, 'config.loss.retriever_name'),

@@ -20,6 +20,10 @@ def get_search(trial):
 def even(trial):
   return {'optimizer.learning_rate': trial.suggest_float('rate', 1e-4, 1e-2)}
 
+def some_impossible(trial):
+  rate = trial.suggest_float('rate', 1e-4, 1e-2)
+  return {'optimizer.learning_rate': rate if trial.number % 3 else -rate}
+
 def unknown(trial):
   return {'sasrec.drop': trial.suggest_float('x', 0.1, 0.5)}
 
@@ -96,6 +100,38 @@ def test_trials_of_another_config_or_of_other_data_do_not_mix(space, tmp_path, i
       search.run_search(other, workdir, f'{space}:even', 2)
   instant.evaluation.batch_size = 32  # It changes no number.
   assert len(search.run_search(instant, workdir, f'{space}:even', 2)['trials']) == 2
+
+
+def test_a_trial_that_fails_does_not_stop_the_search(space, tmp_path, instant, monkeypatch):
+  started = []
+
+  def train(config, *_):
+    started.append(config.optimizer.learning_rate)
+    if len(started) in (1, 3):
+      raise (MemoryError if len(started) == 1 else ValueError)('too wide')
+
+  monkeypatch.setattr(search.train_loop, 'train_and_evaluate', train)
+  found = search.run_search(instant, str(tmp_path), f'{space}:even', 4)
+  assert len(started) == len(set(started)) == 4
+  assert [trial['number'] for trial in found['trials']] == [2, 4]
+  assert [trial['reason'] for trial in found['failed']] == [
+    'out of memory: too wide',
+    'ValueError: too wide',
+  ]
+  assert 'ValueError: too wide' in (tmp_path / 'search.html').read_text()
+  again = search.run_search(instant, str(tmp_path), f'{space}:even', 5)
+  assert (len(again['trials']), len(again['failed']), len(started)) == (3, 2, 5)
+
+
+def test_impossible_settings_end_a_search_only_at_its_start(space, tmp_path, instant):
+  some = f'{space}:some_impossible'
+  with pytest.raises(InputError, match=r'learning_rate=-0.*must be above 0'):
+    search.run_search(instant, str(tmp_path), some, 4)
+  found = search.run_search(instant, str(tmp_path), some, 4)
+  assert [trial['number'] for trial in found['trials']] == [2, 3, 5]
+  (failed,) = found['failed']
+  assert failed['number'] == 4
+  assert 'must be above 0' in failed['reason']
 
 
 def test_two_searches_do_not_work_in_one_folder(space, tmp_path, instant):

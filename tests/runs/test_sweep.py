@@ -14,7 +14,7 @@ from configs import default
 from tests.helpers.html_page import Page
 from tests.helpers.runs import wait_for
 from ur4rec_jax import compare
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.errors import InputError, OutOfMemoryError
 from ur4rec_jax.evaluation.metrics import ranking_metrics
 from ur4rec_jax.runs import sweep
 from ur4rec_jax.runs.workdir import stored_config
@@ -197,6 +197,62 @@ def test_a_member_that_diverges_does_not_stop_the_others(run, grid, tmp_path):
   assert 'not finite at step' in message
   (member,) = json.loads((tmp_path / 'sweep/sweep.json').read_text())['members']
   assert member['name'] == 'seed0'
+
+
+@pytest.fixture
+def instant(finished, monkeypatch):
+  """Members that copy a finished run, or fail by their dropout; gives the config of that run."""
+
+  def train(config, folder):
+    if config.sasrec.dropout == 0.5:
+      raise MemoryError('too wide')
+    if config.sasrec.dropout == 0.6:
+      raise InputError('no such data')
+    shutil.copytree(finished, folder)
+
+  monkeypatch.setattr(sweep.train_loop, 'train_and_evaluate', train)
+  return stored_config(finished)
+
+
+def grid_of(tmp_path, *rates):
+  (tmp_path / 'rates.py').write_text(
+    f"def get_hyper():\n  return [{{'sasrec.dropout': x}} for x in {rates}]\n"
+  )
+  return str(tmp_path / 'rates.py')
+
+
+def test_members_that_fail_do_not_stop_the_others(instant, tmp_path, capsys):
+  grid = grid_of(tmp_path, 0.1, 0.5, 0.6, 0.2)
+  with pytest.raises(OutOfMemoryError, match=r'(?s)0.5/seed0: out of memory.*0.6/seed0: no'):
+    sweep.run_sweep(instant, str(tmp_path / 'sweep'), [0], grid)
+  found = json.loads((tmp_path / 'sweep/sweep.json').read_text())
+  assert [x['name'] for x in found['members']] == [f'sasrec.dropout={x}/seed0' for x in (0.1, 0.2)]
+  assert 'sasrec.dropout=0.2' in capsys.readouterr().out
+
+
+def test_a_mistake_of_all_members_is_told_once(instant, tmp_path):
+  with pytest.raises(InputError, match=r'^no such data$'):
+    sweep.run_sweep(instant, str(tmp_path / 'sweep'), [0], grid_of(tmp_path, 0.6, 0.7))
+  assert not (tmp_path / 'sweep/sasrec.dropout=0.7').exists()
+
+
+def test_many_members_cost_no_more_than_they_must(instant, tmp_path, monkeypatch):
+  computed, cleared = [], []
+  monkeypatch.setattr(sweep, 'ranks_p_value', lambda *_: computed.append(1) or 0.5)
+  monkeypatch.setattr(sweep.jax, 'clear_caches', lambda: cleared.append(1))
+  grid = grid_of(tmp_path, 0.1, 0.2, 0.3)
+  found = sweep.run_sweep(instant, str(tmp_path / 'sweep'), [0, 1], grid)
+  assert [variant['p'] for variant in found['variants']] == [None, 0.5, 0.5]
+  assert len(computed) == 4  # One for each run of the later variants.
+  assert len(cleared) == 6
+
+
+def test_a_run_without_its_page_is_not_finished(finished, tmp_path):
+  folder = shutil.copytree(finished, tmp_path / 'run')
+  config = stored_config(folder)
+  assert sweep.is_finished(folder, config)
+  (folder / 'report.html').unlink()
+  assert not sweep.is_finished(folder, config)
 
 
 @pytest.mark.slow

@@ -56,3 +56,9 @@ def test_the_page_draws_every_trial_and_escapes_names():
 
 def test_a_page_of_no_trials_is_a_page():
   Page(trials_page.trials_page('empty', 'none', [], ({}, ''), []))
+
+
+@pytest.mark.parametrize('second', [0.12345, 0.12346])
+def test_trials_with_hardly_any_difference_have_a_page(second):
+  trials = [trial(1, 0.12345, rate=1), trial(2, second, rate=2)]
+  assert '0.1234' in trials_page.trials_page('same', 'two', trials, ({}, ''), [])

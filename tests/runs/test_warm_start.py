@@ -34,6 +34,23 @@ def test_a_missing_run_is_named(run, tmp_path):
   assert len(done.stderr.splitlines()) == 1
 
 
+def test_fields_that_keep_shapes_but_make_another_model_are_named(data_dir, tmp_path):
+  config = default_config()
+  config.data_dir = str(data_dir)
+  (tmp_path / 'run').mkdir()
+  note_start(tmp_path / 'run', open_run(config))
+  config.init.run = str(tmp_path / 'run')
+  config.sasrec.dropout = 0.4  # It changes only training.
+  run = open_run(config)
+  assert warm_start.other_model_warning(run, warm_start.open_before(run)) == ''
+  config.update_from_flattened_dict({'sasrec.num_heads': 2, 'sasrec.norm': 'pre'})
+  run = open_run(config)
+  warning = warm_start.other_model_warning(run, warm_start.open_before(run))
+  assert 'config.sasrec.num_heads is 2 here and 1 there' in warning
+  assert "config.sasrec.norm is 'pre' here and 'post' there" in warning
+  assert 'dropout' not in warning
+
+
 @pytest.mark.parametrize(
   ('modality', 'change', 'is_refused'),
   [

@@ -168,11 +168,13 @@ class Checkpointer:
     self.workdir, self._max_to_keep = workdir, max_to_keep
     self._folder = checkpoint_folder(workdir)
     self._damaged = self._folder.with_name('damaged_checkpoints')
+    self._replaced = self._folder.with_name('replaced_checkpoints')
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise StorageError(f'cannot write to {self._folder}: {error.strerror}') from error
     if devices.is_main_process():
+      self._put_replaced_back()
       self._set_damaged_aside()
     devices.any_process(False)  # A barrier: the other processes wait.
     self._manager = ocp.CheckpointManager(
@@ -203,6 +205,23 @@ class Checkpointer:
         flush=True,
       )
 
+  def _set_replaced_aside(self, step: int) -> None:
+    """Moves a step away until it is saved again: it may be the only one that the run has."""
+    if devices.is_main_process():
+      self._replaced.mkdir(exist_ok=True)
+      (self._folder / str(step)).rename(self._replaced / str(step))
+    devices.any_process(False)  # A barrier: the other processes wait.
+    self._manager.reload()
+
+  def _put_replaced_back(self) -> None:
+    """Moves a step back if the process died before it was saved again."""
+    for kept in self._replaced.glob('*'):
+      target = self._folder / kept.name
+      if not target.exists() or find_damage(target) is not None:
+        shutil.rmtree(target, ignore_errors=True)
+        kept.rename(target)
+    shutil.rmtree(self._replaced, ignore_errors=True)
+
   @property
   def latest_step(self) -> int | None:
     """The newest complete step, or None."""
@@ -228,7 +247,7 @@ class Checkpointer:
     try:
       self._reserve(sum(x.nbytes for x in jax.tree.leaves(tree)))
       if step in self._manager.all_steps():
-        self._manager.delete(step)
+        self._set_replaced_aside(step)
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -240,6 +259,7 @@ class Checkpointer:
       if devices.is_main_process():
         folder = self._folder / str(step)
         write_file(folder / MANIFEST, json.dumps(hashes(folder), indent=1))
+        shutil.rmtree(self._replaced, ignore_errors=True)
       # Orbax itself would delete them before the manifest makes the new step complete.
       for old in sorted(self._manager.all_steps())[: -self._max_to_keep]:
         self._manager.delete(old)

@@ -66,11 +66,26 @@ def check_config(config: ConfigDict) -> None:
     raise InputError(
       f'config.trackers={fields["trackers"]}: {unknown[0]} is none of {", ".join(OPEN)}'
     )
+  if fields['optimizer.name'] == 'sgd' and fields['optimizer.weight_decay']:
+    raise InputError(
+      f'config.optimizer.weight_decay={fields["optimizer.weight_decay"]} with'
+      " config.optimizer.name='sgd', which has none: set it to 0, or take adamw"
+    )
+  _check_warm_start(fields)
   _check_branches(fields)
   _check_losses(fields)
   _check_item_embeddings(config)
   _check_streaming(config)
   _check_stages(config)
+
+
+def _check_warm_start(fields: dict[str, Any]) -> None:
+  for name in ('init.moments', 'init.replay'):
+    if fields[name] != KNOBS[name].default and not fields['init.run']:
+      raise InputError(
+        f'config.{name}={fields[name]!r}: says how to go on from another run; name it with'
+        f' --init_from=RUN, or set config.{name}={KNOBS[name].default!r}'
+      )
 
 
 def _check_branches(fields: dict[str, Any]) -> None:

@@ -147,11 +147,13 @@ SECTIONS: dict[str, dict[str, Knob]] = {
     'num_epochs': Knob(200, 'Largest number of epochs in each stage.', at_least=1),
     'validate_every_epochs': Knob(1, 'Epochs from one validation to the next.', at_least=1),
     'patience': Knob(
-      10, 'A stage ends after this many validations without a better NDCG@10.', at_least=1
+      10,
+      'With keep=best, a stage ends after this many validations without a better NDCG@10.',
+      at_least=1,
     ),
     'keep': Knob(
       'best',
-      'Parameters that each stage ends with: the best in validation, or the last.',
+      'Parameters that each stage ends with: the best in validation, or the last after all epochs.',
       choices=('best', 'last'),
     ),
     'max_minutes': Knob(
@@ -394,7 +396,7 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       choices=SCHEDULES,
     ),
     'optimizer.weight_decay': Knob(
-      0.0, 'Decoupled weight decay; norms, biases and embeddings have none.', at_least=0
+      0.0, 'Decoupled weight decay of AdamW; norms, biases and embeddings have none.', at_least=0
     ),
     'optimizer.clip_norm': Knob(
       1.0, 'Largest gradient norm of a parameter group; 0 for no clipping.', at_least=0
@@ -506,7 +508,8 @@ STAGE_KNOBS = {
     'validate_every_epochs', 'Epochs from one validation to the next.'
   ),
   'patience': _as_of_run(
-    'patience', 'The stage ends after this many validations without a better NDCG@10.'
+    'patience',
+    'With keep=best, the stage ends after this many validations without a better NDCG@10.',
   ),
   'learning_rate_scale': Knob(1.0, 'Factor of optimizer.learning_rate.', above=0),
   'warmup_steps': _as_of_run(
@@ -736,8 +739,9 @@ def page() -> str:
     '',
     *(f'- `{name}`' for name, knob in KNOBS.items() if knob.may_round),
     '',
-    'The last stage may get another `patience`, and another `num_epochs` or `num_steps` if its',
-    'learning rate does not fall by a cosine, which depends on the number of steps.',
+    'The last stage may get another `patience`, unless less might have ended it before. It may get',
+    'another `num_epochs` or `num_steps` if its learning rate does not fall by a cosine, which',
+    'depends on the number of steps.',
   ]
   return '\n'.join(lines) + '\n'
 

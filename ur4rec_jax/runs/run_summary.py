@@ -28,6 +28,8 @@ def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str
     f'devices  {devices.describe_devices()}, jax {jax.__version__}',
     *_feature_lines(run),
   ]
+  if config.keep == 'last':
+    lines.append('keep     the last parameters, after all epochs: patience ends no stage')
   if len(run.stages) > 1:
     lines += [f'{f"stage {i}":<9}{stage}' for i, stage in enumerate(run.stages, 1)]
   if warning := repeats_warning(run):

@@ -7,6 +7,7 @@ items decide nothing. `WORKDIR/search.db` remembers all trials, so the same comm
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,21 @@ import jax
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import load_dataset
-from ur4rec_jax.errors import DivergenceError, InputError, counted, say
+from ur4rec_jax.errors import InputError, counted, say
 from ur4rec_jax.files import only_process, write_file
 from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.config_checks import flatten
 from ur4rec_jax.runs.config_files import call_function
 from ur4rec_jax.runs.knobs import KNOBS
-from ur4rec_jax.runs.sweep import METRIC, Member, is_finished, make_members, read_run
+from ur4rec_jax.runs.sweep import (
+  METRIC,
+  Member,
+  failure,
+  is_finished,
+  is_mistake,
+  make_members,
+  read_run,
+)
 from ur4rec_jax.runs.trials_page import Table, settings_text, trials_page
 
 if TYPE_CHECKING:
@@ -57,6 +66,8 @@ def run_search(config: ConfigDict, workdir: str, place: str, trials: int) -> dic
   if jax.process_count() > 1:
     raise InputError('--search works in one process; give each process a search of its own')
   optuna, space = _optuna(), _space(place)
+  from optuna.trial import TrialState
+
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   busy = f'another search works in {workdir}; wait for it, stop it, or use another --workdir'
@@ -74,11 +85,28 @@ def run_search(config: ConfigDict, workdir: str, place: str, trials: int) -> dic
       seed=(config.seed + len(study.trials)) % 2**32, n_startup_trials=_UNPRUNED_TRIALS
     )
     _ask_again_for_stopped(study)
+    before = _count_ended(study)
     while (ended := _count_ended(study)) < trials:
       trial = study.ask()
-      member = _member(config, space, trial, place)
-      say(f'trial {ended + 1} of {trials}: {member.variant or "config"}')
-      _run_trial(study, trial, member, folder)
+      try:
+        member = _member(config, space, trial, place)
+        say(f'trial {ended + 1} of {trials}: {member.variant or "config"}')
+        value = _train(trial, member, folder)
+      except Pruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        say('ended early: worse than the median of the others at this epoch')
+      except Exception as error:
+        reason = failure(error)
+        if reason is None:  # The trial stays open, and the next start goes on with it.
+          raise
+        if is_mistake(reason) and ended == before:  # One of the function, which all trials have.
+          study.tell(trial, state=TrialState.FAIL)
+          raise
+        trial.set_user_attr('failed', str(reason))
+        study.tell(trial, state=TrialState.FAIL)
+        say(f'{reason}; the search goes on without it', sys.stderr)
+      else:
+        study.tell(trial, value)
   summary = summarise(study)
   write_file(folder / RECORD, json.dumps(summary, indent=2) + '\n')
   write_file(folder / PAGE, _page(summary, workdir))
@@ -113,20 +141,20 @@ def _member(config: ConfigDict, space: Callable, trial: 'optuna.Trial', place: s
     overrides = space(trial)
     if not isinstance(overrides, dict):
       raise InputError("must return a dict such as {'sasrec.dropout': trial.suggest_float(...)}")
+    trial.set_user_attr('overrides', json.loads(json.dumps(overrides)))
     (member,) = make_members(config, (), [overrides])
   except InputError as error:
     raise InputError(f'--search={place}: {error}') from error
-  trial.set_user_attr('overrides', json.loads(json.dumps(overrides)))
   trial.set_user_attr('folder', member.name)
   return member
 
 
-def _run_trial(
-  study: 'optuna.Study', trial: 'optuna.Trial', member: Member, workdir: pathlib.Path
-) -> None:
-  """Runs one trial and stores how it ended; if it is stopped, it stays open."""
-  from optuna.trial import TrialState
+def _train(trial: 'optuna.Trial', member: Member, workdir: pathlib.Path) -> float:
+  """Trains the run of a trial, and returns its best validation.
 
+  Raises:
+    Pruned: it is worse than the others were.
+  """
   reported = set()
 
   def report(epoch: int, score: float) -> None:
@@ -141,15 +169,9 @@ def _run_trial(
   try:
     if not is_finished(folder, member.config):
       train_loop.train_and_evaluate(member.config, str(folder), report)
-  except Pruned:
-    study.tell(trial, state=TrialState.PRUNED)
-    say('ended early: worse than the median of the others at this epoch')
-  except DivergenceError as error:
-    trial.set_user_attr('diverged', True)
-    study.tell(trial, state=TrialState.FAIL)
-    say(f'{error}; the search goes on without it')
-  else:
-    study.tell(trial, read_run(folder)[0]['valid'][METRIC])
+  finally:
+    jax.clear_caches()  # See `run_sweep`.
+  return read_run(folder)[0]['valid'][METRIC]
 
 
 def _check_same_search(study: 'optuna.Study', config: ConfigDict, workdir: str) -> None:
@@ -186,7 +208,12 @@ def _count_ended(study: 'optuna.Study') -> int:
 
   ended = (TrialState.COMPLETE, TrialState.PRUNED)
   trials = study.get_trials(deepcopy=False)
-  return sum(trial.state in ended or 'diverged' in trial.user_attrs for trial in trials)
+  return sum(trial.state in ended or _failed(trial) is not None for trial in trials)
+
+
+def _failed(trial: 'optuna.trial.FrozenTrial') -> str | None:
+  """Returns why a trial failed, None if it did not; earlier versions noted only divergence."""
+  return trial.user_attrs.get('failed', 'diverged' if 'diverged' in trial.user_attrs else None)
 
 
 def summarise(study: 'optuna.Study') -> dict[str, Any]:
@@ -194,13 +221,17 @@ def summarise(study: 'optuna.Study') -> dict[str, Any]:
 
   Returns:
     `trials`, the best first, each with `overrides`, `state`, `valid` (its NDCG@10 at the last
-    epoch that was reported if it ended early) and `folder`; `importance` of each parameter, shares
-    that add up to 1, {} if there are too few trials; `seconds`, the time of all trials.
+    epoch that was reported if it ended early) and `folder`; `failed`, the trials without a result,
+    each with `number`, `overrides` and `reason`; `importance` of each parameter, shares that add up
+    to 1, {} if there are too few trials; `seconds`, the time of all trials with a result.
   """
   from optuna.trial import TrialState
 
-  found = {}
+  found, failed = {}, []
   for trial in study.get_trials():
+    if (reason := _failed(trial)) is not None:
+      overrides = trial.user_attrs.get('overrides', trial.params)
+      failed.append({'number': trial.number + 1, 'overrides': overrides, 'reason': reason})
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.value is None:
       continue
     found[trial.user_attrs['folder']] = {
@@ -215,6 +246,7 @@ def summarise(study: 'optuna.Study') -> dict[str, Any]:
   trials = sorted(found.values(), key=lambda x: (x['state'] != 'complete', -x['valid']))
   return {
     'trials': trials,
+    'failed': failed,
     'importance': _importance(study),
     'seconds': sum(trial['seconds'] for trial in trials),
   }
@@ -235,6 +267,8 @@ def _table(summary: dict[str, Any]) -> str:
   lines = [f'{"valid":>8}  {"state":<13}settings']
   for trial in trials:
     lines.append(f'{trial["valid"]:>8.4f}  {_state(trial):<13}{settings_text(trial)}')
+  for trial in summary['failed'][:_SHOWN]:
+    lines.append(f'{"":>8}  {"failed":<13}{settings_text(trial)}: {trial["reason"]}')
   return '\n'.join(lines)
 
 
@@ -260,9 +294,10 @@ def _page(summary: dict[str, Any], workdir: str) -> str:
     [settings_text(trial) or 'config', f'{trial["valid"]:.4f}', _state(trial), trial['folder']]
     for trial in trials
   ]
+  rows += [[settings_text(x), '–', 'failed', x['reason']] for x in summary['failed']]
   table = Table(
     'Trials',
-    ['settings', 'validation', 'state', 'folder'],
+    ['settings', 'validation', 'state', 'folder, or why it failed'],
     rows,
     'The test items decided nothing here. Run the best settings with several seeds before you '
     'report a number.',

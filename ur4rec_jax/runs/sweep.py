@@ -12,16 +12,27 @@ import pathlib
 import re
 import shlex
 import statistics
+import sys
+import traceback
 import zipfile
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import first_user
 from ur4rec_jax.data.features import load_with_features
-from ur4rec_jax.errors import DivergenceError, InputError, counted, say
+from ur4rec_jax.errors import (
+  DivergenceError,
+  InputError,
+  OutOfMemoryError,
+  ReportedError,
+  as_reported,
+  counted,
+  say,
+)
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs import train_loop
@@ -69,10 +80,11 @@ def run_sweep(
   Raises:
     InputError: a member's config is impossible, which is checked before anything is run; or see
       `train_loop.train_and_evaluate`.
-    DivergenceError: some members have diverged; raised after all the others have finished.
+    ReportedError: some members have failed, see `failure`; raised after all others have finished,
+      as the error of the first of them.
   """
   members = make_members(config, seeds, load_grid(grid) if grid else [{}])
-  finished, diverged, summary = [], [], {}
+  finished, failed, summary = [], {}, {}
   for number, member in enumerate(members, 1):
     folder = pathlib.Path(workdir) / member.name
     # All processes must agree, even if one of them does not see a shared file yet.
@@ -83,21 +95,53 @@ def run_sweep(
     if must_run:
       try:
         train_loop.train_and_evaluate(member.config, str(folder))
-      except DivergenceError as error:
-        diverged.append(f'{member.name}: {error}')
+      except Exception as error:
+        reason = failure(error)
+        # The first member may only show a mistake that all of them have, such as a wrong folder.
+        if reason is None or (is_mistake(reason) and not finished and not failed):
+          raise
+        failed[member.name] = reason
+        say(f'{member.name}: {reason}; the sweep goes on without it', sys.stderr)
         continue
+      finally:
+        # Compiled programs take memory maps; those of some dozens of runs would be more than Linux
+        # allows a process.
+        jax.clear_caches()
     if devices.is_main_process():
       finished.append((member, *read_run(folder)))
-      summary = summarise(finished)
+      summary = summarise(finished, summary)
       write_file(pathlib.Path(workdir) / 'sweep.json', json.dumps(summary, indent=2) + '\n')
       page = _page(finished, summary, pathlib.Path(workdir).resolve().name)
       write_file(pathlib.Path(workdir) / SWEEP_PAGE, page)
   if summary:
     say(f'\n{summary_table(summary, pathlib.Path(workdir).name)}\n')
     say('\n'.join(_next_lines(finished, workdir)))
-  if diverged:
-    raise DivergenceError('\n'.join(diverged))
+  if failed:
+    first = next(iter(failed.values()))
+    raise type(first)('\n'.join(f'{name}: {reason}' for name, reason in failed.items()))
   return summary
+
+
+def failure(error: Exception) -> ReportedError | None:
+  """Returns why a run has failed; None if the runs after it cannot go on, either.
+
+  Those would meet a stop, a full disk or a broken device, too. And if one of several processes runs
+  out of memory, it must not go on without the others.
+  """
+  reported = as_reported(error)
+  if not isinstance(reported, DivergenceError | InputError | None):
+    return None
+  if jax.process_count() > 1 and not isinstance(reported, DivergenceError):
+    return None
+  if reported is None:
+    traceback.print_exception(error)
+    return ReportedError(f'{type(error).__name__}: {error}')
+  return type(reported)(str(reported))  # The traceback would keep the arrays of the run alive.
+
+
+def is_mistake(reason: ReportedError) -> bool:
+  """Tells whether a run was refused, which happens before it trains."""
+  return isinstance(reason, InputError) and not isinstance(reason, OutOfMemoryError)
 
 
 def _next_lines(
@@ -235,7 +279,9 @@ def is_finished(folder: pathlib.Path, config: ConfigDict) -> bool:
   Raises:
     InputError: the data cannot be read.
   """
-  if not ((folder / 'results.json').exists() and is_started_with(folder, config)):
+  # The page is the last file of a run: without it, the run was stopped while it wrote its results.
+  is_written = (folder / 'results.json').exists() and (folder / PAGE).exists()
+  if not (is_written and is_started_with(folder, config)):
     return False
   return stored_identity(folder) == load_with_features(config).identity()
 
@@ -264,11 +310,15 @@ def measured_on(run: dict[str, Any]) -> tuple[str, ...]:
   return run['dataset']['name'], run['dataset']['split_hash'], *run['protocol'].values()
 
 
-def summarise(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> dict[str, Any]:
+def summarise(
+  runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]], before: dict[str, Any] | None = None
+) -> dict[str, Any]:
   """Computes the numbers of the table.
 
   Args:
     runs: members with the contents of their `results.json` and their ranks.
+    before: the summary of the first of them, if there is one. It spares the p values of variants
+      that have no new runs, which take long with many users.
 
   Returns:
     `members`, each with its numbers, and `variants`, each with `mean` and `sd` over its seeds and,
@@ -279,6 +329,8 @@ def summarise(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> dict
   for run in runs:
     by_variant.setdefault(run[0].variant, []).append(run)
   base = next(iter(by_variant.values()))
+  known = {(x['name'], *x['seeds']): x['p'] for x in (before or {}).get('variants', ())}
+  key_of = lambda group: (group[0][0].variant, *(member.config.seed for member, _, _ in group))
   variants = []
   for name, group in by_variant.items():
     tests = [results['test'] for _, results, _ in group]
@@ -287,7 +339,10 @@ def summarise(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> dict
     if group is not base and is_alike:
       scores = ([results['test'][METRIC] for _, results, _ in g] for g in (group, base))
       gain = relative_gain(*scores)
-      p = ranks_p_value(*(np.array([ranks for _, _, ranks in g]) for g in (group, base)))
+      if {key_of(group), key_of(base)} <= known.keys():
+        p = known[key_of(group)]
+      else:
+        p = ranks_p_value(*(np.array([ranks for _, _, ranks in g]) for g in (group, base)))
     variants.append(
       {
         'name': name,

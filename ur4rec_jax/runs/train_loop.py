@@ -28,7 +28,7 @@ from ur4rec_jax.runs.results import write_results
 from ur4rec_jax.runs.run_summary import run_summary
 from ur4rec_jax.runs.stop_requests import stop_requests
 from ur4rec_jax.runs.trackers import Trackers, open_trackers
-from ur4rec_jax.runs.workdir import claimed_workdir, note_start
+from ur4rec_jax.runs.workdir import claimed_workdir, note_start, stored_config
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ITEM_TABLE
 from ur4rec_jax.training.stages import Stage, stage_numbers
@@ -80,6 +80,7 @@ def train_and_evaluate(
     ):
       start = restore_or_create(run, checkpointer)
       _check_length(run, batches, start.progress, workdir)
+      _check_patience(run, batches, start.progress, workdir)
       note_start(workdir, run)
       reporter = _open_reporter(run, batches, start, workdir, trackers)
       with contextlib.closing(reporter):
@@ -143,6 +144,23 @@ def _check_length(run: Run, batches: TrainBatches, progress: TrainProgress, work
     f'run in {workdir} has trained its stage {stage.name} for {trained} already and cannot become '
     'shorter; set the number back, or train the shorter run in another --workdir'
   )
+
+
+def _check_patience(run: Run, batches: TrainBatches, progress: TrainProgress, workdir: str) -> None:
+  """Raises InputError if with a lower patience the run might have ended where it did not."""
+  stage = run.stages[len(progress.stages) - 1]
+  done = progress.step - progress.stage.start
+  validations = done // (stage.validate_every_epochs * batches.steps_per_epoch)
+  if run.config.keep == 'last' or validations <= stage.patience:
+    return
+  before = stored_config(workdir).stage[stage.name].patience
+  if stage.patience < before:
+    field = 'patience' if stage.patience == run.config.patience else f'stage.{stage.name}.patience'
+    raise InputError(
+      f'config.{field}={stage.patience}: the run in {workdir} was started with {before} and has'
+      f' validated its stage {stage.name} {validations} times; with less patience it might have'
+      ' ended before, at another best epoch; set it back, or train in another --workdir'
+    )
 
 
 @dataclasses.dataclass
@@ -355,6 +373,8 @@ class TrainLoop:
 
   def _out_of_patience_at(self) -> int:
     """Returns the step at which the stage ends unless a validation before is better."""
+    if self.config.keep == 'last':  # Validation chooses nothing, so it does not end the stage.
+      return self.progress.stage.start + self.total_steps
     return self.progress.stage.best_step + self.stage.patience * self.validate_every
 
   def _why_over(self) -> str:

@@ -16,6 +16,7 @@ from ur4rec_jax import page
 
 _TEMPLATE = pathlib.Path(__file__).with_name('trials.html')
 _METRIC = 'NDCG@10'
+_LEAST_STEP = 0.0001  # Of the ticks.
 
 Trial = dict[str, Any]
 
@@ -118,7 +119,7 @@ def in_turn_plot(trials: Sequence[Trial]) -> dict[str, Any]:
     x_label='trial',
     x_ticks=page.round_ticks(numbers[0], numbers[-1], 4),
     y_label=f'validation {_METRIC}',
-    least_y_step=0.0001,
+    least_y_step=_LEAST_STEP,
     low=_low(scores),
     curves=[page.Curve('best so far', [list(zip(numbers, best, strict=True))])],
     dots=[(x, y, f'{x}: {y:.4f}, {text}') for x, y, text in points],
@@ -154,7 +155,7 @@ def parameter_plot(name: str, trials: Sequence[Trial]) -> dict[str, Any] | None:
     x_label=label,
     x_ticks=ticks,
     y_label=f'validation {_METRIC}',
-    least_y_step=0.0001,
+    least_y_step=_LEAST_STEP,
     low=_low([trial['valid'] for trial in trials]),
     dots=dots,
   )
@@ -165,4 +166,5 @@ def _has_early(trials: Sequence[Trial]) -> bool:
 
 
 def _low(scores: Sequence[float]) -> float:
-  return max(0, min(scores) - 0.2 * (max(scores) - min(scores)))
+  # At least one step of the ticks lower: equal scores would leave the axis without a tick.
+  return max(0, min(scores) - max(0.2 * (max(scores) - min(scores)), _LEAST_STEP))

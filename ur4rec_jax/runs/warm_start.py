@@ -5,6 +5,7 @@ of an item that the other run never trained on starts as the mean over similar i
 the nearest content, or else the item's neighbours in the histories.
 """
 
+import sys
 from typing import Any
 
 import jax
@@ -13,17 +14,21 @@ import numpy as np
 from ur4rec_jax.data.dataset import iterate_items, read_interactions
 from ur4rec_jax.data.features import Features
 from ur4rec_jax.encoders.pretrained import can_encode
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.errors import InputError, say
 from ur4rec_jax.evaluation import cold_items
 from ur4rec_jax.models.sasrec import OF_CONTENT
 from ur4rec_jax.runs.checkpoint import read_latest
+from ur4rec_jax.runs.config_checks import flatten
 from ur4rec_jax.runs.open_run import Run, restore_best
 from ur4rec_jax.runs.workdir import open_stored_run
+from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import map_item_tables
 from ur4rec_jax.training.train_state import TrainState
 
 PyTree = Any
 CARRY = 'carry'
+# Fields of a model on which only training or its first parameters depend end with these.
+_OF_TRAINING = ('dropout', 'item_scale', 'whitening', 'temperature')
 _NEIGHBOURS = 2  # Items before and after an item in a history that count as its neighbours.
 
 
@@ -81,6 +86,8 @@ def warm_state(run: Run) -> TrainState:
 def _warm_state(run: Run) -> TrainState:
   fresh = jax.device_get(jax.jit(run.create_state)())
   before = open_before(run)
+  if devices.is_main_process() and (warning := other_model_warning(run, before)):
+    say(warning, sys.stderr)
   rows = _rows_before(run, before)
   state = fresh.replace(params=_grown(run, before, rows, fresh.params))
   if run.config.init.moments == CARRY:
@@ -122,6 +129,23 @@ def open_before(run: Run) -> Run:
   if 'retriever' in config.branches or config.sasrec.item_input in OF_CONTENT:
     _check_same_embeddings(run, before)
   return before
+
+
+def other_model_warning(run: Run, before: Run) -> str:
+  """Warns of fields by which the same parameters make another model; empty if there are none."""
+  parts = (*run.config.branches, 'content', 'fusion')
+  now, then = (flatten(x.config.to_dict()) for x in (run, before))
+  differing = [
+    f'config.{name} is {now[name]!r} here and {then[name]!r} there'
+    for name in now
+    if name.startswith(tuple(f'{part}.' for part in parts))
+    and not name.endswith(_OF_TRAINING)
+    and now[name] != then[name]
+  ]
+  return bool(differing) * (
+    f'warning: config.init.run={run.config.init.run}: was trained as another model:'
+    f' {"; ".join(differing)}. Its parameters fit, but may mean something else'
+  )
 
 
 def _check_same_embeddings(run: Run, before: Run) -> None:
