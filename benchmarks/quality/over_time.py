@@ -6,8 +6,8 @@ The first half of the events is the start; the rest comes in equal windows. In e
 model first ranks the last item of each user with new events, and only then learns the window. The
 data grow by `build_dataset --append`, and the updates pass the gate of `ur4rec_jax.update`. At the
 end the last window comes once more with shuffled items, which the gate must refuse. Writes
-`benchmarks/results/over_time/ml-1m.json` and the table in docs/updates.md; --table only the
-latter.
+`benchmarks/results/over_time/ml-1m.json`, named as the data, and the tables in docs/updates.md;
+--table only the latter.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.quality.accuracy import put_between_marks
 from data_prep import build_dataset
 from ur4rec_jax import default_config
 from ur4rec_jax.data.dataset import Dataset, load_dataset
@@ -36,9 +37,8 @@ from ur4rec_jax.runs.open_run import Run, open_run
 from ur4rec_jax.sharding import devices
 
 _ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = _ROOT / 'benchmarks' / 'results' / 'over_time' / 'ml-1m.json'
+RESULTS = _ROOT / 'benchmarks' / 'results' / 'over_time'
 PAGE = _ROOT / 'docs' / 'updates.md'
-_BEGIN, _END = '<!-- over_time -->', '<!-- end of over_time -->'
 MODELS = ('static', 'update', 'retrain', 'item-kNN')
 _FILES = {'u.data': '\t', 'ratings.dat': '::'}  # Columns: user, item, rating, time.
 _SEED = 0
@@ -277,11 +277,10 @@ def table(results: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def write_page(results: dict[str, Any]) -> None:
-  """Puts the table into docs/updates.md."""
-  before, _, rest = PAGE.read_text(encoding='utf-8').partition(_BEGIN)
-  _, _, after = rest.partition(_END)
-  PAGE.write_text(f'{before}{_BEGIN}\n{table(results)}\n{_END}{after}', encoding='utf-8')
+def tables() -> str:
+  """Formats all stored results, the largest data first."""
+  stored = [json.loads(path.read_text(encoding='utf-8')) for path in RESULTS.glob('*.json')]
+  return '\n\n'.join(map(table, sorted(stored, key=lambda results: -sum(results['events']))))
 
 
 @exit_on_reported_error
@@ -300,18 +299,19 @@ def main() -> None:
   add('--replay', type=float, default=0.2, help='see `ur4rec_jax.update`')
   add('--moments', default='reset', help='see `ur4rec_jax.update`')
   add('--margin', type=float, default=0.02, help='see `ur4rec_jax.update`')
-  add('--out', type=pathlib.Path, default=RESULTS, help='where to write the results')
-  add('--table', action='store_true', help='only write the table of the stored results')
+  add('--out', type=pathlib.Path, default=RESULTS, help='folder of the results')
+  add('--table', action='store_true', help='only write the tables of the stored results')
   arguments = parser.parse_args()
   if not arguments.table:
     if not (arguments.data and arguments.scratch):
       raise InputError('--data and --scratch are missing; --help says what they are')
     for results in compare(arguments):
-      write_file(arguments.out, json.dumps(results, indent=2) + '\n')
-  results = json.loads(arguments.out.read_text(encoding='utf-8'))
-  say(table(results))
+      write_file(
+        arguments.out / f'{arguments.data.name}.json', json.dumps(results, indent=2) + '\n'
+      )
+    say(table(results))
   if arguments.out == RESULTS and PAGE.exists():
-    write_page(results)
+    put_between_marks(PAGE, 'over_time', tables())
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import contextlib
 import pathlib
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -182,7 +183,7 @@ class SqliteStore:
   def _transaction(self) -> Iterator[sqlite3.Connection]:
     """Runs the block as one transaction on the connection that writes."""
     with self._lock, self._errors():
-      self._connection.execute('BEGIN IMMEDIATE')
+      self._begin()
       try:
         yield self._connection
         self._connection.execute('COMMIT')
@@ -190,6 +191,26 @@ class SqliteStore:
         with contextlib.suppress(sqlite3.Error):  # A full disk has ended the transaction already.
           self._connection.execute('ROLLBACK')
         raise
+
+  def _begin(self) -> None:
+    """Starts a transaction as soon as no other process writes.
+
+    SQLite itself tries ten times a second. Beside services that write all the time, it would hardly
+    ever find a moment between two of their transactions.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    self._connection.execute('PRAGMA busy_timeout = 1')  # In milliseconds.
+    try:
+      while True:
+        try:
+          self._connection.execute('BEGIN IMMEDIATE')
+          return
+        except sqlite3.OperationalError as error:
+          is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+          if not is_busy or time.monotonic() > deadline:
+            raise
+    finally:
+      self._connection.execute(f'PRAGMA busy_timeout = {1000 * _BUSY_SECONDS}')
 
   @contextlib.contextmanager
   def _errors(self) -> Iterator[None]:
