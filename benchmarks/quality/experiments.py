@@ -4,7 +4,7 @@
 
 - A/A tests: one population of users is split 2,000 times by the hash of another salt. At a fixed
   horizon 4 to 6 % of the tests are below .05, and at most 5 % of the always-valid intervals ever
-  exclude zero, although one looks a hundred times.
+  exclude zero, although one looks a hundred times. The same with an arm of 5 % of the users.
 - A/B tests with a true gain of 5 %: as many are found as the power calculation says.
 - Interleaving: how many users two rankers of known quality need, against an A/B test of the same
   two.
@@ -32,7 +32,7 @@ from ur4rec_jax.online.experiments import position
 RESULTS = pathlib.Path(__file__).parents[1] / 'results' / 'experiments' / 'simulations.json'
 LEVEL = 0.05
 START = 1_767_225_600  # 2026-01-01.
-PARTS = ('A/A', 'A/B', 'interleaving', 'off-policy')
+PARTS = ('A/A', 'A/A, small arm', 'A/B', 'interleaving', 'off-policy')
 METRICS = ('conversion', 'click-through', 'revenue', 'revenue, CUPED')
 _DAY = 86_400
 
@@ -83,8 +83,15 @@ def tested(values: np.ndarray, in_arm: np.ndarray, is_adjusted: bool) -> tuple[f
   return found.p or 1.0, bool((distance > looks.half_width).any()), bool((distance > fixed).any())
 
 
-def null_tests(tests: int, users: int, seed: int) -> dict[str, Any]:
-  """Splits one population again and again, and counts false alarms."""
+def null_tests(tests: int, users: int, seed: int, share: float = 0.5) -> dict[str, Any]:
+  """Splits one population again and again, and counts false alarms.
+
+  Args:
+    tests: number of splits.
+    users: number of users in both arms.
+    seed: of the population.
+    share: share of the users in the second arm.
+  """
   values = people(users, np.random.default_rng(seed))
   names = [f'u{i}' for i in range(users)]
   p = {metric: [] for metric in METRICS}
@@ -93,8 +100,8 @@ def null_tests(tests: int, users: int, seed: int) -> dict[str, Any]:
   balance = []
   for test in range(tests):
     at = np.array([position(f'A/A {test}', name) for name in names])
-    in_arm = at >= 0.5
-    balance.append(statistics.share_p([(~in_arm).sum(), in_arm.sum()], [0.5, 0.5]))
+    in_arm = at < share
+    balance.append(statistics.share_p([(~in_arm).sum(), in_arm.sum()], [1 - share, share]))
     for metric in METRICS:
       value, has_crossed, has_peeked = tested(values[metric], in_arm, 'CUPED' in metric)
       p[metric].append(value)
@@ -104,6 +111,7 @@ def null_tests(tests: int, users: int, seed: int) -> dict[str, Any]:
     'tests': tests,
     'users': users,
     'looks': LOOKS,
+    'share of the second arm': share,
     'below .05 at the end': {m: float(np.mean(np.array(p[m]) < LEVEL)) for m in METRICS},
     'always-valid intervals that ever cross': {m: crossed[m] / tests for m in METRICS},
     'p values below .05 at any look': {m: peeked[m] / tests for m in METRICS},
@@ -360,6 +368,7 @@ def main() -> None:
   flags = parser.parse_args()
   parts = {
     'A/A': lambda: null_tests(flags.tests, flags.users, flags.seed),
+    'A/A, small arm': lambda: null_tests(flags.tests, flags.users, flags.seed, share=0.05),
     'A/B': lambda: power_tests(flags.tests, flags.seed),
     'interleaving': lambda: interleaving_tests(flags.tests, 30_000, flags.seed),
     'off-policy': lambda: off_policy_tests(flags.logs, 2000, flags.seed),

@@ -156,6 +156,20 @@ def test_rare_events_that_one_arm_lacks_at_first_are_no_false_alarm():
   assert alarms / 300 <= 0.05
 
 
+def test_a_small_arm_that_lacks_the_few_who_pay_most_is_no_false_alarm():
+  rng, alarms = np.random.default_rng(2), 0
+  ends = np.arange(0, 2001, 20)
+  for _ in range(300):
+    paid = (rng.random(2000) < 0.12) * rng.lognormal(3.0, 1.0, 2000)
+    values = np.stack([paid, np.ones(2000), np.zeros(2000)], -1)
+    in_arm = rng.random(2000) < 0.05
+    of_arm = np.concatenate([[0], np.cumsum(in_arm)])[ends]
+    control = statistics.moments(values[~in_arm], ends - of_arm)
+    treatment = statistics.moments(values[in_arm], of_arm)
+    alarms += statistics.sequential(control, treatment, 0.05, 2000).p[-1] < 0.05
+  assert alarms / 300 <= 0.05
+
+
 def test_two_arms_without_variance_prove_nothing():
   same = statistics.moments(np.ones((10, 3)), [10])
   other = statistics.moments(np.stack([np.zeros(10), np.ones(10), np.zeros(10)], -1), [10])

@@ -163,11 +163,16 @@ def sequential(
     first, second = (_variance(m.cov, _influence(m.mean, slope)) for m in (control, treatment))
     # An arm whose users are all alike, as when nobody buys, says nothing about its variance. It
     # gets that of the other arm, which it would have if the arms did not differ.
-    variance = (
-      np.where(first > 0, first, second) / control.count
-      + np.where(second > 0, second, first) / treatment.count
+    first, second = np.where(first > 0, first, second), np.where(second > 0, second, first)
+    # A small arm lacks the few users who pay most, so its own variance is often far too small.
+    # There the variance of the users of both arms is the larger one. Between equal arms it has no
+    # effect.
+    users = control.count + treatment.count
+    of_both = (control.count * first + treatment.count * second) / users
+    variance = np.maximum(
+      first / control.count + second / treatment.count,
+      of_both * (1 / control.count + 1 / treatment.count),
     )
-  users = control.count + treatment.count
   is_known = np.isfinite(variance) & (variance > 0)
   is_known &= (control.count > 1) & (treatment.count > 1)
   growth = users * tuning(level) / planned_users
