@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/install.sh
 install_into_venv '.[test]'
-# Tests wait for processes that they start, so three workers keep two cores busy.
-.venv/bin/python -m pytest --numprocesses=$(($(nproc) * 3 / 2)) --dist=worksteal "$@"
+# Tests wait for processes that they start, so two more workers than cores keep the cores busy.
+.venv/bin/python -m pytest --numprocesses=$(($(nproc) + 2)) --dist=worksteal "$@"
