@@ -7,6 +7,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+import jax
+
 from ur4rec_jax.errors import ReportedError
 from ur4rec_jax.sharding import devices
 
@@ -18,9 +20,9 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
   After SIGTERM the process ends itself when `grace_seconds` are over, saved or not. Python handles
   a signal only after the call that it is in, and compiling may take longer than a scheduler waits.
 
-  If training fails with an error that is not a `ReportedError`, the process ignores SIGTERM from
-  then on. Another process has probably died and the launcher ends the others, but this one must
-  still print the reason.
+  If one of several processes fails with an error that is not a `ReportedError`, it ignores SIGTERM
+  from then on. Another process has probably died and the launcher ends the others, but this one
+  must still print the reason. A single process goes on to obey, as a sweep trains its next run.
   """
   received = []
   numbers = [signal.SIGTERM, signal.SIGINT]
@@ -32,7 +34,7 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
   }
   noticed, notify = os.pipe()  # The signal's number arrives here even during a long call.
   os.set_blocking(notify, False)
-  signal.set_wakeup_fd(notify)
+  woken_before = signal.set_wakeup_fd(notify)
   is_over = threading.Event()
 
   def end_in_time():
@@ -53,11 +55,11 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
     # All processes of a run must get the same answer, or one would wait for the others.
     yield lambda: int(devices.any_process(bool(received))) and (received or [signal.SIGTERM])[0]
   except Exception as error:
-    is_failing = not isinstance(error, ReportedError)
+    is_failing = jax.process_count() > 1 and not isinstance(error, ReportedError)
     raise
   finally:
     is_over.set()
-    signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(woken_before)
     os.close(notify)  # Ends the watcher, which then reads nothing more.
     watcher.join()
     os.close(noticed)
