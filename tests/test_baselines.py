@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.commands import run_here
 from ur4rec_jax import baselines
+from ur4rec_jax.evaluation import neighbours
 
 
 def test_a_trained_run_stands_beside_the_baselines(finished, data_dir, tmp_path):
@@ -46,6 +47,18 @@ def test_without_the_library_of_als_the_others_are_measured(data_dir, monkeypatc
   done = run_here(baselines.main, [flags[0], '--models=ALS'])
   assert done.returncode == 2
   assert "--models=ALS: need a library: pip install 'ur4rec-jax[baselines]'" in done.stderr
+
+
+def test_with_too_many_items_ease_is_left_out_and_not_in_silence(data_dir, monkeypatch):
+  monkeypatch.setattr(neighbours, 'MOST_ITEMS_OF_EASE', 5)
+  flags = [f'--data_dir={data_dir}', '--models=popularity,EASE']
+  done = run_here(baselines.main, flags)
+  assert done.returncode == 0, done.stderr
+  assert 'EASE is left out' in done.stdout
+  done = run_here(baselines.main, [flags[0], '--models=EASE'])
+  assert done.returncode == 2
+  assert '--models=EASE: the data are of ' in done.stderr
+  assert 'items; EASE is for up to 5' in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -102,22 +102,32 @@ def main(argv: list[str] | None = None) -> None:
 def _baselines(
   dataset: 'Dataset', flags: argparse.Namespace
 ) -> Iterator[tuple[str, Iterator['HistoryModel']]]:
-  """Yields the name of each baseline that was asked for, and its settings to choose from."""
+  """Yields the name of each baseline that was asked for, and its settings to choose from.
+
+  It says which ones cannot be measured; InputError if none can.
+  """
   from ur4rec_jax.data.dataset import read_interactions
   from ur4rec_jax.evaluation.factors import factor_models
-  from ur4rec_jax.evaluation.neighbours import neighbour_models
+  from ur4rec_jax.evaluation.neighbours import MOST_ITEMS_OF_EASE, neighbour_models
   from ur4rec_jax.evaluation.popularity import popularity_models
 
   train, times = dataset.train_part(), read_interactions(flags.data_dir).timestamps
   models = popularity_models(dataset, times, flags.seed) | neighbour_models(train)
+  way_out = ''
   if any(name in FACTORS for name in flags.models):
     try:
       models |= factor_models(train, flags.seed)
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError:
       way_out = "pip install 'ur4rec-jax[baselines]' (in a clone: -e '.[baselines]')"
-      if set(flags.models) <= set(FACTORS):
-        raise InputError(f'--models={",".join(flags.models)}: need a library: {way_out}') from error
-      say(f'ALS and BPR-MF are left out: {way_out}')
+  too_many = f'of {dataset.num_items:,} items; EASE is for up to {MOST_ITEMS_OF_EASE:,}'
+  if not any(name in models for name in flags.models):
+    reasons = ['need a library: ' + way_out] * bool(way_out)
+    reasons += [f'the data are {too_many}'] * ('EASE' in flags.models)
+    raise InputError(f'--models={",".join(flags.models)}: {"; ".join(reasons)}')
+  if way_out:
+    say(f'ALS and BPR-MF are left out: {way_out}')
+  if 'EASE' in flags.models and 'EASE' not in models:
+    say(f'EASE is left out: the data are {too_many}')
   yield from ((name, settings) for name, settings in models.items() if name in flags.models)
 
 
