@@ -176,6 +176,7 @@ MISTAKES = {
   (*GOOD, '--seeds=1,1'): ['--seeds=1,1', '0,1,2'],
   (*GOOD, '--seeds=one'): ['--seeds=one', '0,1,2'],
   (*GOOD, '--mode=evaluate', '--seeds=1'): ['--mode=evaluate'],
+  (*GOOD, '--trials=5'): ['--trials: is for --search'],
   (*GOOD, 'train'): ["unexpected argument 'train'"],
   ('--config.seed=1', *GOOD): ['config.seed'],
   ('--config=synthetic:bert', '--workdir=run'): ["unknown model variant 'bert'", 'multimodal'],

@@ -287,6 +287,8 @@ def test_the_gate():
     (('--workdir=a', '--data_dir=b', '--out=a'), 'is the folder of the old run'),
     (('--workdir=a', '--data_dir=b', '--out=c', '--epochs=0'), '--epochs=0: must be at least 1'),
     (('--workdir=a', '--data_dir=b', '--out=c', '--replay=2'), r'--replay=2: must be in \[0, 1\]'),
+    (('--workdir=a', '--data_dir=b', '--out=c', '--rounds=3'), '--rounds: is for --watch'),
+    (('--workdir=a', '--data_dir=b', '--out=c', '--users'), '--users: is for --registry'),
     (('--workdir=nowhere', '--data_dir=b', '--out=c'), 'no run here'),
   ],
   ids=str,

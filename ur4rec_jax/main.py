@@ -96,6 +96,8 @@ def _parse_flags() -> None:
       '--search draws variants with one seed; leave out --seeds and --sweep, and run the best'
       ' settings with several seeds afterwards'
     )
+  if flags.FLAGS['trials'].present and not _SEARCH.value:
+    raise InputError('--trials: is for --search; leave it out')
   if _TRIALS.value < 1:
     raise InputError(f'--trials={_TRIALS.value}: must be at least 1')
 

@@ -23,6 +23,9 @@ from ur4rec_jax.files import expand_home
 
 EXPORT = 'export'
 _OF_EACH_UPDATE = ('epochs', 'replay', 'moments', 'margin', 'promote', 'keep_versions')
+# Flags that nothing reads without --watch, and without --registry.
+_OF_WATCH = ('events', 'every_minutes', 'every_events', 'event_kinds', 'rounds', 'items', 'encode')
+_OF_REGISTRY = ('users', 'keep_versions')
 _JUDGED, _ON_ALL = 'judged', 'on_all_events'
 
 
@@ -106,9 +109,11 @@ def _check(flags: argparse.Namespace) -> None:
   for name in ('workdir', 'data_dir', 'out', *(('events', 'registry') if flags.watch else ())):
     if not getattr(flags, name):
       raise InputError(f'--{name} is missing; --help says what it is')
-  for name in () if flags.watch else ('events', 'items', 'encode'):
-    if getattr(flags, name):
-      raise InputError(f'--{name}: is for --watch; leave it out')
+  defaults = _parser().parse_args([])
+  for switch, names in (('watch', _OF_WATCH), ('registry', _OF_REGISTRY)):
+    for name in () if getattr(flags, switch) else names:
+      if getattr(flags, name) != getattr(defaults, name):
+        raise InputError(f'--{name}: is for --{switch}; leave it out')
   for name in ('every_minutes', 'every_events', 'rounds'):
     if not getattr(flags, name) > 0:
       raise InputError(f'--{name}={getattr(flags, name):g}: must be more than 0')
