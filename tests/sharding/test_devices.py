@@ -58,6 +58,28 @@ with devices.joined_processes():
   raise errors.InterruptedBySignal('saved', signal.SIGTERM)
 """
 
+# Asks, as training does between its steps, while the devices have work.
+BUSY = """
+import jax
+jax.config.update('jax_platforms', 'cpu')
+import jax.numpy as jnp
+import numpy as np
+from ur4rec_jax.runs.stop_requests import stop_requests
+from ur4rec_jax.sharding import devices
+with devices.joined_processes(), stop_requests(60) as stop_requested:
+  multiply = lambda x: jax.lax.fori_loop(0, 400, lambda i, y: jnp.tanh(y @ y), x)
+  work = devices.pmap(lambda x: jax.lax.pmean(multiply(x), devices.AXIS), (0,), ())
+  x = devices.shard(np.zeros((2, 300, 300), np.float32))
+  jax.block_until_ready(work(x))
+  assert not stop_requested()
+  done = work(x)
+  assert not stop_requested()
+  assert not done.is_ready()
+  ask = devices.late_any_process()
+  answers = [ask(jax.process_index() == 1 and call > 0) for call in range(3)]
+  assert answers == [False, False, True], answers
+"""
+
 
 def devices(number: int) -> dict[str, str]:
   return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={number}'}
@@ -276,6 +298,22 @@ def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_pat
   assert results[0] == results[1]
   ranks = [(w / 'test_ranks.npz').read_bytes() for w in (workdir, one_device)]
   assert ranks[0] == ranks[1]
+
+
+def test_a_question_to_all_processes_does_not_wait_for_the_devices(environment):
+  common = environment | coordinator()
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', BUSY],
+      env=common | by_address(number),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  outputs = [process.communicate(timeout=120) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
 
 
 @pytest.mark.slow

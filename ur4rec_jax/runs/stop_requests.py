@@ -51,9 +51,10 @@ def stop_requests(grace_seconds: float) -> Iterator[Callable[[], int]]:
   watcher = threading.Thread(target=end_in_time, daemon=True)
   watcher.start()
   is_failing = False
+  # All processes of a run must get the same answer, or one would wait for the others.
+  any_process = devices.late_any_process()
   try:
-    # All processes of a run must get the same answer, or one would wait for the others.
-    yield lambda: int(devices.any_process(bool(received))) and (received or [signal.SIGTERM])[0]
+    yield lambda: int(any_process(bool(received))) and (received or [signal.SIGTERM])[0]
   except Exception as error:
     is_failing = jax.process_count() > 1 and not isinstance(error, ReportedError)
     raise

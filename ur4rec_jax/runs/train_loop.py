@@ -269,7 +269,7 @@ class TrainLoop:
     self.train_steps = {}
     self.started = time.monotonic() - self.progress.seconds
     self.on_validation: Callable[[int, float], None] = lambda epoch, score: None
-    self.is_out_of_time = False
+    self.is_out_of_time, self._any_process = False, devices.late_any_process()
     self._enter_stage()
 
   def _enter_stage(self) -> None:
@@ -369,7 +369,7 @@ class TrainLoop:
   def _find_out_of_time(self) -> bool:
     """Tells whether `max_minutes` are over; all processes get the same answer."""
     limit = 60 * self.config.max_minutes
-    return limit > 0 and bool(devices.any_process(time.monotonic() - self.started >= limit))
+    return limit > 0 and self._any_process(time.monotonic() - self.started >= limit)
 
   def _out_of_patience_at(self) -> int:
     """Returns the step at which the stage ends unless a validation before is better."""

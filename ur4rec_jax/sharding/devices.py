@@ -359,10 +359,46 @@ def with_shardings(tree: PyTree, axes: PyTree) -> PyTree:
 
 def any_process(flag: bool) -> bool:
   """Returns True in every process if `flag` is True in any; a barrier between processes."""
+  return _ask_processes(flag)()
+
+
+def late_any_process() -> Callable[[bool], bool]:
+  """Returns a function like `any_process`, for loops that keep the devices busy.
+
+  The devices answer only after all work that they got before. So with several processes each call
+  but the first one returns the answer to the call before, and the host can send more work while
+  the devices still have some. It is for flags that stay True once they are.
+  """
+  before = None
+
+  def ask(flag: bool) -> bool:
+    nonlocal before
+    now = _ask_processes(flag)
+    answer = now if before is None or jax.process_count() == 1 else before
+    before = now
+    return answer()
+
+  return ask
+
+
+def _ask_processes(flag: bool) -> Callable[[], bool]:
+  """Asks whether `flag` is True in any process; the returned function waits for the answer."""
   if jax.process_count() == 1:
-    return flag
+    return lambda: flag
   with jax.transfer_guard('allow'):
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    flags = _over_processes(np.full(jax.local_device_count(), flag), 0)
+    found = _any()(flags)
+
+  def answer() -> bool:
+    with jax.transfer_guard('allow'):
+      return bool(found)
+
+  return answer
+
+
+@functools.cache
+def _any() -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda flags: flags.any(), out_shardings=_sharding(None))
 
 
 def on_each_device(function: Callable) -> Callable:
