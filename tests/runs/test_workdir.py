@@ -1,6 +1,9 @@
 """A run's folder is all that later commands need, wherever they are started."""
 
+import json
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -36,3 +39,25 @@ def test_data_that_moved_are_asked_for_by_the_flag(started):
     open_stored_run('run')
   assert 'build it' not in str(error.value)
   assert open_stored_run('run', 'moved').dataset.num_items > 0
+
+
+@pytest.mark.parametrize(
+  ('module', 'argv', 'command'),
+  [
+    (
+      'ur4rec_jax.main',
+      ['ur4rec_jax/main.py', '--seeds=0,1'],
+      'python -m ur4rec_jax.main --seeds=0,1',
+    ),
+    ('ur4rec_jax.update', ['x/update.py', '--out=a b'], "python -m ur4rec_jax.update '--out=a b'"),
+    (None, ['ur4rec update', '--out=run2'], 'ur4rec update --out=run2'),
+    (None, ['experiment.py', '3'], 'python experiment.py 3'),
+  ],
+)
+def test_the_command_that_started_a_run_is_noted(module, argv, command, started, monkeypatch):
+  """Typed again, it goes on with the run."""
+  spec = module and ModuleSpec(module, None)
+  monkeypatch.setattr(sys.modules['__main__'], '__spec__', spec)
+  monkeypatch.setattr(sys, 'argv', argv)
+  note_start('run', open_run(stored_config('run')))
+  assert json.loads((started / 'run/config.json').read_text())['command'] == command

@@ -171,7 +171,7 @@ def note_start(workdir: str, run: Run) -> None:
   folder = pathlib.Path(workdir)
   content = {
     'dataset': run.dataset.identity(),
-    'command': shlex.join(['python', '-m', 'ur4rec_jax.main', *sys.argv[1:]]),
+    'command': _command(),
     'machine': devices.machine(),
     'config': _as_stored(run.config),
   }
@@ -181,6 +181,17 @@ def note_start(workdir: str, run: Run) -> None:
     for name in RESULT_FILES:
       (folder / name).unlink(missing_ok=True)
   write_file(folder / CONFIG, json.dumps(content, indent=2) + '\n')
+
+
+def _command() -> str:
+  """Returns the command line of this program, which need not be `ur4rec_jax.main`."""
+  program, *flags = sys.argv
+  module = sys.modules['__main__'].__spec__  # None for a script, and for the command `ur4rec`.
+  if program.startswith('ur4rec '):  # As `cli` sets it.
+    words = program.split()
+  else:
+    words = ['python', *(('-m', module.name) if module else (program,))]
+  return shlex.join([*words, *flags])
 
 
 def _warn_of_other_rounding(
