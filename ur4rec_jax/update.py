@@ -150,9 +150,13 @@ def main(argv: list[str] | None = None) -> None:
   from ur4rec_jax.sharding import devices
 
   devices.use_cpu_threads(stored_config(flags.workdir).cpu_threads)
-  keep = 'best' if flags.promote == _JUDGED else 'last'
   config = update_run.update_config(
-    flags.workdir, flags.data_dir, flags.epochs, flags.replay, flags.moments, keep
+    flags.workdir,
+    flags.data_dir,
+    epochs=flags.epochs,
+    replay=flags.replay,
+    moments=flags.moments,
+    keep='best' if flags.promote == _JUDGED else 'last',
   )
   verdict = update_run.train_and_judge(config, flags.out, flags.margin)
   say('\n' + gate.table(verdict))

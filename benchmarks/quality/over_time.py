@@ -160,9 +160,7 @@ def _window(arguments: argparse.Namespace, w: int, events: list) -> dict[str, An
   trained = scratch / (f'retrain{w - 1}' if w > 1 else 'run0')
   workdirs = {'static': scratch / 'run0', 'update': serving, 'retrain': trained}
   row = {'window': w, 'append_seconds': append_seconds, **_test(workdirs, scratch, w)}
-  config = update_run.update_config(
-    serving, data, arguments.update_epochs, arguments.replay, arguments.moments
-  )
+  config = _update_config(arguments, serving, data)
   out, retrained = scratch / f'update{w}', scratch / f'retrain{w}'
   row['update_seconds'] = _seconds(_train, config, out)
   row['gate'] = update_run.train_and_judge(config, str(out), arguments.margin)
@@ -170,6 +168,18 @@ def _window(arguments: argparse.Namespace, w: int, events: list) -> dict[str, An
   row['retrain_seconds'] = _seconds(_train, small_config(data, arguments.epochs), retrained)
   row['retrain_steps'] = _steps(retrained)
   return row
+
+
+def _update_config(
+  arguments: argparse.Namespace, serving: pathlib.Path, data: pathlib.Path
+) -> ConfigDict:
+  return update_run.update_config(
+    serving,
+    data,
+    epochs=arguments.update_epochs,
+    replay=arguments.replay,
+    moments=arguments.moments,
+  )
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -221,9 +231,7 @@ def _poisoned(arguments: argparse.Namespace, events: list, before: pathlib.Path)
   orders = _write(scratch / 'poisoned.csv', list(zip(users, items, times, strict=True)))
   build_dataset.append(before, orders, scratch / 'poisoned')
   serving = _last_promoted(scratch, int(before.name.removeprefix('data')))
-  config = update_run.update_config(
-    serving, scratch / 'poisoned', arguments.update_epochs, arguments.replay, arguments.moments
-  )
+  config = _update_config(arguments, serving, scratch / 'poisoned')
   return update_run.train_and_judge(config, str(scratch / 'poisoned-run'), arguments.margin)
 
 

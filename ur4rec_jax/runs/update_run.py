@@ -29,6 +29,7 @@ _WARMUP_STEPS = 10  # Limit, because an update may have fewer steps than the war
 def update_config(
   workdir: str | pathlib.Path,
   data_dir: str | pathlib.Path,
+  *,
   epochs: int,
   replay: float = 1.0,
   moments: str = 'reset',
