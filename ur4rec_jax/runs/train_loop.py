@@ -84,8 +84,7 @@ def train_and_evaluate(
       note_start(workdir, run)
       reporter = _open_reporter(run, batches, start, workdir, trackers)
       with contextlib.closing(reporter):
-        loop = TrainLoop(run, batches, start, checkpointer, reporter)
-        loop.on_validation = on_validation or loop.on_validation
+        loop = TrainLoop(run, batches, start, checkpointer, reporter, on_validation)
         with contextlib.closing(loop):
           loop.run_to_end(stop_requested)
     results = write_results(run, workdir, loop.progress, loop.best_params, loop.evaluators)
@@ -248,10 +247,12 @@ class TrainLoop:
     start: Start,
     checkpointer: Checkpointer,
     reporter: Reporter | NullReporter,
+    on_validation: Callable[[int, float], None] | None = None,
   ):
     """Places the data on the devices and prepares the current stage."""
     self.config, self.run, self.batches = run.config, run, batches
     self.checkpointer, self.reporter = checkpointer, reporter
+    self.on_validation = on_validation
     self.state, self.best_params, self.axes = start.state, start.best_params, start.axes
     self.progress = start.progress
     self.saved = self._position() if start.is_saved else None
@@ -268,7 +269,6 @@ class TrainLoop:
     )
     self.train_steps = {}
     self.started = time.monotonic() - self.progress.seconds
-    self.on_validation: Callable[[int, float], None] = lambda epoch, score: None
     self.is_out_of_time, self._any_process = False, devices.late_any_process()
     self._enter_stage()
 
@@ -437,7 +437,8 @@ class TrainLoop:
     count = done // self.validate_every
     if done and (self._is_over() or count % self.config.checkpoint.every_validations == 0):
       self._save()
-    self.on_validation(epoch, score)
+    if self.on_validation is not None:
+      self.on_validation(epoch, score)
 
   def _position(self) -> tuple[int, int, int]:
     return self.progress.step, len(self.progress.stages), self.progress.validated_step
