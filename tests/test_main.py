@@ -136,7 +136,8 @@ def test_divergence_stops_the_run_and_keeps_the_good_checkpoint(run, tmp_path):
   assert run(workdir, *flags, '--config.num_epochs=1').returncode == 0
   shutil.copytree(workdir, tmp_path / 'before')
   other = run(tmp_path / 'other', *flags, '--config.optimizer.learning_rate=1e38')
-  assert_refused(other, 'not finite at step', 'learning_rate', code=3)
+  # The same folder would refuse another rate.
+  assert_refused(other, 'not finite at step', 'another --workdir', 'learning_rate', code=3)
   assert not (tmp_path / 'other/results.json').exists()
   assert not [p for p in (tmp_path / 'other/checkpoints').iterdir() if p.name.isdigit()]
 

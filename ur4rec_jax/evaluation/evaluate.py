@@ -126,7 +126,10 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
       outputs.append(rank(params, catalogue, data.tables.users, item_ids, batch))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
-      raise DivergenceError(f'a score is not finite in the evaluation on {part}')
+      raise DivergenceError(
+        f'a score is not finite in the evaluation on {part}; train in another --workdir with a '
+        'lower config.optimizer.learning_rate'
+      )
     ranks = np.concatenate([ranks for ranks, _ in outputs])
     # In the users' order, so that sums do not depend on the number of devices.
     flat = members.reshape(-1)

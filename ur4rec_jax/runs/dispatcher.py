@@ -107,8 +107,9 @@ class Dispatcher:
     if not finite.all():
       raise DivergenceError(
         'the loss or its gradient is not finite at step '
-        f'{step - count + int(np.argmin(finite)) + 1}; lower config.optimizer.learning_rate or '
-        'set config.optimizer.clip_norm. Nothing after the last checkpoint was kept'
+        f'{step - count + int(np.argmin(finite)) + 1}; train in another --workdir with a lower '
+        'config.optimizer.learning_rate, or with config.optimizer.clip_norm. Nothing after the last'
+        ' checkpoint was kept'
       )
     values = {name: float(x.mean(dtype=np.float64)) for name, x in metrics.items()}
     now = time.monotonic()
