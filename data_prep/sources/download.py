@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, download_manager
 
 from data_prep.sources import raw_files
+from ur4rec_jax import files
 from ur4rec_jax.data.raw import archives
 from ur4rec_jax.errors import InputError
 
@@ -17,20 +18,20 @@ CHECKSUMS = Path(__file__).parent / 'checksums.tsv'
 
 
 def fetch(
-  url: str, files: tuple[str, ...], folder: Path, checksums_file: Path = CHECKSUMS
+  url: str, names: tuple[str, ...], folder: Path, checksums_file: Path = CHECKSUMS
 ) -> list[Path]:
   """Downloads a zip archive, checks it and unpacks the named files.
 
   Args:
     url: address of the archive, listed in `checksums_file`.
-    files: names of the needed files, in any folder of the archive.
+    names: names of the needed files, in any folder of the archive.
     folder: target folder.
     checksums_file: lines of url, size, sha256 and file name, tab-separated.
 
   Returns:
-    Paths of the files, in the order of `files`.
+    Paths of the files, in the order of `names`.
   """
-  by_hand = f'download and unpack it by hand and pass --raw_dir=FOLDER with {", ".join(files)}'
+  by_hand = f'download and unpack it by hand and pass --raw_dir=FOLDER with {", ".join(names)}'
   # TFDS retries for minutes; this check finds an unreachable host within seconds.
   try:
     request = urllib.request.Request(url, method='HEAD')
@@ -58,5 +59,5 @@ def fetch(
     if getattr(error, 'errno', None) in files.DISK_FULL:
       raise
     raise InputError(f'{url}: the download failed ({error}); {by_hand}') from error
-  archives.unpack(Path(archive), files, folder)
-  return raw_files.find_files(files, folder)
+  archives.unpack(Path(archive), names, folder)
+  return raw_files.find_files(names, folder)

@@ -1,3 +1,4 @@
+import errno
 import functools
 import hashlib
 import http.server
@@ -67,6 +68,23 @@ def test_a_missing_archive_and_a_missing_member(served, tmp_path):
     download.fetch(url + 'x', FILES, tmp_path / 'raw', checksums)
   with pytest.raises(InputError, match=r'none of its 3 members is called u\.data'):
     download.fetch(url, ('u.data',), tmp_path, checksums)
+
+
+@pytest.mark.parametrize(
+  ('failure', 'kind', 'message'),
+  [
+    (ConnectionResetError('the peer has gone'), InputError, 'failed .the peer has gone.; download'),
+    (OSError(errno.ENOSPC, 'No space left'), OSError, 'No space left'),  # `disk_errors` names it.
+  ],
+)
+def test_a_download_that_breaks_off(served, tmp_path, monkeypatch, failure, kind, message):
+  def fail(*args):
+    raise failure
+
+  monkeypatch.setattr(download.download_manager.DownloadManager, 'download', fail)
+  url, checksums = served
+  with pytest.raises(kind, match=message):
+    download.fetch(url, FILES, tmp_path / 'raw', checksums)
 
 
 def test_without_a_network_the_way_out_is_raw_dir(run_build, tmp_path):
