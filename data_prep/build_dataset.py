@@ -90,6 +90,8 @@ _PARAMETERS = {
   'hub_name': (str, 'dataset on the HuggingFace hub to read (amazon_reviews)'),
   'category': (str, 'category to read, such as All_Beauty (amazon_reviews)'),
 }
+# Flags of the engine that filters and sorts, and their defaults.
+_ENGINE = {'engine': 'duckdb', 'master': None, 'memory_limit': engine.MEMORY_LIMIT}
 _MOST_SEARCHED = 10_000  # Items that are searched for texts and pictures to suggest what is next.
 # Counts of a split that the summary shows if they are not zero.
 _SPLIT_COUNTS = {
@@ -486,13 +488,13 @@ def _flags() -> Parser:
   )
   add(
     '--memory_limit',
-    default=engine.MEMORY_LIMIT,
+    default=_ENGINE['memory_limit'],
     help='memory for filtering and sorting, such as 1GB; the rest goes to a folder on the disk',
   )
   add(
     '--engine',
     choices=('duckdb', 'spark'),
-    default='duckdb',
+    default=_ENGINE['engine'],
     help='what filters and sorts, with the same result: duckdb in this process, or spark, also on'
     ' several machines, see docs/large_data.md',
   )
@@ -553,9 +555,10 @@ def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
       raise InputError(f'--{name} is missing: {what}')
   if flags.overwrite:
     raise InputError('--overwrite: --append never replaces a folder; leave it out')
-  if flags.engine == 'spark':
-    raise InputError('--engine=spark: --append needs no engine; leave it out')
   values = vars(flags)
+  for name, default in _ENGINE.items():
+    if values[name] != default:
+      raise InputError(f'--{name}={values[name]}: --append needs no engine; leave it out')
   defaults = prepare.Options()._asdict()
   given = {name: values[name] for name in defaults if values[name] != defaults[name]}
   given |= {name: values[name] for name in _PARAMETERS if values[name] is not None}

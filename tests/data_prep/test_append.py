@@ -185,6 +185,10 @@ def test_wrong_input_is_one_message_and_changes_nothing(small_shop, tmp_path):
     (header, [['c01', 'g01', DAY_2]], ('--min_length=2',), 'the first build had 4'),
     (header, [['c01', 'g01', DAY_2]], ('--overwrite',), '--append never replaces'),
     (header, [['c01', 'g01', DAY_2]], ('--source=movielens_1m',), 'is of --source=interactions'),
+    *(
+      (header, [['c01', 'g01', DAY_2]], (flag,), f'{re.escape(flag)}: --append needs no engine')
+      for flag in ('--engine=spark', '--master=local[*]', '--memory_limit=2GB')
+    ),
     (header, [['x', 'g01', DAY_2]], (), r'leave out all its events \(min_length 1\)'),
   ]
   for number, (columns, rows, flags, message) in enumerate(cases):
@@ -194,7 +198,7 @@ def test_wrong_input_is_one_message_and_changes_nothing(small_shop, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert re.search(message, done.stderr), done.stderr
     assert not out.exists()
-  for number in (0, 2, 9):  # Nothing is new, which --if_new takes.
+  for number in (0, 2, 12):  # Nothing is new, which --if_new takes.
     done = append(small_shop, tmp_path / f'{number}.csv', out, '--if_new', '--late')
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.startswith('nothing is appended: ')
