@@ -30,7 +30,7 @@ from ur4rec_jax.data import splits
 from ur4rec_jax.data.dataset import read_info
 from ur4rec_jax.data.raw import archives, interactions
 from ur4rec_jax.data.raw import items as item_tables
-from ur4rec_jax.data.raw.records import Raw
+from ur4rec_jax.data.raw.records import NoRows, Raw
 from ur4rec_jax.errors import InputError, exit_on_reported_error, say
 
 # Flags of single sources: name -> (type, help). Without a flag the default of the source counts.
@@ -303,6 +303,7 @@ def append(
     The content of the new dataset.json, and whether it was built now.
 
   Raises:
+    NoRows: there is nothing new, so that no folder is made.
     InputError: the old folder or the new events are wrong, or `out` cannot be written.
   """
   old_dir, out = (Path(os.path.realpath(folder)) for folder in (data_dir, out))
@@ -580,7 +581,7 @@ def main(argv: list[str] | None = None) -> None:
   if flags.append:
     try:
       metadata, is_new = _append(flags)
-    except appending.NothingNew as error:
+    except NoRows as error:
       if not flags.if_new:
         raise
       say(f'nothing is appended: {error}')

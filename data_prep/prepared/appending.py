@@ -25,15 +25,11 @@ import numpy as np
 from data_prep.prepared import engine, pictures, prepare, record_files
 from ur4rec_jax.data import flat_arrays, item_pictures, splits
 from ur4rec_jax.data.dataset import Interactions, read_info, read_interactions, read_items
-from ur4rec_jax.data.raw.records import Item, Raw
+from ur4rec_jax.data.raw.records import Item, NoRows, Raw
 from ur4rec_jax.data.streaming import indices, ranges
 from ur4rec_jax.errors import InputError, counted
 
 _AT_ONCE = 1 << 20  # Events that are put into order at once.
-
-
-class NothingNew(InputError):
-  """The new file has no event that can be added: all are there already, or left out."""
 
 
 class Old(NamedTuple):
@@ -101,6 +97,7 @@ def append(
     All histories; `rows_read` and `dropped` are of the new events.
 
   Raises:
+    NoRows: the new file has no event that can be added: all are there already, or left out.
     InputError: the new file is no new day of this dataset.
   """
   _check_columns(old, raw)
@@ -116,7 +113,7 @@ def append(
   new_items = items.names[items.known :]
   if not len(rows) and not new_items:
     reasons = ', '.join(f'{name} {count:,}' for name, count in dropped.items())
-    raise NothingNew(
+    raise NoRows(
       f'{raw.path}: the settings of {old.folder} leave out all its events ({reasons}); there is'
       ' nothing to append'
     )
@@ -193,14 +190,14 @@ class _Events(NamedTuple):
 
 
 def _number_events(old: Old, raw: Raw) -> _Events:
-  """Numbers the new rows; InputError if none of their users and items is known."""
+  """Numbers the new rows; NoRows if none of their users and items is known."""
   known_users = old.interactions.user_ids
   known_items = [item['original_id'] for item in old.items]
   users = _number(raw.users, known_users)
   items = _number(raw.items, known_items, raw.table if raw.keep_cold_items and raw.table else ())
   if all((numbers.of_rows >= numbers.known).all() for numbers in (users, items)):
     user, item = (numbers.names[numbers.of_rows[0]] for numbers in (users, items))
-    raise NothingNew(
+    raise NoRows(
       f'{raw.path}: none of its users and items is in {old.folder}, such as user {user!r} and item'
       f' {item!r}, where {old.folder} has {known_users[0]!r} and {known_items[0]!r}; give the ids'
       ' of the same kind'
@@ -220,13 +217,14 @@ def _choose(
     Indices of the rows that are left, the number of the others by reason, and notes.
 
   Raises:
-    InputError: all rows are repeats, or all are late.
+    NoRows: all rows are repeats.
+    InputError: all rows are late.
   """
   rows, dropped, notes = np.arange(len(raw.users)), Counter(raw.dropped), []
   if events.times is not None:
     rows = _without_repeats(old, raw, events)
     if not len(rows):
-      raise NothingNew(
+      raise NoRows(
         f'{raw.path}: all {counted(len(raw.users), "event")} are in {old.folder} already: these are'
         ' old days again; give the file of the new day'
       )
@@ -251,9 +249,7 @@ def _choose(
 
 
 def _check_columns(old: Old, raw: Raw) -> None:
-  """Raises InputError if the new events have other columns than the old ones, or no rows."""
-  if not len(raw.users):
-    raise NothingNew(f'{raw.path}: has no rows; there is nothing to append')
+  """Raises InputError if the new events have other columns than the old ones."""
   for what, has_old, values in (
     ('times', old.info['has_timestamps'], raw.timestamps),
     ('ratings', old.info['has_ratings'], raw.ratings),

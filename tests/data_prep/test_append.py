@@ -198,7 +198,7 @@ def test_wrong_input_is_one_message_and_changes_nothing(small_shop, tmp_path):
     assert len(done.stderr.splitlines()) == 1
     assert re.search(message, done.stderr), done.stderr
     assert not out.exists()
-  for number in (0, 2, 12):  # Nothing is new, which --if_new takes.
+  for number in (0, 2, 3, 12):  # Nothing is new, which --if_new takes.
     done = append(small_shop, tmp_path / f'{number}.csv', out, '--if_new', '--late')
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.startswith('nothing is appended: ')
@@ -213,6 +213,28 @@ def test_wrong_input_is_one_message_and_changes_nothing(small_shop, tmp_path):
   assert 'holds another dataset' in append(small_shop, tmp_path / '6.csv', out).stderr
   assert run_here(build_dataset.main, ['--out=x']).returncode == 2
   assert snapshot(small_shop) == before
+
+
+@pytest.mark.parametrize(
+  ('flag', 'quiet_day'),
+  [
+    ("--where=status == 'paid'", 'c01,g01,{},open'),
+    ('--clean_ids=empty', ',g01,{},paid'),
+  ],
+)
+def test_a_day_of_which_the_settings_leave_out_all_is_nothing_new(tmp_path, flag, quiet_day):
+  header = 'customer_id,sku,ordered,status'
+  rows = [[f'c{i % 5}', f'g{i % 7}', START + i, 'paid'] for i in range(40)]
+  new = [row.split(',') for row in (quiet_day.format(DAY_2), quiet_day.format(DAY_2 + 1))]
+  orders = write_table(tmp_path / 'orders.csv', header, rows)
+  words = ['--source=interactions', f'--raw_dir={orders}', f'--data_dir={tmp_path / "data"}', flag]
+  assert run_here(build_dataset.main, words).returncode == 0
+  new = write_table(tmp_path / 'new.csv', header, new)
+  assert append(tmp_path / 'data', new, tmp_path / 'out').returncode == 2
+  done = append(tmp_path / 'data', new, tmp_path / 'out', '--if_new')
+  assert (done.returncode, done.stderr) == (0, '')
+  assert done.stdout.startswith('nothing is appended: ')
+  assert not (tmp_path / 'out').exists()
 
 
 EVENTS = st.lists(

@@ -18,7 +18,7 @@ from ur4rec_jax.data.raw import columns as arrow_columns
 from ur4rec_jax.data.raw import ids, tables, times
 from ur4rec_jax.data.raw import items as item_tables
 from ur4rec_jax.data.raw.hints import hint_about_spelling, hints_about_ids
-from ur4rec_jax.data.raw.records import Item, Place, Raw
+from ur4rec_jax.data.raw.records import Item, NoRows, Place, Raw
 from ur4rec_jax.data.raw.selection import Selection
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
@@ -166,11 +166,11 @@ def with_rows(files: Sequence[Path]) -> list[Path]:
   """Leaves out the files without rows; a single file stays, and is refused when it is read.
 
   Raises:
-    InputError: no file has rows.
+    NoRows: no file has rows.
   """
   parts = [path for path in files if not tables.is_empty(path)] if len(files) > 1 else list(files)
   if not parts:
-    raise InputError(f'{files[0].parent}: no rows in its {len(files)} files; export them again')
+    raise NoRows(f'{files[0].parent}: no rows in its {len(files)} files; export them again')
   return parts
 
 
@@ -278,7 +278,7 @@ def read_parts(
     table = selection.take(table, place)
     found.append(arrow_columns.encoded(table, selection.columns, name))
   if not start:
-    raise InputError(f'{name}: has no rows')
+    raise NoRows(f'{name}: has no rows')
   if every_kind:
     selection.check()
   table = arrow_columns.joined(found, [name] * len(found))
@@ -358,7 +358,7 @@ def read_columns(
   """Checks the values of encoded columns and reads the item table."""
   cleanings = ids.parse_cleanings(options['clean_ids'])
   if not table.num_rows:
-    raise InputError(f'{path}: --where and --event_weights leave out all rows; correct them')
+    raise NoRows(f'{path}: --where and --event_weights leave out all rows; correct them')
   where = lambda row: str(locate(row))
   found = {
     role: ids.read(table[role], columns[role], where, cleanings) for role in ('user', 'item')
@@ -371,7 +371,7 @@ def read_columns(
   if dropped:
     rows, locate_any = pa.array(np.flatnonzero(~is_missing)), locate
     if not len(rows):
-      raise InputError(f'{path}: no row has a user and an item; export it again')
+      raise NoRows(f'{path}: no row has a user and an item; export it again')
     locate = lambda row: locate_any(rows[row].as_py())
     table = table.filter(pa.array(~is_missing))
     users, items = users.take(rows), items.take(rows)

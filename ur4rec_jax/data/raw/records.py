@@ -8,6 +8,16 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from ur4rec_jax.errors import InputError
+
+
+class NoRows(InputError):
+  """No row of the raw data is of use: there is none, the settings leave all out, or all are known.
+
+  A build cannot go on without rows. A quiet day, of which `build_dataset --append` is told, has
+  none either, and there that is no fault of the file.
+  """
+
 
 class Item(NamedTuple):
   """Metadata of one item; an empty value means unknown."""

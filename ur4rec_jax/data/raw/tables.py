@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv as arrow_csv
 
 from ur4rec_jax.data.raw import archives
-from ur4rec_jax.data.raw.records import Place
+from ur4rec_jax.data.raw.records import NoRows, Place
 from ur4rec_jax.data.raw.texts import listed, shown
 from ur4rec_jax.errors import InputError
 
@@ -192,7 +192,8 @@ def batches(file: File, columns: list[str]) -> Iterator[pa.Table]:
   """Reads some columns, many rows at a time; columns of text files are unchanged strings.
 
   Raises:
-    InputError: the file is damaged, lacks a column, or has no rows.
+    NoRows: the file has no rows.
+    InputError: the file is damaged, or lacks a column.
   """
   check_names(str(file.path), file.columns, columns)
   if missing := [name for name in columns if name not in (*file.columns, *file.folders)]:
@@ -514,9 +515,9 @@ def _readable(path: Path) -> Iterator[None]:
     raise _damaged(path, error) from error
 
 
-def no_rows(path: Path) -> InputError:
+def no_rows(path: Path) -> NoRows:
   """Creates the error for a file that holds no rows."""
-  return InputError(f'{path}: no rows below the column names; export it again')
+  return NoRows(f'{path}: no rows below the column names; export it again')
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
