@@ -62,6 +62,33 @@ def test_the_first_of_several_urls_is_taken(tmp_path, pictures, between):
   assert read(tmp_path, [['k0', 'a URL in a URL', inside]]) == {'k0': inside}
 
 
+# The last one makes a list that is longer than the name of a file can be.
+@pytest.mark.parametrize('between', [', ', ',', ' ', '|', ';', f', {"x" * 300}.png,'])
+def test_the_first_of_several_files_is_taken(tmp_path, pictures, between):
+  rows = [
+    ['k0', 'blanks in a name', f'b c.png{between}a.png'],
+    ['k1', 'with a URL', f'a.png{between}https://shop.example/z.png'],
+    ['k2', 'nothing behind it', f'a.png{between}'],
+  ]
+  real = pictures.resolve()
+  found = read(tmp_path, rows, images=str(pictures))
+  assert found == {'k0': real / 'b c.png', 'k1': real / 'a.png', 'k2': real / 'a.png'}
+  with pytest.raises(InputError, match=r"line 2: image '\.\./k3\.png' leads out of"):
+    read(tmp_path, [['k0', 'outside', f'../k3.png{between}a.png']], images=str(pictures))
+
+
+def test_a_file_whose_name_looks_like_two_is_one(tmp_path, pictures):
+  write_picture(pictures / 'a.png, b.png', 3)
+  rows = [['k0', 'one', 'a.png, b.png']]
+  assert read(tmp_path, rows, images=str(pictures)) == {'k0': pictures.resolve() / 'a.png, b.png'}
+
+
+@pytest.mark.parametrize('name', ['goods.csv', 'nowhere'])
+def test_a_folder_of_pictures_that_is_none(tmp_path, name):
+  with pytest.raises(InputError, match=f'{name}: no such folder; --images must be the folder'):
+    read(tmp_path, [['k0', 'no picture', '']], images=str(tmp_path / name))
+
+
 def test_the_bytes_of_a_picture_are_not_printed_whole(tmp_path):
   rows = [('k0', b'\x89PNG\r\n' + bytes(range(256)) * 99)]
   table = items.Table(

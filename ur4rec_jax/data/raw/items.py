@@ -1,6 +1,7 @@
 """Reads item tables in CSV, TSV, Parquet or JSON lines."""
 
 import json
+import os
 import re
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from ur4rec_jax.errors import InputError
 
 JSON_LINES = ('.jsonl', '.ndjson', '.json')
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
+# The first of several picture files in one field, as shops list them, and the character behind it.
+_FIRST_FILE = re.compile(rf'(.+?({"|".join(map(re.escape, PICTURES))}))[\s,;|]', re.IGNORECASE)
 # Flags of the table and their defaults; None recognises the column by its name.
 PARAMETERS: Mapping[str, Any] = {
   **{f'{role}_column': None for role in column_names.ITEMS},
@@ -248,11 +251,16 @@ def image_finder(
     images: folder of the pictures, or None. Its files are also found by name: `7.jpg` belongs to
       the URL `https://shop.example/img/7.jpg`, and to item 7 if the table names no picture of it.
     folder: where file names of the table lead if `images` is None.
+
+  Raises:
+    InputError: there is no folder `images`.
   """
   if images is None:
     return lambda value, column, where, item: find_image(folder, value, column, where)
   images, by_name, by_stem = Path(images), {}, {}
-  for path in sorted(images.iterdir()) if images.is_dir() else ():
+  if not images.is_dir():
+    raise InputError(f'{images}: no such folder; --images must be the folder with the pictures')
+  for path in sorted(images.iterdir()):
     if path.suffix.lower() in PICTURES and path.is_file():
       by_name[path.name] = by_stem[path.stem] = path.resolve()
 
@@ -267,15 +275,21 @@ def image_finder(
 
 
 def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path | str | None:
-  """Returns an existing picture file inside the folder, or an unchanged URL."""
+  """Returns an existing picture file inside the folder, or an unchanged URL; the first of several.
+
+  Shops list all pictures of an item, the main one first.
+  """
   name = text(value)
   if not name:
     return None
   urls = re.split(r'[\s,;|](?=https?://)', name, maxsplit=1)
-  if len(urls) > 1:  # Shops list all pictures of an item, the main one first.
+  if len(urls) > 1:
     name = urls[0].rstrip(' ,;|')
   if re.match(r'https?://\S+$', name):
     return name
+  # The name of a single file may have such characters in it.
+  if (files := _FIRST_FILE.match(name)) and not os.path.isfile((folder or Path()) / name):
+    name = files[1]
   fault = ''
   if folder is None:
     fault = 'is no URL; for picture files pass images=FOLDER'
