@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from data_prep import sources
-from data_prep.prepared import prepare
 from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, check_interactions
-from ur4rec_jax.data.raw import archives
+from ur4rec_jax.data.raw.records import Raw
 from ur4rec_jax.errors import InputError
 
 _MOST_SHOWN = 8  # Entries of an option or hash in a message.
@@ -109,9 +108,7 @@ def fingerprints(
   for name in spec.paths:
     if parameters[name] is not None and Path(parameters[name]).is_file():
       found[name] = _file_hash(Path(parameters[name]))
-  # The hash of an archive covers the pictures in it.
-  inside = archives.is_archive(paths[0]) and parameters.get('images') is None
-  return found | picture_fingerprint([] if inside else spec.pictures(paths, parameters))
+  return found | picture_fingerprint(spec.pictures(paths, parameters))
 
 
 def _file_hash(path: Path) -> str:
@@ -130,7 +127,7 @@ def picture_fingerprint(paths: list[Path]) -> dict[str, str]:
   return {'pictures': digest.hexdigest()} if paths else {}
 
 
-def table_fingerprint(raw: prepare.Raw) -> str:
+def table_fingerprint(raw: Raw) -> str:
   """Returns the SHA-256 of a table in memory."""
   digest = hashlib.sha256()
   for ids in (raw.users, raw.items):

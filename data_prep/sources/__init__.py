@@ -29,7 +29,7 @@ class Source(NamedTuple):
     find: finds the raw files in a folder if patterns are not enough.
     more: patterns of further files that `read` looks for beside the raw files.
     paths: names of the parameters that are files or folders with raw data.
-    pictures: returns the picture files that belong to the raw files.
+    pictures: returns the picture files that belong to the raw files, without those in an archive.
     is_table: whether the rows are from a database, so that only their content identifies them.
   """
 
@@ -165,7 +165,6 @@ SOURCES = {
     read=database.read,
     parameters=database.PARAMETERS,
     paths=('items', 'images', 'connect'),
-    pictures=interactions.find_pictures,
     is_table=True,
   ),
   'sequences': Source(

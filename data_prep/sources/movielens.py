@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.sources import raw_files, spreadsheets
+from ur4rec_jax.data.raw import archives
 from ur4rec_jax.data.raw import items as item_tables
 from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.data.raw.texts import shown
@@ -108,7 +109,9 @@ def _reviews(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def find_pictures(files: list[Path], parameters: Mapping[str, Any]) -> list[Path]:
-  """Returns the picture files that `read_multimodal` uses."""
+  """Returns the picture files outside of the raw files that `read_multimodal` uses."""
+  if parameters['images'] is None and archives.is_archive(files[0]):
+    return []  # They are in the archive, and its hash covers them.
   return list(_pictures(files[0], parameters['images']).values())
 
 

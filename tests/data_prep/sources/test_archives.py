@@ -123,6 +123,21 @@ def test_own_data_may_come_in_an_archive(tmp_path):
   assert metadata['counts']['interactions'] == 3
 
 
+def test_changed_pictures_beside_an_archive_are_noticed(tmp_path, make_picture):
+  rows = '\n'.join(['user,item', *(f'u{i % 5},i{i % 3}' for i in range(20))])
+  archive = pack(tmp_path / 'log.zip', {'rows.csv': rows.encode()})
+  goods = tmp_path / 'goods.csv'
+  goods.write_text('item,image\ni0,0.jpg\ni1,\ni2,\n')
+  build = lambda: build_dataset.build(
+    'interactions', tmp_path / 'data', archive, parameters={'items': str(goods)}
+  )
+  (tmp_path / '0.jpg').write_bytes(make_picture(seed=0))
+  assert [build()[1], build()[1]] == [True, False]
+  (tmp_path / '0.jpg').write_bytes(make_picture(seed=1))
+  with pytest.raises(InputError, match='another dataset: its raw_sha256 is pictures='):
+    build()
+
+
 def test_a_fault_in_a_packed_file_is_told_of_the_archive(ml_1m, tmp_path):
   archive = pack(tmp_path / 'm.tgz', {**files(ml_1m), 'ratings.dat': b'1::2::3::4\n1::2::x\n'})
   data_dir = tmp_path / 'data'
