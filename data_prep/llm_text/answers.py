@@ -183,6 +183,9 @@ class Store:
     try:
       _write(descriptor, line)
     except OSError as error:
+      # Answers of requests that are still open come next, and must not continue half a line.
+      with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, offset)
       way_out = 'free some space' if error.errno in files.DISK_FULL else 'check the disk'
       raise StorageError(
         f'{self.folder / name}: an answer cannot be written ({error.strerror}); {way_out} and start'

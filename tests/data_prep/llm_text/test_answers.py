@@ -1,9 +1,11 @@
+import errno
 import json
+import os
 
 import pytest
 
 from data_prep.llm_text import answers, prompts
-from ur4rec_jax.errors import BusyError, InputError
+from ur4rec_jax.errors import BusyError, InputError, StorageError
 
 PROMPT = prompts.Prompt('item', '7', 'item-en-0', 'Write.', 'title: Heat', {})
 
@@ -81,6 +83,24 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(InputError, match=r'cannot be written .*--store'):
     answers.Store(tmp_path / 'file' / 'store')
+
+
+def test_an_answer_that_does_not_fit_on_the_disk_spoils_no_later_one(tmp_path, monkeypatch):
+  store, write, left = answers.Store(tmp_path), os.write, [20, 0]
+  store.add(record(0))
+
+  def fill_up(descriptor, content):
+    if not (room := left.pop(0)):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(descriptor, content[:room])
+
+  with monkeypatch.context() as full:
+    full.setattr(os, 'write', fill_up)
+    with pytest.raises(StorageError, match='free some space'):
+      store.add(record(1))
+  store.add(record(2))
+  store.close()
+  assert texts(tmp_path) == {0: 'A text.', 2: 'A text.'}
 
 
 def test_a_failure_is_no_answer_and_an_answer_ends_it(tmp_path):
