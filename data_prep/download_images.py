@@ -31,6 +31,7 @@ from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_
 
 SOURCES = ('urls', 'tmdb')
 _OUTCOMES = (item_pictures.FETCHED, item_pictures.MISSING, item_pictures.REJECTED, UNANSWERED)
+_PLACEHOLDERS = 'placeholders'  # Folder of the cards among the pictures.
 # Finds the URL of an item's picture; may add to the item's record in the manifest.
 _Locate = Callable[[Web, dict[str, Any], dict[str, Any]], Awaitable[str]]
 
@@ -56,7 +57,7 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
   size = read_info(data_dir)['options']['image_size']
   items = read_items(data_dir)
   ids = [item['original_id'] for item in items]
-  names = pictures.file_names(ids)
+  names = _file_names(data_dir, ids)
   locate, can_ask = _source(data_dir, items, size, settings)
   with files.disk_errors(data_dir), _manifest(data_dir) as note:
     found = item_pictures.find(data_dir)
@@ -88,7 +89,7 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
         raise errors.exceptions[0] from None
     found = item_pictures.find(data_dir)
     for record in _update_placeholders(
-      data_dir, items, found, size if settings.placeholders else None
+      data_dir, items, names, found, size if settings.placeholders else None
     ):
       note(record)
   counts, reasons = _outcomes(ids, found, last | now)
@@ -100,6 +101,25 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
     'unanswered_now': done[UNANSWERED],
     'reasons': reasons,
   }
+
+
+def _file_names(data_dir: Path, ids: list[str]) -> list[str]:
+  """Chooses names of picture files without suffix, of which none is that of another item's file.
+
+  In a dataset that events were appended to, earlier items may have files called like their ids, and
+  the names are numbers now because a later id is no safe name.
+  """
+  places = (
+    (r['item'], Path(r['path'])) for r in item_pictures.read_manifest(data_dir) if 'path' in r
+  )
+  folders = (item_pictures.FOLDER, _PLACEHOLDERS)
+  earlier = {item: path.stem for item, path in places if path.parent.name in folders}
+  taken, names = set(earlier.values()), []
+  for item, name in zip(ids, pictures.file_names(ids), strict=True):
+    while item not in earlier and name in taken:
+      name += '_'
+    names.append(earlier.get(item, name))
+  return names
 
 
 def _source(
@@ -188,6 +208,7 @@ async def _fetch_all(
 def _update_placeholders(
   data_dir: Path,
   items: list[dict[str, Any]],
+  names: list[str],
   found: list[Path | None],
   image_size: int | None,
 ) -> Iterator[dict[str, Any]]:
@@ -196,16 +217,16 @@ def _update_placeholders(
   Args:
     data_dir: folder of the dataset.
     items: `[items]` records.
+    names: `[items]` names of their files, without suffix.
     found: `[items]` pictures or None.
     image_size: short side of the cards in pixels; None makes no new cards.
 
   Yields:
     The manifest's record of each new card.
   """
-  folder = data_dir / item_pictures.FOLDER / 'placeholders'
+  folder = data_dir / item_pictures.FOLDER / _PLACEHOLDERS
   if image_size is not None:
     folder.mkdir(exist_ok=True)
-  names = pictures.file_names([item['original_id'] for item in items])
   for item, name, path in zip(items, names, found, strict=True):
     card = folder / f'{name}.jpg'
     if path is not None:

@@ -319,6 +319,32 @@ def test_a_second_run_asks_only_for_what_has_no_answer_yet(server, dataset, make
   assert all(item_pictures.find(data_dir))
 
 
+def test_new_items_take_no_files_of_old_ones(server, make_picture, tmp_path):
+  """The names of files are the ids, until one is no safe name; from then on they are numbers."""
+  days = ({'4': '/a', '5': '/b', '6': ''}, {'6/6': '', 'x/y': '/c', 'z/y': '/d'})
+  server.routes = {f'/{name}': answer(body=make_picture(seed=ord(name))) for name in 'abcd'}
+  logs = []
+  for number, items in enumerate(days):
+    lines = [f'{user},{item},{10**9 + number}' for user in 'uv' for item in items]
+    urls = [f'{item},{route and server.url + route}' for item, route in items.items()]
+    for name, head, rows in (('log', 'user,item,time', lines), ('goods', 'item,image', urls)):
+      logs.append(tmp_path / f'{name}{number}.csv')
+      logs[-1].write_text('\n'.join([head, *rows]) + '\n')
+  first, second, settings = tmp_path / '1', tmp_path / '2', BRIEF._replace(placeholders=True)
+  build_dataset.build('interactions', first, logs[0], parameters={'items': str(logs[1])})
+  assert download_images.download(first, settings)['fetched'] == 2
+  build_dataset.append(first, logs[2], second, {'items': str(logs[3])})
+  counts = download_images.download(second, settings)
+  assert (counts['fetched'], counts['pictures']) == (2, 4)
+  wanted = [route and make_picture(seed=ord(route[1])) for day in days for route in day.values()]
+  assert [path and path.read_bytes() for path in item_pictures.find(second)] == [
+    content or None for content in wanted
+  ]
+  cards = [r for r in item_pictures.read_manifest(second) if r['status'] == 'placeholder']
+  assert [r['item'] for r in cards] == ['6', '6/6']
+  assert len({r['path'] for r in cards}) == 2
+
+
 def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, make_picture):
   def picture(handler):
     time.sleep(0.03)
