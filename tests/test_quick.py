@@ -132,6 +132,36 @@ def test_what_the_build_asks_for_can_be_answered(tmp_path, capfd):
   assert dataset['counts']['interactions'] == 63
 
 
+def test_flags_that_come_too_late_are_refused(tmp_path, monkeypatch):
+  rows = [[f'c{i % 9}', f'g{i % 7:02}', f'2024-05-{i % 28 + 1:02}', i % 5] for i in range(63)]
+  orders = write_table(tmp_path / 'orders.csv', 'customer_id,sku,ordered_at,rating', rows)
+  goods = [row_of_item(i)[:3] for i in range(7)]
+  goods = write_table(tmp_path / 'goods.csv', 'sku,title,description', goods)
+
+  def run(step, *flags):
+    words = [str(orders), str(goods), f'--out={tmp_path / "out"}', *flags]
+    order = quick._order(quick._flags().parse_args(words))
+    return step(quick.Commands(order), order, order.out / 'data')
+
+  run(quick._build)
+  monkeypatch.chdir(tmp_path)
+  orders = orders.relative_to(tmp_path)  # The same file.
+  run(quick._build)
+  with pytest.raises(InputError, match=r'out: was built with other flags .*; give another --out'):
+    run(quick._build, '--rating_column=none')
+  content = orders.read_text()
+  orders.write_text(content + 'c1,g01,2024-06-01,3\n')
+  with pytest.raises(InputError, match=r'out: was built already, and not from these tables'):
+    run(quick._build)
+  orders.write_text(content)
+  monkeypatch.setattr(quick.Commands, 'run', lambda self, *words, **options: None)
+  with pytest.raises(InputError, match='--image_encoder=color: no item has pictures; leave it out'):
+    run(quick._encode, '--text_encoder=hashing', '--image_encoder=color')
+  assert run(quick._encode, '--text_encoder=hashing') == run(quick._encode) == ['text']
+  with pytest.raises(InputError, match=r'--text_encoder=a/b: --out=.* was made with hashing; give'):
+    run(quick._encode, '--text_encoder=a/b')
+
+
 @pytest.mark.slow  # It builds and trains again, to be stopped there.
 def test_a_signal_stops_the_command_that_runs_and_is_told(files, tmp_path, environment):
   command = [sys.executable, '-m', 'ur4rec_jax.quick', str(files[0]), f'--out={tmp_path / "out"}']

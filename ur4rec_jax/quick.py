@@ -43,6 +43,7 @@ _SECONDS_TO_START = 20  # Time that a training takes to start; it must have more
 _LEAST_SHARE = 0.25  # Least share of the minutes for the first training.
 _REPEATS = 0.2  # If the share of repeated test items is larger, seen items are recommended again.
 _MOST_ITEMS_OF_SOFTMAX = 50_000
+_CONTENT = {'text': 'texts', 'image': 'pictures'}
 # Texts and pictures that the pretrained encoders encode per second, on two cores.
 _SPEED = {'text': 8.0, 'image': 4.0}
 _SHARE_OF_ENCODING = 0.2  # Most of the minutes that a pretrained encoder may take.
@@ -119,11 +120,8 @@ class Commands:
     """
     self.out, self._path = order.out, order.out / RECORD
     self._started = time.monotonic()
-    inputs = {
-      name: None if path is None else str(path.resolve())
-      for name, path in (('orders', order.orders), ('goods', order.goods))
-    }
-    inputs['pictures'] = order.pictures and str(order.pictures.resolve())
+    paths = {'orders': order.orders, 'goods': order.goods, 'pictures': order.pictures}
+    inputs = {name: path and str(path.resolve()) for name, path in paths.items()}
     self.record: dict[str, Any] = {'inputs': inputs, 'done': {}}
     if self._path.exists():
       try:
@@ -170,8 +168,9 @@ class Commands:
     say(f'\n$ {line}' + ' # done before' * (is_done and not repeat))
     if is_done and not repeat:
       return log.read_text()
-    self.record['done'].pop(title, None)
-    self._save()
+    if not repeat:
+      self.record['done'].pop(title, None)
+      self._save()
     stderr = None if sys.stderr.isatty() else subprocess.PIPE
     with log.open('w') as file:
       command = [sys.executable, '-m', *words]
@@ -234,8 +233,24 @@ def _build(commands: Commands, order: Order, data: pathlib.Path) -> None:
     if order.pictures is not None:
       inputs.append(f'--images={order.pictures}')
   words = ['--source=interactions', *inputs, f'--data_dir={data}', *flags]
-  # The build is repeated, because it notices when the files have changed.
-  output = commands.run('build', 'data_prep.build_dataset', *words, repeat=True)
+  earlier = commands.record['done'].get('build')
+  # The build compares the content of files, which may be reached by another path now.
+  paths = ('--raw_dir=', '--items=', '--images=', '--data_dir=')
+  is_flag = lambda word: not word.startswith(paths)
+  if earlier and [*filter(is_flag, earlier[1:])] != [*filter(is_flag, words)]:
+    raise InputError(
+      f'--out={order.out}: was built with other flags ({shlex.join(earlier[1:])}); give another'
+      ' --out'
+    )
+  try:
+    # The build is repeated, because it notices when the files have changed.
+    output = commands.run('build', 'data_prep.build_dataset', *words, repeat=True)
+  except SystemExit as stop:
+    if earlier and stop.code == InputError.exit_code:
+      raise InputError(
+        f'--out={order.out}: was built already, and not from these tables; give another --out'
+      ) from None
+    raise
   shown = [line for line in output.splitlines() if line.startswith(_SUMMARY)]
   say('\n'.join(shown))
 
@@ -249,10 +264,19 @@ def _encode(commands: Commands, order: Order, data: pathlib.Path) -> list[str]:
   items = list(iterate_items(data))
   counts = {'text': sum(bool(item_texts(item)) for item in items)}
   counts['image'] = sum(path is not None for path in item_pictures.find(data))
+  for name, given in order.encoders.items():
+    if not counts[name]:
+      raise InputError(f'--{name}_encoder={given}: no item has {_CONTENT[name]}; leave it out')
   chosen = commands.record.get('encoders')
   if chosen is None:
     chosen = {name: _encoder(name, count, order) for name, count in counts.items() if count}
     chosen = commands.remember('encoders', {name: x for name, x in chosen.items() if x})
+  for name, given in order.encoders.items():
+    if (earlier := chosen.get(name)) != given:
+      raise InputError(
+        f'--{name}_encoder={given}: --out={order.out} was made with {earlier or "none"}; give'
+        ' another --out'
+      )
   if counts['image'] and 'image' not in chosen:
     say('\nno pretrained encoder of pictures is here and fast enough, so the page alone has them')
   if chosen.get('text') == HASHING != order.encoders.get('text'):
@@ -319,8 +343,7 @@ def _minutes_of(commands: Commands, order: Order, name: str, is_one_of_two: bool
 
 
 def _title(name: str, modalities: Sequence[str]) -> str:
-  words = {'text': 'texts', 'image': 'pictures'}
-  content = ' and '.join(words[modality] for modality in modalities)
+  content = ' and '.join(_CONTENT[modality] for modality in modalities)
   return 'SASRec' if name == 'ids' else f'SASRec + {content}'
 
 
