@@ -61,6 +61,11 @@ def parse(text: str | None, flag: str = '--where') -> list[Comparison]:
   return comparisons
 
 
+def quoted(name: str) -> str:
+  """Writes the name of a column as a condition has it: in backticks unless it is a plain word."""
+  return name if re.fullmatch(r'[^\W\d]\w*', name) else f'`{name}`'
+
+
 def _tokens(text: str, flag: str) -> list[tuple[str, Any]]:
   tokens: list[tuple[str, Any]] = []
   at = 0

@@ -86,6 +86,10 @@ def test_returns_are_left_out_and_counted(tmp_path):
   found = guess(path, None, {'time_column': 'ordered_at'})
   assert found.flags['where'] == 'qty > 0'
   assert '24 rows with a negative qty are left out, as they look like returns' in found.notes
+  rows = lambda u, x, i: [u, x, (-1, 0, '', 1, 2)[i % 5], i]
+  found = guess(orders(tmp_path, header.replace('Order Qty', 'qty'), rows), None, {})
+  note = '24 rows with a negative qty are left out, as they look like returns, and 48 rows where it'
+  assert f'{note} is 0 or empty' in found.notes
   assert guess(path, None, {'where': 'qty > 1'}).flags['where'] == 'qty > 1'
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ur4rec_jax.data import column_names
+from ur4rec_jax.data import column_names, conditions
 from ur4rec_jax.data.raw import interactions, items, tables, where
 from ur4rec_jax.data.raw.hints import hint_about_spelling
 from ur4rec_jax.data.raw.ids import clean, parse_cleanings
@@ -29,7 +29,6 @@ _QUANTITIES = ('quantity', 'qty', 'units', 'quantite', 'menge', 'anzahl')
 _DATE = r'\s*\d{4}-\d{2}-\d{2}'
 # Dates, and unix seconds and milliseconds of the years 1995 to 2033: other numbers may be ids.
 _TIME = rf'{_DATE}|\s*(1\d{{9}}|[89]\d{{8}})(\.\d*)?\s*$|\s*(1\d{{12}}|[89]\d{{11}})\s*$'
-_URL = re.compile(r'https?://\S+$')
 _ROWS = 5000  # Rows at the start of a table whose values are looked at.
 _FEWEST_IDS = 10  # A column with fewer different values holds kinds or quantities.
 _LONG = 60  # Characters of a usual description.
@@ -83,10 +82,10 @@ def guess(orders: Path, goods: Path | None, given: Mapping[str, str | bool]) -> 
     if why:  # The build finds the others by itself.
       flags[f'{role}_column'] = name
   if 'where' not in given and (negative := _negative_quantities(files, found)):
-    name, count = negative
-    flags['where'] = f'{_quoted(name)} > 0'
-    rows = counted(count, 'row')
-    notes.append(f'{rows} with a negative {name} are left out, as they look like returns')
+    name, count, others = negative
+    flags['where'] = f'{conditions.quoted(name)} > 0'
+    note = f'{counted(count, "row")} with a negative {name} are left out, as they look like returns'
+    notes.append(note + f', and {counted(others, "row")} where it is 0 or empty' * bool(others))
   flags |= given
   item_column = flags.get('item_column') or columns['item'][0]
   if goods_found is not None:
@@ -179,7 +178,7 @@ def _may_be_ids(found: _Sample, name: str) -> bool:
 
 
 def _is_quantity(name: str) -> bool:
-  return re.sub(r'[\s._-]', '', name).lower() in _QUANTITIES
+  return column_names.plain(name) in _QUANTITIES
 
 
 def _values(files: Sequence[Path], name: str) -> set[str]:
@@ -191,29 +190,31 @@ def _values(files: Sequence[Path], name: str) -> set[str]:
   return found
 
 
-def _negative_quantities(files: Sequence[Path], found: _Sample) -> tuple[str, int] | None:
-  """Returns the column of quantities and its negative rows, if there are some."""
+def _negative_quantities(files: Sequence[Path], found: _Sample) -> tuple[str, int, int] | None:
+  """Returns the column of quantities, its negative rows if there are some, and those with none."""
   for name in filter(_is_quantity, found.columns):
-    if total := _negative_rows(files, name):
-      return name, total
+    negative, others = _not_positive(files, name)
+    if negative:
+      return name, negative, others
   return None
 
 
-def _negative_rows(files: Sequence[Path], name: str) -> int:
-  """Counts the negative numbers of a column; 0 if a file lacks it or has other values in it."""
-  total = 0
+def _not_positive(files: Sequence[Path], name: str) -> tuple[int, int]:
+  """Counts the negative numbers of a column, and its zeros and empty fields.
+
+  Both are 0 if a file lacks the column or has other values in it.
+  """
+  negative = others = 0
   for file in map(tables.open_file, files):
     if name not in file.columns:
-      return 0
+      return 0, 0
     numbers, odd = where.as_numbers(tables.read(file, [name])[name])
     if odd is not None:
-      return 0
-    total += pc.sum(pc.less(numbers, 0)).as_py() or 0
-  return total
-
-
-def _quoted(name: str) -> str:
-  return name if re.fullmatch(r'\w+', name) else f'`{name}`'
+      return 0, 0
+    below = pc.sum(pc.less(numbers, 0)).as_py() or 0
+    negative += below
+    others += len(numbers) - below - (pc.sum(pc.greater(numbers, 0)).as_py() or 0)
+  return negative, others
 
 
 def _item_flags(

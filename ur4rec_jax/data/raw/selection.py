@@ -1,6 +1,5 @@
 """Chooses rows of the user's own interactions by `--where` and by the kinds of events."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ur4rec_jax.data import conditions
+from ur4rec_jax.data import column_names, conditions
 from ur4rec_jax.data.raw import events, where
 from ur4rec_jax.data.raw.records import Place, Raw
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
 
-# Names of columns that are worth a look although they play no role, spelled as in `NAMES`.
+# Names of columns that are worth a look although they play no role, spelled as in `column_names`.
 _QUANTITIES = 'quantity qty amount units number orderedquantity quantityordered itemquantity'
 _EVENTS = (
   'event eventtype eventname eventkind action actiontype behavior behaviour behaviortype'
@@ -71,11 +70,9 @@ class Selection:
     self._ignored = [name for name in dict.fromkeys(names[0]) if name not in self.uses]
     # Only columns that are once in every file are worth a look.
     common = [name for name in self._ignored if all([*of].count(name) == 1 for of in names)]
-    plain = {name: re.sub(r'[\s._-]', '', name).lower() for name in common}
-    self._negative = {name: 0 for name in common if plain[name] in _QUANTITIES.split()}
-    self._kinds = {
-      name: Counter() for name in common if plain[name] in _EVENTS.split() and self._event is None
-    }
+    named = lambda usual: [name for name in common if column_names.plain(name) in usual.split()]
+    self._negative = dict.fromkeys(named(_QUANTITIES), 0)
+    self._kinds = {name: Counter() for name in named(_EVENTS) if self._event is None}
     self.uses |= dict.fromkeys((*self._negative, *self._kinds), 'a column to look at')
     self._dropped: Counter[str] = Counter()
     self._dropped_users: dict[str, set[str]] = {'event_weights': set(), 'where': set()}
@@ -166,10 +163,9 @@ class Selection:
       hints.append(f'ignored columns: {listed(self._ignored, _MOST_COLUMNS)}')
     for name, count in self._negative.items():
       if count:
-        quoted = name if re.fullmatch(r'[^\W\d]\w*', name) else f'`{name}`'
         hints.append(
           f'{name} is negative in {count:,} rows, which count as interactions; if they are returns,'
-          f" leave them out: --where='{quoted} > 0'"
+          f" leave them out: --where='{conditions.quoted(name)} > 0'"
         )
     for name, counts in self._kinds.items():
       if 1 < len(counts) <= _MOST_KINDS:
