@@ -1,1 +1,1 @@
-"""Frozen text encoders, shared by data preparation and recommending."""
+"""Frozen encoders of texts, pictures and sounds, shared by data preparation and recommending."""

