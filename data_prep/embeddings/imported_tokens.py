@@ -127,7 +127,7 @@ def _tokens(path: Path, arrays: dict[str, np.ndarray]) -> np.ndarray:
   tokens = arrays[found[0]]
   if tokens.dtype.kind != 'f':
     raise InputError(f'{path}: {found[0]} are {tokens.dtype}; must be float16, float32 or float64')
-  if path.suffix == '.npy' or found[0] == 'embeddings':
+  if path.suffix.lower() == '.npy' or found[0] == 'embeddings':
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
   if tokens.ndim != 3 or 0 in tokens.shape:
     raise InputError(

@@ -468,6 +468,17 @@ def test_features_are_joined_by_original_id(build, tmp_path, capsys, suffix):
   assert not list(data_dir.glob('features/item/*incomplete*'))
 
 
+@pytest.mark.parametrize('name', ['f.npy', 'F.NPY'])
+def test_an_array_of_one_vector_an_item(build, tmp_path, name):
+  data_dir, vectors = build([{'id': str(at)} for at in (5, 7)]), np.eye(2, 4, dtype=np.float32)
+  with (tmp_path / name).open('wb') as file:
+    np.save(file, vectors)
+  (tmp_path / 'ids').write_text('5\n7\n')
+  ids = f'--ids={tmp_path / "ids"}'
+  run(data_dir, '--modality=audio', f'--import={tmp_path / name}', ids)
+  np.testing.assert_array_equal(read(data_dir, 'audio')[1][1:3], vectors[:, None])
+
+
 def test_bfloat16_numbers_as_ids_embeddings_and_masks(build, tmp_path):
   data_dir = build([{'id': str(at)} for at in (5, 7, 20)])
   values = torch.randn(3, 6).bfloat16()
