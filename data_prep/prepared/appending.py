@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.prepared import engine, pictures, prepare, record_files
+from data_prep.prepared import engine, pictures, prepare
 from ur4rec_jax.data import flat_arrays, item_pictures, splits
 from ur4rec_jax.data.dataset import Interactions, read_info, read_interactions, read_items
 from ur4rec_jax.data.raw.records import Item, NoRows, Raw
@@ -377,7 +377,7 @@ def _join(
       for name, kind in (('item', np.int32), ('time', np.int64), ('rating', np.float32))
     ),
   )
-  for first, last in record_files.shards(offsets, _AT_ONCE):
+  for first, last in flat_arrays.user_blocks(offsets, _AT_ONCE):
     old_part = slice(starts[first], starts[last])
     part = rows[new_starts[first] : new_starts[last]]
     here, numbers = slice(offsets[first], offsets[last]), np.arange(first, last)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ur4rec_jax.data import flat_arrays
+
 _AT_ONCE = 1 << 20  # Interactions that are encoded at once.
 # Tags of the messages: field number and wire type 2, which is a length and so many bytes.
 _FIRST, _SECOND, _THIRD = b'\x0a', b'\x12', b'\x1a'
@@ -31,10 +33,7 @@ def histories(
     timestamps: `[interactions]` integers.
     ratings: `[interactions]` float32.
   """
-  start, users = 0, len(offsets) - 1
-  while start < users:
-    fitting = int(np.searchsorted(offsets, offsets[start] + _AT_ONCE, 'right')) - 1
-    stop = min(max(fitting, start + 1), users)
+  for start, stop in flat_arrays.user_blocks(offsets, _AT_ONCE):
     first, last = offsets[start], offsets[stop]
     bounds = offsets[start : stop + 1] - first
     items = _varints(item_ids[first:last], bounds)
@@ -48,7 +47,6 @@ def histories(
         + _field(b'timestamps', _INTEGERS, values[2])
         + _field(b'user_id', _BYTES, name.encode()),
       )
-    start = stop
 
 
 def _field(name: bytes, kind: bytes, value: bytes) -> bytes:

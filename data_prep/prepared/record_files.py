@@ -19,6 +19,7 @@ from array_record.python import array_record_module
 
 from data_prep.prepared import example_bytes
 from ur4rec_jax import files
+from ur4rec_jax.data import flat_arrays
 from ur4rec_jax.data.dataset import Interactions
 from ur4rec_jax.errors import InputError
 
@@ -92,24 +93,9 @@ def _end_with_parent() -> None:
   threading.Thread(target=wait, daemon=True).start()
 
 
-def shards(offsets: np.ndarray, most: int | None = None) -> list[tuple[int, int]]:
-  """Divides users into consecutive shards of one user, or with at most so many interactions.
-
-  Args:
-    offsets: `[users + 1]`, user u owns the interactions `[offsets[u]:offsets[u + 1]]`.
-    most: interactions of a shard; None for `SHARD_INTERACTIONS`.
-
-  Returns:
-    The first user of each shard, and the one after its last.
-  """
-  found, start, users = [], 0, len(offsets) - 1
-  most = SHARD_INTERACTIONS if most is None else most
-  while start < users:
-    fitting = int(np.searchsorted(offsets, offsets[start] + most, 'right')) - 1
-    stop = min(max(fitting, start + 1), users)
-    found.append((start, stop))
-    start = stop
-  return found
+def shards(offsets: np.ndarray) -> list[tuple[int, int]]:
+  """Divides users into the files of a dataset, see `flat_arrays.user_blocks`."""
+  return flat_arrays.user_blocks(offsets, SHARD_INTERACTIONS)
 
 
 def _part(data: Interactions, start: int, stop: int) -> Interactions:

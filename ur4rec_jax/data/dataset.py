@@ -99,11 +99,8 @@ class Dataset:
     return np.arange(first, last) < np.repeat(ends, lengths)
 
   def _blocks_of_users(self) -> Iterator[slice]:
-    """Yields slices of consecutive users with up to `_AT_ONCE` interactions, or of one user."""
-    start, users = 0, self.num_users
-    while start < users:
-      fitting = int(np.searchsorted(self.offsets, self.offsets[start] + _AT_ONCE, 'right')) - 1
-      yield slice(start, start := min(max(fitting, start + 1), users))
+    """Returns slices of consecutive users with up to `_AT_ONCE` interactions, or of one user."""
+    return itertools.starmap(slice, flat_arrays.user_blocks(self.offsets, _AT_ONCE))
 
   def item_counts(self) -> np.ndarray:
     """Counts the interactions of each item, `[num_items + 1]` by item id."""

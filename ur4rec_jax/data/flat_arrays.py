@@ -119,6 +119,25 @@ def parts(array: np.ndarray, size: int = _AT_ONCE) -> Iterator[tuple[int, np.nda
     release(array)
 
 
+def user_blocks(offsets: np.ndarray, most: int) -> list[tuple[int, int]]:
+  """Divides users into consecutive blocks of one user, or with at most so many interactions.
+
+  Args:
+    offsets: `[users + 1]`, user u owns the interactions `[offsets[u]:offsets[u + 1]]`.
+    most: interactions of a block of several users.
+
+  Returns:
+    The first user of each block, and the one after its last.
+  """
+  blocks, start, users = [], 0, len(offsets) - 1
+  while start < users:
+    fitting = int(np.searchsorted(offsets, offsets[start] + most, 'right')) - 1
+    stop = min(max(fitting, start + 1), users)
+    blocks.append((start, stop))
+    start = stop
+  return blocks
+
+
 def release(array: np.ndarray) -> None:
   """Releases the memory of a mapped array; later reads come from the file again."""
   _advise(array, mmap.MADV_DONTNEED)
