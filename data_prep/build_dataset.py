@@ -330,7 +330,7 @@ def append(
     raw = _read_more(spec, paths, parameters)
     data = appending.append(old, raw, options, takes_late, resources)
     version = len(parent['chain']) + 1
-    carry_over.answers(old_dir, out)
+    carry_over.answers([Path(data_dir).absolute(), old_dir], out)
     with files.new_folder(out) as folder:
       data, notes = appending.bring_pictures(old, data, folder, options.image_size, version)
       notes = [*data.notes, *notes, *carry_over.notes(old_dir)]
@@ -363,6 +363,8 @@ def _settings_again(
     if name not in recorded and name not in spec.parameters:
       raise InputError(f'--{name} is no flag of --source={info["source"]}; leave it out')
   parameters = {**spec.parameters, **recorded, **given}
+  if 'hub_name' in parameters:
+    parameters['hub_name'] = None  # The new events are files, wherever the first ones came from.
   if 'items' in parameters and parameters['items'] is None:
     parameters |= {name: interactions.PARAMETERS[name] for name in interactions.ABOUT_ITEMS}
   options = {name: recorded[name] for name in prepare.Options._fields if name in recorded}

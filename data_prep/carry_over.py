@@ -5,6 +5,7 @@ holds out. Their stored answers are, so only users with new events are asked abo
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.embeddings import feature_files
@@ -14,10 +15,17 @@ from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_texts, texts_origin
 
 
-def answers(old: Path, new: Path) -> None:
-  """Copies the store of paid answers beside the new folder, unless a store is there already."""
-  source, target = (folder.with_name(f'{folder.name}.answers') for folder in (old, new))
-  if source.is_dir() and not target.exists():
+def answers(old: Sequence[Path], new: Path) -> None:
+  """Copies the store of paid answers beside the new folder, unless a store is there already.
+
+  Args:
+    old: paths of the old folder: `generate_text` has put the store beside the one it was given,
+      which may be a link.
+    new: the new folder.
+  """
+  *sources, target = (folder.with_name(f'{folder.name}.answers') for folder in (*old, new))
+  source = next(filter(Path.is_dir, sources), None)
+  if source is not None and not target.exists():
     files.clean_up(target)
     with files.new_folder(target) as folder:
       shutil.copytree(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
@@ -121,6 +122,25 @@ def test_a_new_day(small_shop, day_2, tmp_path):
   hashes = [x['splits']['leave_one_out']['hash'] for x in (first, info)]
   assert (last['version'], last['parent']['chain']) == (3, hashes)
   assert all(path is not None for path in find(tmp_path / 'day3'))
+
+
+def test_answers_beside_a_link_to_the_old_folder_are_used_again(small_shop, day_2, tmp_path):
+  (tmp_path / 'current').symlink_to(small_shop)
+  (tmp_path / 'current.answers').mkdir()
+  (tmp_path / 'current.answers/answers.jsonl').write_text('{}\n')
+  new, goods = day_2
+  assert append(tmp_path / 'current', new, tmp_path / 'day2', f'--items={goods}').returncode == 0
+  assert (tmp_path / 'day2.answers/answers.jsonl').read_text() == '{}\n'
+
+
+def test_files_continue_a_dataset_from_the_hub(tmp_path):
+  for name in ('All_Beauty.jsonl', 'meta_All_Beauty.jsonl'):
+    (tmp_path / name).touch()
+  spec = build_dataset.sources.SOURCES['amazon_reviews']
+  options = {'hub_name': 'someone/reviews', 'category': 'All_Beauty', 'clean_ids': None}
+  info = {'source': 'amazon_reviews', 'options': options}
+  _, parameters = build_dataset._settings_again(info, spec, {})
+  assert [path.name for path in spec.find(tmp_path, parameters)] == sorted(os.listdir(tmp_path))
 
 
 @pytest.mark.parametrize('flags', [(), ('--width=8', '--dtype=int8', '--normalise')], ids=str)
