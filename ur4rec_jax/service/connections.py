@@ -30,7 +30,8 @@ LINGER_SECONDS = 2
 class Connections:
   """The open connections by client.
 
-  If there are too many, the oldest one that waits for a request gives way to the new one.
+  If a client has too many, its oldest one that waits for a request gives way to the new one. If
+  there are too many in all, that of the client with the most connections does.
   """
 
   def __init__(self, most: int, most_of_client: int):
@@ -47,18 +48,17 @@ class Connections:
   def add(self, connection: 'Connection') -> bool:
     """Counts a new connection; False if there is no room for it."""
     client = connection.client_name
-    of_client = self._by_client.setdefault(client, {})
+    of_client = self._by_client.get(client, {})
+    has_room = True
     if len(of_client) >= self._most_of_client:
       has_room = self._make_room(of_client)
     elif self._count >= self._most:
-      has_room = self._make_room(max(self._by_client.values(), key=len))
-    else:
-      has_room = True
+      by_size = sorted(self._by_client.values(), key=len, reverse=True)
+      has_room = any(map(self._make_room, by_size))
     if has_room:
-      of_client[connection] = None
+      # Making room may have removed the last connection of this client, and its dict with it.
+      self._by_client.setdefault(client, {})[connection] = None
       self._count += 1
-    elif not of_client:
-      del self._by_client[client]
     return has_room
 
   def remove(self, connection: 'Connection') -> None:
