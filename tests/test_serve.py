@@ -266,6 +266,22 @@ def test_names_are_checked_only_where_addresses_cannot_be_made_to_point_elsewher
   assert make_host_check('127.0.0.1', ['*'])('evil.example')
 
 
+def has_ipv6():
+  try:
+    socket.create_server(('::1', 0), family=socket.AF_INET6).close()
+  except OSError:
+    return False
+  return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason='this machine has no IPv6')
+def test_an_ipv6_address_is_served(serve, folder):
+  with serve(folder, '--batch=1', '--host=::') as (_, address):
+    port = address.removeprefix('http://[::]:')
+    for host in ('[::1]', '127.0.0.1'):
+      assert get(f'http://{host}:{port}/health')[0] == 200
+
+
 def open_connections(address, count, content, source='127.0.0.1'):
   """Opens connections that send something and then nothing."""
   host, port = address.removeprefix('http://').split(':')

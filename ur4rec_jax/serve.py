@@ -57,6 +57,9 @@ _MOST_FILES = 65_536  # Limit of open files of the process; most of them are con
 # Open files besides connections, and connections that are accepted before older ones are closed.
 _OTHER_FILES = 320
 _STOP = (signal.SIGTERM, signal.SIGINT)
+# From these, a proxy may name its client in X-Forwarded-For: the ways in which a service on IPv4,
+# on IPv6 or on both sees a proxy of the same machine.
+_LOCAL_PROXIES = '127.0.0.1,::1,::ffff:127.0.0.1'
 STOP_SECONDS = 30  # How long clients may take to read their answers when the service stops.
 COMPILED = Counter('ur4rec_compilations', 'Programs compiled since the service was ready.')
 
@@ -90,7 +93,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     default=10_000,
     help='most items in logged answers to one client, on average; inf for no limit',
   )
-  add('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 for all networks')
+  add('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 or :: for all networks')
   add('--port', type=int, default=8000, help='port to listen on; 0 for any free port')
   add('--batch', type=int, default=64, choices=BATCH_SIZES, help='most requests in a batch')
   add('--wait_ms', type=float, default=2, help='milliseconds that a batch waits for more requests')
@@ -142,8 +145,12 @@ def _keep_compiled_programs(folder: str) -> None:
 
 
 def _open_port(host: str, port: int) -> socket.socket:
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  has_both = host == '::' and socket.has_dualstack_ipv6()  # IPv4 addresses, too.
   try:
-    return socket.create_server((host, port), backlog=BACKLOG)
+    return socket.create_server(
+      (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=has_both
+    )
   except (OSError, OverflowError) as error:
     raise InputError(
       f'--host={host} --port={port}: cannot be opened ({error}); give others, --port=0 for any free'
@@ -174,6 +181,7 @@ def _serve(app: AdmissionControl, listening: socket.socket, client_connections: 
     log_level='error',  # A warning for each bad request would fill the disk.
     access_log=False,
     server_header=False,
+    forwarded_allow_ips=os.environ.get('FORWARDED_ALLOW_IPS', _LOCAL_PROXIES),
     timeout_keep_alive=75,
     timeout_graceful_shutdown=STOP_SECONDS,
   )
@@ -240,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   with _open_port(flags.host, flags.port) as listening:
     host, port = listening.getsockname()[:2]
+    host = f'[{host}]' if ':' in host else host
     took = time.monotonic() - start
     print(f'ready after {took:.1f} s: http://{host}:{port}', flush=True)
     _serve(app, listening, flags.client_connections)
