@@ -83,6 +83,29 @@ def test_the_width_of_batches_does_not_grow_with_plays(with_long_user):
   assert batcher._most_excluded == 2000
 
 
+def test_a_model_whose_users_were_all_deleted_is_served(shop, monkeypatch):
+  recommender = make(shop, 'paper')[0]
+  none = {
+    name: (np.zeros((0, *shape), np.float32), np.zeros((0, shape[0]), bool))
+    for name, shape in recommender.settings.preferences.items()
+  }
+  users = make_users([], np.zeros(1, int), np.zeros(0, np.int32), none)
+  history = recommender.item_ids[:3]
+  expected = recommender.ask(Query([history], 5))
+  monkeypatch.setattr(recommender, 'known_users', users)
+  batcher = Batcher(recommender, most_jobs=1, wait_seconds=0)
+
+  async def ask():
+    running = asyncio.create_task(batcher.run())
+    query = recommender.check(Query([history], 5, preferences=batcher.no_texts))
+    answer = await batcher.answer(Job(query, None))
+    running.cancel()
+    return answer
+
+  assert none
+  assert asyncio.run(ask()).items == expected.items
+
+
 def test_a_user_of_unusually_many_items_gets_the_same_answer_alone(shop, monkeypatch):
   recommender = make(shop, 'sasrec')[0]
   monkeypatch.setattr('ur4rec_jax.service.batcher.MOST_IDS', 10)

@@ -128,10 +128,11 @@ class Batcher:
     self.no_texts: dict[str, Any] = {}
     most_seen = MOST_IDS
     if users := recommender.known_users:
-      counts = np.diff(users.seen_offsets)
-      most_seen = max(most_seen, int(np.quantile(counts, _USUAL_SHARE)))
+      if len(users.index):  # All of them may have been deleted.
+        counts = np.diff(users.seen_offsets)
+        most_seen = max(most_seen, int(np.quantile(counts, _USUAL_SHARE)))
       for name, (tokens, mask) in users.preferences.items():
-        self.no_texts[name] = np.zeros_like(tokens[:1]), np.zeros_like(mask[:1])
+        self.no_texts[name] = _one_empty(tokens), _one_empty(mask)
     self._most_excluded = most_seen + MOST_IDS
     query = Query([recommender.item_ids[:1]], 1, preferences=self.no_texts)
     job = Job(recommender.check(query), None)
@@ -214,6 +215,11 @@ class Batcher:
       np.concatenate([query.weights for query in queries]),
       preferences,
     )
+
+
+def _one_empty(rows: np.ndarray) -> np.ndarray:
+  """Returns `[1, ...]` zeros like each of the rows, of which there may be none."""
+  return np.zeros((1, *rows.shape[1:]), rows.dtype)
 
 
 def _padded(ids: np.ndarray, length: int) -> np.ndarray:
