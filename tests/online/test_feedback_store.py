@@ -109,6 +109,20 @@ def test_a_history_is_that_of_one_user_in_the_order_of_time(store):
   assert store.history('nobody', ('click',), 3) == History([], [])
 
 
+@pytest.mark.parametrize('place', ['redis'], indirect=True)
+def test_an_event_that_comes_while_a_history_is_read_repeats_no_other_one(store, monkeypatch):
+  store.write([event(name=str(n), item=f'i{n}', at=n) for n in range(300)])
+  read = store._redis.hmget
+
+  def read_and_write(*arguments):
+    found = read(*arguments)
+    store.write([event(name='new', item='new', at=999)])
+    return found
+
+  monkeypatch.setattr(store._redis, 'hmget', read_and_write)
+  assert store.history('ann', ('click',), 1000).items == [f'i{n}' for n in range(300)]
+
+
 def test_a_history_is_looked_for_in_a_limited_number_of_events(store):
   most = 10_000
   views = [event(name=f'v{n}', at=n, kind='view') for n in range(most - 1)]
@@ -141,6 +155,8 @@ def test_a_deleted_user_leaves_nothing_and_old_events_do_not_come_back(store, pl
   late = [event(), event(name='3', at=2)]
   assert store.write(late, [exposure('r3')]) == [DELETED, NEW]
   assert store.history('ann', ('click',), 9).items == ['lamp']
+  assert store.history('ann', ('click',), 0) == History([], [], True)
+  assert store.history('bob', ('click',), 0) == History([], [])
   assert store.exposure('r3') is None
   assert store.delete_user('nobody', NOW) == 0
 
