@@ -100,3 +100,16 @@ def test_the_list_of_many_clicks_is_read_once(tmp_path):
     for n in (1, 2, 3)
   ]
   assert counted == [3, 3, 2]
+
+
+def test_whether_a_user_was_deleted_is_told_without_reading_events(tmp_path):
+  store = open_store(str(tmp_path / 'events.db'))
+  store.delete_user('ann', 1.7e9)
+  store.write([Event(user, '1', 'i0', CLICK, 1.8e9) for user in ('ann', 'bob')])
+  found, history = [], store.history
+  store.history = lambda *arguments: found.append(history(*arguments)) or found[-1]
+  feedback = Feedback(store, [CLICK], math.inf)
+  are_deleted = [asyncio.run(feedback.is_deleted(user)) for user in ('ann', 'bob', 'nobody')]
+  assert are_deleted == [True, False, False]
+  assert not any(one.items for one in found)
+  store.close()

@@ -105,6 +105,14 @@ class Feedback:
     """
     return await self._read(self._store.history, user, self._kinds, MOST_READ)
 
+  async def is_deleted(self, user: str) -> bool:
+    """Tells whether a user was deleted once, without reading any event.
+
+    Raises:
+      StorageError: the store cannot be read now.
+    """
+    return (await self._read(self._store.history, user, self._kinds, 0)).is_deleted
+
   def show(self, user: str, arm: str | None, model: str, rows: Iterable[dict[str, Any]]) -> str:
     """Logs the items of an answer as shown, and returns the answer's id.
 

@@ -317,7 +317,7 @@ class Service:
     if self._feedback is None:
       return False
     try:
-      return (await self._feedback.history(user)).is_deleted
+      return await self._feedback.is_deleted(user)
     except StorageError as error:
       raise HTTPException(503, str(error), {'Retry-After': str(RETRY_SECONDS)}) from error
 
