@@ -48,7 +48,7 @@ def items(page, arm):
 
 
 @pytest.mark.parametrize('width', [390, 1280])
-def test_a_newcomer_clicks_and_both_lists_change(browser, live, width):
+def test_a_newcomer_clicks_and_both_lists_change(browser, live, shop, width):
   address, place = live
   page = browser.new_page(viewport={'width': width, 'height': 844})
   faults, console = [], []
@@ -86,13 +86,16 @@ def test_a_newcomer_clicks_and_both_lists_change(browser, live, width):
   assert page.locator('#live').is_hidden()
   assert page.locator('#found-title').is_visible()
   assert not faults
-  page.close()
   store = open_store(str(place))
   events = [event for event in store.events() if event.user == f'visitor {width}']
   assert [event.kind for event in events] == ['click', 'buy']
   assert events[1].item == bought
   shown = store.exposure(events[1].request_id)
   assert (shown.arm, shown.items[1].item) == (arm, bought)
+  # The page opens with a list of the first user, who was shown nothing.
+  assert page.input_value('#user') == (first := next(iter(make(shop, 'sasrec')[0].users)))
+  page.close()
+  assert first not in {x.user for x in store.exposures()}
   # The other arm's lists were only looked at.
   assert {x.arm for x in store.exposures() if x.user == f'visitor {width}'} == {arm}
   store.close()
