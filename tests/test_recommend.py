@@ -164,6 +164,8 @@ def test_an_exported_run_gives_the_same(call, with_content, encoded, tmp_path):
     (('--histories=a.csv', '--all_users', '--out=x'), 'exclude each other'),
     (('--histories=no.csv', '--out=x'), '--histories=no.csv: no such file'),
     (('--user=u001', '--pictures=x'), '--pictures: is for --add_items'),
+    (('--similar_to=a', '--pictures=x'), '--pictures: is for --add_items'),
+    (('--user=u001', '--by=content'), '--by: is for --similar_to'),
     (('--similar_to=a', '--histories=a.csv'), '--similar_to: takes --by, --k, --add_items and'),
     (('--similar_to=a', '--without=b'), '--similar_to: takes --by, --k, --add_items and'),
     (('--similar_to=a', '--rules=no.toml'), '--similar_to: takes --by, --k, --add_items and'),

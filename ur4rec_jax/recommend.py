@@ -13,6 +13,7 @@ docs/inference.md describes all flags and the shares of a score.
 import argparse
 import collections
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -34,7 +35,6 @@ from ur4rec_jax.inference import frames, rules
 from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
 from ur4rec_jax.inference.query import Query
-from ur4rec_jax.inference.rules import Rules
 from ur4rec_jax.inference.similar import BOTH, KINDS, USERS
 from ur4rec_jax.inference.trained import TrainedRecommender, load
 
@@ -65,7 +65,7 @@ def to_one(recommender: TrainedRecommender, flags: argparse.Namespace) -> dict[s
     history, users = recommender.history(flags.user), [recommender.users[flags.user]]
   else:
     history = [] if flags.history is None else read_ids(flags.history, set(recommender.item_ids))
-  query = _query(recommender, [history], flags)
+  query = dataclasses.replace(_query(recommender, flags), histories=[history])
   answer = recommender.ask(query, users, flags.preference).require_one()
   (unknown,) = answer.unknown
   recommendations = recommender.recommendations(answer)
@@ -166,12 +166,14 @@ def to_file(
   out = pathlib.Path(flags.out)
   draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
   rows, writer, notes, refused = 0, None, [], []
+  query = _query(recommender, flags)
   try:
     bar = tqdm(total=len(group.names), unit='user', disable=not sys.stderr.isatty())
     for start in range(0, len(group.names), _CHUNK):
       part = group.names[start : start + _CHUNK]
-      query = _query(recommender, [group.history(start + i) for i in range(len(part))], flags)
-      answer = recommender.ask(query, users=group.rows[start : start + len(part)])
+      histories = [group.history(start + i) for i in range(len(part))]
+      asked = dataclasses.replace(query, histories=histories)
+      answer = recommender.ask(asked, users=group.rows[start : start + len(part)])
       counts = [len(items) for items in answer.items]
       found = {'user': np.repeat(part, counts), **frames.columns(answer, recommender.share_names)}
       # Without these types a part in which nobody is answered would have another schema.
@@ -215,20 +217,13 @@ def _write_notes(path: pathlib.Path, notes: list[tuple[str, int, str]]) -> None:
   write_file(path, text.getvalue())
 
 
-def _query(
-  recommender: TrainedRecommender, histories: list[list[str]], flags: argparse.Namespace
-) -> Query:
+def _query(recommender: TrainedRecommender, flags: argparse.Namespace) -> Query:
+  """Reads the files that the flags name, and returns the query, still without histories."""
   known = set() if flags.only is flags.without is None else set(recommender.item_ids)
   only = None if flags.only is None else read_ids(flags.only, known)
   without = () if flags.without is None else read_ids(flags.without, known)
-  found = None if flags.rules is None else load_rules(flags.rules, tuple(recommender.item_ids))
-  return Query(histories, flags.k, only, without, flags.keep_seen, rules=found)
-
-
-@functools.lru_cache(1)  # One file for all parts of a table of users.
-def load_rules(path: str, item_ids: tuple[str, ...]) -> Rules:
-  """Reads a file of rules for a catalogue."""
-  return rules.load(path, item_ids)
+  found = None if flags.rules is None else rules.load(flags.rules, recommender.item_ids)
+  return Query([], flags.k, only, without, flags.keep_seen, rules=found)
 
 
 def as_text(found: dict[str, Any], share_names: list[str]) -> str:
@@ -285,7 +280,7 @@ def _flags() -> argparse.ArgumentParser:
   add('--history', help='item ids with commas between them, the oldest first, or a file of ids')
   add('--preference', help='what the user likes, in words; alone or with --user or --history')
   add('--similar_to', help='item ids with commas between them: show the items most similar to them')
-  add('--by', choices=KINDS, default=BOTH, help='with --similar_to: what is compared')
+  add('--by', choices=KINDS, help=f'with --similar_to: what is compared; {BOTH} by default')
   add('--all_users', action='store_true', help='recommend to every user of the data')
   add(
     '--histories',
@@ -311,6 +306,8 @@ def _flags() -> argparse.ArgumentParser:
 
 
 def _check(flags: argparse.Namespace) -> None:
+  if flags.pictures is not None and flags.add_items is None:
+    raise InputError('--pictures: is for --add_items; leave it out')
   if flags.user is not None and flags.history is not None:
     raise InputError('--user and --history exclude each other; leave one out')
   about_one = [flags.user, flags.history, flags.preference]
@@ -320,6 +317,8 @@ def _check(flags: argparse.Namespace) -> None:
     if is_given or flags.all_users or flags.explain:
       raise InputError('--similar_to: takes --by, --k, --add_items and --json alone')
     return
+  if flags.by is not None:
+    raise InputError('--by: is for --similar_to; leave it out')
   name = '--all_users' if flags.all_users else '--histories'
   if flags.all_users and flags.histories is not None:
     raise InputError('--all_users and --histories exclude each other; leave one out')
@@ -334,8 +333,6 @@ def _check(flags: argparse.Namespace) -> None:
     raise InputError('--out: is for --all_users and --histories; for one user there is --json')
   elif all(x is None for x in about_one):
     raise InputError('give one of --user, --history, --preference, --all_users and --histories')
-  if flags.pictures is not None and flags.add_items is None:
-    raise InputError('--pictures: is for --add_items; leave it out')
 
 
 @exit_on_reported_error
@@ -355,8 +352,9 @@ def main(argv: list[str] | None = None) -> None:
     )
   if flags.similar_to is not None:
     items = read_ids(flags.similar_to, set(recommender.item_ids))
-    rows = recommender.similar(items, flags.k, flags.by)
-    say(json.dumps(rows) if flags.json else similar_as_text(rows, flags.by))
+    by = flags.by or BOTH
+    rows = recommender.similar(items, flags.k, by)
+    say(json.dumps(rows) if flags.json else similar_as_text(rows, by))
     return
   if flags.out is not None:
     if flags.all_users:
