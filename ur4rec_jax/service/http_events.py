@@ -99,7 +99,6 @@ class EventRoute:
     try:
       events = self._parse(await request.body())
     except InputError as error:
-      EVENTS.labels('refused').inc()
       raise HTTPException(422, str(error)) from error
     client = client_name(request.client.host if request.client else '')
     if wait := self._limit.seconds_to_wait(client, len(events)):
@@ -125,8 +124,15 @@ class EventRoute:
       content = load_json(body)
     except NotJsonError as error:
       raise HTTPException(400, f'the body is no JSON: {error}') from error
-    now, events, rows = time.time(), [], rows_of(content, 'a request')
-    for number, row in enumerate(rows):
+    try:
+      return self._checked(content)
+    except InputError:
+      EVENTS.labels('refused').inc(len(content) if isinstance(content, list) else 1)
+      raise
+
+  def _checked(self, content: Any) -> list[Event]:
+    now, events = time.time(), []
+    for number, row in enumerate(rows_of(content, 'a request')):
       try:
         events.append(check_event(row, now, self._feedback.keep_seconds))
       except InputError as error:
