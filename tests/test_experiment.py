@@ -1,6 +1,7 @@
 """The command `experiment`: its output, its page, and its messages."""
 
 import csv
+import errno
 import json
 
 import numpy as np
@@ -45,6 +46,10 @@ def test_report(files, tmp_path):
         assert np.isfinite(float(attributes[key])), (name, attributes)
 
 
+def no_room(*_):
+  raise OSError(errno.ENOSPC, 'No space left on device')
+
+
 def test_the_guard_writes_what_the_service_watches(files, tmp_path):
   config = tmp_path / 'exp.toml'
   config.write_text(files.config.read_text())
@@ -56,6 +61,14 @@ def test_the_guard_writes_what_the_service_watches(files, tmp_path):
   assert list(stopped) == ['new']
   again = run('guard', *flags)
   assert again.stdout.startswith('stopped before new: ')
+  stopped_file = tmp_path / 'exp.stopped.json'
+  stopped_file.unlink()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(experiment, 'write_file', no_room)
+    refused = run('guard', *flags)
+  assert refused.returncode == 2
+  assert f'{stopped_file}: cannot be written' in refused.stderr
+  assert refused.stderr.rstrip().endswith('or give another --config')
   config.write_text(config.read_text().partition('[guard]')[0])
   assert 'has no [guard]' in run('guard', *flags).stderr
 
@@ -149,7 +162,8 @@ def test_interleave_and_off_policy(tmp_path):
     (['report', '--out=page.json'], 'the page needs another name'),
     (['power', '--effects=0'], 'must be a number above 0'),
     (['power', '--power=80'], 'must be between 0 and 1, not 80'),
-    (['power', '--effects=much'], 'invalid'),
+    (['power', '--effects=much'], "argument --effects: invalid number 'much'"),
+    (['power', '--power=high'], "argument --power: invalid number 'high'"),
     (['power', '--effects=0.05,1000'], 'effects: three users would show one of 1000'),
     (['power', '--power=0.01'], 'power=0.01: must be more than the level 0.05'),
     (['report', '--exposures=none.csv'], 'none.csv: no such file'),

@@ -77,15 +77,22 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+def _number(text: str) -> float:
+  try:
+    return float(text)
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f'invalid number {text!r}') from error
+
+
 def _share(text: str) -> float:
-  value = float(text)
+  value = _number(text)
   if not 0 < value < 1:
     raise argparse.ArgumentTypeError(f'must be between 0 and 1, not {text}')
   return value
 
 
 def _positive(text: str) -> float:
-  value = float(text)
+  value = _number(text)
   if not 0 < value < float('inf'):
     raise argparse.ArgumentTypeError(f'must be a number above 0, not {text}')
   return value
@@ -159,7 +166,7 @@ def run_guard(flags: argparse.Namespace) -> None:
     say('no arm is clearly worse than the control')
   if stopped != before:
     out = experiments.stopped_file(experiment.path)
-    _write_json(out, stopped)
+    _write_json(out, stopped, '--config')
     say(f'wrote {out}; a service with --experiment={flags.config} obeys within two seconds')
 
 
@@ -233,12 +240,12 @@ def _maybe_json(out: pathlib.Path | None, content: Any) -> None:
     say(f'wrote {out}')
 
 
-def _write_json(path: pathlib.Path, content: Any) -> None:
-  _write(path, json.dumps(content, indent=1, allow_nan=False) + '\n')
+def _write_json(path: pathlib.Path, content: Any, flag: str = '--out') -> None:
+  _write(path, json.dumps(content, indent=1, allow_nan=False) + '\n', flag)
 
 
-def _write(path: pathlib.Path, content: str) -> None:
-  with disk_errors(path, '--out'):
+def _write(path: pathlib.Path, content: str, flag: str = '--out') -> None:
+  with disk_errors(path, flag):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, content)
 
