@@ -38,19 +38,20 @@ _COMPARE = {
   '>': operator.gt,
   '>=': operator.ge,
 }
-_NUMBER, _TEXT = (int, float), (str,)
+_NUMBER, _WHOLE, _TEXT = (int, float), (int,), (str,)
+_EXPECTED = {_NUMBER: 'a number', _WHOLE: 'a whole number', _TEXT: 'text in quotes'}
 # Fields of the file and of the tables in it: the types of a value, and whether it must be there.
 _FIELDS = {
   '': {'attributes': (_TEXT, False), 'id_column': (_TEXT, False), 'bought': (_TEXT, False)},
   'filter': {'where': (_TEXT, True)},
-  'cap': {'attribute': (_TEXT, True), 'most': ((int,), True)},
+  'cap': {'attribute': (_TEXT, True), 'most': (_WHOLE, True)},
   'boost': {'where': (_TEXT, True), 'add': (_NUMBER, True)},
-  'pin': {'item': (_TEXT, True), 'position': ((int,), True)},
+  'pin': {'item': (_TEXT, True), 'position': (_WHOLE, True)},
   'diversity': {'strength': (_NUMBER, True)},
   'exploration': {
     'share': (_NUMBER, True),
     'temperature': (_NUMBER, False),
-    'items': ((int,), False),
+    'items': (_WHOLE, False),
   },
 }
 
@@ -374,7 +375,7 @@ def make(found: Mapping[str, Any], path: pathlib.Path, item_ids: Sequence[str]) 
   for name in found:
     if name not in _FIELDS and name not in _FIELDS['']:
       near = difflib.get_close_matches(name, [*_FIELDS, *_FIELDS['']], n=1)
-      hint = f'; did you mean {near[0]}?' if near and near[0] else ''
+      hint = f'; did you mean {near[0]}?' if near and near[0] else '.'
       raise InputError(f'{path}: {name} is no rule{hint} The rules are {", ".join(_FIELDS)[2:]}')
   (general,) = tables['']
   bought = general.get('bought')
@@ -422,8 +423,7 @@ def _checked(path: pathlib.Path, name: str, found: Mapping[str, Any]) -> list[di
       if value is None and is_needed:
         raise InputError(f'{where} needs the field {key}')
       if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
-        kind = 'text in quotes' if types == _TEXT else 'a number'
-        raise InputError(f'{where}: {key}={value!r} must be {kind}')
+        raise InputError(f'{where}: {key}={value!r} must be {_EXPECTED[types]}')
       if isinstance(value, float) and not np.isfinite(value):
         raise InputError(f'{where}: {key}={value!r} must be finite')
   return rows
