@@ -177,6 +177,16 @@ def test_a_failed_round_is_told_and_wrong_input_ends_the_loop(shop, tmp_path, mo
   monkeypatch.setattr(time, 'sleep', stop_at('retry'))
   done = run_here(update.main, flags)
   assert (done.returncode, done.stderr.splitlines()[2]) == (0, '  it is tried again in 60 s')
+  assert done.stderr.startswith('round 1 failed: exit code 1, an error that')
+  # What a killed command printed last does not say that it was killed.
+  killed = tmp_path / 'killed'
+  killed.write_text('#!/bin/sh\necho "step 10 of 20"\nkill -9 $$\n')
+  killed.chmod(0o755)
+  monkeypatch.setattr(sys, 'executable', str(killed))
+  done = run_here(update.main, flags)
+  assert done.stderr.startswith(
+    'round 1 failed: exit code 137, killed: the machine is out of memory or goes down\n'
+  )
 
 
 @pytest.mark.parametrize(

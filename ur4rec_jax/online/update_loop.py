@@ -27,6 +27,7 @@ from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info
 from ur4rec_jax.errors import EXIT_CODES, InputError, StorageError, counted, printable, say
 from ur4rec_jax.online import tables
+from ur4rec_jax.online.events import Event
 from ur4rec_jax.online.feedback_store import FeedbackStore, open_store
 from ur4rec_jax.runs import processes
 
@@ -102,7 +103,7 @@ class _Failed(Exception):
   Attributes:
     code: its exit code.
     command: the command line that repeats it.
-    reason: the last line that it printed.
+    reason: why, in one line.
   """
 
   def __init__(self, code: int, command: str, reason: str):
@@ -258,7 +259,7 @@ class _Loop:
     record = json.loads((folder / _ROUND).read_text())
     return record['written'], record['count']
 
-  def _row(self, event: Any) -> list[str] | None:
+  def _row(self, event: Event) -> list[str] | None:
     """Returns an event as a row of the log; None if its kind does not count."""
     if event.kind not in self._watch.kinds:
       return None
@@ -299,9 +300,9 @@ class _Loop:
     path, words = self._folder() / _OUTPUT, [module, *flags]
     command = printable(f'python -m {shlex.join(words)}')
     with path.open('a', encoding='utf-8') as file:
-      start = file.tell()
       file.write(f'$ {command}\n')
       file.flush()
+      start = file.tell()
       # A group of its own, so that Ctrl-C in a terminal reaches it once, through this process.
       process = subprocess.Popen(
         [sys.executable, '-m', *words], stdout=file, stderr=subprocess.STDOUT, process_group=0
@@ -318,7 +319,7 @@ class _Loop:
     if code in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP):
       raise _Stopped
     if code:
-      raise _Failed(code, command, printable(output.splitlines()[-1]))
+      raise _Failed(code, command, _reason(code, output))
     return output
 
   def _finish(self, state: _State, text: str) -> None:
@@ -341,6 +342,15 @@ class _Loop:
       number = int(folder.name) if folder.name.isdecimal() else self._state.round
       if number <= self._state.round - _KEPT_ROUNDS and folder.name not in used:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reason(code: int, output: str) -> str:
+  """Returns the last line of a failed command; the meaning of its exit code if it was killed."""
+  lines = output.splitlines()
+  if lines and code < 128:  # What a killed command said last is not why it failed.
+    return printable(lines[-1])
+  known = EXIT_CODES.get(code)
+  return f'exit code {code}' + (f', {known.meaning}: {known.faults}' if known else '')
 
 
 def _read_state(watch: Watch) -> _State:
