@@ -387,7 +387,8 @@ class TrainedRecommender(Recommender):
       return self._ask_with_preference_as_item(query, preference)
     features = load_features(self.config.data_dir, 'user', TEXT, self.dataset.split_hash)
     count = len(query.histories)
-    tokens, mask = (np.repeat(x[None], count, axis=0) for x in _encode(features, preference))
+    encoded = encode_like(features.folder, features.info, preference)
+    tokens, mask = (np.repeat(x[None], count, axis=0) for x in encoded)
     preferences = {**(query.preferences or {}), TEXT: (tokens, mask)}
     return super().ask(dataclasses.replace(query, preferences=preferences))
 
@@ -412,7 +413,8 @@ class TrainedRecommender(Recommender):
         'preference: this model reads no texts, so it cannot use words; train a variant that reads'
         ' texts, e.g. --config=default:text, or give a history'
       )
-    tokens, mask = _encode(self.dataset.features[TEXT], preference)
+    texts = self.dataset.features[TEXT]
+    tokens, mask = encode_like(texts.folder, texts.info, preference)
     tables = {
       name: TokenTable(np.zeros((1, 1, features.shape[2]), np.float32), np.zeros((1, 1), bool))
       for name, features in self.dataset.features.items()
@@ -554,7 +556,3 @@ class TrainedRecommender(Recommender):
       for row, parts in enumerate(item_texts(self.config.data_dir, 'item', tokens)):
         texts[row] = parts[1:]  # The first one is the whole text.
     return distinctive(texts, self.titles)
-
-
-def _encode(features: Features, text: str) -> tuple[np.ndarray, np.ndarray]:
-  return encode_like(features.folder, features.info, text)

@@ -408,10 +408,10 @@ class Service:
 
   def _version_of(self, item: str) -> tuple[int, str]:
     """Returns the index of an item and the version of its picture, '' without one."""
-    numbers, _ = self._recommender.lookup([item])
-    if self._model.thumbnails is None or not numbers.size:
+    number = self._recommender.number_of(item)
+    if self._model.thumbnails is None or not number:
       return -1, ''
-    index = int(numbers[0]) - 1  # Item numbers begin at 1.
+    index = number - 1  # Item numbers begin at 1.
     return index, self._model.thumbnails.version(index)
 
   def _picture_of(self, item: str) -> dict[str, str]:
