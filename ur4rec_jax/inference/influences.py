@@ -25,7 +25,11 @@ def reference(num_items: int, is_whole: bool) -> np.ndarray:
 
 
 def leave_one_out(
-  query: CheckedQuery, items: np.ndarray, compared: np.ndarray, num_items: int
+  query: CheckedQuery,
+  items: np.ndarray,
+  compared: np.ndarray,
+  num_items: int,
+  most: int | None = None,
 ) -> CheckedQuery:
   """Returns the query of the whole history, then of the history without each of its items.
 
@@ -34,9 +38,11 @@ def leave_one_out(
     items: numbers of the items whose scores are wanted.
     compared: from `reference`.
     num_items: size of the catalogue.
+    most: how many items are left out in turn, the latest ones; None for all.
   """
   (history,) = query.histories
-  histories = [history, *(np.delete(history, i) for i in range(len(history)))]
+  first = 0 if most is None else max(len(history) - most, 0)
+  histories = [history, *(np.delete(history, i) for i in range(first, len(history)))]
   count = len(histories)
   chosen = np.union1d(items, compared)
   allowed = np.zeros(num_items + 1, bool)
@@ -66,7 +72,7 @@ def influences(
     compared: from `reference`.
 
   Returns:
-    `[history, items]` float32: how much the score of an item, above the mean of the compared ones,
+    `[left out, items]` float32: how much the score of an item, above the mean of the compared ones,
     falls without that item of the history.
   """
   chosen = np.union1d(items, compared)

@@ -14,7 +14,7 @@ from ur4rec_jax.service.batcher import Job
 if TYPE_CHECKING:
   from ur4rec_jax.service.http_app import Model
 
-MOST_LEFT_OUT = 50  # Items of a history that are left out one by one to explain a recommendation.
+MOST_LEFT_OUT = 50  # The latest items of a history, which are left out one by one to explain.
 
 
 async def add_reasons(
@@ -29,9 +29,8 @@ async def add_reasons(
     told: numbers of the items of the history that may be named; None for all.
   """
   recommender, passages = model.recommender, model.passages
-  history = job.query.histories[0][-min(recommender.max_length, MOST_LEFT_OUT) :]
   numbers = np.array([recommender.number_of(row['item']) for row in rows], np.int32)
-  found = await _influences(model, job, history, numbers)
+  history, found = await _influences(model, job, numbers)
   if told is not None:
     found[[item not in told for item in history.tolist()]] = 0
   for row, number, column in zip(rows, numbers, found.T, strict=True):
@@ -45,19 +44,25 @@ async def add_reasons(
 
 
 async def _influences(
-  model: 'Model', job: Job, history: np.ndarray, numbers: np.ndarray
-) -> np.ndarray:
-  """Returns `[history, items]`: how much an item's score falls without an item of the history."""
+  model: 'Model', job: Job, numbers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Measures how much the scores of items fall without each of the latest items of the history.
+
+  Returns:
+    `[left out]` these items of the history, and `[left out, items]` the influences.
+  """
   recommender, batcher = model.recommender, model.batcher
   num_items = len(recommender.item_ids)
   compared = influences.reference(num_items, recommender.compares_ranks)
+  history = job.query.histories[0][-recommender.max_length :]
   whole = dataclasses.replace(job.query, histories=[history])
-  query = influences.leave_one_out(whole, numbers, compared, num_items)
+  query = influences.leave_one_out(whole, numbers, compared, num_items, MOST_LEFT_OUT)
+  left_out = history[-MOST_LEFT_OUT:]
   if not len(numbers) or query.k > batcher.most_k:  # More would need another program.
-    return np.zeros((len(history), len(numbers)))
+    return left_out, np.zeros((len(left_out), len(numbers)))
   only = 'why', np.flatnonzero(query.allowed).tobytes()
   jobs = [Job(query.select(np.array([i])), only, job.client) for i in range(len(query.histories))]
   answers = await asyncio.gather(*map(batcher.answer, jobs))
   ids = np.array([[*map(recommender.number_of, x.items[0])] for x in answers], np.int32)
   scores = np.array([x.scores[0] for x in answers])
-  return influences.influences(ids, scores, numbers, compared)
+  return left_out, influences.influences(ids, scores, numbers, compared)

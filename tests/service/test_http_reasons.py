@@ -1,0 +1,36 @@
+"""The reasons that the service gives are those of the whole history."""
+
+import asyncio
+
+import pytest
+
+from tests.helpers.recommenders import make
+from ur4rec_jax.inference import reasons
+from ur4rec_jax.inference.query import Query
+from ur4rec_jax.service import http_reasons
+from ur4rec_jax.service.batcher import Batcher, Job
+from ur4rec_jax.service.http_app import Model
+
+
+def test_items_that_are_not_left_out_still_belong_to_the_history(shop, monkeypatch):
+  recommender = make(shop, 'sasrec')[0]
+  history, most = recommender.item_ids[:12], 4
+  monkeypatch.setattr(http_reasons, 'MOST_LEFT_OUT', most)
+  batcher = Batcher(recommender, most_jobs=4, wait_seconds=0)
+  query = recommender.check(Query([history], 5))
+  rows = recommender.recommendations(recommender.ask(Query([history], 5)))
+
+  async def explain():
+    running = asyncio.create_task(batcher.run())
+    await http_reasons.add_reasons(Model(recommender, batcher), Job(query, None), rows, None)
+    running.cancel()
+
+  asyncio.run(explain())
+  expected = recommender.influences(history, [row['item'] for row in rows])[-most:]
+  numbers = recommender.lookup(history[-most:])[0]
+  for row, column in zip(rows, expected.T, strict=True):
+    named = reasons.because(column, numbers, recommender.item_ids, recommender.titles)
+    assert [found['item'] for found in row['because']] == [found['item'] for found in named]
+    for found, known in zip(row['because'], named, strict=True):
+      assert found['influence'] == pytest.approx(known['influence'], abs=1e-5)
+  assert any(row['because'] for row in rows)
