@@ -1,6 +1,7 @@
 """The Live tab of the page, in a real browser: act as a user, and see what changes."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -81,6 +82,10 @@ def test_a_newcomer_clicks_and_both_lists_change(browser, live, shop, width):
   assert all(after[name] != before[name] for name in before)
   assert page.locator('#live-history li').first.text_content().startswith('buy')
   assert page.locator('.mine').count() == 1
+  # Screen readers are told what moved, too.
+  labels = page.locator('#live-lists .move').evaluate_all('x => x.map(y => y.ariaLabel)')
+  assert labels
+  assert all(re.fullmatch(r'(up|down) \d+|not in the list before', label) for label in labels)
   assert page.evaluate('document.documentElement.scrollWidth') <= width
   page.get_by_role('tab', name='Try').click()
   assert page.locator('#live').is_hidden()
@@ -137,6 +142,16 @@ def test_the_history_is_that_of_the_user_who_was_chosen_last(browser, live, shop
   page.wait_for_timeout(300)
   assert page.evaluate(is_shown, [shown, names])
   assert page.input_value(field) == second
+  page.close()
+
+
+def test_a_search_that_fails_is_told_in_the_open_tab(browser, live):
+  page = browser.new_page()
+  page.goto(live[0])
+  page.get_by_role('tab', name='Live').click()
+  page.route('**/items*', lambda route: route.fulfill(status=422, json={'detail': 'too long'}))
+  page.get_by_label('Click on a title that you look for').fill('a')
+  page.locator('#live-status', has_text='too long').wait_for()
   page.close()
 
 
