@@ -128,7 +128,7 @@ class RedisStore:
     return [_OUTCOMES[int(code)] for code in found[: len(events)]]
 
   def history(self, user: str, kinds: Sequence[str], most: int) -> History:
-    rows: list[tuple[str, float]] = []
+    rows: dict[str, tuple[str, float]] = {}  # By id: a new event moves others to the next read.
     start = 0
     with self._errors():
       is_deleted = self._redis.hexists(_DELETED, user_hash(user))
@@ -137,13 +137,13 @@ class RedisStore:
         ids = self._redis.zrevrange(_ORDER + user, start, end - 1)
         if not ids:
           break
-        for content in self._redis.hmget(_EVENTS + user, ids):
+        for name, content in zip(ids, self._redis.hmget(_EVENTS + user, ids), strict=True):
           item, kind, time, *_ = json.loads(content) if content else ('', '', 0)
           if kind in kinds:
-            rows.append((item, time))
+            rows[name] = item, time
         start += len(ids)
-    rows = rows[:most][::-1]
-    return History([item for item, _ in rows], [time for _, time in rows], bool(is_deleted))
+    found = [*rows.values()][:most][::-1]
+    return History([item for item, _ in found], [time for _, time in found], bool(is_deleted))
 
   def exposure(self, request_id: str) -> Exposure | None:
     with self._errors():
