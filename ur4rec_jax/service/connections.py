@@ -31,7 +31,7 @@ class Connections:
   """The open connections by client.
 
   If a client has too many, its oldest one that waits for a request gives way to the new one. If
-  there are too many in all, that of the client with the most connections does.
+  there are too many in all, one of the client with the most connections does, or of any other.
   """
 
   def __init__(self, most: int, most_of_client: int):
@@ -53,8 +53,8 @@ class Connections:
     if len(of_client) >= self._most_of_client:
       has_room = self._make_room(of_client)
     elif self._count >= self._most:
-      by_size = sorted(self._by_client.values(), key=len, reverse=True)
-      has_room = any(map(self._make_room, by_size))
+      by_client = self._by_client.values()
+      has_room = self._make_room(max(by_client, key=len)) or any(map(self._make_room, by_client))
     if has_room:
       # Making room may have removed the last connection of this client, and its dict with it.
       self._by_client.setdefault(client, {})[connection] = None
