@@ -471,7 +471,11 @@ def _flags() -> Parser:
   )
   add('--data_dir', help='folder to create')
   add('--min_rating', type=float, help='drop interactions with a lower rating')
-  add('--k_core', type=int, help='drop users and items with fewer interactions, until none is left')
+  add(
+    '--k_core',
+    type=int,
+    help='drop users and items with fewer interactions, repeatedly until all have as many',
+  )
   add('--min_length', type=int, help='drop users with a shorter history')
   add(
     '--drop_duplicates',

@@ -59,7 +59,12 @@ def main(argv: list[str] | None = None) -> None:
   add = parser.add_argument
   add('--data_dir', required=True, help='folder that data_prep.build_dataset wrote')
   add('--split', default='leave_one_out', help='leave_one_out or time')
-  add('--seen_items', default='leave_out', choices=('leave_out', 'keep'), help='as in the config')
+  add(
+    '--seen_items',
+    default='leave_out',
+    choices=('leave_out', 'keep'),
+    help='items that a user had before: leave them out of the ranking, or keep them',
+  )
   add('--seed', type=int, default=0, help='seed of the random order and of ALS and BPR-MF')
   add(
     '--models',

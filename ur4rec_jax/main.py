@@ -47,8 +47,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 flags.FLAGS['config'].parser = _ConfigParser()
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where the run is kept; resumed if it was started.')
-_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
-_SEEDS = flags.DEFINE_list('seeds', [], 'Trains once with each, in WORKDIR/seedN, to one table.')
+_MODE = flags.DEFINE_enum(
+  'mode', 'train', ['train', 'evaluate'], 'Train, or evaluate a trained run again.'
+)
+_SEEDS = flags.DEFINE_list(
+  'seeds', [], 'Seeds such as 0,1,2: one run each, in WORKDIR/seedN, and a table of all.'
+)
 _SWEEP = flags.DEFINE_string(
   'sweep', None, 'FILE.py:FUNCTION that lists variants of the config; FUNCTION may be left out.'
 )
@@ -59,7 +63,9 @@ _TRIALS = flags.DEFINE_integer(
   'trials', 20, 'Trials of --search, those of earlier starts included.'
 )
 _INIT_FROM = flags.DEFINE_string(
-  'init_from', None, 'Workdir of a run whose parameters this one starts with: config.init.run.'
+  'init_from',
+  None,
+  'Workdir of a run whose parameters this one starts with; it sets config.init.run.',
 )
 _HELP = flags.DEFINE_bool('help', False, 'Shows this.', short_name='h')
 

@@ -460,7 +460,7 @@ def _flags() -> argparse.ArgumentParser:
   add('--minutes', type=float, default=5, help='how long all of it may take, serving not counted')
   for name in _BUILD_FLAGS:
     how = {'action': 'store_true', 'default': None} if name == 'drop_duplicates' else {}
-    add(f'--{name}', help='not guessed; see python -m data_prep.build_dataset --help', **how)
+    add(f'--{name}', help='instead of a guess; see python -m data_prep.build_dataset --help', **how)
   add('--text_encoder', help=f'a pretrained model, or the built-in {HASHING}')
   add('--image_encoder', help=f'a pretrained model, or the built-in {COLOR}')
   add('--port', type=int, default=8000, help='port of the page')
