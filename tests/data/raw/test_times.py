@@ -95,6 +95,17 @@ def test_dates_of_a_spreadsheet_are_told(values):
   assert times.plain_unit(0, 45443) == 1
 
 
+@pytest.mark.parametrize('values', [[511, 1112], ['0511', '1112'], [2.5, 1112.25]])
+def test_numbers_that_are_too_small_for_unix_times_are_told(values):
+  assert 'is above 1112' in (hint := parse(values).hint)
+  assert 'which as unix time is in 1970' in hint
+  assert times.plain_unit(511, 1112) is None
+  # Positions, old dates and unix times raise no question.
+  for more in ([1, 2, 3], [0, 1112], ['1970-01-01 00:10:00'], [10**8, 10**9]):
+    assert parse(more).hint is None
+  assert (times.plain_unit(1, 1112), times.plain_unit(10**8, 10**9)) == (1, 1)
+
+
 def test_more_than_nine_digits_are_cut():
   found = parse(['2023-11-14T23:20:40.1234567899999Z'])
   assert found.ticks.tolist() == [1_700_004_040_123_456_789]

@@ -1,5 +1,7 @@
 """Converts a column of times in any usual form to whole ticks."""
 
+import datetime
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,8 +30,10 @@ _SPELLINGS = (
 )
 _NANOSECONDS = r'\.\d{7,9}(\D|$)'
 _FORMS = 'unix seconds, unix milliseconds, or ISO 8601 like 2024-05-31 or 2024-05-31T18:20:00Z'
+_WAY_OUT = 'fill it in, remove the row, or leave such rows out with --where'
 _FEW, _MANY = 10, 10_000  # Fewer different times may be round by chance; more rows are not needed.
 _FIRST_DATE, _LAST_DATE = 19_000_101, 21_001_231
+_FIRST_UNIX = 10**8  # Seconds until March 1973; smaller numbers hardly are unix times.
 _SERIALS = (32_874, 54_788)  # Days since 1899-12-30, as spreadsheets count: years 1990 to 2049.
 
 Where = Callable[[int], str]
@@ -65,7 +69,7 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> Times:
     column = column.cast(column.type.value_type)
   if column.null_count:
     row = first_true(pc.is_null(column))
-    raise InputError(f'{where(row)}: {name} is empty; fill it in or remove the row')
+    raise InputError(f'{where(row)}: {name} is empty; {_WAY_OUT}')
   if pa.types.is_timestamp(column.type):
     ticks = {'s': 1, 'ms': 10**3, 'us': 10**6, 'ns': 10**9}[column.type.unit]
     return Times(column.cast(pa.int64()).to_numpy(), ticks)
@@ -81,7 +85,18 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> Times:
     times = _text(column, name, where)
   else:
     raise InputError(f'{where(0)}: {name} is of type {column.type}; times are {_FORMS}')
-  return Times(*times, _hint_about_serials(*times, name) or _hint_about_precision(*times, name))
+  hint = _hint_about_serials(*times, name) or _hint_about_precision(*times, name)
+  is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+  if is_number or re.match(f'{_NUMBER}|{_DECIMAL}', column[0].as_py()):
+    hint = hint or _hint_about_size(*times, name)
+  return Times(*times, hint)
+
+
+def is_date(value: object) -> bool:
+  """Whether a value is a date or a datetime, as text in ISO 8601 or by its type."""
+  return isinstance(value, datetime.date) or (
+    isinstance(value, str) and bool(re.match(_DATE, value.strip()))
+  )
 
 
 def plain_unit(smallest: int, largest: int) -> int | None:
@@ -98,8 +113,8 @@ def plain_unit(smallest: int, largest: int) -> int | None:
   may_be_dates = any(
     smallest // after <= _LAST_DATE and largest // after >= _FIRST_DATE for after in _AFTER_DAY
   )
-  may_be_serials = _SERIALS[0] <= smallest and largest <= _SERIALS[1]
-  if units[0] != units[1] or may_be_dates or may_be_serials:
+  are_small = smallest > 1 and largest < _FIRST_UNIX
+  if units[0] != units[1] or may_be_dates or are_small:
     return None
   return _UNITS[units[0]][0]
 
@@ -147,6 +162,19 @@ def _hint_about_serials(ticks: np.ndarray, ticks_per_second: int, name: str) -> 
     f'all values of {name} are numbers such as {number:.12g}, which as unix time is in 1970, and as'
     f' a date of a spreadsheet is {day}; if it is that, the order is right, but the dates are not:'
     ' format the column as YYYY-MM-DD hh:mm:ss and export it again'
+  )
+
+
+def _hint_about_size(ticks: np.ndarray, ticks_per_second: int, name: str) -> str | None:
+  """Tells whether the numbers are too small for unix times, and do not count from 0 or 1."""
+  last = int(ticks.max())
+  if ticks.min() <= ticks_per_second or last >= _FIRST_UNIX * ticks_per_second:
+    return None
+  return (
+    f'no value of {name} is above {last / ticks_per_second:.12g}, which as unix time is in'
+    f' {np.datetime64(last // ticks_per_second, "s").astype("datetime64[Y]")}; if the numbers are'
+    ' something else, such as days or seconds since a start, or a month and a day, the dates are'
+    ' wrong: choose another column, or write the times as YYYY-MM-DD hh:mm:ss'
   )
 
 
@@ -212,7 +240,7 @@ def _is_time(value: pa.Scalar, kind: pa.DataType) -> bool:
 def _unlike(column: pa.ChunkedArray, row: int, name: str, where: Where) -> InputError:
   value = column[row].as_py()
   if not value.strip():
-    return InputError(f'{where(row)}: {name} is empty; fill it in or remove the row')
+    return InputError(f'{where(row)}: {name} is empty; {_WAY_OUT}')
   also = f', unlike {column[0].as_py()!r} in {where(0)}' if row else ''
   return InputError(
     f'{where(row)}: {name} is {value!r}{also}; write all times of the column as one of {_FORMS}'
