@@ -50,6 +50,19 @@ def test_every_id_goes_through_a_file_and_back_as_it_is(tmp_path_factory, users,
     assert ids.clean(once.drop_null(), ids.CLEANINGS).to_pylist() == once.drop_null().to_pylist()
 
 
+@pytest.mark.parametrize('names', [['N1 N2', 'N3 N1 N2', 'N3'], ['[1, 2]', '[3, 1]', '[2]']])
+def test_items_that_look_like_lists_are_told(tmp_path, names):
+  path = tmp_path / 'rows.tsv'
+  path.write_text('user\titem\n' + ''.join(f'{i} 2\t{name}\n' for i, name in enumerate(names)))
+  data, _ = build_dataset.build('interactions', tmp_path / 'data', path)
+  assert any(
+    f'items that look like lists (2 such as {names[0]!r}), each of which counts' in note
+    for note in data['notes']
+  )
+  titles = table(user=[1, 2, 2], item=['Pan 24 cm', 'Pan 28', 'Kettle 2'])
+  assert not interactions.from_table(titles).hints
+
+
 @pytest.mark.parametrize('name', ['4.00638E+12', '4,00638E+12', '1e+16', '1.2345678901234568e+16'])
 def test_ids_that_a_spreadsheet_rounded_are_told(tmp_path, name):
   path = tmp_path / 'rows.csv'

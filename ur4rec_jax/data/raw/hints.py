@@ -34,6 +34,11 @@ def hints_about_ids(found: Mapping[str, ids.Ids], cleanings: Collection[str]) ->
       f'ids that look like rounded numbers ({shown_ids}): several ids may have become one; export'
       ' them again as text, and not through a spreadsheet'
     )
+  if shown_ids := found['item'].found.get(ids.LISTS):
+    hints.append(
+      f'items that look like lists ({shown_ids}), each of which counts as one item; if they are'
+      ' lists, write a row for each of their entries'
+    )
   return hints
 
 

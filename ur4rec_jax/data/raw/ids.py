@@ -13,11 +13,13 @@ from ur4rec_jax.errors import InputError
 # Values of --clean_ids. Each one undoes one kind of damage.
 BLANKS, DECIMALS, MISSING, EMPTY = CLEANINGS = ('blanks', 'decimals', 'missing', 'empty')
 ALL = 'all'
-ROUNDED = 'rounded'  # Another damage, which nothing undoes.
+ROUNDED, LISTS = 'rounded', 'lists'  # Other damages, which nothing undoes.
 # What programs write for a value that they do not have, in lower case.
 _NO_ID = r'^(null|nan|none|nil|nat|n/a|na|#n/a|<na>|\(null\)|undefined|\\n)$'
 _DECIMAL = r'^([+-]?\d+)\.0+$'
 _EXPONENT = r'^[+-]?\d([.,]\d*)?[eE]\+\d+$'  # Spreadsheets write 4006381333931 as 4.00638E+12.
+# Several codes in one field, such as [12, 7] or N55189 N42782.
+_LIST = r'^[\[("]*[^\s,;|]*\d[^\s,;|]*([\s,;|]+[^\s,;|]*\d[^\s,;|]*)+$'
 _NULL = pa.nulls(1, pa.string())[0]  # `pa.scalar(None)` would import pandas.
 _CONTROL = r'[\x00-\x1f\x7f]'
 
@@ -31,8 +33,8 @@ class Ids(NamedTuple):
     ids: `[rows]` dictionary-encoded, null where there is no id; no entry of the dictionary is
       double.
     is_missing: `[rows]` bool, rows without an id.
-    found: what the ids look like before they are cleaned: for each of `CLEANINGS` and `ROUNDED`, in
-      words.
+    found: what the ids look like before they are cleaned: for each of `CLEANINGS`, `ROUNDED` and
+      `LISTS`, in words.
   """
 
   ids: pa.DictionaryArray
@@ -241,4 +243,7 @@ def _describe(names: pa.Array, counts: np.ndarray) -> dict[str, str]:
     found[MISSING] = f'{example(at)} in {int(counts[at].sum()):,} rows'
   if (at := select(pc.match_substring_regex(trimmed, _EXPONENT))).size:
     found[ROUNDED] = f'{example(at)} in {int(counts[at].sum()):,} rows'
+  at = select(pc.match_substring_regex(trimmed, _LIST))
+  if 2 * at.size > np.count_nonzero(counts):
+    found[LISTS] = f'{at.size:,} such as {example(at)}'
   return found
