@@ -16,11 +16,14 @@ from ur4rec_jax.data import flat_arrays, splits
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.raw.interactions import Layout, complete
 from ur4rec_jax.data.raw.records import Item, Raw
+from ur4rec_jax.data.raw.texts import shown
 from ur4rec_jax.errors import InputError
 
 # Where --time_split says nothing: 80 % of the interactions train, 10 % validate, 10 % test.
 _TIME_SPLIT = '0.8,0.9'
 _BUCKET_BITS = 16
+# One of so many users hardly has so large a share of the interactions.
+_MANY_USERS, _LARGE_SHARE = 20, 0.2
 
 
 class Options(NamedTuple):
@@ -185,7 +188,7 @@ def _prepare(raw: Raw, stored: _Stored, options: Options, resources: engine.Reso
     dropped['items']['never_interacted'] = idle
   if 'time' not in has:
     found['time'] = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-  table, notes = raw.table or {}, raw.notes
+  table, notes = raw.table or {}, (*raw.notes, *_notes_on_users(user_names, lengths, kept_users))
   if raw.read_items is not None:
     table, more = raw.read_items(names)
     notes += tuple(more)
@@ -214,6 +217,24 @@ def _prepare(raw: Raw, stored: _Stored, options: Options, resources: engine.Reso
       **{reason: [user_names[u] for u in lost] for reason, lost in ledger.dropped_users.items()},
     },
   )
+
+
+def _notes_on_users(names: Sequence[str], lengths: np.ndarray, kept: np.ndarray) -> list[str]:
+  """Tells whether one user has so many rows that the id may stand for all who have none.
+
+  Args:
+    names: original ids of all users.
+    lengths: `[kept users]` interactions of each.
+    kept: `[kept users]` their indices in `names`.
+  """
+  at = int(np.argmax(lengths))
+  share = lengths[at] / lengths.sum()
+  if len(lengths) < _MANY_USERS or share < _LARGE_SHARE:
+    return []
+  return [
+    f'user {shown(names[kept[at]])} has {share:.0%} of the interactions; if the id stands for all'
+    ' guests, leave its rows out with --where'
+  ]
 
 
 def _filter(

@@ -96,6 +96,15 @@ def test_what_falls_out_adds_up():
   assert data.ratings.min() >= 2
 
 
+def test_a_user_who_may_be_all_guests_is_told():
+  rows = [(f'u{i}', f'i{i % 5}', i, 1) for i in range(20)]
+  guests = [('0', f'i{i % 5}', i, 1) for i in range(10)]
+  note = "user '0' has 33% of the interactions; if the id stands for all guests, leave"
+  assert prepare.prepare(make_raw([*rows, *guests])).notes[-1].startswith(note)
+  assert not prepare.prepare(make_raw([*rows, *guests[:3]])).notes
+  assert not prepare.prepare(make_raw([*rows[:10], *guests])).notes
+
+
 def test_catalogue_holds_only_items_with_interactions():
   table = {name: Item(title=f'T{name}') for name in ('1', '2', '3', '4')}
   rows = [(1, 1, 0, 5), (1, 3, 1, 5), (2, 3, 2, 5), (2, 4, 3, 1)]
