@@ -23,7 +23,18 @@ ITEMS = {
   'genres': 'genre genres category categories',
   'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
 }
-# Names such as ordered_at or purchase_date, which count as times if no usual name is there.
+# Names that count only if no usual name is there.
+_ITEM_CODES = (
+  'stockcode itemcode productcode articlecode articlenumber productsku itemsku lineitemsku isbn ean'
+  ' gtin venue venueid poi poiid video videoid news newsid game gameid artist artistid listingid'
+)
+_RARER = {
+  'user': 'customeruserid userpseudoid anonymousid domainuserid distinctid useremail customeremail'
+  ' emailaddress email',
+  'item': _ITEM_CODES,
+  'item_id': _ITEM_CODES,
+}
+# Names such as ordered_at or purchase_date, which are to times what those are to ids.
 _LIKE_CREATED = re.compile(
   '(added|booked|bought|checkedout|click|clicked|created|downloaded|interacted|interaction|invoice'
   '|invoiced|listen|listened|occurred|order|ordered|paid|payment|placed|played|posted|purchase'
@@ -43,7 +54,7 @@ def find(role: str, columns: Iterable[str]) -> list[str]:
   found = [name for name in columns if plain(name) in usual]
   if role == 'time' and not found:
     found = [name for name in columns if _LIKE_CREATED.fullmatch(plain(name))]
-  return found
+  return found or [name for name in columns if plain(name) in _RARER.get(role, '').split()]
 
 
 def plain(name: str) -> str:

@@ -1,5 +1,8 @@
 import gzip
 import json
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -219,6 +222,89 @@ def test_columns_by_flag_and_ambiguous_ones(write):
   assert events(read(path, time_column='valid_from_date'))[1] == ('b', 'y', 2, None)
   path = write('user,item,date,time\na,x,1,1\n')
   assert '--time_column=date, or --time_column=none' in fault(path)
+
+
+def test_rarer_names_count_where_no_usual_one_is_there(write):
+  path = write('Email,Lineitem sku,Created at,Name\na@b.example,007,2024-01-31,#1\n')
+  assert events(read(path)) == [('a@b.example', '007', 1706659200, None)]
+  path = write('email,user_id,isbn,item\na@b.example,a,9,x\n')
+  assert events(read(path)) == [('a', 'x', None, None)]
+  assert 'isbn and video_id may each be the item' in fault(write('user,isbn,video_id\na,x,y\n'))
+
+
+def test_a_date_under_another_name_is_told(write, tmp_path):
+  path = write('t_dat,user,item,born,price\n2018-09-20,a,x,,1\n2018-09-21,a,y,1990-01-01,2\n')
+  (told,) = [note for note in read(path).notes if 'has dates' in note]
+  assert told == 't_dat has dates; if they are the times of the rows, pass --time_column=t_dat'
+  assert not [note for note in read(path, time_column='none').notes if 'has dates' in note]
+  typed = tmp_path / 'rows.parquet'
+  days = np.array(['2018-09-20', '2018-09-21'], 'datetime64[s]')
+  pq.write_table(
+    pa.table({'user': ['a', 'b'], 'item': ['x', 'y'], 't': days, 'z': [[1], []]}), typed
+  )
+  assert 't has dates' in ''.join(read(typed).notes)
+
+
+@pytest.mark.parametrize(
+  ('name', 'names', 'command'),
+  [
+    ('rows.csv', 'user,item,kind,time', "(printf 'user,item,...\\n'; cat "),
+    ('rows.tsv', 'user\titem\tkind\ttime', "(printf 'user\\titem\\t...\\n'; cat "),
+    ('rows.tsv.gz', 'user\titem\tkind\ttime', "(printf 'user\\titem\\t...\\n'; zcat "),
+  ],
+)
+def test_a_file_without_names_says_how_to_write_them(write, name, names, command):
+  rows = 'a,7,pv,1511544070\nb,8,pv,1511544071\n'.replace(',', '\t' if '.tsv' in name else ',')
+  pack = gzip.compress if name.endswith('.gz') else bytes
+  path = write(pack(rows.encode()), name)
+  message = fault(path)
+  assert 'that looks like a row: write a name for each of the 4 columns above it' in message
+  assert command in message
+  # One row is lost if its values are taken as names.
+  raw = read(path, user_column='a', item_column='7', time_column='1511544070')
+  assert any('that looks like a row' in note for note in raw.notes)
+  raw = read(write(pack(f'{names}\n{rows}'.encode()), name))
+  assert len(events(raw)) == 2
+  assert not any('looks like a row' in note for note in raw.notes)
+
+
+def test_a_folder_of_different_tables_names_the_one_of_interactions(write, tmp_path):
+  write('movieId,imdbId\n1,2\n', 'ml/links.csv')
+  write('movieId,title\n1,One\n', 'ml/movies.csv')
+  found = write('userId,movieId,rating,timestamp\n1,1,5,1000\n', 'ml/ratings.csv')
+  message = fault(tmp_path / 'ml')
+  assert '(links.csv, movies.csv, ratings.csv)' in message
+  assert f'give the one of interactions instead of the folder, such as {found}' in message
+  found.unlink()
+  assert 'no column is recognised as the user' in fault(tmp_path / 'ml')
+
+
+def test_a_zone_is_no_time_and_a_timestamp_tells_more_than_a_date(write):
+  path = write('user,item,timezoneOffset,utc_moment\na,x,-240,1\n')
+  assert read(path).timestamps is None
+  path = write('user,item,event_date,event_timestamp\na,x,20240201,1706745600123456\n')
+  assert 'say so: --time_column=event_timestamp, or' in fault(path)
+  path = write('user,item,time,date,timestamp\na,x,,20240201,1706745600.5\n')
+  assert 'say which: --time_column=timestamp, or' in fault(path)
+
+
+def test_json_lines_say_how_to_become_a_table(write, tmp_path, monkeypatch):
+  rows = [{'user_id': 'a', 'item_id': '007', 'stars': 5, 'date': '2024-01-31 10:00:00', 'tags': []}]
+  content = '\n'.join(json.dumps(row) for row in rows)
+  for name in ("it's.json", 'more.jsonl.gz'):
+    path = write(gzip.compress(content.encode()) if name.endswith('.gz') else content, name)
+    command = shlex.split(fault(path).partition('JSON lines with ')[2])
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    table = tmp_path / f'{name.partition(".")[0]}.parquet'
+    assert events(read(table)) == [('a', '007', 1706695200, 5)]
+
+
+def test_an_empty_time_names_the_way_to_leave_its_row_out(write):
+  path = write('user,item,timestamp\na,x,\nb,y,1000\n')
+  assert 'line 2: timestamp is empty; ' in (message := fault(path))
+  assert '--where' in message
+  assert events(read(path, where='timestamp > 0')) == [('b', 'y', 1000, None)]
 
 
 HEADER = 'user,item,time,rating\na,x,1000,1\n'

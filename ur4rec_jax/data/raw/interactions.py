@@ -4,8 +4,9 @@
     --data_dir=data/shop
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,12 +155,57 @@ def open_files(files: Sequence[Path], options: Mapping[str, Any]) -> Layout:
     for path in parts
   ]
   names = _with_folders(opened[0], options)
-  columns = choose_columns(str(parts[0]), names, options, opened[0].delimiter)
+  try:
+    columns = choose_columns(str(parts[0]), names, options, opened[0].delimiter)
+  except InputError as error:
+    check_one_table(opened, options, error)
+    raise
   all_names = [(*file.columns, *file.folders) for file in opened]
   selection = Selection(str(parts[0]), columns, all_names, options)
   notes += [note for file in opened for note in file.notes]
+  if opened[0].delimiter and tables.looks_like_a_row(columns.values()):
+    way_out = tables.way_to_names(parts[0], len(opened[0].columns), opened[0].delimiter)
+    notes.append(f'the first line gives the names of the columns; {way_out}')
+  if 'time' not in columns and options['time_column'] is None:
+    notes += [
+      f'{name} has dates; if they are the times of the rows, pass --time_column={name}'
+      for name in _columns_of_dates(opened[0], columns.values())
+    ]
   path = str(files[0] if len(files) == 1 else files[0].parent)
   return Layout(path, tuple(opened), columns, selection, tuple(notes))
+
+
+def check_one_table(
+  opened: Sequence[tables.File], given: Mapping[str, Any], error: InputError
+) -> None:
+  """Raises a better error for a folder whose files are different tables, not parts of one.
+
+  Args:
+    opened: the files.
+    given: flags of the source.
+    error: why the columns of the first file cannot be used.
+  """
+  if len({file.columns for file in opened}) == 1:
+    return
+  fit, options = [], {**PARAMETERS, **given}
+  for file in opened:
+    with contextlib.suppress(InputError):
+      choose_columns('', _with_folders(file, options), options, file.delimiter)
+      fit.append(str(file.path))
+  more = f', such as {fit[0]}' if fit else f' (of the first one: {error})'
+  raise InputError(
+    f'{opened[0].path.parent}: its files have different columns'
+    f' ({listed([file.path.name for file in opened])}); give the one of interactions instead of the'
+    f' folder{more}'
+  ) from error
+
+
+def _columns_of_dates(file: tables.File, used: Collection[str]) -> list[str]:
+  """Returns the columns without a role whose first values are dates."""
+  free = [name for name in file.columns if file.columns.count(name) == 1 and name not in used]
+  return [
+    name for name, values in tables.start(file, free).items() if all(map(times.is_date, values))
+  ]
 
 
 def with_rows(files: Sequence[Path]) -> list[Path]:
@@ -308,34 +354,41 @@ def choose_columns(
     if len(found) > 1:
       way_out = f', or {flag}={NONE}' if role in OPTIONAL else ''
       raise InputError(
-        f'{path}: {" and ".join(found)} may each be the {role}; say which: {flag}={found[0]}'
+        f'{path}: {" and ".join(found)} may each be the {role}; say which: {flag}={_finest(found)}'
         f'{way_out}'
       )
     if found:
       chosen[role] = found[0]
-    elif role == 'time' and (near := [name for name in names if _is_like_time(name)]):
+    elif role == 'time' and (near := [name for name in names if is_like_time(name)]):
       raise InputError(
-        f'{path}: {" and ".join(near)} may be the time; say so: {flag}={near[0]}, or {flag}={NONE}'
-        ' if rows are in order of time'
+        f'{path}: {" and ".join(near)} may be the time; say so: {flag}={_finest(near)}, or'
+        f' {flag}={NONE} if rows are in order of time'
       )
     elif role not in OPTIONAL:
-      hint = ''
-      if delimiter is not None and len(names) == 1:
-        hint = f'; is the delimiter another than {tables.DELIMITER_NAMES.get(delimiter, delimiter)}'
-        hint += '? pass --delimiter'
+      way_out = f'pass {flag}=NAME'
+      if delimiter is not None and tables.looks_like_a_row(names):
+        way_out = tables.way_to_names(path, len(names), delimiter)
+      elif delimiter is not None and len(names) == 1:
+        name = tables.DELIMITER_NAMES.get(delimiter, delimiter)
+        way_out += f'; is the delimiter another than {name}? pass --delimiter'
       raise InputError(
         f'{path}: no column is recognised as the {role} (the first line must name the columns; it'
-        f' says {own}); pass {flag}=NAME{hint}'
+        f' says {own}); {way_out}'
       )
   if len(set(chosen.values())) < len(chosen):
     raise InputError(f'{path}: one column is given two roles: {_shown(chosen)}')
   return chosen
 
 
-def _is_like_time(name: str) -> bool:
+def is_like_time(name: str) -> bool:
   """Whether a column may hold times, so that the order of the file is used only on request."""
-  words = r'time|date|stamp|[_ ]at$|^day$|datum|zeit$|fecha|tijd'
+  words = r'time(?!_?(zone|frame))|date|stamp|[_ ]at$|^day$|datum|zeit$|fecha|tijd'
   return bool(re.search(words, name, re.IGNORECASE))
+
+
+def _finest(names: Sequence[str]) -> str:
+  """Returns the name for an example: a timestamp tells more than a date."""
+  return next((name for name in names if 'stamp' in name.lower()), names[0])
 
 
 def _shown(columns: Mapping[str, str]) -> str:

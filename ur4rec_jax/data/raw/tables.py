@@ -10,6 +10,9 @@ import contextlib
 import csv
 import io
 import itertools
+import json
+import re
+import shlex
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +33,8 @@ from ur4rec_jax.errors import InputError
 DELIMITERS = {'.csv': ',', '.tsv': '\t', '.tab': '\t'}
 PARQUET = ('.parquet', '.pq')
 DELIMITER_NAMES = {'\t': 'tab', ' ': 'space'}
+_EXCEL, _JSON = ('.xlsx', '.xls'), ('.json', '.jsonl', '.ndjson')
+_VALUE = r'-?\d+(\.\d+)?$|\d{4}-\d{2}-\d{2}'  # What is a value rather than the name of a column.
 QUOTING = ('auto', 'none', 'standard')
 # Spark writes this for an empty value of the column that names the folders.
 _NO_VALUE = '__HIVE_DEFAULT_PARTITION__'
@@ -37,6 +42,7 @@ _NO_VALUE = '__HIVE_DEFAULT_PARTITION__'
 _BLOCKS = (1 << 22, 1 << 26, 1 << 30)
 _SURVEYED = 1 << 20  # Bytes that are searched for quotes at once.
 _BATCH_ROWS = 1 << 14  # Rows of Parquet that are unpacked at once.
+_FIRST_ROWS = 100  # Rows that tell what a column holds.
 _TABLE_ROWS = 1 << 20  # Rows of the tables of `batches`, the last one aside.
 # Types of texts that Parquet may store dictionary-encoded, and those that they are read as.
 _TEXTS = {
@@ -174,13 +180,43 @@ def _delimiter(path: Path) -> str:
   usual = DELIMITERS.get(kind(path))
   if usual is None:
     raise InputError(
-      f'{path}: its extension is none of .csv, .tsv, .parquet (.csv and .tsv also with .gz); save'
-      ' the table as one of them, or rename it if it is a text file, or pass --delimiter'
+      f'{path}: its extension is none of .csv, .tsv, .parquet (.csv and .tsv also with .gz);'
+      f' {_way_to_a_table(path)}'
     )
   # Where a comma is the decimal point, spreadsheets write .csv files with semicolons.
   names = next((line for line in _lines(path) if line.strip()), '')
   others = [character for character in ',;\t|' if character in names]
   return others[0] if usual not in others and len(others) == 1 else usual
+
+
+def _way_to_a_table(path: Path) -> str:
+  """Says how a file with another extension becomes a table that can be read."""
+  if kind(path) in _EXCEL:
+    return 'save the table as one of them, each sheet as a CSV file in UTF-8'
+  if kind(path) in _JSON:
+    old, new = (json.dumps(text) for text in (str(path), f'{path.name.partition(".")[0]}.parquet'))
+    code = shlex.quote(f'import duckdb; duckdb.read_json({old}).write_parquet({new})')
+    return f'save the table as one of them, JSON lines with python -c {code}'
+  return (
+    'save the table as one of them, or rename it if it is a text file, or pass --delimiter, such as'
+    ' --delimiter=tab'
+  )
+
+
+def looks_like_a_row(names: Iterable[str]) -> bool:
+  """Whether the first line of a file seems to be a row, because it has numbers or times."""
+  return any(re.match(_VALUE, name) for name in names)
+
+
+def way_to_names(path: str | Path, width: int, delimiter: str) -> str:
+  """Says how a file whose first line is a row gets names of columns."""
+  program = 'zcat' if str(path).lower().endswith('.gz') else 'cat'
+  between, kind = ('\\t', 'tsv') if delimiter == '\t' else (delimiter, 'csv')
+  names = between.join(('user', 'item', '...'))
+  return (
+    f'that looks like a row: write a name for each of the {width} columns above it, as in'
+    f" (printf '{names}\\n'; {program} {shlex.quote(str(path))}) > named.{kind}"
+  )
 
 
 def read(file: File, columns: list[str]) -> pa.Table:
@@ -226,6 +262,18 @@ def batches(file: File, columns: list[str]) -> Iterator[pa.Table]:
     raise InputError(
       f'{file.path}: two parsers find {file.rows:,} and {rows:,} rows; export it again'
     )
+
+
+def start(file: File, columns: list[str]) -> dict[str, list[Any]]:
+  """Returns the first values of some columns; none of a damaged file, which `batches` names."""
+  if not columns:
+    return {}
+  try:
+    read = parquet_batches(file.path, columns) if file.delimiter is None else None
+    batch = next(read or _text_batches(file, columns))
+    return batch.slice(0, _FIRST_ROWS).to_pydict()
+  except (OSError, pa.ArrowException, InputError, StopIteration):
+    return {}
 
 
 def _grouped(parts: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
