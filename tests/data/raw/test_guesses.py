@@ -167,3 +167,43 @@ def test_columns_without_a_name_or_with_a_comma_in_it_are_left_out(tmp_path):
   table.write_text(',,\n1,2,3\n')
   with pytest.raises(InputError, match='none of its columns has the ids of the interactions'):
     guess(path, table, {})
+
+
+def test_a_column_that_is_mostly_empty_is_not_the_user_or_the_time(tmp_path):
+  header = 'user_id,event_date,event_timestamp,user_pseudo_id,item_id,read_at'
+  number = 1_706_745_600
+  rows = lambda u, x, i: [
+    u if i % 6 == 0 else ('', 'NA')[i % 2],
+    f'202402{i % 28 + 1:02}',
+    (number + i) * 10**6 + 123_456,
+    f'1234567{u[1:]}.{number + i % 12}',
+    x,
+    '',
+  ]
+  found = guess(orders(tmp_path, header, rows), None, {})
+  assert found.flags['user_column'] == 'user_pseudo_id'
+  assert found.flags['time_column'] == 'event_timestamp'
+  assert 'user = user_pseudo_id (user_id: mostly empty)' in found.notes
+  # Without another one it stays the user, and the build asks what to do with the rows.
+  found = guess(
+    orders(tmp_path, 'user_id,price,sku', lambda u, x, i: [*rows(u, x, i)[:1], i, x]), None, {}
+  )
+  assert found.notes[:2] == ['user = user_id', 'item = sku']
+
+
+def test_a_first_line_that_is_a_row_gives_no_names(tmp_path):
+  rows = lambda u, x, i: [i % 12, f'{i % 20}', 'pv', 1_511_544_070 + i]
+  path = orders(tmp_path, '1,2268318,pv,1511544069', rows)
+  with pytest.raises(InputError, match='looks like a row: write a name for each of the 4 columns'):
+    guess(path, None, {})
+  flags = {'user_column': '1', 'item_column': '2268318'}
+  assert guess(path, None, flags).flags == {**flags, 'time_column': '1511544069'}
+
+
+def test_a_folder_of_different_tables_is_refused_and_the_right_one_named(tmp_path):
+  folder = tmp_path / 'parts'
+  folder.mkdir()
+  write_table(folder / 'links.csv', 'movieId,imdbId', [[1, 2], [2, 3]])
+  orders(folder, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  with pytest.raises(InputError, match=r'different columns .* such as .*orders\.csv'):
+    guess(folder, None, {})

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from ur4rec_jax.data import column_names, conditions
 from ur4rec_jax.data.raw import interactions, items, tables, where
 from ur4rec_jax.data.raw.hints import hint_about_spelling
-from ur4rec_jax.data.raw.ids import clean, parse_cleanings
+from ur4rec_jax.data.raw.ids import MISSING, clean, parse_cleanings
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError, counted
 
@@ -27,8 +27,8 @@ _HINTS = {
 }
 _QUANTITIES = ('quantity', 'qty', 'units', 'quantite', 'menge', 'anzahl')
 _DATE = r'\s*\d{4}-\d{2}-\d{2}'
-# Dates, and unix seconds and milliseconds of the years 1995 to 2033: other numbers may be ids.
-_TIME = rf'{_DATE}|\s*(1\d{{9}}|[89]\d{{8}})(\.\d*)?\s*$|\s*(1\d{{12}}|[89]\d{{11}})\s*$'
+# Dates, and unix times of the years 1995 to 2033 in any unit: other numbers may be ids.
+_TIME = rf'{_DATE}|\s*(1\d{{9}}|[89]\d{{8}})(\.\d*|\d{{3}}|\d{{6}}|\d{{9}})?\s*$'
 _ROWS = 5000  # Rows at the start of a table whose values are looked at.
 _FEWEST_IDS = 10  # A column with fewer different values holds kinds or quantities.
 _LONG = 60  # Characters of a usual description.
@@ -49,10 +49,25 @@ class Guess(NamedTuple):
 
 
 class _Sample(NamedTuple):
-  """The first rows of a table as texts, by column."""
+  """The first rows of a table as texts, by column.
+
+  Attributes:
+    path: the file.
+    columns: the values of each column.
+    delimiter: character between columns of a text file of interactions.
+    width: number of its columns, those included that have no name.
+  """
 
   path: Path
   columns: dict[str, list[str]]
+  delimiter: str | None = None
+  width: int = 0
+
+  def filled(self, name: str) -> float:
+    """Returns the share of the fields of a column that say something."""
+    values = self.columns[name]
+    there = clean(pa.array(values, pa.string()), (MISSING,))
+    return 1 - there.null_count / max(len(values), 1)
 
   def share(self, name: str, pattern: str) -> float:
     """Returns the share of the filled fields of a column that a pattern matches."""
@@ -76,7 +91,11 @@ def guess(orders: Path, goods: Path | None, given: Mapping[str, str | bool]) -> 
   goods_found = None if goods is None else _sample_items(goods)
   ids = set() if goods_found is None else _any_ids(goods_found)
   flags, notes = {}, []
-  columns = _interaction_columns(found, ids, given)
+  try:
+    columns = _interaction_columns(found, ids, given)
+  except InputError as error:
+    interactions.check_one_table([tables.open_file(path) for path in files], given, error)
+    raise
   for role, (name, why) in columns.items():
     notes.append(f'{role} = {name}{why}')
     if why:  # The build finds the others by itself.
@@ -105,16 +124,28 @@ def _interaction_columns(
       chosen[role] = flag, ''
       continue
     free = [name for name in found.columns if name not in (x for x, _ in chosen.values())]
-    usual = column_names.find(role, free)
+    by_name = usual = column_names.find(role, free)
+    if role != 'item':
+      # Logs have a column for the ids of the few users that are signed in, and another for all.
+      usual = column_names.find(role, [name for name in free if found.filled(name) > 0.5])
     if len(usual) == 1:
-      chosen[role] = usual[0], ''
+      empty = [name for name in by_name if name not in usual]
+      chosen[role] = usual[0], f' ({", ".join(empty)}: mostly empty)' if empty else ''
     elif len(usual) > 1:
       rivals = usual if role == 'item' and ids else _without_names(usual)
       best = max(rivals, key=lambda name: _fit(role, found.columns[name], ids))
       others = [name for name in usual if name != best]
       chosen[role] = best, f' (rather than {", ".join(others)})'
+    elif role != 'time' and found.delimiter and tables.looks_like_a_row([*found.columns]):
+      way_out = tables.way_to_names(found.path, found.width, found.delimiter)
+      raise InputError(
+        f'{found.path}: the first line must name the columns; it says'
+        f' {listed(list(found.columns))}; {way_out}'
+      )
     elif candidate := _by_values(role, found, free, ids):
       chosen[role] = candidate
+    elif by_name:
+      chosen[role] = by_name[0], ''
     elif role != 'time':
       raise InputError(
         f'{found.path}: no column looks like the {role}; its columns are'
@@ -149,8 +180,9 @@ def _by_values(
   """Finds the column of a role by its values, or by a part of its name."""
   if role == 'time':
     times = [name for name in free if found.share(name, _TIME) > 0.95]
-    # Numbers of orders may look like unix times.
-    best = max(times, key=lambda name: found.share(name, _DATE), default=None)
+    # Numbers of orders and users may look like unix times.
+    likely = lambda name: (found.share(name, _DATE), interactions.is_like_time(name))
+    best = max(times, key=likely, default=None)
     return (best, ' (its values are times)') if best else None
   if role == 'item' and ids:
     for name in free:
@@ -311,7 +343,8 @@ def _sample(path: Path) -> _Sample:
     table = next(parts).slice(0, _ROWS)
     for _ in parts:  # Read without keeping them, so that a damaged row is named before the build.
       pass
-  return _Sample(path, {name: _texts(table[name].to_pylist()) for name in names})
+  columns = {name: _texts(table[name].to_pylist()) for name in names}
+  return _Sample(path, columns, file.delimiter, len(file.columns))
 
 
 def _sample_items(path: Path) -> _Sample:
