@@ -236,6 +236,7 @@ def _build(
   with contextlib.ExitStack() as stack:
     if paths is None:
       scratch = stack.enter_context(files.scratch_folder(data_dir))
+      assert spec.archive is not None  # Else `_raw_files` has raised an error.
       paths = download.fetch(spec.archive, spec.files, scratch)
       wanted['raw_sha256'] = identity.fingerprints(paths, spec, parameters)
     paths = _unpacked(stack, spec, paths, data_dir, parameters)
@@ -313,7 +314,7 @@ def append(
   source = old.info['source']
   spec = sources.SOURCES[source]
   options, parameters = _settings_again(old.info, spec, given)
-  paths = _raw_files(source, raw_dir, out, parameters)
+  paths = _given_files(source, raw_dir, out, parameters)
   parent = appending.parent_record(old.info)
   wanted = {
     'options': old.info['options'],
@@ -393,6 +394,14 @@ def _raw_files(
         f' {raw_files.described(spec.files)}{more}'
       )
     return None
+  return _given_files(source, raw_dir, data_dir, parameters)
+
+
+def _given_files(
+  source: str, raw_dir: str | Path, data_dir: Path, parameters: Mapping[str, Any]
+) -> list[Path]:
+  """Returns the raw files in `raw_dir`, or their archive."""
+  spec = sources.SOURCES[source]
   if not spec.files:
     raise InputError(f'--source={source} needs no raw files; leave --raw_dir out')
   raw_dir = Path(raw_dir)

@@ -13,6 +13,7 @@ from data_prep.llm_text import texts as llm_texts
 from data_prep.prepared import appending
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_texts, texts_origin
+from ur4rec_jax.data.features import INFO
 
 
 def answers(old: Sequence[Path], new: Path) -> None:
@@ -53,7 +54,7 @@ def features(old: Path, new: Path) -> None:
   # Those of the version before count where the old version was never encoded itself.
   for folder in (old / feature_files.EARLIER / 'item', old / 'features' / 'item'):
     for modality in sorted(folder.iterdir()) if folder.is_dir() else ():
-      if (modality / feature_files.INFO).is_file() and '.' not in modality.name:
+      if (modality / INFO).is_file() and '.' not in modality.name:
         target = new / feature_files.EARLIER / 'item' / modality.name
         shutil.rmtree(target, ignore_errors=True)
         appending.link_tree(modality, target)

@@ -236,7 +236,7 @@ def rating_plot(ratings: np.ndarray, caption: str) -> dict[str, Any]:
   if len(values) <= _RATING_BARS:
     names = [f'{value:g}' for value in values]
     edges = [(i - 0.4, i + 0.4) for i in range(len(names))]
-    ticks = [*enumerate(names)]
+    ticks: Ticks = [*enumerate(names)]
   else:
     numbers, borders = np.histogram(ratings, _RATING_BARS)
     edges = [*itertools.pairwise(borders.tolist())]
@@ -255,7 +255,7 @@ def _log_ticks(high: float) -> Ticks:
   """Returns powers of ten up to an exponent, on short axes also 2 and 5 times these."""
   exponents = range(int(high) + 1)
   if len(exponents) > 2:
-    return [(k, f'{10**k:,}') for k in exponents][:: 1 + len(exponents) // 6]
+    return [(k, f'{10**k:,}') for k in exponents[:: 1 + len(exponents) // 6]]
   values = [factor * 10**k for k in exponents for factor in (1, 2, 5)]
   return [(float(np.log10(x)), f'{x:,}') for x in values if np.log10(x) <= high]
 
@@ -338,11 +338,11 @@ def _small_picture(path: Path) -> str | None:
   """Encodes a picture as a data URL; None if it is damaged."""
   try:
     with Image.open(path, formats=('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')) as image:
-      image.draft('RGB', tuple(2 * side for side in _PICTURE_SIZE))
-      image = ImageOps.exif_transpose(image).convert('RGBA')
-    image.thumbnail(_PICTURE_SIZE)
-    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    image.save(file := io.BytesIO(), 'JPEG', quality=80)
+      image.draft('RGB', (2 * _PICTURE_SIZE[0], 2 * _PICTURE_SIZE[1]))
+      small = ImageOps.exif_transpose(image).convert('RGBA')
+    small.thumbnail(_PICTURE_SIZE)
+    shown = Image.alpha_composite(Image.new('RGBA', small.size, 'white'), small).convert('RGB')
+    shown.save(file := io.BytesIO(), 'JPEG', quality=80)
   except Exception:  # Damaged files make decoders raise any kind of error.
     return None
   return f'data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}'

@@ -20,9 +20,9 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.flags import Parser
-from data_prep.images import web
+from data_prep.images import addresses, web
 from data_prep.images.tmdb import Tmdb
-from data_prep.images.web import UNANSWERED, NoPicture, Settings, Web, httpx
+from data_prep.images.web import UNANSWERED, NoPicture, Settings, Web
 from data_prep.prepared import pictures
 from ur4rec_jax import files
 from ur4rec_jax.data import item_pictures
@@ -51,7 +51,7 @@ def download(data_dir: str | Path, settings: Settings = Settings()) -> dict[str,
   Raises:
     InputError: no picture can be downloaded at all.
   """
-  if httpx is None:
+  if not addresses.HAS_HTTPX:
     raise InputError('httpx is not installed; pip install "httpx>=0.28"')
   data_dir = Path(data_dir)
   size = read_info(data_dir)['options']['image_size']

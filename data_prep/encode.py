@@ -106,7 +106,7 @@ def _source(
   data_dir: Path, dataset: dict[str, Any], of: str, flags: argparse.Namespace, scratch: Path
 ) -> feature_files.Source:
   if flags.file is not None:
-    about = {}
+    about: dict[str, Any] = {}
     if of == 'user':
       record = dataset['splits'].get(flags.split)
       if record is None:
@@ -283,7 +283,7 @@ def nearest(data_dir: str | Path, modality: str, wanted: str | None, count: int 
     tokens, mask = features.rows(part)
     vectors[part] = tokens[:, 0] * mask[:, :1]
   vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-  is_there = vectors.any(1)
+  is_there = np.asarray(vectors.any(1))
   if wanted is None:
     ids = [items[at]['original_id'] for at in np.flatnonzero(is_there)[:3]]
   else:

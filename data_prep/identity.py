@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from data_prep import sources
 from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, check_interactions
@@ -18,7 +19,7 @@ _MOST_SHOWN = 8  # Entries of an option or hash in a message.
 
 
 def find_same(
-  data_dir: Path, source: str, wanted: dict[str, Any], overwrite: bool
+  data_dir: Path, source: str, wanted: Mapping[str, Any], overwrite: bool
 ) -> dict[str, Any] | None:
   """Looks for the wanted dataset in a folder.
 
@@ -61,7 +62,9 @@ def _existing(data_dir: Path) -> dict[str, Any] | None:
   )
 
 
-def _check_same(data_dir: Path, old: dict[str, Any], source: str, wanted: dict[str, Any]) -> None:
+def _check_same(
+  data_dir: Path, old: dict[str, Any], source: str, wanted: Mapping[str, Any]
+) -> None:
   wanted = {'format_version': FORMAT_VERSION, 'source': source, **wanted}
   for field, value in wanted.items():
     known, value = _given(old.get(field)), _given(value)
@@ -130,7 +133,7 @@ def picture_fingerprint(paths: list[Path]) -> dict[str, str]:
 def table_fingerprint(raw: Raw) -> str:
   """Returns the SHA-256 of a table in memory."""
   digest = hashlib.sha256()
-  for ids in (raw.users, raw.items):
+  for ids in map(pa.array, (raw.users, raw.items)):
     digest.update('\0'.join(ids.dictionary.to_pylist()).encode())
     digest.update(np.asarray(ids.indices).astype('<i4').tobytes())
   for column in (raw.timestamps, raw.ratings):

@@ -82,7 +82,9 @@ def _follow_parent() -> None:
   """Ends a process of the pool when its parent is killed; only the parent handles Ctrl-C."""
 
   def watch() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -110,6 +112,13 @@ def encoding(encoder: FileEncoder, processes: int) -> Encode:
   return functools.partial(_encode, encoder, Decoders(encoder.decode, processes))
 
 
+def _work(
+  worker: Callable[[list[Any]], Tokens], pair: tuple[list[int], list[Any]]
+) -> Tokens | None:
+  """Encodes the inputs of a batch, which come with their places; None if there are none."""
+  return worker(pair[1]) if pair[1] else None
+
+
 def _encode(
   encoder: FileEncoder, decoders: Decoders, rows: list[Row], advance: Callable[[float], object]
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
@@ -129,9 +138,9 @@ def _encode(
       good = [(at, array) for at, array in pairs if not isinstance(array, str)]
       yield [at for at, _ in good], [array for _, array in good]
 
-  workers = [lambda pair, work=work: work(pair[1]) if pair[0] else None for work in encoder.workers]
+  workers = [functools.partial(_work, worker) for worker in encoder.workers]
   for (batch, _), found in pretrained.in_order(workers, batches()):
-    if batch:
+    if found:
       tokens[batch], mask[batch] = found
     advance(len(batch))
   advance(len(reasons))

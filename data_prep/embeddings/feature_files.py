@@ -132,7 +132,7 @@ class Source(NamedTuple):
   Attributes:
     name: name of encoder or file, for messages.
     info: origin of the tokens, for info.json.
-    count: number of rows.
+    total: number of rows.
     tokens: most tokens of a row.
     width: width of a token.
     rows: yields all rows in order.
@@ -143,7 +143,7 @@ class Source(NamedTuple):
 
   name: str
   info: dict[str, Any]
-  count: int
+  total: int
   tokens: int
   width: int
   rows: Callable[[], Iterator[Row]]
@@ -214,7 +214,7 @@ def write(
       shutil.rmtree(draft)
       return old, False
     ready = draft / 'ready'
-    count = -(-source.count // settings['rows_per_shard'])
+    count = -(-source.total // settings['rows_per_shard'])
     final = ShardFiles(ready, count, form.dtype, source.name)
     full = ShardFiles(draft / 'full', count, 'float32', source.name) if form.projects else final
     records = _encode(draft, full, source, form, settings, earlier)
@@ -259,10 +259,10 @@ def _workplace(target: Path) -> Iterator[Path]:
 
 def _settings(source: Source, form: Form, projection: Projection | None) -> dict[str, Any]:
   """Returns everything that decides what is stored, except the inputs."""
-  few = -(-source.count // _USUAL_SHARDS)
+  few = -(-source.total // _USUAL_SHARDS)
   return {
     **source.info,
-    'rows': source.count,
+    'rows': source.total,
     'tokens': source.tokens,
     'encoded_width': source.width,
     'width': form.width or source.width,
@@ -330,7 +330,7 @@ def _encode(
   with (
     (draft / _PROGRESS).open('a', encoding='utf-8') as log,
     tqdm(
-      total=source.count,
+      total=source.total,
       desc=label,
       disable=None,
       # Encoders report parts of a row, and nobody wants to read of 157.538 items.
@@ -343,13 +343,11 @@ def _encode(
         bar.update(len(rows))
         records.append(record)
         continue
-      known = _known(earlier, number, rows, source, form)
-      count = len(known[1])
-      tokens, mask, reasons = _encode_rows(source, form, rows[count:], bar.update)
-      tokens, mask = (np.concatenate(parts) for parts in zip(known, (tokens, mask), strict=True))
-      reasons = {at + count: reason for at, reason in reasons.items()}
-      for at in range(count):
-        reasons[at] = earlier.reasons.get(rows[at].id, '')
+      known, is_known, reasons = _known(earlier, number, rows, source, form)
+      count = len(known)
+      tokens, mask, more = _encode_rows(source, form, rows[count:], bar.update)
+      tokens, mask = np.concatenate([known, tokens]), np.concatenate([is_known, mask])
+      reasons |= {at + count: reason for at, reason in more.items()}
       masked = _check(source, rows, tokens, mask, reasons)
       record = {
         'shard': number,
@@ -364,8 +362,8 @@ def _encode(
       records.append(record)
       bar.n = round(sum(record['rows'] for record in records))
   stored = sum(record['rows'] for record in records)
-  if stored != source.count:
-    raise InputError(f'{source.name}: gives {stored:,} {settings["of"]}s, not {source.count:,}')
+  if stored != source.total:
+    raise InputError(f'{source.name}: gives {stored:,} {settings["of"]}s, not {source.total:,}')
   if not any(record['filled'] for record in records):
     reason, record = next(iter(_masked(records).items()))
     raise InputError(
@@ -395,17 +393,18 @@ def _no_rows(source: Source) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
 
 def _known(
   earlier: Earlier | None, number: int, rows: list[Row], source: Source, form: Form
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns tokens and mask of the rows of a shard that need not be encoded.
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+  """Returns what `_encode_rows` would of the rows of a shard that need not be encoded.
 
   If the stored rows are projected, ones stand for their tokens until `_project` puts them in.
   """
   if earlier is None:
-    return _no_rows(source)[:2]
+    return _no_rows(source)
   tokens, mask = earlier.rows(number, rows)
   if form.projects:
     tokens = np.broadcast_to(mask[..., None], (*mask.shape, source.width)).astype(np.float32)
-  return tokens, mask
+  reasons = {at: earlier.reasons.get(row.id, '') for at, row in enumerate(rows[: len(mask)])}
+  return tokens, mask, reasons
 
 
 def _masked(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -451,10 +450,10 @@ def _check(
       ' are not finite; correct or remove it'
     )
   tokens[~mask] = 0
-  was_empty = ~mask.any(-1)
+  was_empty = ~np.asarray(mask.any(-1))
   mask &= tokens.any(-1)
   masked = []
-  for at in np.flatnonzero(~mask.any(-1)):
+  for at in np.flatnonzero(~mask.any(-1)).tolist():
     reason = rows[at].reason or reasons.get(at, '')
     masked.append((rows[at].id, reason if was_empty[at] else 'all values are zero'))
   return masked
@@ -462,7 +461,7 @@ def _check(
 
 def _fit(store: ShardFiles, form: Form) -> Projection:
   moments = Moments()
-  for number in range(store.count):
+  for number in range(store.shards):
     moments.add(*store.read(number))
   return moments.projection(form.width, form.whiten, store.origin)
 
@@ -481,6 +480,7 @@ def _project(
     few = np.zeros((*mask.shape, projection.width), np.float32)
     few[mask] = projection.apply(tokens[mask])
     if count := record.get('reused', 0):
+      assert earlier is not None  # Work that has used it was begun with its projection.
       start = number * earlier.features.info['rows_per_shard']
       few[:count], _ = earlier.features.rows(np.arange(start, start + count))
     names = [f'row {i} of shard {number}' for i in range(len(mask))]

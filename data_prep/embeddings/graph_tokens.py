@@ -64,7 +64,7 @@ def source(
         '1...': 'a neighbour each, the most specific first',
       },
     },
-    count=count,
+    total=count,
     tokens=1 + max_tokens,
     width=encoder.width,
     rows=rows,

@@ -73,7 +73,7 @@ def source(
   return Source(
     name=str(path),
     info=info,
-    count=len(names),
+    total=len(names),
     tokens=tokens.shape[1],
     width=tokens.shape[2],
     rows=lambda: _rows(names, places, tokens, mask, path.name),

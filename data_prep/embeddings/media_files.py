@@ -71,7 +71,7 @@ class MediaFiles(NamedTuple):
     return Source(
       name=encoder['name'],
       info={'encoder': encoder, 'is_mock': False, 'token_meaning': meaning},
-      count=len(self.names),
+      total=len(self.names),
       tokens=work.tokens,
       width=work.width,
       rows=self._rows,

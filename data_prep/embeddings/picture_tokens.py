@@ -47,7 +47,7 @@ def source(data_dir: str | Path, encoder: Encoder, processes: int = 0) -> Source
   return Source(
     name=encoder.info['name'],
     info={'encoder': encoder.info, 'is_mock': False, 'token_meaning': meaning},
-    count=info['counts']['items'],
+    total=info['counts']['items'],
     tokens=file_encoder.tokens,
     width=encoder.width,
     rows=lambda: _rows(Path(data_dir), found),

@@ -18,13 +18,13 @@ class ShardFiles(NamedTuple):
 
   Attributes:
     folder: the folder.
-    count: number of shards.
+    shards: their number.
     dtype: one of `DTYPES`.
     origin: name of encoder or file, for messages.
   """
 
   folder: Path
-  count: int
+  shards: int
   dtype: str
   origin: str
 
@@ -102,7 +102,7 @@ class ShardFiles(NamedTuple):
       return False
 
   def _path(self, kind: str, number: int) -> Path:
-    return self.folder / file_name(kind, number, self.count)
+    return self.folder / file_name(kind, number, self.shards)
 
 
 def _file_sha256(path: Path) -> str:

@@ -40,7 +40,7 @@ def source(data_dir: str | Path, of: str, encoder: text.Encoder, max_tokens: int
       **about,
       'token_meaning': {'0': 'the whole text', '1': first, '2...': 'a sentence each'},
     },
-    count=info['counts'][f'{of}s'],
+    total=info['counts'][f'{of}s'],
     tokens=1 + max_tokens,
     width=encoder.width,
     rows=lambda: _rows(data_dir, of, bool(origin), max_tokens),

@@ -13,7 +13,9 @@ try:
   import httpcore
   import httpx
 except ImportError:  # Optional packages; `download_images.download` asks for them.
-  httpcore = httpx = None
+  HAS_HTTPX = False
+else:
+  HAS_HTTPX = True
 
 # Services that give a cloud machine its credentials, and other link-local ones.
 _METADATA = tuple(
@@ -55,7 +57,7 @@ async def resolve(host: str, port: int | None = None) -> list[str]:
   """Returns the IP addresses of a host; raises OSError if it has none."""
   find = asyncio.get_running_loop().getaddrinfo
   found = await find(host, port, type=socket.SOCK_STREAM)
-  return list(dict.fromkeys(entry[4][0] for entry in found))
+  return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def _ipv4_inside(ip: Any) -> Any:
@@ -72,7 +74,7 @@ def _is_public(ip: Any) -> bool:
   return ip.is_global and not is_special
 
 
-if httpx is not None:
+if HAS_HTTPX:
 
   class GuardedTransport(httpx.AsyncHTTPTransport):
     """An HTTP transport that connects only to addresses that pass `check`."""

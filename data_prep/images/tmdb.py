@@ -120,13 +120,13 @@ def _read_links(path: Path) -> dict[str, tuple[str, str]]:
       raise InputError(f'{path}: no column {column!r}; it must have {", ".join(columns)}')
   links = {}
   for place, row in tables.records(file, list(columns)):
-    movie, *others = (item_tables.text(row[column]) for column in columns)
-    if not movie or not all(re.fullmatch(r'\d*', other, re.ASCII) for other in others):
+    movie, tmdb, imdb = (item_tables.text(row[column]) for column in columns)
+    if not movie or not all(re.fullmatch(r'\d*', other, re.ASCII) for other in (tmdb, imdb)):
       raise InputError(
         f'{path}, {place.unit} {place.number}: ids are whole numbers, not'
-        f' {", ".join(map(repr, (movie, *others)))}; correct them'
+        f' {", ".join(map(repr, (movie, tmdb, imdb)))}; correct them'
       )
-    links[movie] = tuple(others)
+    links[movie] = tmdb, imdb
   return links
 
 

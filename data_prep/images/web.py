@@ -11,14 +11,12 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from data_prep.images import addresses
-from data_prep.prepared import pictures
 from data_prep.retry_after import seconds_to_wait
 from ur4rec_jax.data import item_pictures
+from ur4rec_jax.encoders.picture_files import MAX_BYTES
 
-try:
+with contextlib.suppress(ImportError):  # An optional package, see `addresses`.
   import httpx
-except ImportError:  # An optional package; `download_images.download` asks for it.
-  httpx = None
 
 UNANSWERED = 'unanswered'
 _MAX_REDIRECTS = 5
@@ -205,7 +203,7 @@ class Web:
     except OSError:  # A name; it is checked when it is resolved.
       return
     for entry in found:
-      addresses.check(entry[4][0], host, self._settings.allow_private)
+      addresses.check(str(entry[4][0]), host, self._settings.allow_private)
 
 
 def _url(address: str, base: str = '') -> 'httpx.URL':
@@ -236,13 +234,13 @@ async def _content(response: 'httpx.Response', kind: str) -> bytes:
     raise NoPicture(
       item_pictures.REJECTED, f'content encoding {encoding[:80]}, which was not asked for'
     )
-  limit = f'more than {pictures.MAX_BYTES:,} bytes'
+  limit = f'more than {MAX_BYTES:,} bytes'
   declared = headers.get('content-length', '')
-  if declared.isdecimal() and int(declared) > pictures.MAX_BYTES:
+  if declared.isdecimal() and int(declared) > MAX_BYTES:
     raise NoPicture(item_pictures.REJECTED, f'{limit}: {int(declared):,} declared')
   content = bytearray()
   async for part in response.aiter_raw():
     content += part
-    if len(content) > pictures.MAX_BYTES:
+    if len(content) > MAX_BYTES:
       raise NoPicture(item_pictures.REJECTED, limit)
   return bytes(content)

@@ -77,7 +77,7 @@ class Store:
     self.folder = Path(folder)
     self.unreadable = 0
     self.cost = 0.0
-    self.versions: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    self.versions: collections.Counter[tuple[Any, Any, Any]] = collections.Counter()
     self._offsets: dict[bytes, int] = {}
     self._failures: dict[bytes, Failures] = {}
     self._files: dict[str, int] = {}
@@ -220,8 +220,7 @@ def _digest(key: str) -> bytes:
 def _cost(record: Mapping[str, Any]) -> float:
   """Returns the cost of a record; 0 if it is unknown or the nonsense of an earlier version."""
   cost = record.get('cost')
-  is_cost = isinstance(cost, (int, float)) and 0 <= cost < math.inf
-  return float(cost) if is_cost else 0.0
+  return float(cost) if isinstance(cost, (int, float)) and 0 <= cost < math.inf else 0.0
 
 
 def _write(descriptor: int, content: bytes) -> None:

@@ -8,7 +8,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
@@ -65,7 +65,7 @@ class Sending(NamedTuple):
   batch_requests: int | None = None
 
 
-def show(rows: list[tuple[str, str]], file=None) -> None:
+def show(rows: list[tuple[str, str]], file: TextIO | None = None) -> None:
   """Prints rows in two columns."""
   say('\n'.join(f'{name:<14} {value}' for name, value in rows), file)
 

@@ -131,15 +131,13 @@ class Batches:
 
   async def _submit_all(self, work: Iterator[tuple[str, prompts.Prompt]]) -> list[dict[str, Any]]:
     states = []
-    work = self._lines(work)
-    while state := self._write_requests(work):
+    lines = self._lines(work)
+    while state := self._write_requests(lines):
       await self._submit(state, may_exist=False)
       states.append(state)
     return states
 
-  def _lines(
-    self, work: Iterator[tuple[str, prompts.Prompt]]
-  ) -> Iterator[tuple[str, prompts.Prompt, float]]:
+  def _lines(self, work: Iterator[tuple[str, prompts.Prompt]]) -> Iterator[tuple[str, str, float]]:
     """Yields the requests that fit into the budget: line, entry of the keys file, highest cost."""
     limit = self._settings.parameters[self._provider.MAX_OUTPUT]
     for key, prompt in work:
@@ -150,11 +148,16 @@ class Batches:
         return
       self.budget.promise(most)
       line = json.dumps(self._provider.batch_line(key, body), ensure_ascii=False)
-      entry = {'key': key, 'kind': prompt.kind, 'id': prompt.id, 'prompt': prompt.version}
-      entry['estimate'] = costs.estimate(prompt)
+      entry = {
+        'key': key,
+        'kind': prompt.kind,
+        'id': prompt.id,
+        'prompt': prompt.version,
+        'estimate': costs.estimate(prompt),
+      }
       yield line + '\n', json.dumps(entry, ensure_ascii=False) + '\n', most
 
-  def _write_requests(self, work: Iterator) -> dict[str, Any] | None:
+  def _write_requests(self, lines: Iterator[tuple[str, str, float]]) -> dict[str, Any] | None:
     """Writes the files of the next batch; None if no request is left."""
     tag = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime())}-{secrets.token_hex(4)}'
     size = num_requests = 0
@@ -162,13 +165,14 @@ class Batches:
     drafts = [self._path(tag, name).open('w', encoding='utf-8') for name in ('requests', 'keys')]
     with drafts[0] as requests, drafts[1] as keys:
       while num_requests < self._max_requests:
-        line, entry, most = self._left_over or next(work, (None, None, 0.0))
+        found = self._left_over or next(lines, None)
         self._left_over = None
-        if line is None:
+        if found is None:
           break
+        line, entry, most = found
         size += len(line.encode())
         if size > self._provider.BATCH_BYTES and num_requests:
-          self._left_over = line, entry, most
+          self._left_over = found
           break
         requests.write(line)
         keys.write(entry)

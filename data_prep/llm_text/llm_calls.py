@@ -196,7 +196,7 @@ def secrets(provider: ModuleType, settings: Settings) -> list[str]:
   found = [os.environ.get(provider.KEY, '').strip()]
   if settings.login:
     login = ':'.join(settings.login)
-    raw = urllib.parse.urlsplit(settings.base_url).password or ''
+    raw = urllib.parse.urlsplit(settings.base_url or '').password or ''
     found += [base64.b64encode(login.encode()).decode(), login, raw, settings.login[1]]
   return [secret for secret in found if len(secret) >= _SHORTEST_SECRET]
 
@@ -338,7 +338,8 @@ def _is_address(text: str) -> bool:
 def _message(error: Any) -> tuple[str, frozenset[str]]:
   """Returns the message of an error and its codes in lower case."""
   body = error.body if isinstance(error.body, dict) else {}
-  inner = body.get('error') if isinstance(body.get('error'), dict) else body
+  inner = body.get('error')
+  inner = inner if isinstance(inner, dict) else body
   codes = [str(inner[name]) for name in ('code', 'type') if inner.get(name)]
   message = f'{inner.get("message") or error.message} {inner.get("code") or ""}'
   return message, frozenset(code.lower() for code in codes)

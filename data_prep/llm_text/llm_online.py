@@ -176,7 +176,7 @@ class Online:
 
   async def _ask(self, client: Any, prompt: prompts.Prompt) -> Answer:
     unanswered = 0
-    paid = []  # Tokens of unusable answers, which are paid as well.
+    paid: list[tuple[int, int]] = []  # Tokens of unusable answers, which are paid as well.
     while True:
       try:
         answer = await self._send(client, prompt)

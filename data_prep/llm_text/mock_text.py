@@ -4,10 +4,11 @@ Every statement follows from the facts of the prompt. The prompt and the seed ch
 the same prompt and seed give the same text.
 """
 
+import heapq
 import json
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ def _user_sentences(facts: Mapping[str, Any], rng: random.Random) -> list[str]:
   weights = [a * b for a, b in zip(likings, recency, strict=True)]
   # Items with the lowest rating count a little, because the user has chosen them.
   scores = _scores((entry['genres'] for entry in history), [weight + 0.05 for weight in weights])
-  ranked = scores.most_common(MOST_GENRES)
+  ranked = _highest(scores, MOST_GENRES)
   favourites = [name for name, score in ranked if score >= 0.4 * ranked[0][1]]
   start = 2 * len(history) // 3
-  newest = _scores((entry['genres'] for entry in history[start:]), weights[start:]).most_common(1)
-  newest = newest if len(history) >= 6 else []
+  latest = _scores((entry['genres'] for entry in history[start:]), weights[start:])
+  newest = _highest(latest, 1) if len(history) >= 6 else []
   disliked = _disliked(history, likings, favourites)
   by_liking = sorted(
     (i for i, entry in enumerate(history) if entry['title']), key=lambda i: (-likings[i], -i)
@@ -130,12 +131,17 @@ def _likings(facts: Mapping[str, Any]) -> list[float]:
   return [(entry['rating'] - facts['worst']) / span for entry in facts['history']]
 
 
-def _scores(names: Iterable[Iterable[str]], weights: Iterable[float]) -> Counter:
-  scores: Counter = Counter()
+def _scores(names: Iterable[Iterable[str]], weights: Iterable[float]) -> dict[str, float]:
+  scores: dict[str, float] = defaultdict(float)
   for group, weight in zip(names, weights, strict=True):
     for name in group:
       scores[name] += weight
   return scores
+
+
+def _highest(scores: Mapping[str, float], count: int) -> list[tuple[str, float]]:
+  """Returns the names with the highest scores; of equal ones the first come first."""
+  return heapq.nlargest(count, scores.items(), key=lambda pair: pair[1])
 
 
 def _disliked(

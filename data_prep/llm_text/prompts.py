@@ -231,7 +231,7 @@ def user_prompts(
     lines = [_history_line(entry) for entry in history]
     sizes = list(itertools.accumulate(len(line) + 1 for line in reversed(lines)))
     kept = max(1, int(np.searchsorted(sizes, MAX_HISTORY, 'right')))
-    facts = {'language': language, 'history': history[-kept:]}
+    facts: dict[str, Any] = {'language': language, 'history': history[-kept:]}
     facts |= {name: float(value) for name, value in scale.items() if value}
     text = _fill(template.text, {'history': '\n'.join(lines[-kept:]), **scale})
     yield Prompt('user', name, template.version, template.system, text, facts)
@@ -311,10 +311,10 @@ def _fill(template: str, fields: dict[str, Any]) -> str:
 def _unpacked(raw: str) -> str:
   """Returns the text in an answer; ValueError if there is none."""
   ends = list(_REASONING_END.finditer(raw))
-  if ends and not (wrapped := _text_around(raw, ends[-1])):
+  if ends:
+    if wrapped := _text_around(raw, ends[-1]):
+      return _unpacked(wrapped)
     raw = raw[ends[-1].end() :]
-  elif ends:
-    return _unpacked(wrapped)
   if len(raw) > 2 * MAX_ANSWER:
     raise ValueError(f'too long: {len(raw):,} characters')
   if _REASONING_START.search(raw):

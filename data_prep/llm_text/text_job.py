@@ -133,7 +133,8 @@ class Recorder:
   """Writes results to the store and shows them in the progress bar."""
 
   def __init__(self, job: Job, store: answers.Store, price: costs.Price | None, bar: tqdm):
-    self.failures: dict[str, Exception] = {}  # By key, without requests that were answered later.
+    # By key, without requests that were answered later.
+    self.failures: dict[str, llm_calls.Rejected | llm_calls.Unanswered] = {}
     self.answered = 0
     self.tokens = [0, 0]
     self.cost = 0.0
@@ -149,11 +150,12 @@ class Recorder:
     self.answered += 1
     self.bar.update()
 
-  def failure(self, key: str, prompt: prompts.Prompt, error: Exception) -> None:
+  def failure(
+    self, key: str, prompt: prompts.Prompt, error: llm_calls.Rejected | llm_calls.Unanswered
+  ) -> None:
     """Stores a failure."""
-    is_final = isinstance(error, llm_calls.Rejected)
-    tokens = error.tokens if is_final else (0, 0)
-    failed = {'reason': error.reason, 'is_final': is_final}
+    tokens = error.tokens if isinstance(error, llm_calls.Rejected) else (0, 0)
+    failed = {'reason': error.reason, 'is_final': isinstance(error, llm_calls.Rejected)}
     self.store.add_failure(self._record(key, prompt, tokens) | failed)
     self.failures[key] = error
 

@@ -103,7 +103,7 @@ def append(
   _check_columns(old, raw)
   events = _number_events(old, raw)
   rows, dropped, notes = _choose(old, raw, events, options, takes_late)
-  cold = raw.table if raw.keep_cold_items and raw.table else ()
+  cold = prepare.cold_items(raw)
   kept_users, kept_items = (
     _kept(numbers.of_rows[rows], numbers.known, len(numbers.names))
     for numbers in (events.users, events.items)
@@ -194,7 +194,7 @@ def _number_events(old: Old, raw: Raw) -> _Events:
   known_users = old.interactions.user_ids
   known_items = [item['original_id'] for item in old.items]
   users = _number(raw.users, known_users)
-  items = _number(raw.items, known_items, raw.table if raw.keep_cold_items and raw.table else ())
+  items = _number(raw.items, known_items, prepare.cold_items(raw))
   if all((numbers.of_rows >= numbers.known).all() for numbers in (users, items)):
     user, item = (numbers.names[numbers.of_rows[0]] for numbers in (users, items))
     raise NoRows(
@@ -241,6 +241,7 @@ def _choose(
       notes.append(f'{counted(late, "late event")} placed by time')
   if options.min_rating is not None:
     before = len(rows)
+    assert raw.ratings is not None  # The old data have ratings, or they could have no such filter.
     rows = rows[raw.ratings[rows] >= options.min_rating]
     dropped['min_rating'] = before - len(rows)
   rows, by_core = _core(rows, events, options)
@@ -275,6 +276,8 @@ def _number(ids: Any, known: Sequence[str], others: Any = ()) -> _Numbers:
 def _without_repeats(old: Old, raw: Raw, events: _Events) -> np.ndarray:
   """Returns the indices of new rows that are neither in the old data nor in an earlier new row."""
   users, items, times = events.users.of_rows, events.items.of_rows, events.times
+  assert times is not None  # `_choose` asks only about data with times.
+  assert raw.timestamps is not None
   order = np.lexsort((raw.timestamps, items, users))
   same = np.ones(len(order) - 1, bool)
   for column in (users, items, raw.timestamps):
@@ -308,7 +311,7 @@ def _core(
   rows: np.ndarray, events: _Events, options: prepare.Options
 ) -> tuple[np.ndarray, dict[str, int]]:
   """Leaves out new users and items with too few events; returns what is left, and counts."""
-  dropped = Counter()
+  dropped: Counter[str] = Counter()
   limits = (
     ('k_core', events.items, options.k_core),
     ('k_core', events.users, options.k_core),
@@ -360,7 +363,7 @@ def _join(
   users, items, times = events.users.of_rows, events.items.of_rows, events.times
   before = old.interactions
   # New events within a second keep their order.
-  keys = (users[rows],) if times is None else (raw.timestamps[rows], users[rows])
+  keys = (users[rows],) if raw.timestamps is None else (raw.timestamps[rows], users[rows])
   rows = rows[np.lexsort(keys)]
   new_lengths = np.bincount(users[rows], minlength=len(events.users.names))
   old_lengths = np.zeros_like(new_lengths)
@@ -381,8 +384,9 @@ def _join(
     old_part = slice(starts[first], starts[last])
     part = rows[new_starts[first] : new_starts[last]]
     here, numbers = slice(offsets[first], offsets[last]), np.arange(first, last)
-    owners = [np.repeat(numbers, lengths[first:last]) for lengths in (old_lengths, new_lengths)]
-    owners = np.concatenate(owners)
+    owners = np.concatenate(
+      [np.repeat(numbers, lengths[first:last]) for lengths in (old_lengths, new_lengths)]
+    )
     if times is None:
       order = np.argsort(owners, kind='stable')
       joined.timestamps[here] = ranges(np.diff(offsets[first : last + 1]))

@@ -150,8 +150,9 @@ class Tables:
     found = [np.zeros(0, np.uint64)]
     for part in range(parts):
       question = f'SELECT {_HASH} AS hash FROM {table}'
-      hashes = self.answer(question + (f' WHERE {_HASH} % {parts} = {part}' if parts > 1 else ''))
-      hashes = hashes['hash']
+      if parts > 1:
+        question += f' WHERE {_HASH} % {parts} = {part}'
+      hashes = self.answer(question)['hash']
       hashes.sort()
       found.append(np.unique(hashes[1:][hashes[1:] == hashes[:-1]]))
     return np.concatenate(found)

@@ -88,7 +88,7 @@ def import_all(
     `[items]` paths relative to `folder`, or URLs, '' without a picture; and notes for the user.
   """
   if not any(isinstance(image, bytes | Path) for image in images):
-    return [image or '' for image in images], []
+    return [_address(image) for image in images], []
   place = Path(subfolder)
   (folder / FOLDER / place).mkdir(parents=True)
 
@@ -102,7 +102,7 @@ def import_all(
   paths, lines, refused = [], [], []
   for name, image, record in zip(names, images, records, strict=True):
     if record is None:
-      paths.append(image or '')
+      paths.append(_address(image))
       continue
     paths.append(record.get('path', ''))
     origin = {'file': image.name} if isinstance(image, Path) else {}
@@ -115,6 +115,11 @@ def import_all(
     return paths, []
   note = f'pictures: {len(refused):,} of {len(lines):,} refused, their items are kept without'
   return paths, [f'{note}; first {refused[0]}; all are in {MANIFEST}']
+
+
+def _address(image: bytes | Path | str | None) -> str:
+  """Returns the URL of a picture that is no file; '' without a picture."""
+  return image if isinstance(image, str) else ''
 
 
 def file_names(names: Sequence[str]) -> Sequence[str]:

@@ -8,7 +8,7 @@ other files are left to `interactions.read_layout`, which reads all forms and na
 import itertools
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -113,13 +113,19 @@ def _is_plain(file: tables.File, names: tuple[str, ...]) -> bool:
   return file.is_plain and not is_packed and all(file.columns.count(name) == 1 for name in names)
 
 
-def _scan(file: tables.File, delimiter: str) -> str:
+def _delimiter(file: tables.File) -> str:
+  """Returns the character between columns, which plain files have."""
+  assert file.delimiter is not None
+  return file.delimiter
+
+
+def _scan(file: tables.File) -> str:
   """Returns the table function that reads a file; its columns are called `0`, `1` and so on."""
   columns = ', '.join(f"'{i}': 'VARCHAR'" for i in range(len(file.columns)))
   quoted = lambda text: "'" + text.replace("'", "''") + "'"
   return (
-    f'read_csv({quoted(str(file.path))}, delim={quoted(delimiter)}, columns={{{columns}}}, skip=1,'
-    " header=false, auto_detect=false, quote='', escape='', comment='')"
+    f'read_csv({quoted(str(file.path))}, delim={quoted(_delimiter(file))}, columns={{{columns}}},'
+    " skip=1, header=false, auto_detect=false, quote='', escape='', comment='')"
   )
 
 
@@ -129,7 +135,7 @@ def _sniff(layout: Layout, role: str) -> str:
   column = file.columns.index(layout.columns[role])
   with file.path.open('rb') as content:
     lines = itertools.islice(content, 1, _SNIFFED)
-    rows = (line.rstrip(b'\r\n').split(file.delimiter.encode()) for line in lines)
+    rows = (line.rstrip(b'\r\n').split(_delimiter(file).encode()) for line in lines)
     are_whole = all(len(row) > column and _WHOLE_NUMBER.fullmatch(row[column]) for row in rows)
   return 'number' if are_whole else 'text'
 
@@ -142,7 +148,7 @@ def _insert(
   of = {role: kinds.get(role, role) for role in layout.columns}
   columns = ', '.join(f'"{role}" {types[kind]}' for role, kind in of.items())
   database.execute(f'CREATE OR REPLACE TABLE loaded ({columns})')
-  counts = []
+  counts: list[int] = []
   try:
     # The number of a row is its place, so the rows have to stay in order.
     database.execute('SET preserve_insertion_order = true')
@@ -150,8 +156,7 @@ def _insert(
       values = ', '.join(
         _COLUMNS[kind].format(file.columns.index(layout.columns[role])) for role, kind in of.items()
       )
-      scan = _scan(file, file.delimiter)
-      counts += database.execute(f'INSERT INTO loaded SELECT {values} FROM {scan}').fetchone()
+      counts += _row(database, f'INSERT INTO loaded SELECT {values} FROM {_scan(file)}')
   except duckdb.OutOfMemoryException:
     raise
   except (duckdb.InvalidInputException, duckdb.ConversionException):
@@ -163,14 +168,21 @@ def _insert(
 
 def _ticks_per_second(database: duckdb.DuckDBPyConnection) -> int | None:
   """Returns the unit of the times; None if the other reader has something to say about them."""
-  least, most, largest, are_rounded = database.execute(
+  least, most, largest, are_rounded = _row(
+    database,
     'SELECT min("time"), max("time"), max(abs("time")),'
-    ' bool_and(CAST(CAST("time" AS FLOAT) AS BIGINT) = "time") FROM loaded'
-  ).fetchone()
+    ' bool_and(CAST(CAST("time" AS FLOAT) AS BIGINT) = "time") FROM loaded',
+  )
   if largest >= _LONGEST_TIME or are_rounded:
     return None
   smallest = 0 if least <= 0 <= most else min(abs(least), abs(most))
   return times.plain_unit(smallest, largest)
+
+
+def _row(database: duckdb.DuckDBPyConnection, question: str) -> tuple[Any, ...]:
+  """Returns the only row of an answer."""
+  [row] = database.execute(question).fetchall()
+  return row
 
 
 def _distinct(database: duckdb.DuckDBPyConnection, role: str) -> pa.Array:

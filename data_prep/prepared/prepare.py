@@ -94,15 +94,15 @@ def prepare(
     InputError: the rows cannot be used, or a filter leaves too few.
   """
   user_names, users = encode_ids(raw.users)
-  item_names, items = encode_ids(raw.items, raw.table if raw.keep_cold_items else ())
-  columns = {'user': users, 'item': items, 'time': raw.timestamps, 'rating': raw.ratings}
-  columns = {name: values for name, values in columns.items() if values is not None}
+  item_names, items = encode_ids(raw.items, cold_items(raw))
+  found = {'user': users, 'item': items, 'time': raw.timestamps, 'rating': raw.ratings}
+  columns = {name: values for name, values in found.items() if values is not None}
   with engine.connected(resources) as database:
     engine.store(database, columns)
     stored = _Stored(database, user_names, item_names, tuple(columns))
     # The engine has the rows now, and the memory is needed.
     raw = raw._replace(users=(), items=(), timestamps=None, ratings=None)
-    del users, items, columns
+    del users, items, found, columns
     return _prepare(raw, stored, options, resources)
 
 
@@ -131,13 +131,18 @@ def prepare_plain(
     if loaded is None:
       return None
     raw = layout.note(complete(loaded.raw, layout.columns, parameters))
-    user_names, users = sort_ids(raw.users.dictionary.to_pylist())
-    found = raw.items.dictionary.to_pylist()
-    item_names, items = sort_ids(found, raw.table if raw.keep_cold_items else ())
-    plain_files.number(database, loaded, {'user': users, 'item': items[: len(found)]})
+    ids = {role: found.cast(pa.string()).to_pylist() for role, found in loaded.ids.items()}
+    user_names, users = sort_ids(ids['user'])
+    item_names, items = sort_ids(ids['item'], cold_items(raw))
+    plain_files.number(database, loaded, {'user': users, 'item': items[: len(ids['item'])]})
     columns = ('user', 'item', *loaded.columns)
     stored = _Stored(database, user_names, item_names, columns)
     return _prepare(raw, stored, options, resources)
+
+
+def cold_items(raw: Raw) -> Collection[str]:
+  """Returns the original ids of the items that belong to the catalogue even without rows."""
+  return raw.table if raw.keep_cold_items and raw.table else ()
 
 
 class _Stored(NamedTuple):
@@ -171,7 +176,8 @@ def _prepare(raw: Raw, stored: _Stored, options: Options, resources: engine.Reso
     rows_read = len(rows) + sum(raw.dropped.values())
     unknown = _unknown_items(raw, item_names, rows)
     # No filter drops these items.
-    stays = np.array([raw.keep_cold_items and name in raw.table for name in item_names], bool)
+    cold = cold_items(raw)
+    stays = np.array([name in cold for name in item_names], bool)
     ledger = _Ledger(rows, stays, raw.dropped)
     _filter(raw, rows, has, options, ledger, (user_names, item_names))
     lengths = rows.counts('user')
@@ -377,8 +383,8 @@ def _borders(timestamps: np.ndarray, wanted: str) -> tuple[int, int]:
   try:
     first, second = wanted.split(',')
     if '-' in wanted:
-      times = map(datetime.datetime.fromisoformat, (first.strip(), second.strip()))
-      times = [time if time.tzinfo else time.replace(tzinfo=datetime.UTC) for time in times]
+      dates = map(datetime.datetime.fromisoformat, (first.strip(), second.strip()))
+      times = [time if time.tzinfo else time.replace(tzinfo=datetime.UTC) for time in dates]
       borders = [int(time.timestamp()) for time in times]
       if borders[0] >= borders[1]:
         raise ValueError
@@ -455,9 +461,9 @@ class _Ledger:
         reasons[reason] = reasons.get(reason, 0) + lost
     self._left = left
     has_rows = rows.counts('user') > 0
-    lost = np.flatnonzero(self._has_rows & ~has_rows)
-    if lost.size:
-      self.dropped_users.setdefault(reason, []).extend(lost.tolist())
+    users = np.flatnonzero(self._has_rows & ~has_rows)
+    if users.size:
+      self.dropped_users.setdefault(reason, []).extend(users.tolist())
     self._has_rows = has_rows
 
 

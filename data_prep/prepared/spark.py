@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LOCAL = 'local[*]'  # All cores of this machine.
 _LEAST_MEGABYTES = 500  # With less, Spark refuses to start.
 _PORT = 7077
+_PLACE = r'(\[.+\]|[^:]+)(?::(\d{1,5}))?'  # Host and port.
 _SECONDS = 5.0  # How long a master may take to answer.
 _SETTINGS = {
   'spark.app.name': 'ur4rec build',
@@ -77,8 +78,9 @@ def _own_address(master: str) -> str:
   if re.fullmatch(r'local(\[(\d+|\*)\])?', master):
     return '127.0.0.1'
   scheme, _, servers = master.partition('://')
-  found = [re.fullmatch(r'(\[.+\]|[^:]+)(?::(\d{1,5}))?', server) for server in servers.split(',')]
-  if scheme != 'spark' or not all(found):
+  places = servers.split(',')
+  found = [match for place in places if (match := re.fullmatch(_PLACE, place))]
+  if scheme != 'spark' or len(found) < len(places):
     raise InputError(
       f'--master={master}: must be spark://HOST:PORT, or {LOCAL} for the cores of this machine'
     )

