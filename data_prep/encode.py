@@ -24,6 +24,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ from ur4rec_jax.errors import InputError, InterruptedBySignal, exit_on_reported_
 _KINDS = {'item': ('item',), 'user': ('user',), 'both': ('item', 'user')}
 AUDIO, VIDEO, GRAPH = 'audio', 'video', 'graph'
 _OF_FILES = (AUDIO, VIDEO, GRAPH)
+# Flags that only some modalities use, and what these are.
+_USES = {
+  'max_tokens': ((TEXT, *_OF_FILES), 'texts, sounds, videos and graphs'),
+  'max_seconds': ((AUDIO, VIDEO), 'sounds and videos'),
+  'grid': ((IMAGE,), 'pictures'),
+  'layer': ((IMAGE, AUDIO, VIDEO), 'pretrained models of pictures, videos and sounds'),
+}
 _MOST_REASONS = 5
 _MOST_COMPARED = 100_000  # Larger catalogues show neighbours only on request.
 
@@ -427,6 +435,46 @@ def _of_each_modality(flags: argparse.Namespace) -> list[argparse.Namespace]:
   return found
 
 
+def _check_used(jobs: list[argparse.Namespace], given: Collection[str]) -> None:
+  """Raises InputError if the command line has a flag that changes nothing in any of the jobs.
+
+  Flags that only say how to compute, such as --workers, fit everything.
+
+  Args:
+    jobs: see `_of_each_modality`.
+    given: names of the flags on the command line.
+  """
+  flags = jobs[0]
+  source = 'an --import' if flags.file is not None else ' and '.join(job.modality for job in jobs)
+  for name, (modalities, what) in _USES.items():
+    encoded = [job for job in jobs if job.file is None and job.modality in modalities]
+    if name == 'layer':  # The built-in encoders have none.
+      encoded = [job for job in encoded if job.encoder not in (pictures.COLOR, sounds.SPECTRUM)]
+    if name in given and not encoded:
+      encoder = f' by {flags.encoder}' if flags.encoder and len(jobs) == 1 else ''
+      raise InputError(f'--{name}: is for {what}, not for {source}{encoder}; leave it out')
+  if flags.of == 'user' and 'neighbours' in given:
+    raise InputError('--neighbours: is for items, and --of=user encodes none; leave it out')
+  if flags.file is None:
+    return
+  if flags.columns is None and 'item_id_column' in given:
+    raise InputError(
+      '--item_id_column: is for a table, of which --columns are encoded; pass --columns, too, or'
+      ' leave it out'
+    )
+  if flags.columns is not None and 'ids' in given:
+    raise InputError(
+      '--ids: is for an --import without ids, and a table has a column of them'
+      ' (--item_id_column); leave it out'
+    )
+  for name in ('split', 'hold_back'):
+    if flags.of != 'user' and name in given:
+      raise InputError(
+        f'--{name}: is for --of=user, whose features must not tell of what is held out; leave it'
+        ' out, or pass --of=user'
+      )
+
+
 def _check(flags: argparse.Namespace) -> None:
   if not re.fullmatch(r'[a-z0-9][a-z0-9_-]*', flags.modality):
     raise InputError(
@@ -475,9 +523,11 @@ def _check(flags: argparse.Namespace) -> None:
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, encodes and prints the summary."""
-  jobs = _of_each_modality(_flags().parse(argv))
+  parser = _flags()
+  jobs = _of_each_modality(parser.parse(argv))
   for flags in jobs:
     _check(flags)
+  _check_used(jobs, parser.given)
   try:
     for number, flags in enumerate(jobs):
       if number:

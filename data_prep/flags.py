@@ -14,6 +14,10 @@ class Parser(argparse.ArgumentParser):
   """An argparse parser whose errors are `InputError`s of one line.
 
   Flags are written in full, and an unknown flag is answered with the most similar one.
+
+  Attributes:
+    given: names of the attributes whose flags the last parsed command line has, also where their
+      values are the defaults.
   """
 
   def __init__(self, description: str):
@@ -23,6 +27,7 @@ class Parser(argparse.ArgumentParser):
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
     )
+    self.given: frozenset[str] = frozenset()
 
   def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
     """Parses the flags, by default those of the process.
@@ -33,11 +38,13 @@ class Parser(argparse.ArgumentParser):
     # TFDS logs each file that it opens, and HTTP clients log each request.
     absl_logging.set_verbosity(absl_logging.WARNING)
     argv = expand_home(argv)
-    for argument in argv:
-      name = argument.partition('=')[0]
+    names = [argument.partition('=')[0] for argument in argv]
+    for name in names:
       if name.startswith('--') and name not in self._option_string_actions:
         near = difflib.get_close_matches(name, self._option_string_actions, n=1)
         self.error(f'unknown flag {name}' + (f'; did you mean {near[0]}?' if near else ''))
+    actions = self._option_string_actions
+    self.given = frozenset(actions[name].dest for name in names if name in actions)
     flags, others = self.parse_known_args(argv)
     if others:
       self.error(f'unexpected argument {others[0]!r}; flags are written --name=value')

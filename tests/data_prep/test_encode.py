@@ -993,6 +993,35 @@ def test_wrong_flags(build, fails, flags, message):
   assert message in fails(build([{}] * 3), *flags)
 
 
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['text', '--encoder=hashing', '--grid=3'], '--grid: is for pictures, not for text by hashing'),
+    (['text', '--max_seconds=60'], '--max_seconds: is for sounds and videos, not for text'),
+    (['text', '--layer=-2'], '--layer: is for pretrained models of pictures'),
+    (['image', '--encoder=color', '--layer=last'], 'and sounds, not for image by color'),
+    (['image', '--max_tokens=8'], '--max_tokens: is for texts, sounds, videos and graphs, not for'),
+    (['text,image', '--max_seconds=60'], 'not for text and image; leave it out'),
+    (['graph', '--files=t.csv', '--grid=2'], '--grid: is for pictures, not for graph'),
+    (['x', '--import=f.npz', '--max_tokens=2'], 'not for an --import; leave it out'),
+    (['x', '--import=f.npz', '--item_id_column=i'], '--item_id_column: is for a table, of which'),
+    (['x', '--import=t.csv', '--columns=a', '--ids=f'], '--ids: is for an --import without ids'),
+    (['x', '--import=f.npz', '--split=time'], '--split: is for --of=user, whose features must'),
+    (['x', '--import=f.npz', '--hold_back=0'], '--hold_back: is for --of=user, whose features'),
+    (['text', '--of=user', '--neighbours=1'], '--neighbours: is for items, and --of=user encodes'),
+  ],
+)
+def test_flags_that_would_change_nothing_are_refused(build, fails, flags, message):
+  assert message in fails(build([{}] * 3), f'--modality={flags[0]}', *flags[1:])
+
+
+def test_flags_of_one_of_several_modalities(build):
+  data_dir = build([{'image': picture(seed)} for seed in range(3)])
+  flags = ('--modality=text,image', '--encoder=hashing,color', '--workers=0')
+  run(data_dir, *flags, '--max_tokens=2', '--grid=2')
+  assert [read(data_dir, name)[0]['tokens'] for name in ('text', 'image')] == [3, 5]
+
+
 def test_without_the_extra_the_message_says_so(build):
   data_dir = build([{}] * 3)
   script = f"""
