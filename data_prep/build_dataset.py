@@ -14,7 +14,7 @@ import contextlib
 import itertools
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -348,7 +348,7 @@ def _settings_again(
   info: Mapping[str, Any], spec: sources.Source, given: Mapping[str, Any]
 ) -> tuple[prepare.Options, dict[str, Any]]:
   """Returns the options and parameters of the first build, with the item table of today."""
-  recorded = dict(info['options'])
+  recorded = {**prepare.Options()._asdict(), **info['options']}
   if info['source'] == 'synthetic':
     raise InputError('--append: the synthetic source has no new days; build it with other sizes')
   if spec.is_table:
@@ -561,7 +561,8 @@ def _resources(flags: argparse.Namespace) -> engine.Resources:
   return engine.Resources(flags.memory_limit, workers=flags.workers, master=master)
 
 
-def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+def _append(flags: argparse.Namespace, named: Collection[str]) -> tuple[dict[str, Any], bool]:
+  """Appends as the flags say; `named` are those of the command line."""
   for name, what in (
     ('data_dir', 'the folder of the old version'),
     ('raw_dir', 'the file of the new events'),
@@ -575,9 +576,8 @@ def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
   for name, default in _ENGINE.items():
     if values[name] != default:
       raise InputError(f'--{name}={values[name]}: --append needs no engine; leave it out')
-  defaults = prepare.Options()._asdict()
-  given = {name: values[name] for name in defaults if values[name] != defaults[name]}
-  given |= {name: values[name] for name in _PARAMETERS if values[name] is not None}
+  settings = (*prepare.Options._fields, *_PARAMETERS)
+  given = {name: values[name] for name in settings if name in named}
   source = read_info(flags.data_dir)['source']
   if flags.source not in (None, source):
     raise InputError(f'--source={flags.source}: {flags.data_dir} is of --source={source}')
@@ -588,14 +588,15 @@ def _append(flags: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, builds the dataset and prints the summary."""
-  flags = _flags().parse(argv)
+  parser = _flags()
+  flags = parser.parse(argv)
   for name in ('k_core', 'min_length', 'image_size', 'workers'):
     value = getattr(flags, name)
     if value is not None and value < 1:
       raise InputError(f'--{name} must be 1 or more, not {value}')
   if flags.append:
     try:
-      metadata, is_new = _append(flags)
+      metadata, is_new = _append(flags, parser.given)
     except NoRows as error:
       if not flags.if_new:
         raise

@@ -190,6 +190,20 @@ def test_texts_and_answers_are_used_again(small_shop, day_2, tmp_path):
   assert [row['text'] for row in iterate_texts(out, 'item')][:20] == texts
 
 
+def test_a_setting_is_compared_also_where_it_is_the_default(small_shop, day_2, tmp_path):
+  old = shutil.copytree(small_shop, tmp_path / 'old')
+  info = json.loads((old / 'dataset.json').read_text())
+  info['options']['image_size'] = 128
+  (old / 'dataset.json').write_text(json.dumps(info))
+  done = append(old, day_2[0], tmp_path / 'out', '--image_size=256')
+  assert done.returncode == 2
+  assert '--image_size=256: the first build had 128' in done.stderr
+  del info['options']['image_size']  # As a folder of an earlier version.
+  (old / 'dataset.json').write_text(json.dumps(info))
+  done = append(old, day_2[0], tmp_path / 'out', f'--items={day_2[1]}', '--image_size=256')
+  assert done.returncode == 0, done.stderr
+
+
 def test_wrong_input_is_one_message_and_changes_nothing(small_shop, tmp_path):
   header, out = 'customer_id,sku,ordered', tmp_path / 'out'
   before, was = snapshot(small_shop), histories(small_shop)
