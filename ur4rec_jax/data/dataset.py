@@ -377,41 +377,6 @@ def iterate_items(data_dir: str | pathlib.Path) -> Iterator[dict[str, Any]]:
     yield from map(_plain, examples)
 
 
-def read_texts(
-  data_dir: str | pathlib.Path, kind: str, split_hash: str | None = None
-) -> tuple[list[list[str]], dict[str, Any]]:
-  """Reads the sentences written about items or users.
-
-  Args:
-    data_dir: a prepared folder.
-    kind: `item` or `user`.
-    split_hash: hash of the used split; texts about users must have the same.
-
-  Returns:
-    `[items or users]` lists of sentences, empty without a text; entry i belongs to item i + 1 or to
-    user i. And the origin of the texts.
-
-  Raises:
-    InputError: the texts are missing, unreadable, or of another dataset or split.
-  """
-  origin, info = texts_origin(data_dir, kind), read_info(data_dir)
-  if kind == 'user' and split_hash is not None and origin['split_hash'] != split_hash:
-    name = {record['hash']: name for name, record in info['splits'].items()}.get(split_hash, 'NAME')
-    raise InputError(
-      f'data_dir {data_dir}: the user texts were written for the split {origin["split_name"]}'
-      f' {origin["split_hash"]}, not for {name} {split_hash}, and may tell of what it holds out;'
-      f' {_rewrite(data_dir, kind)} --split={name}'
-    )
-  sentences = [row['sentences'] for row in iterate_texts(data_dir, kind)]
-  wanted = info['counts'][f'{kind}s']
-  if len(sentences) != wanted:
-    raise InputError(
-      f'data_dir {data_dir}: has {wanted} {kind}s, but its texts are of {len(sentences)};'
-      f' {_rewrite(data_dir, kind)}'
-    )
-  return sentences, origin
-
-
 def iterate_texts(data_dir: str | pathlib.Path, kind: str) -> Iterator[dict[str, Any]]:
   """Yields `original_id`, `text`, `sentences` and `source` of each item or user, in order."""
   texts_origin(data_dir, kind)  # An error if there are no texts.

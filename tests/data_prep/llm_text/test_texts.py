@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 
 from data_prep.llm_text import texts
 from tests.helpers.runs import ROOT
-from ur4rec_jax.data.dataset import load_dataset, read_texts, texts_origin
+from ur4rec_jax.data.dataset import iterate_texts, load_dataset, read_info, texts_origin
+from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 
 ORIGIN = {'provider': 'acme', 'model': 'm', 'is_mock': False, 'time': '2024-01-01T00:00:00Z'}
@@ -26,14 +27,15 @@ ROWS = [(user, item['id'], time) for user in ('10', '9') for time, item in enume
 KILLS = """
 import os, signal, sys
 from data_prep.llm_text import texts
-from ur4rec_jax.data.dataset import read_texts
+from ur4rec_jax.data.dataset import iterate_texts, texts_origin
 
 data_dir = sys.argv[1]
 STEPS = ('os.mkdir', 'os.rename', 'shutil.rmtree', 'ctypes.dlopen')
 
 def run(number):
   if number:
-    sentences, origin = read_texts(data_dir, 'item')
+    sentences = [row['sentences'] for row in iterate_texts(data_dir, 'item')]
+    origin = texts_origin(data_dir, 'item')
     assert sentences[1] == sentences[3] == [origin['provider']], sentences
     print(origin['provider'], flush=True)
   steps = 0
@@ -69,6 +71,10 @@ def shop(make_shop) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
   files = (path for path in folder.rglob('*') if path.is_file())
   return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def sentences(data_dir: Path, kind: str) -> list[list[str]]:
+  return [row['sentences'] for row in iterate_texts(data_dir, kind)]
 
 
 class OneAtATime(Mapping):
@@ -107,10 +113,14 @@ def test_item_texts_are_joined_by_id_and_fall_back_on_the_own_description(shop):
     'Its own. And more.',
     '',
   ]
-  sentences, origin = read_texts(shop, 'item')
-  assert sentences == [['An ex.', '一。', '二！'], ['Bié.'], ['Its own.', 'And more.'], []]
-  assert origin == {**ORIGIN, 'kind': 'item', 'counts': counts}
-  assert origin == texts_origin(shop, 'item') == dict(builder.info.metadata)
+  assert sentences(shop, 'item') == [
+    ['An ex.', '一。', '二！'],
+    ['Bié.'],
+    ['Its own.', 'And more.'],
+    [],
+  ]
+  origin = texts_origin(shop, 'item')
+  assert origin == {**ORIGIN, 'kind': 'item', 'counts': counts} == dict(builder.info.metadata)
   after = contents(shop)
   assert {name: after[name] for name in before} == before
   assert {path.name for path in shop.iterdir()} == {
@@ -133,7 +143,7 @@ def test_item_texts_are_joined_by_id_and_fall_back_on_the_own_description(shop):
 def test_every_text_says_what_it_is(origin, source, shop):
   counts = texts.write_texts(shop, 'item', {'z/1': 'Of another.'}, ORIGIN | origin)
   assert counts == {source: 1, 'dataset': 1, 'without_text': 2, 'unknown_ids': 0}
-  assert read_texts(shop, 'item')[0][2] == ['Of another.']
+  assert sentences(shop, 'item')[2] == ['Of another.']
 
 
 def test_user_texts_are_of_one_split(shop):
@@ -141,17 +151,14 @@ def test_user_texts_are_of_one_split(shop):
   split = {'split_name': 'leave_one_out', 'split_hash': dataset.split_hash}
   texts.write_texts(shop, 'user', {'10': 'Likes it. A lot.'}, ORIGIN | split)
   # Users are ordered by number: 9, 10.
-  sentences, origin = read_texts(shop, 'user', dataset.split_hash)
-  assert sentences == [[], ['Likes it.', 'A lot.']]
-  assert origin['split_hash'] == dataset.split_hash
-  assert read_texts(shop, 'user')[0] == sentences
+  assert sentences(shop, 'user') == [[], ['Likes it.', 'A lot.']]
+  assert texts_origin(shop, 'user')['split_hash'] == dataset.split_hash
   by_time = load_dataset(shop, 'time').split_hash
-  message = (
-    f'for the split leave_one_out {dataset.split_hash}, not for time {by_time}.*--kind=users'
-    ' --split=time'
-  )
+  info = read_info(shop)
+  info['splits']['leave_one_out']['hash'] = by_time
+  message = f'for the split leave_one_out {dataset.split_hash}, which this .* has not.*--kind=users'
   with pytest.raises(InputError, match=message):
-    read_texts(shop, 'user', by_time)
+    text.origin(shop, 'user', info)
   before = contents(shop)
   for wrong, message in (
     ({'split_hash': by_time}, f'{by_time}, but the dataset has {dataset.split_hash}'),
@@ -164,7 +171,7 @@ def test_user_texts_are_of_one_split(shop):
 
 def test_texts_that_are_not_of_the_dataset_are_refused(shop, make_shop):
   with pytest.raises(InputError, match=r'no item texts; write them: python -m data_prep\.generate'):
-    read_texts(shop, 'item')
+    texts_origin(shop, 'item')
   texts.write_texts(shop, 'item', {'b': 'Good.'}, ORIGIN)
   before = contents(shop)
   with pytest.raises(InputError, match="no item '1', nor any other of the 2 ids with a text"):
@@ -178,12 +185,12 @@ def test_texts_that_are_not_of_the_dataset_are_refused(shop, make_shop):
   # Texts copied from another dataset, and damaged ones.
   fewer = make_shop([row for row in ROWS if row[1] != 'b'], ITEMS, name='fewer')
   (shop / 'item_texts').rename(fewer / 'item_texts')
-  with pytest.raises(InputError, match='has 3 items, but its texts are of 4'):
-    read_texts(fewer, 'item')
+  with pytest.raises(InputError, match="item 'z/1' has the text of 'b'; write the texts again"):
+    list(text.texts(fewer, 'item', 8))
   (record,) = fewer.glob('item_texts/1.0.0/*.array_record*')
   record.write_bytes(record.read_bytes()[:-100])
   with pytest.raises(InputError, match=r'item_texts cannot be read.*--kind=items'):
-    read_texts(fewer, 'item')
+    list(text.texts(fewer, 'item', 8))
 
 
 def test_killed_at_any_step_the_old_texts_are_there_or_the_new(shop):
@@ -195,7 +202,7 @@ def test_killed_at_any_step_the_old_texts_are_there_or_the_new(shop):
   assert seen[0] == seen[4] == 'run0'  # killed while writing
   assert seen[-1] == f'run{len(seen) - 1}'  # killed when only the old was left to be removed
   assert len(seen) > 8
-  assert read_texts(shop, 'item')[1]['provider'] == f'run{len(seen)}'
+  assert texts_origin(shop, 'item')['provider'] == f'run{len(seen)}'
   assert not list(shop.glob('item_texts.*'))
 
 
@@ -203,9 +210,9 @@ def test_a_text_of_any_length_and_script(shop):
   long = 'Слово и дело. ' * 80_000 + 'x' * 5000
   odd = 'שלום עולם. 😀 مرحبا؟ \ud800 \x00 end'
   texts.write_texts(shop, 'item', {'b': long, 'ü': odd}, ORIGIN)
-  sentences, _ = read_texts(shop, 'item')
-  assert len(sentences[1]) > 80_000
-  assert sentences[3] == ['שלום עולם.', '😀 مرحبا؟', '? end']
+  found = sentences(shop, 'item')
+  assert len(found[1]) > 80_000
+  assert found[3] == ['שלום עולם.', '😀 مرحبا؟', '? end']
 
 
 def test_import_and_export(shop, tmp_path):
