@@ -5,6 +5,7 @@ wanted, with ids that need no cleaning, unix times as whole numbers, and numbers
 other files are left to `interactions.read_layout`, which reads all forms and names a wrong line.
 """
 
+import glob
 import itertools
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import pyarrow as pa
 from ur4rec_jax.data.raw import ids, tables, times
 from ur4rec_jax.data.raw.interactions import Layout
 from ur4rec_jax.data.raw.records import Place, Raw
+from ur4rec_jax.errors import InputError
 
 _SNIFFED = 1000  # Lines that tell whether ids are whole numbers.
 _LONGEST_TIME = 10**18  # Times with more digits are left to the other reader.
@@ -57,6 +59,9 @@ def load(database: duckdb.DuckDBPyConnection, layout: Layout) -> Loaded | None:
   Args:
     database: see `engine.connected`.
     layout: the files and their columns.
+
+  Raises:
+    InputError: a file cannot be read.
   """
   names = tuple(layout.columns.values())
   if not layout.selection.takes_all or not all(_is_plain(file, names) for file in layout.files):
@@ -113,6 +118,11 @@ def _is_plain(file: tables.File, names: tuple[str, ...]) -> bool:
   return file.is_plain and not is_packed and all(file.columns.count(name) == 1 for name in names)
 
 
+def _pattern(file: tables.File) -> str:
+  """Returns the path as a pattern that matches nothing else: the engine takes * and ? as such."""
+  return glob.escape(str(file.path))
+
+
 def _delimiter(file: tables.File) -> str:
   """Returns the character between columns, which plain files have."""
   assert file.delimiter is not None
@@ -124,7 +134,7 @@ def _scan(file: tables.File) -> str:
   columns = ', '.join(f"'{i}': 'VARCHAR'" for i in range(len(file.columns)))
   quoted = lambda text: "'" + text.replace("'", "''") + "'"
   return (
-    f'read_csv({quoted(str(file.path))}, delim={quoted(_delimiter(file))}, columns={{{columns}}},'
+    f'read_csv({quoted(_pattern(file))}, delim={quoted(_delimiter(file))}, columns={{{columns}}},'
     " skip=1, header=false, auto_detect=false, quote='', escape='', comment='')"
   )
 
@@ -158,6 +168,12 @@ def _insert(
       )
       counts += _row(database, f'INSERT INTO loaded SELECT {values} FROM {_scan(file)}')
   except duckdb.OutOfMemoryException:
+    raise
+  except duckdb.IOException as error:
+    # The message names the file; otherwise it is about what the engine writes.
+    if any(path in str(error) for path in (str(file.path), _pattern(file))):
+      reason = str(error).partition('\n')[0]
+      raise InputError(f'{file.path}: cannot be read ({reason}); make it readable') from error
     raise
   except (duckdb.InvalidInputException, duckdb.ConversionException):
     return None

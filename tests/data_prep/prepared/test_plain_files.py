@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from data_prep import build_dataset
 from data_prep.prepared import engine, plain_files
 from data_prep.prepared.prepare import Options, Prepared, prepare, prepare_plain
 from ur4rec_jax.data.raw import interactions
@@ -98,6 +99,29 @@ def test_several_files_without_times_keep_their_order(tmp_path):
     path.write_text('\n'.join(['user\titem', *rows]))
   found = prepare_plain(opened(*paths), FLAGS, Options())
   assert_same(found, by_other_reader(opened(*paths), Options()))
+
+
+def test_a_name_like_a_pattern_means_one_file(tmp_path):
+  path = tmp_path / 'orders*[1]?.csv'
+  path.write_text(BASE)
+  (tmp_path / 'orders-1-.csv').write_text(BASE.replace('\n7,', '\n77,'))
+  found = prepare_plain(opened(path), FLAGS, OPTIONS)
+  assert_same(found, by_other_reader(opened(path)))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  """And not the folder that is written."""
+  path = tmp_path / 'orders[1].csv'
+  path.write_text(BASE)
+  insert = plain_files._insert
+
+  def gone(*args):
+    path.unlink(missing_ok=True)
+    return insert(*args)
+
+  monkeypatch.setattr(plain_files, '_insert', gone)
+  with pytest.raises(InputError, match=r'orders\[1\]\.csv: cannot be read .*; make it readable'):
+    build_dataset.build('interactions', tmp_path / 'data', path, OPTIONS)
 
 
 def test_rows_keep_their_numbers_where_several_threads_read(tmp_path):
