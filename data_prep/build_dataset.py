@@ -93,15 +93,6 @@ _PARAMETERS = {
 # Flags of the engine that filters and sorts, and their defaults.
 _ENGINE = {'engine': 'duckdb', 'master': None, 'memory_limit': engine.MEMORY_LIMIT}
 _MOST_SEARCHED = 10_000  # Items that are searched for texts and pictures to suggest what is next.
-# Counts of a split that the summary shows if they are not zero.
-_SPLIT_COUNTS = {
-  'train_interactions': 'interactions train',
-  'valid_users': 'users validate',
-  'test_users': 'test',
-  'train_only_users': 'only train',
-  'unused_users': 'are unused',
-  'items_without_training': 'items are never in training',
-}
 
 
 class _Build(NamedTuple):
@@ -447,8 +438,7 @@ def summary(metadata: dict[str, Any], data_dir: str | Path, is_new: bool) -> str
   rows += [('note', note) for note in metadata.get('notes', [])]
   for name, record in metadata['splits'].items():
     rows.append(('split', f'{splits.describe(name, record)} {record["hash"]}'))
-    shown = {what: record[field] for field, what in _SPLIT_COUNTS.items() if record[field]}
-    rows.append(('-', ', '.join(f'{n:,} {what}' for what, n in shown.items())))
+    rows.append(('-', describe_page.split_counts(record)))
   rows += [('licence', metadata['licence']), *_next_rows(metadata, data_dir)]
   return '\n'.join(f'{name:<14} {value}' for name, value in rows)
 

@@ -228,8 +228,7 @@ def facts(info: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]
     rows.append(('ratings', f'{span}; mean {ratings["mean"]:,.2f}'))
   for name, record in info['splits'].items():
     rows.append(('split', f'{splits.describe(name, record)} {record["hash"]}'))
-    shown = {what: record[field] for field, what in describe_page.SPLIT_COUNTS.items()}
-    rows.append(('-', ', '.join(f'{n:,} {what}' for what, n in shown.items() if n)))
+    rows.append(('-', describe_page.split_counts(record)))
   for what, reasons in info['dropped'].items():
     if reasons:
       lost = ', '.join(f'{reason} {number:,}' for reason, number in reasons.items())

@@ -35,7 +35,7 @@ _PICTURE_SIZE = (160, 240)
 _TITLE_LENGTH, _TEXT_LENGTH, _MAX_GENRES = 120, 180, 3
 
 # What dataset.json counts of a split.
-SPLIT_COUNTS = {
+_SPLIT_COUNTS = {
   'train_interactions': 'training interactions',
   'valid_users': 'validation users',
   'test_users': 'test users',
@@ -67,6 +67,12 @@ def item_count(counts: Mapping[str, Any]) -> str:
   """Formats the number of items; those that nobody has had yet are counted apart."""
   cold = counts.get('items_without_interactions', 0)
   return f'{counts["items"]:,}' + (f', {cold:,} of them without interactions' if cold else '')
+
+
+def split_counts(record: Mapping[str, Any]) -> str:
+  """Formats the counts of a split that are not zero."""
+  shown = {what: record[field] for field, what in _SPLIT_COUNTS.items()}
+  return ', '.join(f'{count:,} {what}' for what, count in shown.items() if count)
 
 
 def percent(share: float) -> str:
@@ -140,7 +146,7 @@ def _split_rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]
     if any(field in record for record in records)
   ]
   rows += [
-    (what, [f'{record[field]:,}' for record in records]) for field, what in SPLIT_COUNTS.items()
+    (what, [f'{record[field]:,}' for record in records]) for field, what in _SPLIT_COUNTS.items()
   ]
   return [*rows, ('hash', [record['hash'] for record in records])]
 

@@ -103,7 +103,7 @@ def test_movielens_from_raw_files_to_what_is_read_back(run_build, ratings, ml_1m
 
   for part in (
     'users          12',
-    '11 users validate, 11 test, 1 only train',
+    '11 validation users, 11 test users, 1 users only in training',
     '1997-11-20 to',
     'never_interacted 1',
     'ur4rec_jax.main',

@@ -44,7 +44,7 @@ def test_only_the_flag_keeps_items_without_interactions(tmp_path):
   assert [item['original_id'] for item in read_items(kept_folder)] == sorted([*COLD, *SOLD])
   shown = build_dataset.summary(kept, kept_folder, True)
   assert '10, 4 of them without interactions' in shown
-  assert '4 items are never in training' in shown
+  assert '4 items never in training' in shown
   # The interactions are the same ones.
   names = [
     [items[i - 1]['original_id'] for i in read_interactions(at).item_ids]
