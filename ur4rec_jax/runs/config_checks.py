@@ -1,4 +1,4 @@
-"""Refuses a config that cannot work, and a config that a started run cannot go on with."""
+"""Refuses configs that cannot work or that a started run cannot go on with; finds idle fields."""
 
 import math
 from typing import Any
@@ -14,6 +14,8 @@ from ur4rec_jax.runs.trackers import OPEN
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 from ur4rec_jax.training.stages import retrieval_losses, stage_config
 
+# Fields of the branch sasrec that its recurrent layers do not use.
+_OF_TRANSFORMERS = ('num_heads', 'ffn_dim', 'norm', 'activation', 'window', 'filter_width')
 _DIVIDES = (
   ('sasrec.num_heads', 'sasrec.dim'),
   ('retriever.num_heads', 'retriever.dim'),
@@ -77,6 +79,20 @@ def check_config(config: ConfigDict) -> None:
   _check_item_embeddings(config)
   _check_streaming(config)
   _check_stages(config)
+
+
+def ignored_fields(config: ConfigDict) -> list[str]:
+  """Returns the fields of a config, as NAME=VALUE, that are set and change nothing.
+
+  They are allowed, because a config for transformers also serves to try recurrent layers.
+  """
+  sasrec = config.sasrec
+  if 'sasrec' not in config.branches or sasrec.block != 'gru':
+    return []
+  names = [name for name in _OF_TRANSFORMERS if sasrec[name] != KNOBS[f'sasrec.{name}'].default]
+  if sasrec.positions == 'rotary':
+    names.append('positions')
+  return [f'sasrec.{name}={sasrec[name]}' for name in names]
 
 
 def _check_warm_start(fields: dict[str, Any]) -> None:

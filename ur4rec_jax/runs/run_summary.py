@@ -6,6 +6,7 @@ import jax
 
 from ur4rec_jax.data.input_pipeline import TrainBatches
 from ur4rec_jax.errors import counted
+from ur4rec_jax.runs.config_checks import ignored_fields
 from ur4rec_jax.runs.open_run import Run
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.training.train_state import TrainProgress
@@ -32,6 +33,8 @@ def run_summary(run: Run, batches: TrainBatches, progress: TrainProgress) -> str
     lines.append('keep     the last parameters, after all epochs: patience ends no stage')
   if len(run.stages) > 1:
     lines += [f'{f"stage {i}":<9}{stage}' for i, stage in enumerate(run.stages, 1)]
+  if ignored := ignored_fields(config):
+    lines.append(f'note     not used by sasrec.block={config.sasrec.block}: {", ".join(ignored)}')
   if warning := repeats_warning(run):
     lines.append(warning)
   if progress.step:
