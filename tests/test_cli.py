@@ -1,5 +1,6 @@
 """The command `ur4rec` lists its commands, starts the programs, and refuses an unknown name."""
 
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.helpers.commands import run_here
 from tests.helpers.runs import ROOT
 from ur4rec_jax import cli, errors
 
@@ -75,3 +77,30 @@ def test_folders_of_the_user_hide_no_package(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert '--data_dir' in done.stdout
+
+
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    ('serve --export=x --keep_days=90', '--keep_days: is for --events'),
+    ('serve --export=x --event_kinds=click', '--event_kinds: is for --events'),
+    ('serve --export=x --events_per_second=9', '--events_per_second: is for --events'),
+    ('serve --export=x --shown_per_second=inf', '--shown_per_second: is for --events'),
+    ('feedback --events=x --out=y --group=z', '--group: is for --consume'),
+    ('feedback --events=x --out=y --until_end', '--until_end: is for --consume'),
+    ('feedback --events=x --out=y --export=z', '--export: is for --delete_user'),
+    ('export --workdir=x --vectors=y --users', '--users: is for --out'),
+    ('export --workdir=x --vectors=y --without_pictures', '--without_pictures: is for --out'),
+    ('export --workdir=x --vectors=y --approximate', '--approximate: is for --out'),
+    ('export --workdir=x --out=y --pictures=z', '--pictures: is for --add_items'),
+    ('recommend --workdir=x --similar_to=a --approximate', '--similar_to: takes --by, --k, --add'),
+    ('experiment assign --config=x --user=u --out=y', '--out: is for --users'),
+    ('quick orders.csv --no_serve --port=1', '--port: nothing is served with --no_serve'),
+  ],
+)
+def test_a_flag_that_nothing_reads_is_refused(words, message):
+  name, *flags = words.split()
+  done = run_here(importlib.import_module(cli.COMMANDS[name].module).main, flags)
+  assert (done.returncode, done.stdout) == (2, '')
+  (line,) = done.stderr.splitlines()
+  assert line.startswith(f'error: {message}')

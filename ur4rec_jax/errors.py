@@ -1,5 +1,6 @@
 """Messages and exit codes: an error is one clear message and a code, never a traceback."""
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -299,6 +300,22 @@ def exit_on_reported_error(main: Callable[_P, _T]) -> Callable[_P, _T]:
       return main(*args, **kwargs)
 
   return wrapped
+
+
+def refuse_idle_flags(
+  parser: argparse.ArgumentParser, flags: argparse.Namespace, reader: str, *names: str
+) -> None:
+  """Raises InputError for the first flag that was given without the one that has it read.
+
+  Args:
+    parser: the parser, which knows the defaults.
+    flags: the parsed flags.
+    reader: name of the flag without which nothing reads the others.
+    *names: names of these.
+  """
+  for name in () if getattr(flags, reader) else names:
+    if getattr(flags, name) != parser.get_default(name):
+      raise InputError(f'--{name}: is for --{reader}; leave it out')
 
 
 def exit_code_table() -> str:

@@ -106,6 +106,8 @@ def run_assign(flags: argparse.Namespace) -> None:
   """Prints or writes the arm of each user."""
   from ur4rec_jax.online import experiments
 
+  if flags.out is not None and flags.users is None:
+    raise InputError('--out: is for --users; leave it out')
   experiment = experiments.read(flags.config)
   # As in the service, nobody gets an arm that the guard has stopped.
   experiment = experiments.with_stopped(experiment, experiments.read_stopped(experiment))

@@ -12,7 +12,7 @@ import pathlib
 import shlex
 import sys
 
-from ur4rec_jax.errors import InputError, counted, exit_on_reported_error
+from ur4rec_jax.errors import InputError, counted, exit_on_reported_error, refuse_idle_flags
 from ur4rec_jax.files import expand_home
 from ur4rec_jax.inference import exported, thumbnails, vectors
 from ur4rec_jax.inference.exporting import export
@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> None:
   add('--without_pictures', action='store_true', help="leave the items' pictures out")
   add('--approximate', action='store_true', help='search large catalogues approximately')
   flags = parser.parse_args(expand_home(argv))
-  if flags.pictures is not None and flags.add_items is None:
-    raise InputError('--pictures: is for --add_items; leave it out')
+  refuse_idle_flags(parser, flags, 'add_items', 'pictures')
   if flags.out is flags.vectors is flags.user_vectors is None:
     raise InputError('give --out=FOLDER, or --vectors=FILE.parquet for vectors alone')
+  refuse_idle_flags(parser, flags, 'out', 'users', 'without_pictures', 'approximate')
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
   if flags.add_items:
     before = len(recommender.item_ids)

@@ -17,7 +17,7 @@ import shlex
 import signal
 import time
 
-from ur4rec_jax.errors import InputError, counted, exit_on_reported_error, say
+from ur4rec_jax.errors import InputError, counted, exit_on_reported_error, refuse_idle_flags, say
 from ur4rec_jax.files import disk_errors, expand_home
 from ur4rec_jax.inference import exported
 from ur4rec_jax.online.events import KINDS
@@ -54,13 +54,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     raise InputError('give one of --out, --consume, --delete_user and --delete_before_days')
   if flags.delete_user == '':
     raise InputError('--delete_user: is empty; give the id of a user')
-  if flags.export and flags.delete_user is None:
-    raise InputError('--export: is for --delete_user; leave it out')
-  if flags.consume is None:
-    if flags.kafka_config is not None or flags.until_end:
-      raise InputError('--kafka_config and --until_end: are for --consume; leave them out')
-    if '://' not in flags.events and not pathlib.Path(flags.events).is_file():
-      raise InputError(f'--events={flags.events}: there is no such file')
+  refuse_idle_flags(parser, flags, 'delete_user', 'export')
+  refuse_idle_flags(parser, flags, 'consume', 'group', 'kafka_config', 'until_end')
+  is_file = '://' not in flags.events
+  if flags.consume is None and is_file and not pathlib.Path(flags.events).is_file():
+    raise InputError(f'--events={flags.events}: there is no such file')
   if flags.delete_before_days is not None and not flags.delete_before_days > 0:
     raise InputError('--delete_before_days: must be more than 0')
   return flags

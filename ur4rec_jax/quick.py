@@ -528,7 +528,10 @@ def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterato
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, makes the models, exports the best one and serves it."""
-  flags = _flags().parse_args(expand_home(argv))
+  parser = _flags()
+  flags = parser.parse_args(expand_home(argv))
+  if flags.no_serve and flags.port != parser.get_default('port'):
+    raise InputError('--port: nothing is served with --no_serve; leave one of them out')
   order = _order(flags)
   can_serve = all(map(importlib.util.find_spec, ('fastapi', 'uvicorn', 'prometheus_client')))
   if not can_serve and not flags.no_serve:

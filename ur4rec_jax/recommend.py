@@ -29,7 +29,14 @@ from tqdm import tqdm
 
 from ur4rec_jax.data.dataset import read_dropped_users
 from ur4rec_jax.data.original_ids import read_ids
-from ur4rec_jax.errors import InputError, StorageError, counted, exit_on_reported_error, say
+from ur4rec_jax.errors import (
+  InputError,
+  StorageError,
+  counted,
+  exit_on_reported_error,
+  refuse_idle_flags,
+  say,
+)
 from ur4rec_jax.files import expand_home, write_file
 from ur4rec_jax.inference import frames, rules
 from ur4rec_jax.inference.explanations import explain
@@ -305,20 +312,18 @@ def _flags() -> argparse.ArgumentParser:
   return parser
 
 
-def _check(flags: argparse.Namespace) -> None:
-  if flags.pictures is not None and flags.add_items is None:
-    raise InputError('--pictures: is for --add_items; leave it out')
+def _check(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+  refuse_idle_flags(parser, flags, 'add_items', 'pictures')
   if flags.user is not None and flags.history is not None:
     raise InputError('--user and --history exclude each other; leave one out')
   about_one = [flags.user, flags.history, flags.preference]
   if flags.similar_to is not None:
     others = (flags.histories, flags.out, flags.only, flags.without, flags.rules, flags.keep_seen)
     is_given = any(x is not None for x in (*about_one, *others))
-    if is_given or flags.all_users or flags.explain:
+    if is_given or flags.all_users or flags.explain or flags.approximate:
       raise InputError('--similar_to: takes --by, --k, --add_items and --json alone')
     return
-  if flags.by is not None:
-    raise InputError('--by: is for --similar_to; leave it out')
+  refuse_idle_flags(parser, flags, 'similar_to', 'by')
   name = '--all_users' if flags.all_users else '--histories'
   if flags.all_users and flags.histories is not None:
     raise InputError('--all_users and --histories exclude each other; leave one out')
@@ -338,8 +343,9 @@ def _check(flags: argparse.Namespace) -> None:
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags and prints or writes recommendations."""
-  flags = _flags().parse_args(expand_home(argv))
-  _check(flags)
+  parser = _flags()
+  flags = parser.parse_args(expand_home(argv))
+  _check(parser, flags)
   note = functools.partial(say, file=sys.stderr)
   recommender = load(flags.workdir, flags.data_dir, flags.approximate)
   # Notes of the library are lines for the user here.

@@ -24,7 +24,7 @@ import time
 
 import jax
 
-from ur4rec_jax.errors import InputError, exit_on_reported_error
+from ur4rec_jax.errors import InputError, exit_on_reported_error, refuse_idle_flags
 from ur4rec_jax.files import expand_home
 
 try:
@@ -56,6 +56,7 @@ BACKLOG = 2048
 _MOST_FILES = 65_536  # Limit of open files of the process; most of them are connections.
 # Open files besides connections, and connections that are accepted before older ones are closed.
 _OTHER_FILES = 320
+_OF_EVENTS = ('event_kinds', 'keep_days', 'events_per_second', 'shown_per_second')
 _STOP = (signal.SIGTERM, signal.SIGINT)
 # From these, a proxy may name its client in X-Forwarded-For: the ways in which a service on IPv4,
 # on IPv6 or on both sees a proxy of the same machine.
@@ -119,9 +120,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
       raise InputError(f'--{name}={getattr(flags, name):g}: must be more than 0')
   if (flags.export is None) == (flags.registry is None):
     raise InputError('give one of --export=FOLDER and --registry=FOLDER')
-  flags.event_kinds = [kind.strip() for kind in flags.event_kinds.split(',')]
-  if unknown := [kind for kind in flags.event_kinds if kind not in KINDS]:
+  kinds = [kind.strip() for kind in flags.event_kinds.split(',')]
+  if unknown := [kind for kind in kinds if kind not in KINDS]:
     raise InputError(f'--event_kinds: {unknown[0]!r} is none of {", ".join(KINDS)}')
+  refuse_idle_flags(parser, flags, 'events', *_OF_EVENTS)
+  flags.event_kinds = kinds
   return flags
 
 

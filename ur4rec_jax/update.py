@@ -18,7 +18,7 @@ import shlex
 import shutil
 from typing import Any
 
-from ur4rec_jax.errors import InputError, exit_on_reported_error, say
+from ur4rec_jax.errors import InputError, exit_on_reported_error, refuse_idle_flags, say
 from ur4rec_jax.files import expand_home
 
 EXPORT = 'export'
@@ -109,11 +109,8 @@ def _check(flags: argparse.Namespace) -> None:
   for name in ('workdir', 'data_dir', 'out', *(('events', 'registry') if flags.watch else ())):
     if not getattr(flags, name):
       raise InputError(f'--{name} is missing; --help says what it is')
-  defaults = _parser().parse_args([])
-  for switch, names in (('watch', _OF_WATCH), ('registry', _OF_REGISTRY)):
-    for name in () if getattr(flags, switch) else names:
-      if getattr(flags, name) != getattr(defaults, name):
-        raise InputError(f'--{name}: is for --{switch}; leave it out')
+  refuse_idle_flags(_parser(), flags, 'watch', *_OF_WATCH)
+  refuse_idle_flags(_parser(), flags, 'registry', *_OF_REGISTRY)
   for name in ('every_minutes', 'every_events', 'rounds'):
     if not getattr(flags, name) > 0:
       raise InputError(f'--{name}={getattr(flags, name):g}: must be more than 0')

@@ -47,6 +47,7 @@ CLIENTS = 64
 SWAPS = 20
 ROUNDS = 3  # Services take turns, because other processes of the machine change what it can do.
 STORED_EVENTS = 20  # Of a user, before the waits are measured.
+_NO_LIMIT = '--events_per_second=inf'
 _HEAD = 'HTTP/1.1\r\nHost: localhost\r\n'
 
 
@@ -55,7 +56,7 @@ def service(*flags: str, cache: str) -> Iterator[tuple[int, subprocess.Popen]]:
   """Runs a service on a free port while the block runs, and stops it."""
   command = [sys.executable, '-m', 'ur4rec_jax.serve', '--port=0', '--client_connections=2000']
   process = subprocess.Popen(
-    [*command, '--events_per_second=inf', '--queue=2000', *flags],
+    [*command, '--queue=2000', *flags],
     stdout=subprocess.PIPE,
     text=True,
     env={'JAX_COMPILATION_CACHE_DIR': cache} | os.environ,
@@ -231,7 +232,7 @@ def _measure_costs(flags: argparse.Namespace, db: str, cache: str, found: dict[s
   flag = f'--export={flags.export}'
   with (
     service(flag, cache=cache) as (without, _),
-    service(flag, f'--events={place}', cache=cache) as (with_events, _),
+    service(flag, f'--events={place}', _NO_LIMIT, cache=cache) as (with_events, _),
   ):
     sides = {
       'recommendations_without_events': (without, 0.0),
@@ -263,7 +264,7 @@ def _measure_swaps(
   folder = tempfile.mkdtemp(dir=scratch)
   registry.promote(folder, exports[0])
   where = f'--registry={folder}', f'--events={flags.events or f"{folder}/events.db"}'
-  with service(*where, cache=f'{cache}-{len(exports)}') as (port, process):
+  with service(*where, _NO_LIMIT, cache=f'{cache}-{len(exports)}') as (port, process):
     load = TimedLoad(port, Requests(exports[0], 0.3))
     found = asyncio.run(swap_under_load(load, process, folder, exports, flags))
   print(json.dumps(found), file=sys.stderr, flush=True)
