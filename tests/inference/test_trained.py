@@ -17,7 +17,7 @@ from ur4rec_jax.evaluation import evaluate
 from ur4rec_jax.evaluation.best_items import best_items
 from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import Queries, make_queries
-from ur4rec_jax.inference.query import CheckedQuery
+from ur4rec_jax.inference.query import CheckedQuery, Query
 from ur4rec_jax.service.http_schema import make_question
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
@@ -270,6 +270,49 @@ def test_explanations_are_those_of_the_weights(shop):
       assert named == [history[i] for i in best if falls[i, column] > 1e-6]
     alone = recommender.recommend(history, 4, explain=True, weights=own)
     assert alone['because'].tolist() == rows['because'].tolist()
+
+
+@pytest.mark.parametrize('name', ['text', 'learned'])
+@pytest.mark.parametrize('length', [1, 6, 25])
+def test_explanations_are_those_of_the_preference(shop, name, length):
+  """The variants read the preference as an item, and as a text of the user."""
+  recommender, _ = make(shop, name)
+  history, wish = recommender.item_ids[3 : 3 + length], recommender.titles[40]
+  read = history[-(19 if name == 'text' else 20) :]
+  frame = recommender.recommend(history, 4, explain=True, preference=wish)
+  items = frame['item'].tolist()
+
+  def above_mean(history):
+    answer = recommender.answer([history], 60, keep_seen=True, preference=wish)
+    by_id = dict(zip(answer.items[0], answer.scores[0], strict=True))
+    return np.array([by_id[item] for item in items]) - np.mean(list(by_id.values()))
+
+  whole = above_mean(read)
+  falls = np.stack([whole - above_mean(read[:i] + read[i + 1 :]) for i in range(len(read))])
+  found = recommender.influences(history, items, preference=wish)
+  np.testing.assert_allclose(found, falls, atol=1e-4)
+  for column, named in enumerate(frame['because']):
+    best = np.argsort(-found[:, column], kind='stable')[:3]
+    assert named == [read[i] for i in best if found[i, column] > 1e-6]
+
+
+@pytest.mark.parametrize('name', ['text', 'sasrec'])
+def test_without_its_only_item_a_history_says_nothing_to_sasrec(shop, name):
+  recommender, _ = make(shop, name)
+  history, items = recommender.item_ids[3:4], recommender.item_ids[10:14]
+  (found,) = recommender.influences(history, items)
+  nothing = np.zeros(0, np.int32)
+  weights = np.array([[branch != 'sasrec' for branch in recommender.branches]], np.float32)
+  queries = (
+    recommender.check(Query([history], 60, keep_seen=True)),
+    CheckedQuery([nothing], 60, [nothing], weights=weights),
+  )
+  with_it, without = (
+    dict(zip(ranking.items[0].tolist(), ranking.scores[0].tolist(), strict=True))
+    for ranking in map(recommender.rank, queries)
+  )
+  above = lambda scores: np.array([scores[i] for i in range(11, 15)]) - np.mean([*scores.values()])
+  np.testing.assert_allclose(found, above(with_it) - above(without), atol=1e-4)
 
 
 def test_explanations_of_several_users_belong_to_them(shop):

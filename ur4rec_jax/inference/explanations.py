@@ -59,9 +59,10 @@ def explain(
     the history. Sentences about users or items of the history are left out if more than 5 % of the
     users, or items, have them, also with other numbers in them.
   """
-  known = recommender.lookup(history)[0][-recommender.max_length :]
   own_texts = None if users is None else recommender.preferences_of(users)
-  influences = recommender.influences(history, items, own_texts, weights)
+  influences = recommender.influences(history, items, own_texts, weights, preference)
+  known = recommender.lookup(history)[0]
+  known = known[len(known) - len(influences) :]  # Those that the model reads.
   found = []
   for column, match in enumerate(_text_matches(recommender, known, items, users, preference)):
     named = reasons.because(influences[:, column], known, recommender.item_ids, recommender.titles)

@@ -4,9 +4,11 @@ Attention weights would only say where a layer looks, not how that changes a sco
 means the same in every branch and fusion, and needs only the ranking of an exported model.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from ur4rec_jax.inference.query import CheckedQuery
+from ur4rec_jax.inference.query import CheckedQuery, switch_off_sequence
 
 # A score alone says little, because leaving an item out may move all scores alike. Scores are
 # therefore compared with the mean over this many items, evenly spaced in the catalogue.
@@ -29,6 +31,7 @@ def leave_one_out(
   items: np.ndarray,
   compared: np.ndarray,
   num_items: int,
+  branches: Sequence[str],
   most: int | None = None,
 ) -> CheckedQuery:
   """Returns the query of the whole history, then of the history without each of its items.
@@ -38,6 +41,7 @@ def leave_one_out(
     items: numbers of the items whose scores are wanted.
     compared: from `reference`.
     num_items: size of the catalogue.
+    branches: names of the model's branches.
     most: how many items are left out in turn, the latest ones; None for all.
   """
   (history,) = query.histories
@@ -47,12 +51,15 @@ def leave_one_out(
   chosen = np.union1d(items, compared)
   allowed = np.zeros(num_items + 1, bool)
   allowed[chosen] = True
+  weights = np.ones((1, len(branches)), np.float32) if query.weights is None else query.weights
+  weights = np.repeat(weights, count, axis=0)
+  switch_off_sequence(weights, histories, branches)
   return CheckedQuery(
     histories,
     len(chosen),
     [history[:0]] * count,
     allowed,
-    weights=None if query.weights is None else np.repeat(query.weights, count, axis=0),
+    weights=weights,
     preferences={
       name: (np.repeat(tokens, count, axis=0), np.repeat(mask, count, axis=0))
       for name, (tokens, mask) in query.preferences.items()

@@ -104,6 +104,21 @@ class CheckedQuery:
     )
 
 
+def switch_off_sequence(
+  weights: np.ndarray, histories: Sequence[np.ndarray], branches: Sequence[str]
+) -> None:
+  """Sets the weight of SASRec to 0 where the history is empty, of which its score says nothing.
+
+  Args:
+    weights: `[users, branches]`, which are changed.
+    histories: one history per user.
+    branches: names of the branches.
+  """
+  if 'sasrec' in branches:
+    is_empty = np.array([not len(history) for history in histories], bool)
+    weights[is_empty, branches.index('sasrec')] = 0
+
+
 class Known(NamedTuple):
   """The part of a user's history that the catalogue has.
 

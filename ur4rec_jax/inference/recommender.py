@@ -18,6 +18,7 @@ from ur4rec_jax.inference.query import (
   Ranking,
   UserTokens,
   make_query,
+  switch_off_sequence,
 )
 from ur4rec_jax.inference.rules import KEEP, ONLY, Rules
 from ur4rec_jax.inference.similar import (
@@ -160,10 +161,12 @@ class Recommender:
     Raises:
       InputError: a value that concerns all users is wrong.
     """
-    checked = self.check(query)
-    if query.rules is not None:
-      return self.answer_by_rules(checked, query.rules)
-    return self.to_answer(checked, self.rank(checked))
+    return self._answer(self.check(query), query.rules)
+
+  def _answer(self, query: CheckedQuery, rules: Rules | None) -> Answer:
+    if rules is not None:
+      return self.answer_by_rules(query, rules)
+    return self.to_answer(query, self.rank(query))
 
   def answer_by_rules(self, query: CheckedQuery, rules: Rules) -> Answer:
     """Answers a checked query of the same rules, with as many candidates as the rules need."""
@@ -441,13 +444,34 @@ class Recommender:
     Returns:
       `[history, items]` float32. The rows are the known items of the history that the model reads.
     """
-    known = self.lookup(history)[0][-self.max_length :]
-    numbers = self.lookup(items, 'items')[0]
-    checked = self._checked_weights(weights, [Known(known, np.unique(known))])
-    asked = CheckedQuery([known], 1, [known[:0]], None, checked, preferences or {})
-    compared = influences.reference(len(self.item_ids), self.compares_ranks)
-    found = self.rank(influences.leave_one_out(asked, numbers, compared, len(self.item_ids)))
-    return influences.influences(found.items, found.scores, numbers, compared)
+    known = self.lookup(history)[0]
+    query = Query([history], 1, weights=weights, preferences=preferences)
+    checked = self.check_known(query, [Known(known, np.unique(known))])
+    return self._influences(checked, self.lookup(items, 'items')[0], len(self.item_ids))
+
+  def _influences(
+    self, query: CheckedQuery, items: np.ndarray, num_items: int, kept: int = 0
+  ) -> np.ndarray:
+    """Returns `[history, items]`, see `influences`.
+
+    Args:
+      query: the query of a single user.
+      items: numbers of the items whose scores are wanted.
+      num_items: the scores are compared with those of the first so many items.
+      kept: number of items at the start of the history that are never left out, and have no row.
+    """
+    history = query.histories[0][-self.max_length :]
+    compared = influences.reference(num_items, self.compares_ranks)
+    asked = influences.leave_one_out(
+      dataclasses.replace(query, histories=[history]),
+      items,
+      compared,
+      len(self.item_ids),
+      self.branches,
+      len(history) - kept,
+    )
+    found = self.rank(asked)
+    return influences.influences(found.items, found.scores, items, compared)
 
   def item_vectors(self) -> ItemVectors:
     """Returns the item vectors, which are made on the first call."""
@@ -631,10 +655,8 @@ class Recommender:
         f'weights={weights!r:.80}: must be one number, 0 or more, for each of the branches'
         f' {", ".join(self.branches)}'
       )
-    if 'sasrec' in self.branches and len(self.branches) > 1:
-      # SASRec's score means nothing for a user without history, so the retriever alone decides.
-      is_empty = np.array([not history.items.size for history in known], bool)
-      checked[is_empty, self.branches.index('sasrec')] = 0
+    if len(self.branches) > 1:  # For a user without history the retriever alone decides.
+      switch_off_sequence(checked, [history.items for history in known], self.branches)
     return checked
 
 

@@ -39,7 +39,7 @@ from ur4rec_jax.inference.explanations import explain as _explain
 from ur4rec_jax.inference.kept_model import Kept
 from ur4rec_jax.inference.new_items import TEXT, NewItemEncoder, NewItems, read_new_items
 from ur4rec_jax.inference.passages import distinctive
-from ur4rec_jax.inference.query import Answer, Ids, Query, UserTokens, make_query
+from ur4rec_jax.inference.query import Answer, CheckedQuery, Ids, Query, UserTokens, make_query
 from ur4rec_jax.inference.recommender import Recommender, Users, make_users
 from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
@@ -381,16 +381,23 @@ class TrainedRecommender(Recommender):
     if preference is None:
       return super().ask(query)
     self.check_k(query.k)
+    recommender, checked = self._check_with_preference(query, preference)
+    return recommender._answer(checked, query.rules)
+
+  def _check_with_preference(
+    self, query: Query, preference: str
+  ) -> tuple['TrainedRecommender', CheckedQuery]:
+    """Checks a query with a preference in words; returns the recommender that answers it, too."""
     if not isinstance(preference, str):
       raise InputError(f'preference: must be a text, not {preference!r:.80}')
     if TEXT not in self._user_features:
-      return self._ask_with_preference_as_item(query, preference)
+      return self._check_with_preference_as_item(query, preference)
     features = load_features(self.config.data_dir, 'user', TEXT, self.dataset.split_hash)
     count = len(query.histories)
     encoded = encode_like(features.folder, features.info, preference)
     tokens, mask = (np.repeat(x[None], count, axis=0) for x in encoded)
     preferences = {**(query.preferences or {}), TEXT: (tokens, mask)}
-    return super().ask(dataclasses.replace(query, preferences=preferences))
+    return self, self.check(dataclasses.replace(query, preferences=preferences))
 
   def preferences_of(self, users: Sequence[int]) -> UserTokens:
     """Returns the users' own texts.
@@ -406,7 +413,9 @@ class TrainedRecommender(Recommender):
       texts[name] = tokens, mask
     return texts
 
-  def _ask_with_preference_as_item(self, query: Query, preference: str) -> Answer:
+  def _check_with_preference_as_item(
+    self, query: Query, preference: str
+  ) -> tuple['TrainedRecommender', CheckedQuery]:
     """Puts an item with the preference as its text before each history."""
     if TEXT not in self.config.modalities:
       raise InputError(
@@ -428,10 +437,31 @@ class TrainedRecommender(Recommender):
       for h in map(self.known, query.histories)
     ]
     query = dataclasses.replace(query, without=[*(query.without or ()), _PREFERENCE])
-    checked = larger.check_known(query, known)
-    if query.rules is not None:
-      return larger.answer_by_rules(checked, query.rules)
-    return larger.to_answer(checked, larger.rank(checked))
+    return larger, larger.check_known(query, known)
+
+  def influences(
+    self,
+    history: Ids,
+    items: Ids,
+    preferences: UserTokens | None = None,
+    weights: Sequence[float] | np.ndarray | None = None,
+    preference: str | None = None,
+  ) -> np.ndarray:
+    """Measures how much each item of a history raises the scores of some items.
+
+    Args:
+      history: as the other arguments and the result, see `Recommender.influences`.
+      items: ids of catalogue items.
+      preferences: the user's own texts.
+      weights: factors of the branches' scores.
+      preference: what the user likes, in words; it is never left out, and has no row.
+    """
+    if preference is None:
+      return super().influences(history, items, preferences, weights)
+    query = Query([history], 1, weights=weights, preferences=preferences)
+    recommender, checked = self._check_with_preference(query, preference)
+    numbers, is_item = self.lookup(items, 'items')[0], recommender is not self
+    return recommender._influences(checked, numbers, len(self.item_ids), int(is_item))
 
   def add_items(
     self, source: str | pathlib.Path, pictures: str | pathlib.Path | None = None

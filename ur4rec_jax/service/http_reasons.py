@@ -56,7 +56,9 @@ async def _influences(
   compared = influences.reference(num_items, recommender.compares_ranks)
   history = job.query.histories[0][-recommender.max_length :]
   whole = dataclasses.replace(job.query, histories=[history])
-  query = influences.leave_one_out(whole, numbers, compared, num_items, MOST_LEFT_OUT)
+  query = influences.leave_one_out(
+    whole, numbers, compared, num_items, recommender.branches, MOST_LEFT_OUT
+  )
   left_out = history[-MOST_LEFT_OUT:]
   if not len(numbers) or query.k > batcher.most_k:  # More would need another program.
     return left_out, np.zeros((len(left_out), len(numbers)))
