@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,11 +54,23 @@ def test_promoting_the_current_model_again_changes_nothing(tmp_path):
 
 def test_only_leftovers_of_promotions_are_removed(tmp_path):
   versions = tmp_path / 'models' / 'versions'
-  for name in ('000001.incomplete-12', '000004', 'mine'):
+  dead = 2**22 + 1  # No process has such a number.
+  for name in (f'000001.incomplete-{dead}', '000004', 'mine'):
     (versions / name).mkdir(parents=True)
   (versions / '.DS_Store').write_text('of a file manager')
   assert registry.promote(tmp_path / 'models', make_export(tmp_path / 'a', 'first')) == '000001'
   assert sorted(path.name for path in versions.iterdir()) == ['.DS_Store', '000001', 'mine']
+
+
+def test_the_draft_of_a_running_command_stays(tmp_path):
+  models = tmp_path / 'models'
+  promote(models, tmp_path, 1)
+  running = f'000001.incomplete-{socket.gethostname()}-{os.getppid()}'
+  elsewhere = '000001.incomplete-another-host-7'
+  for name in (running, elsewhere):
+    make_export(models / 'versions' / name, 'draft')
+  promote(models, tmp_path, 2)
+  assert versions(models) == sorted(['000001', elsewhere, running, '000002'])
 
 
 def test_wrong_input_is_named(tmp_path):

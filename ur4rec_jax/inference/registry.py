@@ -220,9 +220,10 @@ def _remove(registry: Path, versions: Sequence[str]) -> None:
 
 
 def _remove_leftovers(registry: Path, newest: int) -> None:
-  """Removes leftovers of a killed promotion: drafts, and a version that never became current."""
-  for folder in (registry / _VERSIONS).iterdir():
-    number, is_draft, _ = folder.name.partition('.incomplete-')
-    # Everything else is not ours, such as the files of file managers.
-    if folder.is_dir() and number.isdecimal() and (is_draft or int(number) > newest):
-      shutil.rmtree(folder)
+  """Removes leftovers of killed commands: drafts, and a version that never became current."""
+  versions = registry / _VERSIONS
+  names = {folder.name.partition('.')[0] for folder in versions.iterdir() if folder.is_dir()}
+  for name in filter(str.isdecimal, names):  # Others are not ours, such as those of file managers.
+    files.clean_up(versions / name)  # Drafts of commands that run stay: one may forget a user.
+    if int(name) > newest and (versions / name).is_dir():
+      shutil.rmtree(versions / name)
