@@ -191,6 +191,26 @@ def test_bought_items_are_left_out_kept_or_the_only_ones(recommender, tmp_path):
   assert 'only 1 are recommended: only items of the history count' in answer.choices[1].notes
 
 
+def test_bought_items_are_those_of_the_whole_history_also_with_a_preference(shop, tmp_path):
+  recommender, _ = make(shop, 'text')
+  history = recommender.item_ids[:30]  # The model reads the latest 20 items.
+  rules = load(write(tmp_path, 'bought = "only"'), recommender.item_ids)
+  answer = recommender.answer([history], 40, preference=recommender.titles[50], rules=rules)
+  assert sorted(answer.items[0]) == sorted(history)
+
+
+def test_a_short_list_of_the_whole_catalogue_blames_no_search(recommender, tmp_path):
+  text = 'attributes = "goods.csv"\n[[cap]]\nattribute = "kind"\nmost = 1'
+  rules = load(write(tmp_path, text, rows_of(recommender)), recommender.item_ids)
+  ids = recommender.item_ids
+  for options, left in (({'keep_seen': True}, 60), ({'only': ids[:9]}, 7), ({}, 58)):
+    answer = recommender.top([ids[:2]], k=10, rules=rules, **options)
+    found = len(answer.items[0])
+    assert answer.choices[0].notes == [
+      f'only {found} are recommended: {left - found} items would exceed a cap (1 of one kind)'
+    ]
+
+
 def test_an_empty_list_is_explained(recommender, tmp_path):
   text = 'attributes = "goods.csv"\n[[filter]]\nwhere = "stock > 99"'
   rules = load(write(tmp_path, text, rows_of(recommender)), recommender.item_ids)

@@ -214,7 +214,12 @@ class Recommender:
       item not in query.excluded[0] and (query.allowed is None or bool(query.allowed[item]))
     )
     choice = rules.choose(
-      ranking.items[0], ranking.scores[0], query.k, is_allowed, self._vectors_of_likeness
+      ranking.items[0],
+      ranking.scores[0],
+      query.k,
+      is_allowed,
+      self._vectors_of_likeness,
+      self._available(query),
     )
     if any(query.problems):
       choice = choice._replace(picks=[], notes=[])
@@ -231,6 +236,13 @@ class Recommender:
       list(query.problems) or [''],
       [choice],
     )
+
+  def _available(self, query: CheckedQuery) -> int:
+    """Returns how many items a query of a single user may recommend."""
+    (excluded,) = query.excluded
+    if query.allowed is None:
+      return len(self.item_ids) - len(excluded)
+    return int(query.allowed[1:].sum() - query.allowed[excluded].sum())
 
   def _vectors_of_likeness(self) -> np.ndarray:
     """Returns `[items + 1, width]` vectors of length 1, with which diversity compares items."""

@@ -167,6 +167,7 @@ class Rules:
     k: int,
     is_allowed: Callable[[int], bool],
     vectors: Callable[[], np.ndarray] | None = None,
+    available: int | None = None,
   ) -> Choice:
     """Makes the list of a user.
 
@@ -177,9 +178,10 @@ class Rules:
       is_allowed: whether the user may get an item, which pins must be, too.
       vectors: returns `[items + 1, width]` vectors of length 1, whose inner products are the
         similarities of items; only diversity needs it.
+      available: number of items that the user may get, all of which may be candidates.
     """
     count = int(np.isfinite(scores).sum())
-    is_all = count < len(items)
+    is_all = count < len(items) or count == available
     items, scores = items[:count], scores[:count]
     boosted = self._boosted(items, scores)
     if self.exploration is not None:

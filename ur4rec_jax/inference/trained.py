@@ -416,7 +416,7 @@ class TrainedRecommender(Recommender):
   def _check_with_preference_as_item(
     self, query: Query, preference: str
   ) -> tuple['TrainedRecommender', CheckedQuery]:
-    """Puts an item with the preference as its text before each history."""
+    """Puts an item with the preference as its text before the part of each history that is read."""
     if TEXT not in self.config.modalities:
       raise InputError(
         'preference: this model reads no texts, so it cannot use words; train a variant that reads'
@@ -431,9 +431,9 @@ class TrainedRecommender(Recommender):
     tables[TEXT] = TokenTable(tokens[None], mask[None])
     larger = self._with_items(NewItems([_PREFERENCE], ['the preference'], tables, [None]))
     # The model reads the latest `max_length` items, and the preference must be one of them.
-    number, others = [len(larger.item_ids)], self.max_length - 1
+    number, others = len(larger.item_ids), self.max_length - 1
     known = [
-      h._replace(items=np.array([*number, *h.items[max(len(h.items) - others, 0) :]], np.int32))
+      h._replace(items=np.insert(h.items, max(len(h.items) - others, 0), number))
       for h in map(self.known, query.histories)
     ]
     query = dataclasses.replace(query, without=[*(query.without or ()), _PREFERENCE])
