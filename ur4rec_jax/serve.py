@@ -41,9 +41,9 @@ try:
   from ur4rec_jax.service.batcher import MOST_K, Batcher
   from ur4rec_jax.service.connections import make_protocol
   from ur4rec_jax.service.feedback import ONLY_ARM, Feedback
-  from ur4rec_jax.service.http_app import Live, Model, make_app
+  from ur4rec_jax.service.http_app import EventIntake, Model, make_app
   from ur4rec_jax.service.http_events import EventRoute
-  from ur4rec_jax.service.live import LiveModel, Served, is_loading, open_current
+  from ur4rec_jax.service.model_swap import CurrentModel, Served, is_loading, open_current
   from ur4rec_jax.service.named_models import NamedModels, names_of
   from ur4rec_jax.service.precompile import precompile
 except ImportError as error:
@@ -128,14 +128,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   return flags
 
 
-def _open_events(flags: argparse.Namespace) -> Live | None:
+def _open_events(flags: argparse.Namespace) -> EventIntake | None:
   if flags.events is None:
     return None
   outside = ONLY_ARM if flags.experiment is None else ''
   store = open_store(flags.events)
   feedback = Feedback(store, flags.event_kinds, flags.keep_days * 86_400, outside)
   route = EventRoute(feedback, flags.events_per_second)
-  return Live(feedback, route, RateLimit(flags.shown_per_second, MOST_K))
+  return EventIntake(feedback, route, RateLimit(flags.shown_per_second, MOST_K))
 
 
 def _keep_compiled_programs(folder: str) -> None:
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
   # instead of hundreds, during which no request is answered.
   gc.collect()
   gc.freeze()
-  live = _open_events(flags)
+  intake = _open_events(flags)
   _keep_compiled_programs(flags.registry or flags.export)
   folders = [flags.registry or flags.export, *filter(None, [flags.compare_with])]
   names = names_of(folders)
@@ -226,11 +226,11 @@ def main(argv: list[str] | None = None) -> None:
 
   def load(folder: str, version: str = '', model: Model | None = None) -> Served:
     model = model or open_model(folder)
-    return Served(make_app(model, live, arms, names), model.batcher, version or model.digest)
+    return Served(make_app(model, intake, arms, names), model.batcher, version or model.digest)
 
   folder, version = open_current(flags.registry) if flags.registry else (flags.export, '')
   first, arms = open_model(folder), None
-  beside = [live.feedback.run, live.feedback.expire] if live else []
+  beside = [intake.feedback.run, intake.feedback.expire] if intake else []
   others = {name: load(place) for name, place in zip(names[1:], folders[1:], strict=True)}
   beside += [other.batcher.run for other in others.values()]
   if flags.experiment is not None:
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     arms = Arms(flags.experiment, open_model, () if flags.registry else (first,))
     beside += [arms.watch, *(model.batcher.run for model in arms.own_models)]
   prepare = functools.partial(precompile, most_jobs=flags.batch)
-  model = LiveModel(load(folder, version, first), load, flags.registry, beside, prepare)
+  model = CurrentModel(load(folder, version, first), load, flags.registry, beside, prepare)
   del first  # It may be large, and a registry replaces it.
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
   app = AdmissionControl(

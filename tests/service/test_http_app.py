@@ -13,7 +13,7 @@ from ur4rec_jax.online.feedback_store import open_store
 from ur4rec_jax.service.admission import RateLimit
 from ur4rec_jax.service.batcher import Batcher
 from ur4rec_jax.service.feedback import Feedback
-from ur4rec_jax.service.http_app import Live, Model, make_app
+from ur4rec_jax.service.http_app import EventIntake, Model, make_app
 from ur4rec_jax.service.http_events import EventRoute
 
 
@@ -53,7 +53,7 @@ def test_a_request_that_names_a_model_gets_no_arm(shop, tmp_path):
 
   async def main():
     feedback = Feedback(open_store(place), KINDS, math.inf, outside='')
-    live = Live(feedback, EventRoute(feedback, math.inf), RateLimit(math.inf, 100))
+    intake = EventIntake(feedback, EventRoute(feedback, math.inf), RateLimit(math.inf, 100))
     running = [asyncio.create_task(x.batcher.run()) for x in models.values()]
     running.append(asyncio.create_task(feedback.run()))
     found = {}
@@ -62,7 +62,7 @@ def test_a_request_that_names_a_model_gets_no_arm(shop, tmp_path):
       ('served', '&model=sasrec', arms),
       ('compared with', '&model=text', None),
     ):
-      app = make_app(models['text' if own_arms is None else 'sasrec'], live, own_arms)
+      app = make_app(models['text' if own_arms is None else 'sasrec'], intake, own_arms)
       transport = httpx.ASGITransport(app)
       async with httpx.AsyncClient(transport=transport, base_url='http://localhost') as client:
         answer = (await client.get(f'/recommend?user=ann&k=5{query}')).json()

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.service.live import Served
+from ur4rec_jax.service.model_swap import Served
 from ur4rec_jax.service.named_models import NamedModels, names_of
 
 

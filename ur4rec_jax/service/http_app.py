@@ -59,8 +59,8 @@ Count = Annotated[int, fastapi.Query(ge=1, le=MOST_SIMILAR)]
 ItemName = Annotated[str, fastapi.Path(max_length=MOST_CHARACTERS)]
 
 
-class Live(NamedTuple):
-  """Events of a running service.
+class EventIntake(NamedTuple):
+  """What takes the events of a running service.
 
   Attributes:
     feedback: stores the events.
@@ -98,13 +98,16 @@ class Model(NamedTuple):
 
 
 def make_app(
-  model: Model, live: Live | None = None, arms: Arms | None = None, models: Sequence[str] = ()
+  model: Model,
+  intake: EventIntake | None = None,
+  arms: Arms | None = None,
+  models: Sequence[str] = (),
 ) -> FastAPI:
   """Builds the ASGI application of one model.
 
   Args:
     model: the model.
-    live: events, if the service takes some.
+    intake: takes the events, if the service has some.
     arms: an experiment, some of whose arms may have models of their own.
     models: names of all models of the service, the served one first.
 
@@ -115,7 +118,7 @@ def make_app(
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   app.add_exception_handler(405, _on_wrong_method)
-  service = Service(model, live, arms, models)
+  service = Service(model, intake, arms, models)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
@@ -138,13 +141,13 @@ def make_app(
     """Returns the best items for a user."""
     return await service.recommend(Question(user=user, k=k, explain=explain, log=log), request)
 
-  if live is not None:
+  if intake is not None:
     refusals = _problems(400, 408, 413, 415, 421, 422, 429, 431, 503)
 
     @app.post('/events', responses=refusals, openapi_extra=OPENAPI)
     async def events(request: fastapi.Request) -> Stored:
       """Stores one event or several; it answers when they are durable."""
-      return await live.route(request, recommender.number_of)
+      return await intake.route(request, recommender.number_of)
 
   # Items without a picture have no such field.
   items = {'responses': _problems(422, 503), 'response_model_exclude_unset': True}
@@ -159,7 +162,7 @@ def make_app(
   app.get('/pictures/{item:path}', **picture)(service.picture)
   app.get('/health')(service.health)
   app.get('/metrics', response_class=PlainTextResponse)(make_metrics())
-  app.get('/', include_in_schema=False)(make_page(live is not None))
+  app.get('/', include_in_schema=False)(make_page(intake is not None))
   return app
 
 
@@ -169,7 +172,7 @@ class Service:
   def __init__(
     self,
     model: Model,
-    live: Live | None = None,
+    intake: EventIntake | None = None,
     arms: Arms | None = None,
     models: Sequence[str] = (),
   ):
@@ -177,15 +180,15 @@ class Service:
 
     Args:
       model: the model to serve.
-      live: events, if the service takes some.
+      intake: takes the events, if the service has some.
       arms: the experiment, if there is one.
       models: names of all models of the service, the served one first.
     """
     self._models = list(models)
     recommender = model.recommender
     self._model, self._recommender, self._batcher = model, recommender, model.batcher
-    self._live, self._arms = live, arms
-    self._feedback = None if live is None else live.feedback
+    self._intake, self._arms = intake, arms
+    self._feedback = None if intake is None else intake.feedback
     self._model_of = {} if arms is None else arms.models(model)
     for one in (model, *self._model_of.values()):
       if one.rules is not None and one.rules.diversity:
@@ -323,7 +326,7 @@ class Service:
 
   def _is_logged(self, question: Any) -> bool:
     # A question that asks for an arm only inspects it, and says nothing about the arm's users.
-    return self._live is not None and question.arm is None and question.log
+    return self._intake is not None and question.arm is None and question.log
 
   def _count_shown(self, client: str | None, count: int) -> None:
     """Counts the items of an answer that is to be logged.
@@ -331,7 +334,7 @@ class Service:
     Raises:
       HTTPException: they are too many for the client.
     """
-    limit = self._live.shown
+    limit = self._intake.shown
     if wait := limit.seconds_to_wait(client, count):
       detail = (
         f'more than {limit.per_second:g} items a second in answers that are logged; try again in'
@@ -457,9 +460,9 @@ def make_metrics() -> Callable:
   return metrics
 
 
-def make_page(is_live: bool) -> Callable:
+def make_page(takes_events: bool) -> Callable:
   """Builds the route of the page, which has one more tab if the service takes events."""
-  content = _PAGE.replace(b'</body>', _LIVE_TAB + b'</body>') if is_live else _PAGE
+  content = _PAGE.replace(b'</body>', _LIVE_TAB + b'</body>') if takes_events else _PAGE
 
   zipped = gzip.compress(content, mtime=0)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.service.http_schema import problem
-from ur4rec_jax.service.live import Served
+from ur4rec_jax.service.model_swap import Served
 
 
 def names_of(folders: Sequence[str]) -> list[str]:

@@ -170,7 +170,7 @@ def test_without_events_there_is_no_live_tab(live):
   address, _ = live
   assert 'tab-live' in request(address)[2]
   with pytest.raises(StopIteration) as done:  # The browser's event loop runs in this thread.
-    make_page(is_live=False)(Request({'type': 'http', 'headers': []})).send(None)
+    make_page(takes_events=False)(Request({'type': 'http', 'headers': []})).send(None)
   without = done.value.value.body.decode()
   assert 'tab-live' not in without
   assert without.endswith('</html>\n')

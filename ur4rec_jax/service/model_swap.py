@@ -49,7 +49,7 @@ def is_loading() -> bool:
   return getattr(_loading, 'is_on', False)
 
 
-class LiveModel:
+class CurrentModel:
   """An ASGI application that passes requests on to the current model.
 
   Attributes:
@@ -83,7 +83,7 @@ class LiveModel:
 
   async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
     if scope['type'] == 'lifespan':
-      await self._live(receive, send)
+      await self._lifespan(receive, send)
       return
     served = self._served
     key = id(served)
@@ -95,7 +95,7 @@ class LiveModel:
       if served is not self._served and not self._inside[key]:
         self._let_go(served)
 
-  async def _live(self, receive: Callable, send: Callable) -> None:
+  async def _lifespan(self, receive: Callable, send: Callable) -> None:
     """Runs the background tasks, from the start of the service to its end."""
     await receive()
     self._start(self._served)

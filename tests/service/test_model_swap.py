@@ -13,7 +13,7 @@ from tests.helpers.recommenders import make
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.export import export
 from ur4rec_jax.inference import exported
-from ur4rec_jax.service import live
+from ur4rec_jax.service import model_swap
 from ur4rec_jax.service.batcher import Batcher
 from ur4rec_jax.service.precompile import precompile
 
@@ -26,7 +26,7 @@ def test_who_loads_rests_most_of_the_time():
     return time.thread_time() - before
 
   started = time.perf_counter()
-  busy = live._gently(load, 20_000)
+  busy = model_swap._gently(load, 20_000)
   assert time.perf_counter() - started > 3 * busy
   assert sys.getprofile() is None
 
@@ -42,7 +42,7 @@ def test_other_threads_do_not_rest_and_errors_come_out():
     raise ValueError('damaged')
 
   with pytest.raises(ValueError, match='damaged'):
-    live._gently(load)
+    model_swap._gently(load)
   assert seen == [None]
   assert sys.getprofile() is None
 
