@@ -95,7 +95,7 @@ def test_a_newcomer_clicks_and_both_lists_change(browser, live, shop, width):
   events = [event for event in store.events() if event.user == f'visitor {width}']
   assert [event.kind for event in events] == ['click', 'buy']
   assert events[1].item == bought
-  shown = store.exposure(events[1].request_id)
+  (shown,) = store.shown_in([events[1].request_id])
   assert (shown.arm, shown.items[1].item) == (arm, bought)
   # The page opens with a list of the first user, who was shown nothing.
   assert page.input_value('#user') == (first := next(iter(make(shop, 'sasrec')[0].users)))

@@ -224,8 +224,8 @@ def test_answers_and_clicks_are_logged_and_counted_by_position(live, recommender
   assert re.search(r'ur4rec_shown_total{arm="default",position="4"} ', after)
   assert 0 < float(re.search(r'^ur4rec_catalogue_coverage (\S+)', after, re.M)[1]) <= 1
   with contextlib.closing(open_store(str(place))) as store:
-    logged = store.exposure(answer['request_id'])
-    assert store.exposure(unlogged['request_id']) is None
+    (logged,) = store.shown_in([answer['request_id']])
+    assert store.shown_in([unlogged['request_id']]) == []
   assert (logged.user, logged.arm) == (user, 'default')
   assert [(x.item, x.propensity) for x in logged.items] == [(item, 1) for item in items(answer)]
   manifest = (exports / 'sasrec' / 'manifest.json').read_bytes()
@@ -295,7 +295,7 @@ def test_no_user_is_deleted_without_an_id(tmp_path):
     done = run_here(feedback_command.main, [f'--events={place}', '--delete_user='])
     assert (done.returncode, done.stdout) == (2, '')
     assert '--delete_user: is empty; give the id of a user' in done.stderr
-    assert store.exposure('r') is not None
+    assert store.shown_in(['r'])
 
 
 def test_the_log_becomes_tables_and_training_data(live, recommender, environment, tmp_path):

@@ -94,8 +94,12 @@ def test_all_fields_come_back_as_they_were(store):
   store.write([odd], [exposure(user='')])
   assert list(store.events()) == [odd]
   assert list(store.exposures()) == [exposure(user='')]
-  assert store.exposure('r1') == exposure(user='')
-  assert store.exposure('other') is None
+  assert store.shown_in(['r1']) == [exposure(user='')]
+  assert store.shown_in(['other']) == []
+  assert store.shown_in([]) == []
+  store.write([], [exposure('r2')])
+  found = store.shown_in(['r2', 'other', 'r1'])
+  assert sorted(found) == [exposure(user=''), exposure('r2')]
 
 
 def test_a_history_is_that_of_one_user_in_the_order_of_time(store):
@@ -157,7 +161,7 @@ def test_a_deleted_user_leaves_nothing_and_old_events_do_not_come_back(store, pl
   assert store.history('ann', ('click',), 9).items == ['lamp']
   assert store.history('ann', ('click',), 0) == History([], [], True)
   assert store.history('bob', ('click',), 0) == History([], [])
-  assert store.exposure('r3') is None
+  assert store.shown_in(['r3']) == []
   assert store.delete_user('nobody', NOW) == 0
 
 

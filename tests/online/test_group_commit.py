@@ -126,7 +126,7 @@ def test_exposures_are_written_without_events_and_do_not_fill_the_memory(tmp_pat
       assert commit.lost_exposures == 10
       for _ in range(100):
         await asyncio.sleep(0.1)
-        if store.exposure('9999'):
+        if store.shown_in(['9999']):
           return
       pytest.fail('exposures were not written')
 

@@ -78,7 +78,7 @@ def test_a_request_that_names_a_model_gets_no_arm(shop, tmp_path):
   assert found['of the arm'][1] == found['compared with'][1] == expected['text']
   assert found['served'][1] == expected['sasrec']
   with contextlib.closing(open_store(place)) as store:
-    logged = {name: store.exposure(request_id) for name, (request_id, _) in found.items()}
+    logged = {name: store.shown_in([request_id])[0] for name, (request_id, _) in found.items()}
   assert {name: (x.arm, x.model) for name, x in logged.items()} == {
     'of the arm': ('new', 'text'),
     'served': ('', 'sasrec'),

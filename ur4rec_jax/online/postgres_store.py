@@ -183,11 +183,10 @@ class PostgresStore:
     rows.reverse()
     return History([item for item, _ in rows], [time for _, time in rows], is_deleted)
 
-  def exposure(self, request_id: str) -> Exposure | None:
+  def shown_in(self, request_ids: Sequence[str]) -> list[Exposure]:
+    query = f'SELECT {_EXPOSURE} FROM ur4rec_exposures WHERE request_id = ANY(%s)'
     with self._errors():
-      query = f'SELECT {_EXPOSURE} FROM ur4rec_exposures WHERE request_id = %s'
-      row = self._connection().execute(query, (request_id,)).fetchone()
-    return _exposure(row) if row else None
+      return [*map(_exposure, self._connection().execute(query, ([*request_ids],)))]
 
   def delete_user(self, user: str, now: float) -> int:
     with self._writing() as (connection, _):

@@ -145,10 +145,10 @@ class RedisStore:
     found = [*rows.values()][:most][::-1]
     return History([item for item, _ in found], [time for _, time in found], bool(is_deleted))
 
-  def exposure(self, request_id: str) -> Exposure | None:
+  def shown_in(self, request_ids: Sequence[str]) -> list[Exposure]:
     with self._errors():
-      content = self._redis.get(_SHOWN + request_id)
-    return _exposure(content) if content else None
+      contents = self._redis.mget([_SHOWN + name for name in request_ids]) if request_ids else []
+    return [_exposure(content) for content in contents if content]
 
   def delete_user(self, user: str, now: float) -> int:
     keys = _EVENTS + user, _ORDER + user, _SHOWN_TO + user, _DELETED

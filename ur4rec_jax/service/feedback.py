@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 from collections import Counter as Counts
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,20 +82,20 @@ class Feedback:
     for event, outcome in zip(events, outcomes, strict=True):
       if outcome is Outcome.NEW and event.kind == CLICK and event.request_id:
         clicks.setdefault(event.request_id, []).append(event)
-    for request_id, found in clicks.items():
-      await self._count_clicks(request_id, found)
+    if clicks:
+      await self._count_clicks(clicks)
     return counts
 
-  async def _count_clicks(self, request_id: str, clicks: Sequence[Event]) -> None:
+  async def _count_clicks(self, clicks: Mapping[str, Sequence[Event]]) -> None:
+    """Counts clicks, which are grouped by the answers that they name."""
     with contextlib.suppress(StorageError):  # The events are stored; only their count is missing.
-      shown = await self._read(self._store.exposure, request_id)
-      if shown is None:
-        return
-      # A user's click on an answer to somebody else does not count.
-      items = Counts(event.item for event in clicks if shown.user in ('', event.user))
-      for position, row in enumerate(shown.items, 1):
-        if row.item in items:
-          CLICKS.labels(_position(position), shown.arm).inc(items[row.item])
+      for shown in await self._read(self._store.shown_in, [*clicks]):
+        # A user's click on an answer to somebody else does not count.
+        own = (x for x in clicks[shown.request_id] if shown.user in ('', x.user))
+        items = Counts(event.item for event in own)
+        for position, row in enumerate(shown.items, 1):
+          if row.item in items:
+            CLICKS.labels(_position(position), shown.arm).inc(items[row.item])
 
   async def history(self, user: str) -> History:
     """Returns the latest items of a user's stored events.
