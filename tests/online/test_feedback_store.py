@@ -218,6 +218,23 @@ def test_what_is_too_old_goes(store):
   assert store.expire(NOW - 3) == 0
 
 
+@pytest.mark.parametrize('place', ['redis'], indirect=True)
+def test_old_events_are_deleted_while_the_users_are_looked_for(store, monkeypatch):
+  store.write([event(f'user {n}') for n in range(5)])
+  steps, scan, find = [], store._redis.scan_iter, store._redis.zrangebyscore
+
+  def scan_and_note(*arguments, **options):
+    for key in scan(*arguments, **options):
+      steps.append('scan')
+      yield key
+
+  monkeypatch.setattr(store._redis, 'scan_iter', scan_and_note)
+  monkeypatch.setattr(store._redis, 'zrangebyscore', lambda *x: steps.append('find') or find(*x))
+  assert store.expire(NOW + 1) == 5
+  assert steps == ['scan', 'find'] * 5
+  assert list(store.events()) == []
+
+
 @settings(max_examples=25, deadline=None)
 @given(
   st.lists(

@@ -158,6 +158,7 @@ class RedisStore:
   def expire(self, before: float) -> int:
     total = 0
     with self._errors():
+      # A scan may give a user twice, of whom the second time nothing is left to delete.
       for user in self._names(_ORDER):
         ids = self._redis.zrangebyscore(_ORDER + user, '-inf', f'({before!r}')
         if ids:
@@ -180,7 +181,7 @@ class RedisStore:
 
   def events(self) -> Iterator[Event]:
     with self._errors():
-      for user in sorted(self._names(_ORDER)):
+      for user in sorted({*self._names(_ORDER)}):
         ids = self._redis.zrange(_ORDER + user, 0, -1)
         contents = self._redis.hmget(_EVENTS + user, ids) if ids else []
         for name, content in zip(ids, contents, strict=True):
@@ -190,13 +191,14 @@ class RedisStore:
 
   def exposures(self) -> Iterator[Exposure]:
     with self._errors():
-      for name in self._names(_SHOWN):
+      for name in {*self._names(_SHOWN)}:
         if content := self._redis.get(_SHOWN + name):
           yield _exposure(content)
 
-  def _names(self, kind: str) -> set[str]:
-    """Returns the rest of the names of keys that start with `kind`; a scan may give a key twice."""
-    return {key.removeprefix(kind) for key in self._redis.scan_iter(f'{kind}*', count=1000)}
+  def _names(self, kind: str) -> Iterator[str]:
+    """Scans the names of keys that start with `kind`, without it; some may come twice."""
+    for key in self._redis.scan_iter(f'{kind}*', count=1000):
+      yield key.removeprefix(kind)
 
   def close(self) -> None:
     self._redis.close()
