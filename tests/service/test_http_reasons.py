@@ -34,3 +34,22 @@ def test_items_that_are_not_left_out_still_belong_to_the_history(shop, monkeypat
     for found, known in zip(row['because'], named, strict=True):
       assert found['influence'] == pytest.approx(known['influence'], abs=1e-5)
   assert any(row['because'] for row in rows)
+
+
+@pytest.mark.parametrize('name', ['rank', 'text'])
+def test_an_answer_that_cannot_be_explained_says_so(shop, monkeypatch, name):
+  recommender = make(shop, name)[0]
+  monkeypatch.setattr(Batcher, '_rank', lambda *_: [])  # Nothing is ranked, or compiled, here.
+  batcher = Batcher(recommender, most_jobs=1, wait_seconds=0)
+  batcher.most_k = len(recommender.item_ids) - 1  # As with more items than the service compares.
+  query = recommender.check(Query([recommender.item_ids[:2]], 5))
+  rows = [{'item': item} for item in recommender.item_ids[7:9]] if name == 'rank' else []
+  model = Model(recommender, batcher)
+  notes = asyncio.run(http_reasons.add_reasons(model, Job(query, None), rows, None))
+  assert [row['because'] for row in rows] == [[]] * len(rows)
+  if name == 'rank':
+    (note,) = notes
+    assert note.startswith('no item of the history is named: scores of this model are made of')
+    assert 'among all 60 items, of which the service compares 59 at most' in note
+  else:
+    assert notes == []

@@ -245,9 +245,10 @@ class Service:
     answer = await model.batcher.answer(job)
     count = len(checked.histories[0])
     rows = recommender.recommendations(answer)
+    notes = list(answer.choices[0].notes) if answer.choices else []
     if question.explain:
-      explained = rows[:MOST_EXPLAINED]
-      await add_reasons(model, job, explained, await self._told(question.user, recommender))
+      explained, told = rows[:MOST_EXPLAINED], await self._told(question.user, recommender)
+      notes += await add_reasons(model, job, explained, told)
       for row in explained:
         row['because'] = [item | self._picture_of(item['item']) for item in row['because']]
     return JSONResponse(
@@ -258,7 +259,7 @@ class Service:
         'history': {'items': count, 'read': min(count, recommender.max_length)},
         'unknown': answer.unknown[0],
         'recommendations': [row | self._picture_of(row['item']) for row in rows],
-        **({'notes': answer.choices[0].notes} if answer.choices else {}),
+        **({'notes': notes} if answer.choices or notes else {}),
       }
     )
 

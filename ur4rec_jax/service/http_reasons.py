@@ -19,7 +19,7 @@ MOST_LEFT_OUT = 50  # The latest items of a history, which are left out one by o
 
 async def add_reasons(
   model: 'Model', job: Job, rows: Sequence[dict[str, Any]], told: Container[int] | None
-) -> None:
+) -> list[str]:
   """Adds `because`, `why` and `sentence` to recommended items; see `http_schema.Recommended`.
 
   Args:
@@ -27,6 +27,9 @@ async def add_reasons(
     job: the question that it answered.
     rows: the recommended items.
     told: numbers of the items of the history that may be named; None for all.
+
+  Returns:
+    Remarks for the reader: why no item of the history is named, if this model does not allow it.
   """
   recommender, passages = model.recommender, model.passages
   numbers = np.array([recommender.number_of(row['item']) for row in rows], np.int32)
@@ -41,6 +44,18 @@ async def add_reasons(
       about = [passages[recommender.number_of(item['item']) - 1] for item in named]
       text = ' '.join([*(item['title'] for item in named), *(x for own in about for x in own)])
       row['sentence'] = closest(passages[number - 1], text) or ''
+  return _why_not(model)
+
+
+def _why_not(model: 'Model') -> list[str]:
+  """Returns the reason if influences cannot be measured, and nothing if they can."""
+  count, most = len(model.recommender.item_ids), model.batcher.most_k
+  if not model.recommender.compares_ranks or count <= most:
+    return []
+  return [
+    f'no item of the history is named: scores of this model are made of ranks among all {count:,}'
+    f' items, of which the service compares {most} at most; recommend --explain names them'
+  ]
 
 
 async def _influences(
@@ -55,13 +70,13 @@ async def _influences(
   num_items = len(recommender.item_ids)
   compared = influences.reference(num_items, recommender.compares_ranks)
   history = job.query.histories[0][-recommender.max_length :]
+  left_out = history[-MOST_LEFT_OUT:]
+  if not len(numbers) or _why_not(model):  # More items would need another program.
+    return left_out, np.zeros((len(left_out), len(numbers)))
   whole = dataclasses.replace(job.query, histories=[history])
   query = influences.leave_one_out(
     whole, numbers, compared, num_items, recommender.branches, MOST_LEFT_OUT
   )
-  left_out = history[-MOST_LEFT_OUT:]
-  if not len(numbers) or query.k > batcher.most_k:  # More would need another program.
-    return left_out, np.zeros((len(left_out), len(numbers)))
   only = 'why', np.flatnonzero(query.allowed).tobytes()
   jobs = [Job(query.select(np.array([i])), only, job.client) for i in range(len(query.histories))]
   answers = await asyncio.gather(*map(batcher.answer, jobs))
