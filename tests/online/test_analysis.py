@@ -72,6 +72,14 @@ def test_users_are_measured_within_their_window(tmp_path):
   assert found.values['revenue'].tolist() == [[7, 1, 0], [0, 1, 0]]
 
 
+def test_an_event_of_a_fast_clock_finishes_no_window(tmp_path, monkeypatch):
+  monkeypatch.setattr(analysis.time, 'time', lambda: START + 11.5 * DAY)
+  shown = [('u1', 'old', 10, 'a'), ('u2', 'new', 11, 'a')]
+  done = [('u1', 'a', 'click', 12.3, 0)]  # Dated tomorrow.
+  found = analysis.measure(experiment(assignment='other'), logs_of(tmp_path, shown, done))
+  assert (found.arm.tolist(), found.unfinished) == ([0], 1)
+
+
 def test_a_gain_is_found_and_equal_arms_are_left_open(tmp_path):
   for lift, verdict in ((0.0, 'open'), (0.6, 'better'), (-0.6, 'worse')):
     files = live_logs.write(tmp_path, users=1500, seed=1, lift=lift)

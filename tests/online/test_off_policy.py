@@ -87,6 +87,26 @@ def test_the_policy_that_was_logged_is_estimated_by_its_mean():
   assert found.warnings == ()
 
 
+def test_the_interval_of_the_logged_policy_holds_for_lists_of_different_lengths():
+  rng = np.random.default_rng(0)
+  lengths = rng.choice([1, 20], 500)
+  request = np.repeat(np.arange(500), lengths)
+  reward = (rng.random(len(request)) < 0.3).astype(float)
+  found = evaluate(Trials(request, reward, np.ones(len(request)), np.arange(500)))
+  logged, _, snips = found.estimates
+  assert snips[1:] == pytest.approx(logged[1:])
+
+
+def test_the_mean_weight_is_judged_by_users():
+  alarms = 0
+  for seed in range(40):
+    weight = np.repeat(np.random.default_rng(seed).choice([0.4, 1.6], 300), 50)  # One draw a user.
+    count = len(weight)
+    log = Trials(np.arange(count), np.ones(count), weight, np.repeat(np.arange(300), 50))
+    alarms += any('have the mean' in text for text in evaluate(log).warnings)
+  assert alarms == 0
+
+
 def test_little_overlap_is_warned_of():
   weight = np.zeros(4000)
   weight[:40] = 100.0

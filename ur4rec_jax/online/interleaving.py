@@ -46,7 +46,8 @@ def team_draft(
 
   In each round a coin decides who picks first. Each team picks its best item that is still there.
   (Radlinski, Kurup and Joachims, "How does clickthrough data reflect retrieval quality?", CIKM
-  2008.)
+  2008.) There the list ends with the shorter ranking. Here the other one fills it, and these items
+  speak for one team alone, so the comparison is fair only if both rankings have `length` items.
 
   Args:
     first: items of the first ranker, the best first.

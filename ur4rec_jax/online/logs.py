@@ -350,7 +350,7 @@ def _without_blank_arms(table: Table, warnings: list[str]) -> tuple[Table, np.nd
 def _without_repeats(
   table: Table, seconds: np.ndarray, by_item: bool, warnings: list[str]
 ) -> tuple[Table, np.ndarray]:
-  """Keeps each shown item once; refuses requests with two users, two arms or two times."""
+  """Keeps each shown item once; refuses requests with two users, arms, or times of an item."""
   request, item, user, arm = (
     _dense(table.columns[name]) for name in ('request_id', 'item', 'user', 'arm')
   )

@@ -103,10 +103,10 @@ def evaluate(trials: Trials, level: float = 0.05) -> Evaluation:
     _estimate('logged', total(reward), trials.user, level),
     _estimate('IPS', total(weight * reward), trials.user, level),
   ]
-  length = len(weight) / requests
   rate = np.sum(weight * reward) / np.sum(weight)
-  # The linearised ratio has the variance of the ratio (delta method).
-  around = total(weight * (reward - rate)) / weight.mean() + rate * length
+  # The linearised ratio has the variance of the ratio (delta method). Lists may differ in length.
+  lengths = np.bincount(trials.request, minlength=requests)
+  around = total(weight * (reward - rate)) / weight.mean() + rate * lengths
   estimates.append(_estimate('SNIPS', around, trials.user, level))
   if trials.predicted is not None and trials.expected is not None:
     residual = total(weight * (reward - trials.predicted))
@@ -117,7 +117,7 @@ def evaluate(trials: Trials, level: float = 0.05) -> Evaluation:
     effective,
     len(weight),
     float(weight.mean()),
-    tuple(_doubts(weight, effective)),
+    tuple(_doubts(trials, effective)),
   )
 
 
@@ -126,22 +126,26 @@ def _estimate(method: str, values: np.ndarray, user: np.ndarray, level: float) -
   from scipy.stats import t
 
   mean = values.mean()
-  by_user = np.bincount(user, values - mean)[np.unique(user)]
-  users = len(by_user)
-  error = np.sqrt(np.sum(by_user**2) * users / (users - 1)) / len(values)
-  half = t.ppf(1 - level / 2, users - 1) * error
+  half = t.ppf(1 - level / 2, len(np.unique(user)) - 1) * _error_of_mean(values, user)
   return Estimate(method, float(mean), float(mean - half), float(mean + half))
 
 
-def _doubts(weight: np.ndarray, effective: float) -> list[str]:
-  found = []
+def _error_of_mean(values: np.ndarray, user: np.ndarray) -> float:
+  """Returns the standard error of a mean, clustered by user."""
+  by_user = np.bincount(user, values - values.mean())[np.unique(user)]
+  users = len(by_user)
+  return float(np.sqrt(np.sum(by_user**2) * users / (users - 1)) / len(values))
+
+
+def _doubts(trials: Trials, effective: float) -> list[str]:
+  found, weight = [], trials.weight
   if effective < max(_LEAST_EFFECTIVE, _LEAST_SHARE * len(weight)):
     found.append(
       f'too little overlap: {len(weight):,} exposures are worth {effective:,.0f} under the new'
       ' policy, so the intervals are too narrow to be trusted. Log more exploration, or evaluate a'
       ' policy that is closer to the logged one'
     )
-  error = weight.std(ddof=1) / np.sqrt(len(weight))
+  error = _error_of_mean(weight, trials.user[trials.request])
   if abs(weight.mean() - 1) > _FAR_FROM_ONE * error + 1e-3:
     found.append(
       f'the weights have the mean {weight.mean():.3f}, not 1: the new policy shows items that the'
