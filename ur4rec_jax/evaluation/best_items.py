@@ -10,6 +10,7 @@ import numpy as np
 
 from ur4rec_jax.evaluation.evaluate import (
   EvalData,
+  added_scores,
   make_batch_encoder,
   make_catalogue_encoder,
   place_batches,
@@ -41,13 +42,15 @@ def best_items(
   capacity = max(1, int(batches.seen_lengths.sum(-1).max()))
   find = devices.MAPPINGS[data.mapping](
     _make_step(model, data, capacity, min(count, data.dataset.num_items)),
-    (data.params_axes, data.embeddings.axis, None, None, 0),
+    (data.params_axes, data.embeddings.axis, None, None, None, 0),
     (),
   )
   catalogue = make_catalogue_encoder(model, data)(params, data.tables.items)
   # One batch for each device, as each holds all users.
   ((item_ids, placed),) = place_batches(batches, data)()
-  found = jax.device_get(find(params, catalogue, data.tables.users, item_ids, placed))
+  found = jax.device_get(
+    find(params, catalogue, data.tables.users, data.followers, item_ids, placed)
+  )
   flat = members.reshape(-1)
   best = np.zeros((len(queries.users), count), np.int32)
   best[flat[flat >= 0], : found.shape[1]] = found[flat >= 0]
@@ -57,12 +60,13 @@ def best_items(
 def _make_step(model: nn.Module, data: EvalData, seen_capacity: int, count: int) -> Callable:
   encode_batch = make_batch_encoder(model, data.embeddings, seen_capacity)
 
-  def step(params, catalogue, user_tables, item_ids, batch):
+  def step(params, catalogue, user_tables, table, item_ids, batch):
     apply, users, targets, seen = encode_batch(params, catalogue, user_tables, item_ids, batch)
     if model.is_sum:
       users = apply(users, catalogue.covariances, method='scaled_users')
       vectors = {branch: items.vectors for branch, items in catalogue.items.items()}
-      return best_by_products(users, vectors, seen, count, data.embeddings)
+      added = added_scores(model, table, item_ids, batch)
+      return best_by_products(users, vectors, seen, count, data.embeddings, added)
     leave_out = lambda scores: leave_out_seen(scores, targets, seen)
     scores = apply(users, catalogue.items, leave_out, method='scores')
     _, found = best_of(scores, 1 + jnp.arange(scores.shape[1]), count)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, TokenTable
+from ur4rec_jax.data.followers import FollowerTable
 from ur4rec_jax.data.input_pipeline import gather_batch, gather_preferences
 from ur4rec_jax.errors import DivergenceError
 from ur4rec_jax.evaluation.cold_items import cold_items_of, with_mean_of_nearest
@@ -30,6 +31,7 @@ from ur4rec_jax.evaluation.ranking import (
   rank_by_scores,
 )
 from ur4rec_jax.models.content import EncodedItems
+from ur4rec_jax.models.followers import RECENT, FollowerScores, follower_scores
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings, renumber, with_placeholders
 
@@ -50,6 +52,7 @@ class EvalData(NamedTuple):
     params_axes: for each parameter the dimension that is spread over devices, from
       `ItemEmbeddings.axes`; None if all are whole.
     mapping: `pmap` or `shard_map`.
+    followers: followers of each item, on the devices; None if the model does not read them.
   """
 
   dataset: Dataset
@@ -60,6 +63,7 @@ class EvalData(NamedTuple):
   embeddings: ItemEmbeddings
   params_axes: PyTree = None
   mapping: str = 'pmap'
+  followers: FollowerTable | None = None
 
 
 class Evaluators:
@@ -110,7 +114,7 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
   seen_capacity = max(1, int(batches.seen_lengths.sum(-1).max()))
   rank = devices.MAPPINGS[data.mapping](
     make_eval_step(model, data.embeddings, seen_capacity),
-    (data.params_axes, data.embeddings.axis, None, None, 0),
+    (data.params_axes, data.embeddings.axis, None, None, None, 0),
     (),
   )
   encode = make_catalogue_encoder(model, data)
@@ -123,7 +127,7 @@ def make_evaluator(model: nn.Module, data: EvalData, part: str) -> Callable[...,
     for item_ids, batch in placed():
       if interrupted():
         return None
-      outputs.append(rank(params, catalogue, data.tables.users, item_ids, batch))
+      outputs.append(rank(params, catalogue, data.tables.users, data.followers, item_ids, batch))
     outputs = jax.device_get(outputs)
     if not all(finite for _, finite in outputs):
       raise DivergenceError(
@@ -197,8 +201,8 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
     seen_capacity: at least the sum of a batch's `seen_lengths`.
 
   Returns:
-    `eval_step(params, catalogue, user_tables, item_ids, batch)` with the token tables of all users.
-    It returns the ranks `[users of all devices]`, in the order of the batches, and
+    `eval_step(params, catalogue, user_tables, table, item_ids, batch)` with the token tables of all
+    users and the followers of all items. It returns the ranks `[users of all devices]`, in the order of the batches, and
     whether everything is finite.
   """
 
@@ -208,6 +212,7 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
     params: PyTree,
     catalogue: Catalogue,
     user_tables: dict[str, TokenTable],
+    table: FollowerTable | None,
     item_ids: Array,
     batch: EvalBatch,
   ) -> tuple[Array, Array]:
@@ -221,10 +226,13 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
     else:
       users = apply(users, catalogue.covariances, method='scaled_users')
       vectors = {branch: items.vectors for branch, items in catalogue.items.items()}
+      added = added_scores(model, table, item_ids, batch)
       if batch.candidates.shape[1]:
-        ranks, finite = rank_among_candidates(users, vectors, targets, batch.candidates, embeddings)
+        ranks, finite = rank_among_candidates(
+          users, vectors, targets, batch.candidates, embeddings, added
+        )
       else:
-        ranks, finite = rank_by_products(users, vectors, targets, seen, embeddings)
+        ranks, finite = rank_by_products(users, vectors, targets, seen, embeddings, added)
     finite = jax.lax.pmin(finite.astype(jnp.int32), devices.AXIS)
     return jax.lax.all_gather(ranks, devices.AXIS, tiled=True), finite
 
@@ -277,6 +285,18 @@ def make_batch_encoder(
     return apply, users, jnp.maximum(batch.targets, 1), seen
 
   return encode_batch
+
+
+def added_scores(
+  model: nn.Module, table: FollowerTable | None, item_ids: Array, batch: EvalBatch
+) -> FollowerScores | None:
+  """Returns what followers add to the scores of a batch's users; None if the model reads none."""
+  if model.followers is None:
+    return None
+  starts, lengths = (x.reshape(-1)[batch.slots, None] for x in batch.plan[:2])
+  age = jnp.arange(RECENT)
+  recent = item_ids[jnp.clip(starts + lengths - 1 - age, 0, item_ids.size - 1)]
+  return follower_scores(jnp.where(age < lengths, recent, 0), table, model.followers)
 
 
 def _seen(item_ids: Array, batch: EvalBatch, capacity: int) -> Seen:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ur4rec_jax.models.followers import FollowerScores, with_follower_scores
 from ur4rec_jax.models.fusion import inner_products
 from ur4rec_jax.sharding import devices
 from ur4rec_jax.sharding.item_embeddings import NOWHERE, ItemEmbeddings, index_from, renumber
@@ -36,6 +37,7 @@ def rank_by_products(
   targets: Array,
   seen: Seen,
   embeddings: ItemEmbeddings,
+  added: FollowerScores | None = None,
 ) -> tuple[Array, Array]:
   """Ranks targets among all items by the sum of the branches' inner products.
 
@@ -46,6 +48,7 @@ def rank_by_products(
     seen: left out of the ranking, except for the target itself.
     embeddings: which rows this device has. If they are sharded, each device ranks the users of all
       devices among its own rows.
+    added: is added to the sum; None adds nothing.
 
   Returns:
     `[users]` int32, and `[]` bool, whether all scores are finite.
@@ -53,12 +56,16 @@ def rank_by_products(
   rows = len(jax.tree.leaves(items)[0])
   first = embeddings.first_item(jax.tree.leaves(items)[0])
   seen = _among_all_queries(seen, len(targets), embeddings)
-  users, targets, seen = embeddings.gather_queries((users, targets, seen))
+  users, targets, seen, added = embeddings.gather_queries((users, targets, seen, added))
   size = min(rows, max(ITEMS_AT_ONCE, len(targets)))
   everybody = jnp.arange(len(targets))
 
-  def scores_of(vectors: dict[str, Array]) -> Array:
-    return sum(inner_products(users[branch], x) for branch, x in vectors.items())
+  def scores_of(vectors: dict[str, Array], columns: Array | None) -> Array:
+    scores = sum(inner_products(users[branch], x) for branch, x in vectors.items())
+    return scores if added is None else with_follower_scores(scores, columns, added)
+
+  def added_columns(start: Array) -> Array | None:
+    return None if added is None else index_from(first + start, added.items)
 
   def count(start: Array, scores: Array, target_scores: Array, counted: Array) -> Array:
     """Counts the rivals in the part that starts at row `start`, without rows below `counted`."""
@@ -72,19 +79,29 @@ def rank_by_products(
   # The target's score comes from the same product as the scores of its rivals, or from one of the
   # same shape in the same loop. Equal vectors then score the same to the last bit.
   if rows == size:
-    scores = scores_of(items)
+    scores = scores_of(items, added_columns(0))
     columns = index_from(first, targets)
     own = scores.at[everybody, columns].get(mode='fill', fill_value=0)  # 0 on other devices.
     counts = count(0, scores, embeddings.sum_parts(own), 0)
     return 1 + embeddings.sum_own_queries(counts), jnp.isfinite(scores).all()
   own_vectors = {branch: embeddings.take(x, targets) for branch, x in items.items()}
   own_vectors = jax.tree.map(lambda x: jnp.pad(x, ((0, size - len(x)), (0, 0))), own_vectors)
+  own_columns = None  # Of a user's target, the column of the user.
+  if added is not None:
+    is_target = added.items == targets[:, None]
+    own_columns = jnp.where(is_target, everybody[:, None], NOWHERE).astype(jnp.int32)
 
   def add_part(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     counts, target_scores, finite = carry
     start = jnp.clip(i * size, 0, rows - size)
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size)
-    scores = scores_of(jax.lax.cond(i < 0, lambda: own_vectors, lambda: jax.tree.map(cut, items)))
+    scores = scores_of(
+      *jax.lax.cond(
+        i < 0,
+        lambda: (own_vectors, own_columns),
+        lambda: (jax.tree.map(cut, items), added_columns(start)),
+      )
+    )
     target_scores = jnp.where(i < 0, scores[everybody, everybody], target_scores)
     counts += jnp.where(i < 0, 0, count(start, scores, target_scores, i * size))
     return counts, target_scores, finite & jnp.isfinite(scores).all()
@@ -101,6 +118,7 @@ def best_by_products(
   seen: Seen,
   count: int,
   embeddings: ItemEmbeddings,
+  added: FollowerScores | None = None,
 ) -> Array:
   """Lists the items with the largest sums of the branches' inner products.
 
@@ -110,6 +128,7 @@ def best_by_products(
     seen: left out of the lists.
     count: length of a list.
     embeddings: which rows this device has.
+    added: see `rank_by_products`.
 
   Returns:
     `[users of all devices, count]` int32 item ids, the best first, 0 where no item is left.
@@ -117,8 +136,10 @@ def best_by_products(
   rows = len(jax.tree.leaves(items)[0])
   first = embeddings.first_item(jax.tree.leaves(items)[0])
   seen = _among_all_queries(seen, len(jax.tree.leaves(users)[0]), embeddings)
-  users, seen = embeddings.gather_queries((users, seen))
+  users, seen, added = embeddings.gather_queries((users, seen, added))
   scores = sum(inner_products(users[branch], x) for branch, x in items.items())
+  if added is not None:
+    scores = with_follower_scores(scores, index_from(first, added.items), added)
   scores = scores.at[seen.users, index_from(first, seen.items)].set(-jnp.inf, mode='drop')
   ids = first + jnp.arange(rows)
   scores = jnp.where((ids > 0) & (ids <= embeddings.num_items), scores, -jnp.inf)
@@ -161,6 +182,7 @@ def rank_among_candidates(
   targets: Array,
   candidates: Array,
   embeddings: ItemEmbeddings,
+  added: FollowerScores | None = None,
 ) -> tuple[Array, Array]:
   """Ranks targets among drawn candidates, by the sum of the branches' inner products.
 
@@ -170,11 +192,17 @@ def rank_among_candidates(
     targets: `[users]` item ids.
     candidates: `[users, candidates]` item ids, 0 for none.
     embeddings: which rows this device has.
+    added: see `rank_by_products`.
 
   Returns:
     `[users]` int32, and `[]` bool, whether all scores are finite.
   """
   ids = jnp.concatenate([targets[:, None], candidates], axis=1)
+  more = 0.0
+  if added is not None:
+    of_all = jnp.zeros((len(ids), embeddings.num_items + 1))
+    of_all = with_follower_scores(of_all, added.items, added)
+    more = jnp.take_along_axis(of_all, ids, axis=1)
   if embeddings.is_sharded:
     read = embeddings.read(ids.reshape(-1))
     items = {branch: embeddings.take(x, read) for branch, x in items.items()}
@@ -183,6 +211,7 @@ def rank_among_candidates(
     jnp.einsum('ud,ucd->uc', users[branch], x[ids], preferred_element_type=jnp.float32)
     for branch, x in items.items()
   )
+  scores += more
   ranks = rank_candidates(scores[:, 0], scores[:, 1:], targets, candidates)
   return ranks, jnp.isfinite(scores).all()
 

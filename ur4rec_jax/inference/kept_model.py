@@ -18,7 +18,7 @@ from ur4rec_jax.inference import stored_arrays
 from ur4rec_jax.runs.saved_steps import MANIFEST, checkpoint_folder, find_damage, saved_steps
 
 FOLDER = 'recommender'
-_FORMAT_VERSION = 1  # Raise it when items are encoded in another way.
+_FORMAT_VERSION = 2  # Raise it when items are encoded in another way.
 _RECORD, _ARRAYS, _ITEMS = 'record.json', 'arrays.npz', 'items.json'
 
 
@@ -30,12 +30,14 @@ class Kept(NamedTuple):
     params: the best parameters, NumPy.
     items: `ids` and `titles` of the catalogue.
     item_arrays: the encoded catalogue, see `scoring.item_arrays`.
+    followers: followers of each item, a `FollowerTable` as a dict; {} if the model reads none.
   """
 
   config: ConfigDict
   params: Any
   items: dict[str, list[str]]
   item_arrays: dict[str, Any]
+  followers: dict[str, Any]
 
 
 def origin(workdir: str | pathlib.Path) -> dict[str, Any] | None:
@@ -79,7 +81,8 @@ def read(workdir: str | pathlib.Path, config: ConfigDict, dataset: dict[str, Any
   if {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()} != record['files']:
     return None
   arrays = stored_arrays.as_tree(stored_arrays.unpack(contents[_ARRAYS], record['dtypes']))
-  return Kept(config, arrays['params'], json.loads(contents[_ITEMS]), arrays['items'])
+  items = json.loads(contents[_ITEMS])
+  return Kept(config, arrays['params'], items, arrays['items'], arrays.get('followers', {}))
 
 
 def write(workdir: str | pathlib.Path, kept: Kept, dataset: dict[str, Any]) -> None:
@@ -94,7 +97,9 @@ def write(workdir: str | pathlib.Path, kept: Kept, dataset: dict[str, Any]) -> N
   # If the newest checkpoint is damaged, the model comes from an earlier one.
   if made_from is None or find_damage(checkpoint_folder(workdir) / str(made_from['step'])):
     return
-  arrays = stored_arrays.by_path({'params': kept.params, 'items': kept.item_arrays})
+  arrays = stored_arrays.by_path(
+    {'params': kept.params, 'items': kept.item_arrays, 'followers': kept.followers}
+  )
   dtypes: dict[str, str] = {}
   contents = {
     _ARRAYS: stored_arrays.pack(arrays, dtypes),

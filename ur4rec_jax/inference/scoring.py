@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ur4rec_jax.data.features import Preferences, TokenTable
+from ur4rec_jax.data.followers import FollowerTable
 from ur4rec_jax.inference import stored_format
 from ur4rec_jax.models.content import Content, EncodedItems
+from ur4rec_jax.models.followers import RECENT, follower_scores, with_follower_scores
 from ur4rec_jax.models.fusion import (
   cascade,
   inner_products,
@@ -26,6 +28,7 @@ from ur4rec_jax.models.ur4rec import BRANCHES, UR4Rec
 Array = jax.Array
 PyTree = Any
 ID = 'id'
+FOLLOWERS = 'followers'  # The share of a score that followers add.
 # The approximate search projects item vectors on this share of their directions, takes the best
 # candidates there, and scores them exactly. It cannot find more items than it has candidates.
 SKETCHED_SHARE = 1 / 4
@@ -59,18 +62,19 @@ def part_names(model: UR4Rec, modalities: list[str]) -> dict[str, list[str]]:
 def share_names(model: UR4Rec, modalities: list[str]) -> list[str]:
   """Names the columns of shares: each branch, followed by the parts of its item vectors.
 
-  The parts are named only if the score is a sum.
+  The parts are named only if the score is a sum. What followers add comes last.
 
   Args:
     model: the model.
     modalities: names of the items' modalities.
   """
   parts = part_names(model, modalities) if model.is_sum else {}
-  return [
+  columns = [
     column
     for branch in model.branches
     for column in (branch, *(f'{branch}_{part}' for part in parts.get(branch, ())))
   ]
+  return columns + [FOLLOWERS] * (model.followers is not None)
 
 
 def item_arrays(model: UR4Rec, params: PyTree, features: dict[str, TokenTable]) -> dict[str, Any]:
@@ -158,7 +162,8 @@ def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Ar
 
   Returns:
     `program(arrays, queries)`. `arrays` holds the `params` of `user_params`, the `items` of
-    `item_arrays`, and the result of `catalogue_arrays`. `queries` has the names of `stored_format`:
+    `item_arrays`, the result of `catalogue_arrays`, and, if the model reads them, the `followers` of
+    `FollowerTable` as a dict. `queries` has the names of `stored_format`:
 
     - HISTORY `[batch, length]` int32 item numbers, the newest last, 0 before the oldest,
     - EXCLUDED `[batch, excluded]` int32 items that must not be recommended to the user, 0 for none,
@@ -176,17 +181,26 @@ def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Ar
   def program(arrays: dict, queries: dict) -> tuple[Array, Array, Array]:
     users = _users(model, arrays, queries)
     scores, by_branch, users = _scores(model, arrays, queries, users)
+    followed = _follower_scores(model, arrays, queries, scores.shape[1])
+    if followed is not None:
+      scores += followed
     k = queries[stored_format.POSITIONS].shape[0]
     if arrays['sketch']:
       rough, ids = jax.lax.top_k(scores, min(CANDIDATES, scores.shape[1]))
       exact = sum(
         _scores_of_chosen(x, arrays['items'][branch]['vectors'], ids) for branch, x in users.items()
       )
+      if followed is not None:
+        exact += jnp.take_along_axis(followed, ids, axis=1)
       best, order = jax.lax.top_k(jnp.where(rough > -jnp.inf, exact, -jnp.inf), k)
       ids = jnp.take_along_axis(ids, order, axis=1)
     else:
       best, ids = jax.lax.top_k(scores, k)
-    return ids, best, _shares(model, arrays, users, by_branch, ids)
+    shares = _shares(model, arrays, users, by_branch, ids)
+    if followed is not None:
+      of_followers = jnp.take_along_axis(followed, ids, axis=1)[..., None]
+      shares = jnp.concatenate([shares, of_followers], axis=-1)
+    return ids, best, shares
 
   return program
 
@@ -298,6 +312,16 @@ def _scores(
   # The cascade compares ranks, so a weight can only switch a branch on or off.
   switched = [exclude(by_branch[branch] * jnp.sign(weights[branch])) for branch in users]
   return exclude(cascade(*switched, model.fusion.cascade_size)), by_branch, users
+
+
+def _follower_scores(model: UR4Rec, arrays: dict, queries: dict, items: int) -> Array | None:
+  """Returns what followers add to the score of each item, `[batch, items]`; None without them."""
+  if model.followers is None:
+    return None
+  newest_first = queries[stored_format.HISTORY][:, ::-1][:, :RECENT]
+  table = FollowerTable(**arrays['followers'])
+  added = follower_scores(newest_first, table, model.followers)
+  return with_follower_scores(jnp.zeros((len(newest_first), items)), added.items, added)
 
 
 def _scores_of_chosen(users: Array, vectors: Array, ids: Array) -> Array:

@@ -59,6 +59,7 @@ class TrainedModel(NamedTuple):
     params: its best parameters, NumPy.
     items: `ids` and `titles` of the catalogue.
     item_arrays: the encoded catalogue, from `encode_catalogue`.
+    followers: followers of each item, a `FollowerTable` as a dict; {} if the model reads none.
     about: dataset, config and, after the end of the run, protocol and metrics.
   """
 
@@ -68,6 +69,7 @@ class TrainedModel(NamedTuple):
   params: Any
   items: dict[str, list[str]]
   item_arrays: dict[str, Any]
+  followers: dict[str, np.ndarray]
   about: dict[str, Any]
 
 
@@ -105,7 +107,16 @@ def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None
     about |= {name: found[name] for name in ('protocol', 'valid', 'test', 'seed')}
     about['baselines'] = found.get('baselines', {})
   model = create_model(kept.config, dataset.num_items)
-  return TrainedModel(kept.config, dataset, model, kept.params, kept.items, kept.item_arrays, about)
+  return TrainedModel(
+    kept.config,
+    dataset,
+    model,
+    kept.params,
+    kept.items,
+    kept.item_arrays,
+    kept.followers,
+    about,
+  )
 
 
 def _read_kept(
@@ -144,7 +155,8 @@ def _read_checkpoint(
     items['titles'].append(item['title'])
   params = jax.device_get(params)
   item_arrays = encode_catalogue(stage.model, params, run.dataset, run.tables.items)
-  kept = Kept(stage.config, params, items, item_arrays)
+  followers = {} if run.followers is None else run.followers._asdict()
+  kept = Kept(stage.config, params, items, item_arrays, followers)
   kept_model.write(workdir, kept, run.dataset.identity())
   return run.dataset, kept
 
@@ -201,6 +213,7 @@ class TrainedRecommender(Recommender):
       most_k=scoring.CANDIDATES if approximate else None,
       about=trained.about,
     )
+    self._followers = trained.followers
     self._new_pictures: list[pathlib.Path | None] = []
     self._set_catalogue(trained.items, trained.item_arrays, settings)
 
@@ -214,6 +227,10 @@ class TrainedRecommender(Recommender):
       'items': item_arrays,
       **scoring.catalogue_arrays(self.model, item_arrays, approximate),
     }
+    if self._followers:  # Nothing is known to follow new items.
+      missing = len(items['ids']) + 1 - len(self._followers['items'])
+      pad = lambda x: np.pad(x, ((0, missing), (0, 0)))
+      self.arrays[scoring.FOLLOWERS] = jax.tree.map(pad, self._followers)
     super().__init__(self.program, self.arrays, items, settings)
     self.__dict__.pop('passages', None)  # It is computed again for the new items.
 

@@ -65,6 +65,11 @@ def item_vectors(recommender: 'TrainedRecommender') -> np.ndarray:
 
 
 def _check(recommender: 'TrainedRecommender') -> None:
+  if recommender.model.followers is not None:
+    raise InputError(
+      '--vectors: scores of this model are no inner products, as they count followers; train it'
+      ' with --config.followers.weight=0'
+    )
   if recommender.compares_ranks:
     raise InputError(
       '--vectors: scores of this model are made of ranks, which are no inner products; train it'

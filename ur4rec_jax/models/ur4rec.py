@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.features import Preferences, TokenTable
 from ur4rec_jax.models.content import Content, ContentTower, EncodedItems
+from ur4rec_jax.models.followers import Followers
 from ur4rec_jax.models.fusion import SUMS, BranchFusion, inner_products
 from ur4rec_jax.models.retriever import Retriever
 from ur4rec_jax.models.sasrec import OF_CONTENT, SASRec
@@ -57,6 +58,7 @@ class UR4Rec(nn.Module):
     sasrec: the sequence branch, or None.
     retriever: the content branch, or None.
     fusion: joins their scores; None if there is one branch.
+    followers: how followers of the items of a history count in rankings; None if they do not.
     losses: weight of each loss in training; some losses have parameters.
     uncertainty_weighting: whether the weights are learned, starting from these.
     temperature: initial value of the learned temperature of the losses in `TEMPERED`.
@@ -65,6 +67,7 @@ class UR4Rec(nn.Module):
   sasrec: SASRec | None = None
   retriever: Retriever | None = None
   fusion: BranchFusion | None = None
+  followers: Followers | None = None
   losses: Mapping[str, float] = FrozenDict()
   uncertainty_weighting: bool = False
   temperature: float = 0.1
@@ -271,6 +274,8 @@ def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
   if len(branches) > 1:
     fields = {**config.fusion, 'weights': tuple(config.fusion.weights)}
     branches['fusion'] = BranchFusion(branches=tuple(branches), **fields)
+  if config.followers.weight:
+    branches['followers'] = Followers(config.followers.weight, config.followers.decay)
   return UR4Rec(
     losses=losses_in_use(config.loss),
     uncertainty_weighting=config.loss.weighting == 'uncertainty',

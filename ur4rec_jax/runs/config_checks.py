@@ -114,6 +114,11 @@ def _check_branches(fields: dict[str, Any]) -> None:
   are_weights = len(weights) == len(branches) and all(0 < weight < math.inf for weight in weights)
   if len(branches) > 1 and not are_weights:
     raise InputError(f'config.fusion.weights={weights}: must be one number above 0 for each branch')
+  if fields['followers.weight'] and len(branches) > 1 and fields['fusion.kind'] not in SUMS:
+    raise InputError(
+      f'config.followers.weight={fields["followers.weight"]}: is added to sums of scores, and '
+      f"config.fusion.kind='{fields['fusion.kind']}' compares ranks: take {' or '.join(SUMS)}"
+    )
   reads_content = 'retriever' in branches or fields['sasrec.item_input'] != 'id'
   if bool(fields['modalities']) != reads_content:
     raise InputError(

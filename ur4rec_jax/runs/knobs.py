@@ -409,6 +409,18 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       choices=POLICIES,
     ),
   },
+  'Followers': {
+    'followers.weight': Knob(
+      0.0, 'Weight of what other users had after the items of a history; 0 for none.', at_least=0
+    ),
+    'followers.decay': Knob(
+      0.8, 'Weight of an item of a history relative to the next newer one.', above=0, at_most=1
+    ),
+    'followers.count': Knob(100, 'Most followers of an item that are kept.', at_least=1),
+    'followers.reach': Knob(
+      10, 'Largest distance in a history at which one item follows another.', at_least=1
+    ),
+  },
   'Evaluation': {
     'evaluation.candidates': Knob(
       'all',

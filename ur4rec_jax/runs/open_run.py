@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, load_with_features, read_tables
+from ur4rec_jax.data.followers import FollowerTable, followers_of_config
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.evaluate import EvalData
 from ur4rec_jax.evaluation.protocol import PARTS, Protocol
@@ -77,6 +78,11 @@ class Run:
     """The model of the whole run; a stage may train only a part of it, `Stage.model`."""
     return create_model(self.config, self.dataset.num_items)
 
+  @functools.cached_property
+  def followers(self) -> FollowerTable | None:
+    """Followers of each item, in host memory; None if rankings do not read them."""
+    return followers_of_config(self.dataset, self.config.followers)
+
   def create_state(self) -> TrainState:
     """Initialises the training state from the seed; can be compiled."""
     return create_train_state(self.model, self.tx, self.config.seed, self.tables)
@@ -118,6 +124,7 @@ class Run:
       tables=devices.replicate(self.tables) if tables is None else tables,
       embeddings=ItemEmbeddings('all', self.dataset.num_items),
       mapping=self.config.mapping,
+      followers=None if self.followers is None else devices.replicate(self.followers),
     )
 
 

@@ -1,0 +1,64 @@
+"""Counts which items follow an item in the training histories (item-kNN over sequences)."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import scipy.sparse as sp
+from ml_collections import ConfigDict
+
+from ur4rec_jax.data.dataset import Dataset
+
+Array = jax.Array
+
+
+class FollowerTable(NamedTuple):
+  """The items that follow each item most often.
+
+  Attributes:
+    items: `[items + 1, count]` int32 item ids, 0 for none.
+    values: `[items + 1, count]` float32, see `count_followers`; 0 for none.
+  """
+
+  items: np.ndarray | Array
+  values: np.ndarray | Array
+
+
+def count_followers(dataset: Dataset, count: int, reach: int) -> FollowerTable:
+  """Counts the followers of each item; the held-out interactions are not read.
+
+  Two items of a user that lie d interactions apart count 1 / d. As in cosine similarity, each sum is
+  divided by the square root of the popularity of both items, so that popular items do not crowd out
+  the others.
+
+  Args:
+    dataset: the data.
+    count: the most followers of an item.
+    reach: the largest distance that counts.
+  """
+  train = dataset.train_part()
+  ids, width = train.item_ids, train.num_items + 1
+  users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
+  total = sp.csr_array((width, width), dtype=np.float32)
+  for distance in range(1, reach + 1):
+    is_pair = users[:-distance] == users[distance:]
+    before, after = ids[:-distance][is_pair], ids[distance:][is_pair]
+    values = np.full(len(before), 1 / distance, np.float32)
+    total += sp.csr_array((values, (before, after)), (width, width))
+  total.setdiag(0)
+  scale = sp.diags_array(1 / np.sqrt(np.maximum(train.item_counts(), 1)).astype(np.float32))
+  total = (scale @ total @ scale).tocoo()
+  # The largest values of each item come first; equal ones in the order of their ids.
+  order = np.lexsort((total.col, -total.data, total.row))
+  owners, followers, values = total.row[order], total.col[order], total.data[order]
+  place = np.arange(len(owners)) - np.searchsorted(owners, owners)
+  kept = np.flatnonzero((place < count) & (values > 0))
+  table = FollowerTable(np.zeros((width, count), np.int32), np.zeros((width, count), np.float32))
+  at = owners[kept], place[kept]
+  table.items[at], table.values[at] = followers[kept], values[kept]
+  return table
+
+
+def followers_of_config(dataset: Dataset, config: ConfigDict) -> FollowerTable | None:
+  """Counts followers as `config.followers` says; None if its `weight` is 0."""
+  return count_followers(dataset, config.count, config.reach) if config.weight else None
