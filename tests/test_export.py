@@ -31,7 +31,7 @@ for line in sys.stdin:
   print(json.dumps([[a.items, [x.tolist() for x in a.scores], [x.tolist() for x in a.shares]]
                     for a in answers]))
 """
-EXPORTED = ('sasrec', 'paper', 'standardise', 'adaptive', 'cascade')
+EXPORTED = ('sasrec', 'paper', 'standardise', 'adaptive', 'cascade', 'followers')
 
 
 def histories_of(recommender):

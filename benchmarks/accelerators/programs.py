@@ -135,13 +135,14 @@ def evaluate(run: Run) -> jax.stages.Lowered:
     catalogue = jax.eval_shape(encode, params, items)
   return devices.lower(
     make_eval_step(model, embeddings, capacity),
-    (axes, embeddings.axis, None, None, 0),
+    (axes, embeddings.axis, None, None, None, 0),
     (),
     None,
     (
       params,
       catalogue,
       run.tables.users,
+      run.followers,
       run.dataset.item_ids,
       jax.tree.map(lambda x: x[: devices.device_count()], batches),
     ),
@@ -156,7 +157,9 @@ def export(run: Run) -> jax.stages.Lowered:
   def arrays(params: PyTree, features: PyTree) -> PyTree:
     items = scoring.item_arrays(model, params, features)
     of_users = scoring.user_params(model, params)
-    return {'params': of_users, 'items': items, **scoring.catalogue_arrays(model, items)}
+    followers = {} if run.followers is None else {scoring.FOLLOWERS: run.followers._asdict()}
+    of_all_items = scoring.catalogue_arrays(model, items) | followers
+    return {'params': of_users, 'items': items, **of_all_items}
 
   users = run.tables.users if model.retriever is not None else {}
   queries = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ur4rec_jax.evaluation import ranking
+from ur4rec_jax.models.followers import FollowerScores
 from ur4rec_jax.sharding.devices import AXIS
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 
@@ -63,7 +64,7 @@ def test_each_users_own_seen_items_are_left_out():
   np.testing.assert_array_equal(ranks, [3, 4, 1])
 
 
-def catalogue(num_users: int, num_items: int = 60, width: int = 64):
+def catalogue(num_users: int, num_items: int = 60, width: int = 64, added=None):
   """Users and items by branch (the last rows are not items), and the expected ranks.
 
   Vectors come three times, so that a target has equals in other parts and its own; row 0 and the
@@ -78,8 +79,11 @@ def catalogue(num_users: int, num_items: int = 60, width: int = 64):
   seen = rng.integers(1, num_items + 1, (num_users, 4))
   seen[0, 0] = targets[0]
   ranks = []
-  for user, target, had in zip(users, targets, seen, strict=True):
-    scores = np.round(vectors @ user, 9)  # So that those of equal vectors are equal.
+  more = np.zeros((num_users, num_items + 1))
+  if added is not None:
+    np.put_along_axis(more, added.items, added.scores, axis=1)
+  for user, target, had, of_user in zip(users, targets, seen, more, strict=True):
+    scores = np.round(vectors @ user, 9) + of_user[1:]  # Equal vectors have equal products.
     rivals = set(range(1, num_items + 1)) - {target, *had}
     ranks.append(1 + sum(scores[i - 1] >= scores[target - 1] for i in rivals))
   halves = lambda x: {
@@ -96,27 +100,48 @@ def listed(seen: np.ndarray) -> ranking.Seen:
   return ranking.Seen(users.astype(np.int32), items)
 
 
+def drawn_followers(num_users: int, num_items: int = 60) -> FollowerScores:
+  """Scores of a few distinct items of each user, large enough to change ranks; 0 is no item."""
+  rng = np.random.default_rng(3)
+  items = np.stack([1 + rng.permutation(num_items)[:20] for _ in range(num_users)])
+  items[:, 15:] = 0
+  return FollowerScores(items.astype(np.int32), 9 * rng.random(items.shape) * (items > 0))
+
+
+@pytest.mark.parametrize('has_followers', [False, True])
 @pytest.mark.parametrize('at_once', [7, 30, 1000])
-def test_parts_of_the_catalogue_count_as_the_whole_does(at_once, monkeypatch):
+def test_parts_of_the_catalogue_count_as_the_whole_does(at_once, has_followers, monkeypatch):
   monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', at_once)
-  users, items, targets, seen, expected = catalogue(num_users=5)
+  added = drawn_followers(5) if has_followers else None
+  users, items, targets, seen, expected = catalogue(num_users=5, added=added)
   rank = jax.jit(functools.partial(ranking.rank_by_products, embeddings=ItemEmbeddings('all', 60)))
-  ranks, finite = rank(users, items, jnp.asarray(targets), jax.tree.map(jnp.asarray, listed(seen)))
+  ranks, finite = rank(
+    users,
+    items,
+    jnp.asarray(targets),
+    jax.tree.map(jnp.asarray, listed(seen)),
+    added=jax.tree.map(jnp.asarray, added),
+  )
   np.testing.assert_array_equal(ranks, expected)
   assert finite
 
 
+@pytest.mark.parametrize('has_followers', [False, True])
 @pytest.mark.parametrize('at_once', [7, 1000])
-def test_devices_with_a_part_of_the_catalogue_each_rank_as_one_does(at_once, monkeypatch):
+def test_devices_with_a_part_of_the_catalogue_each_rank_as_one_does(
+  at_once, has_followers, monkeypatch
+):
   """`vmap` stands for devices."""
   monkeypatch.setattr(ranking, 'ITEMS_AT_ONCE', at_once)
-  users, items, targets, seen, expected = catalogue(num_users=6)
+  added = drawn_followers(6) if has_followers else None
+  users, items, targets, seen, expected = catalogue(num_users=6, added=added)
   by_device = lambda x: jnp.asarray(x).reshape(3, -1, *x.shape[1:])
   users, items, targets = jax.tree.map(by_device, (users, items, targets))
   seen = jax.tree.map(lambda *x: jnp.stack(x), *map(listed, seen.reshape(3, 2, -1)))
   embeddings = ItemEmbeddings('sharded', 60)
-  rank = functools.partial(ranking.rank_by_products, embeddings=embeddings)
-  ranks, finite = jax.jit(jax.vmap(rank, axis_name=AXIS))(users, items, targets, seen)
+  rank = lambda *x: ranking.rank_by_products(*x[:4], embeddings, x[4])
+  added = jax.tree.map(by_device, added)
+  ranks, finite = jax.jit(jax.vmap(rank, axis_name=AXIS))(users, items, targets, seen, added)
   np.testing.assert_array_equal(ranks.ravel(), expected)
   assert finite.all()
 

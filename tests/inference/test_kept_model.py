@@ -11,6 +11,7 @@ from ur4rec_jax.runs.saved_steps import MANIFEST, checkpoint_folder
 CONFIG = ConfigDict({'data_dir': 'data', 'branches': ('sasrec',), 'sasrec': {'dim': 8}})
 PARAMS = {'sasrec': {'kernel': np.arange(6, dtype=np.float32).reshape(2, 3)}}
 ITEMS = {'ids': ['a', 'ß'], 'titles': ['A', 'The ß']}
+FOLLOWERS = {'items': np.array([[0], [2], [1]], np.int32), 'values': np.ones((3, 1), np.float32)}
 DATASET = {'name': 'shop', 'split_hash': '12'}
 
 
@@ -25,7 +26,7 @@ def workdir(tmp_path):
   save_step(tmp_path, 3)
   write_file(tmp_path / 'config.json', '{}')
   arrays = {'sasrec': {'vectors': np.ones((3, 8), 'bfloat16')}}
-  kept_model.write(tmp_path, kept_model.Kept(CONFIG, PARAMS, ITEMS, arrays), DATASET)
+  kept_model.write(tmp_path, kept_model.Kept(CONFIG, PARAMS, ITEMS, arrays, FOLLOWERS), DATASET)
   return tmp_path
 
 
@@ -38,6 +39,7 @@ def test_what_was_kept_comes_back(workdir):
   np.testing.assert_array_equal(kept.params['sasrec']['kernel'], PARAMS['sasrec']['kernel'])
   assert kept.item_arrays['sasrec']['vectors'].dtype == 'bfloat16'
   assert (kept.item_arrays['sasrec']['vectors'] == 1).all()
+  np.testing.assert_array_equal(kept.followers['items'], FOLLOWERS['items'])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_other_data_and_damaged_files_are_not_used(workdir):
 
 
 def test_nothing_is_kept_of_a_damaged_checkpoint_or_in_a_folder_that_cannot_be_written(tmp_path):
-  kept = kept_model.Kept(CONFIG, PARAMS, ITEMS, {})
+  kept = kept_model.Kept(CONFIG, PARAMS, ITEMS, {}, {})
   save_step(tmp_path, 3)
   write_file(tmp_path / 'config.json', '{}')
   write_file(checkpoint_folder(tmp_path) / '3' / 'array', 'not in the manifest')

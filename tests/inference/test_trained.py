@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers.marks import slow
 from tests.helpers.recommenders import VARIANTS, make
 from ur4rec_jax.data.dataset import read_items
+from ur4rec_jax.data.followers import followers_of_config
 from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
@@ -36,7 +37,12 @@ def full_ranking(recommender, part: str = 'test'):
   return queries, recommender.rank(CheckedQuery(histories, k, histories, preferences=preferences))
 
 
-FEW = ('sasrec', 'multimodal', 'cascade')
+def placed_followers(recommender):
+  found = followers_of_config(recommender.dataset, recommender.config.followers)
+  return None if found is None else devices.replicate(found)
+
+
+FEW = ('sasrec', 'multimodal', 'cascade', 'followers')
 
 
 @pytest.mark.parametrize('name', [*FEW, *slow(*sorted({*VARIANTS} - {*FEW, 'bfloat16'}))])
@@ -52,6 +58,7 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
     config.evaluation.batch_size,
     *placed,
     ItemEmbeddings('all', dataset.num_items),
+    followers=placed_followers(recommender),
   )
   evaluator = evaluate.make_evaluator(recommender.model, data, 'test')
   ranks = evaluator(devices.replicate(recommender.params))
@@ -63,6 +70,9 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
 
   names = recommender.share_names
   of_branches = [names.index(branch) for branch in recommender.branches]
+  if name == 'followers':
+    of_branches.append(names.index('followers'))
+    assert (shares[..., -1] > 0).any(1).all()
   there = np.isfinite(scores)
   if name == 'cascade':
     second = shares[there][:, of_branches[1]].reshape(-1)
@@ -79,14 +89,23 @@ def test_ranks_are_those_of_the_evaluation_and_shares_add_up(shop, name):
       assert np.abs(shares[there][:, parts]).max(0).min() > 1e-3
 
 
-@pytest.mark.parametrize('name', ['sasrec', 'cascade', *slow('standardise', 'learned', 'rank')])
+@pytest.mark.parametrize(
+  'name', ['sasrec', 'cascade', 'followers', *slow('standardise', 'learned', 'rank')]
+)
 def test_the_best_items_of_the_evaluation_are_those_that_are_recommended(shop, name):
   recommender, tables = make(shop, name)
   queries, (ids, scores, _) = full_ranking(recommender)
   few = Queries(*(x[::40] for x in queries))
   placed = devices.replicate((recommender.dataset.item_ids, tables))
   embeddings = ItemEmbeddings('all', recommender.dataset.num_items)
-  data = evaluate.EvalData(recommender.dataset, Protocol(), 64, *placed, embeddings)
+  data = evaluate.EvalData(
+    recommender.dataset,
+    Protocol(),
+    64,
+    *placed,
+    embeddings,
+    followers=placed_followers(recommender),
+  )
   params = devices.replicate(recommender.params)
   found = best_items(recommender.model, data, params, few, 5)
   np.testing.assert_array_equal(found, ids[::40, :5])
@@ -100,6 +119,7 @@ def test_shares_are_named_by_what_items_are_made_of(shop):
   assert make(shop, 'multimodal')[0].share_names == names
   assert make(shop, 'rank')[0].share_names == ['sasrec', 'retriever']
   assert 'sasrec_text' in make(shop, 'content in both')[0].share_names
+  assert make(shop, 'followers')[0].share_names[-1] == 'followers'
 
 
 def test_one_user_alone_is_recommended_as_among_many_of_all_lengths(shop):
@@ -430,6 +450,16 @@ def test_rows_alone_take_new_items_for_those_they_are_most_like(shop, new_items)
   assert recommender.answer([[]], 5, preference=title).items[0]
 
 
+def test_nothing_is_known_to_follow_new_items(shop, new_items):
+  recommender, _ = make(shop, 'followers')
+  larger, _ = recommender.add_items(new_items)
+  answer = larger.answer([['new-3', recommender.item_ids[4]], ['new-3']], 58)
+  of_followers = dict(zip(answer.items[0], answer.shares[0][:, -1], strict=True))
+  assert of_followers['new-4'] == 0
+  assert max(of_followers.values()) > 0
+  assert not answer.shares[1][:, -1].any()
+
+
 def test_new_items_that_cannot_be_placed_are_refused(shop, new_items, tmp_path):
   with pytest.raises(InputError, match='knows items by their id only'):
     make(shop, 'sasrec')[0].add_items(new_items)
@@ -463,11 +493,9 @@ def test_new_items_that_cannot_be_placed_are_refused(shop, new_items, tmp_path):
   assert (same, len(known)) == (recommender, 60)
 
 
-def test_the_approximate_search_is_exact_where_it_looks_at_everything(shop):
-  exact, approximate = (
-    make(shop, 'multimodal')[0],
-    make(shop, 'multimodal', True)[0],
-  )
+@pytest.mark.parametrize('name', ['multimodal', 'followers'])
+def test_the_approximate_search_is_exact_where_it_looks_at_everything(shop, name):
+  exact, approximate = make(shop, name)[0], make(shop, name, True)[0]
   history = exact.item_ids[:5]
   first, second = (r.answer([history], 10) for r in (exact, approximate))
   assert first.items == second.items

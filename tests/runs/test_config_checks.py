@@ -167,6 +167,7 @@ def test_every_config_passes(name, variant):
     ('text', {**SHARDED, 'fusion.calibration': 'standardise'}, 'reads all items'),
     ('text', {**SHARDED, 'fusion.kind': 'rank'}, 'in one place'),
     ('text', {**SHARDED, 'fusion.kind': 'cascade'}, 'in one place'),
+    ('text', {'followers.weight': 0.5, 'fusion.kind': 'rank'}, 'is added to sums of scores'),
   ],
 )
 def test_what_has_no_inputs_is_refused(variant, fields, told):

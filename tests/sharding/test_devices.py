@@ -22,6 +22,7 @@ EXACT = (
   '--config.optimizer.name=sgd',
   '--config.optimizer.learning_rate=0.1',
   '--config.sasrec.dropout=0.0',
+  '--config.followers.weight=0.5',
   '--config.num_epochs=2',
 )
 

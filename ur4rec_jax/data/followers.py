@@ -27,9 +27,9 @@ class FollowerTable(NamedTuple):
 def count_followers(dataset: Dataset, count: int, reach: int) -> FollowerTable:
   """Counts the followers of each item; the held-out interactions are not read.
 
-  Two items of a user that lie d interactions apart count 1 / d. As in cosine similarity, each sum is
-  divided by the square root of the popularity of both items, so that popular items do not crowd out
-  the others.
+  Two items of a user that lie d interactions apart count 1 / d. As in cosine similarity, each sum
+  is divided by the square root of the popularity of both items, so that popular items do not crowd
+  out the others.
 
   Args:
     dataset: the data.

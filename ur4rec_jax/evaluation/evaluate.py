@@ -202,8 +202,8 @@ def make_eval_step(model: nn.Module, embeddings: ItemEmbeddings, seen_capacity: 
 
   Returns:
     `eval_step(params, catalogue, user_tables, table, item_ids, batch)` with the token tables of all
-    users and the followers of all items. It returns the ranks `[users of all devices]`, in the order of the batches, and
-    whether everything is finite.
+    users and the followers of all items. It returns the ranks `[users of all devices]`, in the
+    order of the batches, and whether everything is finite.
   """
 
   encode_batch = make_batch_encoder(model, embeddings, seen_capacity)

@@ -162,8 +162,8 @@ def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Ar
 
   Returns:
     `program(arrays, queries)`. `arrays` holds the `params` of `user_params`, the `items` of
-    `item_arrays`, the result of `catalogue_arrays`, and, if the model reads them, the `followers` of
-    `FollowerTable` as a dict. `queries` has the names of `stored_format`:
+    `item_arrays`, the result of `catalogue_arrays`, and a `FollowerTable` as the dict `followers`
+    if the model reads one. `queries` has the names of `stored_format`:
 
     - HISTORY `[batch, length]` int32 item numbers, the newest last, 0 before the oldest,
     - EXCLUDED `[batch, excluded]` int32 items that must not be recommended to the user, 0 for none,

@@ -97,6 +97,11 @@ class UR4Rec(nn.Module):
     return {name: branch for name in BRANCHES if (branch := getattr(self, name)) is not None}
 
   @property
+  def summands(self) -> list[str]:
+    """What a score is made of: the branches, and `followers` if they count."""
+    return [*self.branches, *(['followers'] if self.followers is not None else [])]
+
+  @property
   def is_sum(self) -> bool:
     """Whether the score is a sum of the branches' scores."""
     return self.fusion is None or self.fusion.kind in SUMS

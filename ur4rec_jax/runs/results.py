@@ -195,7 +195,7 @@ def _scores(stage: Stage, data: EvalData, ranks: dict[str, np.ndarray]) -> dict[
   is_honest = stage.config.train_on == 'training'
   trained_on = {} if is_honest else {'trained_on': 'all interactions, the held-out ones, too'}
   return {
-    'model': ' + '.join(stage.model.branches),
+    'model': ' + '.join(stage.model.summands),
     'protocol': data.protocol.describe(dataset) | trained_on,
     **{part: metrics.ranking_metrics(ranks[part]) for part in PARTS},
     'by_popularity': {
