@@ -57,4 +57,6 @@ def test_a_history_without_a_known_item_has_no_vector(shop, unknown):
 def test_ranks_are_no_inner_products(shop, tmp_path):
   with pytest.raises(InputError, match='made of ranks, which are no inner products'):
     vectors.write_items(make(shop, 'rank')[0], tmp_path / 'items.parquet')
+  with pytest.raises(InputError, match='they count followers'):
+    vectors.write_items(make(shop, 'followers')[0], tmp_path / 'items.parquet')
   assert not list(tmp_path.iterdir())
