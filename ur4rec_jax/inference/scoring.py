@@ -321,7 +321,7 @@ def _follower_scores(model: UR4Rec, arrays: dict, queries: dict, items: int) -> 
   newest_first = queries[stored_format.HISTORY][:, ::-1][:, :RECENT]
   table = FollowerTable(**arrays['followers'])
   added = follower_scores(newest_first, table, model.followers)
-  return with_follower_scores(jnp.zeros((len(newest_first), items)), added.items, added)
+  return with_follower_scores(jnp.zeros((newest_first.shape[0], items)), added.items, added)
 
 
 def _scores_of_chosen(users: Array, vectors: Array, ids: Array) -> Array:

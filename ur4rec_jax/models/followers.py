@@ -49,7 +49,7 @@ def follower_scores(recent: Array, table: FollowerTable, followers: Followers) -
     table: followers of each item.
     followers: how they count.
   """
-  users = len(recent)
+  users = recent.shape[0]
   ages = jnp.arange(recent.shape[1], dtype=jnp.float32)
   items = table.items[recent].reshape(users, -1)
   values = (table.values[recent] * (followers.decay**ages)[:, None]).reshape(users, -1)
@@ -77,5 +77,5 @@ def with_follower_scores(scores: Array, columns: Array, added: FollowerScores) -
       belongs to an item that is scored elsewhere.
     added: from `follower_scores`.
   """
-  rows = jnp.arange(len(scores))[:, None]
+  rows = jnp.arange(scores.shape[0])[:, None]
   return scores.at[rows, columns].add(added.scores, mode='drop')
