@@ -454,7 +454,7 @@ def _flags() -> argparse.ArgumentParser:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   add = parser.add_argument
-  add('orders', help='table of interactions: .csv, .tsv or .parquet, or a folder of parts')
+  add('orders', help='table of interactions: .csv, .tsv, .parquet or .jsonl, or a folder of parts')
   add('more', nargs='*', help='item table, and the folder of the pictures of the items')
   add('--out', help='folder of everything that is made; without it quick-NAME of the orders')
   add('--minutes', type=float, default=5, help='how long all of it may take, serving not counted')

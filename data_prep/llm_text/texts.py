@@ -19,7 +19,7 @@ from ur4rec_jax.data.dataset import (
   read_info,
   read_interactions,
 )
-from ur4rec_jax.data.raw.items import json_lines
+from ur4rec_jax.data.raw import json_lines
 from ur4rec_jax.encoders import sentences
 from ur4rec_jax.encoders.sentences import known_text
 from ur4rec_jax.errors import InputError
@@ -93,7 +93,7 @@ def read_json(
   path = Path(path)
   if path.suffix.lower() in ('.jsonl', '.ndjson'):
     pairs = []
-    for place, row in json_lines(path):
+    for place, row in json_lines.read(path):
       where = f'{place.path}, line {place.number}'
       if id_field not in row:
         raise InputError(

@@ -249,6 +249,21 @@ def test_wrong_input_is_one_message_and_changes_nothing(small_shop, tmp_path):
   assert snapshot(small_shop) == before
 
 
+def test_a_day_in_json_lines_is_read_as_one_in_csv(tmp_path):
+  header, rows = 'user;item;time', [['a', '1.0', START], ['b', 'y', START + 1]]
+  first = tmp_path / 'day1.csv'
+  first.write_text('\n'.join(';'.join(map(str, row)) for row in [header.split(';'), *rows]))
+  flags = [f'--raw_dir={first}', f'--data_dir={tmp_path / "data"}', '--delimiter=;']
+  assert run_here(build_dataset.main, ['--source=interactions', *flags]).returncode == 0
+  day = tmp_path / 'day2.jsonl'
+  day.write_text('')  # A quiet day.
+  result = append(tmp_path / 'data', day, tmp_path / 'out', '--if_new')
+  assert (result.returncode, (tmp_path / 'out').exists()) == (0, False)
+  day.write_text(f'{{"user": "a", "tags": [], "time": {DAY_2}, "item": 1.0}}\n')
+  assert append(tmp_path / 'data', day, tmp_path / 'out').returncode == 0
+  assert histories(tmp_path / 'out')['a'] == [('1.0', START), ('1.0', DAY_2)]
+
+
 @pytest.mark.parametrize(
   ('flag', 'quiet_day'),
   [

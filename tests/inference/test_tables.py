@@ -72,9 +72,9 @@ def test_quotes_in_tsv_bad_rows_and_dates(tmp_path):
     ('a.csv', 'user,item\na,"b"c\n', 'line 2: text after the closing quote'),
     ('a.csv', '', 'the file is empty'),
     ('a.parquet', 'user', 'is no Parquet file'),
-    ('a.jsonl', 'user', 'cannot be read'),
+    ('a.jsonl', 'user', 'line 1: is no JSON'),
     ('a.xlsx', 'user', 'must be a file ending in .csv'),
-    ('', '', 'no CSV, TSV or Parquet file in it; give --histories the file itself'),
+    ('', '', 'no CSV, TSV, Parquet or JSON lines file in it; give --histories the file itself'),
   ],
 )
 def test_a_wrong_table_is_one_message(tmp_path, name, content, message):
@@ -101,6 +101,11 @@ BIG = 'x' * 200_000
     ('a.csv', f'user,item,note\nann,a,{BIG}\n', {'ann': ['a']}),
     ('a.tab', '\ufeffuser\titem\nann\t007\n', {'ann': ['007']}),
     ('day=2024-05-02/a.csv', 'user,item\nann,a\n', {'ann': ['a']}),
+    (
+      'a.jsonl',
+      '{"user": 12345678901234567890123, "item": 1.0, "tags": []}\n{"item": "é"}\n',
+      {'12345678901234567890123': ['1.0']},
+    ),
   ],
 )
 def test_files_are_read_as_the_build_reads_them(tmp_path, name, content, histories):

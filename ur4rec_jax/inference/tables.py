@@ -9,15 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.json
 
 from ur4rec_jax.data import column_names, conditions
 from ur4rec_jax.data.raw import ids, interactions, items, tables
 from ur4rec_jax.data.raw.records import Item, Raw
 from ur4rec_jax.errors import InputError
-
-_ROWS = (*tables.DELIMITERS, *tables.PARQUET)
-_KINDS = (*_ROWS, *items.JSON_LINES)
 
 
 class Customers(NamedTuple):
@@ -50,7 +46,7 @@ class Customers(NamedTuple):
 
 def is_table(path: pathlib.Path) -> bool:
   """Tells whether the name of a file is that of a table that can be read."""
-  return tables.kind(path) in _KINDS
+  return tables.kind(path) in tables.KINDS
 
 
 def read_customers(path: str | pathlib.Path, options: Mapping[str, Any]) -> Customers:
@@ -94,16 +90,11 @@ def read_customers(path: str | pathlib.Path, options: Mapping[str, Any]) -> Cust
 
 def _read_rows(path: pathlib.Path, options: Mapping[str, Any]) -> tuple[Raw, list[str]]:
   """Reads the rows that the build would have kept, and notes about them."""
-  if path.is_file() and tables.kind(path) in items.JSON_LINES:
-    table = _read_json(path)
-    settings, notes = _settings_of_build(table.column_names, options)
-    raw = interactions.read_memory(table, str(path), settings, every_kind=False)
-  else:
-    delimiter = interactions.parse_delimiter(options.get('delimiter'))
-    files = interactions.find(path, {})
-    first = tables.open_file(files[0], delimiter, options.get('quoting'), '--quoting')
-    settings, notes = _settings_of_build([*first.columns, *first.folders], options)
-    raw = interactions.read_files(files, settings, every_kind=False)
+  delimiter = interactions.parse_delimiter(options.get('delimiter'))
+  files = interactions.find(path, {})
+  first = tables.open_file(files[0], delimiter, options.get('quoting'), '--quoting')
+  settings, notes = _settings_of_build([*first.columns, *first.folders], options)
+  raw = interactions.read_files(files, settings, every_kind=False)
   return raw, [*raw.notes, *notes]
 
 
@@ -168,14 +159,6 @@ def _compact(codes: np.ndarray, names: pa.Array) -> tuple[np.ndarray, list[str]]
   return np.asarray(encoded.indices).astype(np.int64), encoded.dictionary.to_pylist()
 
 
-def _read_json(path: pathlib.Path) -> pa.Table:
-  try:
-    return pyarrow.json.read_json(path)
-  except (pa.ArrowException, OSError) as error:
-    reason = str(error).splitlines()[0]
-    raise InputError(f'{path}: cannot be read ({reason}); write it again') from error
-
-
 def read_goods(path: str | pathlib.Path, options: Mapping[str, Any]) -> dict[str, Item]:
   """Reads a table of goods: its items by original id, with the names of picture files as text.
 
@@ -203,4 +186,4 @@ def _check_kind(path: pathlib.Path, flag: str) -> None:
   if not path.is_file():
     raise InputError(f'{flag}={path}: no such file')
   if not is_table(path):
-    raise InputError(f'{flag}={path}: must be a file ending in {", ".join(_KINDS)}')
+    raise InputError(f'{flag}={path}: must be a file ending in {", ".join(tables.KINDS)}')

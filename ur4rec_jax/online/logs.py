@@ -15,14 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ur4rec_jax.data.raw import columns, tables, texts, times
-from ur4rec_jax.data.raw.items import json_lines
+from ur4rec_jax.data.raw import columns, json_lines, tables, texts, times
 from ur4rec_jax.errors import InputError, counted
 
 _EXPOSURE = ('request_id', 'user', 'time', 'item')
 _EVENT = ('id', 'user', 'item', 'kind', 'time')
 _NUMBERS = ('position', 'propensity', 'value', 'predicted')
-_JSON = ('.jsonl', '.ndjson', '.json')
 _CLOCK_SKEW = 86_400.0  # A day: clocks and time zones of two servers may differ.
 UNNAMED, UNKNOWN = -1, -2  # Values of `Events.request`.
 _MAY_BE_BLANK = ('arm', 'team', 'request_id')  # `request_id` only in events.
@@ -212,7 +210,7 @@ def read_table(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) 
   """
   if not path.is_file():
     raise InputError(f'{path}: no such file; give a CSV, TSV, Parquet or JSON lines file')
-  if tables.kind(path) in _JSON:
+  if tables.kind(path) in json_lines.KINDS:
     table, where = _read_json(path, needed, optional)
   else:
     file = tables.open_file(path)
@@ -235,7 +233,7 @@ def read_table(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) 
 def _read_json(
   path: Path, needed: Sequence[str], optional: Sequence[str]
 ) -> tuple[pa.Table, Callable[[int], str]]:
-  rows = list(json_lines(path))
+  rows = list(json_lines.read(path))
   if not rows:
     raise InputError(f'{path}: no rows; export it again')
   found = {}

@@ -1,5 +1,7 @@
 """Guesses about the columns of tables in several languages, and where there is no guess."""
 
+import json
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,6 +33,19 @@ def test_usual_names_need_no_flags(tmp_path):
   assert found.flags == {}
   assert found.notes[:3] == ['user = customer_id', 'item = sku', 'time = ordered_at']
   assert found.item_column == 'sku'
+
+
+def test_json_lines_are_guessed_like_csv(tmp_path):
+  header = 'Bestellung,Kundennummer,Artikel-Nr,Menge,Preis,Wann'
+  table, names = orders(tmp_path, header), header.split(',')
+  rows = (line.split(',') for line in table.read_text().splitlines()[1:])
+  lines = [json.dumps({**dict(zip(names, row, strict=True)), 'Posten': [1]}) for row in rows]
+  path = tmp_path / 'orders.jsonl'
+  path.write_text('\n'.join(lines))
+  items = goods(tmp_path, 'Nr,Bezeichnung,Beschreibung,Bild')
+  assert guess(path, items, {}) == guess(table, items, {})
+  with pytest.raises(InputError, match='Posten is of type list'):
+    guess(path, items, {'item_column': 'Posten'})
 
 
 def test_other_languages_are_guessed_from_values_and_parts_of_names(tmp_path):

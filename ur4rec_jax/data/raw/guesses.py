@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ur4rec_jax.data import column_names, conditions
+from ur4rec_jax.data.raw import columns as arrow_columns
 from ur4rec_jax.data.raw import interactions, items, tables, where
 from ur4rec_jax.data.raw.hints import hint_about_spelling
 from ur4rec_jax.data.raw.ids import MISSING, clean, parse_cleanings
@@ -217,8 +218,8 @@ def _values(files: Sequence[Path], name: str) -> set[str]:
   """Returns the distinct values of a column in all files, as texts."""
   found: set[str] = set()
   for path in files:
-    column = tables.read(tables.open_file(path), [name])[name]
-    found.update(_texts(pc.unique(column).to_pylist()))
+    table = arrow_columns.simplified(tables.read(tables.open_file(path), [name]), str(path))
+    found.update(_texts(pc.unique(table[name]).to_pylist()))
   return found
 
 
@@ -334,7 +335,7 @@ def _sample(path: Path) -> _Sample:
   file = tables.open_file(path)
   names = _clear_names(file.columns)
   if file.delimiter is None:
-    batch = next(tables.parquet_batches(path, names), None)
+    batch = next(tables.record_batches(file, names), None)
     if batch is None:
       raise tables.no_rows(path)
     table = pa.Table.from_batches([batch]).slice(0, _ROWS)

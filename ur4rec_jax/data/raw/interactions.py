@@ -1,4 +1,4 @@
-"""Reads the user's own interactions: CSV, TSV or Parquet files, or a table in memory.
+"""Reads the user's own interactions: files of any kind in `tables`, or a table in memory.
 
   python -m data_prep.build_dataset --source=interactions --raw_dir=orders.csv --items=goods.csv \
     --data_dir=data/shop
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from ur4rec_jax.data import column_names
 from ur4rec_jax.data.raw import columns as arrow_columns
-from ur4rec_jax.data.raw import ids, tables, times
+from ur4rec_jax.data.raw import ids, json_lines, tables, times
 from ur4rec_jax.data.raw import items as item_tables
 from ur4rec_jax.data.raw.hints import hint_about_spelling, hints_about_ids
 from ur4rec_jax.data.raw.records import Item, NoRows, Place, Raw
@@ -25,7 +25,7 @@ from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
 
 OPTIONAL = ('time', 'rating', 'event')
-FILES = (tuple(f'*{kind}' for kind in (*tables.DELIMITERS, *tables.PARQUET)),)
+FILES = (tuple(f'*{kind}' for kind in tables.KINDS),)
 NONE = 'none'
 # Flags of the source and their defaults; None: look for it.
 PARAMETERS: Mapping[str, Any] = {
@@ -49,8 +49,8 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
   if not raw_dir.is_dir():
     if not raw_dir.exists():
       raise InputError(
-        f'{raw_dir}: no such file; --raw_dir must be a CSV, TSV or Parquet file of interactions,'
-        ' or a folder of them'
+        f'{raw_dir}: no such file; --raw_dir must be a CSV, TSV, Parquet or JSON lines file of'
+        ' interactions, or a folder of them'
       )
     return [raw_dir]
   items = parameters.get('items')
@@ -60,11 +60,13 @@ def find(raw_dir: Path, parameters: Mapping[str, Any]) -> list[Path]:
     if not (items and Path(items).exists() and path.samefile(items))
   ]
   tabular = [path for path in files if tables.kind(path) in (*tables.DELIMITERS, *tables.PARQUET)]
+  # Beside other tables, JSON files are descriptions of them.
+  tabular = tabular or [path for path in files if tables.kind(path) in json_lines.KINDS]
   if parameters.get('delimiter') and not tabular:
     tabular = files
   if not tabular:
     raise InputError(
-      f'{raw_dir}: no CSV, TSV or Parquet file in it; give --raw_dir the file itself'
+      f'{raw_dir}: no CSV, TSV, Parquet or JSON lines file in it; give --raw_dir the file itself'
     )
   kinds = sorted({tables.kind(path) for path in tabular})
   if len(kinds) > 1:
@@ -246,11 +248,9 @@ def _read_encoded(opened: Sequence[tables.File], selection: Selection) -> pa.Tab
       place = lambda row, file=file, start=start: tables.place(file, start + row)
       start += table.num_rows
       table = arrow_columns.encoded(selection.take(table, place), selection.columns, str(file.path))
-      found.append(arrow_columns.shortened(table) if file.delimiter else table)
+      found.append(arrow_columns.shortened(table) if file.is_text else table)
       paths.append(str(file.path))
-  return arrow_columns.joined(
-    found if file.delimiter is None else arrow_columns.alike(found), paths
-  )
+  return arrow_columns.joined(arrow_columns.alike(found) if file.is_text else found, paths)
 
 
 def _with_folders(file: tables.File, options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -371,10 +371,10 @@ def choose_columns(
       elif delimiter is not None and len(names) == 1:
         name = tables.DELIMITER_NAMES.get(delimiter, delimiter)
         way_out += f'; is the delimiter another than {name}? pass --delimiter'
-      raise InputError(
-        f'{path}: no column is recognised as the {role} (the first line must name the columns; it'
-        f' says {own}); {way_out}'
-      )
+      names_are = f'the first line must name the columns; it says {own}'
+      if delimiter is None:
+        names_are = f'its columns are {own}'
+      raise InputError(f'{path}: no column is recognised as the {role} ({names_are}); {way_out}')
   if len(set(chosen.values())) < len(chosen):
     raise InputError(f'{path}: one column is given two roles: {_shown(chosen)}')
   return chosen

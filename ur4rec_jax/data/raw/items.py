@@ -1,20 +1,18 @@
 """Reads item tables in CSV, TSV, Parquet or JSON lines."""
 
-import json
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ur4rec_jax.data import column_names
-from ur4rec_jax.data.raw import ids, tables
+from ur4rec_jax.data.raw import ids, json_lines, tables
 from ur4rec_jax.data.raw.records import Item, Place
-from ur4rec_jax.data.raw.texts import shown, utf8_lines
+from ur4rec_jax.data.raw.texts import shown
 from ur4rec_jax.errors import InputError
 
-JSON_LINES = ('.jsonl', '.ndjson', '.json')
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
 # The first of several picture files in one field, as shops list them, and the character behind it.
 _FIRST_FILE = re.compile(rf'(.+?({"|".join(map(re.escape, PICTURES))}))[\s,;|]', re.IGNORECASE)
@@ -25,8 +23,6 @@ PARAMETERS: Mapping[str, Any] = {
   'images': None,
   'items_quoting': None,
 }
-
-_DEEPEST = 50  # Levels of lists and objects in a line of JSON.
 
 Rows = Iterable[tuple[Place, dict[str, Any]]]
 
@@ -69,8 +65,8 @@ def read(
 
 def open_table(path: Path, quoting: str | None = None) -> Table:
   """Opens an item table; see `tables.open_file` for `quoting`."""
-  if tables.kind(path) in JSON_LINES:
-    rows = list(json_lines(path))
+  if tables.kind(path) in json_lines.KINDS:
+    rows = list(json_lines.read(path))
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     return Table(str(path), names, lambda columns: rows)
   file = tables.open_file(path, quoting=quoting, flag='--items_quoting')
@@ -203,15 +199,6 @@ def _text_columns(path: str, names: Sequence[str], wanted: str | None) -> list[s
   return extra
 
 
-def _checked_depth(value: Any, depth: int = 0) -> None:
-  """Raises a RecursionError for a value that is nested too deeply for all its readers."""
-  if depth > _DEEPEST:
-    raise RecursionError(f'more than {_DEEPEST} levels of lists and objects')
-  if isinstance(value, list | dict):
-    for part in value.values() if isinstance(value, dict) else value:
-      _checked_depth(part, depth + 1)
-
-
 def _cleanable_id(value: Any, column: str, where: str, cleanings: Collection[str]) -> str | None:
   """Converts an id to text; None if `--clean_ids` leaves its row out."""
   if not text(value):
@@ -309,20 +296,3 @@ def find_image(folder: Path | None, value: Any, column: str, where: str) -> Path
       f'{where}: {column} {shown(name)} {fault}, or leave all pictures out: --image_column=none'
     )
   return path
-
-
-def json_lines(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
-  """Yields the objects of a JSON lines file with their positions."""
-  for number, line in utf8_lines(path):
-    try:
-      row = json.loads(line)
-      _checked_depth(row)
-    except (ValueError, RecursionError) as error:
-      raise InputError(
-        f'{path}, line {number}: is no JSON ({error}): {shown(line)}; write one object a line'
-      ) from error
-    if not isinstance(row, dict):
-      raise InputError(
-        f'{path}, line {number}: is no JSON object: {shown(line)}; write one object a line'
-      )
-    yield Place(str(path), number), row

@@ -1,8 +1,9 @@
-"""Reads CSV, TSV and Parquet files into Arrow columns, without a Python loop over rows.
+"""Reads CSV, TSV, Parquet and JSON lines files into Arrow columns.
 
-Arrow's parser forgives misplaced quotes and then merges rows. So a text file that has quotes is
-first read row by row with Python's strict parser, which finds the first misplaced quote and counts
-the rows. A file whose row is wrong in another way is read again, row by row, to name that row.
+JSON lines are left to `json_lines`; the rows of other files need no Python loop. But Arrow's parser
+of text forgives misplaced quotes and then merges rows. So a text file that has quotes is first read
+row by row with Python's strict parser, which finds the first misplaced quote and counts the rows. A
+file whose row is wrong in another way is read again, row by row, to name that row.
 """
 
 import codecs
@@ -10,7 +11,6 @@ import contextlib
 import csv
 import io
 import itertools
-import json
 import re
 import shlex
 import urllib.parse
@@ -25,15 +25,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv as arrow_csv
 
-from ur4rec_jax.data.raw import archives
+from ur4rec_jax.data.raw import archives, json_lines
 from ur4rec_jax.data.raw.records import NoRows, Place
-from ur4rec_jax.data.raw.texts import listed, shown
+from ur4rec_jax.data.raw.texts import listed, shown, utf8_lines
 from ur4rec_jax.errors import InputError
 
 DELIMITERS = {'.csv': ',', '.tsv': '\t', '.tab': '\t'}
 PARQUET = ('.parquet', '.pq')
 DELIMITER_NAMES = {'\t': 'tab', ' ': 'space'}
-_EXCEL, _JSON = ('.xlsx', '.xls'), ('.json', '.jsonl', '.ndjson')
+KINDS = (*DELIMITERS, *PARQUET, *json_lines.KINDS)
+_EXCEL = ('.xlsx', '.xls')
 _VALUE = r'-?\d+(\.\d+)?$|\d{4}-\d{2}-\d{2}'  # What is a value rather than the name of a column.
 QUOTING = ('auto', 'none', 'standard')
 # Spark writes this for an empty value of the column that names the folders.
@@ -61,13 +62,14 @@ class File(NamedTuple):
 
   Attributes:
     path: the file.
-    delimiter: character between columns; None for Parquet.
+    delimiter: character between columns; None for Parquet and JSON lines.
     columns: names of the columns in the file.
     quoted: whether double quotes enclose fields; otherwise they are ordinary characters.
     rows: number of rows below the names, if they were counted.
     is_plain: whether the first line has the names, and no line below it has a double quote.
     notes: notes for the user about how the rows were read.
     folders: columns that the names of the folders hold, as in `day=2024-05-31/part-0.parquet`.
+    nested: types of the columns of JSON lines that hold lists or objects.
   """
 
   path: Path
@@ -78,6 +80,12 @@ class File(NamedTuple):
   is_plain: bool = False
   notes: tuple[str, ...] = ()
   folders: Mapping[str, str | None] = MappingProxyType({})
+  nested: Mapping[str, pa.DataType] = MappingProxyType({})
+
+  @property
+  def is_text(self) -> bool:
+    """Whether the values of all columns are texts, as in all files but Parquet."""
+    return kind(self.path) not in PARQUET
 
 
 def kind(path: Path) -> str:
@@ -99,12 +107,14 @@ def folder_columns(path: Path) -> dict[str, str | None]:
 
 
 def is_empty(path: Path) -> bool:
-  """Whether a part of a table has no rows: no bytes, only column names, or no row of Parquet."""
+  """Whether a part of a table has no rows: no bytes, only column names, or no row or line."""
   with _readable(path):
     if path.stat().st_size == 0:
       return True
     if kind(path) in PARQUET:
       return pq.read_metadata(path).num_rows == 0
+    if kind(path) in json_lines.KINDS:
+      return next(utf8_lines(path), None) is None
     with archives.open_file(path) as content:
       start = content.read(1 << 20)
     return len(start) < 1 << 20 and len(start.strip().splitlines()) <= 1
@@ -116,29 +126,41 @@ def open_file(
   """Detects the format of a file and its column names.
 
   Args:
-    path: `.parquet`, `.csv` or `.tsv` file, the last two also with `.gz`; any text file with a
-      delimiter.
-    delimiter: one character; None chooses it by the extension and the first line.
+    path: `.parquet`, `.csv`, `.tsv` or `.jsonl` file, the last three also with `.gz`; any text file
+      with a delimiter.
+    delimiter: one character; None chooses it by the extension and the first line. JSON lines need
+      none.
     quoting: `standard`: double quotes enclose fields; `none`: they are ordinary characters;
       `auto` or None: standard, but none in a tab-separated file whose lines are whole rows and
       whose quotes do not enclose fields.
     flag: name of the flag of `quoting`, for messages.
 
   Raises:
+    NoRows: a JSON lines file has no lines.
     InputError: the file is no table, or a quote in it is misplaced.
   """
   if quoting not in (None, *QUOTING):
     raise InputError(f'{flag} must be one of {", ".join(QUOTING)}, not {quoting!r}')
   with _readable(path):
-    if path.stat().st_size == 0:
+    if kind(path) in json_lines.KINDS:
+      file = _open_json(path)
+    elif path.stat().st_size == 0:
       raise InputError(f'{path}: the file is empty; export it again')
-    if kind(path) not in PARQUET:
+    elif kind(path) not in PARQUET:
       file = _open_text(path, delimiter, quoting or 'auto', flag)
     elif delimiter is not None:
       raise InputError(f'{path}: a Parquet file has no delimiter; leave --delimiter out')
     else:
       file = File(path, None, tuple(pq.read_schema(path).names))
   return file._replace(folders=folder_columns(path))
+
+
+def _open_json(path: Path) -> File:
+  columns = json_lines.columns(path)
+  if not columns:
+    raise NoRows(f'{path}: the file is empty; export it again')
+  nested = {name: kind for name, kind in columns.items() if pa.types.is_nested(kind)}
+  return File(path, None, tuple(columns), nested=nested)
 
 
 def _open_text(path: Path, delimiter: str | None, quoting: str, flag: str) -> File:
@@ -180,8 +202,8 @@ def _delimiter(path: Path) -> str:
   usual = DELIMITERS.get(kind(path))
   if usual is None:
     raise InputError(
-      f'{path}: its extension is none of .csv, .tsv, .parquet (.csv and .tsv also with .gz);'
-      f' {_way_to_a_table(path)}'
+      f'{path}: its extension is none of .csv, .tsv, .jsonl, .parquet (all but the last also with'
+      f' .gz); {_way_to_a_table(path)}'
     )
   # Where a comma is the decimal point, spreadsheets write .csv files with semicolons.
   names = next((line for line in _lines(path) if line.strip()), '')
@@ -193,10 +215,6 @@ def _way_to_a_table(path: Path) -> str:
   """Says how a file with another extension becomes a table that can be read."""
   if kind(path) in _EXCEL:
     return 'save the table as one of them, each sheet as a CSV file in UTF-8'
-  if kind(path) in _JSON:
-    old, new = (json.dumps(text) for text in (str(path), f'{path.name.partition(".")[0]}.parquet'))
-    code = shlex.quote(f'import duckdb; duckdb.read_json({old}).write_parquet({new})')
-    return f'save the table as one of them, JSON lines with python -c {code}'
   return (
     'save the table as one of them, or rename it if it is a text file, or pass --delimiter, such as'
     ' --delimiter=tab'
@@ -240,11 +258,7 @@ def batches(file: File, columns: list[str]) -> Iterator[pa.Table]:
   rows = 0
   with _readable(file.path):
     try:
-      if file.delimiter is None:
-        found = parquet_batches(file.path, inside)
-      else:
-        found = _text_batches(file, inside)
-      for table in _grouped(found):
+      for table in _grouped(record_batches(file, inside)):
         rows += table.num_rows
         for name in columns:
           if name not in inside:
@@ -269,11 +283,18 @@ def start(file: File, columns: list[str]) -> dict[str, list[Any]]:
   if not columns:
     return {}
   try:
-    read = parquet_batches(file.path, columns) if file.delimiter is None else None
-    batch = next(read or _text_batches(file, columns))
-    return batch.slice(0, _FIRST_ROWS).to_pydict()
+    return next(record_batches(file, columns)).slice(0, _FIRST_ROWS).to_pydict()
   except (OSError, pa.ArrowException, InputError, StopIteration):
     return {}
+
+
+def record_batches(file: File, columns: list[str]) -> Iterator[pa.RecordBatch]:
+  """Reads some columns of the file itself in small parts, without the checks of `batches`."""
+  if kind(file.path) in PARQUET:
+    return parquet_batches(file.path, columns)
+  if kind(file.path) in json_lines.KINDS:
+    return json_lines.batches(file.path, columns, file.nested)
+  return _text_batches(file, columns)
 
 
 def _grouped(parts: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
@@ -298,8 +319,10 @@ def check_names(path: str, names: Iterable[str], columns: Iterable[str]) -> None
 
 def place(file: File, row: int) -> Place:
   """Returns the position of a row (from 0) in its file, for messages."""
-  if file.delimiter is None:
+  if kind(file.path) in PARQUET:
     return Place(str(file.path), row + 1, 'row')
+  if kind(file.path) in json_lines.KINDS:
+    return Place(str(file.path), next(itertools.islice(utf8_lines(file.path), row, None))[0])
   rows = itertools.islice(_rows(file.path, file.delimiter, file.quoted), row + 1, None)
   return Place(str(file.path), next(rows)[0])
 
@@ -325,7 +348,7 @@ def records(file: File, columns: list[str]) -> Iterator[tuple[Place, dict[str, o
   if file.delimiter is None:
     number = 0
     with _readable(file.path):
-      for batch in parquet_batches(file.path, columns):
+      for batch in record_batches(file, columns):
         for row in batch.to_pylist():
           number += 1
           yield Place(str(file.path), number, 'row'), row
