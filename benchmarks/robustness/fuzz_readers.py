@@ -234,6 +234,7 @@ def kinds(scratch: Path) -> dict[str, Kind]:
     'plain parquet': Kind(
       'log.parquet', of(_saved(lambda f: pq.write_table(log, f, compression='none'))), read_log
     ),
+    'interactions jsonl': Kind('log.jsonl', of(lines(log.to_pylist())), read_log),
     'jsonl': Kind('items.jsonl', of(lines(films)), lambda path, folder: items.read(path)),
     'items parquet': Kind(
       'items.parquet',
