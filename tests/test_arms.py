@@ -3,8 +3,7 @@
 import csv
 import hashlib
 import json
-import subprocess
-import sys
+import signal
 import time
 import types
 
@@ -12,7 +11,7 @@ import pytest
 
 from tests.helpers.commands import run_here
 from tests.helpers.recommenders import make
-from tests.helpers.services import request, service
+from tests.helpers.services import refusal, request, serve
 from ur4rec_jax import experiment as experiment_command
 from ur4rec_jax import feedback
 from ur4rec_jax.errors import InputError
@@ -96,9 +95,8 @@ def test_users_keep_their_arms_and_the_report_counts_them(
   likely = {*recommenders['sasrec'].top([history], 12).items[0]}
   expected[None] = expected['old']  # Users outside of the experiment get the default.
   assert expected['new'] not in (expected['old'], recommenders['text'].top([history]).items[0])
-  command = [sys.executable, '-m', 'ur4rec_jax.serve', '--port=0', '--batch=4']
-  command += [f'--export={folder}/sasrec', f'--events={place}', f'--experiment={config}']
-  with service(command, environment) as (process, address):
+  flags = ('--batch=4', f'--export={folder}/sasrec', f'--events={place}', f'--experiment={config}')
+  with serve(environment, *flags) as (process, address):
     assert json.loads(request(f'{address}/health')[2])['arms'] == ['old', 'new', 'drawn']
     row = lambda user, item: {'user': user, 'item': item, 'kind': 'buy', 'id': item}
     send(address, [row(user, item) for user in users for item in history])
@@ -146,8 +144,8 @@ def test_users_keep_their_arms_and_the_report_counts_them(
     config.with_suffix('.stopped.json').unlink()
     assert process.stdout.readline() == 'experiment content: stopped arms: none\n'
     assert ask(address, user=users[0])['arm'] == found[users[0]]['arm']
-    process.terminate()
-    assert process.wait(30) == 0
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
 
   done = run_here(feedback.main, [f'--events={place}', f'--out={tmp_path}/log'])
   assert done.returncode == 0, done.stderr
@@ -269,8 +267,5 @@ def test_damaged_file_of_stopped_arms(tmp_path):
 
 
 def test_an_experiment_needs_its_file(environment, folder):
-  command = [sys.executable, '-m', 'ur4rec_jax.serve', f'--export={folder}/sasrec']
-  command += ['--experiment=nowhere.toml']
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-  assert done.returncode == 2
-  assert done.stderr.splitlines()[-1].startswith('error: nowhere.toml: no such file')
+  line = refusal(environment, f'--export={folder}/sasrec', '--experiment=nowhere.toml')
+  assert line.startswith('error: nowhere.toml: no such file')

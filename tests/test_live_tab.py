@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 
 import pytest
 from fastapi import Request
 
 from tests.helpers.recommenders import make
-from tests.helpers.services import request, service
+from tests.helpers.services import request, serve
 from ur4rec_jax.export import export
 from ur4rec_jax.online.feedback_store import open_store
 from ur4rec_jax.service.http_app import make_page
@@ -36,9 +35,8 @@ def live(shop, environment, tmp_path_factory):
   for name in ('sasrec', 'text'):
     export(make(shop, name)[0], folder / name, with_users=True, with_pictures=False)
   (folder / 'exp.toml').write_text(EXPERIMENT)
-  command = [sys.executable, '-m', 'ur4rec_jax.serve', '--port=0', '--batch=1']
-  command += [f'--export={folder}/sasrec', f'--events={folder}/events.db']
-  with service([*command, f'--experiment={folder}/exp.toml'], environment) as (_, address):
+  flags = (f'--export={folder}/sasrec', f'--events={folder}/events.db', '--batch=1')
+  with serve(environment, *flags, f'--experiment={folder}/exp.toml') as (_, address):
     yield address, folder / 'events.db'
 
 

@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from benchmarks.robustness.small_runs import load_arrays
+from tests.helpers.fork_server import Program
 from tests.helpers.marks import slow
 from tests.helpers.runs import ROOT
 from ur4rec_jax.evaluation.metrics import ranking_metrics
@@ -142,22 +141,6 @@ def test_divergence_stops_the_run_and_keeps_the_good_checkpoint(run, tmp_path):
   assert not [p for p in (tmp_path / 'other/checkpoints').iterdir() if p.name.isdigit()]
 
 
-# Runs the program on many command lines after one import, each in a process of its own.
-MANY = """
-import json, os, sys
-from ur4rec_jax import main
-codes = []
-for number, flags in enumerate(json.load(sys.stdin)):
-  child = os.fork()
-  if not child:
-    for stream in (1, 2):
-      os.dup2(os.open(f'{number}.{stream}', os.O_WRONLY | os.O_CREAT), stream)
-    sys.argv[1:] = flags
-    main.main()
-    sys.exit()
-  codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
-"""
 GOOD = ('--config=synthetic', '--workdir=run')
 MISTAKES = {
   # What is typed, and what the message must contain.
@@ -205,26 +188,17 @@ FILES = {
 def test_mistakes_end_with_one_message_and_code_2(environment, tmp_path):
   for name, content in FILES.items():
     (tmp_path / name).write_text(content)
-  done = subprocess.run(
-    [sys.executable, '-c', MANY],
-    input=json.dumps([*MISTAKES, ['--help']]),
-    env=environment,
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-  assert done.returncode == 0, done.stderr
-  *codes, code_of_help = json.loads(done.stdout)
-  for number, (flags, words) in enumerate(MISTAKES.items()):
-    message = (tmp_path / f'{number}.2').read_text()
-    assert codes[number] == 2, (flags, message)
-    assert message.startswith('error: '), flags
-    assert message.count('\n') == 1, (flags, message)
+  run = lambda flags: Program('ur4rec_jax.main', flags, environment, tmp_path).finish()
+  for flags, words in MISTAKES.items():
+    done = run(flags)
+    assert done.returncode == 2, (flags, done.stderr)
+    assert done.stderr.startswith('error: '), flags
+    assert done.stderr.count('\n') == 1, (flags, done.stderr)
     for word in words:
-      assert word in message, flags
-  assert code_of_help == 0
-  assert '--workdir' in (tmp_path / f'{len(codes)}.1').read_text()
+      assert word in done.stderr, flags
+  done = run(('--help',))
+  assert done.returncode == 0
+  assert '--workdir' in done.stdout
   assert not (tmp_path / 'run').exists()
 
 
@@ -394,7 +368,7 @@ def test_ctrl_c_saves(start, tmp_path):
   assert 'SIGINT: saved step' in stderr
 
 
-def test_tensorflow_and_torch_are_not_needed(data_dir, environment):
+def test_other_programs_read_the_data_with_tfds_alone(data_dir):
   source = tfds.builder_from_directory(data_dir / 'interactions/1.0.0').as_data_source('users')
   assert all(np.asarray(user['item_ids']).dtype == np.int32 for user in source)
 

@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.helpers import services
 from tests.helpers.commands import run_here
+from tests.helpers.fork_server import Program
 from tests.helpers.postgres_server import postgres_folder, postgres_server
 from tests.helpers.recommenders import make
 from tests.helpers.redis_server import redis_server
 from tests.helpers.runs import ROOT
-from tests.helpers.services import request, service
+from tests.helpers.services import refusal, request, service
 from ur4rec_jax import feedback as feedback_command
 from ur4rec_jax.errors import EXIT_CODES, FailedTaskError
 from ur4rec_jax.export import export
@@ -45,8 +47,7 @@ def recommender(shop):
 
 def serve(environment, *flags):
   """Starts the service; gives the process and its address."""
-  command = [sys.executable, '-m', 'ur4rec_jax.serve', '--port=0', '--batch=4', *flags]
-  return service(command, environment)
+  return services.serve(environment, '--batch=4', *flags)
 
 
 @pytest.fixture(scope='module')
@@ -233,10 +234,7 @@ def test_answers_and_clicks_are_logged_and_counted_by_position(live, recommender
 
 
 def feedback(environment, *flags):
-  command = [sys.executable, '-m', 'ur4rec_jax.feedback', *flags]
-  return subprocess.run(
-    command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-  )
+  return Program('ur4rec_jax.feedback', flags, environment, ROOT).finish()
 
 
 def test_reasons_tell_nobody_what_a_user_did(live, recommender):
@@ -309,11 +307,9 @@ def test_the_log_becomes_tables_and_training_data(live, recommender, environment
   assert done.returncode == 0, done.stderr
   next_line = done.stdout.splitlines()[-1]
   assert next_line.startswith('next: python -m data_prep.build_dataset --source=interactions ')
-  command = next_line.removeprefix('next: python ').replace('data/live', f'{tmp_path}/data').split()
-  built = subprocess.run(
-    [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True,
-    check=False,
-  )  # fmt: skip
+  command = next_line.removeprefix('next: python -m ').replace('data/live', f'{tmp_path}/data')
+  module, *flags = command.split()
+  built = Program(module, flags, environment, ROOT).finish()
   assert built.returncode == 0, built.stderr
   from ur4rec_jax.data.dataset import read_interactions, read_items
 
@@ -509,11 +505,7 @@ def test_a_background_task_that_fails_ends_the_service(environment, exports, tmp
   ],
 )
 def test_bad_flags_are_one_message(environment, flags, message):
-  command = [sys.executable, '-m', 'ur4rec_jax.serve', *flags]
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-  assert (done.returncode, done.stdout) == (2, '')
-  (line,) = done.stderr.splitlines()
-  assert message in line
+  assert message in refusal(environment, *flags)
 
 
 def test_the_route_of_events_keeps_to_its_openapi(live, tmp_path):

@@ -15,7 +15,7 @@ from data_prep import build_dataset
 from tests.helpers.commands import run_here
 from tests.helpers.goods import write_table
 from tests.helpers.runs import ROOT
-from tests.helpers.services import request, service
+from tests.helpers.services import request, serve
 from ur4rec_jax import export, exported, update
 from ur4rec_jax.data.dataset import read_info, read_interactions, read_items
 from ur4rec_jax.inference import registry
@@ -83,10 +83,9 @@ def ask(address, user):
 def test_new_users_and_items_reach_the_served_model(shop, environment, tmp_path):
   models = tmp_path / 'models'
   registry.promote(models, shop / 'export')
-  serve = [sys.executable, '-m', 'ur4rec_jax.serve', '--port=0', '--batch=1']
-  serve += [f'--registry={models}', f'--events={tmp_path}/events.db']
+  served_by = ('--batch=1', f'--registry={models}', f'--events={tmp_path}/events.db')
   flags = flags_of(shop, tmp_path, '--every_events=5', '--every_minutes=0.05')
-  with service(serve, environment) as (served, address):
+  with serve(environment, *served_by) as (served, address):
     loop = subprocess.Popen(
       command(*flags), env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
       text=True,

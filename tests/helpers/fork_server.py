@@ -28,6 +28,7 @@ _CONTEXT.set_forkserver_preload(
     'data_prep.llm_text.generation',
     'data_prep.llm_text.text_job',
     'pyarrow.parquet',
+    'prometheus_client',
     'ur4rec_jax.inference.explanations',
     'ur4rec_jax.inference.frames',
     'ur4rec_jax.inference.trained',
@@ -35,6 +36,8 @@ _CONTEXT.set_forkserver_preload(
     'ur4rec_jax.runs.results',
     'ur4rec_jax.runs.sweep',
     'ur4rec_jax.runs.train_loop',
+    'ur4rec_jax.service.connections',
+    'ur4rec_jax.service.http_app',
   ]
 )
 

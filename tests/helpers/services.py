@@ -6,15 +6,34 @@ import subprocess
 import urllib.error
 import urllib.request
 
+from tests.helpers.fork_server import Program
 from tests.helpers.runs import ROOT
 
 
-@contextlib.contextmanager
+def serve(environment, *flags):
+  """Starts `ur4rec_jax.serve` on a free port; gives what `service` gives."""
+  return _ready(Program('ur4rec_jax.serve', ['--port=0', *flags], environment, ROOT))
+
+
 def service(command, environment):
   """Starts a service; gives the process and the start of its address."""
-  process = subprocess.Popen(
-    command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  return _ready(
+    subprocess.Popen(
+      command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
   )
+
+
+def refusal(environment, *flags):
+  """The line with which `ur4rec_jax.serve` refuses its flags."""
+  done = Program('ur4rec_jax.serve', flags, environment, ROOT).finish()
+  assert (done.returncode, done.stdout) == (2, ''), done.stderr
+  (line,) = done.stderr.splitlines()
+  return line
+
+
+@contextlib.contextmanager
+def _ready(process):
   try:
     line = process.stdout.readline()
     assert line.startswith('ready'), process.stderr.read()

@@ -4,8 +4,6 @@ import contextlib
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -13,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.helpers.fork_server import Program
 from tests.helpers.kafka_server import kafka_server
 from ur4rec_jax import feedback
 from ur4rec_jax.online import kafka_source
@@ -34,16 +33,17 @@ def consume(kafka, tmp_path, environment):
   (tmp_path / 'kafka').write_text('session.timeout.ms=6000\nheartbeat.interval.ms=500\n')
 
   def start(*flags):
-    command = [sys.executable, '-m', 'ur4rec_jax.feedback', f'--events={tmp_path}/events.db']
-    command += [f'--consume=kafka://{kafka.address}/clicks', '--kafka_config=kafka', *flags]
-    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    processes.append(subprocess.Popen(command, env=environment, cwd=tmp_path, **options))
+    place = f'--events={tmp_path}/events.db'
+    source = (f'--consume=kafka://{kafka.address}/clicks', '--kafka_config=kafka')
+    processes.append(
+      Program('ur4rec_jax.feedback', [place, *source, *flags], environment, tmp_path)
+    )
     return processes[-1]
 
   yield start
   for process in processes:
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 class Sent(NamedTuple):

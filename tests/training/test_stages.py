@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from benchmarks.robustness.small_runs import (
   load_arrays,
 )
 from configs import default
+from tests.helpers.fork_server import Program
 from tests.helpers.runs import ROOT, wait_for
 from ur4rec_jax.data.features import Tables, TokenTable
 from ur4rec_jax.errors import InputError
@@ -225,9 +225,9 @@ def text_data_dir(data_dir, environment, tmp_path_factory) -> pathlib.Path:
   """The prepared dataset with features of its items' texts."""
   folder = tmp_path_factory.mktemp('data') / 'text'
   shutil.copytree(data_dir, folder)
-  command = [sys.executable, '-m', 'data_prep.encode', f'--data_dir={folder}', '--modality=text']
-  command += ['--encoder=hashing', '--of=item', '--max_tokens=2', '--width=8']
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+  flags = [f'--data_dir={folder}', '--modality=text', '--encoder=hashing', '--of=item']
+  flags += ['--max_tokens=2', '--width=8']
+  done = Program('data_prep.encode', flags, environment, ROOT).finish()
   assert done.returncode == 0, done.stderr
   return folder
 
