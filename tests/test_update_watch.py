@@ -28,9 +28,12 @@ START = 1_700_000_000
 
 
 @pytest.fixture(scope='module')
-def shop(tmp_path_factory):
-  """A small dataset of clicks and purchases, a run on it, and its export."""
-  folder = tmp_path_factory.mktemp('shop')
+def shop(make_once):
+  """A small dataset of clicks and purchases, a run on it, and its export; read only."""
+  return make_once('watched', make_shop)
+
+
+def make_shop(folder):
   rng = np.random.default_rng(0)
   rows = [
     [f'u{user:02}', f'i{item:02}', START + 1000 * step + user, ('click', 'buy')[step % 2]]
@@ -49,7 +52,6 @@ def shop(tmp_path_factory):
   train_loop.train_and_evaluate(config, str(folder / 'run'))
   flags = [f'--workdir={folder / "run"}', f'--out={folder / "export"}', '--users']
   assert run_here(export.main, flags).returncode == 0
-  return folder
 
 
 def flags_of(shop, folder, *more):

@@ -1,6 +1,7 @@
 """Small raw files in the true formats, and a way to run the program as a user does."""
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,31 +15,26 @@ from PIL import Image
 from data_prep import build_dataset
 from data_prep.prepared import prepare
 from tests.helpers.commands import run_here
+from tests.helpers.fork_server import Program
 from tests.helpers.runs import ROOT
 
 GENRES = ('unknown', 'Action', 'Comedy', 'Drama')
 
 
 @pytest.fixture
-def command() -> Callable[..., list[str]]:
-  """Words of the command that runs the program with some flags."""
-
-  def words(*flags: str) -> list[str]:
-    return [sys.executable, '-m', 'data_prep.build_dataset', *flags]
-
-  return words
+def start_build() -> Callable[..., Program]:
+  """Starts the program with some flags in a process of its own."""
+  return lambda *flags: Program('data_prep.build_dataset', flags, os.environ, ROOT)
 
 
 @pytest.fixture
-def run_build(command) -> Callable[..., subprocess.CompletedProcess]:
-  """Runs the program; with limits, an environment or `fresh` in a process of its own."""
+def run_build() -> Callable[..., subprocess.CompletedProcess]:
+  """Runs the program; with limits or an environment in a process of its own."""
 
-  def run(
-    *flags: str, limit: tuple[str, ...] = (), fresh: bool = False, **kwargs
-  ) -> subprocess.CompletedProcess:
-    if not (limit or fresh or kwargs):
+  def run(*flags: str, limit: tuple[str, ...] = (), **kwargs) -> subprocess.CompletedProcess:
+    if not (limit or kwargs):
       return run_here(build_dataset.main, flags)
-    words = [*limit, *command(*flags)]
+    words = [*limit, sys.executable, '-m', 'data_prep.build_dataset', *flags]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, **kwargs)
 
   return run

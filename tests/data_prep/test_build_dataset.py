@@ -18,7 +18,6 @@ from PIL import Image
 
 from data_prep import build_dataset
 from data_prep.prepared import prepare
-from tests.helpers.runs import ROOT
 from ur4rec_jax.data import splits
 from ur4rec_jax.errors import InputError
 
@@ -46,7 +45,9 @@ def read(folder: Path, name: str, split: str) -> list[dict]:
   return list(tfds.builder_from_directory(folder / name / '1.0.0').as_data_source(split=split))
 
 
-def test_movielens_from_raw_files_to_what_is_read_back(run_build, ratings, ml_1m, tmp_path):
+def test_movielens_from_raw_files_to_what_is_read_back(
+  run_build, start_build, ratings, ml_1m, tmp_path
+):
   data_dir = tmp_path / 'data' / 'ml-1m'
   flags = ['--source=movielens_1m', f'--raw_dir={ml_1m}', f'--data_dir={data_dir}']
   result = run_build(*flags)
@@ -122,7 +123,7 @@ def test_movielens_from_raw_files_to_what_is_read_back(run_build, ratings, ml_1m
   again = run_build(*flags)
   assert (again.returncode, 'already in' in again.stdout) == (0, True)
   assert again.stdout.split('\n')[1:] == result.stdout.split('\n')[1:]
-  assert run_build(*flags, '--overwrite', fresh=True).returncode == 0
+  assert start_build(*flags, '--overwrite').finish().returncode == 0
   assert contents(data_dir) == before  # another process writes the very same bytes
 
 
@@ -220,12 +221,12 @@ def test_a_damaged_dataset_is_not_passed_off_as_there(sequences, tmp_path):
   assert not build_dataset.build('sequences', data_dir, sequences)[1]
 
 
-def test_a_killed_build_leaves_nothing_trusted_and_the_next_one_cleans_up(command, tmp_path):
+def test_a_killed_build_leaves_nothing_trusted_and_the_next_one_cleans_up(start_build, tmp_path):
   data_dir = tmp_path / 'data'
   build_dataset.build('synthetic', data_dir, parameters=SMALL)
   before = contents(data_dir)
   flags = ['--source=synthetic', '--num_users=300', '--num_items=200', '--overwrite']
-  process = subprocess.Popen(command(*flags, f'--data_dir={data_dir}'), cwd=ROOT)
+  process = start_build(*flags, f'--data_dir={data_dir}')
   folder = tmp_path / f'data.incomplete-{socket.gethostname()}-{process.pid}'
   deadline = time.monotonic() + 60
   while not (folder / 'interactions').exists():
@@ -297,7 +298,7 @@ def packed(tmp_path) -> Path:
   ],
 )
 def test_a_build_killed_at_any_moment_is_made_good_by_the_next(
-  signs, command, packed, sequences, tmp_path
+  signs, start_build, packed, sequences, tmp_path
 ):
   source = 'multimodal_movielens_1m'
   build_dataset.build(source, tmp_path / 'undisturbed', packed)
@@ -311,7 +312,7 @@ def test_a_build_killed_at_any_moment_is_made_good_by_the_next(
       shutil.copytree(tmp_path / 'old', tmp_path / f'place{moment}/data')
       flags = [f'--source={source}', f'--raw_dir={packed}', '--overwrite']
       flags += [f'--data_dir={tmp_path}/place{moment}/data']
-      running[moment] = subprocess.Popen(command(*flags), cwd=ROOT)
+      running[moment] = start_build(*flags)
     deadline = time.monotonic() + 60
     while running:
       for moment, process in list(running.items()):

@@ -21,6 +21,7 @@ import pytest
 from data_prep import build_dataset, download_images
 from data_prep.prepared import pictures
 from tests.helpers.commands import run_here
+from tests.helpers.fork_server import Program
 from tests.helpers.runs import ROOT
 from ur4rec_jax.data import item_pictures
 from ur4rec_jax.data.dataset import read_items
@@ -352,11 +353,8 @@ def test_a_killed_download_goes_on_and_fetches_nothing_twice(server, dataset, ma
 
   server.routes = {f'/{i}': picture for i in range(60)}
   data_dir = dataset({str(i): (f'{server.url}/{i}', '') for i in range(60)})
-  command = [sys.executable, '-m', 'data_prep.download_images', f'--data_dir={data_dir}']
-  command.append('--allow_private')
-  process = subprocess.Popen(
-    [*command, '--concurrency=2'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-  )
+  flags = (f'--data_dir={data_dir}', '--allow_private', '--concurrency=2')
+  process = Program('data_prep.download_images', flags, os.environ, ROOT)
   manifest = data_dir / 'images/manifest.jsonl'
   deadline = time.monotonic() + 60
   while not manifest.exists() or manifest.read_bytes().count(b'\n') < 10:
@@ -392,13 +390,11 @@ def test_a_host_that_never_answers_is_left_alone(server, dataset, run):
 def test_interrupted_by_the_user(server, dataset):
   server.routes = {'/a': lambda handler: server.over.wait()}
   data_dir = dataset({'a': (f'{server.url}/a', ''), 'none': ('', '')})
-  command = [sys.executable, '-m', 'data_prep.download_images', f'--data_dir={data_dir}']
-  command.append('--allow_private')
-  # Whoever runs the tests in the background may have them ignore the signal.
-  heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-  process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+  flags = (f'--data_dir={data_dir}', '--allow_private')
+  process = Program('data_prep.download_images', flags, os.environ, ROOT)
   deadline = time.monotonic() + 60
   while not server.asked:
+    assert process.poll() is None
     assert time.monotonic() < deadline
     time.sleep(0.01)
   process.send_signal(signal.SIGINT)
@@ -490,10 +486,11 @@ MOVIES = {
 }
 
 
-def test_posters_are_found_by_title_and_year(tmdb, dataset, run):
+def test_posters_are_found_by_title_and_year(tmdb, dataset, run, monkeypatch):
+  monkeypatch.setenv('TMDB_API_KEY', CANARY)
   data_dir = dataset(MOVIES)
   flags = (f'--data_dir={data_dir}', '--allow_private', '--source=tmdb', f'--tmdb_url={tmdb.url}')
-  result = run(*flags, TMDB_API_KEY=CANARY)
+  result = run(*flags)
   assert result.returncode == 0, result.stderr
   assert result.stderr == ''
   assert 'pictures       5 of 7 items have one' in result.stdout
@@ -559,7 +556,8 @@ def test_a_wrong_key_stops_at_once(tmdb, dataset, run, monkeypatch):
     f'--tmdb_url={tmdb.url}',
     '--concurrency=1',
   )
-  result = run(*flags, TMDB_API_KEY=CANARY + 'x')
+  monkeypatch.setenv('TMDB_API_KEY', CANARY + 'x')
+  result = run(*flags)
   assert result.returncode == 2
   assert result.stderr.startswith('error: TMDB refuses the key in TMDB_API_KEY; it must be')
   assert result.stderr.count('\n') == 1

@@ -23,6 +23,7 @@ from PIL import Image
 from data_prep import build_dataset, encode
 from data_prep.embeddings import text_tokens
 from data_prep.llm_text import texts
+from tests.helpers.fork_server import Program
 from tests.helpers.runs import ROOT
 from ur4rec_jax.data import dataset as prepared
 from ur4rec_jax.data.features import load_features
@@ -111,8 +112,9 @@ def fails(capsys):
   return fails
 
 
-def words(*flags) -> list[str]:
-  return [sys.executable, '-m', 'data_prep.encode', *map(str, flags)]
+def start(*flags) -> Program:
+  """Starts the program in a process of its own."""
+  return Program('data_prep.encode', flags, os.environ, ROOT)
 
 
 def read(data_dir, modality='text', of='item', split_hash=None):
@@ -746,16 +748,9 @@ def many(build):
 SHARDS = ('--modality=text', '--encoder=hashing', '--rows_per_shard=2')
 
 
-def start_and_kill(data_dir, *flags, number=signal.SIGKILL) -> subprocess.Popen:
+def start_and_kill(data_dir, *flags, number=signal.SIGKILL) -> Program:
   """Starts the program and stops it with about a tenth of its shards done."""
-  process = subprocess.Popen(
-    words(f'--data_dir={data_dir}', *SHARDS, *flags),
-    cwd=ROOT,
-    stderr=subprocess.PIPE,
-    text=True,
-    # Tests that run in the background of a shell ignore Ctrl-C, and so would their children.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-  )
+  process = start(f'--data_dir={data_dir}', *SHARDS, *flags)
   progress = data_dir / 'features/item/text.incomplete/progress.jsonl'
   deadline = time.monotonic() + 60
   while not progress.exists() or progress.read_bytes().count(b'\n') < 25:
@@ -844,9 +839,10 @@ def test_the_same_command_again_changes_nothing_and_another_asks(build, capsys):
 
 
 def test_two_programs_do_not_make_the_same_features(many):
-  process = subprocess.Popen(words(f'--data_dir={many}', *SHARDS), cwd=ROOT)
+  process = start(f'--data_dir={many}', *SHARDS)
   draft = many / 'features/item/text.incomplete'
   while not (draft / 'progress.jsonl').exists():
+    assert process.poll() is None
     time.sleep(0.001)
   process.send_signal(signal.SIGSTOP)
   try:
@@ -928,8 +924,9 @@ def test_models_whose_files_lack_weights_are_refused(build, fails, vision, tmp_p
 
 def test_a_name_that_cannot_be_had_says_how_to_get_it(build):
   data_dir = build([{}] * 3)
+  flags = [f'--data_dir={data_dir}', '--modality=text', '--encoder=sentence-transformers/none']
   done = subprocess.run(
-    words(f'--data_dir={data_dir}', '--modality=text', '--encoder=sentence-transformers/none'),
+    [sys.executable, '-m', 'data_prep.encode', *flags],
     cwd=ROOT,
     env=os.environ | {'HF_HUB_OFFLINE': '1'},
     capture_output=True,

@@ -5,10 +5,12 @@ environment, folder, output and exit code, and take signals.
 """
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -123,6 +125,9 @@ def _main(
   folder: str,
   outputs: Sequence[multiprocessing.connection.Connection],
 ) -> None:
+  gc.freeze()  # What was imported stays, and looking through it takes long.
+  # Tests that run in the background of a shell ignore Ctrl-C, and so would their children.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   os.environ.clear()
   os.environ.update(environment)
   os.chdir(folder)
