@@ -414,7 +414,10 @@ def test_losses_are_what_they_are_called():
 
 
 def test_uncertainty_weighting_starts_at_the_weights_and_is_trained():
-  config, model, _, features = make(loss={'weighting': 'uncertainty'})
+  no_blocks = {'num_blocks': 0, 'cross_modal_blocks': 0}  # They take long to compile.
+  config, model, _, features = make(
+    loss={'weighting': 'uncertainty'}, retriever=no_blocks, content={'cross_modal_blocks': 0}
+  )
   params = initial(model, features)
   values = all_losses(config, model, features, a_batch([[1, 2, 3, 5, 6, 7]]))
 
