@@ -56,7 +56,7 @@ def test_a_user_gets_items_with_shares_and_reasons(call, with_content, encoded):
     shares = row['shares']
     assert row['score'] == pytest.approx(shares['sasrec'] + shares['retriever'], abs=1e-4)
     assert {reason['item'] for reason in row['because']} <= set(history)
-    assert row['title'].split()[0] in row['text']['item'] or row['text']['item']
+    assert row['text']['item']
     assert -1 <= row['text']['cosine'] <= 1.0001
   assert any(row['because'] for row in rows)
   shown = call('recommend', f'--workdir={with_content}', '--history=' + ','.join(history), '--k=3')

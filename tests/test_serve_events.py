@@ -303,6 +303,7 @@ def test_the_log_becomes_tables_and_training_data(live, recommender, environment
     rows = [event(f'b{n}', ids[(n + i) % 7], i, ('click', 'buy')[i % 2]) for i in range(6)]
     send(address, *rows, event(f'b{n}', 'a,"b" ü', 'odd'))
     ask(address, f'b{n}')  # The next event has it written.
+  send(address, event('b5', ids[7], 'last'))
   done = feedback(environment, f'--events={place}', f'--out={tmp_path}/log')
   assert done.returncode == 0, done.stderr
   next_line = done.stdout.splitlines()[-1]

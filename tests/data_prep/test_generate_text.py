@@ -212,6 +212,7 @@ def test_a_signal_stops_with_everything_stored(tmp_path):
   with serving(faults=llm_server.Faults(latency=0.1)) as (server, generate):
     process = generate(f'--data_dir={data}', '--kind=items', how=start)
     while len(server.answers()) < 30:
+      assert process.poll() is None
       time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     done = process.finish()

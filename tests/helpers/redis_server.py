@@ -25,7 +25,8 @@ def redis_server(folder, *flags, port=0):
   flags = flags or ('--appendonly', 'yes', '--appendfsync', 'always', '--save', '')
   process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL)
   try:
-    for _ in range(200):
+    for _ in range(3000):
+      assert process.poll() is None
       with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port), 1):
         break
       time.sleep(0.02)

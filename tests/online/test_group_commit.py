@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 
 import pytest
@@ -99,7 +100,10 @@ def test_what_waits_is_written_when_the_service_ends(tmp_path):
 def test_a_failure_while_the_service_ends_is_told_and_counted(tmp_path, error):
   store = CountingStore(tmp_path / 'events.db')
 
+  has_begun = threading.Event()
+
   def fail(events, exposures=()):
+    has_begun.set()
     time.sleep(0.05)
     raise error
 
@@ -108,9 +112,9 @@ def test_a_failure_while_the_service_ends_is_told_and_counted(tmp_path, error):
       store.write = fail
       commit.note(exposure('lost'))
       writing = asyncio.create_task(commit.write([event(1)]))
-      await asyncio.sleep(0.02)  # The transaction has begun.
+      await asyncio.to_thread(has_begun.wait, 60)
     with pytest.raises(type(error)):
-      await asyncio.wait_for(writing, 5)
+      await asyncio.wait_for(writing, 60)
     assert commit.lost_exposures == 1
 
   asyncio.run(main())
@@ -124,7 +128,7 @@ def test_exposures_are_written_without_events_and_do_not_fill_the_memory(tmp_pat
       for n in range(10_010):
         commit.note(exposure(str(n)))
       assert commit.lost_exposures == 10
-      for _ in range(100):
+      for _ in range(600):
         await asyncio.sleep(0.1)
         if store.shown_in(['9999']):
           return

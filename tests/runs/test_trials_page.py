@@ -55,7 +55,9 @@ def test_the_page_draws_every_trial_and_escapes_names():
 
 
 def test_a_page_of_no_trials_is_a_page():
-  Page(trials_page.trials_page('empty', 'none', [], ({}, ''), []))
+  page = Page(trials_page.trials_page('empty', 'none', [], ({}, ''), []))
+  assert {'empty', 'none'} <= {*page.texts}
+  assert not page.all('circle')
 
 
 @pytest.mark.parametrize('second', [0.12345, 0.12346])

@@ -122,7 +122,7 @@ def test_every_type_is_converted_or_refused_in_one_message(folder, case, role, f
       assert found[name].tolist() == columns[name]
   if role in ('user', 'item'):
     # Whole numbers are the only other values that ids may have.
-    assert found[role].to_pylist() == ids or [str(int(v)) for v in values]
+    assert found[role].to_pylist() == (ids or [str(int(v)) for v in values])
   elif role == 'rating':
     assert found[role].tolist() == [float(value) for value in values]
   elif role == 'time':

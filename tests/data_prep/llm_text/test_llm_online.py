@@ -283,7 +283,8 @@ def test_a_retry_waits_as_long_as_the_server_says(tmp_path):
   with running('openai', tmp_path, faults) as run:
 
     async def then_answer():
-      await asyncio.sleep(0.1)
+      while not run.server.arrivals:
+        await asyncio.sleep(0.01)
       faults.rate_limit = 0.0
 
     async def both():

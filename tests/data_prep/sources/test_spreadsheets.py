@@ -63,13 +63,13 @@ def test_hostile_spreadsheets(tmp_path, name):
   content, expected = HOSTILE[name]
   path = tmp_path / 'text.xls'
   path.write_bytes(content)
-  started = time.monotonic()
+  started = time.thread_time()
   with pytest.raises(InputError) as error:
     list(spreadsheets.rows(path))
   assert str(error.value).startswith(str(path))
   assert expected in str(error.value)
   assert '\n' not in str(error.value)
-  assert time.monotonic() - started < 5
+  assert time.thread_time() - started < 5
 
 
 def test_cells_far_away_fill_no_gap(tmp_path):
