@@ -86,7 +86,7 @@ def test_leftovers_are_those_of_dead_processes_of_this_machine(tmp_path):
   target, host = tmp_path / 'data', socket.gethostname()
   dead = subprocess.Popen([sys.executable, '-c', ''])
   dead.wait()
-  alive = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+  alive = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
   try:
     kept = {f'data.incomplete-{host}-{alive.pid}', f'data.raw-{alive.pid}'}
     # Another machine with the same disk: its processes cannot be seen from here.
@@ -123,7 +123,7 @@ def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
   lock = tmp_path / 'lock'
   hold = (
     'import sys, time; from ur4rec_jax.files import only_process\n'
-    'with only_process(sys.argv[1], "taken"): print("held", flush=True); time.sleep(60)'
+    'with only_process(sys.argv[1], "taken"): print("held", flush=True); time.sleep(600)'
   )
   holder = subprocess.Popen(
     [sys.executable, '-c', hold, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True

@@ -363,7 +363,7 @@ def test_ctrl_c_saves(start, tmp_path):
     if 'epoch 2' in line:
       break
   os.kill(process.pid, signal.SIGINT)
-  _, stderr = process.communicate(timeout=60)
+  _, stderr = process.communicate(timeout=300)
   assert process.returncode == 128 + signal.SIGINT
   assert 'SIGINT: saved step' in stderr
 

@@ -184,7 +184,7 @@ def test_a_wheel_runs_every_command(wheel, environment_with_libraries, empty_fol
   with urllib.request.urlopen(address) as answer:
     assert b'<html' in answer.read()
   server.send_signal(signal.SIGTERM)
-  server.communicate(timeout=60)
+  server.communicate(timeout=300)
 
 
 @pytest.mark.slow

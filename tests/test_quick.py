@@ -176,7 +176,7 @@ def test_a_signal_stops_the_command_that_runs_and_is_told(files, tmp_path, envir
     assert time.monotonic() < deadline
     time.sleep(0.05)
   process.send_signal(signal.SIGTERM)
-  _, stderr = process.communicate(timeout=60)
+  _, stderr = process.communicate(timeout=300)
   assert process.returncode == 128 + signal.SIGTERM
   assert 'SIGTERM: saved step' in stderr
   assert 'Start again to go on' in stderr

@@ -35,7 +35,7 @@ def run_build() -> Callable[..., subprocess.CompletedProcess]:
     if not (limit or kwargs):
       return run_here(build_dataset.main, flags)
     words = [*limit, sys.executable, '-m', 'data_prep.build_dataset', *flags]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, **kwargs)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
 
   return run
 

@@ -228,7 +228,7 @@ def test_a_killed_build_leaves_nothing_trusted_and_the_next_one_cleans_up(start_
   flags = ['--source=synthetic', '--num_users=300', '--num_items=200', '--overwrite']
   process = start_build(*flags, f'--data_dir={data_dir}')
   folder = tmp_path / f'data.incomplete-{socket.gethostname()}-{process.pid}'
-  deadline = time.monotonic() + 60
+  deadline = time.monotonic() + 300
   while not (folder / 'interactions').exists():
     assert process.poll() is None
     assert time.monotonic() < deadline
@@ -240,7 +240,7 @@ def test_a_killed_build_leaves_nothing_trusted_and_the_next_one_cleans_up(start_
   assert contents(data_dir) == before
 
   # Only what a dead process left is removed.
-  sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+  sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
   try:
     alive = tmp_path / f'data.incomplete-{sleeper.pid}'
     alive.mkdir()
@@ -313,7 +313,7 @@ def test_a_build_killed_at_any_moment_is_made_good_by_the_next(
       flags = [f'--source={source}', f'--raw_dir={packed}', '--overwrite']
       flags += [f'--data_dir={tmp_path}/place{moment}/data']
       running[moment] = start_build(*flags)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while running:
       for moment, process in list(running.items()):
         assert process.poll() is None

@@ -752,7 +752,7 @@ def start_and_kill(data_dir, *flags, number=signal.SIGKILL) -> Program:
   """Starts the program and stops it with about a tenth of its shards done."""
   process = start(f'--data_dir={data_dir}', *SHARDS, *flags)
   progress = data_dir / 'features/item/text.incomplete/progress.jsonl'
-  deadline = time.monotonic() + 60
+  deadline = time.monotonic() + 300
   while not progress.exists() or progress.read_bytes().count(b'\n') < 25:
     assert process.poll() is None
     assert time.monotonic() < deadline
@@ -873,7 +873,9 @@ if __name__ == '__main__':
   path.write_text(script)
   env = os.environ | {'PYTHONPATH': str(ROOT)}
   # A child holds the pipes too, whose end `run` waits for.
-  done = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True, timeout=60)
+  done = subprocess.run(
+    [sys.executable, path], env=env, capture_output=True, text=True, timeout=300
+  )
   assert done.stdout.split()[0].isdecimal()
   assert done.returncode == -signal.SIGKILL
 

@@ -74,19 +74,19 @@ class Program:
 
   returncode = property(poll)
 
-  def wait(self, timeout: float = 120) -> int:
+  def wait(self, timeout: float = 300) -> int:
     """Waits for its end and returns the exit code."""
     self._process.join(timeout)
     if self.poll() is None:
       raise subprocess.TimeoutExpired(self.args, timeout)
     return self.poll()
 
-  def finish(self, timeout: float = 120) -> subprocess.CompletedProcess:
+  def finish(self, timeout: float = 300) -> subprocess.CompletedProcess:
     """Waits for its end; returns what `subprocess.run` returns."""
     out, error = self.communicate(timeout)
     return subprocess.CompletedProcess(self.args, self.returncode, out, error)
 
-  def communicate(self, timeout: float = 120) -> tuple[str, str]:
+  def communicate(self, timeout: float = 300) -> tuple[str, str]:
     """Waits for its end and returns the rest of what it printed."""
     texts = ['', '']
 

@@ -303,7 +303,7 @@ def test_a_jobset_fails_at_a_mistyped_flag(path, environment, tmp_path):
   (entry,) = re.findall(r'^ENTRYPOINT (.*)$', (LAUNCH / 'Dockerfile').read_text(), re.M)
   _, *options = json.loads(entry)
   words = [sys.executable, *options, *container['args'], MISTYPED]
-  done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, timeout=60)
+  done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, timeout=300)
   (rule,) = spec['podFailurePolicy']['rules']
   assert done.returncode in rule['onExitCodes']['values'], done.stderr
   assert b'config.sasrec.dims' in done.stderr
@@ -362,7 +362,7 @@ def kill_one(number, pair, workdir):
   wait_for(script, lambda: len(lines(workdir)) >= 4)
   children = pathlib.Path(f'/proc/{script.pid}/task/{script.pid}/children').read_text().split()
   os.kill(int(children[number]), signal.SIGKILL)
-  _, stderr = script.communicate(timeout=60)
+  _, stderr = script.communicate(timeout=300)
   assert script.returncode == 128 + signal.SIGKILL
   assert f'process {number} of 2 ended with exit code 137 (SIGKILL)' in stderr
   assert 'start the same command again' in stderr
@@ -388,7 +388,7 @@ def test_a_signal_to_local_processes_ends_its_children(name, code, scheduler):
   wait_for(script, lambda: len(children(listed, 'sleep')) == 2)
   started = children(listed, 'sleep')
   script.send_signal(getattr(signal, f'SIG{name}'))
-  script.communicate(timeout=60)
+  script.communicate(timeout=300)
   assert script.returncode == code
   assert not any(pathlib.Path(f'/proc/{child}').exists() for child in started)
 

@@ -61,7 +61,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(start, run, finished, tmp_pa
     process = start(workdir, SLOW_VALIDATION)
     wait_for(process, lambda moment=moment: moment(workdir))
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert 'SIGTERM: saved step' in stderr
     assert 'start the same command again' in stderr

@@ -324,7 +324,7 @@ def test_a_notice_to_one_process_saves_and_ends_both(start, tmp_path):
   processes = start_pair(start, workdir, *endless)
   wait_for(processes[0], lambda: lines(workdir))
   processes[1].send_signal(signal.SIGTERM)
-  outputs = [process.communicate(timeout=60) for process in processes]
+  outputs = [process.communicate(timeout=300) for process in processes]
   assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, outputs
   assert 'SIGTERM: saved step' in outputs[0][1]
   assert [p for p in (workdir / 'checkpoints').iterdir() if find_damage(p) is None]
@@ -348,7 +348,7 @@ def test_no_process_loses_the_coordinator_before_it_ends(dying, exit_codes, envi
     )
     for number in range(3)
   ]
-  errors = [process.communicate(timeout=60)[1] for process in processes]
+  errors = [process.communicate(timeout=300)[1] for process in processes]
   assert [process.returncode for process in processes] == exit_codes, errors
 
 

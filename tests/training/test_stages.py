@@ -433,7 +433,7 @@ def test_a_run_that_cannot_save_in_time_ends_itself(start_staged, tmp_path):
   while 'devices' not in process.stdout.readline():  # Compiling comes next.
     assert process.poll() is None
   process.send_signal(signal.SIGTERM)
-  _, stderr = process.communicate(timeout=60)
+  _, stderr = process.communicate(timeout=300)
   assert process.returncode == 128 + signal.SIGTERM
   assert 'no save within config.checkpoint.grace_seconds=0.1' in stderr
   assert 'same command again' in stderr
@@ -441,7 +441,7 @@ def test_a_run_that_cannot_save_in_time_ends_itself(start_staged, tmp_path):
 
 def test_a_refused_stage_leaves_nothing(start_staged, tmp_path):
   process = start_staged(tmp_path / 'run', '--config.stage.end_to_end.trainable=("towers",)')
-  _, stderr = process.communicate(timeout=60)
+  _, stderr = process.communicate(timeout=300)
   assert process.returncode == 2
   assert "'towers' is none of the groups" in stderr
   assert 'Traceback' not in stderr
