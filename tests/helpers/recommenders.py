@@ -9,7 +9,7 @@ import optax
 from configs import default
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.data.features import load_with_features, read_tables
-from ur4rec_jax.data.followers import followers_of_config
+from ur4rec_jax.data.followers import count_followers
 from ur4rec_jax.inference.trained import TrainedModel, TrainedRecommender, encode_catalogue
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.training.train_state import create_train_state
@@ -63,7 +63,8 @@ def make(data, name: str, approximate: bool = False):
     items['ids'].append(item['original_id'])
     items['titles'].append(item['title'])
   arrays = encode_catalogue(model, params, dataset, tables.items)
-  found = followers_of_config(dataset, config.followers)
-  followers = {} if found is None else found._asdict()
+  followers = {}
+  if config.followers.weight:
+    followers = count_followers(dataset, config.followers.count, config.followers.reach)._asdict()
   trained = TrainedModel(config, dataset, model, params, items, arrays, followers, {})
   return TrainedRecommender(trained, approximate), tables

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers.marks import slow
 from tests.helpers.recommenders import VARIANTS, make
 from ur4rec_jax.data.dataset import read_items
-from ur4rec_jax.data.followers import followers_of_config
+from ur4rec_jax.data.followers import FollowerTable
 from ur4rec_jax.encoders import text
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import evaluate
@@ -38,8 +38,8 @@ def full_ranking(recommender, part: str = 'test'):
 
 
 def placed_followers(recommender):
-  found = followers_of_config(recommender.dataset, recommender.config.followers)
-  return None if found is None else devices.replicate(found)
+  found = recommender.arrays.get('followers')
+  return None if found is None else devices.replicate(FollowerTable(**found))
 
 
 FEW = ('sasrec', 'multimodal', 'cascade', 'followers')

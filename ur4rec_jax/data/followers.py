@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import scipy.sparse as sp
-from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset
 
@@ -41,11 +40,10 @@ def count_followers(dataset: Dataset, count: int, reach: int) -> FollowerTable:
   users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
   total = sp.csr_array((width, width), dtype=np.float32)
   for distance in range(1, reach + 1):
-    is_pair = users[:-distance] == users[distance:]
+    is_pair = (users[:-distance] == users[distance:]) & (ids[:-distance] != ids[distance:])
     before, after = ids[:-distance][is_pair], ids[distance:][is_pair]
     values = np.full(len(before), 1 / distance, np.float32)
     total += sp.csr_array((values, (before, after)), (width, width))
-  total.setdiag(0)
   scale = sp.diags_array(1 / np.sqrt(np.maximum(train.item_counts(), 1)).astype(np.float32))
   total = (scale @ total @ scale).tocoo()
   # The largest values of each item come first; equal ones in the order of their ids.
@@ -57,8 +55,3 @@ def count_followers(dataset: Dataset, count: int, reach: int) -> FollowerTable:
   at = owners[kept], place[kept]
   table.items[at], table.values[at] = followers[kept], values[kept]
   return table
-
-
-def followers_of_config(dataset: Dataset, config: ConfigDict) -> FollowerTable | None:
-  """Counts followers as `config.followers` says; None if its `weight` is 0."""
-  return count_followers(dataset, config.count, config.reach) if config.weight else None

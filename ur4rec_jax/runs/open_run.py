@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import Dataset
 from ur4rec_jax.data.features import Tables, load_with_features, read_tables
-from ur4rec_jax.data.followers import FollowerTable, followers_of_config
+from ur4rec_jax.data.followers import FollowerTable, count_followers
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.evaluate import EvalData
 from ur4rec_jax.evaluation.protocol import PARTS, Protocol
@@ -81,7 +81,8 @@ class Run:
   @functools.cached_property
   def followers(self) -> FollowerTable | None:
     """Followers of each item, in host memory; None if rankings do not read them."""
-    return followers_of_config(self.dataset, self.config.followers)
+    config = self.config.followers
+    return count_followers(self.dataset, config.count, config.reach) if config.weight else None
 
   def create_state(self) -> TrainState:
     """Initialises the training state from the seed; can be compiled."""
