@@ -242,7 +242,9 @@ def test_a_key_that_loses_its_rights_is_noticed(tmp_path):
   ):
     run.online([*questions(3), *many], concurrency=2)
   assert run.texts == expected(questions(3))
-  assert llm_online._GIVEN_UP - 1 <= len(run.failures) < llm_online._GIVEN_UP + 2
+  # Two requests are under way at once: one may fail before the last answer comes, which starts the
+  # count anew, and one when the run is given up.
+  assert llm_online._GIVEN_UP - 1 <= len(run.failures) <= llm_online._GIVEN_UP + 2
 
 
 @BACKENDS
