@@ -290,7 +290,7 @@ def make_batch_encoder(
 def added_scores(
   model: nn.Module, table: FollowerTable | None, item_ids: Array, batch: EvalBatch
 ) -> FollowerScores | None:
-  """Returns what followers add to the scores of a batch's users; None if the model reads none."""
+  """Returns what followers add to the scores of a batch's users; None without a table."""
   if table is None:
     return None
   starts, lengths = (x.reshape(-1)[batch.slots, None] for x in batch.plan[:2])

@@ -48,7 +48,7 @@ def rank_by_products(
     seen: left out of the ranking, except for the target itself.
     embeddings: which rows this device has. If they are sharded, each device ranks the users of all
       devices among its own rows.
-    added: is added to the sum; None adds nothing.
+    added: what followers add to the scores; None for nothing.
 
   Returns:
     `[users]` int32, and `[]` bool, whether all scores are finite.

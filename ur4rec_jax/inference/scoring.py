@@ -181,26 +181,19 @@ def make_program(model: UR4Rec) -> Callable[[dict, dict], tuple[Array, Array, Ar
   def program(arrays: dict, queries: dict) -> tuple[Array, Array, Array]:
     users = _users(model, arrays, queries)
     scores, by_branch, users = _scores(model, arrays, queries, users)
-    followed = _follower_scores(model, arrays, queries, scores.shape[1])
-    if followed is not None:
-      scores += followed
     k = queries[stored_format.POSITIONS].shape[0]
     if arrays['sketch']:
       rough, ids = jax.lax.top_k(scores, min(CANDIDATES, scores.shape[1]))
       exact = sum(
         _scores_of_chosen(x, arrays['items'][branch]['vectors'], ids) for branch, x in users.items()
       )
-      if followed is not None:
-        exact += jnp.take_along_axis(followed, ids, axis=1)
+      if FOLLOWERS in by_branch:
+        exact += jnp.take_along_axis(by_branch[FOLLOWERS], ids, axis=1)
       best, order = jax.lax.top_k(jnp.where(rough > -jnp.inf, exact, -jnp.inf), k)
       ids = jnp.take_along_axis(ids, order, axis=1)
     else:
       best, ids = jax.lax.top_k(scores, k)
-    shares = _shares(model, arrays, users, by_branch, ids)
-    if followed is not None:
-      of_followers = jnp.take_along_axis(followed, ids, axis=1)[..., None]
-      shares = jnp.concatenate([shares, of_followers], axis=-1)
-    return ids, best, shares
+    return ids, best, _shares(model, arrays, users, by_branch, ids)
 
   return program
 
@@ -275,8 +268,9 @@ def _scores(
 
   Returns:
     Scores `[batch, items + 1]`, -inf for items that must not be recommended; the scores of each
-    branch; and the users, scaled so that their inner products with items are these scores. If there
-    is a sketch, scores are those of the sketch.
+    branch, and what `FOLLOWERS` add to them if they count; and the users, scaled so that their
+    inner products with items are the branches' scores. If there is a sketch, these are those of the
+    sketch.
   """
   weights = {branch: queries[stored_format.WEIGHTS][:, i, None] for i, branch in enumerate(users)}
   rows = jnp.arange(queries[stored_format.HISTORY].shape[0])[:, None]
@@ -299,6 +293,8 @@ def _scores(
       by_branch[branch] = (x.astype(jnp.float32) @ sketch['rotation']) @ sketch['items']
     else:
       by_branch[branch] = inner_products(x, arrays['items'][branch]['vectors'])
+  if model.followers is not None:
+    by_branch[FOLLOWERS] = _follower_scores(model, arrays, queries)
   if model.is_sum:
     return exclude(sum(by_branch.values())), by_branch, users
   if model.fusion.kind == 'rank':
@@ -314,14 +310,13 @@ def _scores(
   return exclude(cascade(*switched, model.fusion.cascade_size)), by_branch, users
 
 
-def _follower_scores(model: UR4Rec, arrays: dict, queries: dict, items: int) -> Array | None:
-  """Returns what followers add to the score of each item, `[batch, items]`; None without them."""
-  if model.followers is None:
-    return None
+def _follower_scores(model: UR4Rec, arrays: dict, queries: dict) -> Array:
+  """Returns what followers add to the score of each item, `[batch, items + 1]`."""
   newest_first = queries[stored_format.HISTORY][:, ::-1][:, :RECENT]
-  table = FollowerTable(**arrays['followers'])
+  table = FollowerTable(**arrays[FOLLOWERS])
   added = follower_scores(newest_first, table, model.followers)
-  return with_follower_scores(jnp.zeros((newest_first.shape[0], items)), added.items, added)
+  nothing = jnp.zeros((newest_first.shape[0], table.items.shape[0]))
+  return with_follower_scores(nothing, added.items, added)
 
 
 def _scores_of_chosen(users: Array, vectors: Array, ids: Array) -> Array:
@@ -344,4 +339,6 @@ def _shares(
       chosen = items['parts'][ids]
       parts = jnp.einsum('bd,bkpd->bkp', x, chosen, preferred_element_type=jnp.float32)
       shares.append(parts)
+  if FOLLOWERS in by_branch:
+    shares.append(jnp.take_along_axis(by_branch[FOLLOWERS], ids, axis=1)[..., None])
   return jnp.concatenate(shares, axis=-1)
