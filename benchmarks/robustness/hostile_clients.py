@@ -4,8 +4,10 @@
 
 The service runs as a separate process that may open 1,024 files. Honest clients ask 50 times a
 second, each time over a new connection: first undisturbed, then beside a process of hostile
-clients, each with an address of its own (127.0.0.2 and so on). The last line of output is one JSON
-object. The exit code is 1 if a promise was broken. With --keep, it stores the result in
+clients, each with an address of its own (127.0.0.2 and so on). Between the two, the hostile clients
+attack another service of the same kind. It shows how much of the delay comes from sharing the cores
+with the attackers, which real attackers do not do. The last line of output is one JSON object. The
+exit code is 1 if a promise was broken. With --keep, it stores the result in
 `benchmarks/results/robustness/hostile_clients.json` and writes docs/inference.md.
 """
 
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -218,50 +220,69 @@ class Honest:
     return round(1000 * float(np.percentile(self.waits or [PATIENCE], 99)), 1)
 
 
-def start_service(folder: str, errors: Any) -> tuple[subprocess.Popen, int]:
-  """Starts the service with few files and waits until it is ready."""
+@contextlib.contextmanager
+def service(folder: str) -> Iterator[tuple[subprocess.Popen, int]]:
+  """Runs a service that may open few files, and yields its process and port when it is ready."""
   process = subprocess.Popen(
     [sys.executable, '-m', 'ur4rec_jax.serve', f'--export={folder}', '--port=0', '--batch=16'],
     stdout=subprocess.PIPE,
-    stderr=errors,
     text=True,
     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
   )
-  line = process.stdout.readline()
-  if not line.startswith('ready'):
-    raise InputError(f'the service did not start: {line or "see above"}')
-  return process, int(line.rsplit(':', 1)[1])
+  try:
+    line = process.stdout.readline()
+    if not line.startswith('ready'):
+      raise InputError(f'the service did not start: {line or "see above"}')
+    yield process, int(line.rsplit(':', 1)[1])
+  finally:
+    process.kill()
+    process.wait()
+
+
+@contextlib.contextmanager
+def attackers(port: int, ids: list[str]) -> Iterator[None]:
+  """Attacks the service at a port while the block runs."""
+  context = multiprocessing.get_context('spawn')
+  has_begun = context.Event()
+  hostile = context.Process(target=attack_all, args=(port, ids, has_begun), daemon=True)
+  hostile.start()
+  try:
+    has_begun.wait(120)
+    yield
+  finally:
+    hostile.kill()
+    hostile.join()
 
 
 def measure(folder: str, seconds: float, calm_seconds: float) -> dict[str, Any]:
-  """Measures honest clients alone, then beside all attacks."""
+  """Measures honest clients alone, beside attacks on another service, and beside all attacks."""
   ids = json.loads((pathlib.Path(folder) / 'items.json').read_text())['ids']
-  process, port = start_service(folder, None)
-  try:
-    asyncio.run(Honest(port, ids).run(min(calm_seconds, 3), lambda: None))
-    calm, besieged, memory = Honest(port, ids), Honest(port, ids), []
-    asyncio.run(calm.run(calm_seconds, lambda: None))
+  with service(folder) as (process, port):
+
+    def honest(seconds: float, watch: Callable[[], None] = lambda: None) -> Honest:
+      clients = Honest(port, ids)
+      asyncio.run(clients.run(seconds, watch))
+      return clients
+
+    honest(min(calm_seconds, 3))
+    calm = honest(calm_seconds)
+    with service(folder) as (_, other_port), attackers(other_port, ids):
+      beside = honest(2 * calm_seconds)
+    memory = []
     before = memory_megabytes('VmRSS', process.pid)
-    context = multiprocessing.get_context('spawn')
-    has_begun = context.Event()
-    hostile = context.Process(target=attack_all, args=(port, ids, has_begun), daemon=True)
-    hostile.start()
-    has_begun.wait(120)
-    watch = lambda: memory.append(memory_megabytes('VmRSS', process.pid))
-    asyncio.run(besieged.run(seconds, watch))
-    address = f'http://127.0.0.1:{port}/metrics'
-    metrics = urllib.request.urlopen(address, timeout=PATIENCE).read().decode()
-    stopping = time.perf_counter()
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=90)
-    stop_seconds = time.perf_counter() - stopping
-    hostile.kill()
-  finally:
-    process.kill()
+    with attackers(port, ids):
+      besieged = honest(seconds, lambda: memory.append(memory_megabytes('VmRSS', process.pid)))
+      address = f'http://127.0.0.1:{port}/metrics'
+      metrics = urllib.request.urlopen(address, timeout=PATIENCE).read().decode()
+      stopping = time.perf_counter()
+      process.send_signal(signal.SIGTERM)
+      said, _ = process.communicate(timeout=90)
+      stop_seconds = time.perf_counter() - stopping
   statuses = re.findall(r'ur4rec_requests_total\{status="(\d+)"\} (\S+)', metrics)
   return {
     'seconds': seconds,
     'calm_p99_ms': calm.p99_ms(),
+    'beside_p99_ms': beside.p99_ms(),
     'besieged_p99_ms': besieged.p99_ms(),
     'calm': dict(calm.counts),
     'besieged': dict(besieged.counts),
@@ -299,8 +320,9 @@ def sentence(found: dict[str, Any]) -> str:
   return (
     f'On {found["cores"]} cores that the service and all clients shared, {found["seconds"]:g}'
     f' seconds: {answered:,} of {asked:,} honest requests answered, p99'
-    f' {found["besieged_p99_ms"]:.0f} ms beside hostile clients and {found["calm_p99_ms"]:.0f} ms'
-    f' without, {found["memory_mb"] - found["memory_before_mb"]:.0f} MB more memory, stopped'
+    f' {found["besieged_p99_ms"]:.0f} ms beside hostile clients, {found["beside_p99_ms"]:.0f} ms'
+    f' while they attacked another service on the same cores, and {found["calm_p99_ms"]:.0f} ms'
+    f' without them; {found["memory_mb"] - found["memory_before_mb"]:.0f} MB more memory, stopped'
     f' {found["stop_seconds"]:.0f} s after SIGTERM.'
   )
 

@@ -22,6 +22,7 @@ import contextlib
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -164,6 +166,9 @@ async def swap_under_load(
 ) -> dict[str, Any]:
   """Promotes one export after the other while requests come."""
   rng = np.random.default_rng(0)
+  loop = asyncio.get_running_loop()
+  promoter = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
+  await loop.run_in_executor(promoter, registry.current, folder)  # It starts and imports.
   await load.connect(20)
   swaps: list[tuple[float, float]] = []
   done = asyncio.Event()
@@ -178,17 +183,18 @@ async def swap_under_load(
 
   asking = asyncio.create_task(ask())
   await asyncio.sleep(2)
-  for number, export in zip(range(SWAPS), itertools.cycle(exports[1:] + exports[:1]), strict=False):
+  for export in itertools.islice(itertools.cycle([*exports[1:], exports[0]]), SWAPS):
     await asyncio.sleep(flags.pause)
     start = time.perf_counter()
-    # By a thread, as the promotion copies files, and this process must go on asking.
-    version = await asyncio.to_thread(registry.promote, folder, export, f'swap {number}')
+    # By another process, as the promotion copies files, and this one must go on asking.
+    version = await loop.run_in_executor(promoter, registry.promote, folder, export)
     while f'serving version {version}' not in await asyncio.to_thread(process.stdout.readline):
       pass
     swaps.append((start, time.perf_counter() + 0.5))
   done.set()
   await asking
   await load.drain()
+  promoter.shutdown()
   dues, waits = np.array(load.dues), 1000 * np.array(load.waits)
   is_during = np.any([(dues >= a) & (dues <= b) for a, b in swaps], axis=0)
   is_first = dues < dues[0] + 1  # The connections are new.
