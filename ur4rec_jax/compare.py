@@ -2,8 +2,8 @@
 
   python -m ur4rec_jax.compare runs/ids runs/text runs/multimodal
 
-Each folder is the workdir of one run, or that of --seeds with a run for each seed. The runs must
-have the same data, split and protocol. docs/training.md explains the p value.
+Each folder is the workdir of one run, or that of --seeds with a run for each seed. Runs with other
+data, split or protocol than the first have no gain and no p value. docs/training.md explains both.
 """
 
 import argparse
