@@ -10,7 +10,8 @@ at an instant drawn uniformly over what such a start takes, half when something 
 first program is compiled, a stage begins, a validation or a save is going on. After the last kill
 the run goes to its end, and final parameters, best parameters, optimizer state, metrics.jsonl,
 results.json and test_ranks.npz are compared bit for bit. Ends with a table, and exit code 1 if any
-run differs. All on the CPU.
+run differs. All on the CPU. Flags `--config.NAME=VALUE` are passed on; with
+`--config.data_in_memory=False` the runs read their batches from the disk.
 """
 
 import argparse
@@ -68,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--kills', type=int, default=40)
   parser.add_argument('--kills_per_run', type=int, default=1)
   parser.add_argument('--seed', type=int, default=0)
-  args = parser.parse_args(argv)
+  args, overrides = parser.parse_known_args(argv)
   shutil.rmtree(args.workdir, ignore_errors=True)
   workdir = args.workdir.absolute()
   data = _build_data(workdir / 'data')
 
-  command, reference = _command(data), workdir / 'reference'
+  command, reference = [*_command(data), *overrides], workdir / 'reference'
   finish(command, reference)
   # With programs compiled, as in the runs that are killed.
   _, undisturbed = finish(command, workdir / 'again')
