@@ -81,6 +81,16 @@ def test_evaluate_mode_repeats_the_results_to_the_last_digit(run, finished):
     assert again[key] == results[key]
 
 
+def test_evaluate_mode_adds_followers_to_a_finished_run(run, finished):
+  results = json.loads((finished / 'results.json').read_text())
+  done = run(finished, '--mode=evaluate', '--config.followers.weight=5')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert found['model'] == f'{results["model"]} + followers'
+  assert found['baselines'] == results['baselines']
+  assert found['valid']['mean_rank'] != results['valid']['mean_rank']
+
+
 def test_training_a_finished_run_again_changes_nothing(run, finished, tmp_path):
   workdir = shutil.copytree(finished, tmp_path / 'run')
   done = run(workdir)

@@ -135,7 +135,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
   """Evaluates a run's best parameters again; prints the table, and on stdout one line of JSON.
 
   Args:
-    config: the run's config; `evaluation` may differ.
+    config: the run's config; `evaluation` and `followers` may differ, as they only rank.
     workdir: a folder that `train_and_evaluate` wrote.
 
   Returns:
@@ -146,7 +146,7 @@ def evaluate_workdir(config: ConfigDict, workdir: str) -> dict:
     InputError: the folder holds no run or another one.
   """
   run = open_run(config)
-  if not check_workdir(workdir, run, free=('evaluation.',)):
+  if not check_workdir(workdir, run, free=('evaluation.', 'followers.')):
     raise InputError(f'--workdir {workdir}: no run here; train first with --mode=train')
   keep_compiled_programs(workdir, config.compilation_cache)
   run.check_targets()
