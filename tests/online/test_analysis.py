@@ -205,6 +205,28 @@ def test_users_who_came_after_an_arm_was_stopped_are_not_compared_with_it(tmp_pa
   assert result.share_p == 1.0
   assert result.rows[0].fixed.control == result.rows[0].fixed.treatment == 0.1
   assert result.users == {'old': 600, 'new': 200}
+  # Nor does the guard compare them.
+  guarded = found._replace(guard=Guard('conversion', level=0.5), planned_users=1000)
+  assert analysis.guard(guarded, analysis.measure(guarded, logs)) == {}
+  running = guarded._replace(arms=experiment().arms)
+  assert [*analysis.guard(running, analysis.measure(running, logs))] == ['new']
+
+
+def test_an_arm_that_was_stopped_early_is_decided_by_the_always_valid_columns(tmp_path):
+  shown = people(200, 'old') + people(200, 'new', 200)
+  later = [(f'v{i}', 'old', 10, 'a') for i in range(400)]
+  buyers = [*shown[:200:10], *shown[200::20]]
+  done = [(user, 'a', 'buy', day + 0.1, 1.0) for user, _, day, _ in buyers]
+  logs = logs_of(tmp_path, shown + later, [*done, ('u0', 'a', 'click', 20, 0)])
+  arms = (Arm('old', 0.5), Arm('new', 0.5, stopped=True))
+  found = experiment(assignment='other', arms=arms, metrics=METRICS[:1], level=0.1)
+  for planned, verdict in ((800, 'open'), (400, 'worse')):
+    result = analysis.analyze(found._replace(planned_users=planned), logs)
+    assert result.is_over
+    assert result.rows[0].fixed.p < 0.1 < result.rows[0].looks.p[-1]
+    assert result.verdict(result.rows[0]) == verdict
+    said = experiment_report.how_to_read(result)
+    assert ('of a stopped arm, the always-valid columns' in said) == (verdict == 'open')
 
 
 def test_logs_that_disagree_with_the_hash_are_warned_of(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.live_logs import table_of
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.online import interleaving
+from ur4rec_jax.online import experiment_report, interleaving
 from ur4rec_jax.online.logs import read_logs
 
 RANKINGS = st.lists(st.integers(0, 12), unique=True, max_size=10)
@@ -81,6 +81,16 @@ def test_few_flips_are_those_of_all_sign_patterns():
   sums = [abs((scores * signs).sum()) for signs in itertools.product((-1, 1), repeat=5)]
   exact = np.mean(np.array(sums) >= abs(scores.sum()))
   assert interleaving.prefer(scores, ('a', 'b')).p_permutation == pytest.approx(exact, abs=0.015)
+
+
+def test_a_few_users_with_high_scores_do_not_turn_the_verdict_around():
+  scores = np.array([-1] * 100 + [30] * 10)  # Most prefer the first, the sum the second.
+  found = interleaving.prefer(scores, ('a', 'b'))
+  assert found.p_permutation < 0.05
+  assert found.advantage < 0 < found.net
+  assert 'no preference shown' in experiment_report.preference_text(found)
+  clear = interleaving.prefer(-scores[:100], ('a', 'b'))
+  assert 'users prefer b' in experiment_report.preference_text(clear)
 
 
 def test_scores_of_a_log(tmp_path):

@@ -50,12 +50,22 @@ class Measured(NamedTuple):
 
 
 class Row(NamedTuple):
-  """One arm against the control in one metric, for the planned users and at every look."""
+  """One arm against the control in one metric, for the planned users and at every look.
+
+  Attributes:
+    metric: the metric.
+    arm: the arm.
+    fixed: the comparison for the planned users.
+    looks: the comparison at every look.
+    is_cut: whether the arm was stopped before the planned users had come. Its end followed from its
+      numbers, so the p value of a fixed horizon does not hold.
+  """
 
   metric: Metric
   arm: Arm
   fixed: Comparison
   looks: Sequential
+  is_cut: bool = False
 
   def verdict(self, level: float, is_over: bool) -> str:
     """Returns `better`, `worse` or `open`.
@@ -65,7 +75,7 @@ class Row(NamedTuple):
       is_over: whether all planned users have finished, so that the fixed horizon decides.
     """
     p, difference = self.fixed.p, self.fixed.difference
-    if not is_over:  # The smallest p value so far says nothing about a later change of sign.
+    if not is_over or self.is_cut:  # The smallest p value so far says nothing about a later change of sign.
       at = int(np.argmin(self.looks.p))
       p, difference = float(self.looks.p[at]), self.looks.difference[at]
     if p is None or not p < level:  # NaN decides nothing.
@@ -100,6 +110,10 @@ class Result(NamedTuple):
   def is_over(self) -> bool:
     """Whether as many users have finished as were planned."""
     return sum(self.users.values()) >= self.experiment.planned_users
+
+  def verdict(self, row: Row) -> str:
+    """Returns the verdict of a row, see `Row.verdict`."""
+    return row.verdict(self.experiment.level, self.is_over)
 
 
 def measure(experiment: Experiment, logs: Logs) -> Measured:
@@ -226,13 +240,9 @@ def analyze(experiment: Experiment, logs: Logs) -> Result:
   """
   measured = measure(experiment, logs)
   arms = experiment.arms
-  # Users who came after an arm was stopped came on other days than its own.
-  ends = [
-    measured.start[measured.arm == number].max(initial=-np.inf) if arm.stopped else np.inf
-    for number, arm in enumerate(arms)
-  ]
+  first_end = min(_last_start(measured, number, arm) for number, arm in enumerate(arms))
   counts, together = (
-    np.bincount(found.arm, minlength=len(arms)) for found in (measured, measured.until(min(ends)))
+    np.bincount(found.arm, minlength=len(arms)) for found in (measured, measured.until(first_end))
   )
   for arm, number in (*zip(arms, counts, strict=True), *zip(arms, together, strict=True)):
     if number < 2:
@@ -241,10 +251,9 @@ def analyze(experiment: Experiment, logs: Logs) -> Result:
         f' {experiment.window_days:g} days has ended; each arm needs two or more'
       )
   rows = [
-    Row(metric, arm, *_compared(experiment, measured.until(ends[number]), metric, number))
+    _row(experiment, measured, metric, number)
     for metric in experiment.metrics
-    for number, arm in enumerate(arms)
-    if number
+    for number in range(1, len(arms))
   ]
   p = statistics.share_p(together, [arm.share for arm in arms])
   warnings = list(measured.warnings)
@@ -280,10 +289,18 @@ def analyze(experiment: Experiment, logs: Logs) -> Result:
   )
 
 
+def _last_start(measured: Measured, number: int, arm: Arm) -> float:
+  """Returns the time of a stopped arm's last user, infinity for an arm that goes on.
+
+  Users who came later came on other days than the arm's own, so they are not compared with it.
+  """
+  return measured.start[measured.arm == number].max(initial=-np.inf) if arm.stopped else np.inf
+
+
 def guard(experiment: Experiment, measured: Measured) -> dict[str, str]:
   """Returns the arms that are clearly worse than the control, with the reason.
 
-  The guard may look as often as it likes: with probability `1 - level` it stops no arm that loses
+  A stopped arm is judged as long as it ran. The guard may look as often as it likes: with probability `1 - level` it stops no arm that loses
   at most `worse_by`.
 
   Args:
@@ -297,7 +314,8 @@ def guard(experiment: Experiment, measured: Measured) -> dict[str, str]:
   stopped = {}
   for number, arm in enumerate(experiment.arms[1:], 1):
     level = rule.level / (len(experiment.arms) - 1)
-    looks = _looks(experiment, measured, metric, number, level)
+    while_it_ran = measured.until(_last_start(measured, number, arm))
+    looks = _looks(experiment, while_it_ran, metric, number, level)
     gain = looks.difference if metric.more_is_better else -looks.difference
     is_worse = gain + looks.half_width < -rule.worse_by * np.abs(looks.control)
     if is_worse.any():
@@ -308,6 +326,13 @@ def guard(experiment: Experiment, measured: Measured) -> dict[str, str]:
         f' {int(looks.users[at]):,} users ({loss:.1%} then)'
       )
   return stopped
+
+
+def _row(experiment: Experiment, measured: Measured, metric: Metric, number: int) -> Row:
+  arm = experiment.arms[number]
+  found = measured.until(_last_start(measured, number, arm))
+  is_cut = arm.stopped and len(found.arm) < experiment.planned_users
+  return Row(metric, arm, *_compared(experiment, found, metric, number), is_cut)
 
 
 def _compared(

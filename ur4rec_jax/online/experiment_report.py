@@ -35,7 +35,7 @@ def as_json(result: Result) -> dict[str, Any]:
       {
         'metric': row.metric.name,
         'arm': row.arm.name,
-        'verdict': row.verdict(experiment.level, result.is_over),
+        'verdict': result.verdict(row),
         **{
           name: None if isinstance(value, float) and not np.isfinite(value) else value
           for name, value in row.fixed._asdict().items()
@@ -91,10 +91,11 @@ def headline(result: Result) -> str:
 def how_to_read(result: Result) -> str:
   """Returns a sentence that says which of the two kinds of intervals decides now."""
   users, planned = sum(result.users.values()), result.experiment.planned_users
+  is_cut = any(row.is_cut for row in result.rows)
   if result.is_over:
     return (
       f'the planned {planned:,} users are there: the interval and p value of the fixed horizon'
-      ' decide'
+      ' decide' + ('; of a stopped arm, the always-valid columns' if is_cut else '')
     )
   return (
     f'{users:,} of {planned:,} planned users are there: only the always-valid columns decide,'
@@ -117,7 +118,6 @@ def cells(row: Row, result: Result) -> tuple[str, ...]:
   fixed, looks = row.fixed, row.looks
   scale = abs(fixed.control) or 1.0
   low, high = (end / scale for end in always_valid(row))
-  verdict = row.verdict(result.experiment.level, result.is_over)
   return (
     row.metric.name,
     *([row.arm.name] if len(result.users) > 2 else []),
@@ -128,7 +128,7 @@ def cells(row: Row, result: Result) -> tuple[str, ...]:
     '-' if fixed.p is None else p_text(fixed.p),
     _interval(low, high),
     p_text(float(looks.p[-1])),
-    _VERDICTS[verdict],
+    _VERDICTS[result.verdict(row)],
   )
 
 
@@ -172,7 +172,7 @@ def page(result: Result) -> str:
     subtitle=f'{" and ".join(names[1:])} against {names[0]}, the control',
     headlines=[
       (f'{first.metric.name}, {first.arm.name}', _percent(first.fixed.relative)),
-      ('verdict', _VERDICTS[first.verdict(experiment.level, result.is_over)]),
+      ('verdict', _VERDICTS[result.verdict(first)]),
       ('finished users', f'{users:,}'),
       ('of planned users', f'{users / experiment.planned_users:.0%}'),
       ('sample ratio p', p_text(result.share_p)),
@@ -185,9 +185,7 @@ def page(result: Result) -> str:
     how_to_read=how_to_read(result),
     level=f'{1 - experiment.level:.0%}'.replace('%', '\xa0%'),
     names=column_names(result),
-    rows=[
-      (cells(row, result), row.verdict(experiment.level, result.is_over)) for row in result.rows
-    ],
+    rows=[(cells(row, result), result.verdict(row)) for row in result.rows],
     forest=_forest(result),
     first_plot=_over_users(first),
     plots=[*(_over_users(row) for row in result.rows[1:_MOST_PLOTS]), _arrivals(result)],
@@ -245,13 +243,12 @@ def _forest(result: Result) -> dict[str, Any]:
   for i, (row, at, fixed, always) in enumerate(found):
     if not np.isfinite([at, *fixed]).all():
       continue
-    verdict = row.verdict(result.experiment.level, result.is_over)
     lines.append(
       {
         'y': 22 + _ROW * i,
         'text': f'{row.metric.name}, {row.arm.name}' if len(result.users) > 2 else row.metric.name,
         'change': _percent(at),
-        'verdict': verdict,
+        'verdict': result.verdict(row),
         'at': x(at),
         'fixed': [x(end) for end in fixed],
         'always': [x(end) for end in always] if np.isfinite(always).all() else None,
@@ -322,7 +319,9 @@ def preference_text(found: Preference, level: float = 0.05) -> str:
   low, high = found.interval
   p = found.p_permutation
   lead = second if found.advantage > 0 else first
-  verdict = f'users prefer {lead}' if p < level else 'no preference shown'
+  # If few users with high scores outweigh the many others, the test is not about what most prefer.
+  is_clear = p < level and found.advantage * found.net > 0
+  verdict = f'users prefer {lead}' if is_clear else 'no preference shown'
   return '\n'.join(
     [
       f'users: {found.wins[0]:,} prefer {first}, {found.wins[1]:,} prefer {second},'

@@ -28,6 +28,7 @@ class Preference(NamedTuple):
     interval: interval of the advantage.
     p_sign: p value of the sign test over the users with a preference.
     p_permutation: p value of the users' net scores under random sign flips.
+    net: mean over all users of these net scores.
   """
 
   teams: tuple[str, str]
@@ -37,6 +38,7 @@ class Preference(NamedTuple):
   interval: tuple[float, float]
   p_sign: float
   p_permutation: float
+  net: float
 
 
 def team_draft(
@@ -182,6 +184,7 @@ def prefer(
     (advantage - half, advantage + half),
     float(binomtest(wins[1], sum(wins)).pvalue) if sum(wins) else 1.0,
     _flipped_p(scores, seed),
+    float(scores.mean()),
   )
 
 
