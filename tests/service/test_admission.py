@@ -67,6 +67,17 @@ def test_a_full_queue_still_takes_clients_with_less_than_their_share():
   asyncio.run(run())
 
 
+def test_many_clients_with_one_request_each_do_not_make_the_queue_endless():
+  async def run():
+    app = App()
+    admission = AdmissionControl(app, 4, lambda host: True)
+    clients = [f'client {i}' for i in range(40)]
+    assert await statuses_of(admission, app, clients) == [200] * 8 + [503] * 32
+    assert await statuses_of(admission, app, clients[-2:]) == [200] * 2
+
+  asyncio.run(run())
+
+
 def test_the_addresses_of_one_ipv6_network_are_one_client():
   async def run():
     app = App()

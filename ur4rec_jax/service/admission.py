@@ -49,7 +49,7 @@ class AdmissionControl:
 
     Args:
       app: the ASGI application.
-      most_inside: the most requests that may be inside at once.
+      most_inside: the most requests that may be inside at once; see `_in_queue` for exceptions.
       is_allowed: tells whether the Host of a request is that of this service.
     """
     self._app, self._most_inside, self._is_allowed = app, most_inside, is_allowed
@@ -86,11 +86,12 @@ class AdmissionControl:
 
   async def _in_queue(self, scope: dict, receive: Callable, send: Callable) -> None:
     client = client_name(scope['client'][0]) if scope['client'] else ''
-    # When the queue is full, a client with less than an equal share of it still gets in. So the
-    # queue holds at most twice as many requests.
+    # When the queue is full, a client with less than an equal share of it still gets in, until the
+    # queue holds twice as many requests: of ten thousand clients each one has less than its share.
     of_client = self._of_client[client]
     share = self._most_inside / (len(self._of_client) + (not of_client))
-    if self.inside >= self._most_inside and of_client >= share:
+    most = self._most_inside * (1 if of_client >= share else 2)
+    if self.inside >= most:
       await self._refusal(scope, receive, _counting(send))
       return
     start = time.perf_counter()
