@@ -143,6 +143,29 @@ def test_the_history_is_that_of_the_user_who_was_chosen_last(browser, live, shop
   page.close()
 
 
+def test_a_click_by_keyboard_keeps_its_place_and_the_next_user_sees_no_former_list(
+  browser, live, shop
+):
+  first, second = list(make(shop, 'sasrec')[0].users)[6:8]
+  page = browser.new_page()
+  page.goto(live[0])
+  page.get_by_role('tab', name='Live').click()
+  page.fill('#live-user', first)
+  page.get_by_role('button', name='Come in').click()
+  page.locator('#live-lists .act').nth(4).focus()
+  page.keyboard.press('Enter')
+  page.locator('#live-count', has_text='1 event here').wait_for()
+  at = "() => [...document.querySelectorAll('#live-lists .act')].indexOf(document.activeElement)"
+  page.locator('#live-lists .move').first.wait_for()  # It is the new list.
+  assert page.evaluate(at) == 4
+  page.route('**/recommend', lambda route: None)  # No answer yet.
+  page.fill('#live-user', second)
+  page.get_by_role('button', name='Come in').click()
+  page.locator('#live-count', has_text='0 events here').wait_for()
+  assert page.locator('#live-lists .act').count() == 0
+  page.close()
+
+
 def test_a_search_that_fails_is_told_in_the_open_tab(browser, live):
   page = browser.new_page()
   page.goto(live[0])

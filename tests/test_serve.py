@@ -777,6 +777,20 @@ def test_a_question_names_the_model_that_answers(two_models, recommender):
   assert "model 'none': is not here; there is model, sequences" in content
 
 
+def test_a_second_model_that_fails_leaves_the_first_list_as_it_is_alone(browser, two_models):
+  page = browser.new_page()
+  page.route(
+    '**/recommend?model=*', lambda route: route.fulfill(status=404, json={'detail': 'no such user'})
+  )
+  page.goto(two_models[0])
+  page.locator('#other-problem', has_text='no such user').wait_for()
+  page.locator('#status', has_text='based on').wait_for()
+  assert page.locator('#found > li').count() == 10
+  assert page.locator('.alone').count() == page.locator('#other-found > li').count() == 0
+  assert 'in both lists' not in page.locator('#status').inner_text()
+  page.close()
+
+
 @pytest.mark.parametrize(('width', 'scheme'), [(390, 'dark'), (1280, 'light')])
 def test_the_page_shows_two_models_side_by_side(browser, two_models, recommender, width, scheme):
   address, other = two_models
