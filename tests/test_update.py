@@ -199,6 +199,14 @@ def test_an_update_is_promoted_and_rolled_back(days, tmp_path):
   again = run_update(days, out, f'--registry={models}', '--epochs=2', '--margin=1')
   assert 'version 000002' in again.stdout
   assert (out / 'results.json').stat().st_mtime_ns == before
+  # Without the users, whose histories the export then would not have.
+  flags = f'--registry={models}', '--epochs=2', '--margin=1'
+  for more, version, has in ((('--users',), '000003', True), ((), '000004', False)):
+    assert f'version {version}' in run_update(days, out, *flags, *more).stdout
+    assert (exported.load(registry.path(models, version)).known_users is not None) == has
+  for version in ('000003', '000002'):
+    back = run_here(update.main, [f'--registry={models}', '--rollback'])
+    assert f'version {version} serves again' in back.stdout
   back = run_here(update.main, [f'--registry={models}', '--rollback'])
   assert 'version 000001 serves again' in back.stdout
   assert registry.current(models) == '000001'

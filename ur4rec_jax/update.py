@@ -219,7 +219,7 @@ def _promote(served: pathlib.Path, verdict: dict[str, Any], flags: argparse.Name
   from ur4rec_jax.inference.trained import load
 
   recommender, out = load(served), pathlib.Path(flags.out)
-  if not exported.is_of(out / EXPORT, recommender.settings):
+  if not exported.is_of(out / EXPORT, recommender.settings, flags.users):
     shutil.rmtree(out / EXPORT, ignore_errors=True)  # It is of fewer epochs, for example.
     export(recommender, out / EXPORT, flags.users)
   reason = f'update of {shlex.quote(flags.workdir)} with {shlex.quote(flags.data_dir)}'

@@ -75,16 +75,22 @@ def load(folder: str | pathlib.Path) -> Recommender:
   return Recommender(program, arrays, json.loads(contents[ITEMS]), settings, users)
 
 
-def is_of(folder: str | pathlib.Path, settings: Settings) -> bool:
+def is_of(folder: str | pathlib.Path, settings: Settings, with_users: bool) -> bool:
   """Tells whether a folder holds the export of a model with these settings.
 
   Exporting twice gives the same numbers, but not the same bytes of the program.
+
+  Args:
+    folder: the folder, which need not exist.
+    settings: the settings of the model.
+    with_users: whether the export must have the users, or must not.
   """
   try:
     manifest = _read_manifest(pathlib.Path(folder))
   except InputError:
     return False
-  return manifest['settings'] == json.loads(json.dumps(settings.to_manifest()))
+  is_same = manifest['settings'] == json.loads(json.dumps(settings.to_manifest()))
+  return is_same and (USERS in manifest['files']) == with_users
 
 
 def model_hash(folder: str | pathlib.Path) -> str:
