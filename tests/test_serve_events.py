@@ -424,7 +424,8 @@ def test_without_its_store_nothing_is_acknowledged_and_histories_still_work(
     redis.kill()
     redis.wait()
     status, content = get(f'{address}/events', event('ann', ids[1], '2'))
-    assert (status, 'nothing was stored, send it again later' in content) == (503, True)
+    # Not that nothing was stored: a server that is only slow may store it after all.
+    assert (status, 'not acknowledged, send the same again later' in content) == (503, True)
     status, content = get(f'{address}/recommend?user=ann')
     assert (status, 'give a history instead' in content) == (503, True)
     assert get(f'{address}/recommend', {'history': ids[:1]})[0] == 200

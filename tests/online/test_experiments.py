@@ -54,6 +54,12 @@ def test_the_file_is_read(tmp_path):
     ('name = "old"', 'name = "old"\nstopped = true', 'is the control and cannot be stopped'),
     ('[guard]', '[guard', 'is no TOML'),
     ('planned_users = 1000', f'planned_users = {"9" * 5000}', 'is no TOML'),
+    ('planned_users = 1000', f'planned_users = {"9" * 400}', 'must be a whole number'),
+    (
+      'planned_users = 1000',
+      f'history_days = {"9" * 400}',
+      'history_days must be a number above 0',
+    ),
     ('[guard]', '[[ramp]]\nfrom = "monday"\nshare = 0.1\n[guard]', 'from must be a date'),
     ('[guard]', '[[ramp]]\nfrom = 2026-11-01\n[guard]', 'share must be a number of 0 or more'),
     (

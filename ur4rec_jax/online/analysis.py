@@ -75,7 +75,8 @@ class Row(NamedTuple):
       is_over: whether all planned users have finished, so that the fixed horizon decides.
     """
     p, difference = self.fixed.p, self.fixed.difference
-    if not is_over or self.is_cut:  # The smallest p value so far says nothing about a later change of sign.
+    if not is_over or self.is_cut:
+      # The smallest p value so far says nothing about a later change of sign.
       at = int(np.argmin(self.looks.p))
       p, difference = float(self.looks.p[at]), self.looks.difference[at]
     if p is None or not p < level:  # NaN decides nothing.
@@ -300,8 +301,8 @@ def _last_start(measured: Measured, number: int, arm: Arm) -> float:
 def guard(experiment: Experiment, measured: Measured) -> dict[str, str]:
   """Returns the arms that are clearly worse than the control, with the reason.
 
-  A stopped arm is judged as long as it ran. The guard may look as often as it likes: with probability `1 - level` it stops no arm that loses
-  at most `worse_by`.
+  A stopped arm is judged as long as it ran. The guard may look as often as it likes: with
+  probability `1 - level` it stops no arm that loses at most `worse_by`.
 
   Args:
     experiment: the experiment; without a guard nothing is stopped.

@@ -18,6 +18,7 @@ from ur4rec_jax.errors import InputError
 
 METRIC_KINDS = ('conversion', 'count', 'rate', 'sum')
 _TOLERANCE = 1e-9  # Shares such as 0.1 are not exact in binary.
+_LARGEST = 10**15  # Larger numbers are typing errors, and whole ones may not even fit a float.
 
 
 class Arm(NamedTuple):
@@ -315,7 +316,7 @@ class _Fields:
     value = self.take(name, default)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_inside = is_number and (0 < value <= most or (with_zero and value == 0))
-    if not is_inside or value == math.inf:
+    if not is_inside or value >= _LARGEST:
       limits = 'of 0 or more' if with_zero else 'above 0'
       limits += f' and at most {most:g}' if most < math.inf else ''
       raise InputError(f'{self.where}: {name} must be a number {limits}, {_found(value)}')
@@ -323,7 +324,7 @@ class _Fields:
 
   def whole(self, name: str, default: int) -> int:
     value = self.take(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value < _LARGEST:
       raise InputError(f'{self.where}: {name} must be a whole number of 2 or more, {_found(value)}')
     return value
 

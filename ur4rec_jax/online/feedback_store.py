@@ -56,7 +56,10 @@ class FeedbackStore(Protocol):
   waits: bool
 
   def write(self, events: Sequence[Event], exposures: Sequence[Exposure] = ()) -> list[Outcome]:
-    """Stores all or nothing, durably, and returns one outcome per event."""
+    """Stores all or nothing, durably, and returns one outcome per event.
+
+    After a StorageError all may be stored, too, if a server was lost before it could say so.
+    """
 
   def history(self, user: str, kinds: Sequence[str], most: int) -> History:
     """Reads the latest events of some kinds, as far as they are in the latest `MOST_SCANNED`."""

@@ -42,7 +42,7 @@ class GroupCommit:
     """Waits until the events are durable.
 
     Raises:
-      StorageError: the store failed, and none of them was stored.
+      StorageError: the store failed; see `FeedbackStore.write`.
     """
     outcomes = asyncio.get_running_loop().create_future()
     self._waiting.append(_Waiting(events, outcomes))

@@ -1,7 +1,6 @@
 """The arms of an experiment in a running service: the users and the model of each arm."""
 
 import asyncio
-import math
 import pathlib
 import sys
 import time
@@ -152,7 +151,7 @@ def _checked_weights(
         f'{where}: weights: the model has no branch {name!r}; it has {", ".join(branches)}'
       )
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (math.isfinite(value) and 0 <= value <= MOST_WEIGHT):
+    if not is_number or not 0 <= value <= MOST_WEIGHT:  # False for NaN, too.
       raise InputError(
         f'{where}: weights: {name} must be a number from 0 to {MOST_WEIGHT}, not {value!r}'
       )

@@ -68,7 +68,7 @@ class Feedback:
     """Stores events, and returns how many had which outcome as soon as they are durable.
 
     Raises:
-      StorageError: none of them was stored.
+      StorageError: they may not be stored; sent again, none counts twice.
     """
     try:
       outcomes = await self._commit.write(events)

@@ -112,7 +112,7 @@ class EventRoute:
     try:
       counts = await self._feedback.add(events)
     except StorageError as error:
-      answer = problem(503, f'nothing was stored, send it again later: {error}')
+      answer = problem(503, f'not acknowledged, send the same again later: {error}')
       answer.headers['Retry-After'] = str(RETRY_SECONDS)
       return answer
     if unknown := sum(not has_item(event.item) for event in events):
