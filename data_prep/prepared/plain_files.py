@@ -2,7 +2,8 @@
 
 Plain are unpacked text files without double quotes below the first line and with equally many
 columns in all lines, of which all rows are wanted, with ids that need no cleaning, unix times as
-whole numbers, and numbers as ratings. All other files are left to `interactions.read_layout`, which reads all forms and names a wrong line.
+whole numbers, and numbers as ratings. All other files are left to `interactions.read_layout`,
+which reads all forms and names a wrong line.
 """
 
 import glob
