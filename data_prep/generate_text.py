@@ -192,6 +192,8 @@ def _check_used(flags: argparse.Namespace, given: Collection[str]) -> None:
     (flags.file, ('id_field', 'text_field'), '--import'),
     (flags.backend == MOCK, ('seed',), '--backend=mock; LLMs may have one in --parameters'),
     (flags.backend in PROVIDERS, ('model', 'base_url', 'parameters', 'max_output_tokens'), 'LLMs'),
+    (flags.kind != 'items', ('split', 'hold_back', 'max_history'), 'texts about users'),
+    (flags.kind != 'users', ('regenerate',), 'texts about items'),
     (is_batch, ('nowait', 'poll_seconds', 'batch_requests'), '--mode=batch'),
   ):
     for name in names:

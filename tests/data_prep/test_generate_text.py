@@ -341,6 +341,7 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, subprocess.CompletedProces
       'hidden model': ((data, ai, url, '--parameters={"model": "gpt-99"}'), key),
       'seed': ((data, ai, url, '--seed=3'), key),
       'model of mock': ((data, '--backend=mock', '--model=gpt-99'), {}),
+      'share of items': ((data, ai, url, '--kind=items', '--hold_back=0.5'), key),
       'no batch': ((data, ai, url, '--nowait'), key),
       'dry import': ((data, '--kind=items', f'--import={folder}/list.json', '--dry_run'), {}),
       'in and out': (
@@ -379,6 +380,7 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, subprocess.CompletedProces
     ('hidden model', "--parameters: 'model' cannot be given there; pass --model"),
     ('seed', '--seed: is for --backend=mock'),
     ('model of mock', '--model: is for LLMs; leave it out'),
+    ('share of items', '--hold_back: is for texts about users; leave it out'),
     ('no batch', '--nowait: is for --mode=batch; leave it out'),
     ('dry import', '--dry_run: is for texts to write, not for --import and --export'),
     ('in and out', '--export: is for the texts of the folder, and --import writes new ones'),
