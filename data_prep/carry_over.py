@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.embeddings import feature_files
+from data_prep.llm_text import llm_batch
 from data_prep.llm_text import texts as llm_texts
 from data_prep.prepared import appending
 from ur4rec_jax import files
@@ -18,6 +19,8 @@ from ur4rec_jax.data.features import INFO
 
 def answers(old: Sequence[Path], new: Path) -> None:
   """Copies the store of paid answers beside the new folder, unless a store is there already.
+
+  Batches that the provider has are paid, too: either store collects them.
 
   Args:
     old: paths of the old folder: `generate_text` has put the store beside the one it was given,
@@ -29,9 +32,8 @@ def answers(old: Sequence[Path], new: Path) -> None:
   if source is not None and not target.exists():
     files.clean_up(target)
     with files.new_folder(target) as folder:
-      shutil.copytree(
-        source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns('lock', 'batches')
-      )
+      shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns('lock'))
+      llm_batch.forget_unsubmitted(folder)
 
 
 def texts(old: Path, new: Path) -> None:

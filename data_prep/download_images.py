@@ -301,7 +301,7 @@ def _flags() -> Parser:
   add('--tries', type=int, default=default.tries, help='requests per picture')
   add(
     '--redirect_hosts',
-    type=lambda value: tuple(value.split(',')),
+    type=lambda value: tuple(host.strip().lower() for host in value.split(',')),
     default=default.redirect_hosts,
     help='other hosts that servers may redirect to, separated by commas; public: all public hosts',
   )

@@ -414,9 +414,12 @@ def _of_each_modality(flags: argparse.Namespace) -> list[argparse.Namespace]:
         f'--data_dir={flags.data_dir}: its items have no texts and no pictures; build it with an'
         ' item table, or --import features'
       )
-  encoders = [flags.encoder] if len(names) == 1 else (flags.encoder or '').split(',')
   if flags.encoder is None:
     encoders = [None] * len(names)
+  elif len(names) == 1:
+    encoders = [flags.encoder]
+  else:
+    encoders = [name.strip() for name in flags.encoder.split(',')]
   given = (
     ('encoder', True, len(encoders)),
     ('import', flags.file is not None, 1),

@@ -14,7 +14,7 @@ started again, asks only for the missing answers. See docs/llm_text.md.
 import argparse
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ _POSITIVE = (
   'batch_requests',
 )
 _HOLD_BACK = 0.2
+# Fields of a request that --parameters cannot give: the price and the reading of replies depend on
+# them.
+_OWN_FIELDS = ('model', 'messages', 'system', 'stream', 'n')
 
 
 def _flags() -> Parser:
@@ -151,8 +154,7 @@ def _add_requests(add: Callable) -> None:
 def _add_batches(add: Callable) -> None:
   add(
     '--nowait',
-    dest='wait',
-    action='store_false',
+    action='store_true',
     help='look once and return instead of waiting until they have ended',
   )
   add(
@@ -174,6 +176,29 @@ def _add_files(add: Callable) -> None:
     help='field of a JSON line that holds the text; several, separated by commas, are joined',
   )
   add('--export', help='file to write the texts of the folder to')
+
+
+def _check_used(flags: argparse.Namespace, given: Collection[str]) -> None:
+  """Raises InputError if the command line has a flag that the run would not obey.
+
+  Args:
+    flags: the parsed command line.
+    given: names of the flags on it.
+  """
+  is_batch, is_file = flags.mode == 'batch', bool(flags.file or flags.export)
+  for is_used, names, what in (
+    (not is_file, ('backend', 'dry_run'), 'texts to write, not for --import and --export'),
+    (not flags.file, ('export',), 'the texts of the folder, and --import writes new ones'),
+    (flags.file, ('id_field', 'text_field'), '--import'),
+    (flags.backend == MOCK, ('seed',), '--backend=mock; LLMs may have one in --parameters'),
+    (flags.backend in PROVIDERS, ('model', 'base_url', 'parameters', 'max_output_tokens'), 'LLMs'),
+    (flags.kind != 'items', ('split', 'hold_back', 'max_history'), 'texts about users'),
+    (flags.kind != 'users', ('regenerate',), 'texts about items'),
+    (is_batch, ('nowait', 'poll_seconds', 'batch_requests'), '--mode=batch'),
+  ):
+    for name in names:
+      if name in given and not is_used:
+        raise InputError(f'--{name}: is for {what}; leave it out')
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -225,7 +250,17 @@ def _settings(flags: argparse.Namespace) -> llm_calls.Settings:
       f'--parameters={flags.parameters}: must be a JSON object such as'
       f' \'{{"temperature": 0.3}}\' ({error})'
     ) from error
+  for name in _OWN_FIELDS:
+    if name in more:
+      way_out = 'pass --model' if name == 'model' else 'leave it out'
+      raise InputError(f'--parameters: {name!r} cannot be given there; {way_out}')
   parameters = {**provider.PARAMETERS, provider.MAX_OUTPUT: flags.max_output_tokens, **more}
+  most = parameters[provider.MAX_OUTPUT]
+  if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+    raise InputError(
+      f'--parameters: {provider.MAX_OUTPUT} is {json.dumps(most)}, and must be a whole number above'
+      ' 0; pass --max_output_tokens instead'
+    )
   return llm_calls.Settings(
     flags.backend,
     model or provider.DEFAULT_MODEL,
@@ -273,8 +308,10 @@ def _import(flags: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
 @exit_on_reported_error
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags and imports, exports or generates texts."""
-  flags = _flags().parse(argv)
+  parser = _flags()
+  flags = parser.parse(argv)
   _check(flags)
+  _check_used(flags, parser.given)
   data_dir, kinds = flags.data_dir, _KINDS[flags.kind]
   read_info(data_dir)
   if flags.file:
@@ -304,8 +341,8 @@ def main(argv: list[str] | None = None) -> None:
   if flags.dry_run:
     generation.dry_run(job, store, price)
     return
-  fields = generation.Sending._fields
-  sending = generation.Sending(**{name: getattr(flags, name) for name in fields})
+  values = vars(flags) | {'wait': not flags.nowait}
+  sending = generation.Sending(**{name: values[name] for name in generation.Sending._fields})
   if flags.backend == llm_local.NAME:
     # Its server answers one request after the other.
     sending = sending._replace(concurrency=1)

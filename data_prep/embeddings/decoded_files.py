@@ -2,10 +2,6 @@
 
 import collections
 import functools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.embeddings.feature_files import Encode, Row
+from data_prep.prepared import record_files
 from ur4rec_jax.encoders import pretrained
 from ur4rec_jax.errors import InputError
 
@@ -56,10 +53,7 @@ class Decoders:
         yield _decode_all(self._decode, batch)
       return
     if self._pool is None:
-      # Spawned, because torch's threads do not survive a fork.
-      self._pool = ProcessPoolExecutor(
-        self._processes, multiprocessing.get_context('spawn'), _follow_parent
-      )
+      self._pool = record_files.pool_of(self._processes)
     waiting: collections.deque = collections.deque()
     for batch in batches:
       waiting.append(self._pool.submit(_decode_all, self._decode, batch))
@@ -76,19 +70,6 @@ def _result(waiting: Future) -> list[Any]:
     raise InputError(
       'a process that decodes files was killed, probably for lack of memory; pass fewer --workers'
     ) from error
-
-
-def _follow_parent() -> None:
-  """Ends a process of the pool when its parent is killed; only the parent handles Ctrl-C."""
-
-  def watch() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  threading.Thread(target=watch, daemon=True).start()
 
 
 def _decode_all(decode: Callable[[Path], Any], paths: list[Path]) -> list[Any]:

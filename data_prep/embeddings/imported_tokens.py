@@ -1,6 +1,7 @@
 """Imports features by original id from .npz, .npy or .safetensors files, never from pickles."""
 
 import functools
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -149,6 +150,8 @@ def _arrays(path: Path, scratch: Path) -> dict[str, np.ndarray]:
     raise
   except ImportError as error:
     raise pretrained.missing_extra(error) from error
+  except FileNotFoundError as error:
+    raise InputError(f'{path}: no such file; correct --import') from error
   except Exception as error:  # Damaged files make the readers raise any kind of error.
     reason = next(iter(str(error).splitlines()), repr(error))
     raise InputError(
@@ -208,7 +211,7 @@ def _plain_ids(path: Path, ids: np.ndarray) -> list[str]:
 
 def _read_ids(path: Path, known: set[str]) -> list[str]:
   try:
-    text = raw_files.read_bytes(path).decode('utf-8-sig').replace('\r\n', '\n')
+    text = re.sub('\r\n?', '\n', raw_files.read_bytes(path).decode())
   except UnicodeDecodeError as error:
     raise InputError(f'{path}: is not UTF-8 ({error}); save it as UTF-8') from error
   lines = text.removesuffix('\n').split('\n')

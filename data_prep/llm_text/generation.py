@@ -180,8 +180,13 @@ def _send(
   try:
     if provider is None:
       for key, prompt in job.work(store, set()):
-        text = prompts.parse_answer(mock_text.write(prompt, job.settings.parameters['seed']))
-        recorder.answer(key, prompt, llm_calls.Answer(text, (0, 0)))
+        written = mock_text.write(prompt, job.settings.parameters['seed'])
+        try:
+          text = prompts.parse_answer(written)
+        except ValueError as error:  # A title may look like a refusal, or like reasoning.
+          recorder.failure(key, prompt, llm_calls.Unusable(f'unusable answer: {error}'))
+        else:
+          recorder.answer(key, prompt, llm_calls.Answer(text, (0, 0)))
       return ''
     if sending.mode == 'online':
       online = llm_online.Online(
@@ -275,7 +280,7 @@ def _write_all(
       continue
     settings = job.settings
     is_remote = settings.base_url and settings.backend != llm_local.NAME
-    server = urllib.parse.urlsplit(settings.base_url or '')
+    server = urllib.parse.urlsplit(settings.server).netloc
     origin = {
       'provider': settings.backend,
       'model': settings.model,
@@ -283,7 +288,7 @@ def _write_all(
       'parameters': settings.parameters,
       'language': job.language,
       'is_mock': settings.backend == MOCK,
-      **({'server': f'{server.hostname}:{server.port}'} if is_remote else {}),
+      **({'server': server} if is_remote else {}),
     }
     origin |= split_of(job.data_dir, kind, job.split_name, job.hold_back)
     rows += write_texts(job.data_dir, kind, found, origin)

@@ -54,6 +54,13 @@ def keys_under_way(store: Path) -> set[str]:
   return {key for tag in tags for key in _read_keys(store / FOLDER / f'{tag}.keys.jsonl')}
 
 
+def forget_unsubmitted(copy: Path) -> None:
+  """Leaves the batches without ids to the store of which this one is a copy: it may submit them."""
+  for state in read_states(copy):
+    if not state['ids']:
+      (copy / FOLDER / f'{state["tag"]}.json').unlink()
+
+
 class Batches:
   """Submits, polls and collects batches.
 

@@ -37,6 +37,11 @@ SCHEMA = {
   'additionalProperties': False,
 }
 _TEMPLATES = Path(__file__).parent / 'templates'
+_PLACE = r'\{(\w+)\}'  # Of a field in a template.
+_PLACES = {
+  'item': ('title', 'year', 'genres', 'description', 'language'),
+  'user': ('history', 'worst', 'best'),
+}
 _NO_GENRES = frozenset(('unknown', '(no genres listed)'))
 _UNFENCED = str.maketrans({'<': '‹', '>': '›', '|': '/'})
 # First words of refusals; the films `I Can't Sleep` and `Sorry, Wrong Number` must not match.
@@ -113,12 +118,27 @@ class Template(NamedTuple):
 
 
 def read_template(kind: str, language: str) -> Template:
-  """Reads a template; InputError if the language has none."""
+  """Reads a template; InputError if the language has none, or it cannot be filled in."""
   if language not in LANGUAGES:
     raise InputError(f'language {language!r}: must be one of {", ".join(LANGUAGES)}')
-  content = (_TEMPLATES / f'{kind}.{language}.txt').read_text(encoding='utf-8')
+  path = _TEMPLATES / f'{kind}.{language}.txt'
+  try:
+    content = path.read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f'{path}: cannot be read ({error}); restore it, in UTF-8') from error
   digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-  system, text = content.split('\n---\n')
+  system, *parts = content.split('\n---\n')
+  if len(parts) != 1:
+    raise InputError(
+      f'{path}: has {len(parts)} lines ---, and must have one, between the instructions and the'
+      ' data; correct it'
+    )
+  [text] = parts
+  for name in re.findall(_PLACE, text):
+    if name not in _PLACES[kind]:
+      raise InputError(
+        f'{path}: {{{name}}} is none of the fields {", ".join(_PLACES[kind])}; correct it'
+      )
   return Template(f'{kind}-{language}-{digest}', system.strip(), text.strip())
 
 
@@ -302,9 +322,9 @@ def _fill(template: str, fields: dict[str, Any]) -> str:
   """Fills all fields at once, so that data cannot contain fields, and drops empty lines."""
   lines = []
   for line in template.split('\n'):
-    places = re.findall(r'\{(\w+)\}', line)
+    places = re.findall(_PLACE, line)
     if not places or any(fields[name] for name in places):
-      lines.append(re.sub(r'\{(\w+)\}', lambda match: str(fields[match[1]]), line))
+      lines.append(re.sub(_PLACE, lambda match: str(fields[match[1]]), line))
   return '\n'.join(lines)
 
 

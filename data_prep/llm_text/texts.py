@@ -19,7 +19,7 @@ from ur4rec_jax.data.dataset import (
   read_info,
   read_interactions,
 )
-from ur4rec_jax.data.raw import json_lines
+from ur4rec_jax.data.raw import json_lines, tables
 from ur4rec_jax.encoders import sentences
 from ur4rec_jax.encoders.sentences import known_text
 from ur4rec_jax.errors import InputError
@@ -91,7 +91,7 @@ def read_json(
     InputError: the file cannot be read, or a value in it is wrong.
   """
   path = Path(path)
-  if path.suffix.lower() in ('.jsonl', '.ndjson'):
+  if tables.kind(path) in ('.jsonl', '.ndjson'):
     pairs = []
     for place, row in json_lines.read(path):
       where = f'{place.path}, line {place.number}'
@@ -107,8 +107,9 @@ def read_json(
           f'{path}: no line has a {field!r}; say with --text_field where the text is'
         )
   else:
+    content = raw_files.read_bytes(path)
     try:
-      found = json.loads(raw_files.read_bytes(path), object_pairs_hook=list)
+      found = json.loads(content, object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
       raise InputError(
         f'{path}: is no JSON ({error}); write {{"<id>": "text", ...}}, or call a file with an'

@@ -102,7 +102,8 @@ def append(
   """
   _check_columns(old, raw)
   events = _number_events(old, raw)
-  rows, dropped, notes = _choose(old, raw, events, options, takes_late)
+  left, notes = _choose(old, raw, events, options, takes_late)
+  rows, dropped = left.rows, {reason: count for reason, count in left.dropped.items() if count}
   cold = prepare.cold_items(raw)
   kept_users, kept_items = (
     _kept(numbers.of_rows[rows], numbers.known, len(numbers.names))
@@ -119,7 +120,9 @@ def append(
     )
   table, more = _table(raw, new_items)
   joined = _join(old, raw, rows, events._replace(users=users, items=items), resources)
-  lost = [name for name, kept in zip(events.users.names, kept_users, strict=True) if not kept]
+  lost: dict[str, list[str]] = {}
+  for at in np.flatnonzero(~kept_users):
+    lost.setdefault(left.last_reason[at], []).append(events.users.names[at])
   return prepare.Prepared(
     user_names=users.names,
     item_names=items.names,
@@ -148,7 +151,7 @@ def append(
       *more,
       *raw.hints,
     ),
-    dropped_users={**raw.dropped_users, **({'k_core': lost} if lost else {})},
+    dropped_users={**raw.dropped_users, **lost},
   )
 
 
@@ -208,45 +211,60 @@ def _number_events(old: Old, raw: Raw) -> _Events:
   return _Events(users, items, times)
 
 
+class _Left:
+  """The new rows that are left.
+
+  Attributes:
+    rows: their indices.
+    dropped: number of the others by reason.
+    last_reason: `[users]` why a user has lost a row last, '' for who has lost none.
+  """
+
+  def __init__(self, raw: Raw, users: _Numbers):
+    self.rows = np.arange(len(raw.users))
+    self.dropped = Counter(raw.dropped)
+    self.last_reason = np.full(len(users.names), '', object)
+    self._users = users.of_rows
+
+  def keep(self, is_kept: np.ndarray, reason: str) -> None:
+    """Leaves out the other rows; `is_kept` is `[rows that are left]` bool."""
+    lost, self.rows = self.rows[~is_kept], self.rows[is_kept]
+    self.dropped[reason] += len(lost)
+    self.last_reason[self._users[lost]] = reason
+
+
 def _choose(
   old: Old, raw: Raw, events: _Events, options: prepare.Options, takes_late: bool
-) -> tuple[np.ndarray, dict[str, int], list[str]]:
-  """Leaves out rows by the rules above.
-
-  Returns:
-    Indices of the rows that are left, the number of the others by reason, and notes.
+) -> tuple[_Left, list[str]]:
+  """Leaves out rows by the rules above; also returns notes.
 
   Raises:
     NoRows: all rows are repeats.
     InputError: all rows are late.
   """
-  rows, dropped, notes = np.arange(len(raw.users)), Counter(raw.dropped), []
+  left, notes = _Left(raw, events.users), []
   if events.times is not None:
-    rows = _without_repeats(old, raw, events)
-    if not len(rows):
+    left.keep(_is_new(old, raw, events), 'repeated')
+    if not len(left.rows):
       raise NoRows(
         f'{raw.path}: all {counted(len(raw.users), "event")} are in {old.folder} already: these are'
         ' old days again; give the file of the new day'
       )
-    times = events.times[rows]
+    times = events.times[left.rows]
     if not takes_late and (times <= old.end).all():
       raise InputError(
         f'{raw.path}: has no event after {_date(old.end)}, the last one of {old.folder}, and is no'
         f' new day; its last one is of {_date(times.max())}; pass --late to add late events alone'
       )
-    if repeats := len(raw.users) - len(rows):
-      dropped['repeated'] = repeats
+    if repeats := left.dropped['repeated']:
       notes.append(f'{counted(repeats, "repeated event")} left out')
-    if late := int((times < old.end).sum()):
-      notes.append(f'{counted(late, "late event")} placed by time')
   if options.min_rating is not None:
-    before = len(rows)
     assert raw.ratings is not None  # The old data have ratings, or they could have no such filter.
-    rows = rows[raw.ratings[rows] >= options.min_rating]
-    dropped['min_rating'] = before - len(rows)
-  rows, by_core = _core(rows, events, options)
-  dropped.update(by_core)
-  return rows, {reason: count for reason, count in dropped.items() if count}, notes
+    left.keep(raw.ratings[left.rows] >= options.min_rating, 'min_rating')
+  _keep_core(left, events, options)
+  if events.times is not None and (late := int((events.times[left.rows] < old.end).sum())):
+    notes.append(f'{counted(late, "late event")} placed by time')
+  return left, notes
 
 
 def _check_columns(old: Old, raw: Raw) -> None:
@@ -273,8 +291,8 @@ def _number(ids: Any, known: Sequence[str], others: Any = ()) -> _Numbers:
   return _Numbers(lookup[indices], [*known, *new], len(known))
 
 
-def _without_repeats(old: Old, raw: Raw, events: _Events) -> np.ndarray:
-  """Returns the indices of new rows that are neither in the old data nor in an earlier new row."""
+def _is_new(old: Old, raw: Raw, events: _Events) -> np.ndarray:
+  """`[rows]` bool: new rows that are neither in the old data nor in an earlier new row."""
   users, items, times = events.users.of_rows, events.items.of_rows, events.times
   assert times is not None  # `_choose` asks only about data with times.
   assert raw.timestamps is not None
@@ -304,29 +322,23 @@ def _without_repeats(old: Old, raw: Raw, events: _Events) -> np.ndarray:
   first = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
   is_old = np.empty(len(order), bool)
   is_old[order] = first < len(owners)
-  return np.flatnonzero(~is_repeated & ~is_old[len(owners) :])
+  return ~is_repeated & ~is_old[len(owners) :]
 
 
-def _core(
-  rows: np.ndarray, events: _Events, options: prepare.Options
-) -> tuple[np.ndarray, dict[str, int]]:
-  """Leaves out new users and items with too few events; returns what is left, and counts."""
-  dropped: Counter[str] = Counter()
+def _keep_core(left: _Left, events: _Events, options: prepare.Options) -> None:
+  """Leaves out new users and items with too few events."""
   limits = (
     ('k_core', events.items, options.k_core),
     ('k_core', events.users, options.k_core),
     ('min_length', events.users, options.min_length),
   )
-  while True:
-    before = len(rows)
+  before = -1
+  while len(left.rows) != before:
+    before = len(left.rows)
     for reason, numbers, least in limits:
-      if least is not None and len(rows):
-        found = numbers.of_rows[rows]
-        kept = rows[(found < numbers.known) | (np.bincount(found)[found] >= least)]
-        dropped[reason] += len(rows) - len(kept)
-        rows = kept
-    if len(rows) == before:
-      return rows, dict(dropped)
+      if least is not None and len(left.rows):
+        found = numbers.of_rows[left.rows]
+        left.keep((found < numbers.known) | (np.bincount(found)[found] >= least), reason)
 
 
 def _kept(numbers: np.ndarray, known: int, count: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Reads plain files of interactions by the engine's own parser, without their rows in memory.
 
-Plain are unpacked text files without double quotes below the first line, of which all rows are
-wanted, with ids that need no cleaning, unix times as whole numbers, and numbers as ratings. All
-other files are left to `interactions.read_layout`, which reads all forms and names a wrong line.
+Plain are unpacked text files without double quotes below the first line and with equally many
+columns in all lines, of which all rows are wanted, with ids that need no cleaning, unix times as
+whole numbers, and numbers as ratings. All other files are left to `interactions.read_layout`,
+which reads all forms and names a wrong line.
 """
 
 import glob
@@ -167,6 +168,8 @@ def _insert(
         _COLUMNS[kind].format(file.columns.index(layout.columns[role])) for role, kind in of.items()
       )
       counts += _row(database, f'INSERT INTO loaded SELECT {values} FROM {_scan(file)}')
+      if not _has_delimiters_of(file, counts[-1]):
+        return None
   except duckdb.OutOfMemoryException:
     raise
   except duckdb.IOException as error:
@@ -180,6 +183,18 @@ def _insert(
   finally:
     database.execute('SET preserve_insertion_order = false')
   return np.cumsum(counts) if all(counts) else None
+
+
+def _has_delimiters_of(file: tables.File, rows: int) -> bool:
+  """Whether a file has just the delimiters of its rows: the engine overlooks some at a line's end.
+
+  Such a line may be shifted, for example by a comma within a text.
+  """
+  delimiter = _delimiter(file)
+  wanted = (1 + rows) * (len(file.columns) - 1) + sum(n.count(delimiter) for n in file.columns)
+  with file.path.open('rb') as content:
+    blocks = iter(lambda: content.read(1 << 20), b'')
+    return sum(block.count(delimiter.encode()) for block in blocks) == wanted
 
 
 def _ticks_per_second(database: duckdb.DuckDBPyConnection) -> int | None:

@@ -22,6 +22,7 @@ from ur4rec_jax.errors import InputError
 # Where --time_split says nothing: 80 % of the interactions train, 10 % validate, 10 % test.
 _TIME_SPLIT = '0.8,0.9'
 _BUCKET_BITS = 16
+_WHOLE_NUMBER = re.compile(r'-?\d{1,4000}')  # Python refuses to read longer ones.
 # One of so many users hardly has so large a share of the interactions.
 _MANY_USERS, _LARGE_SHARE = 20, 0.2
 
@@ -492,7 +493,7 @@ def sort_ids(ids: Sequence[str], others: Iterable[str] = ()) -> tuple[list[str],
     All ids in order, and the place of each of `ids` and of the others in it.
   """
   names = list(dict.fromkeys([*ids, *others]))
-  if all(re.fullmatch(r'-?\d+', name) for name in names):
+  if all(_WHOLE_NUMBER.fullmatch(name) for name in names):
     # The text is the second key, because '7' and '007' are two ids with one value.
     order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]))
   else:

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -77,19 +78,20 @@ def write_histories(paths: list[Path], data: Interactions, workers: int = 1) -> 
 
 
 def pool_of(workers: int) -> ProcessPoolExecutor:
-  """Starts processes that end with this one, even if it is killed."""
+  """Starts processes that end with this one, even if it is killed; they leave Ctrl-C to it."""
   # New processes: a copy of this one would have the locks of its threads, but not the threads.
   context = multiprocessing.get_context('spawn')
-  return ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+  return ProcessPoolExecutor(workers, context, initializer=_follow_parent)
 
 
-def _end_with_parent() -> None:
+def _follow_parent() -> None:
   def wait() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=wait, daemon=True).start()
 
 

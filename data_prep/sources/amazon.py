@@ -132,7 +132,7 @@ def line(path: Path, row: int) -> int:
   for index, (number, _) in enumerate(utf8_lines(path)):
     if index == row:
       return number
-  raise IndexError(row)
+  raise InputError(f'{path}: not one JSON object a line; download the file again')
 
 
 def catalogue(

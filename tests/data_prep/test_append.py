@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import build_dataset, encode, generate_text
+from data_prep import build_dataset, carry_over, encode, generate_text
+from data_prep.llm_text import llm_batch
 from data_prep.prepared import appending, prepare
 from tests.helpers.commands import run_here
 from tests.helpers.goods import write_picture, write_table
@@ -360,6 +361,39 @@ def test_core_keeps_old_users_and_items():
   assert found.dropped['interactions'] == {'k_core': 2}
   assert found.dropped_users == {'k_core': ['u3']}
   assert np.diff(found.offsets).tolist() == [4, 4, 3, 3]
+
+
+def test_a_dropped_user_has_the_filter_that_dropped_the_last_row():
+  first = [(u, i, u) for u in range(3) for i in range(3)]
+  old = prepare.prepare(raw(first)._replace(ratings=np.full(9, 5, np.float32)))
+  columns = old.user_names, old.offsets, old.item_ids, old.timestamps, old.ratings
+  items = [
+    {'original_id': name, 'title': '', 'genres': [], 'description': '', 'image': ''}
+    for name in old.item_names
+  ]
+  info = {'has_timestamps': True, 'has_ratings': True}
+  folder = appending.Old('old', info, Interactions(*columns), items)
+  # User 3 likes nothing, 4 has too short a history, 5 has only an item that nobody else has.
+  new = [(3, 0, 9), (4, 0, 9), (4, 1, 9), (5, 9, 9), (0, 1, 1), (0, 2, 1)]
+  stars = np.array([1, 5, 5, 5, 5, 1], np.float32)
+  options = prepare.Options(min_rating=2, k_core=2, min_length=3)
+  found = appending.append(folder, raw(new)._replace(ratings=stars), options, True)
+  assert found.dropped_users == {'min_rating': ['u3'], 'min_length': ['u4'], 'k_core': ['u5']}
+  assert found.dropped['interactions'] == {'min_rating': 2, 'k_core': 1, 'min_length': 2}
+  # The late event with one star is not among them.
+  assert '1 late event placed by time' in found.notes
+
+
+def test_batches_under_way_are_collected_with_the_new_store(tmp_path):
+  """Else their requests would be paid twice; of those without an id the old store takes care."""
+  folder = tmp_path / 'old.answers' / llm_batch.FOLDER
+  folder.mkdir(parents=True)
+  for tag, ids in (('a', ['batch-1']), ('b', [])):
+    (folder / f'{tag}.json').write_text(json.dumps({'tag': tag, 'ids': ids}))
+    (folder / f'{tag}.keys.jsonl').write_text(json.dumps({'key': f'key {tag}'}) + '\n')
+  carry_over.answers([tmp_path / 'old'], tmp_path / 'new')
+  assert llm_batch.keys_under_way(tmp_path / 'new.answers') == {'key a'}
+  assert llm_batch.keys_under_way(tmp_path / 'old.answers') == {'key a', 'key b'}
 
 
 def test_data_without_times_is_continued_in_the_order_of_the_file(sequences, tmp_path):

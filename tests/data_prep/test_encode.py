@@ -475,7 +475,7 @@ def test_an_array_of_one_vector_an_item(build, tmp_path, name):
   data_dir, vectors = build([{'id': str(at)} for at in (5, 7)]), np.eye(2, 4, dtype=np.float32)
   with (tmp_path / name).open('wb') as file:
     np.save(file, vectors)
-  (tmp_path / 'ids').write_text('5\n7\n')
+  (tmp_path / 'ids').write_bytes(b'5\r7\r')
   ids = f'--ids={tmp_path / "ids"}'
   run(data_dir, '--modality=audio', f'--import={tmp_path / name}', ids)
   np.testing.assert_array_equal(read(data_dir, 'audio')[1][1:3], vectors[:, None])
@@ -533,6 +533,11 @@ def with_value(value, row=1) -> dict:
     ),
     (offered(), ['--width=5'], '--width=5: must be at most 4'),
     (offered(), ['--whiten', '--width=4'], 'vary in 3 directions only'),
+    (
+      {**offered(), 'tokens': np.ones_like(offered()['tokens'])},
+      ['--whiten'],
+      'vary in 0 directions only, so that they cannot be projected to 4; leave --width',
+    ),
     (offered(), ['--encoder=hashing'], '--encoder and --import exclude each other'),
     (offered(), ['--of=user'], '--split=None: must name the split'),
     (offered(), ['--of=user', '--split=leave_one_out'], '--hold_back=None: must say'),
@@ -941,7 +946,7 @@ def test_a_name_that_cannot_be_had_says_how_to_get_it(build):
   assert '--encoder=hashing' in done.stderr
 
 
-@pytest.mark.parametrize('flags', [('--modality=image, text', '--encoder=color,hashing'), ()])
+@pytest.mark.parametrize('flags', [('--modality=image, text', '--encoder=color, hashing'), ()])
 def test_several_modalities_in_one_call(build, capsys, monkeypatch, flags):
   """The same features as by a call each, and one next command that trains with all of them."""
   monkeypatch.setattr(text, 'DEFAULT', 'hashing')  # The real ones need a network.

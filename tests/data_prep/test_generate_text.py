@@ -157,6 +157,14 @@ def test_mock_says_that_it_is_mock_and_texts_go_out_and_in(data_dir, tmp_path):
   assert texts['i1'] == 'From elsewhere.'
 
 
+def test_titles_like_refusals_and_reasoning_stop_no_mock(tmp_path):
+  folder = build(tmp_path / 'odd', ('[think] different', 'Heat', 'Dusk'))
+  mock = run(f'--data_dir={folder}', '--kind=items', '--backend=mock')
+  assert mock.returncode == 0, mock.stderr
+  assert 'unusable answer' in row(mock, 'failed')
+  assert row(mock, 'answered') == '2 now, 0 before'
+
+
 def test_texts_about_users_say_what_they_were_not_written_from(data_dir, tmp_path):
   flags = (f'--data_dir={data_dir}', f'--store={tmp_path / "answers"}', '--kind=users')
   hold_back = lambda: dataset.texts_origin(data_dir, 'user')['hold_back']
@@ -329,6 +337,17 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, subprocess.CompletedProces
       'password': ((data, ai, nobody.replace('//', '//me:canary-pass@')), key),
       'all held back': ((data, ai, url, '--hold_back=1'), key),
       'import of both': ((data, f'--import={folder}/list.json'), {}),
+      'no limit': ((data, ai, url, '--parameters={"max_completion_tokens": null}'), key),
+      'hidden model': ((data, ai, url, '--parameters={"model": "gpt-99"}'), key),
+      'seed': ((data, ai, url, '--seed=3'), key),
+      'model of mock': ((data, '--backend=mock', '--model=gpt-99'), {}),
+      'share of items': ((data, ai, url, '--kind=items', '--hold_back=0.5'), key),
+      'no batch': ((data, ai, url, '--nowait'), key),
+      'dry import': ((data, '--kind=items', f'--import={folder}/list.json', '--dry_run'), {}),
+      'in and out': (
+        (data, '--kind=items', f'--import={folder}/list.json', f'--export={folder}/out.json'),
+        {},
+      ),
     }
     processes = {
       name: start(*words, f'{store}-{name}', **environment)
@@ -357,6 +376,14 @@ def mistakes(data_dir, tmp_path_factory) -> dict[str, subprocess.CompletedProces
     ('password', 'http://127.0.0.1:'),
     ('all held back', '--hold_back=1: must be at least 0 and below 1'),
     ('import of both', '--kind=items or --kind=users'),
+    ('no limit', 'max_completion_tokens is null, and must be a whole number above 0'),
+    ('hidden model', "--parameters: 'model' cannot be given there; pass --model"),
+    ('seed', '--seed: is for --backend=mock'),
+    ('model of mock', '--model: is for LLMs; leave it out'),
+    ('share of items', '--hold_back: is for texts about users; leave it out'),
+    ('no batch', '--nowait: is for --mode=batch; leave it out'),
+    ('dry import', '--dry_run: is for texts to write, not for --import and --export'),
+    ('in and out', '--export: is for the texts of the folder, and --import writes new ones'),
   ],
 )
 def test_a_mistake_is_one_message(mistakes, mistake, message):

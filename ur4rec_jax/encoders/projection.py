@@ -107,9 +107,10 @@ class Moments:
     rank = int((variances > _NO_VARIANCE * variances[0]).sum())
     width = width or len(mean)
     if width > rank:
+      way_out = f'pass --width={rank} or less' if rank else 'leave --width and --whiten out'
       raise InputError(
         f'{name}: {self._count:,} tokens vary in {rank} directions only, so that they cannot be'
-        f' projected to {width}; pass --width={rank} or less'
+        f' projected to {width}; {way_out}'
       )
     vectors = vectors[:, :width]
     # The sign of an eigenvector is arbitrary, so the largest value is made positive.

@@ -269,6 +269,28 @@ def test_a_version_belongs_to_the_words_of_a_template(tmp_path, monkeypatch):
   assert prompts.read_template('user', 'en').version == versions['user', 'en']
 
 
+@pytest.mark.parametrize(
+  ('old', 'new', 'message'),
+  [
+    ('{title}', '{titel}', r'item.en.txt: \{titel\} is none of the fields title, year'),
+    ('\n---\n', '\n', 'has 0 lines ---'),
+    ('\n</data>', '\n---\n</data>', 'has 2 lines ---'),
+  ],
+)
+def test_a_template_that_cannot_be_filled_in_is_one_message(
+  tmp_path, monkeypatch, old, new, message
+):
+  shutil.copytree(prompts._TEMPLATES, folder := tmp_path / 'templates')
+  path = folder / 'item.en.txt'
+  path.write_text(path.read_text().replace(old, new))
+  monkeypatch.setattr(prompts, '_TEMPLATES', folder)
+  with pytest.raises(InputError, match=message):
+    prompts.read_template('item', 'en')
+  path.write_bytes(b'\xff')
+  with pytest.raises(InputError, match=r'cannot be read .*; restore it, in UTF-8'):
+    prompts.read_template('item', 'en')
+
+
 def test_what_cannot_be_asked_is_one_message(make_shop):
   rows = [(user, item, time) for user in 'ab' for time, item in enumerate('xyz')]
   data_dir = make_shop(rows, items_of(TITLES))

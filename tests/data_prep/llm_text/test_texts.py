@@ -1,3 +1,4 @@
+import gzip
 import json
 import subprocess
 import sys
@@ -268,6 +269,7 @@ def test_import_and_export(shop, tmp_path):
     ('a.jsonl', '{"id": 1, "text": "a"}\n{"id": "1", "text": "b"}', "line 2: '1' is there twice"),
     ('a.jsonl', 'one\n', 'line 1: is no JSON'),
     ('a.jsonl', '\n', 'no texts in it'),
+    ('a.jsonl.gz', gzip.compress(b'one\n'), 'line 1: is no JSON'),
   ],
 )
 def test_a_file_that_is_not_what_it_should_be(name, content, message, tmp_path):
@@ -275,3 +277,8 @@ def test_a_file_that_is_not_what_it_should_be(name, content, message, tmp_path):
   path.write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(InputError, match=message):
     texts.read_json(path)
+
+
+def test_a_missing_file_is_not_called_broken(tmp_path):
+  with pytest.raises(InputError, match=r'^[^ ]*none\.json: cannot be read .*; make it readable$'):
+    texts.read_json(tmp_path / 'none.json')

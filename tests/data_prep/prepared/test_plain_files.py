@@ -35,6 +35,8 @@ PLAIN = {
   'Windows': BASE.replace('\n', '\r\n'),
   'milliseconds': BASE.replace('\n', '000\n').replace('p"000', 'p"') + '000',
   'letters': BASE.replace('\n7,', '\nÄ😀,'),
+  'an empty last column': 'user,item,rating,timestamp,"a,b"\n'
+  + '\n'.join(f'{line},' for line in lines()),
   'more columns': 'x,user,item,rating,timestamp\n' + '\n'.join(f'a,{line}' for line in lines()),
 }
 # Sound or not, these are for the other reader.
@@ -46,6 +48,7 @@ OTHER = {
   'a rating with a line': BASE + '\n1,1,3_0,1000000000',
   'an infinite rating': BASE + '\n1,1,inf,1000000000',
   'too few columns': BASE + '\n1,1',
+  'a delimiter at the end': BASE + '\n1,1,3,1000000000,',
   'old Mac': BASE.replace('\n', '\r'),
   'units': BASE + '\n1,1,3,1000000000000',
   'quotes': BASE + '\n"1","1",3,1000000000',

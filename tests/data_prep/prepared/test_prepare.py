@@ -55,6 +55,7 @@ def test_orders_rows_by_time_and_keeps_file_order_among_equals():
     (['10', '9', '2', 'x'], ['10', '2', '9', 'x']),
     (['7', '007', '-1'], ['-1', '007', '7']),
     (['99999999999999999999', '3'], ['3', '99999999999999999999']),
+    (['9', '1' * 5000, '3'], ['1' * 5000, '3', '9']),  # No number that Python reads.
   ],
 )
 def test_ids_are_ordered_by_number_only_if_all_are_whole_numbers(ids, expected):

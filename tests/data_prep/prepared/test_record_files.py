@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,22 @@ def test_a_file_that_reads_back_differently_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setattr(record_files.array_record_module, 'ArrayRecordReader', Lossy)
   with pytest.raises(InputError, match='reads back differently'):
     record_files.write(tmp_path / 'records', [b'one', b'two'])
+
+
+def test_workers_say_nothing_when_the_user_stops_the_build(tmp_path):
+  (tmp_path / 'wait.py').write_text(WAIT)
+  build = subprocess.Popen(
+    [sys.executable, str(tmp_path / 'wait.py')],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    start_new_session=True,
+  )
+  build.stdout.readline()
+  os.killpg(build.pid, signal.SIGINT)  # As a terminal does.
+  _, said = build.communicate(timeout=300)
+  assert said.count('Traceback') == said.count('wait.py') == 1  # Of the program alone.
 
 
 def test_workers_end_with_a_killed_build(tmp_path):

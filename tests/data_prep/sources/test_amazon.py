@@ -84,6 +84,13 @@ def test_reviews_and_metadata_as_downloaded(folder):
   assert prepare.counts(data)['items'] == 4
 
 
+def test_two_reviews_in_a_line_are_one_message(folder):
+  lines = [json.dumps(dict(zip(amazon._FIELDS, event, strict=True))) for event in EVENTS]
+  bad = lines[0].replace('"B1"', '""')
+  write(folder, 'reviews_Beauty_5.json.gz', [' '.join([*lines, bad])])
+  assert 'not one JSON object a line; download the file again' in fault(folder)
+
+
 def test_files_may_be_unpacked_and_metadata_json(folder):
   before = read(folder)
   for path in list(folder.iterdir()):

@@ -443,6 +443,17 @@ def test_bad_json_lines(write, line, expected):
   assert expected in fault(write(ROWS), items=str(items))
 
 
+def test_half_a_character_in_an_id_is_the_same_in_both_files(write):
+  ids = ['"x\\ud83d"', '"y"']
+  rows = [
+    f'{{"user": "{user}", "item": {item}, "time": {10**9}}}\n' for user in 'ab' for item in ids
+  ]
+  items = write(''.join(f'{{"id": {item}}}\n' for item in ids), 'items.jsonl')
+  data = prepare.prepare(read(write(''.join(rows), 'in.jsonl'), items=str(items)))
+  assert data.item_names == ['x\\ud83d', 'y']
+  assert not data.dropped['items']
+
+
 def test_items_that_the_table_lacks_are_kept_if_told(write):
   items = write('id,title\ny,Y\n', 'items.csv')
   raw = read(write(ROWS), items=str(items), partial_items=True)

@@ -223,7 +223,8 @@ def original_id(value: Any, column: str, where: str) -> str:
   """Converts an id to text; InputError if it is empty or no id."""
   if isinstance(value, bool | float | list | dict):
     raise InputError(f'{where}: {column} is {value!r}; ids are text or whole numbers: correct it')
-  name = '' if value is None else str(_decoded(value))
+  # Half characters of JSON are written as the interactions have them, see `json_lines`.
+  name = '' if value is None else str(_decoded(value)).encode(errors='backslashreplace').decode()
   if not name.strip():
     raise InputError(f'{where}: {column} is empty; fill it in or remove the row')
   return name
