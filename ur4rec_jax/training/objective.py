@@ -255,11 +255,14 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
     pairwise = losses.RETRIEVAL_LOSSES[name]
     if name == 'gbce':
       pairwise = lambda *logits: losses.gbce(*logits, num_items, config.calibration)
+    # In float32, so that the gradients of an item are summed in it over tokens and chunks.
+    item_vectors = item_vectors.astype(jnp.float32)
 
     def loss(hidden, targets, negatives, weights):
-      positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
+      vectors_of = lambda items: item_vectors[items].astype(hidden.dtype)
+      positive = (hidden * vectors_of(targets)).sum(-1, dtype=jnp.float32)
       negative = jnp.einsum(
-        'td,tnd->tn', hidden, item_vectors[negatives], preferred_element_type=jnp.float32
+        'td,tnd->tn', hidden, vectors_of(negatives), preferred_element_type=jnp.float32
       )
       return pairwise(positive, negative, weights)
 
@@ -271,19 +274,25 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
     )
 
   def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives, seen=None):
+    item_vectors = item_vectors.astype(jnp.float32)  # As above.
     negative_vectors = item_vectors[negatives.items]
     users = is_seen = words = None
     if seen is not None:
       users, is_seen = seen.users, _is_seen(seen, negatives.items)
     if catalogue_softmax.has_kernel(hidden, negative_vectors):
-      vectors = hidden, item_vectors[targets], negative_vectors
+      vectors = (x.astype(hidden.dtype) for x in (item_vectors[targets], negative_vectors))
       if seen is not None:
         words = packed(is_seen)[users]
-      return catalogue_softmax.fused_sampled_softmax(*vectors, targets, weights, negatives, words)
+      return catalogue_softmax.fused_sampled_softmax(
+        hidden, *vectors, targets, weights, negatives, words
+      )
 
     def loss(hidden, targets, weights, users):
-      positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
-      negative = jnp.matmul(hidden, negative_vectors.T, preferred_element_type=jnp.float32)
+      target_vectors, others = (
+        x.astype(hidden.dtype) for x in (item_vectors[targets], negative_vectors)
+      )
+      positive = (hidden * target_vectors).sum(-1, dtype=jnp.float32)
+      negative = jnp.matmul(hidden, others.T, preferred_element_type=jnp.float32)
       left_out = targets[:, None] == negatives.items
       if users is not None:
         left_out |= is_seen[users]
