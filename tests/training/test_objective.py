@@ -27,10 +27,12 @@ def same_target_loss(states, numbers, size: int = 100):
   return same_target(encoded, make_sample(inputs_of(numbers), size), None)
 
 
-def test_pairs_are_tokens_with_the_same_target_and_never_padding():
+@pytest.mark.parametrize('tokens', [40, 43, 1600])
+def test_pairs_are_tokens_with_the_same_target_and_never_padding(tokens):
   rng = np.random.default_rng(0)
-  numbers = rng.integers(0, 6, 40)
-  sample = make_sample(inputs_of(numbers), 100)
+  numbers = rng.integers(0, 6, tokens)
+  sample = make_sample(inputs_of(numbers), 2000)
+  np.testing.assert_array_equal(sample.tokens, np.arange(tokens))
   first, second = numbers[sample.pairs]
   is_pair = np.asarray(sample.pair_weights) > 0
   np.testing.assert_array_equal(is_pair, (first == second) & (first > 0))

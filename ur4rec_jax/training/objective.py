@@ -81,11 +81,11 @@ class Sample(NamedTuple):
 def make_sample(inputs: LossInputs, size: int) -> Sample:
   """Chooses at most `size` tokens and as many pairs of tokens with the same target."""
   count = inputs.numbers.size
-  tokens = jnp.linspace(0, count - 1, min(size, count), dtype=int)
+  tokens = _evenly_spaced(count, size)
   # Sorted by target, neighbours are mostly pairs. They are mostly of different users, as few users
   # have an item twice.
   by_target = jnp.argsort(inputs.numbers)
-  first = jnp.linspace(0, count - 2, min(size, count - 1), dtype=int)
+  first = _evenly_spaced(count - 1, size)
   pairs = jnp.stack([by_target[first], by_target[first + 1]])
   a, b = inputs.numbers[pairs]
   return Sample(
@@ -97,6 +97,13 @@ def make_sample(inputs: LossInputs, size: int) -> Sample:
     pair_numbers=a,
     pair_weights=((a == b) & (a > 0)).astype(jnp.float32),
   )
+
+
+def _evenly_spaced(count: int, size: int) -> Array:
+  """Returns at most `size` of the indices below `count`."""
+  if size >= count:  # Rounding would list some of them twice.
+    return jnp.arange(count)
+  return jnp.linspace(0, count - 1, size, dtype=int)
 
 
 def make_losses(stage: Stage, num_items: int) -> Callable[[Encoded, LossInputs], dict[str, Array]]:
