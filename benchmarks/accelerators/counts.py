@@ -453,7 +453,6 @@ def _convolution_flops(x: Instruction, left: Array, kernel: Array) -> float:
   """Counts products of values that exist, as TPUs write batched products as sparse convolutions."""
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', x.attributes)
   of_left, of_kernel, of_out = labels.groups()
-  window = x.attribute('window').strip('{}') if 'window=' in x.attributes else ''
   found = re.search(r'window=\{([^}]*)\}', x.attributes)
   window = dict(part.split('=') for part in found[1].split()) if found else {}
   out = x.arrays[0]

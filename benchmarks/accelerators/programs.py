@@ -100,7 +100,7 @@ def train(run: Run) -> jax.stages.Lowered:
     out_axes=(axes, None),
     shapes=(
       _placed(state, axes),
-      _placed(make_train_data(run.dataset.train_part(), tables), data_axes),
+      _placed(make_train_data(run.dataset, tables), data_axes),
       devices.deal(plan, axis=1),
       np.int32(_STEPS),
       stage_numbers(stage, run.labels, batches.steps_per_epoch, max_turns),

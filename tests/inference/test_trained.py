@@ -111,6 +111,10 @@ def test_the_best_items_of_the_evaluation_are_those_that_are_recommended(shop, n
   np.testing.assert_array_equal(found, ids[::40, :5])
   assert len(found) >= 3
   assert np.isfinite(scores[::40, :5]).all()
+  # A target that the user has seen is left out, too.
+  few = few._replace(targets=recommender.dataset.item_ids[few.starts])
+  found = best_items(recommender.model, data, params, few, recommender.dataset.num_items)
+  assert not (found == few.targets[:, None]).any()
 
 
 def test_shares_are_named_by_what_items_are_made_of(shop):

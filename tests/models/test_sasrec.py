@@ -68,6 +68,19 @@ def encode(model: SASRec, params, *inputs) -> np.ndarray:
   return np.asarray(apply(model, params, *inputs), np.float32)
 
 
+def test_gradients_of_an_item_are_summed_in_float32():
+  """A sum in bfloat16 would stop growing at 256 of these 4,096 tokens."""
+  model = small_model(dim=4, num_blocks=0, dropout=0.0, positions='none', dtype=jnp.bfloat16)
+  params = large_params(model)
+  wanted = jnp.array([1.0, 2.0, -1.0, 0.5])
+  loss = lambda params, item_ids: (apply(model, params, item_ids) * wanted).sum()
+  gradient = jax.jit(jax.grad(loss))
+  once, often = (
+    gradient(params, jnp.full(shape, 7))['item_embedding'][7] for shape in ((1, 1), (1024, 4))
+  )
+  np.testing.assert_allclose(often / 4096, once, rtol=0.02)
+
+
 @pytest.mark.parametrize(
   ('segment_ids', 'expected'),
   [

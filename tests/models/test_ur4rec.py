@@ -12,8 +12,10 @@ from tests.helpers.features import make_features
 from tests.helpers.marks import slow
 from ur4rec_jax.data.features import Preferences, Tables, TokenTable
 from ur4rec_jax.data.input_pipeline import Batch
+from ur4rec_jax.models.content import Content
 from ur4rec_jax.models.retriever import normalised
 from ur4rec_jax.models.ur4rec import create_model
+from ur4rec_jax.models.user_tower import HistoryTokens
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings, ReadTables
 from ur4rec_jax.training import catalogue_softmax, losses, negatives, objective
 from ur4rec_jax.training.stages import make_stages
@@ -69,6 +71,24 @@ def _encode(model, params, features, item_ids, segment_ids):
 def apply(model, params, *arguments, method, **options):
   """A method of the model as one program, which is compiled sooner than its many operations."""
   return model.apply({'params': params}, *arguments, method=method, **options)
+
+
+def test_gradients_of_content_are_summed_in_float32():
+  """A sum in bfloat16 would stop growing at 256 of these 4,096 tokens."""
+  tower = HistoryTokens(LENGTH, 4, 0.0, jnp.bfloat16)
+  content = lambda x: Content(x, x, jnp.ones(x.shape[:2], bool), x)
+  wanted = jnp.array([1.0, 2.0, -1.0, 0.5])
+
+  def loss(modalities, item_ids):
+    inputs = content(modalities), item_ids, jnp.ones_like(item_ids)
+    tokens, _ = tower.apply(params, *inputs, deterministic=True)
+    return (tokens['modality_0'] * wanted).sum(dtype=jnp.float32)
+
+  modalities, item_ids = jnp.ones((ITEMS, 1, 4), jnp.bfloat16), jnp.full((1024, 4), 3)
+  inputs = content(modalities), item_ids, item_ids
+  params = tower.init(jax.random.key(0), *inputs, deterministic=True)
+  gradient = jax.jit(jax.grad(loss))(modalities, item_ids)
+  np.testing.assert_allclose(gradient[3, 0].astype(jnp.float32), 4096 * wanted, rtol=0.01)
 
 
 @pytest.mark.parametrize('norm', ['pre', 'post'])

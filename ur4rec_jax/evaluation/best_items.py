@@ -16,7 +16,7 @@ from ur4rec_jax.evaluation.evaluate import (
   place_batches,
 )
 from ur4rec_jax.evaluation.queries import Queries, pack_queries
-from ur4rec_jax.evaluation.ranking import best_by_products, best_of, leave_out_seen
+from ur4rec_jax.evaluation.ranking import best_by_products, best_of
 from ur4rec_jax.sharding import devices
 
 PyTree = Any
@@ -61,13 +61,14 @@ def _make_step(model: nn.Module, data: EvalData, seen_capacity: int, count: int)
   encode_batch = make_batch_encoder(model, data.embeddings, seen_capacity)
 
   def step(params, catalogue, user_tables, table, item_ids, batch):
-    apply, users, targets, seen = encode_batch(params, catalogue, user_tables, item_ids, batch)
+    apply, users, _, seen = encode_batch(params, catalogue, user_tables, item_ids, batch)
     if model.is_sum:
       users = apply(users, catalogue.covariances, method='scaled_users')
       vectors = {branch: items.vectors for branch, items in catalogue.items.items()}
       added = added_scores(model, table, item_ids, batch)
       return best_by_products(users, vectors, seen, count, data.embeddings, added)
-    leave_out = lambda scores: leave_out_seen(scores, targets, seen)
+    # Not `leave_out_seen`, which keeps the target even if the user has seen it.
+    leave_out = lambda scores: scores.at[seen.users, seen.items - 1].set(-jnp.inf, mode='drop')
     scores = apply(users, catalogue.items, leave_out, method='scores')
     _, found = best_of(scores, 1 + jnp.arange(scores.shape[1]), count)
     return jax.lax.all_gather(found, devices.AXIS, tiled=True)

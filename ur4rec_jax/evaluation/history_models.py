@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ur4rec_jax.data.dataset import Dataset
+from ur4rec_jax.data.streaming import indices, ranges
 from ur4rec_jax.evaluation import metrics
 from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.evaluation.queries import Queries, make_queries
@@ -98,9 +99,8 @@ def histories_of(dataset: Dataset, queries: Queries) -> Histories:
   """Returns the histories before the held-out items of some queries."""
   lengths = queries.lengths
   owners = np.repeat(np.arange(len(lengths)), lengths)
-  position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-  items = dataset.item_ids[np.repeat(queries.starts, lengths) + position]
-  return Histories(queries.users, owners, items, np.repeat(lengths, lengths) - position - 1)
+  items = dataset.item_ids[indices(queries.starts, lengths)]
+  return Histories(queries.users, owners, items, lengths[owners] - ranges(lengths) - 1)
 
 
 def _is_first(histories: Histories, counts: np.ndarray) -> np.ndarray:

@@ -334,8 +334,11 @@ class SASRec(nn.Module):
       `[batch, length, dim]` hidden states, or `[batch, queries, dim]`; finite but meaningless where
       `segment_ids` is 0.
     """
+    # In float32, because an item's gradient is a sum over all its tokens. In bfloat16 a sum stops
+    # growing once it is 256 times as large as what is added.
+    vectors = items.vectors.astype(jnp.float32)
     # Flattened, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
-    x = items.vectors[item_ids.reshape(-1)]
+    x = vectors[item_ids.reshape(-1)]
     if self.positions == 'absolute':
       x += self.position_embedding[segment_positions(segment_ids).reshape(-1)]
     x = x.astype(self.dtype)

@@ -41,9 +41,11 @@ class HistoryTokens(nn.Module):
     positions = position_embedding[segment_positions(segment_ids).reshape(-1)]
     since, until = visible_history(segment_ids)
     present = content.present[item_ids]
+    # In float32, so that gradients of items are summed in it, see `SASRec.encode_users`.
+    modalities = content.modalities.astype(jnp.float32)
     tokens, visible = {}, {}
     for i in range(present.shape[-1]):
-      x = (content.modalities[flat_ids, i] + positions).astype(self.dtype)
+      x = (modalities[flat_ids, i] + positions).astype(self.dtype)
       x = Dropout(self.dropout)(x, deterministic=deterministic)
       tokens[f'modality_{i}'] = x.reshape(*item_ids.shape, self.dim)
       visible[f'modality_{i}'] = Visible(since, jnp.where(present[..., i], until, 0))

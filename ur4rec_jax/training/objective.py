@@ -81,11 +81,11 @@ class Sample(NamedTuple):
 def make_sample(inputs: LossInputs, size: int) -> Sample:
   """Chooses at most `size` tokens and as many pairs of tokens with the same target."""
   count = inputs.numbers.size
-  tokens = jnp.linspace(0, count - 1, min(size, count), dtype=int)
+  tokens = _evenly_spaced(count, size)
   # Sorted by target, neighbours are mostly pairs. They are mostly of different users, as few users
   # have an item twice.
   by_target = jnp.argsort(inputs.numbers)
-  first = jnp.linspace(0, count - 2, min(size, count - 1), dtype=int)
+  first = _evenly_spaced(count - 1, size)
   pairs = jnp.stack([by_target[first], by_target[first + 1]])
   a, b = inputs.numbers[pairs]
   return Sample(
@@ -97,6 +97,13 @@ def make_sample(inputs: LossInputs, size: int) -> Sample:
     pair_numbers=a,
     pair_weights=((a == b) & (a > 0)).astype(jnp.float32),
   )
+
+
+def _evenly_spaced(count: int, size: int) -> Array:
+  """Returns at most `size` of the indices below `count`."""
+  if size >= count:  # Rounding would list some of them twice.
+    return jnp.arange(count)
+  return jnp.linspace(0, count - 1, size, dtype=int)
 
 
 def make_losses(stage: Stage, num_items: int) -> Callable[[Encoded, LossInputs], dict[str, Array]]:
@@ -255,11 +262,14 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
     pairwise = losses.RETRIEVAL_LOSSES[name]
     if name == 'gbce':
       pairwise = lambda *logits: losses.gbce(*logits, num_items, config.calibration)
+    # In float32, so that the gradients of an item are summed in it over tokens and chunks.
+    item_vectors = item_vectors.astype(jnp.float32)
 
     def loss(hidden, targets, negatives, weights):
-      positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
+      vectors_of = lambda items: item_vectors[items].astype(hidden.dtype)
+      positive = (hidden * vectors_of(targets)).sum(-1, dtype=jnp.float32)
       negative = jnp.einsum(
-        'td,tnd->tn', hidden, item_vectors[negatives], preferred_element_type=jnp.float32
+        'td,tnd->tn', hidden, vectors_of(negatives), preferred_element_type=jnp.float32
       )
       return pairwise(positive, negative, weights)
 
@@ -271,19 +281,25 @@ def make_retrieval_loss(name: str, config: ConfigDict, num_items: int) -> Callab
     )
 
   def sampled_for_all_tokens(hidden, item_vectors, targets, weights, negatives, seen=None):
+    item_vectors = item_vectors.astype(jnp.float32)  # As above.
     negative_vectors = item_vectors[negatives.items]
     users = is_seen = words = None
     if seen is not None:
       users, is_seen = seen.users, _is_seen(seen, negatives.items)
     if catalogue_softmax.has_kernel(hidden, negative_vectors):
-      vectors = hidden, item_vectors[targets], negative_vectors
+      vectors = (x.astype(hidden.dtype) for x in (item_vectors[targets], negative_vectors))
       if seen is not None:
         words = packed(is_seen)[users]
-      return catalogue_softmax.fused_sampled_softmax(*vectors, targets, weights, negatives, words)
+      return catalogue_softmax.fused_sampled_softmax(
+        hidden, *vectors, targets, weights, negatives, words
+      )
 
     def loss(hidden, targets, weights, users):
-      positive = (hidden * item_vectors[targets]).sum(-1, dtype=jnp.float32)
-      negative = jnp.matmul(hidden, negative_vectors.T, preferred_element_type=jnp.float32)
+      target_vectors, others = (
+        x.astype(hidden.dtype) for x in (item_vectors[targets], negative_vectors)
+      )
+      positive = (hidden * target_vectors).sum(-1, dtype=jnp.float32)
+      negative = jnp.matmul(hidden, others.T, preferred_element_type=jnp.float32)
       left_out = targets[:, None] == negatives.items
       if users is not None:
         left_out |= is_seen[users]

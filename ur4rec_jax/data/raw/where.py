@@ -1,5 +1,6 @@
 """Applies conditions, such as `quantity > 0 and status == 'paid'`, to the rows of a table."""
 
+import contextlib
 import datetime
 import difflib
 from collections.abc import Callable, Sequence
@@ -65,8 +66,7 @@ def as_numbers(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int | None]:
   if pa.types.is_dictionary(column.type):
     column = column.cast(column.type.value_type)
   if is_text(column.type):
-    trimmed = plain_numbers(column)
-    trimmed = pc.if_else(pc.equal(trimmed, ''), pa.scalar(None, trimmed.type), trimmed)
+    trimmed = _filled(column)
     odd = first_true(pc.invert(pc.match_substring_regex(trimmed, NUMBER)).fill_null(False))
     return (trimmed, odd) if odd is not None else (trimmed.cast(pa.float64()), None)
   if pa.types.is_floating(column.type):
@@ -75,6 +75,12 @@ def as_numbers(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int | None]:
   if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
     return column.cast(pa.float64(), safe=False), None
   return (column.cast(pa.float64()), None) if pa.types.is_decimal(column.type) else (column, 0)
+
+
+def _filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
+  """Spells the numbers of a column of texts as Arrow reads them, null where it is empty."""
+  trimmed = plain_numbers(column)
+  return pc.if_else(pc.equal(trimmed, ''), pa.scalar(None, trimmed.type), trimmed)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -94,12 +100,16 @@ def _comparable(
     if pa.types.is_signed_integer(kind) and isinstance(value, int) and abs(value) < 2**63:
       return column.cast(pa.int64()), pa.scalar(value, pa.int64())
     numbers, odd = as_numbers(column)
-    if odd is None:
-      return numbers, pa.scalar(float(value))
-    raise InputError(
-      f'{where(odd)}: {name} is {column[odd].as_py()!r}, which --where compares with the number'
-      f' {value}; correct the row, or compare with a text in quotes'
-    )
+    if odd is not None:
+      raise InputError(
+        f'{where(odd)}: {name} is {column[odd].as_py()!r}, which --where compares with the number'
+        f' {value}; correct the row, or compare with a text in quotes'
+      )
+    if isinstance(value, int) and 2**53 <= abs(value) < 2**63:  # Floats round such ids.
+      with contextlib.suppress(pa.ArrowInvalid):  # Not all numbers are integers of 64 bits.
+        whole = (_filled(column) if is_text(kind) else column).cast(pa.int64())
+        return whole, pa.scalar(value, pa.int64())
+    return numbers, pa.scalar(float(value))
   if is_text(kind):
     return column.cast(pa.large_string()), pa.scalar(value, pa.large_string())
   if pa.types.is_boolean(kind) and value.lower() in ('true', 'false'):
