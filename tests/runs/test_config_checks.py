@@ -14,6 +14,7 @@ from ur4rec_jax.runs.knobs import VARIANTS
 
 WRONG = [
   ('crop', 'first'),
+  ('batch_size', True),  # Python takes it for 1.
   ('mapping', 'vmap'),
   ('transfer_guard', 'no'),
   ('sasrec.norm', 'none'),
