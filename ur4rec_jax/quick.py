@@ -428,7 +428,7 @@ def _as_file(table: Any, folder: pathlib.Path, name: str) -> pathlib.Path | None
   if table is None:
     return None
   if isinstance(table, str | os.PathLike):
-    return pathlib.Path(table).expanduser()
+    return pathlib.Path(os.path.expanduser(table))
   import pyarrow as pa
   import pyarrow.parquet as pq
 

@@ -159,6 +159,7 @@ def test_frames_go_in_and_out(shop):
   one = recommender.recommend(ids[:2], k=3)
   assert list(one) == ['rank', 'item', 'title', 'score', *recommender.share_names]
   assert one['rank'].tolist() == [1, 2, 3]
+  pd.testing.assert_frame_equal(recommender.recommend(ids[:2], k=np.int64(3)), one)
   log = pd.DataFrame(
     {
       'user': ['b', 'a', 'a', 'b'],

@@ -297,7 +297,7 @@ class Recommender:
       without = np.unique(self._lookup_filter(query.without, 'without'))
     return CheckedQuery(
       [history.items for history in known],
-      query.k,
+      int(query.k),  # NumPy's lack a method that is needed.
       [without if keep_seen else np.union1d(history.seen, without) for history in known],
       allowed,
       self._checked_weights(query.weights, known),
