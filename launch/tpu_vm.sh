@@ -30,6 +30,7 @@ for attempt in {1..20}; do
   case $code in
     0 | 2 | 3 | 4 | 126 | 127) exit "$code" ;;
   esac
+  ((attempt < 20)) || break
   echo "attempt $attempt ended with exit code $code; starting again in a minute" >&2
   sleep "${PAUSE:-60}"
 done

@@ -61,6 +61,14 @@ def test_with_too_many_items_ease_is_left_out_and_not_in_silence(data_dir, monke
   assert 'items; EASE is for up to 5' in done.stderr
 
 
+def test_the_table_comes_even_if_its_file_cannot_be_written(data_dir, tmp_path):
+  flags = [f'--data_dir={data_dir}', '--models=popularity', f'--out={tmp_path}/none/a.json']
+  done = run_here(baselines.main, flags)
+  assert done.returncode == 4
+  assert 'serendipity' in done.stdout
+  assert 'cannot write' in done.stderr
+
+
 @pytest.mark.parametrize(
   ('flags', 'said'),
   [

@@ -100,6 +100,13 @@ def test_titles_of_any_language_stay_as_they_are(title):
   assert errors.printable(title) == title
 
 
+def test_what_the_encoding_of_the_output_lacks_is_escaped():
+  command = [sys.executable, '-c', 'from ur4rec_jax.errors import say; say("Käse\\t茶")']
+  env = os.environ | {'PYTHONIOENCODING': 'latin-1'}
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True)
+  assert done.stdout.decode('latin-1') == f'Käse\t\\u8336{os.linesep}'
+
+
 def test_an_escape_sequence_is_shown():
   assert errors.printable('Kind\x1b[2J of\n\x9b31m Blue') == 'Kind\\x1b[2J of\n\\x9b31m Blue'
   assert os.linesep in errors.printable(f'a{os.linesep}b')

@@ -133,6 +133,22 @@ def test_a_user_is_forgotten_behind_a_link_and_after_a_kill(shop, tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ['current', 'model']
 
 
+def test_two_processes_that_forget_users_at_once_forget_both(shop, tmp_path):
+  recommender, folder = make(shop, 'sasrec')[0], tmp_path / 'model'
+  export(recommender, folder, with_users=True)
+  slowly = (
+    'import sys, time; from ur4rec_jax.inference import exported\n'
+    'read = exported._read\n'
+    'exported._read = lambda *args: (read(*args), time.sleep(1))[0]\n'
+    'assert exported.forget_user(*sys.argv[1:])'
+  )
+  users, env = list(recommender.users)[:2], os.environ | {'UR4REC_LOCK_SECONDS': '60'}
+  commands = [[sys.executable, '-c', slowly, str(folder), user] for user in users]
+  started = [subprocess.Popen(command, cwd=ROOT, env=env) for command in commands]
+  assert [process.wait(timeout=120) for process in started] == [0, 0]
+  assert not set(users) & exported.load(folder).known_users.index.keys()
+
+
 def test_pictures_are_small_copies_of_those_of_old_and_new_items(small_shop, tmp_path):
   recommender = make(small_shop, 'multimodal')[0]
   count = len(recommender.item_ids)

@@ -19,6 +19,7 @@ from ur4rec_jax.files import (
   clean_up,
   disk_errors,
   expand_home,
+  new_file,
   new_folder,
   only_process,
   write_file,
@@ -82,6 +83,46 @@ def test_write_file_killed_at_any_step_leaves_one_of_the_two_contents(tmp_path):
   assert (status, seen) == (0, {'old', 'new'})
 
 
+def test_a_file_that_is_written_in_parts_is_whole_or_absent(tmp_path):
+  target = tmp_path / 'top.parquet'
+  with new_file(target) as draft:
+    draft.write_text('old')
+  with contextlib.suppress(RuntimeError), new_file(target) as draft:
+    draft.write_text('half')
+    raise RuntimeError
+  assert target.read_text() == 'old'
+  assert [path.name for path in tmp_path.iterdir()] == ['top.parquet']
+  write = (
+    'import os, pathlib, sys; from ur4rec_jax.files import new_file\n'
+    'with new_file(pathlib.Path(sys.argv[1])) as draft:\n'
+    '  draft.write_text("half"); os.kill(os.getpid(), 9)'
+  )
+  killed = subprocess.run([sys.executable, '-c', write, str(target)], cwd=ROOT, check=False)
+  assert killed.returncode == -signal.SIGKILL
+  assert target.read_text() == 'old'
+  assert len(list(tmp_path.iterdir())) == 2
+  with new_file(target) as draft:  # The next one removes what the kill has left.
+    draft.write_text('new')
+  assert target.read_text() == 'new'
+  assert [path.name for path in tmp_path.iterdir()] == ['top.parquet']
+
+
+@pytest.mark.parametrize('path', ['', '.', '/'])
+def test_a_path_without_a_name_is_refused(path):
+  with pytest.raises(InputError, match='names no file'):
+    write_file(path, 'text')
+
+
+@pytest.mark.parametrize('seconds', ['soon', '-1', 'nan'])
+def test_a_wrong_time_to_wait_for_a_lock_is_named(seconds, tmp_path, monkeypatch):
+  monkeypatch.setenv('UR4REC_LOCK_SECONDS', seconds)
+  with (
+    pytest.raises(InputError, match=f'UR4REC_LOCK_SECONDS={seconds}: must be a number'),
+    only_process(tmp_path / 'lock', 'taken'),
+  ):
+    pass
+
+
 def test_leftovers_are_those_of_dead_processes_of_this_machine(tmp_path):
   target, host = tmp_path / 'data', socket.gethostname()
   dead = subprocess.Popen([sys.executable, '-c', ''])
@@ -94,6 +135,7 @@ def test_leftovers_are_those_of_dead_processes_of_this_machine(tmp_path):
     abandoned = f'data.raw-other-{alive.pid}'
     for name in {*kept, f'data.incomplete-{host}-{dead.pid}', f'data.raw-{dead.pid}', abandoned}:
       (tmp_path / name).mkdir()
+    (tmp_path / f'data.incomplete-{dead.pid}').write_text('a part of a file')
     os.utime(tmp_path / abandoned, (time.time() - 8 * 86_400,) * 2)
     clean_up(target)
     assert {path.name for path in tmp_path.iterdir()} == kept

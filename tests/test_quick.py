@@ -219,6 +219,9 @@ def test_wrong_tables_and_options_of_train(tmp_path):
     ur4rec_jax.train(3, out=tmp_path)
   with pytest.raises(InputError, match='colour is none of user_column'):
     ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, colour='red')
+  for minutes in (0, float('nan')):
+    with pytest.raises(InputError, match=r'minutes=.*: must be above 0'):
+      ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, minutes=minutes)
 
 
 @pytest.mark.parametrize(('items', 'answer'), [(50, 'leave_out'), (2, 'keep')])
@@ -226,6 +229,12 @@ def test_shops_whose_customers_buy_again_recommend_seen_items(tmp_path, items, a
   rows = {'user': [f'u{i % 9}' for i in range(90)], 'item': [f'i{i % items}' for i in range(90)]}
   build_from_table(pa.table(rows), tmp_path / 'data')
   assert quick.seen_items(tmp_path / 'data') == answer
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+  (tmp_path / 'out').write_text('mine')
+  with pytest.raises(InputError, match='holds other files; give another --out'):
+    quick.Commands(quick.Order(tmp_path / 'o.csv', tmp_path / 'out'))
 
 
 @pytest.mark.parametrize('content', ['{"inputs"', '{}', '[]'])

@@ -159,6 +159,7 @@ def test_an_exported_run_gives_the_same(call, with_content, encoded, tmp_path):
     (('--user=u001', '--history=a'), 'exclude each other'),
     (('--user=u001', '--out=x'), '--out: is for --all_users'),
     (('--all_users',), '--all_users: needs --out=FILE.parquet'),
+    (('--all_users', '--out='), 'names no file'),
     (('--histories=a.csv',), '--histories: needs --out=FILE.parquet'),
     (('--histories=a.csv', '--user=u001', '--out=x'), '--histories: takes no --user'),
     (('--histories=a.csv', '--all_users', '--out=x'), 'exclude each other'),
@@ -181,6 +182,18 @@ def test_bad_input_is_one_message(finished, capsys, flags, message):
     recommend.main([f'--workdir={finished}', *flags])
   assert stopped.value.code == 2
   assert message in capsys.readouterr().err
+
+
+def test_damaged_results_of_a_run_are_named(finished, tmp_path, capsys):
+  from ur4rec_jax import recommend
+
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  (workdir / 'results.json').write_text('{"test": ')
+  with pytest.raises(SystemExit) as stopped:
+    recommend.main([f'--workdir={workdir}', '--user=u001'])
+  assert stopped.value.code == 2
+  assert 'results.json: cannot be read' in capsys.readouterr().err
 
 
 def test_a_folder_without_a_run_is_named(call, tmp_path):

@@ -293,6 +293,10 @@ def test_no_user_is_deleted_without_an_id(tmp_path):
     done = run_here(feedback_command.main, [f'--events={place}', '--delete_user='])
     assert (done.returncode, done.stdout) == (2, '')
     assert '--delete_user: is empty; give the id of a user' in done.stderr
+    flags = f'--events={place}', '--delete_user=u001', '--export='
+    done = run_here(feedback_command.main, flags)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert '--export: is empty; give the exported folder' in done.stderr
     assert store.shown_in(['r'])
 
 

@@ -98,10 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     say(f'{name:<18}ndcg@10 {found[name]["ndcg@10"]:.4f}  {model.setting}')
   for name, ranks_and_lists in runs.items():
     found[name] = measure(*ranks_and_lists())
-  if flags.out is not None:
-    write_file(flags.out, json.dumps(found, indent=2) + '\n')
   protocol_line = ', '.join(f'{k}: {v}' for k, v in protocol.describe(dataset).items())
   say(f'\ntest; {protocol_line}\n{table(found, ACCURACY + OF_LISTS)}')
+  if flags.out is not None:  # After the table, which is then not lost if the disk is full.
+    write_file(flags.out, json.dumps(found, indent=2) + '\n')
 
 
 def _baselines(

@@ -132,8 +132,14 @@ def counted(number: int, noun: str) -> str:
 
 
 def say(message: str, file: TextIO | None = None) -> None:
-  """Prints a message at once, with control characters made visible; on stdout by default."""
-  print(printable(message), file=file or sys.stdout, flush=True)
+  """Prints a message at once, on stdout by default.
+
+  Control characters, and those that the encoding of the stream lacks, are printed as escapes.
+  """
+  stream, text = file or sys.stdout, printable(message)
+  if encoding := getattr(stream, 'encoding', None):
+    text = text.encode(encoding, 'backslashreplace').decode(encoding)
+  print(text, file=stream, flush=True)
 
 
 class ReportedError(Exception):

@@ -12,7 +12,7 @@ import pathlib
 import shlex
 import sys
 
-from ur4rec_jax.errors import InputError, counted, exit_on_reported_error, refuse_idle_flags
+from ur4rec_jax.errors import InputError, counted, exit_on_reported_error, refuse_idle_flags, say
 from ur4rec_jax.files import expand_home
 from ur4rec_jax.inference import exported, thumbnails, vectors
 from ur4rec_jax.inference.exporting import export
@@ -47,26 +47,26 @@ def main(argv: list[str] | None = None) -> None:
     before = len(recommender.item_ids)
     recommender, known = recommender.add_items(flags.add_items, flags.pictures)
     added = len(recommender.item_ids) - before
-    print(f'added {counted(added, "item")}; already known: {len(known):,}', file=sys.stderr)
+    say(f'added {counted(added, "item")}; already known: {len(known):,}', sys.stderr)
   if flags.vectors:
     width = vectors.write_items(recommender, flags.vectors)
-    print(f'{flags.vectors}: {counted(len(recommender.item_ids), "vector")} of {width} numbers')
+    say(f'{flags.vectors}: {counted(len(recommender.item_ids), "vector")} of {width} numbers')
   if flags.user_vectors:
     vectors.write_users(recommender, flags.user_vectors)
-    print(f'{flags.user_vectors}: {counted(len(recommender.users), "vector")}')
+    say(f'{flags.user_vectors}: {counted(len(recommender.users), "vector")}')
   if flags.out is None:
     return
   manifest = export(recommender, flags.out, flags.users, not flags.without_pictures)
   out = pathlib.Path(flags.out)
   size = sum(path.stat().st_size for path in out.iterdir())
-  print(
+  say(
     f'{flags.out}: {counted(len(recommender.item_ids), "item")}, {size / 1e6:,.1f} MB, for'
     f' {" and ".join(manifest["platforms"])}, jax {manifest["jax"]} or newer'
   )
   if pictures := exported.load_thumbnails(out):
     packed = (out / thumbnails.PACKED).stat().st_size
-    print(f'pictures of {counted(len(pictures), "item")} take {packed / 1e6:,.1f} MB of it')
-  print(f'next: python -m ur4rec_jax.serve --export={shlex.quote(flags.out)}')
+    say(f'pictures of {counted(len(pictures), "item")} take {packed / 1e6:,.1f} MB of it')
+  say(f'next: python -m ur4rec_jax.serve --export={shlex.quote(flags.out)}')
 
 
 if __name__ == '__main__':

@@ -54,6 +54,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     raise InputError('give one of --out, --consume, --delete_user and --delete_before_days')
   if flags.delete_user == '':
     raise InputError('--delete_user: is empty; give the id of a user')
+  if flags.export == '':
+    raise InputError('--export: is empty; give the exported folder that forgets the user, too')
   refuse_idle_flags(parser, flags, 'delete_user', 'export')
   refuse_idle_flags(parser, flags, 'consume', 'group', 'kafka_config', 'until_end')
   is_file = '://' not in flags.events

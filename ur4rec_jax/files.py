@@ -49,8 +49,32 @@ def write_file(path: str | Path, content: str | bytes) -> None:
       draft.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+  """Yields a path whose file becomes `target` if the block ends without an error.
+
+  An old `target` stays in place until then. It suits content that does not fit into memory.
+  """
+  draft = draft_path(target)
+  clean_up(target)
+  try:
+    yield draft
+    sync(draft)
+    draft.replace(target)
+    sync(target.parent)
+  finally:
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)
+
+
 def draft_path(target: Path, purpose: str = 'incomplete') -> Path:
-  """Returns a path beside `target` that no other process has, on this machine or another one."""
+  """Returns a path beside `target` that no other process has, on this machine or another one.
+
+  Raises:
+    InputError: `target` has no name, such as the path of an empty text.
+  """
+  if not target.name:
+    raise InputError(f'{str(target)!r}: names no file or folder that can be written; give another')
   return target.with_name(f'{target.name}.{purpose}-{socket.gethostname()}-{os.getpid()}')
 
 
@@ -67,11 +91,12 @@ def only_process(lock_file: str | Path, message: str) -> Iterator[None]:
 
   Raises:
     BusyError: another process holds the lock for longer.
+    InputError: the environment variable is no number of seconds.
     OSError: the lock file cannot be written.
   """
   lock_file = Path(lock_file).absolute()  # The block may change the working directory.
   lock = filelock.FileLock(lock_file)
-  seconds = float(os.environ.get('UR4REC_LOCK_SECONDS', _LOCK_SECONDS))
+  seconds = _lock_seconds()
   # Read first, as some versions of filelock empty the file when they try to lock it.
   with contextlib.suppress(OSError, ValueError):
     message += f' (held by {lock_file.read_text().strip() or "an unknown process"})'
@@ -93,6 +118,16 @@ def only_process(lock_file: str | Path, message: str) -> Iterator[None]:
     with contextlib.suppress(OSError):
       lock_file.unlink()
     lock.release()
+
+
+def _lock_seconds() -> float:
+  text = os.environ.get('UR4REC_LOCK_SECONDS', _LOCK_SECONDS)
+  try:
+    if (seconds := float(text)) >= 0:
+      return seconds
+  except ValueError:
+    pass
+  raise InputError(f'UR4REC_LOCK_SECONDS={text}: must be a number of seconds, 0 or more')
 
 
 @contextlib.contextmanager
@@ -148,7 +183,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def clean_up(target: Path) -> None:
-  """Removes folders that killed programs left beside `target`.
+  """Removes folders and files that killed programs left beside `target`.
 
   If a program was killed while it replaced `target`, the old folder is put back. Programs of other
   machines, which share the disk, cannot be asked; what they have left is removed after a week.
@@ -161,8 +196,11 @@ def clean_up(target: Path) -> None:
       continue
     if match[1] == 'replaced' and not target.exists():
       path.rename(target)
-    else:
+    elif path.is_dir():
       shutil.rmtree(path, ignore_errors=True)
+    else:
+      with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def move_in(folder: Path, target: Path) -> None:

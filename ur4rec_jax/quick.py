@@ -131,7 +131,7 @@ class Commands:
         raise InputError(f'{self._path}: cannot be read ({error!r}); remove it') from error
       if before != inputs:
         raise InputError(f'--out={self.out}: was made from other files; give another --out')
-    elif self.out.exists() and any(self.out.iterdir()):
+    elif self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
       raise InputError(f'--out={self.out}: holds other files; give another --out')
     self.out.mkdir(parents=True, exist_ok=True)
     (self.out / 'logs').mkdir(exist_ok=True)
@@ -191,9 +191,12 @@ def make_models(order: Order) -> Models:
   """Builds, encodes, trains and compares.
 
   Raises:
-    InputError: a table cannot be read, or its columns cannot be guessed.
+    InputError: the minutes are impossible, a table cannot be read, or its columns cannot be
+      guessed.
     SystemExit: a command failed.
   """
+  if not 0 < order.minutes <= 10_000:
+    raise InputError(f'--minutes={order.minutes:g}: must be above 0, 10000 at most')
   commands = Commands(order)
   data = order.out / 'data'
   _build(commands, order, data)
@@ -425,7 +428,7 @@ def _as_file(table: Any, folder: pathlib.Path, name: str) -> pathlib.Path | None
   if table is None:
     return None
   if isinstance(table, str | os.PathLike):
-    return pathlib.Path(table).expanduser()
+    return pathlib.Path(os.path.expanduser(table))
   import pyarrow as pa
   import pyarrow.parquet as pq
 
@@ -480,8 +483,6 @@ def _order(flags: argparse.Namespace) -> Order:
     raise InputError('give the orders, an item table at most, and a folder of pictures at most')
   if folders and not tables:
     raise InputError(f'{folders[0]}: pictures need an item table, which says which items there are')
-  if not 0 < flags.minutes <= 10_000:
-    raise InputError(f'--minutes={flags.minutes:g}: must be above 0, 10000 at most')
   values = vars(flags)
   encoders = {name: found for name in _SPEED if (found := values[f'{name}_encoder'])}
   given = {name: values[name] for name in _BUILD_FLAGS if values[name] is not None}

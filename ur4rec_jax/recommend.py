@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import pathlib
 import sys
 import warnings
@@ -37,7 +36,7 @@ from ur4rec_jax.errors import (
   refuse_idle_flags,
   say,
 )
-from ur4rec_jax.files import expand_home, write_file
+from ur4rec_jax.files import expand_home, new_file, write_file
 from ur4rec_jax.inference import frames, rules
 from ur4rec_jax.inference.explanations import explain
 from ur4rec_jax.inference.new_items import ADD_ITEMS, PICTURES
@@ -171,42 +170,38 @@ def to_file(
   import pyarrow.parquet as pq
 
   out = pathlib.Path(flags.out)
-  draft = out.with_name(f'{out.name}.incomplete-{os.getpid()}')
   rows, writer, notes, refused = 0, None, [], []
   query = _query(recommender, flags)
+  bar = tqdm(total=len(group.names), unit='user', disable=not sys.stderr.isatty())
   try:
-    bar = tqdm(total=len(group.names), unit='user', disable=not sys.stderr.isatty())
-    for start in range(0, len(group.names), _CHUNK):
-      part = group.names[start : start + _CHUNK]
-      histories = [group.history(start + i) for i in range(len(part))]
-      asked = dataclasses.replace(query, histories=histories)
-      answer = recommender.ask(asked, users=group.rows[start : start + len(part)])
-      counts = [len(items) for items in answer.items]
-      found = {'user': np.repeat(part, counts), **frames.columns(answer, recommender.share_names)}
-      # Without these types a part in which nobody is answered would have another schema.
-      table = pa.table({name: pa.array(x, _TYPES.get(name)) for name, x in found.items()})
-      writer = writer or pq.ParquetWriter(draft, table.schema)
-      writer.write_table(table)
-      rows += len(table)
-      bar.update(len(part))
-      for name, count, unknown, problem in zip(
-        part, counts, answer.unknown, answer.problems, strict=True
-      ):
-        if problem:
-          refused.append((name, problem))
-        ignored = ''
-        if unknown and not problem:
-          ignored = f'ignored {counted(len(unknown), "item")} not in the catalogue'
-        if note := '; '.join(filter(None, (group.notes.get(name), problem, ignored))):
-          notes.append((name, count, note))
-    bar.close()
-    writer.close()
-    _write_notes(notes_path(out), notes)
-    os.replace(draft, out)
+    with bar, new_file(out) as draft:
+      for start in range(0, len(group.names), _CHUNK):
+        part = group.names[start : start + _CHUNK]
+        histories = [group.history(start + i) for i in range(len(part))]
+        asked = dataclasses.replace(query, histories=histories)
+        answer = recommender.ask(asked, users=group.rows[start : start + len(part)])
+        counts = [len(items) for items in answer.items]
+        found = {'user': np.repeat(part, counts), **frames.columns(answer, recommender.share_names)}
+        # Without these types a part in which nobody is answered would have another schema.
+        table = pa.table({name: pa.array(x, _TYPES.get(name)) for name, x in found.items()})
+        writer = writer or pq.ParquetWriter(draft, table.schema)
+        writer.write_table(table)
+        rows += len(table)
+        bar.update(len(part))
+        for name, count, unknown, problem in zip(
+          part, counts, answer.unknown, answer.problems, strict=True
+        ):
+          if problem:
+            refused.append((name, problem))
+          ignored = ''
+          if unknown and not problem:
+            ignored = f'ignored {counted(len(unknown), "item")} not in the catalogue'
+          if note := '; '.join(filter(None, (group.notes.get(name), problem, ignored))):
+            notes.append((name, count, note))
+      writer.close()
+      _write_notes(notes_path(out), notes)
   except OSError as error:
     raise StorageError(f'--out={out}: cannot be written ({error.strerror or error})') from error
-  finally:
-    draft.unlink(missing_ok=True)
   return rows, refused
 
 

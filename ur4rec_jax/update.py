@@ -25,7 +25,7 @@ EXPORT = 'export'
 _OF_EACH_UPDATE = ('epochs', 'replay', 'moments', 'margin', 'promote', 'keep_versions')
 # Flags that nothing reads without --watch, and without --registry.
 _OF_WATCH = ('events', 'every_minutes', 'every_events', 'event_kinds', 'rounds', 'items', 'encode')
-_OF_REGISTRY = ('users', 'keep_versions')
+_OF_REGISTRY = ('users', 'keep_versions', 'force')
 _JUDGED, _ON_ALL = 'judged', 'on_all_events'
 
 
@@ -103,8 +103,9 @@ def _check(flags: argparse.Namespace) -> None:
   if flags.rollback:
     if not flags.registry:
       raise InputError('--registry is missing: the folder whose current model is rolled back')
-    if flags.workdir or flags.data_dir or flags.out:
-      raise InputError('--rollback: works on --registry alone; leave the other folders out')
+    for name, value in vars(flags).items():
+      if name not in ('rollback', 'registry') and value != _parser().get_default(name):
+        raise InputError(f'--rollback: works on --registry alone; leave --{name} out')
     return
   for name in ('workdir', 'data_dir', 'out', *(('events', 'registry') if flags.watch else ())):
     if not getattr(flags, name):
@@ -129,8 +130,8 @@ def _check(flags: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
   """Reads the flags, and updates or rolls back."""
   flags = _parser().parse_args(expand_home(argv))
-  flags.promote = flags.promote or (_ON_ALL if flags.watch else _JUDGED)
   _check(flags)
+  flags.promote = flags.promote or (_ON_ALL if flags.watch else _JUDGED)
   if flags.rollback:
     from ur4rec_jax.inference import registry
 

@@ -1,5 +1,7 @@
 """A kept model is that of the newest checkpoint, the config and the data, or it is not used."""
 
+import shutil
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -26,7 +28,8 @@ def workdir(tmp_path):
   save_step(tmp_path, 3)
   write_file(tmp_path / 'config.json', '{}')
   arrays = {'sasrec': {'vectors': np.ones((3, 8), 'bfloat16')}}
-  kept_model.write(tmp_path, kept_model.Kept(CONFIG, PARAMS, ITEMS, arrays, FOLLOWERS), DATASET)
+  kept = kept_model.Kept(CONFIG, PARAMS, ITEMS, arrays, FOLLOWERS)
+  kept_model.write(tmp_path, kept, DATASET, kept_model.origin(tmp_path))
   return tmp_path
 
 
@@ -69,9 +72,23 @@ def test_nothing_is_kept_of_a_damaged_checkpoint_or_in_a_folder_that_cannot_be_w
   save_step(tmp_path, 3)
   write_file(tmp_path / 'config.json', '{}')
   write_file(checkpoint_folder(tmp_path) / '3' / 'array', 'not in the manifest')
-  kept_model.write(tmp_path, kept, DATASET)
+  made_from = kept_model.origin(tmp_path)
+  kept_model.write(tmp_path, kept, DATASET, made_from)
   assert not (tmp_path / 'recommender').exists()
   (checkpoint_folder(tmp_path) / '3' / 'array').unlink()
   write_file(tmp_path / 'recommender', 'a file in the place of the folder')
-  kept_model.write(tmp_path, kept, DATASET)
+  kept_model.write(tmp_path, kept, DATASET, made_from)
+  assert kept_model.read_config(tmp_path) is None
+
+
+def test_a_model_does_not_pass_for_one_that_is_saved_while_it_is_read(tmp_path):
+  save_step(tmp_path, 3)
+  write_file(tmp_path / 'config.json', '{}')
+  made_from = kept_model.origin(tmp_path)
+  save_step(tmp_path, 4)
+  kept = kept_model.Kept(CONFIG, PARAMS, ITEMS, {}, {})
+  kept_model.write(tmp_path, kept, DATASET, made_from)
+  assert kept_model.read_config(tmp_path) is None
+  shutil.rmtree(checkpoint_folder(tmp_path) / '3')  # Training keeps only the newest ones.
+  kept_model.write(tmp_path, kept, DATASET, made_from)
   assert kept_model.read_config(tmp_path) is None

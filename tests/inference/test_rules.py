@@ -311,6 +311,8 @@ def test_an_item_that_is_in_the_table_twice_is_named(tmp_path):
     ),
     ('bought = "twice"', "bought='twice' must be one of leave_out, keep, only"),
     ('filter = 3', r'filter must be written as \[\[filter\]\]'),
+    (f'[[boost]]\nwhere = "stock > 1"\nadd = {"9" * 400}', 'add=9{80} must be finite'),
+    (f'a = {"9" * 5000}', 'cannot be read'),
     ('a = [', 'cannot be read'),
     ('a = ' + 5000 * '[', 'cannot be read'),
     ('id_column = "nr"', 'no column nr; its columns are sku, kind, stock, price'),
@@ -330,6 +332,7 @@ def test_a_file_of_an_editor_that_marks_utf_8_is_read(tmp_path):
 
 def test_a_missing_table_is_named(tmp_path):
   path = tmp_path / 'rules.toml'
-  path.write_text('attributes = "no.csv"')
-  with pytest.raises(InputError, match=r'attributes: .*no\.csv must be a CSV or TSV file'):
-    load(path, ITEMS)
+  for name in ('no.csv', '~nobody-of-that-name/no.csv'):
+    path.write_text(f'attributes = "{name}"')
+    with pytest.raises(InputError, match=rf'attributes: .*{name} must be a CSV or TSV file'):
+      load(path, ITEMS)

@@ -93,6 +93,15 @@ def test_an_item_without_content_is_like_nothing_by_content(recommender, monkeyp
   assert item not in ids(rows)
 
 
+def test_items_without_content_take_no_place_of_those_that_are_unlike(recommender, monkeypatch):
+  vectors = dict(recommender.item_vectors().vectors)
+  content = vectors['content'] = np.zeros((61, 2), np.float32)
+  content[1, 0], content[2:5, 0] = 1, -1
+  monkeypatch.setattr(recommender.item_vectors(), 'vectors', vectors)
+  found = recommender.similar(recommender.item_ids[0], k=3, by='content')
+  assert ids(found) == recommender.item_ids[1:4]
+
+
 @pytest.mark.parametrize(
   'variant', ['multimodal', *slow('sasrec', 'retriever alone', 'rank', 'cascade')]
 )

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,6 +163,7 @@ def test_frames_go_in_and_out(shop):
   one = recommender.recommend(ids[:2], k=3)
   assert list(one) == ['rank', 'item', 'title', 'score', *recommender.share_names]
   assert one['rank'].tolist() == [1, 2, 3]
+  pd.testing.assert_frame_equal(recommender.recommend(ids[:2], k=np.int64(3)), one)
   log = pd.DataFrame(
     {
       'user': ['b', 'a', 'a', 'b'],
@@ -176,6 +178,7 @@ def test_frames_go_in_and_out(shop):
   pd.testing.assert_frame_equal(
     many[many.user == 'a'].drop(columns='user').reset_index(drop=True), one, rtol=1e-4
   )
+  pd.testing.assert_frame_equal(recommender.recommend(pa.Table.from_pandas(log), k=3), many)
   by_name = recommender.recommend({'x': ids[:2], 'y': ids[5:7]}, k=3)
   assert by_name['user'].tolist() == ['x'] * 3 + ['y'] * 3
   with pytest.warns(UserWarning, match="1 items .* first 'nothing'"):
@@ -476,6 +479,9 @@ def test_new_items_that_cannot_be_placed_are_refused(shop, new_items, tmp_path):
     ({'text': content['text'][..., :7]}, r'text must be finite, \[items, tokens, 256\]'),
     ({'ids': np.array(['a', 'a', 'b'])}, 'an id is there twice'),
     ({'ids': np.array('a')}, r'ids must be \[items\]'),
+    ({'ids': np.array([b'a', b'b', b'c'])}, 'ids must be text or whole numbers'),
+    ({'ids': np.array([7.0, 8.0, 9.0])}, 'ids must be text or whole numbers'),
+    ({'titles': np.array([b'a', b'b', b'c'])}, 'titles must be text or whole numbers'),
     ({'titles': np.array(['One', 'Two'])}, "must hold 'titles', with an entry for each"),
     ({'image': np.array(5.0)}, "must hold 'image', with an entry for each"),
     ({'image': np.array([[['red']]] * 3)}, 'image must be finite'),

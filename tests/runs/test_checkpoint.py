@@ -12,7 +12,7 @@ from benchmarks.robustness.small_runs import load_arrays
 from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.errors import StorageError
 from ur4rec_jax.runs import checkpoint
-from ur4rec_jax.runs.checkpoint import Checkpointer, find_damage
+from ur4rec_jax.runs.checkpoint import Checkpointer, find_damage, read_latest
 
 TREE = {'a': jnp.arange(1000, dtype=jnp.float32), 'b': jnp.zeros((), jnp.int32)}
 
@@ -96,6 +96,39 @@ def test_a_damaged_step_is_named_and_the_one_before_restored(damage, tmp_path, c
   assert restore(tmp_path)[1] == {'step': 10}  # And it stays that way.
   save_steps(tmp_path, 20)  # The step can be reached and saved again.
   assert restore(tmp_path)[1] == {'step': 20}
+
+
+@pytest.mark.parametrize(
+  'lost', ['state', 'progress', 'state/manifest.ocdbt', 'manifest.json', '.']
+)
+def test_a_step_that_training_deletes_while_it_is_read_is_passed_over(lost, tmp_path, monkeypatch):
+  save_steps(tmp_path, 10, 20)
+  read = checkpoint._read_step
+
+  def deleted_meanwhile(folder, *args, **kwargs):
+    if folder.name == '20':
+      path = folder / lost
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+      if lost == 'manifest.json':
+        raise ValueError('NOT_FOUND')
+    return read(folder, *args, **kwargs)
+
+  monkeypatch.setattr(checkpoint, '_read_step', deleted_meanwhile)
+  assert read_latest(tmp_path, TREE)[1] == {'step': 10}
+
+
+def test_a_reader_finds_the_step_that_has_replaced_all_that_it_knew(tmp_path, monkeypatch):
+  save_steps(tmp_path, 10)
+  read = checkpoint._read_step
+
+  def replaced_meanwhile(folder, *args, **kwargs):
+    if folder.name == '10':
+      save_steps(tmp_path, 20)
+      shutil.rmtree(folder)
+    return read(folder, *args, **kwargs)
+
+  monkeypatch.setattr(checkpoint, '_read_step', replaced_meanwhile)
+  assert read_latest(tmp_path, TREE)[1] == {'step': 20}
 
 
 def test_a_kill_while_the_only_step_is_saved_again_loses_nothing(tmp_path, monkeypatch):

@@ -14,6 +14,9 @@ from ur4rec_jax.runs.knobs import VARIANTS
 
 WRONG = [
   ('crop', 'first'),
+  ('batch_size', True),  # Python takes it for 1.
+  ('extensions', (5,)),
+  ('extensions', None),
   ('mapping', 'vmap'),
   ('transfer_guard', 'no'),
   ('sasrec.norm', 'none'),

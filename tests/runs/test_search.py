@@ -27,6 +27,10 @@ def some_impossible(trial):
 def unknown(trial):
   return {'sasrec.drop': trial.suggest_float('x', 0.1, 0.5)}
 
+def of_numpy(trial):
+  import numpy as np
+  return {'batch_size': np.int64(trial.suggest_int('size', 8, 9))}
+
 def nothing(trial):
   return None
 """
@@ -132,6 +136,17 @@ def test_impossible_settings_end_a_search_only_at_its_start(space, tmp_path, ins
   (failed,) = found['failed']
   assert failed['number'] == 4
   assert 'must be above 0' in failed['reason']
+
+
+def test_numbers_that_json_lacks_end_a_search_at_its_start(space, tmp_path, instant):
+  with pytest.raises(InputError, match=r'of_numpy: .*int64'):
+    search.run_search(instant, str(tmp_path), f'{space}:of_numpy', 3)
+
+
+def test_a_damaged_database_is_named(space, tmp_path, instant):
+  (tmp_path / 'search.db').write_text('no database' * 200)
+  with pytest.raises(InputError, match=r'search\.db: cannot be opened .*not a database'):
+    search.run_search(instant, str(tmp_path), f'{space}:even', 1)
 
 
 def test_two_searches_do_not_work_in_one_folder(space, tmp_path, instant):

@@ -182,6 +182,10 @@ def test_what_cannot_be_compared_is_named(make_run, tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match=f'{name}: cannot be read'):
       sweep.compare([tmp_path / 'a'])
+  for content in ('{}', '[]', '1'):
+    (tmp_path / 'a/seed0/results.json').write_text(content)
+    with pytest.raises(InputError, match=r'results\.json: cannot be read'):
+      sweep.compare([tmp_path / 'a'])
   (tmp_path / 'a/seed0/results.json').unlink()
   with pytest.raises(InputError, match='seed0: is not finished'):
     sweep.compare([tmp_path / 'a'])

@@ -184,6 +184,7 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
 
   Raises:
     InputError: this is not an exported folder, or a file is missing or has changed.
+    BusyError: another process changes the folder.
     OSError: the folder cannot be written.
   """
   from ur4rec_jax import files  # Needs filelock, which machines that only recommend may lack.
@@ -191,9 +192,18 @@ def forget_user(folder: str | pathlib.Path, user: str) -> bool:
   folder = pathlib.Path(folder)
   target = folder.resolve()  # If a link were replaced, the folder behind it would keep the user.
   files.clean_up(target)
-  manifest = _read_manifest(folder)
-  if USERS not in manifest['files']:
+  if USERS not in _read_manifest(folder)['files']:  # Then nothing is written, not even a lock.
     return False
+  busy = f'another process changes {folder}; wait until it ends'
+  # Of two at once, each would put back the user whom the other one has removed.
+  with files.only_process(target.with_name(f'{target.name}.lock'), busy):
+    return _forget_user(folder, target, user)
+
+
+def _forget_user(folder: pathlib.Path, target: pathlib.Path, user: str) -> bool:
+  from ur4rec_jax import files
+
+  manifest = _read_manifest(folder)
   content = _read(folder, USERS, manifest['files'][USERS])
   with np.load(io.BytesIO(content), allow_pickle=False) as file:
     arrays = dict(file)

@@ -27,12 +27,14 @@ def read_histories(history: Any) -> Histories:
   """Converts a list, a dict or a DataFrame to histories.
 
   Args:
-    history: a list of item ids, a list of lists, a dict of lists by user, or a DataFrame with the
-      columns `user`, `item` and optionally `timestamp`.
+    history: a list of item ids, a list of lists, a dict of lists by user, or a table of pandas,
+      Polars or Arrow with the columns `user`, `item` and optionally `timestamp`.
 
   Raises:
     InputError: it has none of these forms.
   """
+  if hasattr(history, 'to_pandas'):  # A table of Polars or Arrow.
+    history = history.to_pandas()
   if hasattr(history, 'columns'):
     history = _histories_of_frame(history)
   if isinstance(history, Mapping):

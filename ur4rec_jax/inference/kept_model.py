@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ur4rec_jax.errors import StorageError
 from ur4rec_jax.files import clean_up, new_folder, write_file
 from ur4rec_jax.inference import stored_arrays
-from ur4rec_jax.runs.saved_steps import MANIFEST, checkpoint_folder, find_damage, saved_steps
+from ur4rec_jax.runs.saved_steps import MANIFEST, checkpoint_folder, is_whole, saved_steps
 
 FOLDER = 'recommender'
 _FORMAT_VERSION = 2  # Raise it when items are encoded in another way.
@@ -85,18 +85,23 @@ def read(workdir: str | pathlib.Path, config: ConfigDict, dataset: dict[str, Any
   return Kept(config, arrays['params'], items, arrays['items'], arrays.get('followers', {}))
 
 
-def write(workdir: str | pathlib.Path, kept: Kept, dataset: dict[str, Any]) -> None:
+def write(
+  workdir: str | pathlib.Path,
+  kept: Kept,
+  dataset: dict[str, Any],
+  made_from: dict[str, Any] | None,
+) -> None:
   """Keeps a model that was read from the newest checkpoint; does nothing if it cannot be written.
 
   Args:
     workdir: folder of the run.
     kept: the model.
     dataset: identity of the data.
+    made_from: what `origin` returned before the model was read. Training may save a newer
+      checkpoint at any moment, and the model would pass for that one otherwise.
   """
-  made_from = origin(workdir)
-  # If the newest checkpoint is damaged, the model comes from an earlier one.
-  if made_from is None or find_damage(checkpoint_folder(workdir) / str(made_from['step'])):
-    return
+  if made_from is None or not is_whole(checkpoint_folder(workdir) / str(made_from['step'])):
+    return  # If the newest checkpoint is damaged, the model comes from an earlier one.
   arrays = stored_arrays.by_path(
     {'params': kept.params, 'items': kept.item_arrays, 'followers': kept.followers}
   )

@@ -232,6 +232,10 @@ def _read_npz(path: pathlib.Path, trained_on: Mapping[str, Features]) -> NewItem
   for name in ('ids', *trained_on, *arrays.keys() & {'titles'}):
     if name not in arrays or arrays[name].shape[:1] != arrays['ids'].shape:
       raise InputError(f'{path}: must hold {name!r}, with an entry for each of the ids')
+    if name in ('ids', 'titles') and arrays[name].dtype.kind not in 'Uiu':
+      raise InputError(
+        f'{path}: {name} must be text or whole numbers, as in the data, not {arrays[name].dtype}'
+      )
   ids = [str(name) for name in arrays['ids']]
   if len(set(ids)) < len(ids):
     raise InputError(f'{path}: an id is there twice; remove one of the two')

@@ -297,7 +297,7 @@ class Recommender:
       without = np.unique(self._lookup_filter(query.without, 'without'))
     return CheckedQuery(
       [history.items for history in known],
-      query.k,
+      int(query.k),  # NumPy's lack a method that is needed.
       [without if keep_seen else np.union1d(history.seen, without) for history in known],
       allowed,
       self._checked_weights(query.weights, known),
@@ -421,10 +421,10 @@ class Recommender:
     else:
       scores = self.item_vectors().similarities(chosen, by)
     scores[0] = scores[chosen] = -np.inf
-    most = min(k, len(self.item_ids) - len(np.unique(chosen)))
-    best = np.argpartition(-scores, min(most, len(scores) - 1))[:most]
+    scores[scores == 0] = -np.inf  # Items without a user or without content are similar to nothing.
+    best = np.argpartition(-scores, min(k, len(scores) - 1))[:k]
+    best = best[np.isfinite(scores[best])]
     best = best[np.lexsort((best, -scores[best]))]
-    # Items without a user or without content are similar to nothing.
     return [
       {
         'item': self._ids_by_number[i],
@@ -432,7 +432,6 @@ class Recommender:
         'similarity': float(scores[i]),
       }
       for i in best.tolist()
-      if scores[i]
     ]
 
   def influences(

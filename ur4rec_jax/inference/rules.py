@@ -13,7 +13,9 @@ import dataclasses
 import difflib
 import functools
 import operator
+import os
 import pathlib
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -357,7 +359,7 @@ def load(path: str | pathlib.Path, item_ids: Sequence[str]) -> Rules:
   path = pathlib.Path(path)
   try:
     found = tomllib.loads(path.read_text(encoding='utf-8-sig'))
-  except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+  except (OSError, ValueError, RecursionError) as error:  # Also a number of more than 4,300 digits.
     raise InputError(f'--rules={path}: cannot be read ({error}); correct it') from error
   return make(found, path, item_ids)
 
@@ -426,8 +428,9 @@ def _checked(path: pathlib.Path, name: str, found: Mapping[str, Any]) -> list[di
         raise InputError(f'{where} needs the field {key}')
       if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
         raise InputError(f'{where}: {key}={value!r} must be {_EXPECTED[types]}')
-      if isinstance(value, float) and not np.isfinite(value):
-        raise InputError(f'{where}: {key}={value!r} must be finite')
+      # TOML has whole numbers of any size.
+      if types is _NUMBER and value is not None and not abs(value) <= sys.float_info.max:
+        raise InputError(f'{where}: {key}={value!r:.80} must be finite')
   return rows
 
 
@@ -489,7 +492,7 @@ class _Attributes:
     self._columns = ['item']
     if 'attributes' not in general:
       return
-    table = path.parent / pathlib.Path(general['attributes']).expanduser()
+    table = path.parent / os.path.expanduser(general['attributes'])
     delimiter = '\t' if table.suffix in ('.tsv', '.tab') else ','
     try:
       with table.open(encoding='utf-8-sig', newline='') as file:

@@ -103,8 +103,14 @@ def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None
   }
   finished = pathlib.Path(workdir) / 'results.json'
   if finished.is_file():
-    found = json.loads(finished.read_text())
-    about |= {name: found[name] for name in ('protocol', 'valid', 'test', 'seed')}
+    try:
+      found = json.loads(finished.read_text())
+      about |= {name: found[name] for name in ('protocol', 'valid', 'test', 'seed')}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+      raise InputError(
+        f'{finished}: cannot be read ({error!r:.200}); remove it and start the training again,'
+        ' which writes it anew'
+      ) from error
     about['baselines'] = found.get('baselines', {})
   model = create_model(kept.config, dataset.num_items)
   return TrainedModel(
@@ -146,6 +152,7 @@ def _read_checkpoint(
   from ur4rec_jax.runs.open_run import restore_best
   from ur4rec_jax.runs.workdir import open_stored_run
 
+  made_from = kept_model.origin(workdir)
   run = open_stored_run(workdir, data_dir)
   keep_compiled_programs(str(workdir), run.config.compilation_cache)
   stage, params = restore_best(run, str(workdir))
@@ -157,7 +164,7 @@ def _read_checkpoint(
   item_arrays = encode_catalogue(stage.model, params, run.dataset, run.tables.items)
   followers = {} if run.followers is None else run.followers._asdict()
   kept = Kept(stage.config, params, items, item_arrays, followers)
-  kept_model.write(workdir, kept, run.dataset.identity())
+  kept_model.write(workdir, kept, run.dataset.identity(), made_from)
   return run.dataset, kept
 
 

@@ -4,7 +4,6 @@ faiss, usearch, pgvector and other programs find the items with the largest inne
 of several branches are concatenated, because the score is the sum of their products.
 """
 
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ur4rec_jax.errors import InputError, StorageError
+from ur4rec_jax.files import new_file
 
 if TYPE_CHECKING:
   from ur4rec_jax.inference.trained import TrainedRecommender
@@ -85,21 +85,18 @@ def _write(
   import pyarrow.parquet as pq
 
   path = pathlib.Path(path)
-  draft = path.with_name(f'{path.name}.incomplete-{os.getpid()}')
   writer, width = None, 0
   try:
-    for names, vectors in parts:
-      width = vectors.shape[1]
-      flat = pa.array(np.ascontiguousarray(vectors).ravel())
-      columns = {name: pa.array(values, 'string') for name, values in names.items()}
-      columns['vector'] = pa.FixedSizeListArray.from_arrays(flat, width)
-      table = pa.table(columns)
-      writer = writer or pq.ParquetWriter(draft, table.schema)
-      writer.write_table(table)
-    writer.close()
-    os.replace(draft, path)
+    with new_file(path) as draft:
+      for names, vectors in parts:
+        width = vectors.shape[1]
+        flat = pa.array(np.ascontiguousarray(vectors).ravel())
+        columns = {name: pa.array(values, 'string') for name, values in names.items()}
+        columns['vector'] = pa.FixedSizeListArray.from_arrays(flat, width)
+        table = pa.table(columns)
+        writer = writer or pq.ParquetWriter(draft, table.schema)
+        writer.write_table(table)
+      writer.close()
   except OSError as error:
     raise StorageError(f'{flag}={path}: cannot be written ({error.strerror or error})') from error
-  finally:
-    draft.unlink(missing_ok=True)
   return width

@@ -26,6 +26,7 @@ from ur4rec_jax.runs.saved_steps import (
   checkpoint_folder,
   find_damage,
   hashes,
+  is_whole,
   saved_steps,
 )
 from ur4rec_jax.sharding import devices
@@ -63,11 +64,15 @@ def read_latest(workdir: str, tree: PyTree, axes: PyTree = None) -> tuple[PyTree
   Raises:
     InputError: the step holds arrays of other names or shapes.
   """
-  folder = checkpoint_folder(workdir)
-  for step in saved_steps(workdir):
-    with contextlib.suppress(FileNotFoundError):  # The run may delete an old step meanwhile.
-      if find_damage(folder / str(step)) is None:
+  folder, tried = checkpoint_folder(workdir), None
+  while (steps := saved_steps(workdir)) != tried:  # The run may have saved another one meanwhile.
+    tried = steps
+    for step in filter(lambda step: is_whole(folder / str(step)), steps):
+      try:
         return _read_step(folder / str(step), tree, axes, whole=True)
+      except Exception:  # Orbax raises any kind of error if the run deletes the step meanwhile.
+        if is_whole(folder / str(step)):
+          raise
   return None
 
 

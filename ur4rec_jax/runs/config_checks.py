@@ -41,7 +41,8 @@ def check_config(config: ConfigDict) -> None:
   """
   if not isinstance(config.get('stage'), ConfigDict):
     raise InputError('config.stage is missing; it holds a record for each stage')
-  load_extensions(config.get('extensions', ()))
+  if not KNOBS['extensions'].problem(extensions := config.get('extensions', ())):
+    load_extensions(extensions)
   knobs, fields = knobs_of(config), flatten(config.to_dict())
   for name in fields:
     if name not in knobs:

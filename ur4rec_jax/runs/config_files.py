@@ -65,7 +65,7 @@ def call_function(path: str, name: str, *arguments: Any) -> Any:
     raise InputError(f'{path}: {error}') from error
   except (OSError, SyntaxError) as error:
     raise InputError(f'{path} cannot be read: {error}') from error
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     where = f'{path}, line {lines[-1]}' if lines else path
     raise InputError(f'{where}: {type(error).__name__}: {error}') from error

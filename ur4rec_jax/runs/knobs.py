@@ -83,7 +83,7 @@ class Knob(NamedTuple):
   def problem(self, value: Any) -> str:
     """Says what a value must be, e.g. `must be at least 1`; empty if the value is allowed."""
     kind, types = _TYPES[type(self.default)]
-    if not isinstance(value, types):
+    if not isinstance(value, types) or isinstance(value, bool) != (types is bool):
       return f'must be {kind}'
     if isinstance(value, tuple | list):
       are_numbers = bool(self.default) and not isinstance(self.default[0], str)

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ur4rec_jax.data.dataset import first_user
-from ur4rec_jax.errors import InputError, counted
+from ur4rec_jax.errors import InputError, counted, say
 from ur4rec_jax.evaluation import metrics
 from ur4rec_jax.evaluation.baselines import baseline_metrics
 from ur4rec_jax.evaluation.evaluate import EvalData, Evaluators
@@ -116,7 +116,7 @@ def write_results(
     for name, content in written:
       write_file(pathlib.Path(workdir) / name, json.dumps(content, indent=2) + '\n')
     write_report(workdir)
-    print('\n'.join([results_table(results), '', *_next_lines(run, workdir)]), flush=True)
+    say('\n'.join([results_table(results), '', *_next_lines(run, workdir)]))
   return results
 
 

@@ -29,6 +29,14 @@ def hashes(folder: pathlib.Path) -> dict[str, str]:
   return found
 
 
+def is_whole(folder: pathlib.Path) -> bool:
+  """Tells whether a step is complete; False, too, if the run deletes it at this moment."""
+  try:
+    return find_damage(folder) is None
+  except FileNotFoundError:
+    return False
+
+
 def find_damage(folder: pathlib.Path) -> str | None:
   """Returns what is wrong with the folder of a step, or None if it is complete."""
   if not folder.is_dir():

@@ -72,13 +72,7 @@ def run_search(config: ConfigDict, workdir: str, place: str, trials: int) -> dic
   folder.mkdir(parents=True, exist_ok=True)
   busy = f'another search works in {workdir}; wait for it, stop it, or use another --workdir'
   with only_process(folder / 'search.lock', busy):  # A second one would repeat its running trial.
-    study = optuna.create_study(
-      study_name='search',
-      storage=f'sqlite:///{folder.absolute() / "search.db"}',
-      load_if_exists=True,
-      direction='maximize',
-      pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED_TRIALS),
-    )
+    study = _open_study(optuna, folder.absolute() / 'search.db')
     _check_same_search(study, config, workdir)
     # With the seed alone, each start would draw the settings of the first trial again.
     study.sampler = optuna.samplers.TPESampler(
@@ -127,6 +121,22 @@ def _optuna() -> Any:
   return optuna
 
 
+def _open_study(optuna: Any, database: pathlib.Path) -> 'optuna.Study':
+  try:
+    return optuna.create_study(
+      study_name='search',
+      storage=f'sqlite:///{database}',
+      load_if_exists=True,
+      direction='maximize',
+      pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED_TRIALS),
+    )
+  except Exception as error:  # Optuna and its database library have many kinds.
+    reason = (str(error).splitlines() or [repr(error)])[0]
+    raise InputError(
+      f'{database}: cannot be opened ({reason:.200}); put back a copy, or remove it to search anew'
+    ) from error
+
+
 def _space(place: str) -> Callable[['optuna.Trial'], dict[str, Any]]:
   path, _, name = place.partition(':')
 
@@ -143,7 +153,7 @@ def _member(config: ConfigDict, space: Callable, trial: 'optuna.Trial', place: s
       raise InputError("must return a dict such as {'sasrec.dropout': trial.suggest_float(...)}")
     trial.set_user_attr('overrides', json.loads(json.dumps(overrides)))
     (member,) = make_members(config, (), [overrides])
-  except InputError as error:
+  except (InputError, TypeError) as error:  # JSON has no numbers of NumPy, for example.
     raise InputError(f'--search={place}: {error}') from error
   trial.set_user_attr('folder', member.name)
   return member

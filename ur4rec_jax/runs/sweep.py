@@ -48,6 +48,7 @@ METRIC = 'ndcg@10'
 SWEEP_PAGE = 'sweep.html'
 FLIPS = 10_000  # Random sign flips in the permutation test.
 _NAME_LENGTH = 100
+_FIELDS = ('dataset', 'protocol', 'valid', 'test', 'stages', 'seed')  # Of a results.json.
 _TABLE_METRICS = (METRIC, 'hit@10', 'mrr')
 
 
@@ -295,10 +296,12 @@ def read_run(folder: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
   path = folder / 'results.json'
   try:
     results = json.loads(path.read_text())
+    if lacking := [name for name in _FIELDS if name not in results]:
+      raise KeyError(lacking[0])
     path = folder / 'test_ranks.npz'
     with np.load(path) as archive:
       return results, archive['ranks']
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
     raise InputError(
       f'{path}: cannot be read ({error!r:.200}); remove {folder / "results.json"} and start the'
       ' training again, which writes both anew'
