@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import shlex
 import signal
@@ -36,7 +37,10 @@ def files(small_shop):
 def trained(files, tmp_path_factory, environment):
   """A folder that `train` filled, and the recommender that it returned."""
   folder = tmp_path_factory.mktemp('quick')
-  return folder, ur4rec_jax.train(files[0], files[1], minutes=MINUTES, out=folder)
+  with contextlib.redirect_stdout(io.StringIO()) as told:
+    recommender = ur4rec_jax.train(files[0], files[1], minutes=MINUTES, out=folder)
+  (folder / 'told.txt').write_text(told.getvalue())
+  return folder, recommender
 
 
 def test_train_gives_a_recommender(trained):
@@ -50,6 +54,16 @@ def test_train_gives_a_recommender(trained):
   assert found['protocol']['candidates'] == 'all items'
   recommender.export(folder / 'own')
   assert exported.load(folder / 'own').item_ids == recommender.item_ids
+
+
+def test_train_tells_what_it_compared_and_where_the_model_is(trained):
+  folder, _ = trained
+  told = (folder / 'told.txt').read_text()
+  assert all(name in told for name in (*WITHOUT_TRAINING, 'SASRec + texts'))
+  assert f'returned: {folder}/model/runs/content, with the best validation' in told
+  for outer in (folder, folder / 'model'):
+    with pytest.raises(InputError, match=f'no run here .* inside: {folder}/model/runs/content'):
+      ur4rec_jax.load(outer)
 
 
 def test_quick_goes_on_where_train_stopped_and_exports(trained, files):

@@ -174,6 +174,13 @@ def test_bad_requests_get_one_message(address, body, status, message):
   assert 'Traceback' not in content
 
 
+def test_a_body_that_is_not_said_to_be_json_is_told(address):
+  body = b'{"history": ["i01"]}'
+  for kind in ('application/x-www-form-urlencoded', ''):  # The first is that of `curl -d`.
+    status, _, content = get(f'{address}/recommend', body, **{'Content-Type': kind})
+    assert (status, 'set Content-Type: application/json' in content) == (422, True)
+
+
 def test_bad_users_among_others_are_named_alone(address, recommender):
   good = [{'history': recommender.item_ids[i : i + 2]} for i in range(10)]
   bad = [{'history': [f'nothing-{i}']} for i in range(5)]

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 RECORD = 'quick.json'
 # Those that settle what tables of shops often have: the messages of the build ask for them.
 _BUILD_FLAGS = (
-  *('user_column', 'item_column', 'time_column', 'rating_column', 'image_column'),
+  *('user_column', 'item_column', 'time_column', 'rating_column'),
+  *('item_id_column', 'title_column', 'description_column', 'text_columns', 'image_column'),
   *('where', 'clean_ids', 'drop_duplicates'),
 )
 _SHARE_OF_CONTENT = 0.6  # Training time of the model with content; the model on ids gets the rest.
@@ -223,9 +224,10 @@ def make_models(order: Order) -> Models:
 def _build(commands: Commands, order: Order, data: pathlib.Path) -> None:
   from ur4rec_jax.data.raw.guesses import guess  # It takes a second to import.
 
-  guessed = guess(order.orders, order.goods, order.given)
+  guessed = guess(order.orders, order.goods, order.given, order.pictures is not None)
   say(f'{order.orders}\n' + '\n'.join(f'  {note}' for note in guessed.notes))
-  say('  If that is wrong: --user_column, --item_column, --time_column, --where.')
+  about_goods = ', --title_column, --text_columns' * (order.goods is not None)
+  say(f'  If that is wrong: --user_column, --item_column, --time_column{about_goods}, --where.')
   flags = [
     f'--{name}' if value in ('', True) else f'--{name}={value}'
     for name, value in guessed.flags.items()
@@ -416,6 +418,7 @@ def train(
     models = make_models(order)
   except SystemExit as stop:
     raise ReportedError(f'a command ended with {stop.code}; see {order.out / "logs"}') from stop
+  say('\n'.join(_comparison(order, models, 'returned')))
   return load(models.best)
 
 
@@ -506,8 +509,8 @@ def _export(order: Order, best: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterator[str]:
-  """Yields lines with the metrics of the models and the commands to go on with."""
+def _comparison(order: Order, models: Models, role: str) -> Iterator[str]:
+  """Yields lines with the metrics of the models; `role` says what becomes of the best one."""
   yield f'\n{table(models.metrics, ACCURACY)}'
   best = json.loads((models.best / 'results.json').read_text())
   values = best['test']
@@ -515,12 +518,16 @@ def _lines_of_end(order: Order, models: Models, folder: pathlib.Path) -> Iterato
   rival = max(simple, key=lambda name: simple[name]['ndcg@10'])
   hits = [100 * x['hit@10'] for x in (values, simple['popularity'])]
   yield (
-    f'served: {models.best}, with the best validation; its first ten have the next item of'
+    f'{role}: {models.best}, with the best validation; its first ten have the next item of'
     f' {hits[0]:.0f} of 100 users, those of popularity of {hits[1]:.0f}'
   )
   if values['ndcg@10'] < simple[rival]['ndcg@10']:
     yield f'warning: {rival} is better; train longer: --minutes={4 * order.minutes:g}'
   yield f'report: {models.best}/report.html'
+
+
+def _ways_on(models: Models, folder: pathlib.Path) -> Iterator[str]:
+  """Yields the commands to go on with."""
   say_folder = shlex.quote(str(folder))
   yield f'later: python -m ur4rec_jax.serve --export={say_folder}'
   yield f'       python -m ur4rec_jax.recommend --workdir={shlex.quote(str(models.best))} --help'
@@ -539,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
     say("note: it will not serve; pip install 'ur4rec-jax[serve]'", sys.stderr)
   models = make_models(order)
   folder = _export(order, models.best)
-  say('\n'.join(_lines_of_end(order, models, folder)))
+  say('\n'.join([*_comparison(order, models, 'served'), *_ways_on(models, folder)]))
   if flags.no_serve or not can_serve:
     return
   words = ['ur4rec_jax.serve', f'--export={folder}', f'--port={flags.port}', _SMALL_BATCH]

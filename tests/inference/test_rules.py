@@ -277,6 +277,17 @@ def test_blanks_around_an_id_are_no_part_of_it_unless_the_catalogue_has_them(tmp
   assert load(write(tmp_path, text, rows), ids).allowed(3)[1:].all()
 
 
+def test_a_table_with_semicolons_may_have_decimal_commas(tmp_path):
+  text = 'attributes = "goods.csv"\n[[filter]]\nwhere = "price <= 20.5 and stock > 0"'
+  path = write(tmp_path, text)
+  table = '\ufeffsku;kind;stock;price\na;Töpfe, groß;1;20,50\nb;pot;3;20,51\nc;pot;1;7\n'
+  (tmp_path / 'goods.csv').write_text(table, encoding='utf-8')
+  assert load(path, ['a', 'b', 'c']).allowed(3)[1:].tolist() == [True, False, True]
+  (tmp_path / 'goods.csv').write_text('sku,kind,stock,price\na,pan,1,"1,000"\n')
+  with pytest.raises(InputError, match="price of 'a' is '1,000', which cannot be compared"):
+    load(path, ['a'])
+
+
 def test_an_item_that_is_in_the_table_twice_is_named(tmp_path):
   rows = [['a', 'pan', 1, ''], ['b', 'pot', 1, ''], ['a ', 'cup', 1, '']]
   path = write(tmp_path, 'attributes = "goods.csv"', rows)

@@ -48,6 +48,16 @@ def test_lines_without_a_terminal_have_step_stage_and_time_left(capsys):
   assert note == 'pretrain_retriever is over'
 
 
+def test_the_time_left_ends_with_the_minutes_of_the_run(capsys, monkeypatch):
+  clock = iter([100.0, 120.0, 120.0, 120.0, 120.0])
+  monkeypatch.setattr('time.monotonic', lambda: next(clock))
+  bar = Progress(COURSE._replace(done=0, total=30_000, later=0, deadline=130.0))
+  bar.update(20, loss=1.0)
+  bar.line('epoch 1: good', end=80)
+  line = capsys.readouterr().err.strip()
+  assert '20/30000 steps, 0:00:10 left, more while validation improves (at most 0:00:10)]' in line
+
+
 def test_with_patience_the_time_left_is_that_without_a_better_validation(capsys, monkeypatch):
   clock = iter([0.0, 20.0, 20.0, 20.0, 20.0])
   monkeypatch.setattr('time.monotonic', lambda: next(clock))

@@ -490,12 +490,15 @@ class _Attributes:
     self._path, self._ids = path, item_ids
     self._rows: dict[str, dict[str, str]] = {}
     self._columns = ['item']
+    self._has_decimal_commas = False
     if 'attributes' not in general:
       return
     table = path.parent / os.path.expanduser(general['attributes'])
-    delimiter = '\t' if table.suffix in ('.tsv', '.tab') else ','
     try:
       with table.open(encoding='utf-8-sig', newline='') as file:
+        delimiter = '\t' if table.suffix in ('.tsv', '.tab') else _delimiter(file.readline())
+        file.seek(0)
+        self._has_decimal_commas = delimiter == ';'
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         self._columns += [name for name in reader.fieldnames or () if name]
         column = self._id_column(table, general.get('id_column'))
@@ -557,12 +560,19 @@ class _Attributes:
     return found
 
   def _number(self, value: str, item: str, comparison: conditions.Comparison) -> float:
-    if not _is_number(value):
+    number = value.replace(',', '.') if self._has_decimal_commas else value
+    if not _is_number(number):
       raise InputError(
         f'{self._path}: {comparison.column} of {item!r} is {value!r}, which cannot be compared'
         f' with the number {comparison.value}'
       )
-    return float(value)
+    return float(number)
+
+
+def _delimiter(header: str) -> str:
+  """Returns the delimiter of a CSV file by its first line, as the build does."""
+  others = [character for character in ',;\t|' if character in header]
+  return others[0] if len(others) == 1 else ','
 
 
 def _is_number(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import socket
@@ -159,6 +160,7 @@ class Course(NamedTuple):
     done: steps that the stage has taken.
     total: steps that it may take.
     later: steps that the stages after it may take.
+    deadline: moment of the monotonic clock at which `max_minutes` end the training.
   """
 
   stage: str
@@ -168,6 +170,7 @@ class Course(NamedTuple):
   done: int
   total: int
   later: int
+  deadline: float = math.inf
 
   def __str__(self) -> str:
     """Names the stage, e.g. `2/4 pretrain_retriever`; without a number if it is alone."""
@@ -232,7 +235,9 @@ class Progress:
     sys.stderr.flush()
 
   def _left(self, end: int) -> str:
-    return _clock(self._course.seconds_left(self._done, time.monotonic() - self._start, end))
+    now = time.monotonic()
+    seconds = self._course.seconds_left(self._done, now - self._start, end)
+    return _clock(min(seconds, max(self._course.deadline - now, 0.0)))
 
   def close(self) -> None:
     self._bar.close()

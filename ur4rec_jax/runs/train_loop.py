@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -280,6 +281,7 @@ class TrainLoop:
     max_turns = max(len(stage.alternation) for stage in self.run.stages)
     numbers = stage_numbers(stage, self.run.labels, self.batches.steps_per_epoch, max_turns)
     number, later = len(self.progress.stages), self.run.stages[len(self.progress.stages) :]
+    limit = 60 * self.config.max_minutes
     self.reporter.begin_stage(
       Course(
         stage.name,
@@ -289,6 +291,7 @@ class TrainLoop:
         done=self._steps_in_stage(),
         total=self.total_steps,
         later=sum(x.total_steps(self.batches.steps_per_epoch) for x in later),
+        deadline=self.started + limit if limit > 0 else math.inf,
       )
     )
     self.dispatcher = Dispatcher(

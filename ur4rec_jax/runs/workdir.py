@@ -38,10 +38,13 @@ def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
   """
   path = pathlib.Path(workdir) / CONFIG
   if not path.is_file():
-    raise InputError(
-      f'--workdir {workdir}: no run here (no {CONFIG}); train one: python -m ur4rec_jax.main'
-      f' --config=NAME --workdir={workdir}'
-    )
+    # Such as a folder that `quick` or `ur4rec_jax.train` made.
+    inside = (path.parent.glob(f'{folders}/{CONFIG}') for folders in ('runs/*', '*/runs/*'))
+    runs = [found.parent for paths in inside for found in paths]
+    way_out = f'train one: python -m ur4rec_jax.main --config=NAME --workdir={workdir}'
+    if runs:
+      way_out = f'give one of those inside: {", ".join(map(str, sorted(runs)))}'
+    raise InputError(f'--workdir {workdir}: no run here (no {CONFIG}); {way_out}')
   return from_stored(_record(path)['config'])
 
 

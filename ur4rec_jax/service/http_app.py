@@ -30,6 +30,7 @@ from ur4rec_jax.service.http_events import OPENAPI, EventRoute
 from ur4rec_jax.service.http_reasons import add_reasons
 from ur4rec_jax.service.http_schema import (
   MOST_CHARACTERS,
+  NOT_JSON,
   Health,
   Item,
   Problem,
@@ -37,6 +38,7 @@ from ur4rec_jax.service.http_schema import (
   Similar,
   Stored,
   UserId,
+  is_json,
   make_question,
   problem,
 )
@@ -510,10 +512,12 @@ async def _on_wrong_method(request: fastapi.Request, _) -> JSONResponse:
   return answer
 
 
-async def _on_bad_request(_, error: RequestValidationError) -> JSONResponse:
+async def _on_bad_request(request: fastapi.Request, error: RequestValidationError) -> JSONResponse:
   """Reports the first thing that is wrong with a request."""
   first = error.errors()[0]
   if first['type'] == 'json_invalid':
     return problem(400, f'the body is no JSON: {first["ctx"]["error"]}')
+  if first['loc'] == ('body',) and not is_json(request):  # The framework takes it for plain text.
+    return problem(422, NOT_JSON)
   field = '.'.join(str(part)[:80] for part in first['loc'][1:])
   return problem(422, f'{field}: {first["msg"]}' if field else first['msg'])

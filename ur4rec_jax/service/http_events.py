@@ -21,7 +21,7 @@ from ur4rec_jax.online.events import (
 )
 from ur4rec_jax.service.admission import RETRY_SECONDS, TURN, RateLimit, client_name
 from ur4rec_jax.service.feedback import EVENTS, Feedback
-from ur4rec_jax.service.http_schema import problem
+from ur4rec_jax.service.http_schema import NOT_JSON, is_json, problem
 
 UNKNOWN_ITEMS = Counter('ur4rec_events_unknown_items', 'Events with items that the model lacks.')
 _ONE_LINE = r'^[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$'
@@ -93,9 +93,8 @@ class EventRoute:
       has_item: tells whether the served model knows an item.
     """
     # Another site's page may send other types of content without being asked (CORS).
-    kind = request.headers.get('content-type', '').partition(';')[0].strip().casefold()
-    if kind != 'application/json':
-      raise HTTPException(415, 'the body must be JSON: set Content-Type: application/json')
+    if not is_json(request):
+      raise HTTPException(415, NOT_JSON)
     try:
       events = self._parse(await request.body())
     except InputError as error:

@@ -2,6 +2,7 @@
 
 from typing import Annotated
 
+import fastapi
 from fastapi.responses import JSONResponse
 from pydantic import (
   AfterValidator,
@@ -17,6 +18,7 @@ from ur4rec_jax.service.batcher import MOST_IDS
 
 MOST_WEIGHT = 100
 MOST_CHARACTERS = 256  # Limit for an id or a search.
+NOT_JSON = 'the body must be JSON: set Content-Type: application/json'
 
 
 def _without_nul(text: str) -> str:
@@ -180,6 +182,12 @@ def make_question(branches: list[str], most_k: int, keeps_seen: bool) -> type[Ba
       return self
 
   return Question
+
+
+def is_json(request: fastapi.Request) -> bool:
+  """Tells whether a request says that its body is JSON."""
+  kind = request.headers.get('content-type', '').partition(';')[0].strip().casefold()
+  return kind == 'application/json'
 
 
 def problem(status: int, detail: str) -> JSONResponse:

@@ -222,3 +222,37 @@ def test_a_folder_of_different_tables_is_refused_and_the_right_one_named(tmp_pat
   orders(folder, 'order_id,customer_id,sku,quantity,price,ordered_at')
   with pytest.raises(InputError, match=r'different columns .* such as .*orders\.csv'):
     guess(folder, None, {})
+
+
+def test_dates_with_the_day_first_are_times(tmp_path):
+  rows = lambda u, x, i: [f'{i % 28 + 1:02}.05.2024 1{i % 10}:05', u, x, i]
+  found = guess(orders(tmp_path, 'Datum,Kundennr,Artikelnr,Bestellnr', rows), None, {})
+  assert found.flags['time_column'] == 'Datum'
+  path = tmp_path / 'orders.csv'
+  path.write_text(path.read_text().partition('\n')[2])
+  with pytest.raises(InputError, match='looks like a row: write a name for each of the 4 columns'):
+    guess(path, None, {})
+
+
+def test_titles_that_repeat_are_known_by_a_part_of_the_name(tmp_path):
+  path = orders(tmp_path, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  rows = [[*row_of_item(i)[:1], f'Band {i % 3}', row_of_item(i)[2]] for i in range(20)]
+  table = write_table(tmp_path / 'goods.csv', 'Artikelnr,Buchtitel,Beschreibung', rows)
+  found = guess(path, table, {})
+  assert found.flags['title_column'] == 'Buchtitel'
+  assert 'text_columns' not in found.flags
+  assert guess(path, table, {'title_column': 'none'}).flags['title_column'] == 'none'
+
+
+@pytest.mark.parametrize('form', ['{}', 'https://shop.example/img/{}?w=90'])
+def test_files_of_pictures_are_known_by_their_endings_if_there_is_a_folder(tmp_path, form):
+  path = orders(tmp_path, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  names = [form.format(f'cover_{i}.JPG') if i % 2 else '' for i in range(20)]
+  rows = [[*row_of_item(i)[:2], names[i]] for i in range(20)]
+  table = write_table(tmp_path / 'goods.csv', 'sku,title,Bild', rows)
+  assert guess(path, table, {}).flags == {}
+  found = guess(path, table, {}, has_pictures=True)
+  assert found.flags == {'image_column': 'Bild'}
+  assert 'image of an item = Bild' in found.notes
+  none = {'image_column': 'none'}
+  assert guess(path, table, none, has_pictures=True).flags == none

@@ -106,3 +106,12 @@ def test_a_column_that_is_named_as_a_text_is_read_once(tmp_path, wanted):
   table = write_table(tmp_path / 'goods.csv', 'sku,description,brand', [['k0', 'Long.', 'Acme']])
   found, _ = items.read(table, text_columns=wanted)
   assert found['k0'].description == 'brand: Acme\ndescription: Long.'
+
+
+def test_a_folder_of_which_no_item_has_a_picture_is_told(tmp_path, pictures):
+  table = write_table(tmp_path / 'goods.csv', 'sku,title,cover', [['k0', 'a title', 'a.png']])
+  _, notes = items.read(table, images=str(pictures))
+  assert 'no item has a picture: no file of' in notes[-1]
+  found, notes = items.read(table, images=str(pictures), image_column='cover')
+  assert found['k0'].image == pictures.resolve() / 'a.png'
+  assert not any('no item has' in note for note in notes)

@@ -139,6 +139,39 @@ def test_lists_and_objects_are_refused_only_where_they_are_needed(tmp_path):
   assert 'no column is recognised as the user (its columns are who, item)' in message
 
 
+def test_keys_in_objects_are_columns(tmp_path):
+  path = write(
+    tmp_path / 'a.jsonl',
+    '{"ts": 1700000000000, "user": {"id": 7, "plan": {"name": "free"}}, "track": null}',
+    '{"ts": 1700000000001, "user": {"id": 8}, "track": {"id": "x", "tags": ["a"]}}',
+    '{"ts": 1700000000002, "user": {"id": 7}, "track": {"id": "y"}, "user.id": 9}',
+  )
+  file = tables.open_file(path)
+  assert file.columns == ('ts', 'user.id', 'user.plan.name', 'track.id', 'track.tags')
+  found = tables.read(file, ['user.id', 'user.plan.name', 'track.id']).to_pydict()
+  assert found == {
+    'user.id': ['7', '8', '9'],
+    'user.plan.name': ['free', '', ''],
+    'track.id': ['', 'x', 'y'],
+  }
+  assert 'line 1: track.id is empty' in fault(path)
+  assert 'track.tags is of type list' in fault(path, item_column='track.tags')
+  lines = path.read_text().splitlines()
+  raw = read(write(path, *lines[1:]), where='user.id < 9')
+  assert (raw.users.to_pylist(), raw.items.to_pylist()) == (['8'], ['x'])
+
+
+def test_keys_that_are_ids_are_no_columns(tmp_path, monkeypatch):
+  monkeypatch.setattr(json_lines, '_MOST_COLUMNS', 9)
+  rows = [{'user': f'u{i}', 'item': 'x', 'seen': {f'i{i}': 1, f'j{i}': {}}} for i in range(20)]
+  path = write(tmp_path / 'a.jsonl', *map(json.dumps, rows))
+  assert tables.open_file(path).columns == ('user', 'item', 'seen')
+  assert read(path).users.to_pylist() == [row['user'] for row in rows]
+  deep = '{"a":' * 900 + '1' + '}' * 900
+  write(path, f'{{"user": "a", "item": "x", "deep": {deep}}}')
+  assert read(path).users.to_pylist() == ['a']
+
+
 @pytest.mark.parametrize(
   ('line', 'expected'),
   [

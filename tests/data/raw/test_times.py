@@ -106,6 +106,23 @@ def test_numbers_that_are_too_small_for_unix_times_are_told(values):
   assert (times.plain_unit(1, 1112), times.plain_unit(10**8, 10**9)) == (1, 1)
 
 
+def test_dates_with_the_day_first_are_read_between_points():
+  texts = ['31.12.2025 14:05', '01.02.2025', '5.1.2025 9:05', ' 05.01.2025 09:05:30,5']
+  expected = ['2025-12-31T14:05', '2025-02-01', '2025-01-05T09:05', '2025-01-05T09:05:30.5']
+  found = parse(texts)
+  ticks = found.ticks * (NANOSECONDS // found.ticks_per_second)
+  assert ticks.tolist() == np.array(expected, 'M8[ns]').astype(np.int64).tolist()
+  assert (times.is_date(texts[0]), times.is_date('1.2.3'), times.is_date('12.2025')) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+  'odd', ['31/12/2025', '31.12.25', '2025-12-31', '31.13.2025', '31.12.20251']
+)
+def test_dates_that_are_not_as_the_first_are_refused(odd):
+  with pytest.raises(InputError, match=f"row 2: time is '{odd}', unlike '31.12.2025' in row 1"):
+    parse(['31.12.2025', odd])
+
+
 def test_more_than_nine_digits_are_cut():
   found = parse(['2023-11-14T23:20:40.1234567899999Z'])
   assert found.ticks.tolist() == [1_700_004_040_123_456_789]

@@ -135,3 +135,16 @@ def test_columns_of_every_type():
 def test_what_is_no_condition_is_refused(condition, message):
   with pytest.raises(InputError, match=message):
     kept(condition, quantity=pa.array([1, 2]), kind=pa.array(['buy', '3']))
+
+
+def test_dates_with_the_day_first_are_compared_by_time_with_dates_of_either_spelling():
+  days = ['31.12.2024 14:05', '01.06.2025', '5.7.2025 9:00']
+  for wanted in ('2025-06-01', '01.06.2025', '1.6.2025'):
+    assert kept(f"day >= '{wanted}'", day=days) == [1, 2]
+    assert kept(f"day == '{wanted}'", day=days) == [1]
+  assert kept("version >= '1.10'", version=['1.9', '1.2']) == [0, 1]
+
+
+def test_a_decimal_comma_is_told():
+  with pytest.raises(InputError, match=r"row 1: price is '29,69', .* write decimals with a point"):
+    kept('price > 10', price=['29,69', '3'])

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from ur4rec_jax.data import column_names, conditions
 from ur4rec_jax.data.raw import columns as arrow_columns
-from ur4rec_jax.data.raw import interactions, items, tables, where
+from ur4rec_jax.data.raw import interactions, items, tables, times, where
 from ur4rec_jax.data.raw.hints import hint_about_spelling
 from ur4rec_jax.data.raw.ids import MISSING, clean, parse_cleanings
 from ur4rec_jax.data.raw.texts import listed
@@ -25,11 +25,13 @@ from ur4rec_jax.errors import InputError, counted
 _HINTS = {
   'user': 'user cust kund client klant buyer member shopper visitor person utilis usuario consum',
   'item': 'item prod artik artic sku good ware isbn asin track movie song book',
+  'title': 'title titel titre titul titol bezeichn',
 }
 _QUANTITIES = ('quantity', 'qty', 'units', 'quantite', 'menge', 'anzahl')
-_DATE = r'\s*\d{4}-\d{2}-\d{2}'
+_DATE = rf'\s*(\d{{4}}-\d{{2}}-\d{{2}}|{times.DAY_FIRST})'
 # Dates, and unix times of the years 1995 to 2033 in any unit: other numbers may be ids.
 _TIME = rf'{_DATE}|\s*(1\d{{9}}|[89]\d{{8}})(\.\d*|\d{{3}}|\d{{6}}|\d{{9}})?\s*$'
+_PICTURE = rf'(?i).*({"|".join(map(re.escape, items.PICTURES))})(\?|$)'
 _ROWS = 5000  # Rows at the start of a table whose values are looked at.
 _FEWEST_IDS = 10  # A column with fewer different values holds kinds or quantities.
 _LONG = 60  # Characters of a usual description.
@@ -76,13 +78,16 @@ class _Sample(NamedTuple):
     return sum(bool(re.match(pattern, value)) for value in filled) / max(len(filled), 1)
 
 
-def guess(orders: Path, goods: Path | None, given: Mapping[str, str | bool]) -> Guess:
+def guess(
+  orders: Path, goods: Path | None, given: Mapping[str, str | bool], has_pictures: bool = False
+) -> Guess:
   """Guesses the flags of a build.
 
   Args:
     orders: the table of interactions, or a folder of its parts.
     goods: the item table, or None.
     given: flags that the user gave, which count.
+    has_pictures: whether there is a folder of pictures of the items.
 
   Raises:
     InputError: a table cannot be read, or no column can be the user or the item.
@@ -109,7 +114,7 @@ def guess(orders: Path, goods: Path | None, given: Mapping[str, str | bool]) -> 
   flags |= given
   item_column = flags.get('item_column') or columns['item'][0]
   if goods_found is not None:
-    more, about = _item_flags(goods_found, _values(files, item_column), given)
+    more, about = _item_flags(goods_found, _values(files, item_column), given, has_pictures)
     flags |= more | given
     notes += about
   return Guess(flags, notes, item_column)
@@ -251,7 +256,7 @@ def _not_positive(files: Sequence[Path], name: str) -> tuple[int, int]:
 
 
 def _item_flags(
-  found: _Sample, used: set[str], given: Mapping[str, str | bool]
+  found: _Sample, used: set[str], given: Mapping[str, str | bool], has_pictures: bool
 ) -> tuple[dict[str, str], list[str]]:
   """Guesses the columns of the item table, given ids of the interactions."""
   flags, chosen = {}, {}
@@ -286,14 +291,20 @@ def _item_flags(
         flags[flag] = usual[0]
   texts = {name: _mean_length(found.columns[name]) for name in names if _is_text(found, name)}
   for role, choose in (('title', min), ('description', max)):
-    free = {
-      name: length
-      for name, length in texts.items()
-      if name not in chosen.values() and _is_distinct(found.columns[name])
-    }
+    left = {name: length for name, length in texts.items() if name not in chosen.values()}
+    free = {name: length for name, length in left.items() if _is_distinct(found.columns[name])}
+    if role == 'title':  # Titles may repeat, too, such as those of a series.
+      hints = _HINTS['title'].split()
+      hinted = (name for name in left if any(hint in name.lower() for hint in hints))
+      free = {name: left[name] for name in hinted} or free
     name = choose(free, key=free.get, default=None)
     if role not in chosen and name and (role == 'title' or free[name] >= _LONG):
       chosen[role] = flags[f'{role}_column'] = name
+  if has_pictures and 'image' not in chosen:
+    # A folder alone is enough if its files have the ids of the items as their names.
+    pictures = [name for name in names if found.share(name, _PICTURE) > 0.8]
+    if pictures and pictures[0] not in chosen.values():
+      chosen['image'] = flags['image_column'] = pictures[0]
   more = [x for x in texts if x not in chosen.values() and not _is_distinct(found.columns[x])]
   more = [x for x in more if x.split(',') == [x.strip()]]  # The flag is split at commas.
   if more and 'text_columns' not in given:

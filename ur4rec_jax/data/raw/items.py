@@ -60,7 +60,13 @@ def read(
     )
   images = parameters.pop('images', None)
   table = open_table(path, parameters.get('items_quoting'))
-  return from_table(table, image_finder(images, path.parent), cleanings, **parameters)
+  found, notes = from_table(table, image_finder(images, path.parent), cleanings, **parameters)
+  if images is not None and not any(item.image for item in found.values()):
+    notes.append(
+      f'no item has a picture: no file of {images} has the id of an item as its name, and no column'
+      ' is used that names files; --image_column=NAME says which does'
+    )
+  return found, notes
 
 
 def open_table(path: Path, quoting: str | None = None) -> Table:

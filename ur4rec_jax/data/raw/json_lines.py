@@ -23,6 +23,9 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 1 << 14, 1 << 24
 _AS_WRITTEN = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 _WORDS = {None: '', True: 'true', False: 'false'}
 _NESTED = {list: pa.list_(pa.string()), dict: pa.struct([])}
+# With more keys than this, objects map ids to values, and the keys in them are no columns.
+_MOST_COLUMNS = 1000
+_LONGEST_NAME = 200  # Characters of the name of a key in an object, such as `user.address.city`.
 
 
 def read(path: Path, as_written: bool = False) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -51,15 +54,45 @@ def read(path: Path, as_written: bool = False) -> Iterator[tuple[Place, dict[str
 def columns(path: Path) -> dict[str, pa.DataType]:
   """Returns the keys of all objects of a file with their types; one nested value makes it nested.
 
+  A key that has objects alone is replaced by the keys in them, with names such as `user.id`.
+
   Raises:
     InputError: a line is no JSON object.
   """
-  found: dict[str, pa.DataType] = {}
+  kinds: dict[str, set[type]] = {}
+  own: dict[str, None] = {}
   for _, row in read(path, as_written=True):
-    for name, value in row.items():
-      if name not in found or type(value) in _NESTED:
-        found[name] = _NESTED.get(type(value), pa.string())
-  return {_encodable(name): kind for name, kind in found.items()}
+    own.update(dict.fromkeys(row))
+    # They are counted line by line, so that maps with ever new keys take no memory.
+    for name, value in _keys(row) if len(kinds) <= _MOST_COLUMNS else row.items():
+      kinds.setdefault(name, set()).add(type(value))
+  if len(kinds) > _MOST_COLUMNS:
+    kinds = {name: kinds[name] for name in own}
+  else:
+    kinds = {name: found for name, found in kinds.items() if found - {type(None)} != {dict}}
+  return {
+    _encodable(name): next((_NESTED[kind] for kind in _NESTED if kind in found), pa.string())
+    for name, found in kinds.items()
+  }
+
+
+def _keys(row: Mapping[str, Any], before: str = '') -> Iterator[tuple[str, Any]]:
+  """Yields the keys of an object, and those of the objects in it, with their values."""
+  for key, value in row.items():
+    name = before + key
+    yield name, value
+    if isinstance(value, dict) and '.' not in key and len(name) < _LONGEST_NAME:
+      yield from _keys(value, f'{name}.')
+
+
+def _value(row: Mapping[str, Any], name: str) -> Any:
+  """Returns the value of a key as `columns` names it, None if the object lacks it."""
+  if name in row or '.' not in name:
+    return row.get(name)
+  value: Any = row
+  for key in name.split('.'):
+    value = value.get(key) if isinstance(value, dict) else None
+  return value
 
 
 def batches(
@@ -76,7 +109,7 @@ def batches(
   rows = size = 0
   for _, row in read(path, as_written=True):
     for name, values in found.items():
-      value = row.get(name)
+      value = _value(row, name)
       values.append(value if isinstance(value, str) else _WORDS[value])
       size += len(values[-1])
     rows += 1

@@ -35,7 +35,8 @@ PARQUET = ('.parquet', '.pq')
 DELIMITER_NAMES = {'\t': 'tab', ' ': 'space'}
 KINDS = (*DELIMITERS, *PARQUET, *json_lines.KINDS)
 _EXCEL = ('.xlsx', '.xls')
-_VALUE = r'-?\d+(\.\d+)?$|\d{4}-\d{2}-\d{2}'  # What is a value rather than the name of a column.
+# What is a value rather than the name of a column.
+_VALUE = r'-?\d+(\.\d+)?$|\d{4}-\d{2}-\d{2}|\d{1,2}\.\d{1,2}\.\d{4}'
 QUOTING = ('auto', 'none', 'standard')
 # Spark writes this for an empty value of the column that names the folders.
 _NO_VALUE = '__HIVE_DEFAULT_PARTITION__'

@@ -20,6 +20,14 @@ _AFTER_DAY = {1: '', 10**4: ' hh:mm', 10**6: ' hh:mm:ss', 10**9: ' hh:mm:ss.sss'
 _NUMBER = r'^\s*[+-]?\d{1,19}\s*$'
 _DECIMAL = r'^\s*[+-]?\d{1,11}\.\d*\s*$'
 _DATE = r'^\d{4}-\d{2}-\d{2}'
+# As in 31.12.2025 14:05. Between points the day always comes first; between slashes it may not.
+DAY_FIRST = r'\d{1,2}\.\d{1,2}\.\d{4}(?:\D|$)'
+_YEAR_FIRST = (
+  (r'^(\d)\.', r'0\1.'),
+  (r'^(\d{2}\.)(\d)\.', r'\10\2.'),
+  (r'^(\d{2})\.(\d{2})\.(\d{4})(\D|$)', r'\3-\2-\1\4'),
+  (r'^(\d{4}-\d{2}-\d{2} )(\d:)', r'\10\2'),
+)
 _ZONE = r'[T ]\d{2}.*([Zz]|[+-]\d{2}(:?\d{2})?)$'
 # How databases write ISO 8601, and how Arrow reads it. Arrow knows nine digits of a fraction.
 _SPELLINGS = (
@@ -29,7 +37,10 @@ _SPELLINGS = (
   (r'(\.\d{9})\d+', r'\1'),
 )
 _NANOSECONDS = r'\.\d{7,9}(\D|$)'
-_FORMS = 'unix seconds, unix milliseconds, or ISO 8601 like 2024-05-31 or 2024-05-31T18:20:00Z'
+_FORMS = (
+  'unix seconds, unix milliseconds, ISO 8601 like 2024-05-31 or 2024-05-31T18:20:00Z, or days first'
+  ' with points like 31.05.2024 18:20'
+)
 _WAY_OUT = 'fill it in, remove the row, or leave such rows out with --where'
 _FEW, _MANY = 10, 10_000  # Fewer different times may be round by chance; more rows are not needed.
 _FIRST_DATE, _LAST_DATE = 19_000_101, 21_001_231
@@ -93,10 +104,17 @@ def parse(column: pa.ChunkedArray, name: str, where: Where) -> Times:
 
 
 def is_date(value: object) -> bool:
-  """Whether a value is a date or a datetime, as text in ISO 8601 or by its type."""
+  """Whether a value is a date or a datetime, by its type or as a text that `parse` reads."""
   return isinstance(value, datetime.date) or (
-    isinstance(value, str) and bool(re.match(_DATE, value.strip()))
+    isinstance(value, str) and bool(re.match(f'{_DATE}|{DAY_FIRST}', value.strip()))
   )
+
+
+def year_first(texts: pa.ChunkedArray | pa.Scalar) -> pa.ChunkedArray | pa.Scalar:
+  """Writes dates such as 31.12.2025 as 2025-12-31, so that their order is that of the texts."""
+  for pattern, replacement in _YEAR_FIRST:
+    texts = pc.replace_substring_regex(texts, pattern, replacement)
+  return texts
 
 
 def plain_unit(smallest: int, largest: int) -> int | None:
@@ -203,11 +221,15 @@ def _text(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray,
 
 def _iso(column: pa.ChunkedArray, name: str, where: Where) -> tuple[np.ndarray, int]:
   texts = pc.utf8_trim_whitespace(column)
-  for pattern, replacement in _SPELLINGS:
-    texts = pc.replace_substring_regex(texts, pattern, replacement)
-  odd = first_true(pc.invert(pc.match_substring_regex(texts, _DATE)))
+  is_day_first = bool(re.match(DAY_FIRST, texts[0].as_py()))
+  date = f'^{DAY_FIRST}' if is_day_first else _DATE
+  odd = first_true(pc.invert(pc.match_substring_regex(texts, date)))
   if odd is not None:
     raise _unlike(column, odd, name, where)
+  if is_day_first:
+    texts = year_first(texts)
+  for pattern, replacement in _SPELLINGS:
+    texts = pc.replace_substring_regex(texts, pattern, replacement)
   zoned = pc.match_substring_regex(texts, _ZONE)
   has_zone = zoned[0].as_py()
   odd = first_true(pc.invert(zoned) if has_zone else zoned)

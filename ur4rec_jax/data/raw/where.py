@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ur4rec_jax.data.conditions import Comparison
+from ur4rec_jax.data.raw import times
 from ur4rec_jax.data.raw.tables import first_true, plain_numbers
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
@@ -103,7 +104,7 @@ def _comparable(
     if odd is not None:
       raise InputError(
         f'{where(odd)}: {name} is {column[odd].as_py()!r}, which --where compares with the number'
-        f' {value}; correct the row, or compare with a text in quotes'
+        f' {value}; write decimals with a point, correct the row, or compare with a text in quotes'
       )
     if isinstance(value, int) and 2**53 <= abs(value) < 2**63:  # Floats round such ids.
       with contextlib.suppress(pa.ArrowInvalid):  # Not all numbers are integers of 64 bits.
@@ -111,7 +112,10 @@ def _comparable(
         return whole, pa.scalar(value, pa.int64())
     return numbers, pa.scalar(float(value))
   if is_text(kind):
-    return column.cast(pa.large_string()), pa.scalar(value, pa.large_string())
+    column, wanted = column.cast(pa.large_string()), pa.scalar(value, pa.large_string())
+    if times.is_date(value):
+      return times.year_first(column), times.year_first(wanted)
+    return column, wanted
   if pa.types.is_boolean(kind) and value.lower() in ('true', 'false'):
     return column, pa.scalar(value.lower() == 'true')
   if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
