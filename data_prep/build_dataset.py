@@ -314,7 +314,8 @@ def append(
   }
   with files.disk_errors(out, '--out'), contextlib.ExitStack() as stack:
     files.clean_up(out)
-    if (same := identity.find_same(out, source, wanted, overwrite=False)) is not None:
+    way_out = 'give another --out'
+    if (same := identity.find_same(out, source, wanted, False, way_out)) is not None:
       return same, False
     paths = _unpacked(stack, spec, paths, out, parameters)
     spill = stack.enter_context(files.scratch_folder(out, 'spill'))
@@ -451,7 +452,10 @@ def _next_rows(metadata: dict[str, Any], data_dir: str | Path) -> list[tuple[str
   if content.IMAGE not in found and content.has_urls(data_dir, _MOST_SEARCHED):
     commands.append(f'python -m data_prep.download_images --data_dir={folder}')
   if found or commands:
-    commands.append(f'python -m data_prep.encode --data_dir={folder}')
+    earlier = carry_over.encoders(Path(data_dir))
+    names = [','.join(earlier), shlex.quote(','.join(earlier.values()))]
+    flags = f' --modality={names[0]} --encoder={names[1]}' if earlier else ''
+    commands.append(f'python -m data_prep.encode --data_dir={folder}{flags}')
   training = sources.training_command(metadata, data_dir)
   if not commands:
     return [('next', training)]

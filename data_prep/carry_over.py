@@ -4,6 +4,8 @@ Texts about users are not taken over: they are of the old split, and may tell of
 holds out. Their stored answers are, so only users with new events are asked about again.
 """
 
+import contextlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 from data_prep.embeddings import feature_files
 from data_prep.llm_text import llm_batch
 from data_prep.llm_text import texts as llm_texts
-from data_prep.prepared import appending
+from data_prep.prepared import appending, content
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_texts, texts_origin
 from ur4rec_jax.data.features import INFO
@@ -60,6 +62,16 @@ def features(old: Path, new: Path) -> None:
         target = new / feature_files.EARLIER / 'item' / modality.name
         shutil.rmtree(target, ignore_errors=True)
         appending.link_tree(modality, target)
+
+
+def encoders(new: Path) -> dict[str, str]:
+  """Returns the encoders of the features that were brought to `new`, by texts and pictures."""
+  found = {}
+  for modality in (content.TEXT, content.IMAGE):
+    with contextlib.suppress(OSError, ValueError, LookupError):
+      info = json.loads((new / feature_files.EARLIER / 'item' / modality / INFO).read_text())
+      found[modality] = info['encoder']['name']
+  return found
 
 
 def notes(old: Path) -> list[str]:

@@ -19,7 +19,11 @@ _MOST_SHOWN = 8  # Entries of an option or hash in a message.
 
 
 def find_same(
-  data_dir: Path, source: str, wanted: Mapping[str, Any], overwrite: bool
+  data_dir: Path,
+  source: str,
+  wanted: Mapping[str, Any],
+  overwrite: bool,
+  way_out: str = 'pass --overwrite to replace it, or give another --data_dir',
 ) -> dict[str, Any] | None:
   """Looks for the wanted dataset in a folder.
 
@@ -28,6 +32,7 @@ def find_same(
     source: name of the source.
     wanted: `options` and `raw_sha256` of the wanted dataset.
     overwrite: whether another dataset may be replaced.
+    way_out: what the user can do if it may not.
 
   Returns:
     Its dataset.json; None if the dataset has to be built.
@@ -38,7 +43,7 @@ def find_same(
   old = _existing(data_dir)
   if old is None or overwrite:
     return None
-  _check_same(data_dir, old, source, wanted)
+  _check_same(data_dir, old, source, wanted, way_out)
   _check_sound(data_dir)
   return old
 
@@ -63,7 +68,7 @@ def _existing(data_dir: Path) -> dict[str, Any] | None:
 
 
 def _check_same(
-  data_dir: Path, old: dict[str, Any], source: str, wanted: Mapping[str, Any]
+  data_dir: Path, old: dict[str, Any], source: str, wanted: Mapping[str, Any], way_out: str
 ) -> None:
   wanted = {'format_version': FORMAT_VERSION, 'source': source, **wanted}
   for field, value in wanted.items():
@@ -71,7 +76,7 @@ def _check_same(
     if known != value:
       raise InputError(
         f'{data_dir}: holds another dataset: its {field} is {_compact(known, value)}, asked for'
-        f' is {_compact(value, known)}; pass --overwrite to replace it, or give another --data_dir'
+        f' is {_compact(value, known)}; {way_out}'
       )
 
 

@@ -21,7 +21,7 @@ from tests.helpers.commands import run_here
 from tests.helpers.goods import row_of_item, write_table
 from ur4rec_jax import exported, quick
 from ur4rec_jax.baselines import WITHOUT_TRAINING
-from ur4rec_jax.errors import InputError
+from ur4rec_jax.errors import InputError, ReportedError
 
 MINUTES = 0.02  # Training gets a quarter of it: it is validated once.
 
@@ -236,6 +236,17 @@ def test_wrong_tables_and_options_of_train(tmp_path):
   for minutes in (0, float('nan')):
     with pytest.raises(InputError, match=r'minutes=.*: must be above 0'):
       ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, minutes=minutes)
+  with pytest.raises(InputError, match=r"minutes='5': must be a number"):
+    ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, minutes='5')
+
+
+def test_the_error_of_a_command_of_train_is_that_of_train(tmp_path):
+  rows = {'user': [f'u{i % 9}' for i in range(90)], 'item': [f'i{i % 7}' for i in range(90)]}
+  rows['item'][5] = None
+  message = 'row 6: item is empty; fill it in, remove the row, or leave such rows out with --clean'
+  with pytest.raises(ReportedError, match=rf'{message}.*; see {tmp_path}/model/logs'):
+    ur4rec_jax.train(pa.table(rows), out=tmp_path, time_column='none')
+  assert message in (tmp_path / 'model/logs/build.log').read_text()
 
 
 @pytest.mark.parametrize(('items', 'answer'), [(50, 'leave_out'), (2, 'keep')])

@@ -173,11 +173,14 @@ class Commands:
       self.record['done'].pop(title, None)
       self._save()
     stderr = None if sys.stderr.isatty() else subprocess.PIPE
+    told: list[str] = []
     with log.open('w') as file:
       command = [sys.executable, '-m', *words]
       streams = {'stdout': file, 'stderr': stderr, 'text': True}
-      code = processes.wait(subprocess.Popen(command, process_group=0, **streams))
+      code = processes.wait(subprocess.Popen(command, process_group=0, **streams), told)
     if code:
+      with log.open('a') as file:
+        file.writelines(told)
       say(f'the command ended with {code}; {log} has its output. Start again to go on', sys.stderr)
       sys.exit(code)
     self.record['done'][title] = words
@@ -409,6 +412,8 @@ def train(
   from ur4rec_jax.inference.trained import load
 
   folder = pathlib.Path(tempfile.mkdtemp(prefix='ur4rec-') if out is None else out)
+  if not isinstance(minutes, int | float):
+    raise InputError(f'minutes={minutes!r}: must be a number')
   paths = [_as_file(table, folder, name) for table, name in ((orders, 'orders'), (items, 'items'))]
   if unknown := sorted(set(columns) - set(_BUILD_FLAGS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(_BUILD_FLAGS)}')
@@ -417,9 +422,19 @@ def train(
   try:
     models = make_models(order)
   except SystemExit as stop:
-    raise ReportedError(f'a command ended with {stop.code}; see {order.out / "logs"}') from stop
+    why = _last_error(order.out / 'logs') or f'a command ended with {stop.code}'
+    # Without the way that led there, which says nothing to the caller.
+    raise ReportedError(f'{why}; see {order.out / "logs"}') from None
   say('\n'.join(_comparison(order, models, 'returned')))
   return load(models.best)
+
+
+def _last_error(logs: pathlib.Path) -> str | None:
+  """Returns the message of the command that wrote the newest log, if it is in there."""
+  newest = max(logs.glob('*.log'), key=lambda path: path.stat().st_mtime_ns)
+  lines = newest.read_text(errors='replace').splitlines()
+  found = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
+  return found[-1] if found else None
 
 
 def _as_file(table: Any, folder: pathlib.Path, name: str) -> pathlib.Path | None:

@@ -150,7 +150,10 @@ def test_only_new_items_are_encoded(small_shop, day_2, tmp_path, flags, monkeypa
   shutil.copytree(small_shop, old)
   command = ['--modality=text', '--encoder=hashing', *flags]
   assert run_here(encode.main, [f'--data_dir={old}', *command, '--overwrite']).returncode == 0
-  assert append(old, day_2[0], out, f'--items={day_2[1]}').returncode == 0
+  appended = append(old, day_2[0], out, f'--items={day_2[1]}')
+  assert appended.returncode == 0
+  assert f' data_prep.encode --data_dir={out} --modality=' in appended.stdout
+  assert re.search('--modality=text(,image)? --encoder=hashing(,color)?\n', appended.stdout)
   encoded = []
   hashing = encode.text.hashing
 
@@ -245,7 +248,9 @@ def test_wrong_input_is_one_message_and_changes_nothing(small_shop, tmp_path):
   assert 'nowhere: no such folder' in missing.stderr
   inside = append(small_shop, new, small_shop / 'x')
   assert 'stays as it is' in inside.stderr
-  assert 'holds another dataset' in append(small_shop, tmp_path / '6.csv', out).stderr
+  refused = append(small_shop, tmp_path / '6.csv', out).stderr
+  assert 'holds another dataset' in refused
+  assert refused.endswith('; give another --out\n')
   assert run_here(build_dataset.main, ['--out=x']).returncode == 2
   assert snapshot(small_shop) == before
 

@@ -45,5 +45,6 @@ def test_signals_are_passed_on_and_old_handlers_come_back(capsys):
 
 def test_errors_are_printed_and_progress_now_and_then(capsys):
   code = 'import sys; print("[1\\n[2\\nwrong", file=sys.stderr)'
-  assert processes.wait(start(code, stderr=subprocess.PIPE)) == 0
-  assert capsys.readouterr().err == 'wrong\n'
+  told: list[str] = []
+  assert processes.wait(start(code, stderr=subprocess.PIPE), told) == 0
+  assert capsys.readouterr().err == ''.join(told) == 'wrong\n'

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 _SECONDS_OF_PROGRESS = 15  # Between lines of progress where there is no terminal.
 
 
-def wait(process: subprocess.Popen) -> int:
+def wait(process: subprocess.Popen, told: list[str] | None = None) -> int:
   """Waits for a process and passes signals on to it.
 
   Args:
     process: the process. If its stderr is a pipe, its lines are printed on this stderr.
+    told: gets the lines that were printed.
 
   Returns:
     The exit code; 128 and the number of the signal if this process or the other one got a signal.
@@ -30,7 +31,7 @@ def wait(process: subprocess.Popen) -> int:
       handlers[number] = signal.signal(number, pass_on)
   try:
     if process.stderr is not None:
-      _print(process.stderr)
+      _print(process.stderr, [] if told is None else told)
     code = process.wait()
   finally:
     for number, handler in handlers.items():
@@ -40,7 +41,7 @@ def wait(process: subprocess.Popen) -> int:
   return 128 - code if code < 0 else code
 
 
-def _print(lines: Iterable[str]) -> None:
+def _print(lines: Iterable[str], told: list[str]) -> None:
   """Prints the errors and notes of a process, and its progress from time to time."""
   shown = time.monotonic()
   for line in lines:
@@ -48,4 +49,5 @@ def _print(lines: Iterable[str]) -> None:
       if time.monotonic() < shown + _SECONDS_OF_PROGRESS:
         continue
       shown = time.monotonic()
+    told.append(line)
     print(line, end='', file=sys.stderr, flush=True)
