@@ -54,6 +54,8 @@ def test_train_gives_a_recommender(trained):
   assert found['protocol']['candidates'] == 'all items'
   recommender.export(folder / 'own')
   assert exported.load(folder / 'own').item_ids == recommender.item_ids
+  with pytest.raises(InputError, match=r'no run here .* it is an export, which serve --export'):
+    ur4rec_jax.load(folder / 'own')
 
 
 def test_train_tells_what_it_compared_and_where_the_model_is(trained):

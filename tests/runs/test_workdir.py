@@ -61,3 +61,13 @@ def test_the_command_that_started_a_run_is_noted(module, argv, command, started,
   monkeypatch.setattr(sys, 'argv', argv)
   note_start('run', open_run(stored_config('run')))
   assert json.loads((started / 'run/config.json').read_text())['command'] == command
+
+
+@pytest.mark.parametrize('inside', ['seed0', 'runs/ids', 'model/runs/content'])
+def test_a_folder_of_runs_names_them(tmp_path, inside):
+  (tmp_path / inside).mkdir(parents=True)
+  with pytest.raises(InputError, match=r'no run here .*; train one: '):
+    stored_config(tmp_path)
+  (tmp_path / inside / 'config.json').touch()
+  with pytest.raises(InputError, match=f'no run here .*; give one of those inside: .*/{inside}$'):
+    stored_config(tmp_path)

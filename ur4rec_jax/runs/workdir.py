@@ -38,12 +38,16 @@ def stored_config(workdir: str | pathlib.Path) -> ConfigDict:
   """
   path = pathlib.Path(workdir) / CONFIG
   if not path.is_file():
-    # Such as a folder that `quick` or `ur4rec_jax.train` made.
-    inside = (path.parent.glob(f'{folders}/{CONFIG}') for folders in ('runs/*', '*/runs/*'))
+    # Such as a folder of several seeds, or one that `quick` or `ur4rec_jax.train` made.
+    inside = (
+      path.parent.glob(f'{folders}/{CONFIG}') for folders in ('seed*', 'runs/*', '*/runs/*')
+    )
     runs = [found.parent for paths in inside for found in paths]
     way_out = f'train one: python -m ur4rec_jax.main --config=NAME --workdir={workdir}'
     if runs:
       way_out = f'give one of those inside: {", ".join(map(str, sorted(runs)))}'
+    elif path.with_name('program.bin').is_file():
+      way_out = 'it is an export, which serve --export and ur4rec_jax.exported.load open'
     raise InputError(f'--workdir {workdir}: no run here (no {CONFIG}); {way_out}')
   return from_stored(_record(path)['config'])
 
