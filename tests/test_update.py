@@ -142,6 +142,14 @@ def test_replay_chooses_users(days, monkeypatch):
   assert chosen.sum() < more.sum() < len(more)
 
 
+def test_few_users_are_trained_on_for_enough_steps(days):
+  stage = update_run.update_config(days / 'run1', days / 'day2', epochs=None).stage.train
+  one = update_run.update_config(days / 'run1', days / 'day2', epochs=1)
+  steps_per_epoch = train_loop.plan_batches(open_run(one)).steps_per_epoch
+  assert steps_per_epoch < update_run.MIN_STEPS / 6
+  assert stage.num_epochs == -(-update_run.MIN_STEPS // steps_per_epoch)
+
+
 def test_an_update_takes_all_its_epochs_whatever_the_time_limit_of_the_run_before(days, tmp_path):
   before = tmp_path / 'limited'
   shutil.copytree(days / 'run1', before)

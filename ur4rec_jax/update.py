@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
   add('--data_dir', help='prepared folder with the new events, from build_dataset --append')
   add('--out', help='workdir of the update; it is resumed if it was started')
   add('--registry', help='folder of served models, to which an update that passes is promoted')
-  add('--epochs', type=int, default=6, help='epochs to train; default 6')
+  add('--epochs', type=int, help='epochs to train; default 6, or more if those are below 300 steps')
   add(
     '--replay',
     type=float,
@@ -117,7 +117,7 @@ def _check(flags: argparse.Namespace) -> None:
       raise InputError(f'--{name}={getattr(flags, name):g}: must be more than 0')
   if flags.keep_versions < 2:
     raise InputError(f'--keep_versions={flags.keep_versions}: must be at least 2')
-  if flags.epochs < 1:
+  if flags.epochs is not None and flags.epochs < 1:
     raise InputError(f'--epochs={flags.epochs}: must be at least 1')
   for name in ('replay', 'margin'):
     if not 0 <= getattr(flags, name) <= 1:
@@ -193,7 +193,8 @@ def _watch(flags: argparse.Namespace) -> None:
   kinds = tuple(kind.strip() for kind in flags.event_kinds.split(','))
   if unknown := [kind for kind in kinds if kind not in KINDS]:
     raise InputError(f'--event_kinds: {unknown[0]!r} is none of {", ".join(KINDS)}')
-  passed = [f'--{name}={getattr(flags, name)}' for name in _OF_EACH_UPDATE]
+  settings = {name: getattr(flags, name) for name in _OF_EACH_UPDATE}
+  passed = [f'--{name}={value}' for name, value in settings.items() if value is not None]
   passed += [f'--{name}' for name in ('force', 'users') if getattr(flags, name)]
   update_loop.run(
     update_loop.Watch(

@@ -275,7 +275,7 @@ class Service:
     words += [f'--workdir={self.scratch}/run', f'--data_dir={self.scratch}/data']
     words += [f'--out={self.scratch}/rounds-{self.name}', f'--registry={self.models}']
     words += ['--users', '--every_events=1', f'--rounds={len(self.seconds) + 1}']
-    words += ['--epochs=3', '--margin=0.1']
+    words.append('--margin=0.1')
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
       raise InputError(f'{self.name}: the update failed: {done.stderr.strip()}')

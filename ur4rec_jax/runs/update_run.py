@@ -23,6 +23,9 @@ from ur4rec_jax.sharding import devices
 
 GATE = 'gate.json'
 ALL = 'all'  # Folder of the second model, in that of the update.
+_EPOCHS = 6
+# With few users, six epochs are so few steps that new items are hardly ever recommended.
+MIN_STEPS = 300
 _WARMUP_STEPS = 10  # Limit, because an update may have fewer steps than the warmup of a first run.
 
 
@@ -30,7 +33,7 @@ def update_config(
   workdir: str | pathlib.Path,
   data_dir: str | pathlib.Path,
   *,
-  epochs: int,
+  epochs: int | None,
   replay: float = 1.0,
   moments: str = 'reset',
   keep: str = 'best',
@@ -40,7 +43,7 @@ def update_config(
   Args:
     workdir: folder of the earlier run.
     data_dir: the new data.
-    epochs: number of epochs to train.
+    epochs: number of epochs to train; None for 6, or as many as `MIN_STEPS` steps take.
     replay: see the knob `init.replay`.
     moments: see the knob `init.moments`.
     keep: see the knob `keep`; with `last`, both models of an update train equally long.
@@ -62,6 +65,9 @@ def update_config(
     {'run': os.path.abspath(workdir), 'moments': moments, 'replay': float(replay)}
   )
   config.stages = (name,)
+  if epochs is None:
+    steps_per_epoch = train_loop.plan_batches(open_run(config)).steps_per_epoch
+    epochs = max(_EPOCHS, -(-MIN_STEPS // steps_per_epoch))
   stage = config.stage[name]
   stage.num_epochs, stage.num_steps, stage.patience = epochs, 0, epochs + 1
   config.keep, stage.validate_every_epochs = keep, 1 if keep == 'best' else epochs
