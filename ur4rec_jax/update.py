@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
   add('--data_dir', help='prepared folder with the new events, from build_dataset --append')
   add('--out', help='workdir of the update; it is resumed if it was started')
   add('--registry', help='folder of served models, to which an update that passes is promoted')
-  add('--epochs', type=int, help='epochs to train; default 6, or more if those are below 300 steps')
+  add('--epochs', type=int, help='epochs to train; default 6, or more if those are below 100 steps')
   add(
     '--replay',
     type=float,

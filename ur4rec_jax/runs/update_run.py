@@ -25,7 +25,7 @@ GATE = 'gate.json'
 ALL = 'all'  # Folder of the second model, in that of the update.
 _EPOCHS = 6
 # With few users, six epochs are so few steps that new items are hardly ever recommended.
-MIN_STEPS = 300
+MIN_STEPS = 100
 _WARMUP_STEPS = 10  # Limit, because an update may have fewer steps than the warmup of a first run.
 
 
