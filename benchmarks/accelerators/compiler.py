@@ -36,6 +36,7 @@ GPUS = {
       block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
     }""",
 }
+CUDA_PACKAGES = 'jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12'
 _GB, _TERA = 1e9, 1e12
 
 
@@ -47,7 +48,12 @@ def compiling_for(topology: Topology) -> Iterator[None]:
     InputError: the compiler for it is not installed, or knows no such topology.
   """
   with devices.compiling_for(describe(topology)):
-    yield
+    try:
+      yield
+    except RuntimeError as error:
+      if 'cuDNN not found' in str(error):  # By JAX, when it traces attention.
+        raise _lacks_compiler(topology, error) from error
+      raise
 
 
 def describe(topology: Topology) -> list[jax.Device]:
@@ -73,13 +79,18 @@ def describe(topology: Topology) -> list[jax.Device]:
     else:
       found = topologies.get_topology_desc(topology_name=topology.name, platform='tpu')
   except Exception as error:
-    packages = 'jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12' if is_gpu else 'libtpu'
-    problem = (str(error).splitlines() or [type(error).__name__])[0]
-    raise InputError(
-      f'--topology={topology.name}: cannot be described ({problem}); it needs the compiler: pip '
-      f'install {packages}, of the versions that jax[{"cuda12" if is_gpu else "tpu"}] names'
-    ) from error
+    raise _lacks_compiler(topology, error) from error
   return list(found.devices)
+
+
+def _lacks_compiler(topology: Topology, error: Exception) -> InputError:
+  is_gpu = not topology.chip.torus
+  packages = f'--no-deps {CUDA_PACKAGES}' if is_gpu else 'libtpu'
+  problem = (str(error).splitlines() or [type(error).__name__])[0]
+  return InputError(
+    f'--topology={topology.name}: cannot be compiled for ({problem}); it needs the compiler: pip'
+    f' install {packages}, of the versions that jax[{"cuda12" if is_gpu else "tpu"}] names'
+  )
 
 
 def report(

@@ -61,7 +61,7 @@ def stream_table() -> str:
       f'{row["peak_mb"]:,.0f}',
       f'{row["rss_mb"] - row["of_files_mb"]:,.0f}',
     )
-    for name, row in _read('stream-2gb')['rows'].items()
+    for name, row in _read('stream-8gb')['rows'].items()
   ]
   names = ('interactions', 'sequences per CPU second', 'peak MB', 'MB without files')
   return _table(names, rows)

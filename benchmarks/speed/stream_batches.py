@@ -1,6 +1,6 @@
 """Compares training from the disk with training from memory: speed, and memory of the process.
 
-  python -m benchmarks.speed.stream_batches --users=250000 --folder=/tmp/large --out=stream-2gb
+  python -m benchmarks.speed.stream_batches --users=1000000 --folder=/tmp/large --out=stream-8gb
 
 The first call generates the folder: random histories of 500 interactions on average, as flat arrays
 without TFDS data. Each row is a process of its own that opens the run and trains a SASRec for some
