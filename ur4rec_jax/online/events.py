@@ -107,14 +107,14 @@ def user_hash(user: str) -> str:
   return hashlib.sha256(user.encode()).hexdigest()
 
 
-def pack_items(items: Sequence[Shown]) -> str:
-  """Writes shown items as JSON."""
-  return json.dumps(items, ensure_ascii=False, separators=(',', ':'))
+def pack(exposure: Exposure) -> tuple[Any, ...]:
+  """Returns the fields as a store keeps them, the items as JSON."""
+  return *exposure[:5], json.dumps(exposure.items, ensure_ascii=False, separators=(',', ':'))
 
 
-def unpack_items(text: str) -> tuple[Shown, ...]:
-  """Reads shown items from the JSON of `pack_items`."""
-  return tuple(Shown(*item) for item in json.loads(text))
+def unpack(fields: Sequence[Any]) -> Exposure:
+  """Returns the exposure whose fields `pack` returned."""
+  return Exposure(*fields[:5], tuple(Shown(*item) for item in json.loads(fields[5])))
 
 
 def load_json(text: bytes) -> Any:
