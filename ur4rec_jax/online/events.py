@@ -13,7 +13,7 @@ from ur4rec_jax.errors import InputError
 KINDS = ('view', 'click', 'cart', 'buy', 'rating', 'skip')
 CLICK = 'click'
 MOST_SCANNED = 10_000  # Latest events of a user, of all kinds, in which a history is looked for.
-MOST_CHARACTERS = 256  # Limit for an id.
+MOST_CHARACTERS = 256  # Limit for an id, and for a search.
 MOST_EVENTS = 1000  # Limit for a request.
 FUTURE_SECONDS = 300  # Clocks of senders may be ahead of this machine's clock by this much.
 _CONTROLS = re.compile(r'[\x00-\x1f\x7f]')
