@@ -112,10 +112,10 @@ def find(
   return FlatArrays(folder, records, way_out)
 
 
-def parts(array: np.ndarray, size: int = _AT_ONCE) -> Iterator[tuple[int, np.ndarray]]:
+def parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
   """Yields the start and the values of consecutive parts; releases their memory if mapped."""
-  for start in range(0, len(array), size):
-    yield start, array[start : start + size]
+  for start in range(0, len(array), _AT_ONCE):
+    yield start, array[start : start + _AT_ONCE]
     release(array)
 
 
