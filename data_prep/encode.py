@@ -268,14 +268,13 @@ def _next_command(data_dir: str | Path, modality: str) -> str:
   )
 
 
-def nearest(data_dir: str | Path, modality: str, wanted: str | None, count: int = 5) -> list[str]:
-  """Lists the items with the most similar features, by the cosine of token 0.
+def nearest(data_dir: str | Path, modality: str, wanted: str | None) -> list[str]:
+  """Lists the five items with the most similar features, by the cosine of token 0.
 
   Args:
     data_dir: a prepared folder.
     modality: name of the features.
     wanted: original ids, see `read_ids`; None takes the first three items with features.
-    count: neighbours per item.
 
   Raises:
     InputError: an item is not in the dataset.
@@ -307,7 +306,7 @@ def nearest(data_dir: str | Path, modality: str, wanted: str | None, count: int 
       continue
     scores = np.where(is_there, vectors @ vectors[at], -np.inf)
     scores[at] = -np.inf
-    best = [i for i in np.argsort(-scores, kind='stable')[:count] if np.isfinite(scores[i])]
+    best = [i for i in np.argsort(-scores, kind='stable')[:5] if np.isfinite(scores[i])]
     lines.append(f'{title(at)}: ' + ', '.join(f'{title(i)} {scores[i]:.2f}' for i in best))
   return lines
 

@@ -14,6 +14,7 @@ from data_prep import sources
 from ur4rec_jax.data.dataset import FORMAT_VERSION, METADATA, check_interactions
 from ur4rec_jax.data.raw.records import Raw
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.files import sha256
 
 _MOST_SHOWN = 8  # Entries of an option or hash in a message.
 
@@ -121,8 +122,7 @@ def fingerprints(
 
 def _file_hash(path: Path) -> str:
   try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
+    return sha256(path)
   except OSError as error:
     raise InputError(f'{path}: cannot be read ({error.strerror}); make it readable') from error
 

@@ -175,6 +175,7 @@ def run_guard(flags: argparse.Namespace) -> None:
 def run_power(flags: argparse.Namespace) -> None:
   """Prints how many users each effect needs."""
   from ur4rec_jax.online import analysis, experiment_report, experiments, logs
+  from ur4rec_jax.page import aligned
 
   experiment = experiments.read(flags.config)
   found = analysis.power(
@@ -197,7 +198,7 @@ def run_power(flags: argparse.Namespace) -> None:
     )
     for entry in found
   ]
-  say('\n'.join(experiment_report.aligned(rows)))
+  say('\n'.join(aligned(rows)))
   say(
     f'users in all arms that find the effect with probability {flags.power:.0%} at level'
     f' {experiment.level:g}; set planned_users to one of them before you start'

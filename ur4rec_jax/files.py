@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -65,6 +66,12 @@ def new_file(target: Path) -> Iterator[Path]:
   finally:
     with contextlib.suppress(OSError):
       draft.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+  """Returns the SHA-256 of a file."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def draft_path(target: Path, purpose: str = 'incomplete') -> Path:

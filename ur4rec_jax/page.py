@@ -1,7 +1,7 @@
 """Draws plots and pages: numbers become coordinates, and coordinates one HTML file.
 
 The pages load nothing from elsewhere. page.html is the frame of every page, and plot.html draws a
-plot. Both escape the values that they are given.
+plot. Both escape the values that they are given. Results as text share `aligned` and `p_text`.
 """
 
 import dataclasses
@@ -182,3 +182,14 @@ def round_ticks(low: float, high: float, at_most: int, least_step: float = 1) ->
   step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
   values = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
   return [(value, f'{value:,.0f}' if step >= 1 else f'{value:g}') for value in values.tolist()]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Pads the cells of a table so that its columns line up."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def p_text(p: float) -> str:
+  """Formats a p value."""
+  return '< 0.001' if p < 0.001 else f'{p:.3f}'

@@ -101,7 +101,7 @@ def train(run: Run) -> jax.stages.Lowered:
     shapes=(
       _placed(state, axes),
       _placed(make_train_data(run.dataset, tables), data_axes),
-      devices.deal(plan, axis=1),
+      devices.deal(plan),
       np.int32(_STEPS),
       stage_numbers(stage, run.labels, batches.steps_per_epoch, max_turns),
     ),

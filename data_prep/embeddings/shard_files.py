@@ -1,6 +1,5 @@
 """The files of a shard of features: arrays are stored in a small dtype, with hashes."""
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from ur4rec_jax.data.features import decoded, file_name
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.files import sha256
 
 DTYPES = ('float16', 'float32', 'int8')
 _LARGEST_FLOAT16 = 65504
@@ -79,7 +79,7 @@ class ShardFiles(NamedTuple):
       path = self._path(kind, number)
       with (part := path.with_suffix('.part')).open('wb') as file:
         np.save(file, array, allow_pickle=False)
-      record['sha256'][kind] = _file_sha256(part)
+      record['sha256'][kind] = sha256(part)
       record['bytes'] += part.stat().st_size
       part.rename(path)
     return record
@@ -95,16 +95,10 @@ class ShardFiles(NamedTuple):
     """Whether the files of a shard are those that `record`, the result of `write`, describes."""
     try:
       return all(
-        _file_sha256(self._path(kind, number)) == wanted
-        for kind, wanted in record['sha256'].items()
+        sha256(self._path(kind, number)) == wanted for kind, wanted in record['sha256'].items()
       )
     except OSError:
       return False
 
   def _path(self, kind: str, number: int) -> Path:
     return self.folder / file_name(kind, number, self.shards)
-
-
-def _file_sha256(path: Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

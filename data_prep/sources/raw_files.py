@@ -105,12 +105,9 @@ def read_columns(
       broken = not np.isfinite(table[name].to_numpy()).all()
     if broken:
       raise _bad_line(path, raw, delimiter, columns, f'a bad {name}')
-  if not table.num_rows:
-    raise InputError(f'{path}: the file is empty; download or export it again')
   lines = np.arange(1, table.num_rows + 1)
-  if (
-    raw.count(b'\n') + (not raw.endswith(b'\n')) != table.num_rows
-  ):  # The parser has skipped empty lines.
+  # The parser skips empty lines.
+  if raw.count(b'\n') + (not raw.endswith(b'\n')) != table.num_rows:
     lines = np.flatnonzero([bool(line.strip()) for line in raw.splitlines()]) + 1
   return table, lines
 

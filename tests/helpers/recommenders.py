@@ -10,7 +10,8 @@ from configs import default
 from ur4rec_jax.data.dataset import read_items
 from ur4rec_jax.data.features import load_with_features, read_tables
 from ur4rec_jax.data.followers import count_followers
-from ur4rec_jax.inference.trained import TrainedModel, TrainedRecommender, encode_catalogue
+from ur4rec_jax.inference.kept_model import Kept
+from ur4rec_jax.inference.trained import TrainedRecommender, encode_catalogue
 from ur4rec_jax.models.ur4rec import create_model
 from ur4rec_jax.training.train_state import create_train_state
 
@@ -66,5 +67,5 @@ def make(data, name: str, approximate: bool = False):
   followers = {}
   if config.followers.weight:
     followers = count_followers(dataset, config.followers.count, config.followers.reach)._asdict()
-  trained = TrainedModel(config, dataset, model, params, items, arrays, followers, {})
-  return TrainedRecommender(trained, approximate), tables
+  kept = Kept(config, params, items, arrays, followers)
+  return TrainedRecommender(kept, dataset, {}, approximate), tables

@@ -12,10 +12,11 @@ from ur4rec_jax.online.events import (
   FUTURE_SECONDS,
   KINDS,
   Event,
+  Exposure,
   Shown,
   check_event,
-  pack_items,
-  unpack_items,
+  pack,
+  unpack,
 )
 
 NOW = 1_700_000_000.0
@@ -101,6 +102,6 @@ def test_whatever_comes_is_an_event_or_an_error_of_input(fields):
 
 
 def test_shown_items_are_read_as_they_were_written():
-  items = (Shown('a"\n\x1b', 0.1), Shown('ü', -3.0, 0.25))
-  assert unpack_items(pack_items(items)) == items
-  json.loads(pack_items(items))
+  exposure = Exposure('r', '', 1.5, '', '', (Shown('a"\n\x1b', 0.1), Shown('ü', -3.0, 0.25)))
+  assert unpack(pack(exposure)) == exposure
+  json.loads(pack(exposure)[-1])

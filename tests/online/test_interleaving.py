@@ -50,9 +50,7 @@ def test_both_teams_begin_equally_often():
   assert abs(begins / 2000 - 0.5) < 0.05
 
 
-def test_credit():
-  assert interleaving.team_credit([0, 1, 1, 0], [True, True, True, False]) == 1
-  assert interleaving.team_credit([0, 1], [False, False]) == 0
+def test_balanced_credit():
   # The lowest click is on c, third in both; only b is higher in the second ranking's top.
   credit = interleaving.balanced_credit
   assert credit(['a', 'b'], [True, False], ['a', 'b'], ['b', 'a']) == -1

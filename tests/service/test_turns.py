@@ -6,7 +6,7 @@ import types
 import pytest
 
 from ur4rec_jax.service import turns as turns_module
-from ur4rec_jax.service.turns import Turns
+from ur4rec_jax.service.turns import Turn, Turns
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def in_order(read, requests, pause=0):
     turns, order = Turns(), []
 
     async def ask(client, seconds):
-      async with turns.of(client):
+      async with Turn(turns, client):
         order.append(client)
         read(seconds)
         if pause:
@@ -65,7 +65,7 @@ def test_being_away_earns_nothing(read):
     turns, order = Turns(), []
 
     async def ask(client):
-      async with turns.of(client):
+      async with Turn(turns, client):
         order.append(client)
         read(0.002)
 
@@ -91,7 +91,7 @@ def test_whoever_leaves_gives_the_turn_on(iterations):
     turns, order = Turns(), []
 
     async def ask(client):
-      async with turns.of(client):
+      async with Turn(turns, client):
         order.append(client)
         await asyncio.sleep(0)
 

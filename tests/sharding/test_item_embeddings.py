@@ -71,7 +71,7 @@ def test_any_number_of_devices_shares_a_table_equally(count, monkeypatch):
 def test_rows_of_a_batch_are_dealt_as_evenly_as_can_be(rows, monkeypatch):
   monkeypatch.setattr(devices, 'device_count', lambda: 8)
   x = np.arange(1, 2 * rows + 1).reshape(1, rows, 2)
-  parts = devices.deal({'x': x}, axis=1)['x']
+  parts = devices.deal({'x': x})['x']
   assert parts.shape == (8, 1, -(-rows // 8), 2)
   real = (parts[:, 0, :, 0] > 0).sum(1)
   assert real.max() - real.min() <= 1

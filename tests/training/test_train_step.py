@@ -576,7 +576,7 @@ def test_rows_that_their_owners_update_are_those_of_whole_tables(loss, shares, m
   """Tables of ids alone, with AdamW, whose moments only the rows that are read may change."""
   monkeypatch.setattr(item_embeddings, 'device_count', lambda: shares)
   monkeypatch.setattr(devices, 'device_count', lambda: shares)
-  plan = devices.deal(first_steps(2), axis=1)
+  plan = devices.deal(first_steps(2))
   found = {}
   for policy in ('touched', 'sharded'):
     trainer = on_rows(policy, loss, 'adamw')

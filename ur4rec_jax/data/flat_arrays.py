@@ -4,7 +4,6 @@
 `info.json` holds the SHA-256 of each, and the hashes of the interactions that they were made from.
 """
 
-import hashlib
 import json
 import mmap
 import pathlib
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.files import sha256
 
 FOLDER = 'flat'
 _INFO = 'info.json'
@@ -45,7 +45,7 @@ class FlatArrays:
     path = self._folder / _file_name(name)
     try:
       record = self._records[name]
-      if _sha256(path) != record['sha256']:
+      if sha256(path) != record['sha256']:
         raise ValueError('its content is not what was written')
       array = np.load(path, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, LookupError) as error:
@@ -70,7 +70,7 @@ def write(
     records[name] = {
       'dtype': str(array.dtype),
       'shape': list(array.shape),
-      'sha256': _sha256(path),
+      'sha256': sha256(path),
     }
   info = {'format_version': _FORMAT_VERSION, 'belongs_to': belongs_to, 'arrays': records}
   (folder / _INFO).write_text(json.dumps(info, indent=2) + '\n', encoding='utf-8')
@@ -112,10 +112,10 @@ def find(
   return FlatArrays(folder, records, way_out)
 
 
-def parts(array: np.ndarray, size: int = _AT_ONCE) -> Iterator[tuple[int, np.ndarray]]:
+def parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
   """Yields the start and the values of consecutive parts; releases their memory if mapped."""
-  for start in range(0, len(array), size):
-    yield start, array[start : start + size]
+  for start in range(0, len(array), _AT_ONCE):
+    yield start, array[start : start + _AT_ONCE]
     release(array)
 
 
@@ -159,8 +159,3 @@ def _advise(array: np.ndarray, advice: int) -> None:
 
 def _file_name(name: str) -> str:
   return f'{name}.npy'
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ur4rec_jax.errors import InputError
+from ur4rec_jax.files import sha256
 
 # Layers by name. A number stands for the output of that layer.
 PROJECTED, LAST = 'projected', 'last'
@@ -105,8 +106,7 @@ def _sha256(folder: Path) -> str:
   digest = hashlib.sha256()
   paths = {path for pattern in _WITH_PICKLED for path in folder.rglob(pattern)}
   for path in sorted(path.relative_to(folder).as_posix() for path in paths):
-    with (folder / path).open('rb') as file:
-      digest.update(f'{path}\0{hashlib.file_digest(file, "sha256").hexdigest()}\0'.encode())
+    digest.update(f'{path}\0{sha256(folder / path)}\0'.encode())
   return digest.hexdigest()
 
 

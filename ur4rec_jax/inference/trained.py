@@ -14,7 +14,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,30 +49,6 @@ from ur4rec_jax.runs.extensions import load_extensions
 _PREFERENCE = '\0preference'  # Id of a preference that is read as an item; no real item has it.
 
 
-class TrainedModel(NamedTuple):
-  """A trained model and the data that it was trained on.
-
-  Attributes:
-    config: config of the run.
-    dataset: the prepared data.
-    model: the model.
-    params: its best parameters, NumPy.
-    items: `ids` and `titles` of the catalogue.
-    item_arrays: the encoded catalogue, from `encode_catalogue`.
-    followers: followers of each item, a `FollowerTable` as a dict; {} if the model reads none.
-    about: dataset, config and, after the end of the run, protocol and metrics.
-  """
-
-  config: ConfigDict
-  dataset: Dataset
-  model: UR4Rec
-  params: Any
-  items: dict[str, list[str]]
-  item_arrays: dict[str, Any]
-  followers: dict[str, np.ndarray]
-  about: dict[str, Any]
-
-
 def load(
   workdir: str | pathlib.Path,
   data_dir: str | pathlib.Path | None = None,
@@ -88,12 +64,12 @@ def load(
   Raises:
     InputError: the folder holds no run, or its data are missing or have changed.
   """
-  return TrainedRecommender(_open_model(workdir, data_dir), approximate)
-
-
-def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None) -> TrainedModel:
   dataset, kept = _read_kept(workdir, data_dir) or _read_checkpoint(workdir, data_dir)
-  about = {'dataset': dataset.identity(), 'config': kept.config.to_dict()}
+  return TrainedRecommender(kept, dataset, _about(workdir, dataset, kept.config), approximate)
+
+
+def _about(workdir: str | pathlib.Path, dataset: Dataset, config: ConfigDict) -> dict[str, Any]:
+  about = {'dataset': dataset.identity(), 'config': config.to_dict()}
   if time_range := dataset.info.get('time_range'):
     about['data_until'] = time_range[1]
   about['data'] = {
@@ -112,17 +88,7 @@ def _open_model(workdir: str | pathlib.Path, data_dir: str | pathlib.Path | None
         ' which writes it anew'
       ) from error
     about['baselines'] = found.get('baselines', {})
-  model = create_model(kept.config, dataset.num_items)
-  return TrainedModel(
-    kept.config,
-    dataset,
-    model,
-    kept.params,
-    kept.items,
-    kept.item_arrays,
-    kept.followers,
-    about,
-  )
+  return about
 
 
 def _read_kept(
@@ -192,37 +158,41 @@ def encode_catalogue(
 class TrainedRecommender(Recommender):
   """A recommender that has the training data and the whole model."""
 
-  def __init__(self, trained: TrainedModel, approximate: bool = False):
+  def __init__(
+    self, kept: Kept, dataset: Dataset, about: dict[str, Any], approximate: bool = False
+  ):
     """Places the catalogue on the device.
 
     Args:
-      trained: the model and its data.
+      kept: the trained model.
+      dataset: the data that it was trained on.
+      about: dataset, config and, after the end of the run, protocol and metrics.
       approximate: whether to search large catalogues approximately.
 
     Raises:
       InputError: the model's scores cannot be searched approximately.
     """
-    model = trained.model
+    model = create_model(kept.config, dataset.num_items)
     if approximate and not model.is_sum:
       raise InputError(
         f'approximate: the fusion {model.fusion.kind} ranks each branch, and only sums of scores'
         ' can be searched approximately; leave it out'
       )
-    self.config, self.dataset = trained.config, trained.dataset
-    self.model, self.params = model, trained.params
+    self.config, self.dataset = kept.config, dataset
+    self.model, self.params = model, kept.params
     self.program = jax.jit(scoring.make_program(model))
-    self._new_items = NewItemEncoder(self.config, self.dataset, model, trained.params)
+    self._new_items = NewItemEncoder(self.config, self.dataset, model, self.params)
     settings = Settings(
       branches=list(model.branches),
       share_names=scoring.share_names(model, list(self.config.modalities)),
       max_length=self.config.max_length,
       preferences={name: found.shape[1:] for name, found in self._user_features.items()},
       most_k=scoring.CANDIDATES if approximate else None,
-      about=trained.about,
+      about=about,
     )
-    self._followers = trained.followers
+    self._followers = kept.followers
     self._new_pictures: list[pathlib.Path | None] = []
-    self._set_catalogue(trained.items, trained.item_arrays, settings)
+    self._set_catalogue(kept.items, kept.item_arrays, settings)
 
   def _set_catalogue(
     self, items: dict[str, list[str]], item_arrays: dict[str, Any], settings: Settings

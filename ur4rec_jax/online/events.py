@@ -13,7 +13,7 @@ from ur4rec_jax.errors import InputError
 KINDS = ('view', 'click', 'cart', 'buy', 'rating', 'skip')
 CLICK = 'click'
 MOST_SCANNED = 10_000  # Latest events of a user, of all kinds, in which a history is looked for.
-MOST_CHARACTERS = 256  # Limit for an id.
+MOST_CHARACTERS = 256  # Limit for an id, and for a search.
 MOST_EVENTS = 1000  # Limit for a request.
 FUTURE_SECONDS = 300  # Clocks of senders may be ahead of this machine's clock by this much.
 _CONTROLS = re.compile(r'[\x00-\x1f\x7f]')
@@ -107,14 +107,14 @@ def user_hash(user: str) -> str:
   return hashlib.sha256(user.encode()).hexdigest()
 
 
-def pack_items(items: Sequence[Shown]) -> str:
-  """Writes shown items as JSON."""
-  return json.dumps(items, ensure_ascii=False, separators=(',', ':'))
+def pack(exposure: Exposure) -> tuple[Any, ...]:
+  """Returns the fields as a store keeps them, the items as JSON."""
+  return *exposure[:5], json.dumps(exposure.items, ensure_ascii=False, separators=(',', ':'))
 
 
-def unpack_items(text: str) -> tuple[Shown, ...]:
-  """Reads shown items from the JSON of `pack_items`."""
-  return tuple(Shown(*item) for item in json.loads(text))
+def unpack(fields: Sequence[Any]) -> Exposure:
+  """Returns the exposure whose fields `pack` returned."""
+  return Exposure(*fields[:5], tuple(Shown(*item) for item in json.loads(fields[5])))
 
 
 def load_json(text: bytes) -> Any:

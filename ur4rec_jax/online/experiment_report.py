@@ -10,7 +10,7 @@ from ur4rec_jax.online.analysis import DAY, Result, Row
 from ur4rec_jax.online.experiments import Metric
 from ur4rec_jax.online.interleaving import Preference
 from ur4rec_jax.online.off_policy import Evaluation
-from ur4rec_jax.page import WIDTH, Curve, plot, render, round_ticks
+from ur4rec_jax.page import WIDTH, Curve, aligned, p_text, plot, render, round_ticks
 
 _TEMPLATE = Path(__file__).with_name('experiment.html')
 _VERDICTS = {'better': 'better', 'worse': 'worse', 'open': 'not decided'}
@@ -73,12 +73,6 @@ def summary(result: Result) -> str:
   return '\n'.join(lines)
 
 
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-  """Pads the cells of a table so that its columns line up."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
 def headline(result: Result) -> str:
   """Returns the numbers of users in one line."""
   users = ', '.join(f'{name} {count:,}' for name, count in result.users.items())
@@ -137,11 +131,6 @@ def value_text(metric: Metric, value: float) -> str:
   if metric.kind in ('conversion', 'rate'):
     return f'{value:.2%}'
   return f'{value:,.4g}'
-
-
-def p_text(p: float) -> str:
-  """Formats a p value."""
-  return '< 0.001' if p < 0.001 else f'{p:.3f}'
 
 
 def _percent(share: float) -> str:

@@ -20,8 +20,8 @@ from ur4rec_jax.online.events import (
   Exposure,
   History,
   Outcome,
-  pack_items,
-  unpack_items,
+  pack,
+  unpack,
   user_hash,
 )
 
@@ -256,11 +256,7 @@ class SqliteStore:
       connection.executemany(
         'INSERT INTO exposures (request_id, user, time, arm, model, items)'
         ' VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING',
-        [
-          (*exposure[:5], pack_items(exposure.items))
-          for exposure in exposures
-          if exposure.time > deleted.get(exposure.user, -1)
-        ],
+        [pack(x) for x in exposures if x.time > deleted.get(x.user, -1)],
       )
     return outcomes
 
@@ -283,7 +279,7 @@ class SqliteStore:
     query = 'SELECT request_id, user, time, arm, model, items FROM exposures WHERE request_id = ?'
     with self._errors():
       execute = self._reader().execute  # Without a network many queries take no longer than one.
-      return [_exposure(row) for name in request_ids for row in execute(query, (name,))]
+      return [unpack(row) for name in request_ids for row in execute(query, (name,))]
 
   def delete_user(self, user: str, now: float) -> int:
     with self._transaction() as connection:
@@ -323,7 +319,7 @@ class SqliteStore:
 
   def exposures(self) -> Iterator[Exposure]:
     query = 'SELECT request_id, user, time, arm, model, items FROM exposures ORDER BY number'
-    yield from map(_exposure, self._rows(query))
+    yield from map(unpack, self._rows(query))
 
   def _rows(self, query: str) -> Iterator[Any]:
     """Reads rows on a connection of their own, which sees one state of the file."""
@@ -334,7 +330,3 @@ class SqliteStore:
     with self._lock:
       for connection in (*self._readers, self._connection):
         connection.close()
-
-
-def _exposure(row: Sequence[Any]) -> Exposure:
-  return Exposure(*row[:5], unpack_items(row[5]))

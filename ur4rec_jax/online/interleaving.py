@@ -117,16 +117,6 @@ def balanced(
   return items
 
 
-def team_credit(teams: Sequence[int], clicked: Sequence[bool]) -> int:
-  """Returns the clicks on items of the second team minus those on items of the first.
-
-  Args:
-    teams: team of each shown item, 0 or 1.
-    clicked: whether each shown item was clicked.
-  """
-  return sum(2 * team - 1 for team, hit in zip(teams, clicked, strict=True) if hit)
-
-
 def balanced_credit(
   shown: Sequence[Hashable],
   clicked: Sequence[bool],
@@ -152,9 +142,7 @@ def balanced_credit(
   return sum((item in tops[1]) - (item in tops[0]) for item in hits)
 
 
-def prefer(
-  scores: np.ndarray, teams: tuple[str, str], level: float = 0.05, seed: int = 0
-) -> Preference:
+def prefer(scores: np.ndarray, teams: tuple[str, str], level: float = 0.05) -> Preference:
   """Tests which team the users prefer.
 
   Args:
@@ -162,7 +150,6 @@ def prefer(
       the first one won.
     teams: names of the teams.
     level: one minus the confidence of the interval.
-    seed: seed of the random sign flips.
 
   Raises:
     InputError: fewer than two users.
@@ -183,14 +170,14 @@ def prefer(
     advantage,
     (advantage - half, advantage + half),
     float(binomtest(wins[1], sum(wins)).pvalue) if sum(wins) else 1.0,
-    _flipped_p(scores, seed),
+    _flipped_p(scores),
     float(scores.mean()),
   )
 
 
-def _flipped_p(scores: np.ndarray, seed: int) -> float:
+def _flipped_p(scores: np.ndarray) -> float:
   """Returns the share of random sign flips whose sum is at least as far from zero."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   total = np.zeros(_DRAWS)
   # Users with the same absolute score are flipped together: a binomial number of them is positive.
   for size, users in zip(*np.unique(np.abs(scores[scores != 0]), return_counts=True), strict=True):

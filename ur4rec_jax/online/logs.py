@@ -165,11 +165,11 @@ def read_logs(
   users, requests, items = (
     pc.unique(shown.columns[name].combine_chunks()) for name in ('user', 'request_id', 'item')
   )
-  arm = _codes(shown.columns['arm'], pa.array(names, pa.string()))
+  arm = codes(shown.columns['arm'], pa.array(names, pa.string()))
   found = Exposures(
-    user=_codes(shown.columns['user'], users),
-    item=_codes(shown.columns['item'], items),
-    request=_codes(shown.columns['request_id'], requests),
+    user=codes(shown.columns['user'], users),
+    item=codes(shown.columns['item'], items),
+    request=codes(shown.columns['request_id'], requests),
     arm=arm,
     time=times_shown,
     position=shown.floats('position'),
@@ -177,12 +177,12 @@ def read_logs(
   )
   _check_propensities(shown, found)
   kinds = pc.unique(done.columns['kind'].combine_chunks())
-  user = _codes(done.columns['user'], users)
+  user = codes(done.columns['user'], users)
   logged = Events(
     user=user,
-    item=_codes(done.columns['item'], items),
+    item=codes(done.columns['item'], items),
     request=_named_requests(done, requests),
-    kind=_codes(done.columns['kind'], kinds),
+    kind=codes(done.columns['kind'], kinds),
     time=times_done,
     value=done.floats('value'),
   )
@@ -198,6 +198,12 @@ def read_logs(
     tuple(warnings),
     (shown.path, done.path),
   )
+
+
+def codes(column: pa.ChunkedArray, vocabulary: pa.Array) -> np.ndarray:
+  """Returns `[rows]` the position of each value in a vocabulary, -1 if it is not there."""
+  found = pc.fill_null(pc.index_in(column, value_set=vocabulary), -1)
+  return found.to_numpy().astype(np.int64)
 
 
 def read_table(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> Table:
@@ -308,17 +314,12 @@ def _seconds(table: Table) -> np.ndarray:
   return parsed.ticks / parsed.ticks_per_second
 
 
-def _codes(column: pa.ChunkedArray, vocabulary: pa.Array) -> np.ndarray:
-  found = pc.fill_null(pc.index_in(column, value_set=vocabulary), -1)
-  return found.to_numpy().astype(np.int64)
-
-
 def _named_requests(events: Table, requests: pa.Array) -> np.ndarray:
   """Returns `[events]` the field `Events.request`."""
   named = events.columns.get('request_id')
   if named is None:
     return np.full(len(events.columns['user']), UNNAMED)
-  found = _codes(named, requests)
+  found = codes(named, requests)
   found[found < 0] = UNKNOWN
   found[pc.equal(named, '').to_numpy()] = UNNAMED
   return found
@@ -396,8 +397,8 @@ def _check_arms(table: Table, arms: Sequence[str] | None) -> tuple[str, ...]:
   found = table.columns['arm']
   if arms is None:
     return tuple(sorted(pc.unique(found).to_pylist()))
-  codes = _codes(found, pa.array(arms, pa.string()))
-  unknown = np.flatnonzero(codes < 0)
+  numbers = codes(found, pa.array(arms, pa.string()))
+  unknown = np.flatnonzero(numbers < 0)
   if unknown.size:
     row = int(unknown[0])
     raise InputError(
@@ -405,7 +406,7 @@ def _check_arms(table: Table, arms: Sequence[str] | None) -> tuple[str, ...]:
       f' {", ".join(arms)}. Leave out the rows of other experiments'
     )
   for number, name in enumerate(arms):
-    if not (codes == number).any():
+    if not (numbers == number).any():
       raise InputError(
         f'{table.path}: nobody was shown arm {name!r}; check that the service serves it and logs'
         ' its name'

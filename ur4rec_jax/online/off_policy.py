@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from ur4rec_jax.data.raw import texts
 from ur4rec_jax.errors import InputError, counted
-from ur4rec_jax.online.logs import Logs, Table, reacted, read_table
+from ur4rec_jax.online.logs import Logs, Table, codes, reacted, read_table
 
 _LEAST_EFFECTIVE = 100  # With a smaller effective sample size, intervals are too narrow.
 _LEAST_SHARE = 0.01
@@ -177,13 +177,11 @@ def trials_of(logs: Logs, target: str | Path, event: str) -> tuple[Trials, list[
   table = read_table(Path(target), ('request_id', 'item', 'propensity'), ('predicted',))
   shown = logs.exposures
   requests = len(logs.requests)
-  code = lambda name, ids: (
-    pc.fill_null(pc.index_in(table.columns[name], value_set=ids), -1).to_numpy().astype(np.int64)
-  )
   vocabulary = pc.unique(
     pa.concat_arrays([logs.items, table.columns['item'].combine_chunks().cast(logs.items.type)])
   )
-  request, item = code('request_id', logs.requests), code('item', vocabulary)
+  request = codes(table.columns['request_id'], logs.requests)
+  item = codes(table.columns['item'], vocabulary)
   propensity = table.floats('propensity')
   _check_target(table, request, item, propensity, logs)
   # The first items of the joint vocabulary are those of the logs, with the same numbers.

@@ -15,8 +15,8 @@ from ur4rec_jax.online.events import (
   Exposure,
   History,
   Outcome,
-  pack_items,
-  unpack_items,
+  pack,
+  unpack,
   user_hash,
 )
 
@@ -166,7 +166,7 @@ class PostgresStore:
         cursor.executemany(
           f'INSERT INTO ur4rec_exposures ({_EXPOSURE}) VALUES (%s, %s, %s, %s, %s, %s)'
           ' ON CONFLICT DO NOTHING',
-          [(*x[:5], pack_items(x.items)) for x in exposures if x.time > deleted.get(x.user, -1)],
+          [pack(x) for x in exposures if x.time > deleted.get(x.user, -1)],
         )
     return outcomes
 
@@ -186,7 +186,7 @@ class PostgresStore:
   def shown_in(self, request_ids: Sequence[str]) -> list[Exposure]:
     query = f'SELECT {_EXPOSURE} FROM ur4rec_exposures WHERE request_id = ANY(%s)'
     with self._errors():
-      return [*map(_exposure, self._connection().execute(query, ([*request_ids],)))]
+      return [*map(unpack, self._connection().execute(query, ([*request_ids],)))]
 
   def delete_user(self, user: str, now: float) -> int:
     with self._writing() as (connection, _):
@@ -228,7 +228,7 @@ class PostgresStore:
 
   def exposures(self) -> Iterator[Exposure]:
     query = f'SELECT {_EXPOSURE} FROM ur4rec_exposures ORDER BY number'
-    yield from map(_exposure, self._rows(query))
+    yield from map(unpack, self._rows(query))
 
   def _rows(self, query: str) -> Iterator[Any]:
     """Reads rows piece by piece on a connection of their own, as they were at one moment."""
@@ -250,10 +250,6 @@ def _deleted(connection: psycopg.Connection, users: set[str]) -> dict[str, float
   names = {user_hash(user): user for user in users}
   query = 'SELECT user_hash, time FROM ur4rec_deleted_users WHERE user_hash = ANY(%s)'
   return {names[name]: time for name, time in connection.execute(query, ([*names],))}
-
-
-def _exposure(row: Sequence[Any]) -> Exposure:
-  return Exposure(*row[:5], unpack_items(row[5]))
 
 
 def _first_line(error: psycopg.Error) -> str:

@@ -16,8 +16,8 @@ from ur4rec_jax.online.events import (
   Exposure,
   History,
   Outcome,
-  pack_items,
-  unpack_items,
+  pack,
+  unpack,
   user_hash,
 )
 
@@ -121,7 +121,7 @@ class RedisStore:
         keys = _EVENTS + e.user, _ORDER + e.user, _DELETED, _WRITTEN
         pipeline.eval(_ADD, 4, *keys, user_hash(e.user), e.id, repr(e.time), content)
       for x in exposures:
-        content = json.dumps([*x[:5], pack_items(x.items)])
+        content = json.dumps(pack(x))
         keys = _SHOWN + x.request_id, _SHOWN_TO + x.user, _DELETED
         pipeline.eval(_SHOW, 3, *keys, user_hash(x.user), x.request_id, repr(x.time), content)
       found = pipeline.execute()
@@ -148,7 +148,7 @@ class RedisStore:
   def shown_in(self, request_ids: Sequence[str]) -> list[Exposure]:
     with self._errors():
       contents = self._redis.mget([_SHOWN + name for name in request_ids]) if request_ids else []
-    return [_exposure(content) for content in contents if content]
+    return [unpack(json.loads(content)) for content in contents if content]
 
   def delete_user(self, user: str, now: float) -> int:
     keys = _EVENTS + user, _ORDER + user, _SHOWN_TO + user, _DELETED
@@ -193,7 +193,7 @@ class RedisStore:
     with self._errors():
       for name in {*self._names(_SHOWN)}:
         if content := self._redis.get(_SHOWN + name):
-          yield _exposure(content)
+          yield unpack(json.loads(content))
 
   def _names(self, kind: str) -> Iterator[str]:
     """Scans the names of keys that start with `kind`, without it; some may come twice."""
@@ -202,8 +202,3 @@ class RedisStore:
 
   def close(self) -> None:
     self._redis.close()
-
-
-def _exposure(content: str) -> Exposure:
-  *fields, items = json.loads(content)
-  return Exposure(*fields, unpack_items(items))

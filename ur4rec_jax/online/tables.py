@@ -5,7 +5,7 @@ import csv
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from ur4rec_jax.files import disk_errors
+from ur4rec_jax.files import disk_errors, new_file
 from ur4rec_jax.online.events import Event, Exposure
 from ur4rec_jax.online.feedback_store import FeedbackStore
 
@@ -50,15 +50,10 @@ def write(
     rows: values of each row.
     delimiter: character between columns.
   """
-  draft = path.with_name(f'{path.name}.incomplete')
-  try:
-    with draft.open('w', encoding='utf-8', newline='') as file:
-      writer = csv.writer(file, delimiter=delimiter)
-      writer.writerow(columns)
-      writer.writerows(rows)
-    draft.replace(path)
-  finally:
-    draft.unlink(missing_ok=True)
+  with new_file(path) as draft, draft.open('w', encoding='utf-8', newline='') as file:
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerow(columns)
+    writer.writerows(rows)
 
 
 def number_text(value: float) -> str:

@@ -83,7 +83,7 @@ class Dispatcher:
     if self.reader is not None:
       items, plan = self.reader.read(plan)
       data = data._replace(item_ids=devices.replicate(items))
-    return data, devices.shard(devices.deal(plan, axis=1))
+    return data, devices.shard(devices.deal(plan))
 
   def close(self) -> None:
     """Ends the thread that reads ahead."""

@@ -1,8 +1,9 @@
 """Lists the checkpoint steps that a run has saved, and checks whether one is complete."""
 
-import hashlib
 import json
 import pathlib
+
+from ur4rec_jax.files import sha256
 
 MANIFEST = 'manifest.json'
 
@@ -22,11 +23,7 @@ def saved_steps(workdir: str | pathlib.Path) -> list[int]:
 def hashes(folder: pathlib.Path) -> dict[str, str]:
   """Returns the SHA-256 of each file of a step except the manifest, by name."""
   files = sorted(p for p in folder.rglob('*') if p.is_file() and p != folder / MANIFEST)
-  found = {}
-  for path in files:
-    with open(path, 'rb') as f:
-      found[str(path.relative_to(folder))] = hashlib.file_digest(f, 'sha256').hexdigest()
-  return found
+  return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 
 def is_whole(folder: pathlib.Path) -> bool:

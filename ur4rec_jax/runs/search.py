@@ -218,12 +218,7 @@ def _count_ended(study: 'optuna.Study') -> int:
 
   ended = (TrialState.COMPLETE, TrialState.PRUNED)
   trials = study.get_trials(deepcopy=False)
-  return sum(trial.state in ended or _failed(trial) is not None for trial in trials)
-
-
-def _failed(trial: 'optuna.trial.FrozenTrial') -> str | None:
-  """Returns why a trial failed, None if it did not; earlier versions noted only divergence."""
-  return trial.user_attrs.get('failed', 'diverged' if 'diverged' in trial.user_attrs else None)
+  return sum(trial.state in ended or 'failed' in trial.user_attrs for trial in trials)
 
 
 def summarise(study: 'optuna.Study') -> dict[str, Any]:
@@ -239,7 +234,7 @@ def summarise(study: 'optuna.Study') -> dict[str, Any]:
 
   found, failed = {}, []
   for trial in study.get_trials():
-    if (reason := _failed(trial)) is not None:
+    if (reason := trial.user_attrs.get('failed')) is not None:
       overrides = trial.user_attrs.get('overrides', trial.params)
       failed.append({'number': trial.number + 1, 'overrides': overrides, 'reason': reason})
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.value is None:

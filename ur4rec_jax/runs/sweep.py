@@ -35,6 +35,7 @@ from ur4rec_jax.errors import (
 )
 from ur4rec_jax.evaluation.metrics import gains
 from ur4rec_jax.files import write_file
+from ur4rec_jax.page import aligned, p_text
 from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.config_checks import check_config, flatten
 from ur4rec_jax.runs.config_files import call_function
@@ -415,8 +416,7 @@ def summary_table(summary: dict[str, Any], name: str = '') -> str:
     name: name of a single variant that overrides nothing.
   """
   rows = _summary_rows(summary, name)
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
+  lines = aligned(rows)
   if len(rows) > 2:
     lines.append(f'gain and paired p value: of {METRIC} over that of {rows[1][0]}')
   others = [
@@ -520,8 +520,3 @@ def _trials(runs: Sequence[tuple[Member, dict[str, Any], np.ndarray]]) -> list[T
 def mean_and_spread(mean: float, sd: float | None) -> str:
   """Formats a mean ± standard deviation."""
   return f'{mean:.4f}' + ('' if sd is None else f' ± {sd:.4f}')
-
-
-def p_text(p: float) -> str:
-  """Formats a p value."""
-  return '< 0.001' if p < 0.001 else f'{p:.3f}'

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import Counter, Gauge, Histogram
 
 from ur4rec_jax.service.http_schema import problem
-from ur4rec_jax.service.turns import Turns
+from ur4rec_jax.service.turns import Turn, Turns
 
 MOST_BYTES = 1 << 20  # Limit for the body of a request.
 MOST_HEADER_BYTES = 1 << 16  # Limit for the address and the header of a request.
@@ -120,7 +120,7 @@ class AdmissionControl:
       return next(messages, None) or await receive()
 
     self.accepted += 1
-    async with self._turns.of(client) as turn:
+    async with Turn(self._turns, client) as turn:
 
       async def end_turn_and_send(message: dict) -> None:
         turn.end()  # The client may read its answer slowly.

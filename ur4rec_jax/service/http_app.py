@@ -22,6 +22,7 @@ from ur4rec_jax.inference.recommender import Recommender
 from ur4rec_jax.inference.rules import ONLY, Rules
 from ur4rec_jax.inference.similar import BOTH, KINDS
 from ur4rec_jax.inference.thumbnails import MEDIA_TYPE, Thumbnails
+from ur4rec_jax.online.events import MOST_CHARACTERS
 from ur4rec_jax.service.admission import RETRY_SECONDS, TURN, RateLimit, client_name
 from ur4rec_jax.service.arms import Arms
 from ur4rec_jax.service.batcher import MOST_IDS, Batcher, Job
@@ -29,7 +30,6 @@ from ur4rec_jax.service.feedback import Coverage, Feedback, join_history, new_re
 from ur4rec_jax.service.http_events import OPENAPI, EventRoute
 from ur4rec_jax.service.http_reasons import add_reasons
 from ur4rec_jax.service.http_schema import (
-  MOST_CHARACTERS,
   NOT_JSON,
   Health,
   Item,

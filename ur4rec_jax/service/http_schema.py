@@ -14,10 +14,10 @@ from pydantic import (
   model_validator,
 )
 
+from ur4rec_jax.online.events import MOST_CHARACTERS
 from ur4rec_jax.service.batcher import MOST_IDS
 
 MOST_WEIGHT = 100
-MOST_CHARACTERS = 256  # Limit for an id or a search.
 NOT_JSON = 'the body must be JSON: set Content-Type: application/json'
 
 

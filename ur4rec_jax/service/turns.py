@@ -36,10 +36,6 @@ class Turns:
     """Returns how many clients have a request that is read or waits for it."""
     return len(self._used)
 
-  def of(self, client: Hashable) -> 'Turn':
-    """Returns the turn of a client's next request; `async with` waits for it."""
-    return Turn(self, client)
-
   async def begin(self, client: Hashable) -> None:
     """Waits until a request of the client may be read."""
     turn = asyncio.get_running_loop().create_future()
@@ -100,7 +96,7 @@ class Turns:
 
 
 class Turn:
-  """The time in which one request is read."""
+  """The time in which a client's next request is read; `async with` waits for it."""
 
   def __init__(self, turns: Turns, client: Hashable):
     self._turns, self._client = turns, client

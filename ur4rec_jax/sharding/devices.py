@@ -251,26 +251,21 @@ def split(tree: PyTree, axis: int) -> PyTree:
   return jax.tree.map(lambda x: np.stack(np.split(x, device_count(), axis)), tree)
 
 
-def deal(tree: PyTree, axis: int) -> PyTree:
-  """Cuts dimension `axis` of every array into parts as equal as can be, one for each device.
+def deal(tree: PyTree) -> PyTree:
+  """Cuts the rows of every array into parts as equal as can be, one for each device.
 
   Args:
-    tree: NumPy arrays `[..., rows, ...]`.
-    axis: which dimension to cut.
+    tree: NumPy arrays `[steps, rows, ...]`.
 
   Returns:
-    NumPy arrays `[devices, ..., rows / devices rounded up, ...]`. If the devices cannot share the
+    NumPy arrays `[devices, steps, rows / devices rounded up, ...]`. If the devices cannot share the
     rows equally, the last devices have a row of zeros at their end.
   """
 
   def deal_one(x: np.ndarray) -> np.ndarray:
-    parts = np.array_split(x, device_count(), axis)
-    missing = [(0, 0)] * x.ndim
-    padded = []
-    for part in parts:
-      missing[axis] = 0, parts[0].shape[axis] - part.shape[axis]
-      padded.append(np.pad(part, missing))
-    return np.stack(padded)
+    parts = np.array_split(x, device_count(), 1)
+    most, others = parts[0].shape[1], [(0, 0)] * (x.ndim - 2)
+    return np.stack([np.pad(y, ((0, 0), (0, most - y.shape[1]), *others)) for y in parts])
 
   return jax.tree.map(deal_one, tree)
 

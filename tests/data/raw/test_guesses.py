@@ -32,7 +32,6 @@ def test_usual_names_need_no_flags(tmp_path):
   found = guess(path, goods(tmp_path), {})
   assert found.flags == {}
   assert found.notes[:3] == ['user = customer_id', 'item = sku', 'time = ordered_at']
-  assert found.item_column == 'sku'
 
 
 def test_json_lines_are_guessed_like_csv(tmp_path):

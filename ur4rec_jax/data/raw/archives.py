@@ -164,13 +164,13 @@ def check_zip(path: Path, file: IO[bytes] | None = None, limits: Limits = Limits
       raise _too_large(f'{path}: {info.filename!r} has {info.file_size:,} bytes')
 
 
-def check_size(path: Path, size: int, limits: Limits = Limits()) -> None:
+def check_size(path: Path, size: int) -> None:
   """Checks the number of bytes that a packed file takes in memory.
 
   Raises:
     InputError: it is beyond the limits.
   """
-  if size > budget(path, limits):
+  if size > budget(path, Limits()):
     raise _too_large(f'{path}: unpacks to {size:,} bytes')
 
 

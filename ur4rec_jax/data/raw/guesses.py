@@ -43,12 +43,10 @@ class Guess(NamedTuple):
   Attributes:
     flags: flags of the build by name; one without a value has '' or True.
     notes: one sentence about each column that plays a role.
-    item_column: the column of the items' ids among the interactions.
   """
 
   flags: dict[str, str | bool]
   notes: list[str]
-  item_column: str
 
 
 class _Sample(NamedTuple):
@@ -112,12 +110,12 @@ def guess(
     note = f'{counted(count, "row")} with a negative {name} are left out, as they look like returns'
     notes.append(note + f', and {counted(others, "row")} where it is 0 or empty' * bool(others))
   flags |= given
-  item_column = flags.get('item_column') or columns['item'][0]
   if goods_found is not None:
+    item_column = flags.get('item_column') or columns['item'][0]
     more, about = _item_flags(goods_found, _values(files, item_column), given, has_pictures)
     flags |= more | given
     notes += about
-  return Guess(flags, notes, item_column)
+  return Guess(flags, notes)
 
 
 def _interaction_columns(

@@ -1,12 +1,13 @@
 """Reads ids, and says which of them were probably damaged on their way into the file."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ur4rec_jax.data.raw.records import Where
 from ur4rec_jax.data.raw.texts import shown
 from ur4rec_jax.errors import InputError
 
@@ -22,8 +23,6 @@ _EXPONENT = r'^[+-]?\d([.,]\d*)?[eE]\+\d+$'  # Spreadsheets write 4006381333931 
 _LIST = r'^[\[("]*[^\s,;|]*\d[^\s,;|]*([\s,;|]+[^\s,;|]*\d[^\s,;|]*)+$'
 _NULL = pa.nulls(1, pa.string())[0]  # `pa.scalar(None)` would import pandas.
 _CONTROL = r'[\x00-\x1f\x7f]'
-
-Where = Callable[[int], str]
 
 
 class Ids(NamedTuple):

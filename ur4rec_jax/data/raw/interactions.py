@@ -272,27 +272,16 @@ def from_table(data: Any, **parameters: Any) -> Raw:
     data: the interactions.
     **parameters: flags of `--source=interactions`, e.g. `user_column='customer'`; `items` may be a
       table in memory, too.
-  """
-  return read_memory(data, 'the table', {**PARAMETERS, **parameters})
-
-
-def read_memory(data: Any, name: str, options: Mapping[str, Any], every_kind: bool = True) -> Raw:
-  """Reads a table in memory.
-
-  Args:
-    data: the interactions.
-    name: what messages call the table.
-    options: all of `PARAMETERS`.
-    every_kind: whether every kind of event that has a weight must occur.
 
   Raises:
-    InputError: the table or an option is wrong.
+    InputError: the table or a flag is wrong.
   """
+  name = 'the table'  # In messages.
   memory = arrow_columns.in_memory(data, name)
-  if unknown := sorted(set(options) - set(PARAMETERS)):
+  if unknown := sorted(set(parameters) - set(PARAMETERS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(PARAMETERS)}')
   select = lambda selection: [memory.select(list(selection.uses), selection.looked_at)]
-  return read_parts(name, memory.columns, select, options, every_kind)
+  return read_parts(name, memory.columns, select, {**PARAMETERS, **parameters})
 
 
 def read_parts(
@@ -300,7 +289,6 @@ def read_parts(
   names: Sequence[str],
   select: Callable[[Selection], Iterable[pa.Table]],
   options: Mapping[str, Any],
-  every_kind: bool = True,
 ) -> Raw:
   """Reads a table of which only some columns are fetched, many rows at a time.
 
@@ -309,7 +297,6 @@ def read_parts(
     names: names of its columns.
     select: fetches the columns `uses` of a selection.
     options: all of `PARAMETERS`.
-    every_kind: whether every kind of event that has a weight must occur.
 
   Raises:
     InputError: the table or an option is wrong.
@@ -325,8 +312,7 @@ def read_parts(
     found.append(arrow_columns.encoded(table, selection.columns, name))
   if not start:
     raise NoRows(f'{name}: has no rows')
-  if every_kind:
-    selection.check()
+  selection.check()
   table = arrow_columns.joined(found, [name] * len(found))
   return selection.note(read_columns(name, table, columns, selection.locate, options))
 

@@ -10,6 +10,8 @@ import pyarrow as pa
 
 from ur4rec_jax.errors import InputError
 
+Where = Callable[[int], str]  # Names the place of a row, for messages.
+
 
 class NoRows(InputError):
   """No row of the raw data is of use: there is none, the settings leave all out, or all are known.

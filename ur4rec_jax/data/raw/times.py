@@ -2,13 +2,13 @@
 
 import datetime
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ur4rec_jax.data.raw.records import Where
 from ur4rec_jax.data.raw.tables import first_true, plain_numbers
 from ur4rec_jax.errors import InputError
 
@@ -46,8 +46,6 @@ _FEW, _MANY = 10, 10_000  # Fewer different times may be round by chance; more r
 _FIRST_DATE, _LAST_DATE = 19_000_101, 21_001_231
 _FIRST_UNIX = 10**8  # Seconds until March 1973; smaller numbers hardly are unix times.
 _SERIALS = (32_874, 54_788)  # Days since 1899-12-30, as spreadsheets count: years 1990 to 2049.
-
-Where = Callable[[int], str]
 
 
 class Times(NamedTuple):

@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from ur4rec_jax.data.conditions import Comparison
 from ur4rec_jax.data.raw import times
+from ur4rec_jax.data.raw.records import Where
 from ur4rec_jax.data.raw.tables import first_true, plain_numbers
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
@@ -27,8 +28,6 @@ _OPERATORS = {
 }
 NUMBER = r'^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$'
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-
-Where = Callable[[int], str]
 
 
 def check_columns(comparisons: Sequence[Comparison], names: Sequence[str], path: str) -> None:
