@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from benchmarks.robustness.small_runs import SMALL
 from tests.helpers.fork_server import Program, can_fork
@@ -33,6 +34,10 @@ from tests.helpers.recommenders import make
 from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.data.dataset import read_interactions, read_items
 from ur4rec_jax.export import export
+
+# Neither a slow example nor slow drawing is a failure: the machine may be busy.
+settings.register_profile('busy', deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('busy')
 
 
 @pytest.hookimpl(wrapper=True)

@@ -398,7 +398,7 @@ answered = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(TAGS), st.booleans(), st.lists(reasoning, min_size=1, max_size=2), answered)
 def test_reasoning_is_no_part_of_the_text(tags, has_start, thoughts, answer):
   start, end = tags
@@ -408,7 +408,7 @@ def test_reasoning_is_no_part_of_the_text(tags, has_start, thoughts, answer):
   assert prompts.parse_answer(raw) == TEXT
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(TAGS), reasoning, st.booleans())
 def test_reasoning_that_was_cut_off_is_no_text(tags, thought, was_one_before):
   start, end = tags
