@@ -25,12 +25,19 @@ import jax
 import numpy as np
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 from benchmarks.robustness.small_runs import SMALL
 from tests.helpers.fork_server import Program, can_fork
 from tests.helpers.goods import build_shop
+from tests.helpers.recommenders import make
 from tests.helpers.runs import PROGRAM, ROOT
 from ur4rec_jax.data.dataset import read_interactions, read_items
+from ur4rec_jax.export import export
+
+# Neither a slow example nor slow drawing is a failure: the machine may be busy.
+settings.register_profile('busy', deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('busy')
 
 
 @pytest.hookimpl(wrapper=True)
@@ -148,6 +155,17 @@ def shop(encoded, environment, make_once) -> pathlib.Path:
       prepare(program, folder / 'data', environment, *flags)
 
   return make_once('shop', make) / 'data'
+
+
+@pytest.fixture(scope='session')
+def exports(shop, make_once) -> pathlib.Path:
+  """Exports of the shop by two models, `sasrec` and `text`, which know its users; read only."""
+
+  def make_exports(folder):
+    for name in ('sasrec', 'text'):
+      export(make(shop, name)[0], folder / name, with_users=True, with_pictures=False)
+
+  return make_once('exports', make_exports)
 
 
 @pytest.fixture(scope='session')

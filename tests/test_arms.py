@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import shutil
 import signal
 import time
 import types
@@ -15,7 +16,6 @@ from tests.helpers.services import refusal, request, serve
 from ur4rec_jax import experiment as experiment_command
 from ur4rec_jax import feedback
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.export import export
 from ur4rec_jax.online import experiments
 from ur4rec_jax.service.arms import Arms
 
@@ -55,11 +55,9 @@ rules = {exploration = {share = 0.5, items = 12}}
 
 
 @pytest.fixture(scope='module')
-def folder(shop, tmp_path_factory):
+def folder(exports, tmp_path_factory):
   """Two exports of the same shop by different models, and an experiment between them."""
-  folder = tmp_path_factory.mktemp('arms')
-  for name in ('sasrec', 'text'):
-    export(make(shop, name)[0], folder / name, with_users=True, with_pictures=False)
+  folder = shutil.copytree(exports, tmp_path_factory.mktemp('arms') / 'models')
   (folder / 'exp.toml').write_text(FILE)
   return folder
 

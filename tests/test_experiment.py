@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import re
 
 import numpy as np
 import pytest
@@ -40,10 +41,14 @@ def test_report(files, tmp_path):
   assert 'Stop new: conversion is worse' in text
   assert 'planned users are there: only the always-valid columns decide' in text
   assert text.count('worse') >= 3
-  for name, attributes in page.elements:
-    for key in ('x', 'x1', 'x2', 'cx', 'y', 'y1', 'y2', 'cy'):
-      if name in ('line', 'text', 'circle') and key in attributes:
-        assert np.isfinite(float(attributes[key])), (name, attributes)
+  places = [
+    float(value)
+    for name, attributes in page.elements
+    for key, value in attributes.items()
+    if name in ('line', 'text', 'circle') and re.fullmatch('c?[xy]|[xy][12]', key)
+  ]
+  assert len(places) > 100
+  assert np.isfinite(places).all()
 
 
 def no_room(*_):

@@ -2,13 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from fastapi import Request
 
 from tests.helpers.recommenders import make
 from tests.helpers.services import request, serve
-from ur4rec_jax.export import export
 from ur4rec_jax.online.feedback_store import open_store
 from ur4rec_jax.service.http_app import make_page
 
@@ -29,11 +29,9 @@ event = "click"
 
 
 @pytest.fixture(scope='module')
-def live(shop, environment, tmp_path_factory):
+def live(exports, environment, tmp_path_factory):
   """A service with events and two arms: its address and the file of its store."""
-  folder = tmp_path_factory.mktemp('page')
-  for name in ('sasrec', 'text'):
-    export(make(shop, name)[0], folder / name, with_users=True, with_pictures=False)
+  folder = shutil.copytree(exports, tmp_path_factory.mktemp('page') / 'models')
   (folder / 'exp.toml').write_text(EXPERIMENT)
   flags = (f'--export={folder}/sasrec', f'--events={folder}/events.db', '--batch=1')
   with serve(environment, *flags, f'--experiment={folder}/exp.toml') as (_, address):

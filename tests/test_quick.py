@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pandas as pd
 import pyarrow as pa
@@ -18,6 +19,7 @@ import pytest
 import ur4rec_jax
 from data_prep.build_dataset import build_from_table
 from tests.helpers.commands import run_here
+from tests.helpers.fork_server import fork_command
 from tests.helpers.goods import row_of_item, write_table
 from ur4rec_jax import exported, quick
 from ur4rec_jax.baselines import WITHOUT_TRAINING
@@ -31,6 +33,15 @@ def files(small_shop):
   """orders.csv, goods.csv and their folder, which holds the pictures, too."""
   folder = small_shop.parent
   return folder / 'orders.csv', folder / 'goods.csv', folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forked(environment):
+  """Forks the commands that `quick` starts, which saves the seconds of their imports."""
+  with pytest.MonkeyPatch.context() as patch:
+    names = types.SimpleNamespace(Popen=fork_command, PIPE=subprocess.PIPE)
+    patch.setattr(quick, 'subprocess', names)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -242,7 +253,8 @@ def test_wrong_tables_and_options_of_train(tmp_path):
     ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, minutes='5')
 
 
-def test_the_error_of_a_command_of_train_is_that_of_train(tmp_path):
+def test_the_error_of_a_command_of_train_is_that_of_train(tmp_path, monkeypatch):
+  monkeypatch.setattr(quick, 'subprocess', subprocess)  # A process as users start it.
   rows = {'user': [f'u{i % 9}' for i in range(90)], 'item': [f'i{i % 7}' for i in range(90)]}
   rows['item'][5] = None
   message = 'row 6: item is empty; fill it in, remove the row, or leave such rows out with --clean'

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from tests.helpers import services
 from tests.helpers.recommenders import make
 from tests.helpers.runs import ROOT
 from tests.helpers.services import refusal, service
@@ -39,11 +40,10 @@ def recommender(shop):
 
 
 @pytest.fixture(scope='module')
-def folder(recommender, tmp_path_factory):
-  """An exported folder that knows its users, who have texts of their own."""
-  folder = tmp_path_factory.mktemp('exported') / 'model'
-  export(recommender, folder, with_users=True)
-  return folder
+def folder(recommender, make_once):
+  """An exported folder that knows its users, who have texts of their own; read only."""
+  make_model = lambda folder: export(recommender, folder / 'model', with_users=True)
+  return make_once('served', make_model) / 'model'
 
 
 @pytest.fixture(scope='module')
@@ -55,6 +55,12 @@ def serve(environment):
     return service(command, environment)
 
   return serve
+
+
+@pytest.fixture(scope='module')
+def serve_forked(environment):
+  """As `serve`, where it does not matter what the service imports, which takes a second."""
+  return lambda folder, *flags: services.serve(environment, f'--export={folder}', *flags)
 
 
 @pytest.fixture(scope='module')
@@ -282,8 +288,8 @@ def has_ipv6():
 
 
 @pytest.mark.skipif(not has_ipv6(), reason='this machine has no IPv6')
-def test_an_ipv6_address_is_served(serve, folder):
-  with serve(folder, '--batch=1', '--host=::') as (_, address):
+def test_an_ipv6_address_is_served(serve_forked, folder):
+  with serve_forked(folder, '--batch=1', '--host=::') as (_, address):
     port = address.removeprefix('http://[::]:')
     for host in ('[::1]', '127.0.0.1'):
       assert get(f'http://{host}:{port}/health')[0] == 200
@@ -308,9 +314,9 @@ def is_closed(connection):
     return True
 
 
-def test_silent_connections_lock_nobody_out_and_are_closed(serve, folder):
+def test_silent_connections_lock_nobody_out_and_are_closed(serve_forked, folder):
   limit = '--client_connections=20'
-  with serve(folder, '--batch=1', limit) as (process, address):
+  with serve_forked(folder, '--batch=1', limit) as (process, address):
     start = b'GET /health HTTP/1.1\r\nHost: localhost\r\n'
     lazy = open_connections(address, 20, start + b'Content-Length: 2\r\n\r\n')
     for connection in lazy:  # Their bodies come after the answers.
@@ -361,10 +367,10 @@ def test_a_bad_start_is_one_message(folder, tmp_path, environment, flags, messag
 
 
 def test_an_export_without_users_says_so_and_a_taken_port_is_named(
-  recommender, serve, tmp_path, environment
+  recommender, serve_forked, tmp_path, environment
 ):
   export(recommender, tmp_path / 'model')
-  with serve(tmp_path / 'model', '--batch=1') as (_, address):
+  with serve_forked(tmp_path / 'model', '--batch=1') as (_, address):
     status, _, content = get(f'{address}/recommend', {'user': 'u001'})
     assert (status, 'this export knows no users' in content) == (404, True)
     assert json.loads(get(f'{address}/users')[2]) == []
@@ -511,13 +517,13 @@ def test_the_service_follows_rules(serve, folder, recommender, tmp_path):
     assert metric(address, 'ur4rec_compilations_total') == 0
 
 
-def test_buying_again_is_answered_for_each_history(serve, folder, recommender, tmp_path):
+def test_buying_again_is_answered_for_each_history(serve_forked, folder, recommender, tmp_path):
   rules = tmp_path / 'rules.toml'
   rules.write_text('bought = "only"')
   ids = recommender.item_ids
   asked = [ids[i : i + 3] for i in range(4)]
   with (
-    serve(folder, '--batch=4', f'--rules={rules}') as (_, address),
+    serve_forked(folder, '--batch=4', f'--rules={rules}') as (_, address),
     ThreadPoolExecutor(4) as pool,
   ):
     found = list(pool.map(lambda history: ask(address, history=history), asked))
@@ -547,13 +553,13 @@ CONTRASTS = """() => {
 
 @pytest.mark.parametrize('width', [390, 1280])
 def test_the_page_shows_pictures_and_letters_where_there_are_none(
-  browser, serve, illustrated, tmp_path, width
+  browser, serve_forked, illustrated, tmp_path, width
 ):
   damaged = shutil.copytree(illustrated, tmp_path / 'model')
   packed = bytearray((damaged / 'pictures.bin').read_bytes())
   packed[100] ^= 1  # Of the first item.
   (damaged / 'pictures.bin').write_bytes(packed)
-  with serve(damaged, '--batch=1') as (_, address):
+  with serve_forked(damaged, '--batch=1') as (_, address):
     page = browser.new_page(viewport={'width': width, 'height': 844})
     page.goto(address)
     names = json.loads(get(f'{address}/items')[2])

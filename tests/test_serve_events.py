@@ -24,20 +24,10 @@ from tests.helpers.runs import ROOT
 from tests.helpers.services import refusal, request, service
 from ur4rec_jax import feedback as feedback_command
 from ur4rec_jax.errors import EXIT_CODES, FailedTaskError
-from ur4rec_jax.export import export
 from ur4rec_jax.inference import registry
 from ur4rec_jax.online.events import Exposure, Shown
 from ur4rec_jax.online.feedback_store import open_store
 from ur4rec_jax.online.logs import read_logs
-
-
-@pytest.fixture(scope='module')
-def exports(shop, tmp_path_factory):
-  """Two exports of the same shop by different models, with users."""
-  folder = tmp_path_factory.mktemp('exports')
-  for name in ('sasrec', 'text'):
-    export(make(shop, name)[0], folder / name, with_users=True, with_pictures=False)
-  return folder
 
 
 @pytest.fixture(scope='module')
@@ -152,7 +142,7 @@ GOOD = event('u', 'i', '1')
     (b'[' + b'{},' * 300_000 + b'{}]', 422, 'a request has 300,001 events'),
     ([GOOD, GOOD | {'kind': 'x'}], 422, 'event 1: kind: must be one of'),
     (GOOD | {'user': 'x' * 10_240}, 422, 'user: has 10,240 characters; 256 are allowed'),
-    (GOOD | {'time': time.time() + 3600}, 422, 'in the future; correct the clock'),
+    (GOOD | {'time': time.time() + 1e6}, 422, 'in the future; correct the clock'),
     (GOOD | {'time': 1.7e12}, 422, 'must be in seconds since 1970, not in milliseconds'),
     (GOOD | {'id': '\ud800'}, 422, 'must be text on one line'),
     (GOOD | {'user': 'a\0b'}, 422, 'must be text on one line'),
@@ -523,3 +513,4 @@ def test_the_route_of_events_keeps_to_its_openapi(live, tmp_path):
   command += ['--exclude-checks=positive_data_acceptance']
   done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
+  assert '3 selected' in done.stdout

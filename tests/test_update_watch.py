@@ -13,6 +13,7 @@ import pytest
 
 from data_prep import build_dataset
 from tests.helpers.commands import run_here
+from tests.helpers.fork_server import Program
 from tests.helpers.goods import write_table
 from tests.helpers.runs import ROOT
 from tests.helpers.services import request, serve
@@ -88,10 +89,7 @@ def test_new_users_and_items_reach_the_served_model(shop, environment, tmp_path)
   served_by = ('--batch=1', f'--registry={models}', f'--events={tmp_path}/events.db')
   flags = flags_of(shop, tmp_path, '--every_events=5', '--every_minutes=0.05')
   with serve(environment, *served_by) as (served, address):
-    loop = subprocess.Popen(
-      command(*flags), env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      text=True,
-    )  # fmt: skip
+    loop = Program('ur4rec_jax.update', flags, environment, ROOT)
     try:
       assert 'a round after 5 new events or 0.05 minutes' in loop.stdout.readline()
       assert loop.stdout.readline() == 'nothing new; waiting\n'

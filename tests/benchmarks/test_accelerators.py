@@ -96,7 +96,7 @@ def test_a_slice_and_an_update_in_place_count_with_what_they_touch():
   assert copy + 10 * 2 * 4096 <= found.bytes < copy + 10 * 5 * 4096
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.integers(1, 40), width=st.integers(1, 300), bits=st.sampled_from([8, 16, 32]))
 def test_bytes_of_an_array_include_the_padding_of_its_tiles(rows, width, bits):
   tiles = {8: 'T(8,128)(4,1)', 16: 'T(8,128)(2,1)', 32: 'T(8,128)'}[bits]

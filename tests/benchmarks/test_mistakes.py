@@ -24,11 +24,10 @@ QUICK = (
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory, data_dir, run):
+def workdir(tmp_path_factory, data_dir, finished):
   workdir = tmp_path_factory.mktemp('mistakes')
   shutil.copytree(data_dir, workdir / 'good/data')
-  done = run(workdir / 'good/run', f'--config.compilation_cache={workdir / "compiled"}')
-  assert done.returncode == 0, done.stderr
+  shutil.copytree(finished, workdir / 'good/run')
   return workdir
 
 

@@ -66,7 +66,7 @@ def assert_same_dataset(found: Dataset, expected: Dataset) -> None:
   assert same(found.train_part().offsets, expected.train_part().offsets)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(events=EVENTS)
 def test_flat_arrays_and_decoding_give_the_same_dataset(events):
   with tempfile.TemporaryDirectory() as scratch:

@@ -309,7 +309,7 @@ def raw(rows):
   )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(EVENTS, EVENTS, st.sampled_from([3, 1 << 20]))
 def test_appending_is_building_with_other_numbers(first, second, at_once):
   """Old and new events together are those of one build of all events."""

@@ -388,7 +388,7 @@ histories = st.lists(
 )
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(histories=histories, seen_items=st.sampled_from(SEEN_ITEMS))
 def test_metrics_of_new_and_repeated_items_equal_a_plain_loop(histories, seen_items):
   dataset, protocol = make_dataset(histories), make_protocol(seen_items=seen_items)

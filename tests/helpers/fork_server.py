@@ -16,9 +16,11 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import jax
 
+_LOG_COMPILES = 'JAX_LOG_COMPILES'
 _CONTEXT = multiprocessing.get_context('forkserver')
 # What the commands import, but not the commands themselves: they run as `python -m` runs them.
 _CONTEXT.set_forkserver_preload(
@@ -55,11 +57,20 @@ class Program:
   """
 
   def __init__(
-    self, module: str, flags: Sequence[str], environment: Mapping[str, str], folder: Path
+    self,
+    module: str,
+    flags: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    stdout: IO[str] | None = None,
   ):
+    """Starts it; what it prints goes to `stdout` if that is a file."""
     self.args = (module, *map(str, flags))
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
     outputs = [writer for _, writer in pipes]
+    if stdout is not None:
+      outputs[0].close()
+      outputs[0] = multiprocessing.connection.Connection(os.dup(stdout.fileno()), readable=False)
     arguments = (self.args, dict(environment), str(folder), outputs)
     self._process = _CONTEXT.Process(target=_main, args=arguments)
     self._process.start()
@@ -114,9 +125,23 @@ class Program:
     self._process.kill()
 
 
+def fork_command(command: Sequence[str], *, stdout: IO[str], **options: Any) -> Program:
+  """Forks `python -m MODULE FLAGS`; stands in for `subprocess.Popen` where a command starts others.
+
+  Args:
+    command: the interpreter, `-m`, the module and its flags.
+    stdout: the file that it prints to.
+    **options: what a program here does anyway, but that it stays in the group of the tests.
+  """
+  assert command[:2] == [sys.executable, '-m'], command
+  assert options == {'stderr': subprocess.PIPE, 'text': True, 'process_group': 0}, options
+  return Program(command[2], command[3:], os.environ, Path.cwd(), stdout)
+
+
 def can_fork(environment: Mapping[str, str]) -> bool:
-  """Returns whether no variable is one that jax reads when it is imported."""
-  return not any(name.lower() in jax.config.values for name in environment)
+  """Returns whether no variable is one that jax reads when it is imported, and not later."""
+  read = (name.lower() for name in environment.keys() - {_LOG_COMPILES})
+  return not any(name in jax.config.values for name in read)
 
 
 def _main(
@@ -130,6 +155,7 @@ def _main(
   signal.signal(signal.SIGINT, signal.default_int_handler)
   os.environ.clear()
   os.environ.update(environment)
+  jax.config.update('jax_log_compiles', environment.get(_LOG_COMPILES) == '1')
   os.chdir(folder)
   for descriptor, output in zip((1, 2), outputs, strict=True):
     os.dup2(output.fileno(), descriptor)

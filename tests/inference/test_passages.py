@@ -23,7 +23,7 @@ def check(texts, titles):
   return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(SENTENCES, max_size=4), max_size=8))
 def test_items_with_other_texts_never_have_the_same_passage(texts):
   check(texts, [''] * len(texts))

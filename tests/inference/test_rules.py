@@ -72,7 +72,7 @@ def make_rules(q):
   return '\n'.join(lines)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(question=questions())
 def test_what_always_holds(question, tmp_path_factory):
   q, folder = question, tmp_path_factory.mktemp('rules')
@@ -112,7 +112,7 @@ def test_what_always_holds(question, tmp_path_factory):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(question=questions())
 def test_more_candidates_change_nothing_once_a_choice_is_final(question, tmp_path_factory):
   q, folder = question, tmp_path_factory.mktemp('rules')
@@ -217,8 +217,6 @@ def test_an_empty_list_is_explained(recommender, tmp_path):
   answer = recommender.top([recommender.item_ids[:2]], rules=rules)
   assert answer.items == [[]]
   assert answer.choices[0].notes == [
-    'nothing is recommended: 0 items of the catalogue meet stock > 99; no other item is left'
-  ] or answer.choices[0].notes == [
     'nothing is recommended: 0 items of the catalogue meet stock > 99'
   ]
 

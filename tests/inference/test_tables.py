@@ -26,7 +26,7 @@ FLAGS = argparse.Namespace(k=3, only=None, without=None, keep_seen=False, rules=
 IDS = st.text('ab 07-",;é', min_size=1, max_size=4).filter(str.strip)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
   rows=st.lists(st.tuples(IDS, IDS, st.integers(0, 10**10)), min_size=1, max_size=20),
   kind=st.sampled_from(['.csv', '.parquet', '.jsonl']),
@@ -135,7 +135,7 @@ FLAGS_OF_BUILD = [
 ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
   rows=st.lists(ROW, min_size=1, max_size=25),
   flags=st.sampled_from(FLAGS_OF_BUILD),

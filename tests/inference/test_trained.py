@@ -202,7 +202,7 @@ BAD_HISTORIES = {
 }
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(order=st.permutations([*BAD_HISTORIES, 'ann', 'bob', 'cid']), bad=st.integers(1, 6))
 def test_a_user_who_cannot_be_answered_costs_the_others_nothing(shop, order, bad):
   recommender, _ = make(shop, 'text')

@@ -70,7 +70,7 @@ def segments_of(rng, batch: int, length: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-4), ('bfloat16', 0.15)])
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(
   batch=st.integers(1, 9),
   length=st.sampled_from([1, 5, 8, 50, 200]),
@@ -87,7 +87,7 @@ def test_histories_in_rows_of_any_length(dtype, tolerance, batch, length, heads,
   compare(mix, [visible], [source], dtype, tolerance)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(
   batch=st.integers(1, 5),
   length=st.sampled_from([3, 16, 50]),

@@ -81,7 +81,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
   st.dictionaries(st.sampled_from([*Event._fields, 'other']), ANYTHING)
   | st.fixed_dictionaries(

@@ -119,7 +119,7 @@ def test_arms_get_their_shares():
   assert np.abs(counts / len(USERS) - [0.2, 0.3, 0.5]).max() < 4 * 0.5 / len(USERS) ** 0.5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
   st.lists(st.integers(1, 20), min_size=2, max_size=5),
   st.lists(st.floats(0, 1), min_size=2, max_size=4),

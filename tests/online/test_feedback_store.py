@@ -235,7 +235,7 @@ def test_old_events_are_deleted_while_the_users_are_looked_for(store, monkeypatc
   assert list(store.events()) == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
   st.lists(
     st.lists(

@@ -16,7 +16,7 @@ from ur4rec_jax.online.logs import read_logs
 RANKINGS = st.lists(st.integers(0, 12), unique=True, max_size=10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RANKINGS, RANKINGS, st.integers(0, 12), st.integers(0, 9))
 def test_team_draft_takes_the_best_of_each_team_in_turn(first, second, length, seed):
   items, teams = interleaving.team_draft(first, second, length, np.random.default_rng(seed))
@@ -30,7 +30,7 @@ def test_team_draft_takes_the_best_of_each_team_in_turn(first, second, length, s
     assert not other_is_open or picks[team] <= picks[1 - team]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RANKINGS, RANKINGS, st.integers(0, 12), st.integers(0, 9))
 def test_each_prefix_of_a_balanced_list_is_the_union_of_two_tops(first, second, length, seed):
   items = interleaving.balanced(first, second, length, np.random.default_rng(seed))

@@ -155,6 +155,7 @@ def test_values_that_never_change_stay_inside(value):
   plots = plots_of(html)
   heights = [y for plot in plots.values() for line in lines_of(plot) for _, y in line]
   heights += [float(y) for y in re.findall('<line class="grid".*? y1="(.*?)"', html)]
+  assert len(heights) > 100
   assert all(30 <= y <= 230 for y in heights)
   assert 'nan' not in html
 

@@ -15,7 +15,7 @@ from ur4rec_jax.inference.recommender import make_users
 from ur4rec_jax.service.batcher import Batcher, Job, Line, Waiting
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
   jobs=st.lists(st.tuples(st.sampled_from('abc'), st.sampled_from([None, 'x', 'y'])), max_size=30),
   most=st.integers(1, 5),

@@ -166,6 +166,7 @@ def test_devices_agree(mapping, item_rows, run, one_device, tmp_path):
   done = run(workdir, *EXACT, *flags, env=devices(8) | {'JAX_LOG_COMPILES': '1'})
   assert done.returncode == 0, done.stderr
   assert '8 x cpu' in done.stdout
+  assert 'Finished XLA compilation of jit(' in done.stderr
   assert 'jit(slice)' not in done.stderr  # Of each array on each device, for Orbax to write parts.
   assert_close(workdir, one_device, spread=item_rows == 'sharded')
   results = [json.loads((w / 'results.json').read_text()) for w in (workdir, one_device)]

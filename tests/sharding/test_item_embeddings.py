@@ -29,7 +29,7 @@ def exchanged(num_devices: int, rows: int, count: int):
   return jax.jit(jax.vmap(on_device, axis_name=AXIS))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @example(3, 5, list(range(5)), 0)  # All ids are on one device, so that one round is not enough.
 @given(
   num_devices=st.sampled_from([1, 2, 3, 8]),

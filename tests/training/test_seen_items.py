@@ -134,7 +134,7 @@ def test_a_token_whose_negatives_are_all_seen_has_no_loss_and_no_nan():
   )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
   tokens=st.sampled_from([1, 256, 300]),
   num_items=st.sampled_from([1, 31, 512, 700]),
@@ -172,7 +172,7 @@ def test_the_kernel_is_the_plain_sampled_softmax(monkeypatch):
   assert_same(actual, expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 99))
 def test_packing_keeps_every_bit(users, candidates, seed):
   table = np.random.default_rng(seed).random((users, candidates)) < 0.5

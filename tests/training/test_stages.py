@@ -221,15 +221,17 @@ def test_an_adaptive_turn_lasts_while_the_loss_falls():
 
 
 @pytest.fixture(scope='module')
-def text_data_dir(data_dir, environment, tmp_path_factory) -> pathlib.Path:
+def text_data_dir(data_dir, environment, make_once) -> pathlib.Path:
   """The prepared dataset with features of its items' texts."""
-  folder = tmp_path_factory.mktemp('data') / 'text'
-  shutil.copytree(data_dir, folder)
-  flags = [f'--data_dir={folder}', '--modality=text', '--encoder=hashing', '--of=item']
-  flags += ['--max_tokens=2', '--width=8']
-  done = Program('data_prep.encode', flags, environment, ROOT).finish()
-  assert done.returncode == 0, done.stderr
-  return folder
+
+  def make(folder):
+    shutil.copytree(data_dir, folder / 'text')
+    flags = [f'--data_dir={folder / "text"}', '--modality=text', '--encoder=hashing', '--of=item']
+    flags += ['--max_tokens=2', '--width=8']
+    done = Program('data_prep.encode', flags, environment, ROOT).finish()
+    assert done.returncode == 0, done.stderr
+
+  return make_once('short_texts', make) / 'text'
 
 
 @pytest.fixture(scope='module')
@@ -263,13 +265,15 @@ LAST = tuple(f'--config.stage.{name}.start_next_with=last' for name in DEFAULT)
 
 
 @pytest.fixture(scope='module')
-def whole(run_staged, tmp_path_factory) -> pathlib.Path:
+def whole(run_staged, make_once) -> pathlib.Path:
   """The workdir of an undisturbed run; read only."""
-  workdir = tmp_path_factory.mktemp('whole') / 'run'
-  done = run_staged(workdir, *KEEP, *LAST, env={'JAX_LOG_COMPILES': '1'})
-  (workdir / 'stderr').write_text(done.stderr)
-  (workdir / 'stdout').write_text(done.stdout)
-  return workdir
+
+  def make(folder):
+    done = run_staged(folder / 'run', *KEEP, *LAST, env={'JAX_LOG_COMPILES': '1'})
+    (folder / 'run' / 'stderr').write_text(done.stderr)
+    (folder / 'run' / 'stdout').write_text(done.stdout)
+
+  return make_once('staged', make) / 'run'
 
 
 def ends_of_stages(workdir) -> dict[str, int]:

@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp('columns')
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
   st.sampled_from(KINDS),
   # A column of quantities or kinds of events is only looked at.
@@ -135,7 +135,7 @@ def test_every_type_is_converted_or_refused_in_one_message(folder, case, role, f
       assert seconds == [float(value) for value in values]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.sampled_from(KINDS), min_size=2, max_size=3), st.sampled_from(['item', 'time']))
 def test_parts_of_any_types_are_joined_or_refused(folder, cases, role):
   paths = []

@@ -30,7 +30,7 @@ def fault(data, **flags) -> str:
   return str(error.value)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
   st.lists(IDS, min_size=2, max_size=6, unique=True),
   st.lists(IDS, min_size=2, max_size=6, unique=True),

@@ -67,7 +67,7 @@ def as_line(row, draw) -> str:
   return '{' + ', '.join(f'{json.dumps(name)}: {written(row[name])}' for name in row) + '}'
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
   rows=st.lists(ROW, min_size=1, max_size=12),
   name=st.sampled_from(['rows.json', 'rows.jsonl', 'rows.ndjson.gz']),

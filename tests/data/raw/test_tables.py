@@ -60,7 +60,7 @@ def written(draw) -> tuple[list[tuple[str, ...]], str, str]:
   return rows, ''.join(delimiter.join(map(field, row)) + ends for row in (names, *rows)), delimiter
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(written())
 @example(([('a', 'b\tc\nd')], 'c0\tc1\na\t"b\tc\nd"\n', '\t'))
 @example(([('a', 'b\nc\td')], 'c0\tc1\na\t"b\nc\td"\n', '\t'))
@@ -80,7 +80,7 @@ def test_what_a_correct_program_writes_is_read_or_the_doubt_is_told(folder, case
     assert rows_of(file) == lines_of(text, delimiter)[1:]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
   text=st.lists(_TEXT, max_size=12).map(''.join),
   delimiter=st.sampled_from('\t,;'),

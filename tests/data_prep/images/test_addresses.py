@@ -5,7 +5,7 @@ import ipaddress
 import socket
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_prep.images import addresses
@@ -35,7 +35,6 @@ def is_refused(address: str, allow_private: bool = False) -> bool:
   return False
 
 
-@settings(deadline=None)
 @given(private)
 @example(0x7F000001)
 @example(0xA9FEA9FE)

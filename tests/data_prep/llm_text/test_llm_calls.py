@@ -42,7 +42,7 @@ def judged(backend, status, message, code=None, kind=None, headers=None, base_ur
 
 
 @BACKENDS
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
   status=st.integers(300, 599),
   words=st.sampled_from(WORDS) | st.text(max_size=40),

@@ -107,7 +107,9 @@ def test_what_is_held_back_is_in_no_prompt(split_name, hold_back, counts, make_s
   without = sum(trained == held_back for trained, held_back in enumerate(counts, 1))
   assert skipped == {'all is held back': without}
   # The trap is set: without holding back, all prompts have the canary.
-  for prompt in prompts.user_prompts(data_dir, split_name=split_name, hold_back=0.0):
+  whole = [*prompts.user_prompts(data_dir, split_name=split_name, hold_back=0.0)]
+  assert len(whole) == len(counts)
+  for prompt in whole:
     assert 'Canary' in prompt.text
     assert '9 (best)' in prompt.text
 
@@ -132,13 +134,17 @@ def test_ratings_are_left_out_where_they_say_nothing(make_shop):
   # Only a held-out rating differs, and so the scale must not tell.
   rows = [('a', item, i, 7 if i < 4 else 3) for i, item in enumerate('xyzxy')]
   rows += [('b', 'x', 0, 7)]
-  for prompt in prompts.user_prompts(make_shop(rows, items_of(TITLES)), hold_back=0.0):
+  rated = [*prompts.user_prompts(make_shop(rows, items_of(TITLES)), hold_back=0.0)]
+  assert len(rated) == 2
+  for prompt in rated:
     assert 'worst' not in prompt.text
     assert not re.search(r'\b[73]\b', prompt.text)
     assert 'best' not in prompt.facts
   unrated = [row[:3] for row in rows]
   data_dir = make_shop(unrated, items_of(TITLES), name='unrated')
-  for prompt in prompts.user_prompts(data_dir, hold_back=0.0):
+  found = [*prompts.user_prompts(data_dir, hold_back=0.0)]
+  assert len(found) == 2
+  for prompt in found:
     assert 'worst' not in prompt.text
     assert 'Xylophone | -\n' in prompt.text
 
@@ -392,7 +398,7 @@ answered = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(TAGS), st.booleans(), st.lists(reasoning, min_size=1, max_size=2), answered)
 def test_reasoning_is_no_part_of_the_text(tags, has_start, thoughts, answer):
   start, end = tags
@@ -402,7 +408,7 @@ def test_reasoning_is_no_part_of_the_text(tags, has_start, thoughts, answer):
   assert prompts.parse_answer(raw) == TEXT
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(TAGS), reasoning, st.booleans())
 def test_reasoning_that_was_cut_off_is_no_text(tags, thought, was_one_before):
   start, end = tags

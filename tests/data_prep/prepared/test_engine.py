@@ -80,7 +80,7 @@ def rows_of(data: Prepared):
       yield user, item, int(data.timestamps[i]), int(data.ratings[i])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(rows=ROWS, options=OPTIONS)
 def test_filters_and_order_are_those_of_a_plain_loop(rows, options):
   expected, dropped = by_hand(rows, options)

@@ -25,7 +25,7 @@ def by_the_library(name, rows) -> bytes:
 
 
 @pytest.mark.parametrize('at_once', [1, 40, 1 << 20])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(users=USERS)
 def test_histories_are_encoded_as_by_the_library(at_once, users):
   example_bytes._AT_ONCE = at_once

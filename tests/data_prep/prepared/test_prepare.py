@@ -230,7 +230,7 @@ def test_a_split_by_time_nobody_asked_for_is_left_out_where_it_is_impossible():
   st.lists(st.integers(-(10**10), 10**10), min_size=1, max_size=30),
   st.floats(0, 1, exclude_max=True),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_order_statistics_are_found_without_sorting(values, share):
   places = [int(share * len(values)), len(values) - 1]
   found = prepare._sorted_at(np.array(values), places)

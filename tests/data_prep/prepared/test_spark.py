@@ -74,7 +74,7 @@ def outcome(raw: Path, options: Options, resources: engine.Resources, **paramete
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None, phases=[Phase.generate])  # Shrinking takes minutes.
+@settings(max_examples=12, phases=[Phase.generate])  # Shrinking takes minutes.
 @given(rows=ROWS, options=OPTIONS, is_plain=st.booleans())
 def test_prepared_folders_are_equal(one_spark, rows, options, is_plain):
   with tempfile.TemporaryDirectory() as folder:

@@ -588,7 +588,7 @@ def test_the_program_builds_refuses_and_leaves_nothing_half_built(run_build, wri
   assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'items.csv', 'rows.csv']
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
   st.lists(
     st.tuples(st.sampled_from('abc'), st.sampled_from('xyz'), st.integers(1, 5)), min_size=1
