@@ -24,7 +24,7 @@ import time
 
 import jax
 
-from ur4rec_jax.errors import InputError, exit_on_reported_error, refuse_idle_flags
+from ur4rec_jax.errors import InputError, exit_on_reported_error, refuse_idle_flags, say
 from ur4rec_jax.files import expand_home
 
 try:
@@ -213,6 +213,8 @@ def main(argv: list[str] | None = None) -> None:
   _keep_compiled_programs(flags.registry or flags.export)
   folders = [flags.registry or flags.export, *filter(None, [flags.compare_with])]
   names = names_of(folders)
+  if sys.stderr.isatty():
+    say(f'loading {" and ".join(folders)}; a first start compiles, for up to a minute', sys.stderr)
 
   def open_model(folder: str) -> Model:
     held = registry.hold(folder)
