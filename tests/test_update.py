@@ -68,7 +68,7 @@ def append(folder, name):
 
 
 def run_update(days, out, *flags, data='day2'):
-  flags = (f'--data_dir={days / data}', f'--out={out}', *flags)
+  flags = (f'--data_dir={days / data}', f'--out={out}', '--epochs=6', *flags)
   return run_here(update.main, [f'--workdir={days / "run1"}', *flags])
 
 
