@@ -4,6 +4,7 @@ import asyncio
 import collections
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,6 +82,18 @@ def test_the_width_of_batches_does_not_grow_with_plays(with_long_user):
   assert (len(seen.items), len(seen.seen)) == (20_000, 60)
   batcher = Batcher(recommender, most_jobs=1, wait_seconds=0)
   assert batcher._most_excluded == 2000
+
+
+def test_a_model_with_the_program_of_another_ranks_one_batch_to_begin_with(shop, monkeypatch):
+  recommender = make(shop, 'sasrec')[0]
+  monkeypatch.setattr(recommender, 'program', jax.jit(recommender.program.__wrapped__))
+  sizes, rank = [], recommender.rank
+  counted = lambda query: sizes.append(len(query.histories)) or rank(query)
+  monkeypatch.setattr(recommender, 'rank', counted)
+  for most_jobs, expected in ((4, [1, 4]), (4, [1]), (16, [1, 16])):
+    sizes.clear()
+    Batcher(recommender, most_jobs, wait_seconds=0)
+    assert sizes == expected
 
 
 def test_a_model_whose_users_were_all_deleted_is_served(shop, monkeypatch):

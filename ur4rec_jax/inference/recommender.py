@@ -94,6 +94,7 @@ class Recommender:
     batch_sizes: the batch sizes that are compiled.
     most_k: the most items that can be recommended to a user.
     known_users: the users that were exported, or None.
+    program: the compiled function that ranks.
   """
 
   def __init__(
@@ -121,7 +122,7 @@ class Recommender:
     self._number_of = {name: i for i, name in enumerate(self.item_ids, 1)}
     self._ids_by_number = ['', *self.item_ids]
     self._titles_by_number = ['', *self.titles]
-    self._program = program
+    self.program = program
     self._arrays = jax.device_put(arrays)
     self._item_vectors: ItemVectors | None = None  # These two are made when they are asked for.
     self._shared_users: SharedUsers | None = None
@@ -605,7 +606,7 @@ class Recommender:
       ('positions', positions), lambda: np.zeros(positions, np.int8)
     )
     # For a single user one jax.device_get takes longer than np.asarray on each of the three.
-    items, scores, shares = map(np.asarray, self._program(self._arrays, inputs))
+    items, scores, shares = map(np.asarray, self.program(self._arrays, inputs))
     return Ranking(items[:count, :k], scores[:count, :k], shares[:count, :k])
 
   def _padded_weights(self, weights: np.ndarray | None, batch: int) -> Any:

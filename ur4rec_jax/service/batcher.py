@@ -3,7 +3,8 @@
 import asyncio
 import collections
 import itertools
-from collections.abc import Hashable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ BATCHES = Histogram(
 # Few users have more distinct items than this share of all users. The requests of these few are
 # ranked alone, so that the width of the others' batches does not grow with the longest history.
 _USUAL_SHARE = 0.99
+# Sizes, numbers of items and numbers of excluded items for which each program is compiled.
+_compiled: weakref.WeakKeyDictionary[Callable, set[tuple[int, int, int]]]
+_compiled = weakref.WeakKeyDictionary()
 
 
 class Job(NamedTuple):
@@ -113,7 +117,7 @@ class Batcher:
   """
 
   def __init__(self, recommender: Recommender, most_jobs: int, wait_seconds: float):
-    """Compiles a program for each batch size.
+    """Compiles a program for each batch size, unless an earlier batcher has.
 
     Args:
       recommender: ranks the jobs.
@@ -136,9 +140,14 @@ class Batcher:
     self._most_excluded = most_seen + MOST_IDS
     query = Query([recommender.item_ids[:1]], 1, preferences=self.no_texts)
     job = Job(recommender.check(query), None)
+    compiled = _compiled.setdefault(recommender.program, set())
     for size in recommender.batch_sizes:
-      if size <= most_jobs:
+      shape = size, self.most_k, self._most_excluded
+      # A model after an update has the program of the one before. A batch of one shows that it can
+      # rank; larger ones would make the requests wait.
+      if size == 1 or (size <= most_jobs and shape not in compiled):
         self._rank([job] * size)
+        compiled.add(shape)
 
   async def answer(self, job: Job) -> Answer:
     """Waits until the job was ranked and returns its answer."""
