@@ -34,8 +34,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.accuracy import put_between_marks
-from benchmarks.speed.measure import machine, memory_megabytes
-from ur4rec_jax.errors import InputError, exit_on_reported_error
+from benchmarks.speed.measure import machine, memory_megabytes, port_when_ready
+from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.files import write_file
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -230,10 +230,7 @@ def service(folder: str) -> Iterator[tuple[subprocess.Popen, int]]:
     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
   )
   try:
-    line = process.stdout.readline()
-    if not line.startswith('ready'):
-      raise InputError(f'the service did not start: {line or "see above"}')
-    yield process, int(line.rsplit(':', 1)[1])
+    yield process, port_when_ready(process)
   finally:
     process.kill()
     process.wait()

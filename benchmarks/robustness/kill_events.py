@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.quality.accuracy import put_between_marks
-from benchmarks.speed.measure import ROOT, machine
+from benchmarks.speed.measure import ROOT, machine, port_when_ready
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import exported
@@ -152,11 +152,11 @@ def start(flags: argparse.Namespace, place: str, cache: str) -> tuple[subprocess
     env={'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     | os.environ,
   )
-  line = process.stdout.readline()
-  if not line.startswith('ready'):
+  try:
+    return process, port_when_ready(process)
+  except InputError:
     process.kill()
-    raise InputError(f'the service did not start: {line or "see above"}')
-  return process, int(line.rsplit(':', 1)[1])
+    raise
 
 
 def measure(flags: argparse.Namespace, place: str, cache: str) -> dict[str, Any]:

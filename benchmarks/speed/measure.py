@@ -40,6 +40,14 @@ SHAPES = {  # Of the model and its training, on both sides.
 }
 
 
+def port_when_ready(process: subprocess.Popen) -> int:
+  """Waits until a service is ready, and returns its port; InputError if it did not start."""
+  line = process.stdout.readline()
+  if not line.startswith('ready'):
+    raise InputError(f'the service did not start: {line or "see above"}')
+  return int(line.rsplit(':', 1)[1])
+
+
 def make_parser(description: str, against_rectools: bool = True) -> argparse.ArgumentParser:
   """Flags for data and model; what `--config.FIELD=VALUE` changes is ours alone."""
   parser = argparse.ArgumentParser(

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.accuracy import put_between_marks
-from benchmarks.speed.measure import ROOT, machine
+from benchmarks.speed.measure import ROOT, machine, port_when_ready
 from benchmarks.speed.serve_load import Client, Load
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.files import write_file
@@ -64,10 +64,7 @@ def service(*flags: str, cache: str) -> Iterator[tuple[int, subprocess.Popen]]:
     env={'JAX_COMPILATION_CACHE_DIR': cache} | os.environ,
   )
   try:
-    line = process.stdout.readline()
-    if not line.startswith('ready'):
-      raise InputError(f'the service did not start: {line or "see above"}')
-    yield int(line.rsplit(':', 1)[1]), process
+    yield port_when_ready(process), process
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
   finally:

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.accuracy import put_between_marks
-from benchmarks.speed.measure import ROOT, machine, memory_megabytes
-from ur4rec_jax.errors import InputError, exit_on_reported_error
+from benchmarks.speed.measure import ROOT, machine, memory_megabytes, port_when_ready
+from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.files import write_file
 from ur4rec_jax.inference import exported
 from ur4rec_jax.inference.stored_format import Settings
@@ -184,10 +184,7 @@ def start_service(folder: str, batch: int, queue: int, cache: str) -> tuple[subp
     text=True,
     env={'JAX_COMPILATION_CACHE_DIR': cache} | os.environ,
   )
-  line = process.stdout.readline()
-  if not line.startswith('ready'):
-    raise InputError(f'the service did not start: {line or "see above"}')
-  return process, int(line.rsplit(':', 1)[1])
+  return process, port_when_ready(process)
 
 
 def make_requests(folder: str) -> list[bytes]:

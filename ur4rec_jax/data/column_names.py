@@ -1,4 +1,4 @@
-"""Usual names of columns in users' own tables of interactions and items."""
+"""Usual names of columns in users' own tables of interactions and items, and their delimiter."""
 
 import re
 from collections.abc import Iterable
@@ -60,3 +60,10 @@ def find(role: str, columns: Iterable[str]) -> list[str]:
 def plain(name: str) -> str:
   """Spells a name as the lists of this module do."""
   return re.sub(r'[\s._-]', '', name).lower()
+
+
+def delimiter_of(header: str, usual: str) -> str:
+  """Returns the usual delimiter, or the one that the line with the names of columns has instead."""
+  # Where a comma is the decimal point, spreadsheets write .csv files with semicolons.
+  others = [character for character in ',;\t|' if character in header]
+  return others[0] if usual not in others and len(others) == 1 else usual

@@ -16,7 +16,7 @@ from ur4rec_jax.evaluation.evaluate import (
   place_batches,
 )
 from ur4rec_jax.evaluation.queries import Queries, pack_queries
-from ur4rec_jax.evaluation.ranking import best_by_products, best_of
+from ur4rec_jax.evaluation.ranking import best_by_products, best_of, without_seen
 from ur4rec_jax.sharding import devices
 
 PyTree = Any
@@ -67,8 +67,7 @@ def _make_step(model: nn.Module, data: EvalData, seen_capacity: int, count: int)
       vectors = {branch: items.vectors for branch, items in catalogue.items.items()}
       added = added_scores(model, table, item_ids, batch)
       return best_by_products(users, vectors, seen, count, data.embeddings, added)
-    # Not `leave_out_seen`, which keeps the target even if the user has seen it.
-    leave_out = lambda scores: scores.at[seen.users, seen.items - 1].set(-jnp.inf, mode='drop')
+    leave_out = lambda scores: without_seen(scores, seen)
     scores = apply(users, catalogue.items, leave_out, method='scores')
     _, found = best_of(scores, 1 + jnp.arange(scores.shape[1]), count)
     return jax.lax.all_gather(found, devices.AXIS, tiled=True)

@@ -244,8 +244,12 @@ def leave_out_seen(scores: Array, targets: Array, seen: Seen) -> Array:
   """
   users = jnp.arange(scores.shape[0])
   target_scores = scores[users, targets - 1]
-  scores = scores.at[seen.users, seen.items - 1].set(-jnp.inf, mode='drop')
-  return scores.at[users, targets - 1].set(target_scores)
+  return without_seen(scores, seen).at[users, targets - 1].set(target_scores)
+
+
+def without_seen(scores: Array, seen: Seen) -> Array:
+  """Does the same as `leave_out_seen`, but a target that was seen is left out, too."""
+  return scores.at[seen.users, seen.items - 1].set(-jnp.inf, mode='drop')
 
 
 def rank_by_scores(scores: Array, targets: Array, candidates: Array) -> Array:

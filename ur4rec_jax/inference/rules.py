@@ -496,7 +496,9 @@ class _Attributes:
     table = path.parent / os.path.expanduser(general['attributes'])
     try:
       with table.open(encoding='utf-8-sig', newline='') as file:
-        delimiter = '\t' if table.suffix in ('.tsv', '.tab') else _delimiter(file.readline())
+        delimiter = '\t'
+        if table.suffix not in ('.tsv', '.tab'):
+          delimiter = column_names.delimiter_of(file.readline(), ',')
         file.seek(0)
         self._has_decimal_commas = delimiter == ';'
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -567,12 +569,6 @@ class _Attributes:
         f' with the number {comparison.value}'
       )
     return float(number)
-
-
-def _delimiter(header: str) -> str:
-  """Returns the delimiter of a CSV file by its first line, as the build does."""
-  others = [character for character in ',;\t|' if character in header]
-  return others[0] if len(others) == 1 else ','
 
 
 def _is_number(text: str) -> bool:

@@ -229,8 +229,7 @@ def original_id(value: Any, column: str, where: str) -> str:
   """Converts an id to text; InputError if it is empty or no id."""
   if isinstance(value, bool | float | list | dict):
     raise InputError(f'{where}: {column} is {value!r}; ids are text or whole numbers: correct it')
-  # Half characters of JSON are written as the interactions have them, see `json_lines`.
-  name = '' if value is None else str(_decoded(value)).encode(errors='backslashreplace').decode()
+  name = '' if value is None else json_lines.encodable(str(_decoded(value)))
   if not name.strip():
     raise InputError(f'{where}: {column} is empty; fill it in or remove the row')
   return name

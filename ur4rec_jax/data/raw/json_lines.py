@@ -71,7 +71,7 @@ def columns(path: Path) -> dict[str, pa.DataType]:
   else:
     kinds = {name: found for name, found in kinds.items() if found - {type(None)} != {dict}}
   return {
-    _encodable(name): next((_NESTED[kind] for kind in _NESTED if kind in found), pa.string())
+    encodable(name): next((_NESTED[kind] for kind in _NESTED if kind in found), pa.string())
     for name, found in kinds.items()
   }
 
@@ -133,10 +133,10 @@ def _texts(values: list[str]) -> pa.Array:
   try:
     return pa.array(values, pa.string())
   except UnicodeEncodeError:
-    return pa.array(map(_encodable, values), pa.string())
+    return pa.array(map(encodable, values), pa.string())
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
   r"""Writes half characters, such as \ud83d of a picture that was cut off, as the file does."""
   return text.encode(errors='backslashreplace').decode()
 

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv as arrow_csv
 
+from ur4rec_jax.data import column_names
 from ur4rec_jax.data.raw import archives, json_lines
 from ur4rec_jax.data.raw.records import NoRows, Place
 from ur4rec_jax.data.raw.texts import listed, shown, utf8_lines
@@ -206,10 +207,8 @@ def _delimiter(path: Path) -> str:
       f'{path}: its extension is none of .csv, .tsv, .jsonl, .parquet (all but the last also with'
       f' .gz); {_way_to_a_table(path)}'
     )
-  # Where a comma is the decimal point, spreadsheets write .csv files with semicolons.
   names = next((line for line in _lines(path) if line.strip()), '')
-  others = [character for character in ',;\t|' if character in names]
-  return others[0] if usual not in others and len(others) == 1 else usual
+  return column_names.delimiter_of(names, usual)
 
 
 def _way_to_a_table(path: Path) -> str:
