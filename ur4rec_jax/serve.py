@@ -41,7 +41,7 @@ try:
   from ur4rec_jax.service.batcher import MOST_K, Batcher
   from ur4rec_jax.service.connections import make_protocol
   from ur4rec_jax.service.feedback import ONLY_ARM, Feedback
-  from ur4rec_jax.service.http_app import EventIntake, Model, make_app
+  from ur4rec_jax.service.http_app import EventIntake, Model, Service, make_app
   from ur4rec_jax.service.http_events import EventRoute
   from ur4rec_jax.service.model_swap import CurrentModel, Served, is_loading, open_current
   from ur4rec_jax.service.named_models import NamedModels, names_of
@@ -228,7 +228,8 @@ def main(argv: list[str] | None = None) -> None:
 
   def load(folder: str, version: str = '', model: Model | None = None) -> Served:
     model = model or open_model(folder)
-    return Served(make_app(model, intake, arms, names), model.batcher, version or model.digest)
+    service = Service(model, intake, arms, names)
+    return Served(make_app(service), model.batcher, version or model.digest, service.close)
 
   folder, version = open_current(flags.registry) if flags.registry else (flags.export, '')
   first, arms = open_model(folder), None
@@ -244,7 +245,9 @@ def main(argv: list[str] | None = None) -> None:
   del first  # It may be large, and a registry replaces it.
   allowed = [name.strip() for name in flags.allowed_hosts.split(',') if name.strip()]
   app = AdmissionControl(
-    NamedModels(names[0], model, others), flags.queue, make_host_check(flags.host, allowed)
+    NamedModels(names[0], model, {name: other.app for name, other in others.items()}),
+    flags.queue,
+    make_host_check(flags.host, allowed),
   )
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: (

@@ -13,7 +13,7 @@ from ur4rec_jax.online.feedback_store import open_store
 from ur4rec_jax.service.admission import RateLimit
 from ur4rec_jax.service.batcher import Batcher
 from ur4rec_jax.service.feedback import Feedback
-from ur4rec_jax.service.http_app import EventIntake, Model, make_app
+from ur4rec_jax.service.http_app import EventIntake, Model, Service, make_app
 from ur4rec_jax.service.http_events import EventRoute
 
 
@@ -23,7 +23,9 @@ def test_a_network_of_ipv6_addresses_is_one_client_in_the_queue(shop):
   clients = []
 
   async def ask(address):
-    transport = httpx.ASGITransport(make_app(Model(recommender, batcher)), client=(address, 5))
+    transport = httpx.ASGITransport(
+      make_app(Service(Model(recommender, batcher))), client=(address, 5)
+    )
     async with httpx.AsyncClient(transport=transport, base_url='http://localhost') as client:
       question = {'history': recommender.item_ids[:2]}
       assert (await client.post('/recommend', json=question)).status_code == 200
@@ -62,7 +64,7 @@ def test_a_request_that_names_a_model_gets_no_arm(shop, tmp_path):
       ('served', '&model=sasrec', arms),
       ('compared with', '&model=text', None),
     ):
-      app = make_app(models['text' if own_arms is None else 'sasrec'], intake, own_arms)
+      app = make_app(Service(models['text' if own_arms is None else 'sasrec'], intake, own_arms))
       transport = httpx.ASGITransport(app)
       async with httpx.AsyncClient(transport=transport, base_url='http://localhost') as client:
         answer = (await client.get(f'/recommend?user=ann&k=5{query}')).json()

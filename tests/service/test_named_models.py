@@ -6,7 +6,6 @@ import pathlib
 import pytest
 
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.service.model_swap import Served
 from ur4rec_jax.service.named_models import NamedModels, names_of
 
 
@@ -47,7 +46,7 @@ def answering(name):
   ],
 )
 def test_a_request_gets_the_model_that_it_names(query, answers):
-  models = NamedModels('old', answering('old'), {'new': Served(answering('new'), None, '1')})
+  models = NamedModels('old', answering('old'), {'new': answering('new')})
   assert ask(models, query) == answers
 
 

@@ -99,28 +99,17 @@ class Model(NamedTuple):
   held: BinaryIO | None = None
 
 
-def make_app(
-  model: Model,
-  intake: EventIntake | None = None,
-  arms: Arms | None = None,
-  models: Sequence[str] = (),
-) -> FastAPI:
-  """Builds the ASGI application of one model.
+def make_app(service: 'Service') -> FastAPI:
+  """Builds the ASGI application of a service.
 
   Args:
-    model: the model.
-    intake: takes the events, if the service has some.
-    arms: an experiment, some of whose arms may have models of their own.
-    models: names of all models of the service, the served one first.
-
-  Raises:
-    InputError: the weights or rules of an arm do not fit its model.
+    service: handles the requests. FastAPI remembers all handlers for good, so the application is
+      free of the model only after `service.close`.
   """
-  recommender, batcher = model.recommender, model.batcher
+  recommender, batcher = service.model.recommender, service.model.batcher
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
   app.add_exception_handler(RequestValidationError, _on_bad_request)
   app.add_exception_handler(405, _on_wrong_method)
-  service = Service(model, intake, arms, models)
   Question = make_question(recommender.branches, batcher.most_k, recommender.keeps_seen)
 
   K = Annotated[int, fastapi.Query(ge=1, le=batcher.most_k)]
@@ -143,13 +132,9 @@ def make_app(
     """Returns the best items for a user."""
     return await service.recommend(Question(user=user, k=k, explain=explain, log=log), request)
 
-  if intake is not None:
+  if service.takes_events:
     refusals = _problems(400, 408, 413, 415, 421, 422, 429, 431, 503)
-
-    @app.post('/events', responses=refusals, openapi_extra=OPENAPI)
-    async def events(request: fastapi.Request) -> Stored:
-      """Stores one event or several; it answers when they are durable."""
-      return await intake.route(request, recommender.number_of)
+    app.post('/events', responses=refusals, openapi_extra=OPENAPI)(service.events)
 
   # Items without a picture have no such field.
   items = {'responses': _problems(422, 503), 'response_model_exclude_unset': True}
@@ -164,12 +149,17 @@ def make_app(
   app.get('/pictures/{item:path}', **picture)(service.picture)
   app.get('/health')(service.health)
   app.get('/metrics', response_class=PlainTextResponse)(make_metrics())
-  app.get('/', include_in_schema=False)(make_page(intake is not None))
+  app.get('/', include_in_schema=False)(make_page(service.takes_events))
   return app
 
 
 class Service:
-  """The handlers of all routes that need the recommender."""
+  """The handlers of all routes that need the model.
+
+  Attributes:
+    model: the served model.
+    takes_events: whether it takes events.
+  """
 
   def __init__(
     self,
@@ -185,10 +175,13 @@ class Service:
       intake: takes the events, if the service has some.
       arms: the experiment, if there is one.
       models: names of all models of the service, the served one first.
+
+    Raises:
+      InputError: the weights or rules of an arm do not fit its model.
     """
+    self.model, self.takes_events = model, intake is not None
     self._models = list(models)
-    recommender = model.recommender
-    self._model, self._recommender, self._batcher = model, recommender, model.batcher
+    self._recommender = recommender = model.recommender
     self._intake, self._arms = intake, arms
     self._feedback = None if intake is None else intake.feedback
     self._model_of = {} if arms is None else arms.models(model)
@@ -201,6 +194,11 @@ class Service:
     users = recommender.known_users
     self._user_names = [] if users is None else list(users.index)
     self._find_users = make_search(self._user_names)
+
+  def close(self) -> None:
+    """Lets go of the model, after the last request."""
+    self.model.batcher.close()
+    vars(self).clear()
 
   async def recommend(self, question: Any, request: fastapi.Request) -> JSONResponse:
     """Answers a question of `http_schema.make_question`.
@@ -274,14 +272,14 @@ class Service:
       HTTPException: the question asks for an arm that does not exist.
     """
     if question.arm is None and (self._arms is None or 'model' in request.query_params):
-      return None, self._model
+      return None, self.model
     arm = question.arm
     if arm is None:
       arm = self._arms.choose(question.user)
     elif arm not in self._model_of:
       known = f'its arms are {", ".join(self._model_of)}' if self._model_of else 'it has no arms'
       raise HTTPException(404, f'arm: the service has no arm {arm!r}; {known}')
-    return arm, self._model_of.get(arm, self._model)
+    return arm, self._model_of.get(arm, self.model)
 
   async def _told(self, user: str | None, recommender: Recommender) -> Container[int] | None:
     """Returns the numbers of the items of a history that an answer may name; None for all.
@@ -355,6 +353,10 @@ class Service:
     self._coverage.count(filter(None, numbers))  # An arm may have items that the default lacks.
     return self._feedback.show(question.user or '', arm, model.digest, rows)
 
+  async def events(self, request: fastapi.Request) -> Stored:
+    """Stores one event or several; it answers when they are durable."""
+    return await self._intake.route(request, self._recommender.number_of)
+
   # A search holds the interpreter, so that a thread of its own would cost more time, not less.
   async def items(self, search: Search = '') -> list[Item]:
     """Finds items by a part of their title or id; upper and lower case are the same."""
@@ -407,7 +409,7 @@ class Service:
     }
     if etag in request.headers.get('If-None-Match', ''):
       return fastapi.Response(status_code=304, headers=headers)
-    content = self._model.thumbnails.read(index)
+    content = self.model.thumbnails.read(index)
     if content is None:
       raise HTTPException(404, f'the picture of item {item!r} is damaged; export it again')
     return fastapi.Response(content, media_type=MEDIA_TYPE, headers=headers)
@@ -415,10 +417,10 @@ class Service:
   def _version_of(self, item: str) -> tuple[int, str]:
     """Returns the index of an item and the version of its picture, '' without one."""
     number = self._recommender.number_of(item)
-    if self._model.thumbnails is None or not number:
+    if self.model.thumbnails is None or not number:
       return -1, ''
     index = number - 1  # Item numbers begin at 1.
-    return index, self._model.thumbnails.version(index)
+    return index, self.model.thumbnails.version(index)
 
   def _picture_of(self, item: str) -> dict[str, str]:
     """Returns the field `picture` of an item, or nothing."""
@@ -434,11 +436,11 @@ class Service:
       dataset=recommender.about.get('dataset', {}).get('name', ''),
       items=len(recommender.item_ids),
       users=len(self._user_names),
-      pictures=len(self._model.thumbnails or ()),
+      pictures=len(self.model.thumbnails or ()),
       paths=recommender.branches,
       share_names=recommender.share_names,
       max_length=recommender.max_length,
-      most_k=self._batcher.most_k,
+      most_k=self.model.batcher.most_k,
       events=self._feedback is not None,
       arms=list(self._model_of),
       models=self._models,

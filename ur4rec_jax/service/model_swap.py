@@ -5,7 +5,6 @@ A request stays with the model that it came to, so that no request fails or wait
 
 import asyncio
 import contextlib
-import gc
 import pathlib
 import signal
 import sys
@@ -37,11 +36,13 @@ class Served(NamedTuple):
     app: the ASGI application of this model.
     batcher: its batcher.
     version: its name in the registry, or the start of its hash.
+    close: frees its memory, after the last request.
   """
 
   app: Callable
   batcher: Batcher
   version: str
+  close: Callable[[], None]
 
 
 def is_loading() -> bool:
@@ -136,7 +137,7 @@ class CurrentModel:
     self._inside.pop(id(served), None)
     if task := self._tasks.pop(id(served), None):
       task.cancel()
-      served.batcher.close()
+      served.close()
 
   async def _watch(self, folder: str) -> None:
     refused, loop = b'', asyncio.get_running_loop()
@@ -162,9 +163,7 @@ class CurrentModel:
         say(f'version {version} is refused, {self._served.version} goes on: {reason}', sys.stderr)
         continue
       self._swap(served)
-      del served
-      # The former model may be large, and reference cycles keep it until a collection.
-      await loop.run_in_executor(self._thread, gc.collect)
+      del served  # The next one replaces it, and it may be large.
 
   def _swap(self, served: Served) -> None:
     former, self._served = self._served, served

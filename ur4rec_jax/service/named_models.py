@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.service.http_schema import problem
-from ur4rec_jax.service.model_swap import Served
 
 
 def names_of(folders: Sequence[str]) -> list[str]:
@@ -27,13 +26,13 @@ def names_of(folders: Sequence[str]) -> list[str]:
 class NamedModels:
   """An ASGI application that passes a request on to the model that it names."""
 
-  def __init__(self, name: str, served: Callable, others: Mapping[str, Served]):
+  def __init__(self, name: str, served: Callable, others: Mapping[str, Callable]):
     """Stores the models.
 
     Args:
       name: name of the served model.
       served: answers requests that name no model, or this one.
-      others: further models by name. The caller runs their batchers.
+      others: the applications of further models by name. The caller runs their batchers.
     """
     self._name, self._served, self._others = name, served, others
 
@@ -42,7 +41,7 @@ class NamedModels:
     if name in (None, self._name):
       await self._served(scope, receive, send)
     elif name in self._others:
-      await self._others[name].app(scope, receive, send)
+      await self._others[name](scope, receive, send)
     else:
       known = ', '.join([self._name, *self._others])
       answer = problem(404, f'model {name!r:.80}: is not here; there is {known}')
