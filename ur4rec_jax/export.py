@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
   if flags.vectors:
     width = vectors.write_items(recommender, flags.vectors)
     say(f'{flags.vectors}: {counted(len(recommender.item_ids), "vector")} of {width} numbers')
+    if recommender.model.followers is not None:
+      say('note: inner products of vectors leave out what followers add to the scores')
   if flags.user_vectors:
     vectors.write_users(recommender, flags.user_vectors)
     say(f'{flags.user_vectors}: {counted(len(recommender.users), "vector")}')

@@ -50,8 +50,12 @@ _SPEED = {'text': 8.0, 'image': 4.0}
 _SHARE_OF_ENCODING = 0.2  # Most of the minutes that a pretrained encoder may take.
 HASHING, COLOR = 'hashing', 'color'  # The built-in encoders.
 _SUMMARY = ('users', 'items', 'interactions', 'note')
-# A short training needs a higher learning rate than a long one.
-_SHORT = ('--config.optimizer.learning_rate=0.003', '--config.optimizer.warmup_steps=30')
+# A short training needs a higher learning rate than a long one, and gains more from counts.
+_SHORT = (
+  *('--config.optimizer.learning_rate=0.003', '--config.optimizer.warmup_steps=30'),
+  '--config.followers.weight=1.0',
+)
+_LONG = ('--config.followers.weight=0.5',)
 _MINUTES_OF_SHORT = 30
 _SMALL_BATCH = '--batch=16'  # Fewer programs are compiled before the page is there.
 _ONE_STAGE = '--config.stages=("train",)'
@@ -363,8 +367,7 @@ def _train(commands: Commands, prepared: Prepared, name: str, minutes: float) ->
   variant, workdir = 'sasrec', data.parent / 'runs' / name
   flags = [f'--config.data_dir={data}', f'--workdir={workdir}']
   flags += [f'--config.max_minutes={minutes}', f'--config.evaluation.seen_items={keeps_seen}']
-  if minutes < _MINUTES_OF_SHORT:
-    flags += _SHORT
+  flags += _SHORT if minutes < _MINUTES_OF_SHORT else _LONG
   if name == 'content':
     variant = 'multimodal' if len(modalities) > 1 else 'text'
     flags.append(_ONE_STAGE)

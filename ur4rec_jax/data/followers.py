@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from ur4rec_jax.data.dataset import Dataset
 
 Array = jax.Array
+_MOST_PAIRS = 20_000_000  # Pairs that are counted at a time; each takes about 50 bytes.
 
 
 class FollowerTable(NamedTuple):
@@ -38,20 +39,27 @@ def count_followers(dataset: Dataset, count: int, reach: int) -> FollowerTable:
   train = dataset.train_part()
   ids, width = train.item_ids, train.num_items + 1
   users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-  total = sp.csr_array((width, width), dtype=np.float32)
-  for distance in range(1, reach + 1):
-    is_pair = (users[:-distance] == users[distance:]) & (ids[:-distance] != ids[distance:])
-    before, after = ids[:-distance][is_pair], ids[distance:][is_pair]
-    values = np.full(len(before), 1 / distance, np.float32)
-    total += sp.csr_array((values, (before, after)), (width, width))
-  scale = sp.diags_array(1 / np.sqrt(np.maximum(train.item_counts(), 1)).astype(np.float32))
-  total = (scale @ total @ scale).tocoo()
-  # The largest values of each item come first; equal ones in the order of their ids.
-  order = np.lexsort((total.col, -total.data, total.row))
-  owners, followers, values = total.row[order], total.col[order], total.data[order]
-  place = np.arange(len(owners)) - np.searchsorted(owners, owners)
-  kept = np.flatnonzero((place < count) & (values > 0))
+  counts = train.item_counts()
+  scale = 1 / np.sqrt(np.maximum(counts, 1)).astype(np.float32)
   table = FollowerTable(np.zeros((width, count), np.int32), np.zeros((width, count), np.float32))
-  at = owners[kept], place[kept]
-  table.items[at], table.values[at] = followers[kept], values[kept]
+  # A block of items at a time, because all pairs may be too many for the memory.
+  block = np.cumsum(counts) * reach // _MOST_PAIRS
+  for number in np.unique(block):
+    first, end = np.searchsorted(block, [number, number + 1])
+    is_of_block = (ids >= first) & (ids < end)
+    total = sp.csr_array((end - first, width), dtype=np.float32)
+    for distance in range(1, reach + 1):
+      is_pair = is_of_block[:-distance] & (users[:-distance] == users[distance:])
+      is_pair &= ids[:-distance] != ids[distance:]
+      before, after = ids[:-distance][is_pair], ids[distance:][is_pair]
+      values = np.full(len(before), 1 / distance, np.float32)
+      total += sp.csr_array((values, (before - first, after)), total.shape)
+    total = (sp.diags_array(scale[first:end]) @ total @ sp.diags_array(scale)).tocoo()
+    # The largest values of each item come first; equal ones in the order of their ids.
+    order = np.lexsort((total.col, -total.data, total.row))
+    owners, followers, values = total.row[order], total.col[order], total.data[order]
+    place = np.arange(len(owners)) - np.searchsorted(owners, owners)
+    kept = np.flatnonzero((place < count) & (values > 0))
+    at = owners[kept] + first, place[kept]
+    table.items[at], table.values[at] = followers[kept], values[kept]
   return table

@@ -1,7 +1,8 @@
 """Writes item and user vectors whose inner products are the scores, for vector search elsewhere.
 
 faiss, usearch, pgvector and other programs find the items with the largest inner products. Vectors
-of several branches are concatenated, because the score is the sum of their products.
+of several branches are concatenated, because the score is the sum of their products. What followers
+add to the scores is left out, because it is no inner product.
 """
 
 import pathlib
@@ -65,11 +66,6 @@ def item_vectors(recommender: 'TrainedRecommender') -> np.ndarray:
 
 
 def _check(recommender: 'TrainedRecommender') -> None:
-  if recommender.model.followers is not None:
-    raise InputError(
-      '--vectors: scores of this model are no inner products, as they count followers; train it'
-      ' with --config.followers.weight=0'
-    )
   if recommender.compares_ranks:
     raise InputError(
       '--vectors: scores of this model are made of ranks, which are no inner products; train it'
