@@ -678,6 +678,27 @@ def test_the_page_recommends_by_user_by_titles_and_by_weights(
   page.close()
 
 
+def test_the_page_says_that_the_service_is_busy_and_asks_again(browser, address):
+  page = browser.new_page()
+  asked = []
+
+  def busy_at_first(route):
+    asked.append(route)
+    if len(asked) > 2:
+      return route.continue_()
+    detail = {'detail': 'the queue is full'} if len(asked) == 1 else None
+    content = json.dumps(detail) if detail else '<html>'  # A proxy answers with a page.
+    return route.fulfill(status=503, headers={'Retry-After': '1'}, body=content)
+
+  page.route('**/recommend', busy_at_first)
+  page.goto(address)
+  page.get_by_text('the queue is full (asking again in 1 s)').wait_for()
+  page.get_by_text('the service cannot answer now (asking again in 1 s)').wait_for()
+  page.locator('#found > li').first.wait_for()
+  assert 'asking again' not in page.locator('#status').inner_text()
+  page.close()
+
+
 def test_the_page_shows_similar_items_on_click_and_by_keyboard(browser, address, recommender):
   page = browser.new_page(viewport={'width': 390, 'height': 844})
   problems = []

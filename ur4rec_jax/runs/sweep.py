@@ -177,7 +177,9 @@ def compare(workdirs: Sequence[str | pathlib.Path]) -> dict[str, Any]:
   runs = []
   for workdir in workdirs:
     path, name = pathlib.Path(workdir), str(workdir).rstrip('/')
-    folders = [path] if (path / 'config.json').exists() else sorted(path.glob('seed*'))
+    folders = [path]
+    if not (path / 'config.json').exists():  # seed10 comes after seed2.
+      folders = sorted(path.glob('seed*'), key=lambda folder: (len(folder.name), folder.name))
     if not folders:
       inside = sorted({x.parent.parent for x in path.glob('*/seed*/results.json')})
       hint = f'; name the folders in it, such as {inside[0]}' if inside else ''
