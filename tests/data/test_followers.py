@@ -35,6 +35,15 @@ def test_followers_are_those_of_a_plain_count(data_dir):
     np.testing.assert_allclose(table.values[item], of_followers, rtol=1e-5)
 
 
+def test_items_are_counted_alike_in_blocks(data_dir, monkeypatch):
+  dataset = load_dataset(data_dir)
+  at_once = count_followers(dataset, 9, 4)
+  monkeypatch.setattr('ur4rec_jax.data.followers._MOST_PAIRS', 200)
+  in_blocks = count_followers(dataset, 9, 4)
+  for expected, found in zip(at_once, in_blocks, strict=True):
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_held_out_items_are_not_counted(data_dir):
   dataset = load_dataset(data_dir)
   other = np.where(dataset.is_train, dataset.item_ids, 1).astype(np.int32)

@@ -1,5 +1,6 @@
 """Counts which items follow an item in the training histories (item-kNN over sequences)."""
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -54,12 +55,10 @@ def count_followers(dataset: Dataset, count: int, reach: int) -> FollowerTable:
       before, after = ids[:-distance][is_pair], ids[distance:][is_pair]
       values = np.full(len(before), 1 / distance, np.float32)
       total += sp.csr_array((values, (before - first, after)), total.shape)
-    total = (sp.diags_array(scale[first:end]) @ total @ sp.diags_array(scale)).tocoo()
-    # The largest values of each item come first; equal ones in the order of their ids.
-    order = np.lexsort((total.col, -total.data, total.row))
-    owners, followers, values = total.row[order], total.col[order], total.data[order]
-    place = np.arange(len(owners)) - np.searchsorted(owners, owners)
-    kept = np.flatnonzero((place < count) & (values > 0))
-    at = owners[kept] + first, place[kept]
-    table.items[at], table.values[at] = followers[kept], values[kept]
+    total = (sp.diags_array(scale[first:end]) @ total @ sp.diags_array(scale)).tocsr()
+    total.sort_indices()  # Equal values stay in the order of their items' ids.
+    for item, (start, stop) in enumerate(itertools.pairwise(total.indptr), first):
+      best = start + np.argsort(-total.data[start:stop], kind='stable')[:count]
+      table.items[item, : len(best)] = total.indices[best]
+      table.values[item, : len(best)] = total.data[best]
   return table
