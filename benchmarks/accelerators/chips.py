@@ -20,6 +20,7 @@ class Chip:
     links: number of links of a chip.
     torus: length of an axis from which on its ends are joined; 0 if there are no axes.
     source: where these numbers stand.
+    network: bytes/s of a chip's share of the network between slices; 0 if it is not stated.
   """
 
   flops: dict[str, float]
@@ -29,19 +30,30 @@ class Chip:
   links: int
   torus: int
   source: str
+  network: float = 0.0
 
 
-def _tpu(bf16: float, memory: float, bandwidth: float, link: float, links: int, torus, page: str):
+def _tpu(
+  page: str,
+  bf16: float,
+  memory: float,
+  bandwidth: float,
+  link: float,
+  links: int,
+  torus: int,
+  network: float = 0.0,
+) -> Chip:
   # At jax's default precision a product of float32 is one pass in bfloat16.
   flops = {'bfloat16': bf16, 'float32': bf16}
-  return Chip(flops, memory, bandwidth, link, links, torus, _TPU + page)
+  return Chip(flops, memory, bandwidth, link, links, torus, _TPU + page, network)
 
 
-# Google gives the interconnect of a chip in both directions together, over all its links.
+# Google gives the interconnect of a chip in both directions together, over all its links, and the
+# network between slices in bits for a pod of 256 chips.
 CHIPS = {
-  'v5e': _tpu(197e12, 16 * 2**30, 819e9, 400e9 / 2 / 4, 4, 16, 'v5e'),
-  'v5p': _tpu(459e12, 95 * 2**30, 2765e9, 1200e9 / 2 / 6, 6, 4, 'v5p'),
-  'v6e': _tpu(918e12, 32 * 2**30, 1600e9, 800e9 / 2 / 4, 4, 16, 'v6e'),
+  'v5e': _tpu('v5e', 197e12, 16 * 2**30, 819e9, 400e9 / 2 / 4, 4, 16, 6.4e12 / 8 / 256),
+  'v5p': _tpu('v5p', 459e12, 95 * 2**30, 2765e9, 1200e9 / 2 / 6, 6, 4),
+  'v6e': _tpu('v6e', 918e12, 32 * 2**30, 1600e9, 800e9 / 2 / 4, 4, 16, 25.6e12 / 8 / 256),
   # The SXM module. Products of float32 use TensorFloat-32, without sparsity.
   'h100': Chip(
     {'bfloat16': 989e12, 'float32': 494e12},
@@ -64,17 +76,19 @@ def of_device(kind: str) -> Chip | None:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Chips that are joined to one machine.
+  """Chips that are joined to one machine, or to several that a network joins.
 
   Attributes:
-    name: e.g. `v5e:2x2`, or `h100` for one GPU and `h100:8` for eight.
+    name: e.g. `v5e:2x2`, `v5e:2x2*3` for three slices, `h100` for one GPU and `h100:8` for eight.
     chip_name: key of `CHIPS`.
-    axes: number of chips along each axis.
+    axes: number of chips along each axis of a slice.
+    slices: number of slices.
   """
 
   name: str
   chip_name: str
   axes: tuple[int, ...]
+  slices: int = 1
 
   @property
   def chip(self) -> Chip:
@@ -107,11 +121,14 @@ def parse_topology(name: str) -> Topology:
   Raises:
     InputError: no such topology is known.
   """
-  found = re.fullmatch(r'([a-z]\w*)(?::(\d+(?:x\d+)*))?', name)
+  found = re.fullmatch(r'([a-z]\w*)(?::(\d+(?:x\d+)*)(?:\*([1-9]\d*))?)?', name)
   if not found or found[1] not in CHIPS or (found[2] is None and CHIPS[found[1]].torus):
     raise InputError(
       f'--topology={name}: must be a chip of {", ".join(CHIPS)} and, for TPUs, the number of chips '
-      'along each axis, e.g. v5e:2x2, v5p:2x2x1, v6e:16x16 or h100'
+      'along each axis and of slices, e.g. v5e:2x2, v5p:2x2x1, v6e:16x16*2 or h100'
     )
-  axes = tuple(int(n) for n in (found[2] or '1').split('x'))
-  return Topology(name, found[1], axes)
+  axes, slices = tuple(int(n) for n in (found[2] or '1').split('x')), int(found[3] or 1)
+  if slices > 1 and not CHIPS[found[1]].network:
+    joined = ', '.join(chip for chip, values in CHIPS.items() if values.network)
+    raise InputError(f'--topology={name}: slices are known of {joined}; leave *{slices} out')
+  return Topology(name, found[1], axes, slices)

@@ -77,7 +77,9 @@ def describe(topology: Topology) -> list[jax.Device]:
         topology=f'1x1x{math.prod(topology.axes)}',
       )
     else:
-      found = topologies.get_topology_desc(topology_name=topology.name, platform='tpu')
+      slices = {'num_slices': topology.slices} if topology.slices > 1 else {}
+      name = topology.name.partition('*')[0]
+      found = topologies.get_topology_desc(topology_name=name, platform='tpu', **slices)
   except Exception as error:
     raise _lacks_compiler(topology, error) from error
   return list(found.devices)
@@ -143,13 +145,12 @@ def summary(found: counts.Counts, topology: Topology, dtype: str) -> dict[str, A
     'main_memory': found.main_bytes / chip.bandwidth,
     'links': links / topology.link_bandwidth if links else 0.0,
   }
+  if found.network_bytes:
+    milliseconds['network'] = sum(found.network_bytes.values()) / chip.network
   # An array in the memory on the chip could be anywhere else, too: the pessimistic bound counts it.
-  times = {
-    'by_bytes': max(milliseconds['flops'], milliseconds['bytes'], milliseconds['links']),
-    'by_main_memory': max(
-      milliseconds['flops'], milliseconds['main_memory'], milliseconds['links']
-    ),
-  }
+  bounds = {'by_bytes': 'bytes', 'by_main_memory': 'main_memory'}
+  others = [milliseconds[name] for name in milliseconds if name not in bounds.values()]
+  times = {name: max(milliseconds[memory], *others) for name, memory in bounds.items()}
   gigabytes = lambda field: {
     name: round(size / _GB, 4) for name, size in list(found.bytes_by(field).items())[:TOP]
   }
@@ -158,6 +159,11 @@ def summary(found: counts.Counts, topology: Topology, dtype: str) -> dict[str, A
     'gb_moved': round(found.bytes / _GB, 4),
     'gb_main_memory': round(found.main_bytes / _GB, 4),
     'gb_over_links': {name: round(n / _GB, 5) for name, n in found.link_bytes.items()},
+    **(
+      {'gb_between_slices': {name: round(n / _GB, 5) for name, n in found.network_bytes.items()}}
+      if found.network_bytes
+      else {}
+    ),
     'ms': {name: round(1e3 * seconds, 3) for name, seconds in milliseconds.items()},
     'step_ms': {name: round(1e3 * seconds, 3) for name, seconds in times.items()},
     'mfu': {name: round(milliseconds['flops'] / t, 4) if t else 0.0 for name, t in times.items()},

@@ -68,6 +68,7 @@ class Count:
     bytes: read and written, in any memory.
     main_bytes: read from and written to main memory.
     link_bytes: sent over links, by collective.
+    network_bytes: sent to other slices, by collective.
     times: how often it runs.
     instruction: its name in the program.
   """
@@ -78,6 +79,7 @@ class Count:
   bytes: float
   main_bytes: float
   link_bytes: dict[str, float]
+  network_bytes: dict[str, float]
   times: int
   instruction: str
 
@@ -120,9 +122,17 @@ class Counts:
   @functools.cached_property
   def link_bytes(self) -> dict[str, float]:
     """Bytes sent over links, by collective."""
+    return self._sent('link_bytes')
+
+  @functools.cached_property
+  def network_bytes(self) -> dict[str, float]:
+    """Bytes sent to other slices, by collective."""
+    return self._sent('network_bytes')
+
+  def _sent(self, field: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for x in self.counts:
-      for name, sent in x.link_bytes.items():
+      for name, sent in getattr(x, field).items():
         found[name] = found.get(name, 0) + sent * x.times
     return found
 
@@ -147,6 +157,22 @@ def short_name(op_name: str) -> str:
   name = re.sub(r'\bjit\((\w+)\)', r'\1', op_name)
   inner = re.sub(r'^(?:(?:share|step|shard_map|while|body)(?:/|$))+', '', name)
   return re.sub(r'_\d+(?=[/)]|$)', '_*', inner or name)
+
+
+def _to_slices(x: Instruction) -> bool:
+  """Tells whether an instruction sends to other slices or receives from them, over the network."""
+  return '_xla_host_transfer_handler_name="xla_megascale_runtime"' in x.attributes
+
+
+def _network_bytes(computation: Computation, x: Instruction) -> dict[str, float]:
+  """Returns the bytes that an instruction sends to other slices, by collective."""
+  if x.opcode != 'send' or not _to_slices(x):
+    return {}
+  kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes)[1]
+  slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', x.attributes)[1].count(',') + 1
+  name = kind.lower().replace('_', '-')
+  given = sum(a.payload for operand in x.operands for a in computation.instructions[operand].arrays)
+  return {name: given * _LINK_SHARE.get(name, lambda n: 1)(slices)}
 
 
 class _Counter:
@@ -189,6 +215,8 @@ class _Counter:
   def _note_transfer(self, x: Instruction) -> None:
     opcode = x.opcode.removesuffix('-start').removesuffix('-done')
     is_callback = x.opcode == 'custom-call' and re.search('callback|[Hh]ost', _target(x))
+    if _to_slices(x):
+      return
     if opcode in _TRANSFERS or is_callback or any(a.space == HOST_MEMORY for a in x.arrays):
       self.host_transfers.append(x.name)
 
@@ -208,13 +236,14 @@ class _Counter:
       moved, in_main = moved + again, in_main + again
     self.arrays |= {str(a): a.bytes for a in kernels.results(x)}
     flops = self._flops(computation, x)
-    link_bytes = self._link_bytes(computation, x)
-    if not (moved or in_main or flops or link_bytes):
+    link_bytes, network_bytes = self._link_bytes(computation, x), _network_bytes(computation, x)
+    if not (moved or in_main or flops or link_bytes or network_bytes):
       return None
     name = short_name(x.op_name)
     if '/' not in x.op_name:  # The compiler added it.
       name = self._name_of_source(computation, x)
-    return Count(self._kind(x, link_bytes), name, flops, moved, in_main, link_bytes, times, x.name)
+    kind = self._kind(x, link_bytes | network_bytes)
+    return Count(kind, name, flops, moved, in_main, link_bytes, network_bytes, times, x.name)
 
   def _name_of_source(self, computation: Computation, x: Instruction) -> str:
     """Names an instruction that the compiler added after a named one that it reads or feeds."""

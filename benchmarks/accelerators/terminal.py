@@ -17,6 +17,10 @@ def one_program(result: dict[str, Any]) -> str:
     'bytes that instructions read and write': f'{result["gb_moved"]:.2f} GB',
     'of these and of prefetches, in main memory': f'{result["gb_main_memory"]:.2f} GB',
     **{f'over links by {name}': f'{gb:.4f} GB' for name, gb in result['gb_over_links'].items()},
+    **{
+      f'between slices by {name}': f'{gb:.4f} GB'
+      for name, gb in result.get('gb_between_slices', {}).items()
+    },
     'memory at its peak': f'{memory["peak"]:.2f} of {memory["of_chip"]:.1f} GB',
     **{
       f'step time at least, {name.replace("_", " ")}': f'{ms:.2f} ms, MFU {100 * mfu:.1f} %'

@@ -9,6 +9,7 @@ stored as NAME-gpu fills the column of GPUs.
 import argparse
 import json
 import pathlib
+import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -200,14 +201,14 @@ def compiled_section(folder: pathlib.Path) -> str:
       'TFLOP': figure(lambda x: f'{x["tflop"]:.3f}'),
       'GB moved': figure(lambda x: f'{x["gb_moved"]:.2f}'),
       'in main memory': figure(lambda x: f'{x["gb_main_memory"]:.2f}'),
-      'GB over links': figure(lambda x: f'{sum(x["gb_over_links"].values()):.3f}'),
+      'GB over links': figure(_sent),
       'peak GB': figure(lambda x: f'{x["memory"]["peak"]:.2f}'),
       'step, ms': figure(lambda x: f'{x["step_ms"]["by_bytes"]:.2f}'),
       'MFU': figure(lambda x: f'{100 * x["mfu"]["by_bytes"]:.1f} %'),
     }
     rows.append(row)
   commands = '\n'.join(
-    f'python -m benchmarks.accelerators --out={name} {" ".join(_flags_of(x))}'
+    f'python -m benchmarks.accelerators --out={name} {shlex.join(_flags_of(x))}'
     for name, x in sorted((before | now).items())
   )
   return f"""## Compiled for accelerators
@@ -222,6 +223,12 @@ program as it was before its kernels were written for accelerators to the progra
 ```
 {commands}
 ```"""
+
+
+def _sent(result: dict[str, Any]) -> str:
+  links, between = (result.get(x, {}) for x in ('gb_over_links', 'gb_between_slices'))
+  others = f', {sum(between.values()):.3f} between slices' if between else ''
+  return f'{sum(links.values()):.3f}{others}'
 
 
 def _flags_of(result: dict[str, Any]) -> Iterator[str]:

@@ -166,6 +166,27 @@ def test_bytes_over_links_by_collective():
   }
 
 
+def test_bytes_between_slices_are_no_exchange_with_the_host():
+  attributes = (
+    'channel_id=1, is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+  )
+  found = program(
+    '%x = f32[8,128]{1,0:T(8,128)} parameter(0)',
+    '%t = token[] after-all()',
+    f'%s = (f32[8,128]{{1,0}}, u32[], token[]) send(%x, %t), {attributes}',
+    f'%r = (f32[8,128]{{1,0}}, u32[], token[]) recv(%t), {attributes}',
+    f'%e = token[] send-done(%s), {attributes}',
+    f'ROOT %d = (f32[8,128]{{1,0}}, token[]) recv-done(%r), {attributes}',
+  )
+  assert found.host_transfers == []
+  assert found.link_bytes == {}
+  assert found.network_bytes == {'all-reduce': pytest.approx(4 / 3 * 4096)}
+  result = compiler.summary(found, chips.parse_topology('v6e:2x2*3'), 'bfloat16')
+  assert result['ms']['network'] == pytest.approx(1e3 * 4 / 3 * 4096 / 12.5e9, abs=1e-3)
+
+
 def test_kernels_state_their_cost_or_have_a_formula():
   stated = '"cost_estimate":{"flops":"12345","transcendentals":"9","bytes_accessed":"100000"}'
   found = program(
@@ -245,13 +266,16 @@ def test_a_message_to_any_chip_passes_several_links():
   rows = np.arange(8)
   mean = np.abs(rows[:, None] - rows).mean()
   assert chips.parse_topology('v6e:8x8').hops == pytest.approx(2 * mean)
-  exchange = counts.Count('collective', 'a', 0, 0, 0, {'all-to-all': 4e9}, 1, 'x')
+  exchange = counts.Count('collective', 'a', 0, 0, 0, {'all-to-all': 4e9}, {}, 1, 'x')
   sent = counts.Counts([exchange], [], [])
   found = compiler.summary(sent, chips.parse_topology('v6e:16x16'), 'bfloat16')
   assert found['ms']['links'] == 1e3 * 8 * 4e9 / 400e9
 
 
-@pytest.mark.parametrize('name', ['v5e', 'v9:2x2', 'v5e:2x', 'v5e:2x2 ', ''])
+@pytest.mark.parametrize(
+  'name',
+  ['v5e', 'v9:2x2', 'v5e:2x', 'v5e:2x2 ', '', 'v5e:2x2*', 'v5e:2x2*0', 'h100*2', 'v5p:2x2x1*2'],
+)
 def test_a_topology_that_is_not_known(name):
   with pytest.raises(InputError, match='--topology='):
     chips.parse_topology(name)
@@ -259,9 +283,9 @@ def test_a_topology_that_is_not_known(name):
 
 def test_the_slowest_of_three_bounds_the_step():
   chip = chips.CHIPS['v6e']
-  one = counts.Count('elementwise', 'a', chip.flops['bfloat16'], 0, 0, {}, 1, 'x')
+  one = counts.Count('elementwise', 'a', chip.flops['bfloat16'], 0, 0, {}, {}, 1, 'x')
   two = counts.Count(
-    'copy', 'b', 0, chip.bandwidth, chip.bandwidth / 2, {'all-reduce': 300e9}, 4, 'y'
+    'copy', 'b', 0, chip.bandwidth, chip.bandwidth / 2, {'all-reduce': 300e9}, {}, 4, 'y'
   )
   found = compiler.summary(
     counts.Counts([one, two], [], []), chips.parse_topology('v6e:2x2'), 'bfloat16'
@@ -274,14 +298,15 @@ def test_the_slowest_of_three_bounds_the_step():
   assert terminal.LABEL in terminal.one_program(result)
 
 
-@pytest.mark.skipif(
+on_linux = pytest.mark.skipif(
   (sys.platform, platform.machine()) != ('linux', 'x86_64'), reason='libtpu is for x86-64 Linux'
 )
-def test_the_training_step_for_a_tpu_stays_within_its_bounds():
-  """A change that moves more bytes, needs more memory or talks to the host must say so here."""
-  bounds = json.loads(BOUNDS.read_text())
+
+
+def compiled_step(flags):
+  """Returns what the command says about a training step."""
   done = subprocess.run(
-    [sys.executable, '-m', 'benchmarks.accelerators', '--json', *bounds['flags']],
+    [sys.executable, '-m', 'benchmarks.accelerators', '--json', *flags],
     cwd=ROOT,
     env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': 'false', 'XLA_FLAGS': ''},
     capture_output=True,
@@ -292,6 +317,14 @@ def test_the_training_step_for_a_tpu_stays_within_its_bounds():
   found = json.loads(done.stdout)
   assert found['host_transfers'] == []
   assert len(found['loops_counted_once']) == 1  # The loop over steps.
+  return found
+
+
+@on_linux
+def test_the_training_step_for_a_tpu_stays_within_its_bounds():
+  """A change that moves more bytes, needs more memory or talks to the host must say so here."""
+  bounds = json.loads(BOUNDS.read_text())
+  found = compiled_step(bounds['flags'])
   assert found['tflop'] == pytest.approx(bounds['tflop'], rel=0.1)
   reached = {
     'gb_moved': found['gb_moved'],
@@ -303,3 +336,13 @@ def test_the_training_step_for_a_tpu_stays_within_its_bounds():
     name: (x, bounds['at_most'][name]) for name, x in reached.items() if x > bounds['at_most'][name]
   }
   assert not over
+
+
+@on_linux
+@pytest.mark.slow
+def test_gradients_are_added_up_in_a_slice_before_they_go_to_another_one():
+  found = compiled_step(
+    ['--topology=v5e:2x2*2', '--config=movielens_1m', '--config.dtype=bfloat16']
+  )
+  within, between = (sum(found[name].values()) for name in ('gb_over_links', 'gb_between_slices'))
+  assert 0 < between < within / 2
