@@ -143,8 +143,6 @@ class Recorder:
 
   def answer(self, key: str, prompt: prompts.Prompt, answer: llm_calls.Answer) -> None:
     """Stores an answer."""
-    if key in self.store:  # A killed program may have stored this answer of a batch already.
-      return
     self.store.add(self._record(key, prompt, answer.tokens) | {'text': answer.text})
     self.failures.pop(key, None)
     self.answered += 1
@@ -186,7 +184,7 @@ class Recorder:
       'parameters': settings.parameters,
       'tokens': list(tokens),
       'cost': cost,
-      'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+      'time': answers.utc(time.time()),
     }
 
 
