@@ -152,9 +152,8 @@ class Recorder:
     self, key: str, prompt: prompts.Prompt, error: llm_calls.Rejected | llm_calls.Unanswered
   ) -> None:
     """Stores a failure."""
-    tokens = error.tokens if isinstance(error, llm_calls.Rejected) else (0, 0)
     failed = {'reason': error.reason, 'is_final': isinstance(error, llm_calls.Rejected)}
-    self.store.add_failure(self._record(key, prompt, tokens) | failed)
+    self.store.add_failure(self._record(key, prompt, error.tokens) | failed)
     self.failures[key] = error
 
   @property

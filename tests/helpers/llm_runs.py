@@ -52,6 +52,7 @@ class Run:
     self.texts: dict[str, str] = {}
     self.failures: dict[str, str] = {}
     self.stored: set[str] = set()  # Keys with an answer or a rejection.
+    self.lost: dict[str, tuple[int, int]] = {}  # Tokens of failures by id.
     self.pulled = 0
 
   def key(self, prompt: Prompt) -> str:
@@ -97,6 +98,7 @@ class Run:
 
   def _on_failure(self, key, prompt, error):
     self.failures[prompt.id] = error.reason
+    self.lost[prompt.id] = error.tokens
     if isinstance(error, llm_calls.Rejected):
       self.stored.add(key)
 
