@@ -16,6 +16,8 @@ from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.export import export
 from ur4rec_jax.inference import exported
+from ur4rec_jax.online.events import Event
+from ur4rec_jax.online.feedback_store import open_store
 
 # A process in which nothing of what training needs can be imported.
 ALONE = """
@@ -118,6 +120,23 @@ def test_a_user_is_forgotten_also_where_a_service_has_compiled(shop, tmp_path):
   found = exported.load(folder)
   assert first not in found.known_users.index
   np.testing.assert_array_equal(found.known_user(second)[0].items, before.items)
+
+
+def test_a_service_whose_store_lies_in_the_folder_loses_no_event(shop, tmp_path):
+  recommender, folder = make(shop, 'sasrec')[0], tmp_path / 'model'
+  export(recommender, folder, with_users=True)
+  (folder / 'mine').mkdir()
+  (folder / 'mine' / 'manifest.json').write_text('of somebody else')
+  store = open_store(str(folder / 'events.db'))
+  event = Event('u', '1', 'i', 'click', 1.0)
+  store.write([event])
+  assert exported.forget_user(folder, next(iter(recommender.users)))
+  store.write([event._replace(id='2')])
+  for found in (store, open_store(str(folder / 'events.db'))):
+    assert [event.id for event in found.events()] == ['1', '2']
+    found.close()
+  assert (folder / 'mine' / 'manifest.json').read_text() == 'of somebody else'
+  exported.load(folder)
 
 
 def test_a_user_is_forgotten_behind_a_link_and_after_a_kill(shop, tmp_path):

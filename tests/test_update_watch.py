@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_events_that_the_data_have_make_no_round(shop, tmp_path, monkeypatch):
   old = {'user': data.user_ids[0], 'item': items[data.item_ids[0] - 1]['original_id'],
          'kind': 'click', 'id': '1', 'time': int(data.timestamps[0])}  # fmt: skip
   store_of(tmp_path, [old, old | {'id': '2', 'kind': 'view', 'time': START + 10**5}]).close()
-  monkeypatch.setattr(time, 'sleep', stop_at('nothing'))
+  monkeypatch.setattr(time, 'sleep', stop_instead)
   done = run_here(update.main, flags_of(shop, tmp_path, '--every_events=1'))
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines()[1:] == [
@@ -146,7 +147,7 @@ def test_events_of_unknown_items_are_told(shop, tmp_path, monkeypatch):
   rows = [{'user': f'{n}', 'item': f'{900 + n}', 'kind': 'click', 'id': '1', 'time': START + n}
           for n in range(3)]  # fmt: skip
   store_of(tmp_path, rows).close()
-  monkeypatch.setattr(time, 'sleep', stop_at('nothing'))
+  monkeypatch.setattr(time, 'sleep', stop_instead)
   done = run_here(update.main, flags_of(shop, tmp_path, '--every_events=1'))
   assert done.returncode == 0, done.stderr
   line = done.stdout.splitlines()[1]
@@ -155,9 +156,36 @@ def test_events_of_unknown_items_are_told(shop, tmp_path, monkeypatch):
   assert 'if these are ids of another kind, send the service those of the data' in line
 
 
-def stop_at(_):
-  """A sleep in which the loop is told to stop."""
-  return lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize(
+  ('delimiter', 'quoting', 'count'),
+  # Without quotes an id with the delimiter in it cannot be written.
+  [
+    ('space', 'none', '1 of 1 event'),
+    ('tab', None, '2 of 2 events'),
+    (',', 'none', '1 of 1 event'),
+  ],
+)
+def test_a_log_has_the_form_of_the_first_table(
+  shop, tmp_path, monkeypatch, delimiter, quoting, count
+):
+  data = shutil.copytree(shop / 'data', tmp_path / 'data')
+  info = read_info(data)
+  info['options'] |= {'delimiter': delimiter, 'quoting': quoting}
+  (data / 'dataset.json').write_text(json.dumps(info))
+  rows = [{'user': user, 'item': item, 'kind': 'click', 'id': '1', 'time': START}
+          for user, item in (('ann', '7"lamp'), ('a, b', 'x'))]  # fmt: skip
+  store_of(tmp_path, rows).close()
+  monkeypatch.setattr(time, 'sleep', stop_instead)
+  done = run_here(update.main, flags_of(shop, tmp_path, '--every_events=1', f'--data_dir={data}'))
+  assert done.returncode == 0, done.stderr
+  line = done.stdout.splitlines()[1]
+  assert line.startswith(f'nothing new: {count} are of items that the data lack, such as')
+  assert '7"lamp' in line or count.startswith('2')
+
+
+def stop_instead(seconds):
+  """Replaces a sleep of the loop by a signal to stop."""
+  os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_failed_round_is_told_and_wrong_input_ends_the_loop(shop, tmp_path, monkeypatch):
@@ -173,7 +201,7 @@ def test_a_failed_round_is_told_and_wrong_input_ends_the_loop(shop, tmp_path, mo
   assert '000001/output.log: has what the command said; correct that' in error
   # The disk is full, for example: the loop goes on, with the same round.
   monkeypatch.setattr(sys, 'executable', '/bin/false')
-  monkeypatch.setattr(time, 'sleep', stop_at('retry'))
+  monkeypatch.setattr(time, 'sleep', stop_instead)
   done = run_here(update.main, flags)
   assert (done.returncode, done.stderr.splitlines()[2]) == (0, '  it is tried again in 60 s')
   assert done.stderr.startswith('round 1 failed: exit code 1, an error that')

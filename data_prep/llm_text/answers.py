@@ -35,11 +35,13 @@ class Failures(NamedTuple):
     attempts: number of failures.
     reason: reason of the last failure.
     is_final: whether only --retry_failed repeats the request, since it would likely fail again.
+    time: when the last failure was stored, as `utc` writes it.
   """
 
   attempts: int
   reason: str
   is_final: bool
+  time: str
 
 
 def make_key(provider: str, model: str, parameters: Mapping[str, Any], prompt: Any) -> str:
@@ -53,6 +55,11 @@ def make_key(provider: str, model: str, parameters: Mapping[str, Any], prompt: A
   """
   request = [provider, model, parameters, prompt.version, prompt.system, prompt.text]
   return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def utc(seconds: float) -> str:
+  """Writes unix seconds as records have their time; later times are larger texts."""
+  return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds))
 
 
 class Store:
@@ -110,6 +117,11 @@ class Store:
   def failure(self, key: str) -> Failures | None:
     """Returns the failures of a request without an answer; None if it has not failed."""
     return None if key in self else self._failures.get(_digest(key))
+
+  def has_result(self, key: str, since: float) -> bool:
+    """Whether there is an answer, or a final failure a second or more after `since`."""
+    failure = self.failure(key)
+    return key in self or (failure is not None and failure.is_final and failure.time > utc(since))
 
   def add(self, record: Mapping[str, Any]) -> None:
     """Appends an answer; StorageError if it cannot be written."""
@@ -208,6 +220,7 @@ class Store:
       1 + (earlier.attempts if earlier else 0),
       str(record.get('reason')),
       bool(record.get('is_final')),
+      str(record.get('time') or ''),
     )
     self.cost += _cost(record)
 

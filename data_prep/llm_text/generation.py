@@ -203,12 +203,10 @@ def _send(
       except llm_online.Stopped:
         raise _interrupted(online.signal_number, store) from None
       return ''
-    return _send_batches(
-      work,
-      recorder,
-      sending,
-      llm_batch.Batches(store.folder, provider, job.settings, budget, sending.batch_requests),
+    batches = llm_batch.Batches(
+      store.folder, provider, job.settings, budget, store.has_result, sending.batch_requests
     )
+    return _send_batches(work, recorder, sending, batches)
   except llm_online.BudgetReached:
     return f'--max_cost={budget.limit:g} is reached: the next answer might cost more'
 
@@ -320,7 +318,7 @@ def write_texts(
     found: texts by original id.
     origin: where the texts come from, see `texts.write_texts`; the time is added.
   """
-  origin = {**origin, 'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+  origin = {**origin, 'time': answers.utc(time.time())}
   counts = texts.write_texts(data_dir, kind, found, origin)
   shown = ', '.join(
     f'{counts[name]:,} {what}' for name, what in _SOURCES.items() if counts.get(name)

@@ -76,9 +76,22 @@ class Batches:
     provider: ModuleType,
     settings: Settings,
     budget: costs.Budget,
+    is_stored: Callable[[str, float], bool],
     max_requests: int | None = None,
   ):
+    """Keeps what all batches need.
+
+    Args:
+      store: folder of the stored answers.
+      provider: module of the provider.
+      settings: backend, model and parameters.
+      budget: limits what is sent.
+      is_stored: takes the key of a request and a time in unix seconds; tells whether its answer, or
+        a rejection after that time, is stored.
+      max_requests: most requests in a batch; None for the provider's limit.
+    """
     self.budget = budget
+    self._is_stored = is_stored
     self.num_under_way = self.num_done = 0
     self._store, self._folder = store, store / FOLDER
     self._provider = provider
@@ -292,9 +305,14 @@ class Batches:
   async def _collect(self, state: dict[str, Any], batches: dict[str, llm_calls.Batch]) -> int:
     """Reads the results of a batch in any order and returns the number of answers.
 
-    Each result is passed on as soon as its line is there. A second call does no harm.
+    Each result is passed on as soon as its line is there. Results that a killed program has stored
+    are left out, because they are paid already.
     """
-    entries = _read_keys(self._path(state['tag'], 'keys'))
+    entries = {
+      key: entry
+      for key, entry in _read_keys(self._path(state['tag'], 'keys')).items()
+      if not self._is_stored(key, state['time'])
+    }
     num_answers = num_lines = 0
 
     def take(content: bytes) -> None:

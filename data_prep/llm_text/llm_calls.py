@@ -131,6 +131,7 @@ class Unanswered(Exception):
     wait: seconds that the server asks to wait; None if it does not say.
     is_from_server: whether a server has replied at all.
     may_cost: whether an answer may have been paid that never arrived.
+    tokens: (input, output) tokens of unusable answers that were paid before.
   """
 
   def __init__(
@@ -145,6 +146,7 @@ class Unanswered(Exception):
     self.wait = wait
     self.is_from_server = is_from_server
     self.may_cost = may_cost
+    self.tokens = (0, 0)
 
 
 class RefusedField(Exception):

@@ -121,13 +121,21 @@ class Online:
 
     async def place() -> None:
       for key, prompt in work:
+        paid: list[tuple[int, int]] = []
         try:
-          answer = await self._ask(client, prompt)
+          answer = await self._ask(client, prompt, paid)
         except (Rejected, Unanswered) as failure:
+          failure.tokens = _total(paid)
           if isinstance(failure, BadRequest) and not self._was_answered:
             self._hold(key, prompt, failure)
           else:
             on_failure(key, prompt, failure)
+        except BaseException:
+          if paid:  # The store has to know of it, because the next run has the same limit.
+            unusable = Unanswered('the run ended after an unusable answer')
+            unusable.tokens = _total(paid)
+            on_failure(key, prompt, unusable)
+          raise
         else:
           on_answer(key, prompt, answer)
         if self._was_answered:
@@ -174,9 +182,9 @@ class Online:
       f' {count} failed like this: {failure.way_out}'
     )
 
-  async def _ask(self, client: Any, prompt: prompts.Prompt) -> Answer:
+  async def _ask(self, client: Any, prompt: prompts.Prompt, paid: list[tuple[int, int]]) -> Answer:
+    """Sends a request until it is answered; `paid` gets the tokens of answers without a text."""
     unanswered = 0
-    paid: list[tuple[int, int]] = []  # Tokens of unusable answers, which are paid as well.
     while True:
       try:
         answer = await self._send(client, prompt)
@@ -188,7 +196,6 @@ class Online:
         if isinstance(error, BadRequest) and error.is_about_access and self._was_answered:
           self._count_given_up(error.reason)
         paid.append(error.tokens)
-        error.tokens = _total(paid)
         if not isinstance(error, Unusable) or len(paid) == PAID_ATTEMPTS:
           raise
       except Unanswered as error:

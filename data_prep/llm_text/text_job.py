@@ -143,8 +143,6 @@ class Recorder:
 
   def answer(self, key: str, prompt: prompts.Prompt, answer: llm_calls.Answer) -> None:
     """Stores an answer."""
-    if key in self.store:  # A killed program may have stored this answer of a batch already.
-      return
     self.store.add(self._record(key, prompt, answer.tokens) | {'text': answer.text})
     self.failures.pop(key, None)
     self.answered += 1
@@ -154,9 +152,8 @@ class Recorder:
     self, key: str, prompt: prompts.Prompt, error: llm_calls.Rejected | llm_calls.Unanswered
   ) -> None:
     """Stores a failure."""
-    tokens = error.tokens if isinstance(error, llm_calls.Rejected) else (0, 0)
     failed = {'reason': error.reason, 'is_final': isinstance(error, llm_calls.Rejected)}
-    self.store.add_failure(self._record(key, prompt, tokens) | failed)
+    self.store.add_failure(self._record(key, prompt, error.tokens) | failed)
     self.failures[key] = error
 
   @property
@@ -186,7 +183,7 @@ class Recorder:
       'parameters': settings.parameters,
       'tokens': list(tokens),
       'cost': cost,
-      'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+      'time': answers.utc(time.time()),
     }
 
 

@@ -215,6 +215,26 @@ def test_a_batch_is_collected_after_a_kill(data_dir, tmp_path):
   assert not llm_batch.keys_under_way(store)
 
 
+def test_a_batch_that_is_collected_twice_costs_once(data_dir, tmp_path):
+  store = tmp_path / 'answers'
+  data_dir = build(tmp_path / 'films', ['Heat (1995)', '[refuse] me'])
+  flags = (f'--data_dir={data_dir}', f'--store={store}', '--kind=items', '--mode=batch')
+  with serving('openai', llm_server.Faults(polls=10**9)) as (server, generate):
+    assert generate(*flags, '--nowait').returncode == 0
+    kept = {path: path.read_bytes() for path in (store / 'batches').iterdir()}
+    server.faults.polls = 1
+    time.sleep(1)  # The times in the store are whole seconds.
+    found = [generate(*flags, '--poll_seconds=0.05')]
+    for path, content in kept.items():  # The process was killed before it removed them.
+      path.write_bytes(content)
+    found.append(generate(*flags, '--poll_seconds=0.05'))
+    assert len(server.batches) == 1
+  costs = [row(one, 'cost') for one in found]
+  assert costs[0].split(' now, ')[1] == costs[1].split(' now, ')[1]
+  assert costs[1].startswith('$0.0000 now')
+  assert len((store / 'failed.jsonl').read_text().splitlines()) == 1
+
+
 def test_a_signal_stops_with_everything_stored(tmp_path):
   data = text_generation.make_data(tmp_path, 400)
   with serving(faults=llm_server.Faults(latency=0.1)) as (server, generate):

@@ -51,6 +51,8 @@ class Run:
     self.server = server
     self.texts: dict[str, str] = {}
     self.failures: dict[str, str] = {}
+    self.stored: set[str] = set()  # Keys with an answer or a rejection.
+    self.lost: dict[str, tuple[int, int]] = {}  # Tokens of failures by id.
     self.pulled = 0
 
   def key(self, prompt: Prompt) -> str:
@@ -74,7 +76,12 @@ class Run:
 
   def batch(self, prompts, wait=True, max_requests=None, polled=lambda: None) -> llm_batch.Batches:
     batches = llm_batch.Batches(
-      self.folder, self.provider, self.settings, self.budget, max_requests
+      self.folder,
+      self.provider,
+      self.settings,
+      self.budget,
+      lambda key, since: key in self.stored,
+      max_requests,
     )
     asyncio.run(
       batches.answer_all(
@@ -86,10 +93,14 @@ class Run:
   def _on_answer(self, key, prompt, answer):
     assert prompt.id not in self.texts
     self.texts[prompt.id] = answer.text
+    self.stored.add(key)
     self.failures.pop(prompt.id, None)
 
   def _on_failure(self, key, prompt, error):
     self.failures[prompt.id] = error.reason
+    self.lost[prompt.id] = error.tokens
+    if isinstance(error, llm_calls.Rejected):
+      self.stored.add(key)
 
 
 @contextlib.contextmanager

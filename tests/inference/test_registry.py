@@ -13,13 +13,16 @@ import pytest
 
 from tests.helpers.runs import ROOT
 from ur4rec_jax.errors import InputError
-from ur4rec_jax.inference import registry
+from ur4rec_jax.inference import exported, registry
 
 
-def make_export(folder, content):
+def make_export(folder, content, parts=0):
   folder.mkdir(parents=True)
-  (folder / 'manifest.json').write_text(json.dumps({'content': content}))
-  (folder / 'arrays.npz').write_text(content)
+  names = ['arrays.npz', *(f'part-{i}' for i in range(parts))]
+  for name in names:
+    (folder / name).write_text(content)
+  manifest = {'format_version': exported.FORMAT_VERSION, 'files': dict.fromkeys(names, content)}
+  (folder / 'manifest.json').write_text(exported.manifest_text(manifest))
   return folder
 
 
@@ -50,6 +53,19 @@ def test_promoting_the_current_model_again_changes_nothing(tmp_path):
   before = (tmp_path / 'models' / 'current.json').read_bytes()
   assert registry.promote(tmp_path / 'models', export) == '000001'
   assert (tmp_path / 'models' / 'current.json').read_bytes() == before
+
+
+def test_what_lies_beside_an_export_is_not_promoted_with_it(tmp_path):
+  export = make_export(tmp_path / 'a', 'first')
+  (export / 'events.db').write_text('of the service')
+  (export / 'compiled').mkdir()
+  version = registry.promote(tmp_path / 'models', export)
+  promoted = tmp_path / 'models' / 'versions' / version
+  assert sorted(path.name for path in promoted.iterdir()) == ['arrays.npz', 'manifest.json']
+  (export / 'arrays.npz').unlink()
+  with pytest.raises(InputError, match=r'arrays\.npz: is missing; export it again'):
+    registry.promote(tmp_path / 'models', export)
+  assert registry.current(tmp_path / 'models') == version
 
 
 def test_only_leftovers_of_promotions_are_removed(tmp_path):
@@ -156,7 +172,7 @@ def test_a_version_in_use_stays_until_its_process_ends(tmp_path):
 
 PROMOTER = """
 import sys
-from ur4rec_jax.inference import registry
+from ur4rec_jax.inference import exported, registry
 print('ready', flush=True)
 registry.promote(sys.argv[1], sys.argv[2])
 """
@@ -165,9 +181,7 @@ registry.promote(sys.argv[1], sys.argv[2])
 def test_a_kill_leaves_the_old_or_the_new_version(tmp_path):
   models = tmp_path / 'models'
   registry.promote(models, make_export(tmp_path / 'old', 'old'))
-  new = make_export(tmp_path / 'new', 'new')
-  for i in range(200):  # Enough files that kills hit the copy.
-    (new / f'part-{i}').write_bytes(b'x' * 10_000)
+  new = make_export(tmp_path / 'new', 'new' * 3000, parts=200)  # Enough that kills hit the copy.
   rng, seen = random.Random(0), set()
   for _ in range(8):
     process = subprocess.Popen(

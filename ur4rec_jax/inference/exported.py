@@ -13,6 +13,7 @@ needs may be missing.
 import hashlib
 import io
 import json
+import os
 import pathlib
 import shutil
 import weakref
@@ -105,17 +106,21 @@ def model_hash(folder: str | pathlib.Path) -> str:
   return hashlib.sha256(manifest_text(_read_manifest(pathlib.Path(folder))).encode()).hexdigest()
 
 
-def file_names(folder: str | pathlib.Path) -> list[str]:
+def file_names(folder: pathlib.Path) -> list[str]:
   """Returns the names of the files of an export; others may lie beside them in its folder.
 
   Args:
     folder: the folder that `ur4rec_jax.export` wrote.
 
   Raises:
-    InputError: this is not an exported folder.
+    InputError: this is not an exported folder, or a file is missing.
   """
-  names = _read_manifest(pathlib.Path(folder))['files']
-  return [MANIFEST, *names, *([PACKED] if PICTURES in names else [])]
+  found = _read_manifest(folder)['files']
+  names = [MANIFEST, *found, *([PACKED] if PICTURES in found else [])]
+  for name in names:
+    if not (folder / name).is_file():
+      raise InputError(f'{folder / name}: is missing; {_AGAIN}')
+  return names
 
 
 def _program(content: bytes, digest: str) -> Callable[..., Any]:
@@ -220,13 +225,22 @@ def _forget_user(folder: pathlib.Path, target: pathlib.Path, user: str) -> bool:
   np.savez(archive, **arrays)
   manifest['files'][USERS] = hashlib.sha256(archive.getvalue()).hexdigest()
   with files.new_folder(target) as draft:
-    for path in folder.iterdir():
-      # The folder of programs that a service has compiled is not copied; the next start does so.
-      if path.is_file() and path.name not in (USERS, MANIFEST):
-        shutil.copy2(path, draft / path.name)
+    # Links, not copies: the store of events of a running service may lie in the folder, too. The
+    # next start of the service makes its compiled programs again.
+    left_out = lambda at, _: {USERS, MANIFEST, 'compiled'} if at == os.fspath(folder) else ()
+    shutil.copytree(
+      folder, draft, symlinks=True, dirs_exist_ok=True, copy_function=_link_or_copy, ignore=left_out
+    )
     files.write_file(draft / USERS, archive.getvalue())
     files.write_file(draft / MANIFEST, manifest_text(manifest))
   return True
+
+
+def _link_or_copy(source: str, target: str) -> None:
+  try:
+    os.link(source, target)
+  except OSError:  # The disk knows no links.
+    shutil.copy2(source, target)
 
 
 def _users(arrays: Mapping[str, np.ndarray], settings: Settings) -> Users:

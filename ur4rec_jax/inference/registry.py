@@ -83,12 +83,10 @@ def promote(
     BusyError: another process changes the registry.
     StorageError: the registry cannot be written.
   """
+  from ur4rec_jax.inference import exported  # Slow to import, and a rollback does not need it.
+
   registry, export_dir = Path(registry), Path(export_dir)
-  if not (export_dir / _MANIFEST).is_file():
-    raise InputError(
-      f'{export_dir}: no exported model (no {_MANIFEST}); export it:'
-      ' python -m ur4rec_jax.export --workdir=DIR --out=FOLDER'
-    )
+  names = exported.file_names(export_dir)
   try:
     (registry / _VERSIONS).mkdir(parents=True, exist_ok=True)
     with _locked(registry):
@@ -99,9 +97,9 @@ def promote(
       _remove_leftovers(registry, newest)
       version = f'{newest + 1:06}'
       with files.new_folder(registry / _VERSIONS / version) as draft:
-        # Programs that a service has compiled stay where they are.
-        ignored = shutil.ignore_patterns('compiled')
-        shutil.copytree(export_dir, draft, dirs_exist_ok=True, ignore=ignored)
+        # Only those: somebody may keep the events of the service in the same folder.
+        for name in names:
+          shutil.copy2(export_dir / name, draft / name)
         files.sync_tree(draft)
       # Otherwise a power cut might leave a current version without its files.
       files.sync(registry / _VERSIONS)

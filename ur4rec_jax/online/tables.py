@@ -4,6 +4,7 @@ import collections
 import csv
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from ur4rec_jax.files import disk_errors, new_file
 from ur4rec_jax.online.events import Event, Exposure
@@ -40,7 +41,7 @@ def write_tables(store: FeedbackStore, out: str | pathlib.Path) -> dict[str, int
 
 
 def write(
-  path: pathlib.Path, columns: Sequence[str], rows: Iterable[Sequence], delimiter: str = ','
+  path: pathlib.Path, columns: Sequence[str], rows: Iterable[Sequence], **form: Any
 ) -> None:
   """Writes a table row by row, as it may not fit into memory; the file appears when complete.
 
@@ -48,10 +49,10 @@ def write(
     path: the file.
     columns: names of the columns.
     rows: values of each row.
-    delimiter: character between columns.
+    **form: parameters of `csv.writer`, such as the delimiter.
   """
   with new_file(path) as draft, draft.open('w', encoding='utf-8', newline='') as file:
-    writer = csv.writer(file, delimiter=delimiter)
+    writer = csv.writer(file, **form)
     writer.writerow(columns)
     writer.writerows(rows)
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from ur4rec_jax import files
 from ur4rec_jax.data.dataset import iterate_items, read_info
+from ur4rec_jax.data.raw.interactions import parse_delimiter
 from ur4rec_jax.errors import EXIT_CODES, InputError, StorageError, counted, printable, say
 from ur4rec_jax.online import tables
 from ur4rec_jax.online.events import Event
@@ -118,7 +119,8 @@ def run(watch: Watch) -> None:
     InputError: a folder, the store or an input of a command is wrong.
     BusyError: another process works in the same folder.
   """
-  columns = _columns(read_info(watch.data_dir), watch)
+  info = read_info(watch.data_dir)
+  columns, form = _columns(info, watch), _form(info['options'])
   store = open_store(watch.events)
   with files.disk_errors(watch.out, '--out'):
     watch.out.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,7 @@ def run(watch: Watch) -> None:
   handlers = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
   try:
     with files.only_process(watch.out / 'lock', message):
-      _Loop(watch, store, columns).run()
+      _Loop(watch, store, columns, form).run()
   except _Stopped:
     say('stopped; the same command goes on')
   finally:
@@ -142,8 +144,10 @@ def _stop(*_: Any) -> None:
 class _Loop:
   """The rounds in one folder."""
 
-  def __init__(self, watch: Watch, store: FeedbackStore, columns: dict[str, str]):
-    self._watch, self._store, self._columns = watch, store, columns
+  def __init__(
+    self, watch: Watch, store: FeedbackStore, columns: dict[str, str], form: dict[str, Any]
+  ):
+    self._watch, self._store, self._columns, self._form = watch, store, columns, form
     self._state = _read_state(watch)
     self._due = time.monotonic() + 60 * watch.every_minutes
 
@@ -251,9 +255,7 @@ class _Loop:
             count += 1
             yield row
 
-      delimiter = self._columns['delimiter']
-      names = [name for name in self._columns if name != 'delimiter']
-      tables.write(folder / _LOG, [self._columns[name] for name in names], rows(), delimiter)
+      tables.write(folder / _LOG, [*self._columns.values()], rows(), **self._form)
       record = {'written': written, 'count': count}
       files.write_file(folder / _ROUND, json.dumps(record) + '\n')
     record = json.loads((folder / _ROUND).read_text())
@@ -262,6 +264,9 @@ class _Loop:
   def _row(self, event: Event) -> list[str] | None:
     """Returns an event as a row of the log; None if its kind does not count."""
     if event.kind not in self._watch.kinds:
+      return None
+    # Without quotes no table of the shop can have such an id.
+    if 'quoting' in self._form and self._form['delimiter'] in event.user + event.item:
       return None
     row = [event.user, event.item, f'{event.time:.3f}']
     if 'kind' in self._columns:
@@ -275,7 +280,7 @@ class _Loop:
   def _nothing_new(self, folder: pathlib.Path) -> str:
     """Says that nothing in a log could be added, and how much of it is of unknown items."""
     with (folder / _LOG).open(newline='', encoding='utf-8') as file:
-      rows = csv.DictReader(file, delimiter=self._columns['delimiter'])
+      rows = csv.DictReader(file, **self._form)
       counts = collections.Counter(row[self._columns['item']] for row in rows)
     total, known = counts.total(), ''
     for item in iterate_items(self._state.data_dir):
@@ -371,7 +376,7 @@ def _read_state(watch: Watch) -> _State:
 
 
 def _columns(info: dict[str, Any], watch: Watch) -> dict[str, str]:
-  """Returns the names of the log's columns, which are the same as in the table of the build.
+  """Returns the names of the log's columns, in their order: those of the table of the build.
 
   Raises:
     InputError: events cannot be added to the data.
@@ -394,8 +399,15 @@ def _columns(info: dict[str, Any], watch: Watch) -> dict[str, str]:
     found['kind'] = options['event_column']
   elif info['has_ratings']:
     found['value'] = name('rating')
-  delimiter = options.get('delimiter') or ','
-  return found | {'delimiter': '\t' if delimiter == 'tab' else delimiter}
+  return found
+
+
+def _form(options: dict[str, Any]) -> dict[str, Any]:
+  """Returns the parameters of `csv` with which the build reads a log."""
+  form = {'delimiter': parse_delimiter(options.get('delimiter')) or ','}
+  if options.get('quoting') == 'none':
+    form |= {'quoting': csv.QUOTE_NONE, 'quotechar': None}
+  return form
 
 
 def counted_kinds(data_dir: str) -> tuple[str, ...] | None:

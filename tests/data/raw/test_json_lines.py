@@ -194,6 +194,12 @@ def test_a_broken_line_is_one_message_with_its_number(tmp_path, line, expected):
   assert '\n' not in message
 
 
+def test_lines_in_utf_16_are_named(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes('{"user": "a", "item": "x"}\n'.encode('utf-16-le'))
+  assert 'line 1: bytes that are not UTF-8 but seem to be UTF-16; save' in fault(path)
+
+
 @pytest.mark.parametrize(
   ('name', 'content'),
   [

@@ -106,13 +106,16 @@ def test_an_answer_that_does_not_fit_on_the_disk_spoils_no_later_one(tmp_path, m
 def test_a_failure_is_no_answer_and_an_answer_ends_it(tmp_path):
   store = answers.Store(tmp_path)
   failed = {'key': key_of(1), 'reason': 'refused', 'is_final': True, 'cost': 0.25}
+  failed['time'] = answers.utc(1e9)
   store.add_failure({**failed, 'is_final': False})
   store.add_failure(failed)
   store.close()
   store = answers.Store(tmp_path)
   assert key_of(1) not in store
-  assert store.failure(key_of(1)) == answers.Failures(2, 'refused', True)
+  assert store.failure(key_of(1)) == answers.Failures(2, 'refused', True, '2001-09-09T01:46:40Z')
+  assert [store.has_result(key_of(1), 1e9 + late) for late in (-1, 0, 1)] == [True, False, False]
   store.add(record(1))
+  assert store.has_result(key_of(1), 2e9)
   store.close()
   store = answers.Store(tmp_path)
   assert store.failure(key_of(1)) is None

@@ -58,6 +58,26 @@ def test_a_later_process_collects(backend, tmp_path):
 
 
 @BACKENDS
+def test_what_a_killed_process_has_stored_is_not_paid_again(backend, tmp_path):
+  asked = [*ASKED[:3], *questions(4, '[refuse]')[3:]]
+  with running(backend, tmp_path, llm_server.Faults(polls=9)) as run:
+    run.batch(asked, wait=False)
+    kept = {path: path.read_bytes() for path in (tmp_path / llm_batch.FOLDER).iterdir()}
+    run.server.faults.polls = 1
+    run.batch([])
+    assert run.texts == expected(ASKED[:3])
+    assert run.failures == {asked[3].id: 'refused'}
+    spent = run.budget.spent
+    for path, content in kept.items():  # The process was killed before it removed them.
+      path.write_bytes(content)
+    run.failures.clear()
+    run.batch([])
+    assert run.budget.spent == spent > 0
+    assert not run.failures
+    assert not list((tmp_path / llm_batch.FOLDER).iterdir())
+
+
+@BACKENDS
 def test_a_batch_whose_making_went_unnoticed_is_found(backend, tmp_path, monkeypatch):
   monkeypatch.setattr(llm_batch, '_FIRST_WAIT', 0.01)
   with running(backend, tmp_path, llm_server.Faults(batches=('unnoticed',))) as run:

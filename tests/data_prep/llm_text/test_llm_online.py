@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks.robustness import llm_server
-from data_prep.llm_text import llm_online
+from data_prep.llm_text import costs, llm_online
 from tests.helpers.llm_runs import PROVIDERS, expected, questions, running
 from ur4rec_jax.errors import InputError
 
@@ -85,6 +85,19 @@ def test_a_request_holds_the_schema_the_limit_and_nothing_of_the_id(backend, tmp
       body = json.loads(content)
       assert body['temperature'] == 0.25
       assert 'additionalProperties' in json.dumps(body)
+
+
+@BACKENDS
+def test_an_unusable_answer_before_the_end_of_a_run_is_recorded(backend, tmp_path):
+  [prompt] = asked = questions(1, '[empty]')
+  with running(backend, tmp_path) as run:
+    most = run.settings.parameters[run.provider.MAX_OUTPUT]
+    body = run.provider.body(prompt, run.settings)
+    run.budget.limit = run.price.cost(costs.most_tokens(body, most))  # A second try does not fit.
+    with pytest.raises(llm_online.BudgetReached):
+      run.online(asked)
+    assert run.failures == {prompt.id: 'the run ended after an unusable answer'}
+    assert run.price.cost(run.lost[prompt.id]) == run.budget.spent > 0
 
 
 @BACKENDS

@@ -28,7 +28,7 @@ from pyarrow import csv as arrow_csv
 from ur4rec_jax.data import column_names
 from ur4rec_jax.data.raw import archives, json_lines
 from ur4rec_jax.data.raw.records import NoRows, Place
-from ur4rec_jax.data.raw.texts import listed, shown, utf8_lines
+from ur4rec_jax.data.raw.texts import listed, refuse_utf16, shown, utf8_lines
 from ur4rec_jax.errors import InputError
 
 DELIMITERS = {'.csv': ',', '.tsv': '\t', '.tab': '\t'}
@@ -166,6 +166,7 @@ def _open_json(path: Path) -> File:
 
 
 def _open_text(path: Path, delimiter: str | None, quoting: str, flag: str) -> File:
+  refuse_utf16(path, next(_lines(path), ''))
   notes: tuple[str, ...] = ()
   if delimiter is None:
     delimiter = _delimiter(path)

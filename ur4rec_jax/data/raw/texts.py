@@ -17,6 +17,14 @@ def listed(names: Sequence[str], most: int = 20) -> str:
   return ', '.join(name if len(name) <= 80 else shown(name) for name in names[:most]) + more
 
 
+def refuse_utf16(path: Path, line: str) -> None:
+  """Raises InputError if the first line of a file is in UTF-16, which may have no mark."""
+  if '\0' in line:
+    raise InputError(
+      f'{path}, line 1: bytes that are not UTF-8 but seem to be UTF-16; save the file as UTF-8'
+    )
+
+
 def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
   """Yields numbered non-empty lines of a UTF-8 file, `.gz` or not, as a stream."""
   try:
@@ -32,6 +40,8 @@ def utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
             f'{path}, line {number}: bytes that are not UTF-8: {shown(data.decode("latin-1"))};'
             ' save the file as UTF-8'
           ) from error
+        if number == 1:
+          refuse_utf16(path, line)
         if line.strip():
           yield number, line.strip()
   except OSError as error:
