@@ -169,10 +169,12 @@ def _network_bytes(computation: Computation, x: Instruction) -> dict[str, float]
   if x.opcode != 'send' or not _to_slices(x):
     return {}
   kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', x.attributes)[1]
-  slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', x.attributes)[1].count(',') + 1
   name = kind.lower().replace('_', '-')
+  # Either the slices, or all devices by numbers of which the part above 100,000 is the slice.
+  to = re.search(r'_xla_megascale_target=(?:"\{([\d,]+)\}|\{\{([\d,]+)\})', x.attributes)
+  slices = set(to[1].split(',')) if to[1] else {int(n) // 100_000 for n in to[2].split(',')}
   given = sum(a.payload for operand in x.operands for a in computation.instructions[operand].arrays)
-  return {name: given * _LINK_SHARE.get(name, lambda n: 1)(slices)}
+  return {name: given * _LINK_SHARE.get(name, lambda n: 1)(len(slices))}
 
 
 class _Counter:

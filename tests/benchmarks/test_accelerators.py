@@ -167,24 +167,32 @@ def test_bytes_over_links_by_collective():
 
 
 def test_bytes_between_slices_are_no_exchange_with_the_host():
-  attributes = (
+  start = (
     'channel_id=1, is_host_transfer=true, frontend_attributes={'
     '_xla_host_transfer_handler_name="xla_megascale_runtime",'
-    '_xla_megascale_target="{1,2,3}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
   )
+  attributes = (
+    f'{start}_xla_megascale_target="{{1,2,3}}x{{0:3}}",_xla_megascale_transfer_type="ALL_REDUCE"}}'
+  )
+  devices = '{{100000,100001,200000,200001}}'
+  exchange = f'{start}_xla_megascale_target={devices},_xla_megascale_transfer_type="ALL_TO_ALL"}}'
   found = program(
     '%x = f32[8,128]{1,0:T(8,128)} parameter(0)',
     '%t = token[] after-all()',
     f'%s = (f32[8,128]{{1,0}}, u32[], token[]) send(%x, %t), {attributes}',
     f'%r = (f32[8,128]{{1,0}}, u32[], token[]) recv(%t), {attributes}',
     f'%e = token[] send-done(%s), {attributes}',
+    f'%a = (f32[8,128]{{1,0}}, u32[], token[]) send(%x, %t), {exchange}',
     f'ROOT %d = (f32[8,128]{{1,0}}, token[]) recv-done(%r), {attributes}',
   )
   assert found.host_transfers == []
   assert found.link_bytes == {}
-  assert found.network_bytes == {'all-reduce': pytest.approx(4 / 3 * 4096)}
+  assert found.network_bytes == {
+    'all-reduce': pytest.approx(4 / 3 * 4096),
+    'all-to-all': 4096 / 2,  # That for the devices of the other slice.
+  }
   result = compiler.summary(found, chips.parse_topology('v6e:2x2*3'), 'bfloat16')
-  assert result['ms']['network'] == pytest.approx(1e3 * 4 / 3 * 4096 / 12.5e9, abs=1e-3)
+  assert result['ms']['network'] == pytest.approx(1e3 * (4 / 3 + 1 / 2) * 4096 / 12.5e9, abs=1e-3)
 
 
 def test_kernels_state_their_cost_or_have_a_formula():
