@@ -253,6 +253,9 @@ def test_wrong_tables_and_options_of_train(tmp_path):
       ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, minutes=minutes)
   with pytest.raises(InputError, match=r"minutes='5': must be a number"):
     ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, minutes='5')
+  (tmp_path / 'file').touch()
+  with pytest.raises(InputError, match=r'out=.*/file: is a file; give a folder'):
+    ur4rec_jax.train(pa.table({'user': ['a'], 'item': ['b']}), out=tmp_path / 'file')
 
 
 def test_the_error_of_a_command_of_train_is_that_of_train(tmp_path, monkeypatch):

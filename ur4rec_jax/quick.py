@@ -417,6 +417,8 @@ def train(
   folder = pathlib.Path(tempfile.mkdtemp(prefix='ur4rec-') if out is None else out)
   if not isinstance(minutes, int | float):
     raise InputError(f'minutes={minutes!r}: must be a number')
+  if folder.exists() and not folder.is_dir():
+    raise InputError(f'out={out}: is a file; give a folder')
   paths = [_as_file(table, folder, name) for table, name in ((orders, 'orders'), (items, 'items'))]
   if unknown := sorted(set(columns) - set(_BUILD_FLAGS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(_BUILD_FLAGS)}')
