@@ -367,7 +367,10 @@ def _train(commands: Commands, prepared: Prepared, name: str, minutes: float) ->
   variant, workdir = 'sasrec', data.parent / 'runs' / name
   flags = [f'--config.data_dir={data}', f'--workdir={workdir}']
   flags += [f'--config.max_minutes={minutes}', f'--config.evaluation.seen_items={keeps_seen}']
-  flags += _SHORT if minutes < _MINUTES_OF_SHORT else _LONG
+  short = commands.record.get('short', {})
+  if name not in short:  # With more minutes, the run goes on with the settings that it began with.
+    short = commands.remember('short', short | {name: minutes < _MINUTES_OF_SHORT})
+  flags += _SHORT if short[name] else _LONG
   if name == 'content':
     variant = 'multimodal' if len(modalities) > 1 else 'text'
     flags.append(_ONE_STAGE)
@@ -548,8 +551,7 @@ def _comparison(order: Order, models: Models, role: str) -> Iterator[str]:
 
 def _ways_on(models: Models, folder: pathlib.Path) -> Iterator[str]:
   """Yields the commands to go on with."""
-  say_folder = shlex.quote(str(folder))
-  yield f'later: python -m ur4rec_jax.serve --export={say_folder}'
+  yield f'later: python -m ur4rec_jax.serve --export={shlex.quote(str(folder))}'
   yield f'       python -m ur4rec_jax.recommend --workdir={shlex.quote(str(models.best))} --help'
 
 
