@@ -3,11 +3,14 @@
 import json
 import sys
 
+import pyarrow as pa
 import pytest
 
+from data_prep.build_dataset import build_from_table
 from tests.helpers.commands import run_here
 from ur4rec_jax import baselines
 from ur4rec_jax.evaluation import neighbours
+from ur4rec_jax.evaluation.protocol import SEEN_ITEMS
 
 
 def test_a_trained_run_stands_beside_the_baselines(finished, data_dir, tmp_path):
@@ -69,11 +72,22 @@ def test_the_table_comes_even_if_its_file_cannot_be_written(data_dir, tmp_path):
   assert 'cannot write' in done.stderr
 
 
+@pytest.mark.parametrize('seen_items', SEEN_ITEMS)
+def test_data_without_anybody_to_test_on_are_refused(seen_items, tmp_path):
+  """Nobody has the three interactions that leave-one-out needs."""
+  rows = {'user': [f'u{i // 2}' for i in range(16)], 'item': [f'i{i % 5}' for i in range(16)]}
+  build_from_table(pa.table(rows), tmp_path / 'data')
+  done = run_here(baselines.main, [f'--data_dir={tmp_path}/data', f'--seen_items={seen_items}'])
+  assert done.returncode == 2
+  assert 'no user has a valid item that counts' in done.stderr
+
+
 @pytest.mark.parametrize(
   ('flags', 'said'),
   [
     (['--models=popularity,kNN'], "'kNN' is none of random, popularity"),
     (['--workdir=none'], 'none'),
+    (['--seed=-1'], '--seed=-1: must be 0 or more'),
     (['--workdir={run}', '--seen_items=keep'], 'was evaluated under another protocol'),
     (['--workdir={run}', '--split=time'], 'has learned from other data than --data_dir'),
   ],

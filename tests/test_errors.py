@@ -31,6 +31,7 @@ class JaxRuntimeError(RuntimeError):
     (OSError(errno.ENOSPC, 'No space left on device', 'out'), 4),
     (OSError(errno.EIO, 'Input/output error'), 4),
     (PermissionError(errno.EACCES, 'Permission denied', 'out'), 4),
+    (FileExistsError(errno.EEXIST, 'File exists', 'out'), 4),
     (KeyboardInterrupt(), 128 + signal.SIGINT),
   ],
 )

@@ -112,6 +112,18 @@ def test_quick_goes_on_where_train_stopped_and_exports(trained, files):
   assert typed.returncode == 0, typed.stderr
 
 
+def test_more_minutes_go_on_with_the_learning_rate_of_a_short_training(trained, files, monkeypatch):
+  """The run would refuse another one."""
+  monkeypatch.setattr(quick, '_MINUTES_OF_SHORT', 0)
+  out = trained[0] / 'model'
+  flags = [*map(str, files[:2]), f'--minutes={2 * MINUTES}', f'--out={out}', '--no_serve']
+  done = run_here(quick.main, flags)
+  assert done.returncode == 0, done.stderr
+  (command,) = (x for x in done.stdout.splitlines() if x.startswith('$ python -m ur4rec_jax.main'))
+  assert '--config.optimizer.learning_rate=0.003' in command
+  assert 'done before' not in command
+
+
 def test_other_inputs_and_folders_of_others_are_refused(trained, files, tmp_path):
   folder, _ = trained
   done = run_here(quick.main, [str(files[0]), f'--out={folder / "model"}'])
@@ -253,6 +265,9 @@ def test_wrong_tables_and_options_of_train(tmp_path):
       ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, minutes=minutes)
   with pytest.raises(InputError, match=r"minutes='5': must be a number"):
     ur4rec_jax.train(tmp_path / 'x.csv', out=tmp_path, minutes='5')
+  (tmp_path / 'file').touch()
+  with pytest.raises(InputError, match=r'out=.*/file: is a file; give a folder'):
+    ur4rec_jax.train(pa.table({'user': ['a'], 'item': ['b']}), out=tmp_path / 'file')
 
 
 def test_the_error_of_a_command_of_train_is_that_of_train(tmp_path, monkeypatch):

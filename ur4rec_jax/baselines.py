@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
   )
   add('--out', help='JSON file to write the metrics to')
   flags = parser.parse_args(expand_home(argv))
+  if flags.seed < 0:
+    raise InputError(f'--seed={flags.seed}: must be 0 or more')
 
   # These take seconds to import, and wrong flags are answered at once.
   from ur4rec_jax.data.dataset import load_dataset

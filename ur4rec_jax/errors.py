@@ -92,6 +92,7 @@ _STORAGE = (
   errno.EPERM,
   errno.EIO,
   errno.ESTALE,
+  errno.EEXIST,
   errno.EISDIR,
   errno.ENOTDIR,
   errno.ENAMETOOLONG,

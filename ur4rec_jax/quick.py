@@ -367,7 +367,10 @@ def _train(commands: Commands, prepared: Prepared, name: str, minutes: float) ->
   variant, workdir = 'sasrec', data.parent / 'runs' / name
   flags = [f'--config.data_dir={data}', f'--workdir={workdir}']
   flags += [f'--config.max_minutes={minutes}', f'--config.evaluation.seen_items={keeps_seen}']
-  flags += _SHORT if minutes < _MINUTES_OF_SHORT else _LONG
+  short = commands.record.get('short', {})
+  if name not in short:  # With more minutes, the run goes on with the settings that it began with.
+    short = commands.remember('short', short | {name: minutes < _MINUTES_OF_SHORT})
+  flags += _SHORT if short[name] else _LONG
   if name == 'content':
     variant = 'multimodal' if len(modalities) > 1 else 'text'
     flags.append(_ONE_STAGE)
@@ -417,6 +420,8 @@ def train(
   folder = pathlib.Path(tempfile.mkdtemp(prefix='ur4rec-') if out is None else out)
   if not isinstance(minutes, int | float):
     raise InputError(f'minutes={minutes!r}: must be a number')
+  if folder.exists() and not folder.is_dir():
+    raise InputError(f'out={out}: is a file; give a folder')
   paths = [_as_file(table, folder, name) for table, name in ((orders, 'orders'), (items, 'items'))]
   if unknown := sorted(set(columns) - set(_BUILD_FLAGS)):
     raise InputError(f'{unknown[0]} is none of {", ".join(_BUILD_FLAGS)}')
@@ -546,8 +551,7 @@ def _comparison(order: Order, models: Models, role: str) -> Iterator[str]:
 
 def _ways_on(models: Models, folder: pathlib.Path) -> Iterator[str]:
   """Yields the commands to go on with."""
-  say_folder = shlex.quote(str(folder))
-  yield f'later: python -m ur4rec_jax.serve --export={say_folder}'
+  yield f'later: python -m ur4rec_jax.serve --export={shlex.quote(str(folder))}'
   yield f'       python -m ur4rec_jax.recommend --workdir={shlex.quote(str(models.best))} --help'
 
 

@@ -49,7 +49,7 @@ def content_vectors(tables: list[TokenTable]) -> np.ndarray:
 
 def guess_by_interactions(train_part: Dataset) -> scipy.sparse.csr_array:
   """Returns `[items + 1, items + 1]`: how often each item followed another; rows sum to 1."""
-  ids, user = train_part.item_ids, np.repeat(np.arange(len(train_part.lengths)), train_part.lengths)
+  ids, user = train_part.item_ids, train_part.owners
   pairs = []
   for distance in range(1, REACH + 1):
     is_same_user = user[:-distance] == user[distance:]

@@ -106,7 +106,7 @@ class ItemKnn:
     """Counts which items are in the same training histories."""
     train = dataset.train_part()
     seen = np.zeros((train.num_users, dataset.num_items + 1), np.float32)
-    seen[np.repeat(np.arange(train.num_users), train.lengths), train.item_ids] = 1
+    seen[train.owners, train.item_ids] = 1
     norms = np.maximum(np.linalg.norm(seen, axis=0), 1e-9)
     self._likeness = (seen.T @ seen) / norms / norms[:, None]
     np.fill_diagonal(self._likeness, 0)

@@ -44,6 +44,14 @@ def test_items_are_counted_alike_in_blocks(data_dir, monkeypatch):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_reach_beyond_the_longest_history_costs_nothing(data_dir):
+  dataset = load_dataset(data_dir)
+  longest = int(dataset.lengths.max())
+  tables = (count_followers(dataset, 9, reach) for reach in (longest, 10**9))
+  for one, other in zip(*tables, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
 def test_held_out_items_are_not_counted(data_dir):
   dataset = load_dataset(data_dir)
   other = np.where(dataset.is_train, dataset.item_ids, 1).astype(np.int32)

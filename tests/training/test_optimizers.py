@@ -64,8 +64,7 @@ def test_decay_leaves_out_biases_scales_and_embeddings():
   states = lambda model, ids: model.encode_users(model.encode_items(), ids, ids)
   init = functools.partial(model.init, method=states)
   params = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 1), jnp.int32))['params']
-  mask = jax.tree_util.tree_leaves_with_path(optimizers.decay_mask(params))
-  names = {jax.tree_util.keystr(path, simple=True, separator='/'): value for path, value in mask}
+  names = optimizers.by_name(optimizers.decay_mask(params))
   assert {name for name, decays in names.items() if decays} == {
     f'blocks_0/{layer}/kernel'
     for layer in ('query_key_value', 'attention_out', 'ffn_in', 'ffn_out')
@@ -84,8 +83,7 @@ def test_decay_leaves_out_temperatures_loss_weights_and_learned_tokens():
   table = TokenTable(np.zeros((6, 2, 4), np.float32), np.ones((6, 2), bool))
   tables = Tables({'text': table}, {'text': table})
   mask = optimizers.decay_mask(parameter_shapes(create_model(config, 5), tables))
-  leaves = jax.tree_util.tree_leaves_with_path(mask)
-  names = {jax.tree_util.keystr(path, simple=True, separator='/'): value for path, value in leaves}
+  names = optimizers.by_name(mask)
   assert {'log_temperature', 'retriever/user_tower/proxies', 'fusion/log_weights'} <= names.keys()
   assert {name.split('/')[-1] for name, decays in names.items() if decays} == {'kernel'}
 

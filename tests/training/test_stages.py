@@ -30,7 +30,7 @@ from ur4rec_jax.data.features import Tables, TokenTable
 from ur4rec_jax.errors import InputError
 from ur4rec_jax.runs.config_checks import check_config
 from ur4rec_jax.training import stages
-from ur4rec_jax.training.optimizers import group_of
+from ur4rec_jax.training.optimizers import by_name, group_of
 from ur4rec_jax.training.train_state import parameter_shapes, start_of_stage
 
 SHALLOW = {  # For speed.
@@ -60,11 +60,6 @@ def made_of(config):
   }
   shapes_of = lambda model: parameter_shapes(model, Tables(tables, {}))
   return stages.make_stages(config, 7, shapes_of)
-
-
-def labels_by_name(labels) -> dict[str, str]:
-  leaves = jax.tree_util.tree_leaves_with_path(labels)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): label for path, label in leaves}
 
 
 def test_the_default_stages():
@@ -113,7 +108,7 @@ def test_stages_are_dropped_reordered_and_repeated():
 def test_a_regex_parts_a_group():
   trainable = {'stage.end_to_end.trainable': (r'sasrec/blocks_1/.*', 'fusion')}
   made, labels = make(**trainable, **{'stage.end_to_end.losses': ('sasrec',)})
-  names = labels_by_name(labels)
+  names = by_name(labels)
   upper = {name for name in names if name.startswith('sasrec/blocks_1/')}
   assert {names[name] for name in upper} == set(made[3].trainable)
   assert len({label for label in names.values() if label.startswith('sasrec')}) == 2
@@ -128,7 +123,7 @@ def test_the_example_of_the_training_page_works():
   made, labels = made_of(namespace['get_config']())
   assert [stage.name for stage in made] == ['pretrain_sasrec', 'pretrain_retriever', 'upper_blocks']
   assert tuple(made[-1].losses) == ('fused',)
-  trained = {name for name, of in labels_by_name(labels).items() if of in made[-1].trainable}
+  trained = {name for name, of in by_name(labels).items() if of in made[-1].trainable}
   assert trained
   assert all(name.startswith('sasrec/blocks_1/') for name in trained)
 
@@ -140,7 +135,7 @@ def test_the_retriever_can_be_trained_alone():
 
 def test_learned_weights_of_losses_move_only_with_their_loss():
   made, labels = make(**{'loss.weighting': 'uncertainty'})
-  names = labels_by_name(labels)
+  names = by_name(labels)
   assert names['log_variance_sasrec'] not in made[1].trainable
   assert names['log_variance_retriever'] in made[1].trainable
 

@@ -79,6 +79,11 @@ class Dataset:
     return np.diff(self.offsets)
 
   @property
+  def owners(self) -> np.ndarray:
+    """`[interactions]` index of the user whose history each one is in."""
+    return np.repeat(np.arange(self.num_users), self.lengths)
+
+  @property
   def split_hash(self) -> str:
     """Fingerprint of the interactions and the split."""
     return self.info['splits'][self.split_name]['hash']
@@ -196,12 +201,9 @@ def _split(
   data_dir: str | pathlib.Path, info: dict[str, Any], split_name: str, interactions: Interactions
 ) -> Dataset:
   """Splits interactions; InputError if they are not those of dataset.json."""
-  record, offsets, item_ids = (
-    info['splits'][split_name],
-    interactions.offsets,
-    interactions.item_ids,
-  )
-  split = splits.make_split(split_name, record, offsets, interactions.timestamps)
+  record = info['splits'][split_name]
+  _, offsets, item_ids, timestamps, _ = interactions
+  split = splits.make_split(split_name, record, offsets, timestamps)
   found = splits.split_hash(split_name, offsets, item_ids, split, info['counts']['items'])
   if found != record['hash']:
     raise InputError(

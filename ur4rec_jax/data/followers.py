@@ -38,8 +38,8 @@ def count_followers(dataset: Dataset, count: int, reach: int) -> FollowerTable:
     reach: the largest distance that counts.
   """
   train = dataset.train_part()
-  ids, width = train.item_ids, train.num_items + 1
-  users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
+  ids, users, width = train.item_ids, train.owners, train.num_items + 1
+  reach = min(reach, int(train.lengths.max(initial=1)) - 1)
   counts = train.item_counts()
   scale = 1 / np.sqrt(np.maximum(counts, 1)).astype(np.float32)
   table = FollowerTable(np.zeros((width, count), np.int32), np.zeros((width, count), np.float32))

@@ -34,8 +34,8 @@ def neighbour_models(train: Dataset) -> dict[str, Iterator[HistoryModel]]:
   counts = np.maximum(together.diagonal(), 1)
   scale = sp.diags(1 / np.sqrt(counts))
   nearest = _largest(scale @ together @ scale)
-  users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-  is_pair = users[1:] == users[:-1]
+  owners = train.owners
+  is_pair = owners[1:] == owners[:-1]
   ones = np.ones(int(is_pair.sum()), np.float32)
   pairs = (ones, (train.item_ids[:-1][is_pair], train.item_ids[1:][is_pair]))
   follow = _largest(sp.diags(1 / counts) @ sp.csr_matrix(pairs, (width, width)))
@@ -54,11 +54,9 @@ def neighbour_models(train: Dataset) -> dict[str, Iterator[HistoryModel]]:
 
 def users_and_items(train: Dataset) -> sp.csr_matrix:
   """Returns `[users, items + 1]`: 1 where a user had an item, however often."""
-  users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-  ones = np.ones(len(users), np.float32)
-  has = sp.csr_matrix(
-    (ones, (users, train.item_ids)), (len(train.offsets) - 1, train.num_items + 1)
-  )
+  ones = np.ones(len(train.item_ids), np.float32)
+  shape = train.num_users, train.num_items + 1
+  has = sp.csr_matrix((ones, (train.owners, train.item_ids)), shape)
   has.data[:] = 1
   return has
 

@@ -52,7 +52,9 @@ class Protocol(NamedTuple):
 
   def counts_any(self, dataset: Dataset, part: str) -> bool:
     """Tells whether `is_counted` holds for any user; stops at the first block with one."""
-    return self.keeps_seen or not all(block.all() for block in dataset.repeated_blocks(part))
+    if self.keeps_seen:
+      return bool((dataset.split.held_out[part] >= 0).any())
+    return not all(block.all() for block in dataset.repeated_blocks(part))
 
   def describe(self, dataset: Dataset) -> dict[str, str]:
     """Describes the protocol as it is stored with metrics; the dataset gives the split."""

@@ -30,22 +30,14 @@ from ur4rec_jax.runs.saved_steps import (
   saved_steps,
 )
 from ur4rec_jax.sharding import devices
+from ur4rec_jax.training.optimizers import by_name
 
 PyTree = Any
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
   """Returns the shape of each array by its name."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): tuple(x.shape) for path, x in leaves
-  }
-
-
-def _axis_by_name(axes: PyTree) -> dict[str, int | None]:
-  """Returns the dimension along which each array is sharded by its name."""
-  leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: x is None)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): axis for path, axis in leaves}
+  return {name: tuple(x.shape) for name, x in by_name(tree).items()}
 
 
 def read_latest(workdir: str, tree: PyTree, axes: PyTree = None) -> tuple[PyTree, dict] | None:
@@ -117,7 +109,7 @@ def _check_arrays(
   folder: pathlib.Path, stored: dict[str, tuple[int, ...]], tree: PyTree, axes: PyTree
 ) -> None:
   """Raises InputError unless the stored arrays have the names and shapes of `tree`."""
-  expected, cut = _shapes(tree), _axis_by_name(axes)
+  expected, cut = _shapes(tree), by_name(axes, is_leaf=lambda x: x is None)
   without_padding = lambda name, shape: [n for i, n in enumerate(shape) if i != cut.get(name)]
   differing = sorted(
     name

@@ -9,7 +9,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.models.fusion import SUMS
 from ur4rec_jax.models.ur4rec import BRANCHES
 from ur4rec_jax.runs.extensions import load_extensions
-from ur4rec_jax.runs.knobs import KNOBS, knobs_of, no_such_field
+from ur4rec_jax.runs.knobs import CHANGEABLE, KNOBS, knobs_of, no_such_field
 from ur4rec_jax.runs.trackers import OPEN
 from ur4rec_jax.sharding.item_embeddings import ItemEmbeddings
 from ur4rec_jax.training.stages import retrieval_losses, stage_config
@@ -235,8 +235,7 @@ def check_unchanged(started: dict, current: dict, workdir: str, free: tuple[str,
     free: fields whose names start with one of these may differ.
   """
   before, now = flatten(started), flatten(current)
-  fixed = set(before) | set(now)
-  fixed -= {name for name, knob in KNOBS.items() if knob.may_change or knob.may_round}
+  fixed = (before.keys() | now.keys()) - CHANGEABLE
   fixed -= {'num_epochs', 'patience'}  # Defaults of the stages, whose values are compared instead.
   last = f'stage.{now["stages"][-1]}'
   if now['stages'].count(now['stages'][-1]) == 1:  # An earlier stage of this name may have ended.

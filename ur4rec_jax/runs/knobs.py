@@ -501,6 +501,8 @@ SECTIONS: dict[str, dict[str, Knob]] = {
   },
 }
 KNOBS = {name: knob for knobs in SECTIONS.values() for name, knob in knobs.items()}
+# A started run goes on with other values of these.
+CHANGEABLE = {name for name, knob in KNOBS.items() if knob.may_change or knob.may_round}
 
 
 def _as_of_run(name: str, meaning: str) -> Knob:

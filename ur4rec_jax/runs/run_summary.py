@@ -9,6 +9,7 @@ from ur4rec_jax.errors import counted
 from ur4rec_jax.runs.config_checks import ignored_fields
 from ur4rec_jax.runs.open_run import Run
 from ur4rec_jax.sharding import devices
+from ur4rec_jax.training.optimizers import by_name
 from ur4rec_jax.training.train_state import TrainProgress
 
 PyTree = Any
@@ -82,10 +83,9 @@ def parameter_counts(params: PyTree, labels: PyTree) -> str:
 
 def parameter_table(params: PyTree, labels: PyTree) -> str:
   """Lists every parameter with its shape, size and label, and the total size."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
   rows = [
-    (jax.tree_util.keystr(path, simple=True, separator='/'), str(x.shape), x.size, label)
-    for (path, x), label in zip(leaves, jax.tree.leaves(labels), strict=True)
+    (name, str(x.shape), x.size, label)
+    for (name, x), label in zip(by_name(params).items(), jax.tree.leaves(labels), strict=True)
   ]
   rows.append(('total', '', sum(row[2] for row in rows), ''))
   width = max(len(row[0]) for row in rows)

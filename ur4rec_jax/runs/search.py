@@ -20,7 +20,7 @@ from ur4rec_jax.files import only_process, write_file
 from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.config_checks import flatten
 from ur4rec_jax.runs.config_files import call_function
-from ur4rec_jax.runs.knobs import KNOBS
+from ur4rec_jax.runs.knobs import CHANGEABLE
 from ur4rec_jax.runs.sweep import (
   METRIC,
   Member,
@@ -191,8 +191,7 @@ def _check_same_search(study: 'optuna.Study', config: ConfigDict, workdir: str) 
   """
   dataset = load_dataset(config.data_dir, config.split).identity()
   now = flatten({'dataset': dataset, 'config': config.to_dict()})
-  free = {f'config.{name}' for name, knob in KNOBS.items() if knob.may_change or knob.may_round}
-  now = {name: value for name, value in now.items() if name not in free}
+  now = {name: x for name, x in now.items() if name.removeprefix('config.') not in CHANGEABLE}
   before = study.user_attrs.get('searched') or now
   for name in sorted(before | now):
     if before.get(name) != now.get(name):

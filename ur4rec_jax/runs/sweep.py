@@ -39,7 +39,7 @@ from ur4rec_jax.page import aligned, p_text
 from ur4rec_jax.runs import train_loop
 from ur4rec_jax.runs.config_checks import check_config, flatten
 from ur4rec_jax.runs.config_files import call_function
-from ur4rec_jax.runs.knobs import KNOBS, no_such_field
+from ur4rec_jax.runs.knobs import CHANGEABLE, no_such_field
 from ur4rec_jax.runs.report import PAGE
 from ur4rec_jax.runs.trials_page import Table, Trial, settings_text, trials_page, variance_shares
 from ur4rec_jax.runs.workdir import is_started_with, stored_config, stored_identity
@@ -206,8 +206,7 @@ def compare(workdirs: Sequence[str | pathlib.Path]) -> dict[str, Any]:
 
 def _shared_settings(folder: pathlib.Path, results: dict[str, Any]) -> dict[str, Any]:
   """Returns by name the settings of a run that all seeds of one model have in common."""
-  free = {name for name, knob in KNOBS.items() if knob.may_change or knob.may_round}
-  free |= {'seed', 'init.run'}  # Each seed may go on from a run of its own.
+  free = CHANGEABLE | {'seed', 'init.run'}  # Each seed may go on from a run of its own.
   fields = flatten(stored_config(folder).to_dict())
   config = {f'config.{name}': value for name, value in fields.items() if name not in free}
   return config | {'data and protocol': measured_on(results)}

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ur4rec_jax.data.dataset import iterate_items, read_interactions
+from ur4rec_jax.data.dataset import Dataset, iterate_items, read_interactions
 from ur4rec_jax.data.features import Features
 from ur4rec_jax.encoders.pretrained import can_encode
 from ur4rec_jax.errors import InputError, say
@@ -22,7 +22,8 @@ from ur4rec_jax.runs.config_checks import flatten
 from ur4rec_jax.runs.open_run import Run, restore_best
 from ur4rec_jax.runs.workdir import open_stored_run
 from ur4rec_jax.sharding import devices
-from ur4rec_jax.sharding.item_embeddings import map_item_tables
+from ur4rec_jax.sharding.item_embeddings import ITEM_TABLE, map_item_tables
+from ur4rec_jax.training.optimizers import by_name
 from ur4rec_jax.training.train_state import TrainState
 
 PyTree = Any
@@ -185,18 +186,12 @@ def _rows_before(run: Run, before: Run) -> np.ndarray:
 
 def _check_same(run: Run, fresh: PyTree, stored: PyTree) -> None:
   """Raises InputError unless both trees differ only in the number of rows of item tables."""
-  shapes = [
-    {
-      jax.tree_util.keystr(path, simple=True, separator='/'): shape
-      for path, shape in jax.tree_util.tree_leaves_with_path(
-        map_item_tables(lambda x: ('rows', *x.shape[1:]), tree, lambda x: x.shape),
-        is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(n, int | str) for n in x),
-      )
-    }
-    for tree in (fresh, stored)
-  ]
-  if shapes[0] != shapes[1]:
-    here, there = shapes
+  shapes_of = lambda tree: {
+    name: ('rows', *x.shape[1:]) if name.endswith(ITEM_TABLE) else x.shape
+    for name, x in by_name(tree).items()
+  }
+  here, there = shapes_of(fresh), shapes_of(stored)
+  if here != there:
     name = next(x for x in sorted(here | there) if here.get(x) != there.get(x))
     raise InputError(
       f'config.init.run={run.config.init.run}: has another model: {name} is'
@@ -257,11 +252,10 @@ class _Newcomers:
 
 
 def _neighbours(
-  train_part: Any, is_new: np.ndarray, is_known: np.ndarray
+  train: Dataset, is_new: np.ndarray, is_known: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Lists `[pairs]` new items, and `[pairs]` known items near them in the same history."""
-  items = np.asarray(train_part.item_ids)
-  owners = np.repeat(np.arange(train_part.num_users), train_part.lengths)
+  items, owners = train.item_ids, train.owners
   pairs = [np.zeros((2, 0), np.int64)]
   for distance in range(1, _NEIGHBOURS + 1):
     first, second = items[:-distance], items[distance:]

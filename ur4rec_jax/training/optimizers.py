@@ -6,6 +6,7 @@ A learning rate of 0 or zero gradients would not do this, as both let the moment
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,12 @@ SCHEDULES = ('constant', 'cosine')
 # Weight decay is for matrices that mix features, not for scales, offsets, learned tokens and lookup
 # tables. It would pull a learned temperature or loss weight to 1.
 _NO_DECAY = re.compile(r'(bias|scale|embedding|_query|proxies)$|(^|/)log_\w+$')
+
+
+def by_name(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+  """Returns the leaves of a tree, such as parameters, by name: `a/b/c`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in leaves}
 
 
 def group_of(name: str) -> str:

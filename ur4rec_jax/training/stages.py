@@ -14,7 +14,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation.protocol import LEAVE_OUT
 from ur4rec_jax.models.sasrec import OF_CONTENT
 from ur4rec_jax.models.ur4rec import BRANCHES, FUSED, UR4Rec, create_model, losses_in_use
-from ur4rec_jax.training.optimizers import GROUPS, RateSchedule, group_of
+from ur4rec_jax.training.optimizers import GROUPS, RateSchedule, by_name, group_of
 from ur4rec_jax.training.seen_items import AS_EVALUATION
 from ur4rec_jax.training.train_state import StageState
 
@@ -188,11 +188,11 @@ def make_stages(
     InputError: a stage is impossible; the message names the field and says why.
   """
   shapes = shapes_of(create_model(config, num_items))
-  names = _names(shapes)
+  names = [*by_name(shapes)]
   configs = {name: stage_config(config, name) for name in config.stages}
   models = {name: create_model(of_stage, num_items) for name, of_stage in configs.items()}
   turns = {
-    name: _turns(config, name, names, set(_names(shapes_of(model))))
+    name: _turns(config, name, names, set(by_name(shapes_of(model))))
     for name, model in models.items()
   }
   labels, kinds = {}, {}
@@ -282,11 +282,6 @@ def _matching(entry: str, names: list[str], field: str) -> set[str]:
   if len(found) == len(names):
     raise InputError(f'{field}: {entry!r} matches every parameter; say {ALL!r} if that is meant')
   return found
-
-
-def _names(tree: PyTree) -> list[str]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
 
 
 def after_step(state: StageState, loss: Array, numbers: StageNumbers) -> StageState:
