@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -235,6 +236,17 @@ def test_old_events_are_deleted_while_the_users_are_looked_for(store, monkeypatc
   assert list(store.events()) == []
 
 
+@pytest.mark.parametrize('place', ['redis'], indirect=True)
+def test_the_answers_to_nobody_go_in_parts_between_which_others_write(store):
+  store.write([], [exposure(f'r{n}', user='') for n in range(2500)])
+  store.write([event(name=str(n)) for n in range(2500)])
+  store._redis.config_resetstat()
+  assert store.expire(NOW + 1) == 2500
+  calls = store._redis.info('commandstats')
+  assert [calls[f'cmdstat_{name}']['calls'] for name in ('del', 'hdel', 'zrem')] == [3, 3, 6]
+  assert store._redis.keys() == ['ur4rec:written']
+
+
 @settings(max_examples=25)
 @given(
   st.lists(
@@ -359,6 +371,21 @@ def test_a_lost_server_is_an_error_until_it_is_back(tmp_path, kind):
     port = int(address.rsplit(':', 1)[1].split('/')[0])
     with server(folder, port=port):
       assert list(store.events()) == [event()]
+      assert store.write([event(), event(name='2')]) == [DUPLICATE, NEW]
+
+
+def test_no_thread_needs_an_error_to_see_that_postgres_was_restarted():
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(postgres_folder())
+    with postgres_server(folder) as (_, address):
+      store = stack.enter_context(contextlib.closing(open_store(address)))
+      store.write([event()])
+      other = stack.enter_context(ThreadPoolExecutor(1))
+      read = lambda: other.submit(store.history, 'ann', ('click',), 9).result().items
+      assert read() == ['lamp']
+    port = int(address.rsplit(':', 1)[1].split('/')[0])
+    with postgres_server(folder, port=port):
+      assert read() == ['lamp']
       assert store.write([event(), event(name='2')]) == [DUPLICATE, NEW]
 
 

@@ -1,12 +1,15 @@
 """One training run gives the same parameters however it is spread over devices."""
 
+import gc
 import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import weakref
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +18,7 @@ from tests.helpers.marks import slow
 from tests.helpers.runs import wait_for
 from ur4rec_jax.errors import LostProcessError
 from ur4rec_jax.runs.checkpoint import find_damage
+from ur4rec_jax.sharding.devices import AXIS, MAPPINGS
 
 # SGD, because Adam hides a gradient of the wrong scale; no dropout, because its masks depend on
 # the device; a small rate, because rounding grows with training.
@@ -367,3 +371,24 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_one_and_back(run, one_device, 
   on_eight = run(copy, *EXACT, env=devices(8))
   assert on_eight.returncode == 0, on_eight.stderr
   assert_close(copy, one_device)
+
+
+@pytest.mark.parametrize('mapping', MAPPINGS)
+def test_a_mapped_step_is_freed_with_what_it_holds(mapping):
+  class Data:
+    rows = 2.0
+
+  data = Data()
+  alive = weakref.ref(data)
+
+  def step(x, *, data=data):
+    return jax.lax.pmean(x * data.rows, AXIS)
+
+  mapped = MAPPINGS[mapping](step, (0,), ())
+  assert mapped(np.ones((jax.local_device_count(), 3))).tolist() == [2, 2, 2]
+  del step, data
+  gc.collect()
+  assert alive() is not None
+  del mapped
+  gc.collect()
+  assert alive() is None

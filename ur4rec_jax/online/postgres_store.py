@@ -1,6 +1,7 @@
 """Stores events and exposures in Postgres, for several services that share them."""
 
 import contextlib
+import select
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -112,6 +113,8 @@ class PostgresStore:
   def _connection(self) -> psycopg.Connection:
     """Returns this thread's own connection; a lost one is replaced."""
     connection = getattr(self._mine, 'connection', None)
+    if connection is not None and not connection.closed and _has_ended(connection):
+      connection.close()
     if connection is None or connection.closed:
       connection = self._mine.connection = self._connect()
       self._connections = [x for x in self._connections if not x.closed] + [connection]
@@ -243,6 +246,16 @@ class PostgresStore:
   def close(self) -> None:
     for connection in self._connections:
       connection.close()
+
+
+def _has_ended(connection: psycopg.Connection) -> bool:
+  """Tells whether the server has ended a connection that waits, as a restart does.
+
+  The first use would fail otherwise, long after the server is back.
+  """
+  arrived = select.poll()
+  arrived.register(connection.fileno(), select.POLLIN)
+  return bool(arrived.poll(0))  # Unasked, a server hardly says anything else.
 
 
 def _deleted(connection: psycopg.Connection, users: set[str]) -> dict[str, float]:

@@ -24,6 +24,9 @@ from ur4rec_jax.online.events import (
 _PREFIX = 'ur4rec:'
 _SECONDS = 3  # A Redis that does not answer within this time counts as lost.
 _READ_AT_ONCE = 256  # Events per read of a history, from the newest on.
+# Ids that are deleted in one step, so that no writer waits for long. Requests without a user count
+# as those of one user, who may have hundreds of thousands an hour.
+_EXPIRED_AT_ONCE = 1000
 # Keys: EVENTS + user is a hash from ids to events, ORDER + user sorts the ids by time. SHOWN +
 # request id is an exposure, SHOWN_TO + user has the user's request ids by time.
 _EVENTS, _ORDER = f'{_PREFIX}events:', f'{_PREFIX}order:'
@@ -160,20 +163,27 @@ class RedisStore:
     with self._errors():
       # A scan may give a user twice, of whom the second time nothing is left to delete.
       for user in self._names(_ORDER):
-        ids = self._redis.zrangebyscore(_ORDER + user, '-inf', f'({before!r}')
-        if ids:
+        for ids in self._before(_ORDER + user, before):
           with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.hdel(_EVENTS + user, *ids)
             pipeline.zrem(_ORDER + user, *ids)
             total += pipeline.execute()[0]
       for user in self._names(_SHOWN_TO):
-        ids = self._redis.zrangebyscore(_SHOWN_TO + user, '-inf', f'({before!r}')
-        if ids:
+        for ids in self._before(_SHOWN_TO + user, before):
           with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.delete(*(_SHOWN + request_id for request_id in ids))
             pipeline.zrem(_SHOWN_TO + user, *ids)
             pipeline.execute()
     return total
+
+  def _before(self, key: str, time: float) -> Iterator[list[str]]:
+    """Reads the ids of a key that are before a time, a part at a time; the caller deletes each."""
+    is_whole = False
+    while not is_whole:
+      ids = self._redis.zrangebyscore(key, '-inf', f'({time!r}', 0, _EXPIRED_AT_ONCE)
+      if ids:
+        yield ids
+      is_whole = len(ids) < _EXPIRED_AT_ONCE
 
   def written(self) -> int:
     with self._errors():

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -418,14 +419,22 @@ def pmap(
   """
   # Flattened, because pmap over several processes hashes the axes, and dicts cannot be hashed.
   axes, structure = jax.tree.flatten(out_axes, is_leaf=lambda x: x is None)
+  flat = lambda *args: tuple(structure.flatten_up_to(step(*args)))
   mapped = jax.pmap(
-    lambda *args: tuple(structure.flatten_up_to(step(*args))),
-    AXIS,
-    in_axes=tuple(in_axes),
-    out_axes=tuple(axes),
-    donate_argnums=tuple(donate_argnums),
+    flat, AXIS, in_axes=tuple(in_axes), out_axes=tuple(axes), donate_argnums=tuple(donate_argnums)
   )
-  return lambda *args: structure.unflatten(mapped(*args))
+  compiled = lambda *args: structure.unflatten(mapped(*args))
+  # jax itself would keep the program and all that the step holds, such as the data of a run.
+  weakref.finalize(compiled, _forget_mapped, flat).atexit = False
+  return compiled
+
+
+def _forget_mapped(function: Callable) -> None:
+  """Frees the programs of a function that was given to `jax.pmap`."""
+  with contextlib.suppress(ImportError, AttributeError):  # Another jax may keep nothing.
+    from jax._src.pmap import _cached_shard_map
+
+    _cached_shard_map.evict_function(function)
 
 
 def shard_map(
