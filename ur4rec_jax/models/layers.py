@@ -20,6 +20,32 @@ def take_positions(x: Array, query_positions: Array | None) -> Array:
   )
 
 
+@jax.custom_vjp
+def take_rows(table: Array, ids: Array) -> Array:
+  """Takes the rows `ids` `[...]` of `table` `[rows, ...]`; sums a row's gradients in float32.
+
+  In bfloat16 a sum stops growing once it is 256 times as large as what is added.
+  """
+  # As one wide row: accelerators are slow at many narrow ones, and pad them to 128 values.
+  wide = table.reshape(table.shape[0], math.prod(table.shape[1:]))
+  return wide[ids].reshape(*ids.shape, *table.shape[1:])
+
+
+def _take_rows_forward(table: Array, ids: Array) -> tuple[Array, tuple]:
+  return take_rows(table, ids), (ids, jnp.zeros((table.shape[0], 0), table.dtype))
+
+
+def _take_rows_backward(residuals: tuple, gradient: Array) -> tuple[Array, None]:
+  ids, like = residuals
+  shape = gradient.shape[ids.ndim :]
+  wide = gradient.astype(jnp.float32).reshape(*ids.shape, math.prod(shape))
+  total = jnp.zeros((like.shape[0], math.prod(shape)), jnp.float32).at[ids].add(wide)
+  return total.astype(like.dtype).reshape(-1, *shape), None
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
 class TokenProjection(nn.Module):
   """Projects frozen tokens to the width of the model: dense, layer norm, GELU, dropout.
 

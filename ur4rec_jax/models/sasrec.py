@@ -22,7 +22,7 @@ from ur4rec_jax.models.attention import (
 )
 from ur4rec_jax.models.content import ContentTower, EncodedItems
 from ur4rec_jax.models.gru4rec import GRUBlock
-from ur4rec_jax.models.layers import Dropout, take_positions
+from ur4rec_jax.models.layers import Dropout, take_positions, take_rows
 
 Array = jax.Array
 ITEM_INPUTS = ('id', 'id_from_content', 'content', 'id+content')
@@ -334,11 +334,8 @@ class SASRec(nn.Module):
       `[batch, length, dim]` hidden states, or `[batch, queries, dim]`; finite but meaningless where
       `segment_ids` is 0.
     """
-    # In float32, because an item's gradient is a sum over all its tokens. In bfloat16 a sum stops
-    # growing once it is 256 times as large as what is added.
-    vectors = items.vectors.astype(jnp.float32)
     # Flattened, because XLA on CPU is slow at gradients of dense layers over [batch, length, dim].
-    x = vectors[item_ids.reshape(-1)]
+    x = take_rows(items.vectors, item_ids.reshape(-1))
     if self.positions == 'absolute':
       x += self.position_embedding[segment_positions(segment_ids).reshape(-1)]
     x = x.astype(self.dtype)

@@ -9,7 +9,7 @@ from ur4rec_jax.models.attention import Visible, masked_attention, visible_histo
 from ur4rec_jax.models.content import Content
 from ur4rec_jax.models.cross_modal import CrossModalBlock
 from ur4rec_jax.models.fusion import ModalityFusion
-from ur4rec_jax.models.layers import Dropout, TokenProjection, take_positions
+from ur4rec_jax.models.layers import Dropout, TokenProjection, take_positions, take_rows
 from ur4rec_jax.models.sasrec import Block, segment_positions
 
 Array = jax.Array
@@ -41,11 +41,10 @@ class HistoryTokens(nn.Module):
     positions = position_embedding[segment_positions(segment_ids).reshape(-1)]
     since, until = visible_history(segment_ids)
     present = content.present[item_ids]
-    # In float32, so that gradients of items are summed in it, see `SASRec.encode_users`.
-    modalities = content.modalities.astype(jnp.float32)
+    modalities = take_rows(content.modalities, flat_ids)
     tokens, visible = {}, {}
     for i in range(present.shape[-1]):
-      x = (modalities[flat_ids, i] + positions).astype(self.dtype)
+      x = (modalities[:, i] + positions).astype(self.dtype)
       x = Dropout(self.dropout)(x, deterministic=deterministic)
       tokens[f'modality_{i}'] = x.reshape(*item_ids.shape, self.dim)
       visible[f'modality_{i}'] = Visible(since, jnp.where(present[..., i], until, 0))

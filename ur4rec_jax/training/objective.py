@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ur4rec_jax.models.layers import take_rows
 from ur4rec_jax.models.ur4rec import Encoded
 from ur4rec_jax.training import catalogue_softmax, losses
 from ur4rec_jax.training.negatives import ByBranch
@@ -168,7 +169,7 @@ def consistency(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
 def info_nce(encoded: Encoded, sample: Sample, config: ConfigDict) -> Array:
   """Makes two modalities of an item more alike than those of different items."""
   del config
-  vectors = encoded.content.modalities[sample.numbers]
+  vectors = take_rows(encoded.content.modalities, sample.numbers)
   present = encoded.content.present[sample.numbers]
   pairs = list(itertools.combinations(range(present.shape[1]), 2))
   values = [
