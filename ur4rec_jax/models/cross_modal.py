@@ -53,18 +53,12 @@ class CrossModalBlock(nn.Module):
     """
     dropout = Dropout(self.dropout, deterministic=deterministic)
 
-    def dense(x: Array, width: int, name: str) -> Array:
-      # Flattened, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, dim].
-      flat = nn.Dense(width, dtype=self.dtype, name=name)(x.reshape(-1, x.shape[-1]))
-      return flat.reshape(*x.shape[:-1], width)
-
+    dense = lambda x, width, name: nn.Dense(width, dtype=self.dtype, name=name)(x)
     norm = lambda x, name: nn.LayerNorm(dtype=self.dtype, name=name)(x)
 
     def projected(x: Array, name: str, *parts: str) -> Array:
-      x = norm(x, f'{name}_attention_norm')
-      return dense(
-        x.reshape(-1, x.shape[-1]), len(parts) * x.shape[-1], f'{name}_{"_".join(parts)}'
-      )
+      x = norm(x.reshape(-1, x.shape[-1]), f'{name}_attention_norm')
+      return dense(x, len(parts) * x.shape[-1], f'{name}_{"_".join(parts)}')
 
     mixed = {}
     if len(tokens) + len(memory) > 1:
@@ -78,13 +72,18 @@ class CrossModalBlock(nn.Module):
     result = {}
     for name, x in tokens.items():
       x = take_positions(x, query_positions)
+      shape, dim = x.shape, x.shape[-1]
+      # Flattened, because XLA on CPU is slow at gradients of dense layers over [rows, tokens, dim],
+      # and on TPU it would copy each array from one shape to the other.
+      x = x.reshape(-1, dim)
       if mixed:
-        change = dropout(dense(mixed[name], x.shape[-1], f'{name}_attention_out')).reshape(x.shape)
-        positions = x.shape[1] if query_positions is None else query_positions
+        change = dropout(dense(mixed[name], dim, f'{name}_attention_out'))
+        positions = shape[1] if query_positions is None else query_positions
         sees = [visible[other].sees_any(positions) for other in visible if other != name]
-        x = x + jnp.where(functools.reduce(jnp.logical_or, sees)[..., None], change, 0)
-      h = dense(norm(x, f'{name}_ffn_norm'), 2 * x.shape[-1], f'{name}_ffn_in')
-      result[name] = x + dropout(dense(nn.gelu(h), x.shape[-1], f'{name}_ffn_out'))
+        x = x + jnp.where(functools.reduce(jnp.logical_or, sees).reshape(-1, 1), change, 0)
+      h = dense(norm(x, f'{name}_ffn_norm'), 2 * dim, f'{name}_ffn_in')
+      x = x + dropout(dense(nn.gelu(h), dim, f'{name}_ffn_out'))
+      result[name] = x.reshape(shape)
     return result
 
 
