@@ -12,6 +12,7 @@ import sys
 import jsonschema
 import pytest
 import yaml
+from prometheus_client import REGISTRY
 
 from benchmarks.robustness.small_runs import lines
 from tests.helpers.runs import ROOT, wait_for
@@ -417,6 +418,7 @@ SERVICE = record(
   image=TEXT,
   build=record('context dockerfile', context=TEXT, dockerfile=TEXT),
   command=array(TEXT),
+  environment=TEXTS,
   init=FLAG,
   read_only=FLAG,
   tmpfs=array(TEXT),
@@ -489,6 +491,24 @@ def test_the_compose_file_is_valid_and_agrees_with_itself():
     for other in service.get('depends_on', {}):
       # Otherwise it would wait for ever.
       assert 'healthcheck' in services[other] or 'HEALTHCHECK' in image
+  sources = yaml.safe_load((LAUNCH / 'grafana/datasources.yml').read_text())['datasources']
+  assert [source['url'] for source in sources] == ['http://prometheus:9090']
   paths = {volume.split(':')[-1] for volume in services['serve']['volumes']}
   assert '/compiled' in paths
   assert '/compiled' in json.loads(image['VOLUME'][0])
+
+
+def test_the_board_shows_metrics_that_the_service_has():
+  board = json.loads((LAUNCH / 'grafana/board.json').read_text())
+  queries = [query['expr'] for panel in board['panels'] for query in panel['targets']]
+  asked = set(re.findall(r'\b(?:ur4rec|process)_\w+', ' '.join(queries)))
+  # The names by which prometheus_client tells them: those of `/metrics`.
+  kinds = {'counter': ['_total'], 'histogram': ['_bucket', '_sum', '_count'], 'gauge': ['']}
+  told = {
+    family.name + ending for family in REGISTRY.collect() for ending in kinds.get(family.type, [])
+  }
+  assert len(asked) > 10
+  assert asked <= told
+  (uid,) = {query['datasource']['uid'] for panel in board['panels'] for query in panel['targets']}
+  (source,) = yaml.safe_load((LAUNCH / 'grafana/datasources.yml').read_text())['datasources']
+  assert source['uid'] == uid
