@@ -173,6 +173,23 @@ def test_what_the_build_asks_for_can_be_answered(tmp_path, capfd):
   assert dataset['counts']['interactions'] == 63
 
 
+def test_kinds_of_events_can_be_chosen_as_the_build_says(tmp_path, capfd):
+  rows = [[f'c{i % 9}', f'g{i % 7}', 1_700_000_000 + i, ('view', 'buy')[i % 2]] for i in range(60)]
+  orders = write_table(
+    tmp_path / 'orders.csv', 'customer_id,sku,time,event', [*rows, ['c0', '', 1_700_000_000, 'buy']]
+  )
+  words = [str(orders), f'--out={tmp_path / "out"}']
+  build = lambda order: quick._build(quick.Commands(order), order, order.out / 'data')
+  with pytest.raises(SystemExit):
+    build(quick._order(quick._flags().parse_args(words)))
+  assert 'Correct that, with a flag or in the file, and start again' in capfd.readouterr().err
+  write_table(orders, 'customer_id,sku,time,event', rows)
+  more = ['--event_column=event', '--event_weights=buy=1']
+  build(order := quick._order(quick._flags().parse_args([*words, *more])))
+  dataset = json.loads((order.out / 'data/dataset.json').read_text())
+  assert dataset['counts']['interactions'] == 30
+
+
 def test_flags_that_come_too_late_are_refused(tmp_path, monkeypatch):
   rows = [[f'c{i % 9}', f'g{i % 7:02}', f'2024-05-{i % 28 + 1:02}', i % 5] for i in range(63)]
   orders = write_table(tmp_path / 'orders.csv', 'customer_id,sku,ordered_at,rating', rows)

@@ -36,7 +36,7 @@ RECORD = 'quick.json'
 _BUILD_FLAGS = (
   *('user_column', 'item_column', 'time_column', 'rating_column'),
   *('item_id_column', 'title_column', 'description_column', 'text_columns', 'image_column'),
-  *('where', 'clean_ids', 'drop_duplicates'),
+  *('where', 'event_column', 'event_weights', 'clean_ids', 'drop_duplicates'),
 )
 _SHARE_OF_CONTENT = 0.6  # Training time of the model with content; the model on ids gets the rest.
 _SECONDS_AFTER_TRAINING = 50  # Time to evaluate, export and start the service.
@@ -185,7 +185,10 @@ class Commands:
     if code:
       with log.open('a') as file:
         file.writelines(told)
-      say(f'the command ended with {code}; {log} has its output. Start again to go on', sys.stderr)
+      way_on = 'Start again to go on'
+      if code == InputError.exit_code:
+        way_on = 'Correct that, with a flag or in the file, and start again'
+      say(f'the command ended with {code}; {log} has its output. {way_on}', sys.stderr)
       sys.exit(code)
     self.record['done'][title] = words
     self._save()

@@ -23,6 +23,8 @@ ITEMS = {
   'genres': 'genre genres category categories',
   'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
 }
+# Counts of pieces, which are negative in rows of returns.
+QUANTITIES = 'quantity qty units quantite menge anzahl cantidad aantal 数量'
 # Names that count only if no usual name is there.
 _ITEM_CODES = (
   'stockcode itemcode productcode articlecode articlenumber productsku itemsku lineitemsku isbn ean'
