@@ -35,6 +35,8 @@ _RARER = {
   ' emailaddress email',
   'item': _ITEM_CODES,
   'item_id': _ITEM_CODES,
+  'description': 'itemdescription itemdesc productdescription productdesc',
+  'genres': 'itemcategory productcategory',
 }
 # Names such as ordered_at or purchase_date, which are to times what those are to ids.
 _LIKE_CREATED = re.compile(

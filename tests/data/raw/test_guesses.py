@@ -164,8 +164,9 @@ def test_an_item_table_whose_ids_are_spelled_otherwise_names_the_cause(tmp_path)
 
 def test_short_texts_that_repeat_join_the_description(tmp_path):
   path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, x, 1])
-  rows = [[*row_of_item(i)[:3], ['Alder', 'Birch'][i % 2], 4.5] for i in range(20)]
-  table = write_table(tmp_path / 'goods.csv', 'sku,title,description,brand,price', rows)
+  labels = '[{"Label": "Oak"}]'  # No text.
+  rows = [[*row_of_item(i)[:3], ['Alder', 'Birch'][i % 2], 4.5, labels] for i in range(20)]
+  table = write_table(tmp_path / 'goods.csv', 'sku,title,description,brand,price,labels', rows)
   assert guess(path, table, {}).flags['text_columns'] == 'brand'
 
 
@@ -299,5 +300,6 @@ def test_item_tables_of_json_may_hold_objects(tmp_path):
   table = tmp_path / 'goods.jsonl'
   table.write_text('\n'.join(map(json.dumps, rows)))
   found = guess(path, table, {})
-  assert found.flags == {'description_column': 'item.desc', 'text_columns': 'item.brand'}
-  assert found.notes[3:5] == ['item_id of an item = item.id', 'title of an item = item.name']
+  assert found.flags == {'text_columns': 'item.brand'}
+  roles = {'item_id': 'item.id', 'title': 'item.name', 'description': 'item.desc'}
+  assert found.notes[3:6] == [f'{role} of an item = {name}' for role, name in roles.items()]

@@ -137,3 +137,12 @@ def test_a_table_without_a_line_of_names_is_told(tmp_path):
   with pytest.raises(InputError, match=r'each of the 4 columns .*id\\ttitle\\t\.\.\.') as error:
     items.read(table)
   assert str(table) in str(error.value)
+
+
+def test_categories_and_descriptions_of_products_count_if_no_usual_name_is_there(tmp_path):
+  header, row = 'product_id,product_name,product_category', ['7', 'A lamp', 'Light|Home']
+  read_note = lambda table: items.read(table)[1][0]
+  table = write_table(tmp_path / 'goods.csv', header, [row])
+  assert read_note(table).endswith('title = product_name, genres = product_category')
+  table = write_table(tmp_path / 'goods.csv', f'{header},category', [[*row, 'Home']])
+  assert read_note(table).endswith('genres = category; ignored: product_category')

@@ -335,8 +335,8 @@ def _item_flags(
 
 
 def _is_text(found: _Sample, name: str) -> bool:
-  """Tells whether a column holds words rather than numbers, codes, URLs or files."""
-  words = rf'(?!https?://)(?!.*\.(jpe?g|png|webp|gif)$).*([^\W\d_]{{3}}|{_SIGN})'
+  """Tells whether a column holds words rather than numbers, codes, URLs, files or JSON."""
+  words = rf'(?!https?://)(?!\[?{{)(?!.*\.(jpe?g|png|webp|gif)$).*([^\W\d_]{{3}}|{_SIGN})'
   return found.share(name, words) > 0.8
 
 
