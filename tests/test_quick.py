@@ -304,6 +304,16 @@ def test_shops_whose_customers_buy_again_recommend_seen_items(tmp_path, items, a
   assert quick.seen_items(tmp_path / 'data') == answer
 
 
+@pytest.mark.parametrize(('new', 'told'), [(0, ''), (9, '75% of the test items never occur in')])
+def test_test_items_that_never_occur_in_training_are_told(tmp_path, capsys, new, told):
+  rows = [[f'u{i % 12}', f'i{i % 5}'] for i in range(60)]
+  rows += [[f'u{i}', f'new{i}' if i < new else 'i0'] for i in range(12)]
+  build_from_table(pd.DataFrame(rows, columns=['user', 'item']), tmp_path / 'data')
+  quick._say_untrained(tmp_path / 'data')
+  assert capsys.readouterr().out.strip().startswith(told)
+  assert bool(told) == bool(new)
+
+
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
   (tmp_path / 'out').write_text('mine')
   with pytest.raises(InputError, match='holds other files; give another --out'):

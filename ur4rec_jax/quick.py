@@ -43,6 +43,7 @@ _SECONDS_AFTER_TRAINING = 50  # Time to evaluate, export and start the service.
 _SECONDS_TO_START = 20  # Time that a training takes to start; it must have more than this left.
 _LEAST_SHARE = 0.25  # Least share of the minutes for the first training.
 _REPEATS = 0.2  # If the share of repeated test items is larger, seen items are recommended again.
+_UNTRAINED = 0.05  # From this share on, test items that never occur in training are told.
 _MOST_ITEMS_OF_SOFTMAX = 50_000
 _CONTENT = {'text': 'texts', 'image': 'pictures'}
 # Texts and pictures that the pretrained encoders encode per second, on two cores.
@@ -213,6 +214,7 @@ def make_models(order: Order) -> Models:
   _build(commands, order, data)
   prepared = Prepared(data, _encode(commands, order, data), seen_items(data))
   modalities = prepared.modalities
+  _say_untrained(data)
   flags = [f'--seen_items={prepared.seen_items}', f'--models={",".join(WITHOUT_TRAINING)}']
   flags.append(f'--out={order.out / "baselines.json"}')
   commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *flags)
@@ -331,6 +333,17 @@ def seen_items(data: pathlib.Path) -> str:
     ' items are recommended, too'
   )
   return 'keep'
+
+
+def _say_untrained(data: pathlib.Path) -> None:
+  """Says how many test items no model can learn from interactions, if they are many."""
+  from ur4rec_jax.data.dataset import load_dataset
+
+  if (share := load_dataset(data).is_untrained('test').mean()) > _UNTRAINED:
+    say(
+      f'\n{share:.0%} of the test items never occur in training: only texts and pictures can find'
+      ' them'
+    )
 
 
 def _minutes_of(commands: Commands, order: Order, name: str, is_one_of_two: bool) -> float | None:
