@@ -149,10 +149,10 @@ def build_from_table(
   Args:
     data: interactions, e.g. a pandas DataFrame, an Arrow table or a HuggingFace `Dataset`.
     data_dir: folder to create.
-    options: filters.
+    options: filters, which may also be given as parameters.
     overwrite: whether another dataset in `data_dir` may be replaced.
     **parameters: flags of `--source=interactions`, such as `user_column='customer'`; `items` may
-      also be a table in memory.
+      also be a table in memory. Filters, such as `drop_duplicates=True`.
 
   Returns:
     The content of dataset.json.
@@ -161,6 +161,8 @@ def build_from_table(
     InputError: the table or a parameter is wrong, or the folder cannot be written.
   """
   data_dir = Path(os.path.realpath(data_dir))
+  filters = [name for name in options._fields if name in parameters]
+  options = options._replace(**{name: parameters.pop(name) for name in filters})
   raw = interactions.from_table(data, **parameters)
   to_build = _Build('interactions', data_dir, options, overwrite)
   with files.disk_errors(data_dir):

@@ -176,18 +176,12 @@ def _unseen_warnings(info: dict[str, Any], histories: Interactions) -> list[str]
   for name, record in info['splits'].items():
     split = splits.make_split(name, record, histories.offsets, histories.timestamps)
     data = Dataset(info, name, split, histories.item_ids, histories.offsets)
-    is_trained = np.zeros(info['counts']['items'] + 1, bool)
-    is_trained[data.train_part().item_ids] = True
-    targets = {
-      part: histories.item_ids[(histories.offsets[:-1] + at)[at >= 0]]
-      for part, at in split.held_out.items()
-    }
-    unseen = {part: int((~is_trained[items]).sum()) for part, items in targets.items()}
-    if any(unseen.values()):
+    unseen = {part: data.is_untrained(part) for part in split.held_out}
+    shares = {part: _part(int(found.sum()), len(found)) for part, found in unseen.items()}
+    if any(found.any() for found in unseen.values()):
       warnings.append(
-        f'{name}: {_part(unseen["valid"], len(targets["valid"]))} validation items and'
-        f' {_part(unseen["test"], len(targets["test"]))} test items never occur in training, and'
-        ' ids alone cannot find them'
+        f'{name}: {shares["valid"]} validation items and {shares["test"]} test items never occur in'
+        ' training, and ids alone cannot find them'
       )
   return warnings
 

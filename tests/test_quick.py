@@ -173,6 +173,23 @@ def test_what_the_build_asks_for_can_be_answered(tmp_path, capfd):
   assert dataset['counts']['interactions'] == 63
 
 
+def test_kinds_of_events_can_be_chosen_as_the_build_says(tmp_path, capfd):
+  rows = [[f'c{i % 9}', f'g{i % 7}', 1_700_000_000 + i, ('view', 'buy')[i % 2]] for i in range(60)]
+  orders = write_table(
+    tmp_path / 'orders.csv', 'customer_id,sku,time,event', [*rows, ['c0', '', 1_700_000_000, 'buy']]
+  )
+  words = [str(orders), f'--out={tmp_path / "out"}']
+  build = lambda order: quick._build(quick.Commands(order), order, order.out / 'data')
+  with pytest.raises(SystemExit):
+    build(quick._order(quick._flags().parse_args(words)))
+  assert 'Correct that, with a flag or in the file, and start again' in capfd.readouterr().err
+  write_table(orders, 'customer_id,sku,time,event', rows)
+  more = ['--event_column=event', '--event_weights=buy=1']
+  build(order := quick._order(quick._flags().parse_args([*words, *more])))
+  dataset = json.loads((order.out / 'data/dataset.json').read_text())
+  assert dataset['counts']['interactions'] == 30
+
+
 def test_flags_that_come_too_late_are_refused(tmp_path, monkeypatch):
   rows = [[f'c{i % 9}', f'g{i % 7:02}', f'2024-05-{i % 28 + 1:02}', i % 5] for i in range(63)]
   orders = write_table(tmp_path / 'orders.csv', 'customer_id,sku,ordered_at,rating', rows)
@@ -285,6 +302,16 @@ def test_shops_whose_customers_buy_again_recommend_seen_items(tmp_path, items, a
   rows = {'user': [f'u{i % 9}' for i in range(90)], 'item': [f'i{i % items}' for i in range(90)]}
   build_from_table(pa.table(rows), tmp_path / 'data')
   assert quick.seen_items(tmp_path / 'data') == answer
+
+
+@pytest.mark.parametrize(('new', 'told'), [(0, ''), (9, '75% of the test items never occur in')])
+def test_test_items_that_never_occur_in_training_are_told(tmp_path, capsys, new, told):
+  rows = [[f'u{i % 12}', f'i{i % 5}'] for i in range(60)]
+  rows += [[f'u{i}', f'new{i}' if i < new else 'i0'] for i in range(12)]
+  build_from_table(pd.DataFrame(rows, columns=['user', 'item']), tmp_path / 'data')
+  quick._say_untrained(tmp_path / 'data')
+  assert capsys.readouterr().out.strip().startswith(told)
+  assert bool(told) == bool(new)
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):

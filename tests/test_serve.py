@@ -597,6 +597,9 @@ def test_the_page_does_not_move_while_it_fills(browser, address):
   })"""
   # Below 0.1 is good: https://web.dev/articles/cls.
   assert sum(page.evaluate(shifts)) < 0.1
+  heights = page.locator('#found .rank').evaluate_all('all => all.map(x => x.offsetHeight)')
+  assert len(heights) == 10
+  assert len(set(heights)) == 1  # The two digits of 10 are side by side.
   page.close()
 
 

@@ -36,13 +36,14 @@ RECORD = 'quick.json'
 _BUILD_FLAGS = (
   *('user_column', 'item_column', 'time_column', 'rating_column'),
   *('item_id_column', 'title_column', 'description_column', 'text_columns', 'image_column'),
-  *('where', 'clean_ids', 'drop_duplicates'),
+  *('where', 'event_column', 'event_weights', 'clean_ids', 'drop_duplicates'),
 )
 _SHARE_OF_CONTENT = 0.6  # Training time of the model with content; the model on ids gets the rest.
 _SECONDS_AFTER_TRAINING = 50  # Time to evaluate, export and start the service.
 _SECONDS_TO_START = 20  # Time that a training takes to start; it must have more than this left.
 _LEAST_SHARE = 0.25  # Least share of the minutes for the first training.
 _REPEATS = 0.2  # If the share of repeated test items is larger, seen items are recommended again.
+_UNTRAINED = 0.05  # From this share on, test items that never occur in training are told.
 _MOST_ITEMS_OF_SOFTMAX = 50_000
 _CONTENT = {'text': 'texts', 'image': 'pictures'}
 # Texts and pictures that the pretrained encoders encode per second, on two cores.
@@ -185,7 +186,10 @@ class Commands:
     if code:
       with log.open('a') as file:
         file.writelines(told)
-      say(f'the command ended with {code}; {log} has its output. Start again to go on', sys.stderr)
+      way_on = 'Start again to go on'
+      if code == InputError.exit_code:
+        way_on = 'Correct that, with a flag or in the file, and start again'
+      say(f'the command ended with {code}; {log} has its output. {way_on}', sys.stderr)
       sys.exit(code)
     self.record['done'][title] = words
     self._save()
@@ -210,6 +214,7 @@ def make_models(order: Order) -> Models:
   _build(commands, order, data)
   prepared = Prepared(data, _encode(commands, order, data), seen_items(data))
   modalities = prepared.modalities
+  _say_untrained(data)
   flags = [f'--seen_items={prepared.seen_items}', f'--models={",".join(WITHOUT_TRAINING)}']
   flags.append(f'--out={order.out / "baselines.json"}')
   commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *flags)
@@ -328,6 +333,17 @@ def seen_items(data: pathlib.Path) -> str:
     ' items are recommended, too'
   )
   return 'keep'
+
+
+def _say_untrained(data: pathlib.Path) -> None:
+  """Says how many test items no model can learn from interactions, if they are many."""
+  from ur4rec_jax.data.dataset import load_dataset
+
+  if (share := load_dataset(data).is_untrained('test').mean()) > _UNTRAINED:
+    say(
+      f'\n{share:.0%} of the test items never occur in training: only texts and pictures can find'
+      ' them'
+    )
 
 
 def _minutes_of(commands: Commands, order: Order, name: str, is_one_of_two: bool) -> float | None:

@@ -23,6 +23,8 @@ ITEMS = {
   'genres': 'genre genres category categories',
   'image': 'image images imagepath imageurl img imgurl imurl picture photo poster',
 }
+# Counts of pieces, which are negative in rows of returns.
+QUANTITIES = 'quantity qty units quantite menge anzahl cantidad aantal 数量'
 # Names that count only if no usual name is there.
 _ITEM_CODES = (
   'stockcode itemcode productcode articlecode articlenumber productsku itemsku lineitemsku isbn ean'
@@ -33,6 +35,8 @@ _RARER = {
   ' emailaddress email',
   'item': _ITEM_CODES,
   'item_id': _ITEM_CODES,
+  'description': 'itemdescription itemdesc productdescription productdesc',
+  'genres': 'itemcategory productcategory',
 }
 # Names such as ordered_at or purchase_date, which are to times what those are to ids.
 _LIKE_CREATED = re.compile(

@@ -147,6 +147,17 @@ class Dataset:
       same = self.item_ids[place] == targets[entry]
       yield np.bincount(entry[same], minlength=len(starts)) > 0
 
+  def is_untrained(self, part: str) -> np.ndarray:
+    """Tells for each user of `held_out` whether the held-out item never occurs in training.
+
+    Returns:
+      `[users]` bool.
+    """
+    is_trained = np.zeros(self.info['counts']['items'] + 1, bool)
+    is_trained[self.train_part().item_ids] = True
+    held_out = self.split.held_out[part]
+    return ~is_trained[self.item_ids[(self.offsets[:-1] + held_out)[held_out >= 0]]]
+
   @property
   def all_features(self) -> dict[str, dict[str, Any]]:
     """Features of `item` and `user`, by modality."""

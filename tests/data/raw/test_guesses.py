@@ -164,8 +164,9 @@ def test_an_item_table_whose_ids_are_spelled_otherwise_names_the_cause(tmp_path)
 
 def test_short_texts_that_repeat_join_the_description(tmp_path):
   path = orders(tmp_path, 'customer_id,sku,quantity', lambda u, x, i: [u, x, 1])
-  rows = [[*row_of_item(i)[:3], ['Alder', 'Birch'][i % 2], 4.5] for i in range(20)]
-  table = write_table(tmp_path / 'goods.csv', 'sku,title,description,brand,price', rows)
+  labels = '[{"Label": "Oak"}]'  # No text.
+  rows = [[*row_of_item(i)[:3], ['Alder', 'Birch'][i % 2], 4.5, labels] for i in range(20)]
+  table = write_table(tmp_path / 'goods.csv', 'sku,title,description,brand,price,labels', rows)
   assert guess(path, table, {}).flags['text_columns'] == 'brand'
 
 
@@ -255,3 +256,50 @@ def test_files_of_pictures_are_known_by_their_endings_if_there_is_a_folder(tmp_p
   assert 'image of an item = Bild' in found.notes
   none = {'image_column': 'none'}
   assert guess(path, table, none, has_pictures=True).flags == none
+
+
+def test_tables_in_japanese_are_guessed_with_their_descriptions_and_returns(tmp_path):
+  rows = lambda u, x, i: [u, x, f'{i % 28 + 1:02}.05.2024 10:05', -1 if i % 5 == 0 else 1, 9 + i]
+  path = orders(tmp_path, '顧客番号,商品番号,注文日,数量,金額', rows)
+  signs = '青赤白黒古新大小静速甘辛朝夕春夏秋冬東西'
+  rows = [[f'g{i:02}', f'{signs[i]}傘', f'{signs[i]}傘です。', '傘靴'[i % 2], i] for i in range(20)]
+  items = write_table(tmp_path / 'goods.csv', '商品番号,商品名,説明,分類,価格', rows)
+  flags = guess(path, items, {}).flags
+  assert flags['user_column'] == '顧客番号'
+  assert flags['where'] == '数量 > 0'
+  assert (flags['title_column'], flags['description_column']) == ('商品名', '説明')
+  assert flags['text_columns'] == '分類'
+  # Names that say nothing: a description is known by its length, in signs.
+  rows = [[*row[:2], f'{row[2]}雨の日も晴れの日も使えます。軽いです。', row[3]] for row in rows]
+  items = write_table(tmp_path / 'goods.csv', 'a,b,c,d', rows)
+  flags = guess(path, items, {}).flags
+  assert (flags['title_column'], flags['description_column']) == ('b', 'c')
+
+
+def test_a_column_of_lists_is_no_item(tmp_path):
+  rows = lambda u, x, i: [u, 1_700_000_000 + i, f'N{i % 20} N{i % 7} N3']
+  path = orders(tmp_path, 'user,time,history', rows)
+  with pytest.raises(InputError, match='history has lists: write a row for each of their entries'):
+    guess(path, None, {})
+  assert guess(path, None, {'item_column': 'history'}).flags == {'item_column': 'history'}
+
+
+def test_an_item_table_without_a_line_of_names_is_told(tmp_path):
+  path = orders(tmp_path, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  table = goods(tmp_path)
+  table.write_text(table.read_text().partition('\n')[2])
+  with pytest.raises(InputError, match=r'write a name for each of the 4 columns .*id,title,\.\.\.'):
+    guess(path, table, {})
+
+
+def test_item_tables_of_json_may_hold_objects(tmp_path):
+  path = orders(tmp_path, 'order_id,customer_id,sku,quantity,price,ordered_at')
+  rows = [dict(zip(('id', 'name', 'desc'), row_of_item(i), strict=False)) for i in range(20)]
+  rows = [{'item': row | {'brand': ['Alder', 'Birch'][i % 2]}} for i, row in enumerate(rows)]
+  rows = [row | {'hours': {'open': ['never', 'always'][i % 2]}} for i, row in enumerate(rows)]
+  table = tmp_path / 'goods.jsonl'
+  table.write_text('\n'.join(map(json.dumps, rows)))
+  found = guess(path, table, {})
+  assert found.flags == {'text_columns': 'item.brand'}
+  roles = {'item_id': 'item.id', 'title': 'item.name', 'description': 'item.desc'}
+  assert found.notes[3:6] == [f'{role} of an item = {name}' for role, name in roles.items()]

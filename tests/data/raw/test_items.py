@@ -1,9 +1,12 @@
 """Texts of items, and pictures by file name, by the end of a URL, and by the item's id."""
 
+import json
+
 import pytest
 
 from tests.helpers.goods import write_picture, write_table
 from ur4rec_jax.data.raw import items
+from ur4rec_jax.data.raw.records import Item
 from ur4rec_jax.errors import InputError
 
 
@@ -115,3 +118,31 @@ def test_a_folder_of_which_no_item_has_a_picture_is_told(tmp_path, pictures):
   found, notes = items.read(table, images=str(pictures), image_column='cover')
   assert found['k0'].image == pictures.resolve() / 'a.png'
   assert not any('no item has' in note for note in notes)
+
+
+def test_keys_in_objects_are_columns(tmp_path):
+  table = tmp_path / 'goods.jsonl'
+  row = {'item': {'id': 7, 'name': 'A lamp', 'tags': ['oak', 'red']}, 'shop': {'city': 'Kyoto'}}
+  table.write_text(json.dumps(row) + '\n')
+  found, notes = items.read(table, item_id_column='item.id', genres_column='item.tags')
+  assert found == {'7': Item(title='A lamp', genres=('oak', 'red'), description='', image=None)}
+  assert notes == [
+    'item table: item_id = item.id, title = item.name, genres = item.tags; ignored: shop.city'
+  ]
+
+
+def test_a_table_without_a_line_of_names_is_told(tmp_path):
+  table = tmp_path / 'news.tsv'
+  table.write_text('N1\tnews\tA title\thttps://news.example/1.html\n')
+  with pytest.raises(InputError, match=r'each of the 4 columns .*id\\ttitle\\t\.\.\.') as error:
+    items.read(table)
+  assert str(table) in str(error.value)
+
+
+def test_categories_and_descriptions_of_products_count_if_no_usual_name_is_there(tmp_path):
+  header, row = 'product_id,product_name,product_category', ['7', 'A lamp', 'Light|Home']
+  read_note = lambda table: items.read(table)[1][0]
+  table = write_table(tmp_path / 'goods.csv', header, [row])
+  assert read_note(table).endswith('title = product_name, genres = product_category')
+  table = write_table(tmp_path / 'goods.csv', f'{header},category', [[*row, 'Home']])
+  assert read_note(table).endswith('genres = category; ignored: product_category')

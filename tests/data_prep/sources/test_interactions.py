@@ -645,3 +645,33 @@ def test_blocks_of_a_large_file_fit_together(write):
   assert raw.users.to_pylist() == [f'u{i % 977}' for i in range(number)]
   assert raw.timestamps.tolist() == list(range(number))
   assert tables.place(tables.open_file(path), number - 1).number == 2 * number
+
+
+def test_filters_of_a_table_in_memory_are_parameters_like_the_other_flags(tmp_path):
+  rows = {'user': [f'u{i % 4}' for i in range(16)], 'item': [f'i{i % 5}' for i in range(16)]}
+  table = pa.table(rows | {'time': [1_700_000_000 + i for i in range(16)]})
+  table = pa.concat_tables([table, table.slice(0, 1)])
+  with pytest.raises(InputError, match='pass --drop_duplicates'):
+    build_dataset.build_from_table(table, tmp_path / 'data')
+  metadata = build_dataset.build_from_table(table, tmp_path / 'data', drop_duplicates=True)
+  assert metadata['counts']['interactions'] == 16
+  assert metadata['options']['drop_duplicates'] is True
+
+
+def test_records_in_a_table_become_columns_as_the_message_says(tmp_path):
+  users = [{'id': f'u{i % 4}', 'country': 'JP'} for i in range(16)]
+  table = pa.table({'user': users, 'item': [f'i{i % 5}' for i in range(16)]})
+  with pytest.raises(InputError, match=r'records of id, country; .* flatten\(\) .* user\.id'):
+    build_dataset.build_from_table(table, tmp_path / 'data')
+  metadata = build_dataset.build_from_table(
+    table.flatten(), tmp_path / 'data', user_column='user.id'
+  )
+  assert metadata['counts']['users'] == 4
+
+
+def test_a_query_of_polars_is_run(tmp_path):
+  polars = pytest.importorskip('polars')
+  rows = {'user': [f'u{i % 4}' for i in range(16)], 'item': [f'i{i % 5}' for i in range(16)]}
+  query = polars.LazyFrame(rows).filter(polars.col('user') != 'u0')
+  metadata = build_dataset.build_from_table(query, tmp_path / 'data')
+  assert metadata['counts']['users'] == 3

@@ -68,12 +68,14 @@ def in_memory(data: Any, name: str) -> Memory:
     return Memory(name, names, column)
   if hasattr(data, 'with_format') and hasattr(data, 'features'):  # A HuggingFace dataset.
     return in_memory(data.with_format('arrow')[:], name)
+  if library == 'polars' and hasattr(data, 'collect'):  # A query whose rows are not there yet.
+    data = data.collect()
   if library == 'polars' and hasattr(data, 'select'):
     return Memory(name, data.columns, lambda column: pa.table(data.select(column))[0])
   if not hasattr(data, '__arrow_c_stream__'):
     raise InputError(
-      f'{name} is of type {type(data).__name__}; pass a pandas DataFrame, an Arrow table or a'
-      ' HuggingFace Dataset'
+      f'{name} is of type {type(data).__name__}; pass a pandas DataFrame, a Polars or Arrow'
+      ' table or a HuggingFace Dataset'
     )
   try:
     table = pa.table(data)
@@ -201,6 +203,12 @@ def _values(column: pa.ChunkedArray, name: str, path: str) -> pa.ChunkedArray:
     column = _decoded(column)
   except pa.ArrowException as error:
     raise _unusable(f'{path}: {name}', error) from error
+  if pa.types.is_struct(column.type) and column.type.num_fields:
+    fields = [field.name for field in column.type]
+    raise InputError(
+      f'{path}: {name} has records of {", ".join(fields)}; make columns of them, as flatten() of an'
+      f' Arrow table does, and name one, such as {name}.{fields[0]}'
+    )
   if pa.types.is_nested(column.type):
     raise InputError(
       f'{path}: {name} is of type {column.type}; write one row an interaction, with one value in'

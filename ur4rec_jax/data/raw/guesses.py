@@ -15,19 +15,20 @@ import pyarrow.compute as pc
 
 from ur4rec_jax.data import column_names, conditions
 from ur4rec_jax.data.raw import columns as arrow_columns
-from ur4rec_jax.data.raw import interactions, items, tables, times, where
+from ur4rec_jax.data.raw import interactions, items, json_lines, tables, times, where
 from ur4rec_jax.data.raw.hints import hint_about_spelling
-from ur4rec_jax.data.raw.ids import MISSING, clean, parse_cleanings
+from ur4rec_jax.data.raw.ids import LIST, MISSING, clean, parse_cleanings
 from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError, counted
 
 # Parts of names in several languages, for columns without a usual name.
 _HINTS = {
-  'user': 'user cust kund client klant buyer member shopper visitor person utilis usuario consum',
-  'item': 'item prod artik artic sku good ware isbn asin track movie song book',
-  'title': 'title titel titre titul titol bezeichn',
+  'user': 'user cust kund client klant buyer member shopper visitor person utilis usuario consum'
+  ' 顧客 会員 客户 用户 고객',
+  'item': 'item prod artik artic sku good ware isbn asin track movie song book 商品 产品 상품',
+  'title': 'title titel titre titul titol bezeichn 商品名 品名 名称 标题 상품명',
+  'description': 'desc beschreib omschrij 説明 描述 介绍 설명',
 }
-_QUANTITIES = ('quantity', 'qty', 'units', 'quantite', 'menge', 'anzahl')
 _DATE = rf'\s*(\d{{4}}-\d{{2}}-\d{{2}}|{times.DAY_FIRST})'
 # Dates, and unix times of the years 1995 to 2033 in any unit: other numbers may be ids.
 _TIME = rf'{_DATE}|\s*(1\d{{9}}|[89]\d{{8}})(\.\d*|\d{{3}}|\d{{6}}|\d{{9}})?\s*$'
@@ -35,6 +36,8 @@ _PICTURE = rf'(?i).*({"|".join(map(re.escape, items.PICTURES))})(\?|$)'
 _ROWS = 5000  # Rows at the start of a table whose values are looked at.
 _FEWEST_IDS = 10  # A column with fewer different values holds kinds or quantities.
 _LONG = 60  # Characters of a usual description.
+# Chinese, Japanese and Korean: one of these characters says about as much as three letters.
+_SIGN = r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]'
 
 
 class Guess(NamedTuple):
@@ -55,7 +58,7 @@ class _Sample(NamedTuple):
   Attributes:
     path: the file.
     columns: the values of each column.
-    delimiter: character between columns of a text file of interactions.
+    delimiter: character between columns of a text file.
     width: number of its columns, those included that have no name.
   """
 
@@ -151,9 +154,12 @@ def _interaction_columns(
     elif by_name:
       chosen[role] = by_name[0], ''
     elif role != 'time':
+      hint = f'say which it is: --{role}_column=NAME'
+      if role == 'item' and (lists := [name for name in free if _is_of_lists(found, name)]):
+        hint = f'{lists[0]} has lists: write a row for each of their entries'
       raise InputError(
         f'{found.path}: no column looks like the {role}; its columns are'
-        f' {listed(list(found.columns))}; say which it is: --{role}_column=NAME'
+        f' {listed(list(found.columns))}; {hint}'
       )
   missing = [name for name, _ in chosen.values() if name not in (*found.columns, 'none')]
   if missing:
@@ -210,11 +216,16 @@ def _may_be_ids(found: _Sample, name: str) -> bool:
   distinct = len(set(values))
   is_number = found.share(name, r'^-?\d*\.\d+$') > 0.5
   is_odd = is_number or found.share(name, _TIME) > 0.95 or _is_quantity(name)
+  is_odd = is_odd or _is_of_lists(found, name)
   return not is_odd and _FEWEST_IDS <= distinct < 0.95 * len(values)
 
 
+def _is_of_lists(found: _Sample, name: str) -> bool:
+  return found.share(name, LIST) > 0.5
+
+
 def _is_quantity(name: str) -> bool:
-  return column_names.plain(name) in _QUANTITIES
+  return column_names.plain(name) in column_names.QUANTITIES.split()
 
 
 def _values(files: Sequence[Path], name: str) -> set[str]:
@@ -272,6 +283,9 @@ def _item_flags(
     usual = column_names.find(role, free)
     if role == 'item_id':
       best = max(free, key=overlap.get, default='')
+      is_row = best in used or (usual != [best] and tables.looks_like_a_row(names))
+      if is_row and found.delimiter:
+        raise items.no_names(found.path, names, found.width, found.delimiter)
       if not overlap.get(best):
         for name in usual or names:
           if misspelled := hint_about_spelling(sorted(used), found.columns[name], cleanings):
@@ -287,16 +301,19 @@ def _item_flags(
       chosen[role] = usual[0]
       if len(usual) > 1:
         flags[flag] = usual[0]
+  beside = lambda name: name.rpartition('.')[0] == chosen['item_id'].rpartition('.')[0]
+  if tables.kind(found.path) in json_lines.KINDS:  # Other objects, such as hours, say little.
+    names = [*filter(beside, names)]
   texts = {name: _mean_length(found.columns[name]) for name in names if _is_text(found, name)}
   for role, choose in (('title', min), ('description', max)):
     left = {name: length for name, length in texts.items() if name not in chosen.values()}
     free = {name: length for name, length in left.items() if _is_distinct(found.columns[name])}
-    if role == 'title':  # Titles may repeat, too, such as those of a series.
-      hints = _HINTS['title'].split()
-      hinted = (name for name in left if any(hint in name.lower() for hint in hints))
-      free = {name: left[name] for name in hinted} or free
+    # Titles may repeat, too, such as those of a series, and descriptions may be short.
+    hints = _HINTS[role].split()
+    hinted = {name: left[name] for name in left if any(hint in name.lower() for hint in hints)}
+    free = hinted or free
     name = choose(free, key=free.get, default=None)
-    if role not in chosen and name and (role == 'title' or free[name] >= _LONG):
+    if role not in chosen and name and (role == 'title' or hinted or free[name] >= _LONG):
       chosen[role] = flags[f'{role}_column'] = name
   if has_pictures and 'image' not in chosen:
     # A folder alone is enough if its files have the ids of the items as their names.
@@ -318,8 +335,9 @@ def _item_flags(
 
 
 def _is_text(found: _Sample, name: str) -> bool:
-  """Tells whether a column holds words rather than numbers, codes, URLs or files."""
-  return found.share(name, r'(?!https?://)(?!.*\.(jpe?g|png|webp|gif)$).*[^\W\d_]{3}') > 0.8
+  """Tells whether a column holds words rather than numbers, codes, URLs, files or JSON."""
+  words = rf'(?!https?://)(?!\[?{{)(?!.*\.(jpe?g|png|webp|gif)$).*([^\W\d_]{{3}}|{_SIGN})'
+  return found.share(name, words) > 0.8
 
 
 def _is_distinct(values: Iterable[str]) -> bool:
@@ -328,7 +346,7 @@ def _is_distinct(values: Iterable[str]) -> bool:
 
 
 def _mean_length(values: Iterable[str]) -> float:
-  lengths = [len(value) for value in values if value]
+  lengths = [len(re.sub(_SIGN, 'abc', value)) for value in values if value]
   return float(np.mean(lengths)) if lengths else 0.0
 
 
@@ -362,7 +380,8 @@ def _sample_items(path: Path) -> _Sample:
   table = items.open_table(path)
   names = _clear_names(table.columns)
   rows = [row for _, row in table.rows(names)]
-  return _Sample(path, {name: _texts([row.get(name) for row in rows]) for name in names})
+  columns = {name: _texts([row.get(name) for row in rows]) for name in names}
+  return _Sample(path, columns, table.delimiter, len(table.columns))
 
 
 def _clear_names(names: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ _NO_ID = r'^(null|nan|none|nil|nat|n/a|na|#n/a|<na>|\(null\)|undefined|\\n)$'
 _DECIMAL = r'^([+-]?\d+)\.0+$'
 _EXPONENT = r'^[+-]?\d([.,]\d*)?[eE]\+\d+$'  # Spreadsheets write 4006381333931 as 4.00638E+12.
 # Several codes in one field, such as [12, 7] or N55189 N42782.
-_LIST = r'^[\[("]*[^\s,;|]*\d[^\s,;|]*([\s,;|]+[^\s,;|]*\d[^\s,;|]*)+$'
+LIST = r'^[\[("]*[^\s,;|]*\d[^\s,;|]*([\s,;|]+[^\s,;|]*\d[^\s,;|]*)+$'
 _NULL = pa.nulls(1, pa.string())[0]  # `pa.scalar(None)` would import pandas.
 _CONTROL = r'[\x00-\x1f\x7f]'
 
@@ -242,7 +242,7 @@ def _describe(names: pa.Array, counts: np.ndarray) -> dict[str, str]:
     found[MISSING] = f'{example(at)} in {int(counts[at].sum()):,} rows'
   if (at := select(pc.match_substring_regex(trimmed, _EXPONENT))).size:
     found[ROUNDED] = f'{example(at)} in {int(counts[at].sum()):,} rows'
-  at = select(pc.match_substring_regex(trimmed, _LIST))
+  at = select(pc.match_substring_regex(trimmed, LIST))
   if 2 * at.size > np.count_nonzero(counts):
     found[LISTS] = f'{at.size:,} such as {example(at)}'
   return found

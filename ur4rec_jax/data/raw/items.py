@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ur4rec_jax.data import column_names
 from ur4rec_jax.data.raw import ids, json_lines, tables
 from ur4rec_jax.data.raw.records import Item, Place
-from ur4rec_jax.data.raw.texts import shown
+from ur4rec_jax.data.raw.texts import listed, shown
 from ur4rec_jax.errors import InputError
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
@@ -24,6 +24,8 @@ PARAMETERS: Mapping[str, Any] = {
   'items_quoting': None,
 }
 
+_MOST_COLUMNS = 12  # Ignored columns that a note lists.
+
 Rows = Iterable[tuple[Place, dict[str, Any]]]
 
 
@@ -35,12 +37,14 @@ class Table(NamedTuple):
     columns: names of all columns.
     rows: reads the rows of some columns, each with its position.
     notes: notes for the user about how the rows were read.
+    delimiter: character between the columns of a text file.
   """
 
   path: str
   columns: Sequence[str]
   rows: Callable[[list[str]], Rows]
   notes: tuple[str, ...] = ()
+  delimiter: str | None = None
 
 
 def read(
@@ -72,11 +76,11 @@ def read(
 def open_table(path: Path, quoting: str | None = None) -> Table:
   """Opens an item table; see `tables.open_file` for `quoting`."""
   if tables.kind(path) in json_lines.KINDS:
-    rows = list(json_lines.read(path))
-    names = list(dict.fromkeys(name for _, row in rows for name in row))
-    return Table(str(path), names, lambda columns: rows)
+    names = list(json_lines.columns(path))
+    return Table(str(path), names, lambda columns: json_lines.rows(path, columns))
   file = tables.open_file(path, quoting=quoting, flag='--items_quoting')
-  return Table(str(path), file.columns, lambda columns: tables.records(file, columns), file.notes)
+  rows = lambda columns: tables.records(file, columns)
+  return Table(str(path), file.columns, rows, file.notes, file.delimiter)
 
 
 def from_table(
@@ -97,7 +101,7 @@ def from_table(
   options = {**PARAMETERS, **parameters}
   path, names = source.path, source.columns
   extra = _text_columns(path, names, options['text_columns'])
-  columns = _choose_columns(path, names, options, extra)
+  columns = _choose_columns(path, names, options, extra, source.delimiter)
   table: dict[str, Item] = {}
   places: dict[str, Place] = {}
   for place, row in source.rows(list(dict.fromkeys([*columns.values(), *extra]))):
@@ -126,6 +130,8 @@ def from_table(
   used = ', '.join(f'{role} = {name}' for role, name in columns.items())
   if extra:
     used += f', text = {"+".join(extra)}'
+  if ignored := [name for name in names if name not in (*columns.values(), *extra)]:
+    used += f'; ignored: {listed(ignored, _MOST_COLUMNS)}'
   return table, [f'item table: {used}', *source.notes]
 
 
@@ -163,7 +169,11 @@ def genres(value: Any) -> tuple[str, ...]:
 
 
 def _choose_columns(
-  path: str, names: Sequence[str], options: Mapping[str, Any], extra: Sequence[str] = ()
+  path: str,
+  names: Sequence[str],
+  options: Mapping[str, Any],
+  extra: Sequence[str] = (),
+  delimiter: str | None = None,
 ) -> dict[str, str]:
   """Returns the column of each role, by flag or by name; columns in `extra` have another use."""
   chosen: dict[str, str] = {}
@@ -181,6 +191,10 @@ def _choose_columns(
       continue
     free = [name for name in names if name not in chosen.values() and name not in extra]
     found = column_names.find(role, free)
+    # A row may have a usual name in it, such as news, and a table may have years as names.
+    values = [name for name in names if '://' in name] if found else names
+    if role == 'item_id' and delimiter and tables.looks_like_a_row(values):
+      raise no_names(path, names, len(names), delimiter)
     if len(found) > 1:
       way_out = '' if role == 'item_id' else f', or {flag}=none'
       raise InputError(
@@ -195,6 +209,21 @@ def _choose_columns(
         f' pass {flag}=NAME'
       )
   return chosen
+
+
+def no_names(path: str | Path, names: Sequence[str], width: int, delimiter: str) -> InputError:
+  """Creates the error for an item table whose first line is an item.
+
+  Args:
+    path: the table.
+    names: what the first line says.
+    width: number of columns.
+    delimiter: character between them.
+  """
+  way_out = tables.way_to_names(path, width, delimiter, ('id', 'title'))
+  return InputError(
+    f'{path}: the first line must name the columns; it says {listed(names)}; {way_out}'
+  )
 
 
 def _text_columns(path: str, names: Sequence[str], wanted: str | None) -> list[str]:

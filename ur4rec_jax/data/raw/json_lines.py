@@ -6,7 +6,7 @@ Arrow's own parser is not used, because it rounds large numbers and gives a colu
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,12 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
   for key in name.split('.'):
     value = value.get(key) if isinstance(value, dict) else None
   return value
+
+
+def rows(path: Path, names: Sequence[str]) -> Iterator[tuple[Place, dict[str, Any]]]:
+  """Yields the values of some columns as Python objects, None for what is missing."""
+  for place, row in read(path):
+    yield place, {name: _value(row, name) for name in names}
 
 
 def batches(

@@ -15,7 +15,9 @@ from ur4rec_jax.data.raw.texts import listed
 from ur4rec_jax.errors import InputError
 
 # Names of columns that are worth a look although they play no role, spelled as in `column_names`.
-_QUANTITIES = 'quantity qty amount units number orderedquantity quantityordered itemquantity'
+_QUANTITIES = (
+  f'{column_names.QUANTITIES} amount number orderedquantity quantityordered itemquantity'
+)
 _EVENTS = (
   'event eventtype eventname eventkind action actiontype behavior behaviour behaviortype'
   ' behaviourtype interaction interactiontype activity activitytype'

@@ -14,7 +14,7 @@ import itertools
 import re
 import shlex
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ DELIMITER_NAMES = {'\t': 'tab', ' ': 'space'}
 KINDS = (*DELIMITERS, *PARQUET, *json_lines.KINDS)
 _EXCEL = ('.xlsx', '.xls')
 # What is a value rather than the name of a column.
-_VALUE = r'-?\d+(\.\d+)?$|\d{4}-\d{2}-\d{2}|\d{1,2}\.\d{1,2}\.\d{4}'
+_VALUE = r'-?\d+(\.\d+)?$|https?://|\d{4}-\d{2}-\d{2}|\d{1,2}\.\d{1,2}\.\d{4}'
 QUOTING = ('auto', 'none', 'standard')
 # Spark writes this for an empty value of the column that names the folders.
 _NO_VALUE = '__HIVE_DEFAULT_PARTITION__'
@@ -223,15 +223,17 @@ def _way_to_a_table(path: Path) -> str:
 
 
 def looks_like_a_row(names: Iterable[str]) -> bool:
-  """Whether the first line of a file seems to be a row, because it has numbers or times."""
+  """Whether the first line of a file seems to be a row, because it has numbers, times or URLs."""
   return any(re.match(_VALUE, name) for name in names)
 
 
-def way_to_names(path: str | Path, width: int, delimiter: str) -> str:
+def way_to_names(
+  path: str | Path, width: int, delimiter: str, first: Sequence[str] = ('user', 'item')
+) -> str:
   """Says how a file whose first line is a row gets names of columns."""
   program = 'zcat' if str(path).lower().endswith('.gz') else 'cat'
   between, kind = ('\\t', 'tsv') if delimiter == '\t' else (delimiter, 'csv')
-  names = between.join(('user', 'item', '...'))
+  names = between.join((*first, '...'))
   return (
     f'that looks like a row: write a name for each of the {width} columns above it, as in'
     f" (printf '{names}\\n'; {program} {shlex.quote(str(path))}) > named.{kind}"
