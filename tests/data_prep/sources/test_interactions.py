@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pandas as pd
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -669,9 +670,9 @@ def test_records_in_a_table_become_columns_as_the_message_says(tmp_path):
   assert metadata['counts']['users'] == 4
 
 
-def test_a_query_of_polars_is_run(tmp_path):
-  polars = pytest.importorskip('polars')
+@pytest.mark.parametrize('kind', [polars.DataFrame, polars.LazyFrame])
+def test_tables_and_queries_of_polars(tmp_path, kind):
   rows = {'user': [f'u{i % 4}' for i in range(16)], 'item': [f'i{i % 5}' for i in range(16)]}
-  query = polars.LazyFrame(rows).filter(polars.col('user') != 'u0')
-  metadata = build_dataset.build_from_table(query, tmp_path / 'data')
+  table = kind(rows).filter(polars.col('user') != 'u0')
+  metadata = build_dataset.build_from_table(table, tmp_path / 'data')
   assert metadata['counts']['users'] == 3
