@@ -70,6 +70,7 @@ READING = f"""
   content have none of this, and on MovieLens both of their branches know the items by content.
 - `-followers` is the variant without the ending, whose rankings add what other users had after the
   items of a history.
+- `-bfloat16` computes in bfloat16, which the CPU imitates.
 - `-short` has 9 epochs instead of 24, which takes five minutes on two cores.
 - `ml-1m-sequences` is the MovieLens-1M file of the SASRec benchmarks. On it, under full ranking,
   the best published SASRec with full cross-entropy has NDCG@10 0.182 and Hit@10 0.315 (Klenitskiy

@@ -103,8 +103,8 @@ def make_app(service: 'Service') -> FastAPI:
   """Builds the ASGI application of a service.
 
   Args:
-    service: handles the requests. FastAPI remembers all handlers for good, so the application is
-      free of the model only after `service.close`.
+    service: handles the requests. FastAPI's caches keep the handlers of hundreds of applications,
+      so the model is freed by `service.close`, not with the application.
   """
   recommender, batcher = service.model.recommender, service.model.batcher
   app = FastAPI(title='ur4rec_jax', docs_url=None, redoc_url=None)
