@@ -24,7 +24,7 @@ from tests.helpers.runs import ROOT
 from tests.helpers.services import refusal, request, service
 from ur4rec_jax import feedback as feedback_command
 from ur4rec_jax.errors import EXIT_CODES, FailedTaskError
-from ur4rec_jax.inference import registry
+from ur4rec_jax.inference import exported, registry
 from ur4rec_jax.online.events import Exposure, Shown
 from ur4rec_jax.online.feedback_store import open_store
 from ur4rec_jax.online.logs import read_logs
@@ -390,8 +390,13 @@ def test_the_served_version_stays_in_the_registry(environment, exports, recommen
   other = shutil.copytree(exports / 'text', tmp_path / 'other')
   kept = lambda: sorted(path.name for path in (folder / 'versions').iterdir())
 
+  (other / 'arrays.npz').write_bytes(b'damaged')
+
   def promote_damaged():
-    (other / 'manifest.json').write_text((other / 'manifest.json').read_text()[1:])
+    manifest = json.loads((other / 'manifest.json').read_text())
+    del manifest['sha256']
+    manifest['settings']['about']['time'] = time.time()  # Another version each time.
+    (other / 'manifest.json').write_text(exported.manifest_text(manifest))
     registry.promote(folder, other, keep_versions=2)
 
   with serve(environment, f'--registry={folder}') as (process, address):

@@ -166,13 +166,13 @@ def _open_json(path: Path) -> File:
 
 
 def _open_text(path: Path, delimiter: str | None, quoting: str, flag: str) -> File:
-  refuse_utf16(path, next(_lines(path), ''))
   notes: tuple[str, ...] = ()
   if delimiter is None:
     delimiter = _delimiter(path)
     if delimiter != DELIMITERS[kind(path)]:
       name = DELIMITER_NAMES.get(delimiter, repr(delimiter))
       notes = (f'{path.name}: the columns are separated by {name}',)
+  refuse_utf16(path, next(_lines(path), ''))
   quotes, has_quotes = None, quoting != 'none' and _has_quotes(path)
   if has_quotes:
     quotes = _survey(path, delimiter, flag)
