@@ -188,7 +188,7 @@ def test_what_is_shown_during_a_deletion_is_kept_or_deleted_as_a_whole(place):
     ]
     for process in services:
       process.stdout.readline()
-    for _ in range(100):
+    for _ in range(40):
       store.delete_user('ann', NOW)
     for process in services:
       process.kill()
