@@ -29,6 +29,7 @@ from ur4rec_jax.files import expand_home, write_file
 from ur4rec_jax.runs import processes
 
 if TYPE_CHECKING:
+  from ur4rec_jax.data.dataset import Dataset
   from ur4rec_jax.inference.trained import TrainedRecommender
 
 RECORD = 'quick.json'
@@ -212,9 +213,8 @@ def make_models(order: Order) -> Models:
   commands = Commands(order)
   data = order.out / 'data'
   _build(commands, order, data)
-  prepared = Prepared(data, _encode(commands, order, data), seen_items(data))
-  modalities = prepared.modalities
-  _say_untrained(data)
+  modalities = _encode(commands, order, data)
+  prepared = Prepared(data, modalities, _look_at_test(data))
   flags = [f'--seen_items={prepared.seen_items}', f'--models={",".join(WITHOUT_TRAINING)}']
   flags.append(f'--out={order.out / "baselines.json"}')
   commands.run('baselines', 'ur4rec_jax.baselines', f'--data_dir={data}', *flags)
@@ -319,13 +319,29 @@ def _encoder(modality: str, count: int, order: Order) -> str | None:
   return HASHING if modality == 'text' else None
 
 
-def seen_items(data: pathlib.Path) -> str:
-  """Decides whether items that a user had before are recommended again."""
+def _look_at_test(data: pathlib.Path) -> str:
+  """Says what is unusual about the test items, and returns the value of `seen_items`.
+
+  Raises:
+    InputError: there are none.
+  """
   from ur4rec_jax.data.dataset import load_dataset
 
-  is_repeated = load_dataset(data).is_repeated('test')
-  if not is_repeated.size:
+  dataset = load_dataset(data)
+  if not (dataset.split.held_out['test'] >= 0).any():
     raise InputError(f'{data}: no user has three interactions, which a test needs; add more')
+  answer = seen_items(dataset)
+  if (share := dataset.is_untrained('test').mean()) > _UNTRAINED:
+    say(
+      f'\n{share:.0%} of the test items never occur in training: only texts and pictures can find'
+      ' them'
+    )
+  return answer
+
+
+def seen_items(dataset: 'Dataset') -> str:
+  """Decides whether items that a user had before are recommended again."""
+  is_repeated = dataset.is_repeated('test')
   if is_repeated.mean() <= _REPEATS:
     return 'leave_out'
   say(
@@ -333,17 +349,6 @@ def seen_items(data: pathlib.Path) -> str:
     ' items are recommended, too'
   )
   return 'keep'
-
-
-def _say_untrained(data: pathlib.Path) -> None:
-  """Says how many test items no model can learn from interactions, if they are many."""
-  from ur4rec_jax.data.dataset import load_dataset
-
-  if (share := load_dataset(data).is_untrained('test').mean()) > _UNTRAINED:
-    say(
-      f'\n{share:.0%} of the test items never occur in training: only texts and pictures can find'
-      ' them'
-    )
 
 
 def _minutes_of(commands: Commands, order: Order, name: str, is_one_of_two: bool) -> float | None:

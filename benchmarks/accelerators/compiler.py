@@ -77,9 +77,8 @@ def describe(topology: Topology) -> list[jax.Device]:
         topology=f'1x1x{math.prod(topology.axes)}',
       )
     else:
-      slices = {'num_slices': topology.slices} if topology.slices > 1 else {}
       name = topology.name.partition('*')[0]
-      found = topologies.get_topology_desc(topology_name=name, platform='tpu', **slices)
+      found = topologies.get_topology_desc(name, 'tpu', num_slices=topology.slices)
   except Exception as error:
     raise _lacks_compiler(topology, error) from error
   return list(found.devices)
@@ -151,6 +150,7 @@ def summary(found: counts.Counts, topology: Topology, dtype: str) -> dict[str, A
   bounds = {'by_bytes': 'bytes', 'by_main_memory': 'main_memory'}
   others = [milliseconds[name] for name in milliseconds if name not in bounds.values()]
   times = {name: max(milliseconds[memory], *others) for name, memory in bounds.items()}
+  sent = lambda by_name: {name: round(n / _GB, 5) for name, n in by_name.items()}
   gigabytes = lambda field: {
     name: round(size / _GB, 4) for name, size in list(found.bytes_by(field).items())[:TOP]
   }
@@ -158,12 +158,8 @@ def summary(found: counts.Counts, topology: Topology, dtype: str) -> dict[str, A
     'tflop': round(found.flops / _TERA, 4),
     'gb_moved': round(found.bytes / _GB, 4),
     'gb_main_memory': round(found.main_bytes / _GB, 4),
-    'gb_over_links': {name: round(n / _GB, 5) for name, n in found.link_bytes.items()},
-    **(
-      {'gb_between_slices': {name: round(n / _GB, 5) for name, n in found.network_bytes.items()}}
-      if found.network_bytes
-      else {}
-    ),
+    'gb_over_links': sent(found.link_bytes),
+    'gb_between_slices': sent(found.network_bytes),
     'ms': {name: round(1e3 * seconds, 3) for name, seconds in milliseconds.items()},
     'step_ms': {name: round(1e3 * seconds, 3) for name, seconds in times.items()},
     'mfu': {name: round(milliseconds['flops'] / t, 4) if t else 0.0 for name, t in times.items()},

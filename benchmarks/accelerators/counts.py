@@ -173,8 +173,12 @@ def _network_bytes(computation: Computation, x: Instruction) -> dict[str, float]
   # Either the slices, or all devices by numbers of which the part above 100,000 is the slice.
   to = re.search(r'_xla_megascale_target=(?:"\{([\d,]+)\}|\{\{([\d,]+)\})', x.attributes)
   slices = set(to[1].split(',')) if to[1] else {int(n) // 100_000 for n in to[2].split(',')}
-  given = sum(a.payload for operand in x.operands for a in computation.instructions[operand].arrays)
-  return {name: given * _LINK_SHARE.get(name, lambda n: 1)(len(slices))}
+  return {name: _given(computation, x) * _LINK_SHARE.get(name, lambda n: 1)(len(slices))}
+
+
+def _given(computation: Computation, x: Instruction) -> float:
+  """Returns the bytes of an instruction's operands, without padding."""
+  return sum(a.payload for name in x.operands for a in computation.instructions[name].arrays)
 
 
 class _Counter:
@@ -217,9 +221,8 @@ class _Counter:
   def _note_transfer(self, x: Instruction) -> None:
     opcode = x.opcode.removesuffix('-start').removesuffix('-done')
     is_callback = x.opcode == 'custom-call' and re.search('callback|[Hh]ost', _target(x))
-    if _to_slices(x):
-      return
-    if opcode in _TRANSFERS or is_callback or any(a.space == HOST_MEMORY for a in x.arrays):
+    is_transfer = opcode in _TRANSFERS and not _to_slices(x)
+    if is_transfer or is_callback or any(a.space == HOST_MEMORY for a in x.arrays):
       self.host_transfers.append(x.name)
 
   def _count(self, computation: Computation, x: Instruction, times: int) -> Count | None:
@@ -362,11 +365,8 @@ class _Counter:
     name = x.opcode.removesuffix('-start')
     if name not in _LINK_SHARE:
       return {}
-    given = sum(
-      a.payload for operand in x.operands for a in computation.instructions[operand].arrays
-    )
     size = self._group_size(x)
-    return {name: given * _LINK_SHARE[name](size)} if size > 1 else {}
+    return {name: _given(computation, x) * _LINK_SHARE[name](size)} if size > 1 else {}
 
   def _group_size(self, x: Instruction) -> int:
     """Returns how many devices take part in a collective together."""

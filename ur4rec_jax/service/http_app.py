@@ -441,7 +441,7 @@ class Service:
       share_names=recommender.share_names,
       max_length=recommender.max_length,
       most_k=self.model.batcher.most_k,
-      events=self._feedback is not None,
+      events=self.takes_events,
       arms=list(self._model_of),
       models=self._models,
     )
