@@ -681,6 +681,24 @@ def test_the_page_recommends_by_user_by_titles_and_by_weights(
   page.close()
 
 
+def test_the_page_asks_no_reasons_for_a_history_that_was_cleared_meanwhile(browser, address):
+  page = browser.new_page()
+  problems = []
+  page.on('console', lambda message: problems.append(message.text))
+  # The page asks for reasons 300 ms after a list appears, and for a new list 60 ms after a change.
+  page.add_init_script("""
+    addEventListener('DOMContentLoaded', () => new MutationObserver((changes, observer) => {
+      observer.disconnect();
+      setTimeout(() => document.getElementById('clear').click(), 270);
+    }).observe(document.getElementById('found'), {childList: true}))""")
+  page.goto(address)
+  page.get_by_text('Choose a user or add a title to begin.').wait_for()
+  page.wait_for_timeout(500)
+  assert page.locator('#found > li').count() == 0
+  assert problems == []
+  page.close()
+
+
 def test_the_page_says_that_the_service_is_busy_and_asks_again(browser, address):
   page = browser.new_page()
   asked = []
