@@ -29,9 +29,9 @@ from ur4rec_jax.sharding import devices
 # The first that an operation's path fits is its part.
 PARTS = {
   'dropout': r'dropout|Dropout|threefry',
+  'attention': r'/attention/',
   'dense layers': r'query_key_value|attention_out|ffn_in|ffn_out',
   'layer norms': r'_norm/',
-  'attention': r'blocks_\d+',
   'optimizer': r'while/body/cond/|while/body/(add|square|reduce_sum|mul)$',
   'loss': r'jvp\(\)',
   'embeddings': r'_side',

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs import default
 from ur4rec_jax.models.attention import causal_attention, masked_attention, visible_history
@@ -113,6 +115,33 @@ def test_attention_equals_a_plain_loop():
         weights /= weights.sum()
         expected[b, i, h] = sum(w * value[b, j, h] for w, j in zip(weights, seen, strict=True))
   np.testing.assert_allclose(masked_attention(query, key, value, mask), expected, atol=1e-5)
+
+
+@given(
+  sizes=st.tuples(*[st.integers(1, 9)] * 3, st.integers(1, 3), st.integers(1, 8)),
+  dtype=st.sampled_from(['float32', 'bfloat16']),
+  seed=st.integers(0, 99),
+)
+def test_gradients_of_attention_equal_those_derived_from_its_definition(sizes, dtype, seed):
+  batch, queries, keys, heads, width = sizes
+  rng = np.random.default_rng(seed)
+  draw = lambda length: jnp.asarray(rng.normal(size=(batch, length, heads, width)), dtype)
+  query, key, value, cotangent = draw(queries), draw(keys), draw(keys), draw(queries)
+  mask = jnp.asarray(rng.random((batch, queries, keys)) < 0.6)  # Some queries see nothing.
+
+  def definition(query, key, value):
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    scores = jnp.einsum('bqhd,bkhd->bhqk', query, key) * width**-0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30))
+    return jnp.einsum('bhqk,bkhd->bqhd', weights, value).astype(dtype)
+
+  found, pull_back = jax.vjp(lambda *x: masked_attention(*x, mask), query, key, value)
+  expected, pull_back_expected = jax.vjp(definition, query, key, value)
+  tolerance = 1e-5 if dtype == 'float32' else 0.05
+  gradients = pull_back(cotangent), pull_back_expected(cotangent)
+  for x, y in zip((found, *gradients[0]), (expected, *gradients[1]), strict=True):
+    assert x.dtype == y.dtype == dtype
+    np.testing.assert_allclose(x.astype(jnp.float32), y.astype(jnp.float32), atol=tolerance)
 
 
 def test_attention_is_finite_for_large_scores_and_for_a_query_that_sees_nothing():

@@ -5,6 +5,7 @@ cuDNN on GPU where it can be used, and in one kernel on TPU (`attention_kernel.p
 self-attention is computed in causal blocks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from ur4rec_jax.models.layers import take_positions
 from ur4rec_jax.sharding import devices
 
 Array = jax.Array
-QUERY_BLOCK = 64  # Queries per block on CPU. A block skips the keys after its last query.
+QUERY_BLOCK = 64  # Most queries of a block on CPU. A block skips the keys after its last query.
 
 
 class Visible(NamedTuple):
@@ -81,6 +82,7 @@ def visible_memory(mask: Array, queries: int) -> Visible:
   return Visible(jnp.zeros(mask.shape, jnp.int32), jnp.where(mask, queries, 0))
 
 
+@jax.named_scope('attention')  # So that profiles tell it from the dense layer before it.
 def self_attention(
   query_key_value: Array, visible: Visible, num_heads: int, window: int = 0
 ) -> Array:
@@ -108,6 +110,7 @@ def self_attention(
   return mixed.reshape(batch * length, -1)
 
 
+@jax.named_scope('attention')
 def cross_attention(
   tokens: Mapping[str, Array],
   memory: Mapping[str, Array],
@@ -158,9 +161,6 @@ def cross_attention(
 def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
   """Scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-  The weights are normalised after the product with the values. On CPU this halves the time of the
-  forward pass, because normalised weights are never written to memory.
-
   Args:
     query: `[batch, queries, heads, width]`.
     key: `[batch, keys, heads, width]`.
@@ -171,15 +171,7 @@ def masked_attention(query: Array, key: Array, value: Array, mask: Array) -> Arr
     `[batch, queries, heads, width]` in the type of `value`. A query that may see nothing gets the
     average of all values.
   """
-  scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
-  # A finite number, so that a query without visible keys gives an average instead of NaN.
-  scores = jnp.where(mask[:, None], scores * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-  total = weights.sum(-1)
-  mixed = jnp.einsum(
-    'bhqk,bkhd->bqhd', weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-  )
-  return (mixed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
+  return _joined(_attend(*map(_separate, (query, key, value)), mask), query.shape[2])
 
 
 def causal_attention(
@@ -194,23 +186,87 @@ def causal_attention(
     visible: `[batch, length]`; no query sees a later key.
     window: see `self_attention`.
   """
-  length = query.shape[1]
+  length, num_heads = query.shape[1:3]
   mask = visible.mask(length)
   if not isinstance(length, int):  # Exported programs take any length, so blocks cannot be counted.
     return masked_attention(query, key, value, mask)
+  query, key, value = map(_separate, (query, key, value))
+  size = math.ceil(length / math.ceil(length / QUERY_BLOCK))
   blocks = []
-  for start in range(0, length, QUERY_BLOCK):
-    end = start + QUERY_BLOCK
+  for start in range(0, length, size):
+    end = start + size
     first = max(0, start + 1 - window) if window else 0
     blocks.append(
-      masked_attention(
-        query[:, start:end],
-        key[:, first:end],
-        value[:, first:end],
-        mask[:, start:end, first:end],
+      _attend(
+        query[:, start:end], key[:, first:end], value[:, first:end], mask[:, start:end, first:end]
       )
     )
-  return jnp.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
+  return _joined(jnp.concatenate(blocks, axis=1), num_heads)
+
+
+def _separate(x: Array) -> Array:
+  """Makes one sequence of each head: `[batch * heads, length, width]` of `[batch, length, ...]`."""
+  return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _joined(x: Array, num_heads: int) -> Array:
+  """Undoes `_separate`."""
+  return jnp.moveaxis(x.reshape(-1, num_heads, *x.shape[1:]), 1, 2)
+
+
+@jax.custom_vjp
+def _attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
+  """Computes `masked_attention` for separate heads.
+
+  It has a gradient of its own, because XLA on CPU computes some products of the derived one twice
+  and transposes the weights for others. One axis for rows and heads is faster there than two.
+  """
+  return _attend_forward(query, key, value, mask)[0]
+
+
+def _attend_forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, tuple]:
+  # A finite number, so that a query without visible keys gives an average instead of NaN.
+  scores = _products(query, key, 2, 2) * query.shape[-1] ** -0.5
+  scores = jnp.where(_of_heads(mask, scores), scores, jnp.finfo(jnp.float32).min)
+  weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+  total = weights.sum(-1, keepdims=True)
+  weights = weights.astype(value.dtype)
+  # Normalised after the product, whose result is smaller than the weights.
+  mixed = _products(weights, value, 2, 1) / total
+  return mixed.astype(value.dtype), (query, key, value, mask, weights, total, mixed)
+
+
+def _attend_backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, Array, None]:
+  query, key, value, mask, weights, total, mixed = residuals
+  gradient = gradient / total
+  along = (gradient * mixed).sum(-1, keepdims=True)
+  gradient = gradient.astype(value.dtype)
+  of_scores = weights * (_products(gradient, value, 2, 2) - along)
+  # A query without visible keys has weights all the same, but they do not depend on its scores.
+  of_scores = jnp.where(_of_heads(mask, of_scores), of_scores, 0).astype(query.dtype)
+  scale = query.shape[-1] ** -0.5
+  return (
+    (_products(of_scores, key, 2, 1) * scale).astype(query.dtype),
+    (_products(of_scores, query, 1, 1) * scale).astype(key.dtype),
+    _products(weights, gradient, 1, 1).astype(value.dtype),
+    None,
+  )
+
+
+def _of_heads(mask: Array, scores: Array) -> Array:
+  """Repeats a mask `[batch, queries, keys]` for each head of `scores`."""
+  batch = mask.shape[0]
+  heads = scores.reshape(batch, -1, *scores.shape[1:]).shape[1]
+  return jnp.broadcast_to(mask[:, None], (batch, heads, *mask.shape[1:])).reshape(scores.shape)
+
+
+def _products(left: Array, right: Array, of_left: int, of_right: int) -> Array:
+  """Multiplies the matrices of each row, summed over one axis of each, in float32."""
+  dimensions = ((of_left,), (of_right,)), ((0,), (0,))
+  return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _has_kernel(*visible: Visible) -> bool:
