@@ -187,13 +187,14 @@ def start_service(folder: str, batch: int, queue: int, cache: str) -> tuple[subp
   return process, port_when_ready(process)
 
 
-def make_requests(folder: str) -> list[bytes]:
-  """Makes requests with random histories of 1 to 100 items."""
+def make_requests(folder: str, explained: float) -> list[bytes]:
+  """Makes requests with random histories of 1 to 100 items; a share of them asks for reasons."""
   ids = json.loads((pathlib.Path(folder) / 'items.json').read_text())['ids']
   rng, requests = np.random.default_rng(0), []
   for _ in range(500):
     history = [ids[i] for i in rng.integers(0, len(ids), rng.integers(1, 101))]
-    body = json.dumps({'history': history, 'k': K, 'keep_seen': True}).encode()
+    question = {'history': history, 'k': K, 'keep_seen': True, 'explain': rng.random() < explained}
+    body = json.dumps(question).encode()
     head = (
       'POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
       f'Content-Length: {len(body)}\r\n\r\n'
@@ -206,9 +207,10 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
   """Measures the capacity, then the overload."""
   with tempfile.TemporaryDirectory() as cache:
     process, port = start_service(flags.export, flags.batch, QUEUE, cache)
-    requests = make_requests(flags.export)
-    asyncio.run(measure_capacity(port, requests, 1))
-    capacity = asyncio.run(measure_capacity(port, requests, flags.capacity_seconds))
+    plain = make_requests(flags.export, explained=0)
+    requests = make_requests(flags.export, flags.explained)
+    asyncio.run(measure_capacity(port, plain, 1))
+    capacity = asyncio.run(measure_capacity(port, plain, flags.capacity_seconds))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     queue = max(1, int(capacity * flags.p99_ms / 1000 / 6))
@@ -230,6 +232,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     'seconds': flags.seconds,
     'queue': queue,
     'stated_p99_ms': flags.p99_ms,
+    'explained_share': flags.explained,
     'p50_ms': p50,
     'p99_ms': p99,
     'max_ms': most,
@@ -294,6 +297,7 @@ def main() -> None:
   add('--capacity_seconds', type=float, default=10, help='seconds of measuring the capacity')
   add('--batch', type=int, default=64, help='--batch of the service')
   add('--p99_ms', type=float, default=1000, help='promised 99th percentile of the wait, in ms')
+  add('--explained', type=float, default=0, help='share of the requests that ask for reasons')
   add('--keep', action='store_true', help='store the result and write it to docs/inference.md')
   flags = parser.parse_args()
   gc.freeze()  # A full garbage collection here would look like a slow answer.

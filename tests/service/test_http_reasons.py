@@ -53,3 +53,31 @@ def test_an_answer_that_cannot_be_explained_says_so(shop, monkeypatch, name):
     assert 'among all 60 items, of which the service compares 59 at most' in note
   else:
     assert notes == []
+
+
+def test_a_busy_service_leaves_reasons_out_and_says_so(shop):
+  recommender = make(shop, 'sasrec')[0]
+  batcher = Batcher(recommender, most_jobs=4, wait_seconds=0, most_waiting=8)
+  history = recommender.item_ids[:6]  # Reasons rank it seven times.
+  job = Job(recommender.check(Query([history], 5)), None)
+
+  async def explain(waiting):
+    rows = recommender.recommendations(recommender.ask(Query([history], 5)))
+    others = [asyncio.create_task(batcher.answer(job)) for _ in range(waiting)]
+    await asyncio.sleep(0)  # They wait in the line now.
+    explaining = asyncio.create_task(
+      http_reasons.add_reasons(Model(recommender, batcher), job, rows, None)
+    )
+    await asyncio.sleep(0)
+    running = asyncio.create_task(batcher.run())
+    notes = await explaining
+    await asyncio.gather(*others)
+    running.cancel()
+    return rows, notes
+
+  rows, notes = asyncio.run(explain(waiting=1))
+  assert notes == []
+  assert any(row['because'] for row in rows)
+  rows, notes = asyncio.run(explain(waiting=2))
+  assert notes == ['no item of the history is named, because the service is busy; ask again later']
+  assert [(row['because'], row['why']) for row in rows] == [([], '')] * 5

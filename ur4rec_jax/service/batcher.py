@@ -116,17 +116,20 @@ class Batcher:
     no_texts: empty tokens and masks, for a user without texts.
   """
 
-  def __init__(self, recommender: Recommender, most_jobs: int, wait_seconds: float):
+  def __init__(
+    self, recommender: Recommender, most_jobs: int, wait_seconds: float, most_waiting: int = 256
+  ):
     """Compiles a program for each batch size, unless an earlier batcher has.
 
     Args:
       recommender: ranks the jobs.
       most_jobs: the most jobs in a batch.
       wait_seconds: how long the first job of a batch waits for others.
+      most_waiting: the most jobs that `has_room` lets wait.
     """
     self._recommender, self._most_jobs = recommender, most_jobs
-    self._wait_seconds = wait_seconds
-    self._line = Line()  # AdmissionControl limits its length.
+    self._wait_seconds, self._most_waiting = wait_seconds, most_waiting
+    self._line = Line()  # AdmissionControl limits the requests in it, `has_room` the rest.
     self._thread = ThreadPoolExecutor(1)
     self.most_k = min(MOST_K, recommender.most_k)
     self.no_texts: dict[str, Any] = {}
@@ -148,6 +151,10 @@ class Batcher:
       if size == 1 or (size <= most_jobs and shape not in compiled):
         self._rank([job] * size)
         compiled.add(shape)
+
+  def has_room(self, jobs: int) -> bool:
+    """Returns whether so many jobs of one request would not make all others wait too long."""
+    return not self._line or len(self._line) + jobs <= self._most_waiting
 
   async def answer(self, job: Job) -> Answer:
     """Waits until the job was ranked and returns its answer."""

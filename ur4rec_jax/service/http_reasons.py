@@ -29,50 +29,53 @@ async def add_reasons(
     told: numbers of the items of the history that may be named; None for all.
 
   Returns:
-    Remarks for the reader: why no item of the history is named, if this model does not allow it.
+    Remarks for the reader: why no item of the history is named, if none can be named now.
   """
   recommender, passages = model.recommender, model.passages
   numbers = np.array([recommender.number_of(row['item']) for row in rows], np.int32)
-  history, found = await _influences(model, job, numbers)
+  history = job.query.histories[0][-recommender.max_length :]
+  left_out = history[-MOST_LEFT_OUT:]
+  found = np.zeros((len(left_out), len(numbers)))
+  remarks = _why_not(model, 1 + len(left_out)) if len(numbers) else []
+  if len(numbers) and not remarks:
+    found = await _influences(model, job, history, numbers)
   if told is not None:
-    found[[item not in told for item in history.tolist()]] = 0
+    found[[item not in told for item in left_out.tolist()]] = 0
   for row, number, column in zip(rows, numbers, found.T, strict=True):
-    named = reasons.because(column, history, recommender.item_ids, recommender.titles)
+    named = reasons.because(column, left_out, recommender.item_ids, recommender.titles)
     row['because'] = named
     row['why'] = reasons.why(named)
     if passages:
       about = [passages[recommender.number_of(item['item']) - 1] for item in named]
       text = ' '.join([*(item['title'] for item in named), *(x for own in about for x in own)])
       row['sentence'] = closest(passages[number - 1], text) or ''
-  return _why_not(model)
+  return remarks
 
 
-def _why_not(model: 'Model') -> list[str]:
-  """Returns the reason if influences cannot be measured, and nothing if they can."""
+def _why_not(model: 'Model', jobs: int) -> list[str]:
+  """Returns the reason if influences cannot be measured by so many jobs, otherwise nothing."""
   count, most = len(model.recommender.item_ids), model.batcher.most_k
-  if not model.recommender.compares_ranks or count <= most:
-    return []
-  return [
-    f'no item of the history is named: scores of this model are made of ranks among all {count:,}'
-    f' items, of which the service compares {most} at most; recommend --explain names them'
-  ]
+  if model.recommender.compares_ranks and count > most:  # It would need another program.
+    return [
+      f'no item of the history is named: scores of this model are made of ranks among all {count:,}'
+      f' items, of which the service compares {most} at most; recommend --explain names them'
+    ]
+  if not model.batcher.has_room(jobs):
+    return ['no item of the history is named, because the service is busy; ask again later']
+  return []
 
 
 async def _influences(
-  model: 'Model', job: Job, numbers: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Measures how much the scores of items fall without each of the latest items of the history.
+  model: 'Model', job: Job, history: np.ndarray, numbers: np.ndarray
+) -> np.ndarray:
+  """Measures how much the scores of items fall without each of the latest items of a history.
 
   Returns:
-    `[left out]` these items of the history, and `[left out, items]` the influences.
+    `[left out, items]`.
   """
   recommender, batcher = model.recommender, model.batcher
   num_items = len(recommender.item_ids)
   compared = influences.reference(num_items, recommender.compares_ranks)
-  history = job.query.histories[0][-recommender.max_length :]
-  left_out = history[-MOST_LEFT_OUT:]
-  if not len(numbers) or _why_not(model):  # More items would need another program.
-    return left_out, np.zeros((len(left_out), len(numbers)))
   whole = dataclasses.replace(job.query, histories=[history])
   query = influences.leave_one_out(
     whole, numbers, compared, num_items, recommender.branches, MOST_LEFT_OUT
@@ -82,4 +85,4 @@ async def _influences(
   answers = await asyncio.gather(*map(batcher.answer, jobs))
   ids = np.array([[*map(recommender.number_of, x.items[0])] for x in answers], np.int32)
   scores = np.array([x.scores[0] for x in answers])
-  return left_out, influences.influences(ids, scores, numbers, compared)
+  return influences.influences(ids, scores, numbers, compared)
