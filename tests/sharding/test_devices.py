@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import signal
 import socket
@@ -83,6 +84,18 @@ with devices.joined_processes(), stop_requests(60) as stop_requested:
   ask = devices.late_any_process()
   answers = [ask(jax.process_index() == 1 and call > 0) for call in range(3)]
   assert answers == [False, False, True], answers
+"""
+
+# Starts many functions with a collective before it reads an output, as an evaluation does.
+IN_FLIGHT = """
+import jax
+import numpy as np
+from ur4rec_jax.sharding import devices
+step = lambda x: jax.lax.all_gather((x @ x.T).argmax(-1), devices.AXIS)
+x = devices.shard(np.ones((2, 400, 64), np.float32))
+for mapping in devices.MAPPINGS.values():
+  work = mapping(step, (0,), ())
+  jax.block_until_ready([work(x) for _ in range(400)])
 """
 
 
@@ -304,6 +317,12 @@ def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_pat
   assert results[0] == results[1]
   ranks = [(w / 'test_ranks.npz').read_bytes() for w in (workdir, one_device)]
   assert ranks[0] == ranks[1]
+
+
+def test_many_functions_at_once_do_not_block_each_other_on_the_devices_of_a_cpu():
+  """XLA ends a process whose collective waits for 60 seconds."""
+  env = os.environ | devices(2) | {'JAX_PLATFORMS': 'cpu'}
+  subprocess.run([sys.executable, '-c', IN_FLIGHT], env=env, timeout=120, check=True)
 
 
 def test_a_question_to_all_processes_does_not_wait_for_the_devices(environment):

@@ -423,7 +423,7 @@ def pmap(
   mapped = jax.pmap(
     flat, AXIS, in_axes=tuple(in_axes), out_axes=tuple(axes), donate_argnums=tuple(donate_argnums)
   )
-  compiled = lambda *args: structure.unflatten(mapped(*args))
+  compiled = lambda *args: _finished(structure.unflatten(mapped(*args)))
   # jax itself would keep the program and all that the step holds, such as the data of a run.
   weakref.finalize(compiled, _forget_mapped, flat).atexit = False
   return compiled
@@ -446,7 +446,20 @@ def shard_map(
   """
   in_axes = tuple(in_axes)
   mapped = _jit_shard_map(step, in_axes, donate_argnums, out_axes)
-  return lambda *args: _of_this_process(mapped(*_over_processes(args, in_axes)), out_axes)
+  return lambda *args: _finished(
+    _of_this_process(mapped(*_over_processes(args, in_axes)), out_axes)
+  )
+
+
+def _finished(outputs: PyTree) -> PyTree:
+  """Returns the outputs of a mapped function, and first waits for them on several CPU devices.
+
+  These devices share the threads of the process. Two functions that run at once can hold all
+  threads, each waiting in a collective for a device that gets none.
+  """
+  if platform() == 'cpu' and jax.local_device_count() > 1:
+    jax.block_until_ready(outputs)
+  return outputs
 
 
 def lower(
