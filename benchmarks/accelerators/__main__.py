@@ -2,7 +2,7 @@
 
   python -m benchmarks.accelerators --topology=v5e:2x2
   python -m benchmarks.accelerators --topology=v6e:2x2 --config=movielens_1m --program=train \
-    --config.dtype=bfloat16 --config.batch_size=2048 --config.sasrec.dim=256 \
+    --config.batch_size=2048 --config.sasrec.dim=256 \
     --config.sasrec.num_blocks=4 --config.sasrec.ffn_dim=1024 --out=width-256-v6e
 
 Every figure is compiled, not measured. The sizes of the data are those of SASRec's ML-1M file
@@ -23,6 +23,7 @@ from benchmarks.speed.ur4rec_side import override
 from ur4rec_jax.errors import exit_on_reported_error
 from ur4rec_jax.files import write_file
 from ur4rec_jax.runs.config_files import load_config
+from ur4rec_jax.sharding import devices
 
 
 @exit_on_reported_error
@@ -61,8 +62,9 @@ def measure(flags: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
   config.mapping = 'shard_map'
   override(config, overrides)
   sizes = programs.Sizes(flags.users, flags.items, flags.length)
-  run = programs.generate_run(config, sizes)
   with compiler.compiling_for(topology):
+    config.dtype = devices.compute_dtype(config.dtype).name
+    run = programs.generate_run(config, sizes)
     lowered = programs.PROGRAMS[flags.program](run)
     found = compiler.report(lowered, topology, config.dtype, flags.hlo)
   return {

@@ -147,7 +147,7 @@ def main() -> None:
   parts = Counter()
   for name, spent in nanoseconds.items():
     parts[part_of(paths[name])] += spent
-  limits = machine_limits(config.dtype)
+  limits = machine_limits(devices.compute_dtype(config.dtype))
   second, total = statistics.median(seconds), sum(nanoseconds.values())
   result = {
     'benchmark': 'profile_step',

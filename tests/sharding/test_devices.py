@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 import weakref
 
 import jax
@@ -19,7 +20,7 @@ from tests.helpers.marks import slow
 from tests.helpers.runs import wait_for
 from ur4rec_jax.errors import LostProcessError
 from ur4rec_jax.runs.checkpoint import find_damage
-from ur4rec_jax.sharding.devices import AXIS, MAPPINGS
+from ur4rec_jax.sharding.devices import AXIS, MAPPINGS, compiling_for, compute_dtype
 
 # SGD, because Adam hides a gradient of the wrong scale; no dropout, because its masks depend on
 # the device; a small rate, because rounding grows with training.
@@ -317,6 +318,25 @@ def test_two_processes_agree_with_one(mapping, found, start, one_device, tmp_pat
   assert results[0] == results[1]
   ranks = [(w / 'test_ranks.npz').read_bytes() for w in (workdir, one_device)]
   assert ranks[0] == ranks[1]
+
+
+@pytest.mark.parametrize(
+  ('platform', 'capability', 'expected'),
+  [
+    ('cpu', None, 'float32'),
+    ('tpu', None, 'bfloat16'),
+    ('cuda', '7.5', 'float32'),
+    ('cuda', '8.0', 'bfloat16'),
+    ('rocm', 'gfx90a', 'float32'),
+  ],
+)
+def test_the_type_to_compute_in_is_that_which_the_devices_are_fast_at(
+  platform, capability, expected
+):
+  device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+  with compiling_for([device]):
+    assert compute_dtype('auto') == expected
+    assert compute_dtype('float32') == 'float32'
 
 
 def test_many_functions_at_once_do_not_block_each_other_on_the_devices_of_a_cpu():

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
@@ -16,6 +15,7 @@ from ur4rec_jax.models.followers import Followers
 from ur4rec_jax.models.fusion import SUMS, BranchFusion, inner_products
 from ur4rec_jax.models.retriever import Retriever
 from ur4rec_jax.models.sasrec import OF_CONTENT, SASRec
+from ur4rec_jax.sharding import devices
 
 Array = jax.Array
 BRANCHES = ('sasrec', 'retriever')
@@ -265,7 +265,7 @@ def _vectors(items: Mapping[str, EncodedItems]) -> dict[str, Array]:
 
 def create_model(config: ConfigDict, num_items: int) -> UR4Rec:
   """Builds the model that a config describes."""
-  dtype = jnp.dtype(config.dtype)
+  dtype = devices.compute_dtype(config.dtype)
   common = {'num_items': num_items, 'max_length': config.max_length, 'dtype': dtype}
   content = lambda dim: ContentTower(dim, dtype=dtype, **config.content)
   branches = {}

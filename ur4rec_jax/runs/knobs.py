@@ -468,9 +468,10 @@ SECTIONS: dict[str, dict[str, Knob]] = {
       may_change=True,
     ),
     'dtype': Knob(
-      'float32',
-      'Type to compute in; bfloat16 is faster on GPUs and TPUs.',
-      choices=('float32', 'bfloat16'),
+      'auto',
+      'Type to compute in; auto is bfloat16 on TPUs and on GPUs from Ampere on, else float32.',
+      choices=('auto', 'float32', 'bfloat16'),
+      may_round=True,
     ),
     'data_in_memory': Knob(
       True,

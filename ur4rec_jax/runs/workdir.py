@@ -212,7 +212,7 @@ def _warn_of_other_rounding(
   if 'threads' in differing:
     keep = f'; --config.cpu_threads={before["threads"]} keeps the number of threads'
   say(
-    f'warning: the run in {folder} goes on with {changes}; sums are rounded in another order, so '
+    f'warning: the run in {folder} goes on with {changes}; numbers are rounded in another way, so '
     f'its last digits will not be those of an undisturbed run{keep}',
     sys.stderr,
   )

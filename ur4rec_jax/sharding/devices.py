@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -177,7 +178,18 @@ def platform() -> str:
 def compute_capability() -> float:
   """Returns the generation of an NVIDIA GPU, e.g. 9.0 for an H100; 0 for other devices."""
   device = (_described or jax.local_devices())[0]
-  return float(getattr(device, 'compute_capability', None) or 0)
+  try:
+    return float(getattr(device, 'compute_capability', None) or 0)
+  except ValueError:  # AMD's have names, such as gfx90a.
+    return 0.0
+
+
+def compute_dtype(name: str) -> np.dtype:
+  """Returns the type to compute in for `config.dtype`, which may leave it to the devices."""
+  if name == 'auto':
+    is_fast = platform() == 'tpu' or compute_capability() >= 8
+    name = 'bfloat16' if is_fast else 'float32'
+  return jnp.dtype(name)
 
 
 def is_main_process() -> bool:
