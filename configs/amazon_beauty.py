@@ -31,6 +31,10 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.item_embeddings = 'touched'
   config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule = 'cosine'
+  if variant in ('sasrec', 'text'):
+    # Counts of what other users had next: validation NDCG@10 is 0.0752 with them and 0.0716 without,
+    # with texts 0.0858 and 0.0832.
+    config.followers.weight = 0.5
   if variant == 'sasrec':
     config.sasrec.item_scale = 0.07
     # Chosen by validation: NDCG@10 is 0.0696 with these positions and 0.0718 with the filter, too.

@@ -1,6 +1,6 @@
 """Shows what each modality adds on the generated world, where it is known what a file tells.
 
-  python -m benchmarks.quality.modalities --scratch=runs/modalities --seeds=0,1,2
+  python -m benchmarks.quality.modalities --scratch=runs/modalities --seeds=0,1,2 [--keep]
 
 An item of `data_prep.sources.synthetic` has a topic, a style and a look, and each user likes some
 of each. The program writes a sound, a video and the triples of a graph for every item, next to its
@@ -8,8 +8,8 @@ text and its picture; each kind of file tells two or three of the properties. It
 user would, with the built-in encoders, and trains with ids alone, with each modality, with all, and
 with all shuffled over the items. `process` ranks by the true probabilities: nothing can do better.
 
-A run that has finished is not run again. Prints a table, and stores what was found in
-`results.json` of the scratch folder.
+A run that has finished is not run again. Prints a table; --keep stores what was found, and writes
+the table into docs/embeddings.md.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from benchmarks.quality.accuracy import run_module, seeds_of, train_seeds
+from benchmarks.quality.accuracy import ROOT, put_between_marks, run_module, seeds_of, train_seeds
 from data_prep.sources import synthetic, vocabulary
 from ur4rec_jax.data.dataset import load_dataset, read_interactions, read_items
 from ur4rec_jax.errors import exit_on_reported_error
@@ -40,6 +40,8 @@ from ur4rec_jax.runs.sweep import (
   spread,
 )
 
+STORED = ROOT / 'benchmarks' / 'results' / 'modalities.json'
+PAGE = ROOT / 'docs' / 'embeddings.md'
 USERS, ITEMS, SEED = 2000, 1500, 0  # As in the quickstart, for which the config was tuned.
 RATE, SOUND_SECONDS = 16_000, 1.0
 SIDE, FRAMES = 64, 3  # Pixels and frames of a video.
@@ -247,9 +249,12 @@ def main() -> None:
   add = parser.add_argument
   add('--scratch', type=pathlib.Path, default='runs/modalities', help='folder of data and runs')
   add('--seeds', type=seeds_of, default='0,1,2', help='comma-separated')
+  add('--keep', action='store_true', help='store the result, and put it into docs/embeddings.md')
   flags = parser.parse_args()
   found = measure(flags.scratch, flags.seeds)
-  write_file(flags.scratch / 'results.json', json.dumps(found, indent=1) + '\n')
+  if flags.keep:
+    write_file(STORED, json.dumps(found, indent=1) + '\n')
+    put_between_marks(PAGE, 'modalities', table(found))
   print(table(found))
 
 

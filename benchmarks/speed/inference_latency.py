@@ -49,6 +49,7 @@ WARM_UP = 20
 def make_recommender(variant: str) -> Recommender:
   """Makes a recommender of a variant of configs/movielens_1m.py with random parameters."""
   config = movielens_1m.get_config(variant)
+  config.followers.weight = 0.0  # There are no interactions to count.
   model, rng = create_model(config, ITEMS), np.random.default_rng(0)
   features = {}
   for name in config.modalities:
@@ -65,6 +66,7 @@ def make_recommender(variant: str) -> Recommender:
 def make_million(vectors: np.ndarray, approximate: bool) -> Recommender:
   """Makes a SASRec with one block over the given item vectors, `[items + 1, 64]`."""
   config = movielens_1m.get_config('sasrec')
+  config.followers.weight = 0.0
   config.sasrec.update({'dim': vectors.shape[1], 'ffn_dim': vectors.shape[1], 'num_blocks': 1})
   ones = np.ones((1, 1), np.int32)
   init = functools.partial(create_model(config, 1).init, method='encode')
