@@ -32,8 +32,8 @@ def get_config(variant: str = 'sasrec') -> ConfigDict:
   config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule = 'cosine'
   if variant in ('sasrec', 'text'):
-    # Counts of what other users had next: validation NDCG@10 is 0.0752 with them and 0.0716 without,
-    # with texts 0.0858 and 0.0832.
+    # Counts of what other users had next: validation NDCG@10 is 0.0752 with them and 0.0716
+    # without, with texts 0.0858 and 0.0832.
     config.followers.weight = 0.5
   if variant == 'sasrec':
     config.sasrec.item_scale = 0.07
