@@ -42,7 +42,7 @@ def plain_softmax(*arguments) -> jax.Array:
 
 
 def plain_attention(
-  query: jax.Array, key: jax.Array, value: jax.Array, visible: attention.Visible
+  query: jax.Array, key: jax.Array, value: jax.Array, visible: attention.Visible, _window: int
 ) -> jax.Array:
   """Replaces `attention.causal_attention`: every query is compared with every key."""
   return attention.masked_attention(query, key, value, visible.mask(query.shape[1]))
