@@ -21,6 +21,7 @@ from ur4rec_jax.errors import InputError
 from ur4rec_jax.evaluation import cold_items
 from ur4rec_jax.inference import scoring
 from ur4rec_jax.models.ur4rec import BRANCHES, UR4Rec, create_model
+from ur4rec_jax.sharding import devices
 
 if TYPE_CHECKING:
   from ur4rec_jax.data.raw.records import Item
@@ -281,9 +282,10 @@ class NewItemEncoder:
       The same arrays for the new items, `new items + 1` rows each, row 0 for padding.
     """
     count = len(next(iter(tables.values())).mask)
+    dtype = devices.compute_dtype(self._config.dtype)
     features = {
       name: TokenTable(
-        np.pad(table.tokens, ((1, 0), (0, 0), (0, 0))).astype(jnp.dtype(self._config.dtype)),
+        np.pad(table.tokens, ((1, 0), (0, 0), (0, 0))).astype(dtype),
         np.pad(table.mask, ((1, 0), (0, 0))),
       )
       for name, table in tables.items()

@@ -45,6 +45,7 @@ from ur4rec_jax.inference.stored_format import Settings
 from ur4rec_jax.models.ur4rec import UR4Rec, create_model
 from ur4rec_jax.runs.compiled_programs import keep_compiled_programs
 from ur4rec_jax.runs.extensions import load_extensions
+from ur4rec_jax.sharding import devices
 
 _PREFERENCE = '\0preference'  # Id of a preference that is read as an item; no real item has it.
 
@@ -223,7 +224,7 @@ class TrainedRecommender(Recommender):
   @functools.cached_property
   def _user_tables(self) -> dict[str, TokenTable]:
     data = dataclasses.replace(self.dataset, features={}, user_features=self._user_features)
-    return read_tables(data, jnp.dtype(self.config.dtype)).users
+    return read_tables(data, devices.compute_dtype(self.config.dtype)).users
 
   def _users_with_items(self) -> Users:
     return make_users(list(self.users), self.dataset.offsets, self.dataset.item_ids, {})

@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -143,7 +142,7 @@ def open_run(config: ConfigDict) -> Run:
 
 def make_run(config: ConfigDict, dataset: Dataset) -> Run:
   """Builds a run on a dataset in memory; InputError if a stage is impossible."""
-  tables = read_tables(dataset, jnp.dtype(config.dtype))
+  tables = read_tables(dataset, devices.compute_dtype(config.dtype))
   # Stages that train the same model need its parameters' shapes only once.
   shapes_of = functools.cache(lambda model: parameter_shapes(model, tables))
   stages, labels = make_stages(config, dataset.num_items, shapes_of)
