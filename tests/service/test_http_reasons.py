@@ -63,8 +63,7 @@ def test_a_busy_service_leaves_reasons_out_and_says_so(shop):
 
   async def explain(waiting):
     rows = recommender.recommendations(recommender.ask(Query([history], 5)))
-    others = [asyncio.create_task(batcher.answer(job)) for _ in range(waiting)]
-    await asyncio.sleep(0)  # They wait in the line now.
+    others = [batcher.answer(job) for _ in range(waiting)]
     explaining = asyncio.create_task(
       http_reasons.add_reasons(Model(recommender, batcher), job, rows, None)
     )
@@ -81,3 +80,24 @@ def test_a_busy_service_leaves_reasons_out_and_says_so(shop):
   rows, notes = asyncio.run(explain(waiting=2))
   assert notes == ['no item of the history is named, because the service is busy; ask again later']
   assert [(row['because'], row['why']) for row in rows] == [([], '')] * 5
+
+
+def test_questions_for_reasons_that_come_at_once_are_counted_together(shop):
+  recommender = make(shop, 'sasrec')[0]
+  batcher = Batcher(recommender, most_jobs=4, wait_seconds=0, most_waiting=16)
+  history = recommender.item_ids[:6]  # Reasons rank it seven times.
+  job = Job(recommender.check(Query([history], 5)), None)
+  model = Model(recommender, batcher)
+
+  async def explain(times):
+    rows = recommender.recommendations(recommender.ask(Query([history], 5)))
+    copies = [[dict(row) for row in rows] for _ in range(times)]
+    running = asyncio.create_task(batcher.run())
+    notes = await asyncio.gather(
+      *(http_reasons.add_reasons(model, job, copy, None) for copy in copies)
+    )
+    running.cancel()
+    return notes
+
+  notes = asyncio.run(explain(5))
+  assert [len(x) for x in notes] == [0, 0, 1, 1, 1]

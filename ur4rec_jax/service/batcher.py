@@ -156,15 +156,15 @@ class Batcher:
     """Returns whether so many jobs of one request would not make all others wait too long."""
     return not self._line or len(self._line) + jobs <= self._most_waiting
 
-  async def answer(self, job: Job) -> Answer:
-    """Waits until the job was ranked and returns its answer."""
+  def answer(self, job: Job) -> asyncio.Future[Answer]:
+    """Lets the job wait at once, so that `has_room` counts it, and returns its answer to be."""
     loop = asyncio.get_running_loop()
     future = loop.create_future()
     is_usual = len(job.query.excluded[0]) <= self._most_excluded
     # The program takes one set of allowed items per batch, so each filter needs its own batch.
     key = job.only, None if is_usual else id(job)
     self._line.put(Waiting(job, key, future, loop.time()))
-    return await future
+    return future
 
   async def run(self) -> None:
     """Ranks jobs until the task is cancelled."""
