@@ -3,6 +3,7 @@
 import copy
 import json
 
+import optuna
 import pytest
 
 from benchmarks.robustness.small_runs import lines
@@ -104,6 +105,15 @@ def test_trials_of_another_config_or_of_other_data_do_not_mix(space, tmp_path, i
       search.run_search(other, workdir, f'{space}:even', 2)
   instant.evaluation.batch_size = 32  # It changes no number.
   assert len(search.run_search(instant, workdir, f'{space}:even', 2)['trials']) == 2
+
+
+def test_a_search_that_noted_a_field_which_may_change_now_goes_on(space, tmp_path, instant):
+  search.run_search(instant, str(tmp_path), f'{space}:even', 1)
+  study = optuna.load_study(study_name='search', storage=f'sqlite:///{tmp_path}/search.db')
+  before = study.user_attrs['searched']
+  assert 'config.dtype' not in before
+  study.set_user_attr('searched', before | {'config.dtype': 'float32'})
+  assert len(search.run_search(instant, str(tmp_path), f'{space}:even', 2)['trials']) == 2
 
 
 def test_a_trial_that_fails_does_not_stop_the_search(space, tmp_path, instant, monkeypatch):

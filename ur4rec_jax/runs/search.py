@@ -191,16 +191,16 @@ def _check_same_search(study: 'optuna.Study', config: ConfigDict, workdir: str) 
   """
   dataset = load_dataset(config.data_dir, config.split).identity()
   now = flatten({'dataset': dataset, 'config': config.to_dict()})
-  now = {name: x for name, x in now.items() if name.removeprefix('config.') not in CHANGEABLE}
   before = study.user_attrs.get('searched') or now
-  for name in sorted(before | now):
+  free = {f'config.{name}' for name in CHANGEABLE}
+  for name in sorted((before | now).keys() - free):
     if before.get(name) != now.get(name):
       raise InputError(
         f'{name} is {now.get(name)!r}, but the trials of the search in {workdir} had'
         f' {before.get(name)!r}, and would not compare with new ones; set it back, or use another'
         ' --workdir'
       )
-  study.set_user_attr('searched', now)
+  study.set_user_attr('searched', {name: x for name, x in now.items() if name not in free})
 
 
 def _ask_again_for_stopped(study: 'optuna.Study') -> None:
