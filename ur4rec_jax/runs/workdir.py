@@ -223,6 +223,8 @@ def _rounding(record: dict) -> dict[str, Any]:
   if not isinstance(record.get('machine'), dict):
     return {}
   fields = flatten(from_stored(record['config']).to_dict())
+  # The same on equal devices, whether the config names the type or leaves it to them.
+  fields['dtype'] = devices.compute_dtype(fields['dtype']).name
   found = record['machine'] | {name: fields[name] for name in KNOBS if KNOBS[name].may_round}
   # Only the number of threads matters, wherever it comes from.
   return {name: value for name, value in found.items() if name not in ('cores', 'cpu_threads')}
