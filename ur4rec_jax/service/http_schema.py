@@ -93,7 +93,7 @@ class Recommendations(BaseModel):
 
   `history` has the number of known items and the number of items that the model reads. `unknown`
   has the items that are not in the catalogue; they were ignored. `notes` says what rules left out,
-  and why `because` is empty if influences of the model cannot be measured. `arm` is the arm of the
+  and why `because` is empty if influences cannot be measured now. `arm` is the arm of the
   experiment, if there is one; null for users outside of it.
   Events may have the `request_id` of the answer in which the user saw the item.
   """
