@@ -15,6 +15,7 @@ from benchmarks.speed import (
   performance,
   profile_step,
   starts,
+  ur4rec_side,
 )
 from tests.helpers.runs import ROOT
 from tests.helpers.stored_results import rows
@@ -168,6 +169,14 @@ def test_operations_are_those_of_products_in_every_round_of_a_loop():
   a, b = jnp.ones((3, 7)), jnp.ones((7, 7))
   assert profile_step.matmul_flops(jax.make_jaxpr(rounds)(a, b).jaxpr) == 5 * 2 * 3 * 7 * 7
   assert profile_step.matmul_flops(jax.make_jaxpr(jax.jit(jnp.matmul))(a, b).jaxpr) == 2 * 3 * 49
+
+
+def test_this_library_computes_in_float32_beside_another_one_on_every_device():
+  sizes = {'max_length': 50, 'batch_size': 8, 'dim': 8, 'num_blocks': 1, 'num_heads': 1}
+  settings = sizes | {'seed': 0, 'dropout': 0.1, 'loss': 'softmax', 'learning_rate': 1e-3}
+  make = lambda *overrides: ur4rec_side.make_config(settings | {'overrides': overrides})
+  assert make().dtype == 'float32'
+  assert make('--config.dtype=bfloat16').dtype == 'bfloat16'
 
 
 def test_an_operation_belongs_to_the_part_of_its_path():
