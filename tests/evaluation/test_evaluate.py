@@ -186,6 +186,16 @@ def test_protocol_names_what_a_number_depends_on():
   assert sampled['candidates'] == 'target + 99 popularity (seed 5)'
 
 
+def test_devices_share_the_users_of_one_batch():
+  queries = make_queries(mixed_dataset(), 'test', make_protocol())
+  with devices.compiling_for(jax.devices()[:1] * 3):
+    batches, members = pack_queries(queries, MAX_LENGTH, users_per_batch=1000)
+  assert len(members) == 3
+  assert (members >= 0).any(1).all()
+  rows = batches.plan.lengths.any(-1).sum(1)
+  assert batches.plan.lengths.shape[1] == rows.max() <= rows.min() + 2
+
+
 @pytest.mark.parametrize('users_per_batch', [1, 7, 1000])
 def test_batches_hold_every_user_once_with_the_newest_token(users_per_batch):
   dataset = mixed_dataset()

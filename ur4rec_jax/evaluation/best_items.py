@@ -46,7 +46,7 @@ def best_items(
     (),
   )
   catalogue = make_catalogue_encoder(model, data)(params, data.tables.items)
-  # One batch for each device, as each holds all users.
+  # One batch for each device: together they hold all users.
   ((item_ids, placed),) = place_batches(batches, data)()
   found = jax.device_get(
     find(params, catalogue, data.tables.users, data.followers, item_ids, placed)

@@ -128,6 +128,7 @@ def pack_queries(
   rows_per_batch = min(len(users), max(1, round(len(users) * users_per_batch / len(lengths))))
   num_batches = -(-len(users) // rows_per_batch)
   num_batches += -num_batches % devices.device_count()
+  rows_per_batch = -(-len(users) // num_batches)  # Equal shares, so that no device ranks nobody.
   starts = queries.starts + queries.lengths - lengths
   plan = plan_rows(users, queries.users, starts, lengths, num_batches * rows_per_batch)
   by_batch = lambda x: x.reshape(num_batches, rows_per_batch, -1)
