@@ -63,6 +63,26 @@ def test_the_command_that_started_a_run_is_noted(module, argv, command, started,
   assert json.loads((started / 'run/config.json').read_text())['command'] == command
 
 
+def test_other_devices_are_told_until_the_run_is_finished(started, capsys):
+  """Each device draws its own dropout and negatives, so more differs than the last digits."""
+  path = started / 'run/config.json'
+  (started / 'run/checkpoints/3').mkdir(parents=True)
+  record = json.loads(path.read_text())
+  record['machine']['devices'] = 3
+  path.write_text(json.dumps(record))
+  run = open_run(stored_config('run'))
+  note_start('run', run)
+  warning = capsys.readouterr().err
+  assert 'devices 1 instead of 3; dropout and negatives are drawn in another way' in warning
+  assert warning.endswith('; JAX_NUM_CPU_DEVICES=3 keeps the number of devices\n')
+  assert json.loads(path.read_text())['machine']['devices'] == 1
+  (started / 'run/results.json').touch()
+  path.write_text(json.dumps(record))
+  note_start('run', run)
+  assert not capsys.readouterr().err
+  assert json.loads(path.read_text()) == record
+
+
 @pytest.mark.parametrize('inside', ['seed0', 'runs/ids', 'model/runs/content'])
 def test_a_folder_of_runs_names_them(tmp_path, inside):
   (tmp_path / inside).mkdir(parents=True)

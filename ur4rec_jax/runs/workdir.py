@@ -168,14 +168,17 @@ def claimed_workdir(workdir: str, run: Run) -> Iterator[None]:
 
 
 def note_start(workdir: str, run: Run) -> None:
-  """Writes the config to `config.json`, and warns if the run goes on with other rounding.
+  """Writes the config to `config.json`, and warns if the run goes on to another result.
 
   Results of the same run with another config, such as more epochs, are removed, so that results
-  always belong to the config.
+  always belong to the config. A finished run keeps its `config.json`, which says what trained it.
   """
   if not devices.is_main_process():
     return
   folder = pathlib.Path(workdir)
+  is_same = is_started_with(folder, run.config)
+  if is_same and (folder / 'results.json').exists():
+    return
   content = {
     'dataset': run.dataset.identity(),
     'command': _command(),
@@ -183,8 +186,8 @@ def note_start(workdir: str, run: Run) -> None:
     'config': _as_stored(run.config),
   }
   if (folder / CONFIG).exists() and saved_steps(folder):
-    _warn_of_other_rounding(folder, _rounding(_record(folder / CONFIG)), _rounding(content))
-  if not is_started_with(folder, run.config):
+    _warn_of_other_numbers(folder, _decisive(_record(folder / CONFIG)), _decisive(content))
+  if not is_same:
     for name in RESULT_FILES:
       (folder / name).unlink(missing_ok=True)
   write_file(folder / CONFIG, json.dumps(content, indent=2) + '\n')
@@ -201,25 +204,30 @@ def _command() -> str:
   return shlex.join([*words, *flags])
 
 
-def _warn_of_other_rounding(
+def _warn_of_other_numbers(
   folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]
 ) -> None:
   differing = [name for name in now if name in before and before[name] != now[name]]
   if not differing:
     return
   changes = ', '.join(f'{name} {now[name]} instead of {before[name]}' for name in differing)
+  if {'device', 'devices'} & set(differing):
+    effect = 'dropout and negatives are drawn in another way, so it ends as with another seed'
+  else:
+    effect = (
+      'numbers are rounded in another way, so its last digits will not be those of an undisturbed '
+      'run'
+    )
   keep = ''
+  if 'devices' in differing and before['device'] == now['device'] == 'cpu':
+    keep += f'; JAX_NUM_CPU_DEVICES={before["devices"]} keeps the number of devices'
   if 'threads' in differing:
-    keep = f'; --config.cpu_threads={before["threads"]} keeps the number of threads'
-  say(
-    f'warning: the run in {folder} goes on with {changes}; numbers are rounded in another way, so '
-    f'its last digits will not be those of an undisturbed run{keep}',
-    sys.stderr,
-  )
+    keep += f'; --config.cpu_threads={before["threads"]} keeps the number of threads'
+  say(f'warning: the run in {folder} goes on with {changes}; {effect}{keep}', sys.stderr)
 
 
-def _rounding(record: dict) -> dict[str, Any]:
-  """Returns the settings in a `config.json` that affect rounding; {} for an earlier version's."""
+def _decisive(record: dict) -> dict[str, Any]:
+  """Returns what in a `config.json` affects each digit of a run; {} for an earlier version's."""
   if not isinstance(record.get('machine'), dict):
     return {}
   fields = flatten(from_stored(record['config']).to_dict())
