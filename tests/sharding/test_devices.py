@@ -293,6 +293,7 @@ def test_more_devices_than_rows_are_refused(run, tmp_path):
   done = run(tmp_path / 'run', *EXACT, '--config.batch_size=1', env=devices(9))
   assert done.returncode == 2
   assert 'config.batch_size=1 gives 8 rows, fewer than the 9 devices' in done.stderr
+  assert 'make it larger, or train on fewer devices' in done.stderr
 
 
 def test_the_parameters_moved(one_device, run, tmp_path):

@@ -125,7 +125,7 @@ def plan_batches(run: Run) -> TrainBatches:
   if batches.rows < devices.device_count():
     raise InputError(
       f'config.batch_size={config.batch_size} gives {batches.rows} rows, fewer than the '
-      f'{devices.device_count()} devices; make it larger'
+      f'{devices.device_count()} devices; make it larger, or train on fewer devices'
     )
   return batches
 
