@@ -99,6 +99,21 @@ for mapping in devices.MAPPINGS.values():
   jax.block_until_ready([work(x) for _ in range(400)])
 """
 
+# The host has work of its own while the devices are busy, such as reading the next items.
+AT_ONCE = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ur4rec_jax.sharding import devices
+product = lambda _, x: x @ x / 500
+step = lambda n, x: jax.lax.psum(jax.lax.fori_loop(0, n, product, x).sum(), devices.AXIS)
+x = devices.shard(np.ones((2, 500, 500), np.float32))
+for mapping in devices.MAPPINGS.values():
+  work = mapping(step, (None, 0), ())
+  jax.block_until_ready(work(devices.replicate(np.int32(1)), x))
+  assert not work(devices.replicate(np.int32(500)), x).is_ready()
+"""
+
 
 def devices(number: int) -> dict[str, str]:
   return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={number}'}
@@ -344,6 +359,11 @@ def test_many_functions_at_once_do_not_block_each_other_on_the_devices_of_a_cpu(
   """XLA ends a process whose collective waits for 60 seconds."""
   env = os.environ | devices(2) | {'JAX_PLATFORMS': 'cpu'}
   subprocess.run([sys.executable, '-c', IN_FLIGHT], env=env, timeout=120, check=True)
+
+
+def test_a_mapped_function_returns_while_the_devices_of_a_cpu_work():
+  env = os.environ | devices(2) | {'JAX_PLATFORMS': 'cpu'}
+  subprocess.run([sys.executable, '-c', AT_ONCE], env=env, timeout=120, check=True)
 
 
 def test_a_question_to_all_processes_does_not_wait_for_the_devices(environment):

@@ -406,7 +406,7 @@ def _ask_processes(flag: bool) -> Callable[[], bool]:
 
 @functools.cache
 def _any() -> Callable[[jax.Array], jax.Array]:
-  return jax.jit(lambda flags: flags.any(), out_shardings=_sharding(None))
+  return _one_at_a_time(jax.jit(lambda flags: flags.any(), out_shardings=_sharding(None)))
 
 
 def on_each_device(function: Callable) -> Callable:
@@ -435,7 +435,7 @@ def pmap(
   mapped = jax.pmap(
     flat, AXIS, in_axes=tuple(in_axes), out_axes=tuple(axes), donate_argnums=tuple(donate_argnums)
   )
-  compiled = lambda *args: _finished(structure.unflatten(mapped(*args)))
+  compiled = _one_at_a_time(lambda *args: structure.unflatten(mapped(*args)))
   # jax itself would keep the program and all that the step holds, such as the data of a run.
   weakref.finalize(compiled, _forget_mapped, flat).atexit = False
   return compiled
@@ -458,20 +458,35 @@ def shard_map(
   """
   in_axes = tuple(in_axes)
   mapped = _jit_shard_map(step, in_axes, donate_argnums, out_axes)
-  return lambda *args: _finished(
-    _of_this_process(mapped(*_over_processes(args, in_axes)), out_axes)
+  return _one_at_a_time(
+    lambda *args: _of_this_process(mapped(*_over_processes(args, in_axes)), out_axes)
   )
 
 
-def _finished(outputs: PyTree) -> PyTree:
-  """Returns the outputs of a mapped function, and first waits for them on several CPU devices.
+# On several CPU devices: the last output of the mapped function that was started last.
+_started: jax.Array | None = None
+
+
+def _one_at_a_time(function: Callable) -> Callable:
+  """Lets a mapped function start when the one before has ended, on several CPU devices.
 
   These devices share the threads of the process. Two functions that run at once can hold all
   threads, each waiting in a collective for a device that gets none.
+
+  Args:
+    function: its last output is never donated, because the next function waits for it.
   """
-  if platform() == 'cpu' and jax.local_device_count() > 1:
-    jax.block_until_ready(outputs)
-  return outputs
+
+  def start(*args):
+    global _started
+    if _started is not None:
+      jax.block_until_ready(_started)
+    outputs = function(*args)
+    if platform() == 'cpu' and jax.local_device_count() > 1:
+      _started = jax.tree.leaves(outputs)[-1]
+    return outputs
+
+  return start
 
 
 def lower(
