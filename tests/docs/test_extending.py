@@ -16,21 +16,30 @@ from ur4rec_jax.data.dataset import load_dataset, read_items
 from ur4rec_jax.evaluation.baselines import baseline_metrics
 from ur4rec_jax.evaluation.protocol import Protocol
 from ur4rec_jax.inference import rules
+from ur4rec_jax.models.sasrec import BLOCKS
+from ur4rec_jax.training.losses import RETRIEVAL_LOSSES
 
 PAGE = ROOT / 'docs' / 'extending.md'
-BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', PAGE.read_text(), flags=re.M | re.S)
-MODULES = {text.split('\n')[0][2:]: text for kind, text in BLOCKS if kind == 'python'}
+CODE = re.findall(r'^```(\w*)\n(.*?)^```', PAGE.read_text(), flags=re.M | re.S)
+MODULES = {text.split('\n')[0][2:]: text for kind, text in CODE if kind == 'python'}
 
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-  """A folder with the files of the page; gives a function that imports one."""
+  """A folder with the files of the page; gives a function that imports one.
+
+  What the files add to the project's losses and blocks is gone after the test.
+  """
+  registries = [(registry, dict(registry)) for registry in (RETRIEVAL_LOSSES, BLOCKS)]
   for name, text in MODULES.items():
     (tmp_path / name).write_text(text)
   monkeypatch.syspath_prepend(tmp_path)
   yield importlib.import_module
   for name in MODULES:
     sys.modules.pop(name.removesuffix('.py'), None)
+  for registry, before in registries:
+    registry.clear()
+    registry.update(before)
 
 
 def test_every_block_of_python_is_a_file_that_is_tested():
@@ -102,7 +111,7 @@ def test_an_encoder(modules, data_dir, tmp_path):
 
 
 def test_a_rule(shop, tmp_path):
-  ((_, text),) = [block for block in BLOCKS if block[0] == 'toml']
+  ((_, text),) = [block for block in CODE if block[0] == 'toml']
   (tmp_path / 'rules.toml').write_text(text)
   recommender, _ = make(shop, 'text')
   found = rules.load(tmp_path / 'rules.toml', recommender.item_ids)

@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from configs import default
 from ur4rec_jax.models.attention import causal_attention, masked_attention, visible_history
@@ -117,14 +115,11 @@ def test_attention_equals_a_plain_loop():
   np.testing.assert_allclose(masked_attention(query, key, value, mask), expected, atol=1e-5)
 
 
-@given(
-  sizes=st.tuples(*[st.integers(1, 9)] * 3, st.integers(1, 3), st.integers(1, 8)),
-  dtype=st.sampled_from(['float32', 'bfloat16']),
-  seed=st.integers(0, 99),
-)
-def test_gradients_of_attention_equal_those_derived_from_its_definition(sizes, dtype, seed):
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('sizes', [(1, 1, 1, 1, 1), (3, 5, 9, 1, 8), (2, 9, 4, 3, 5)])
+def test_gradients_of_attention_equal_those_derived_from_its_definition(sizes, dtype):
   batch, queries, keys, heads, width = sizes
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   draw = lambda length: jnp.asarray(rng.normal(size=(batch, length, heads, width)), dtype)
   query, key, value, cotangent = draw(queries), draw(keys), draw(keys), draw(queries)
   mask = jnp.asarray(rng.random((batch, queries, keys)) < 0.6)  # Some queries see nothing.

@@ -105,6 +105,7 @@ OTHER = {
   'num_epochs': 7,
   'patience': 3,
   'steps_per_dispatch': 2,
+  'dtype': 'bfloat16',
   'cpu_threads': 3,
   'mapping': 'shard_map',
   'transfer_guard': 'allow',
