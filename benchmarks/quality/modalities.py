@@ -40,7 +40,7 @@ from ur4rec_jax.runs.sweep import (
   spread,
 )
 
-STORED = ROOT / 'benchmarks' / 'results' / 'modalities.json'
+STORED = ROOT / 'benchmarks' / 'results' / 'modalities' / 'results.json'
 PAGE = ROOT / 'docs' / 'embeddings.md'
 USERS, ITEMS, SEED = 2000, 1500, 0  # As in the quickstart, for which the config was tuned.
 RATE, SOUND_SECONDS = 16_000, 1.0
