@@ -218,8 +218,8 @@ def _joined(x: Array, num_heads: int) -> Array:
 def _attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
   """Computes `masked_attention` for separate heads.
 
-  It has a gradient of its own, because XLA on CPU computes some products of the derived one twice
-  and transposes the weights for others. One axis for rows and heads is faster there than two.
+  The gradient is written by hand: of the derived one, XLA on CPU computes some products twice, and
+  transposes the weights for others. One axis for rows and heads is faster there than two.
   """
   return _attend_forward(query, key, value, mask)[0]
 

@@ -227,7 +227,7 @@ def _warn_of_other_numbers(
 
 
 def _decisive(record: dict) -> dict[str, Any]:
-  """Returns what in a `config.json` affects each digit of a run; {} for an earlier version's."""
+  """Returns what decides the last digits of a run; {} if an earlier version wrote the record."""
   if not isinstance(record.get('machine'), dict):
     return {}
   fields = flatten(from_stored(record['config']).to_dict())

@@ -463,8 +463,8 @@ def shard_map(
   )
 
 
-# On several CPU devices: the last output of the mapped function that was started last.
-_started: jax.Array | None = None
+# Of the mapped function that was started last, on several CPU devices.
+_last_output: jax.Array | None = None
 
 
 def _one_at_a_time(function: Callable) -> Callable:
@@ -478,12 +478,12 @@ def _one_at_a_time(function: Callable) -> Callable:
   """
 
   def start(*args):
-    global _started
-    if _started is not None:
-      jax.block_until_ready(_started)
+    global _last_output
+    if _last_output is not None:
+      jax.block_until_ready(_last_output)
     outputs = function(*args)
     if platform() == 'cpu' and jax.local_device_count() > 1:
-      _started = jax.tree.leaves(outputs)[-1]
+      _last_output = jax.tree.leaves(outputs)[-1]
     return outputs
 
   return start
