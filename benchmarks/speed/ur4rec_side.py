@@ -49,7 +49,7 @@ def make_config(settings: dict[str, Any]) -> ConfigDict:
     config.sasrec[name] = settings[name]
   config.sasrec.ffn_dim = settings['dim']
   config.sasrec.norm, config.sasrec.item_scale = 'pre', 0.02  # About as RecTools has them.
-  config.dtype = 'float32'  # As RecTools computes, on every device.
+  config.dtype = 'float32'  # RecTools computes in it, too.
   config.loss.name = settings['loss']
   config.loss.seen_items = 'keep'  # RecTools leaves no items out, either.
   config.optimizer.warmup_steps = 0  # As RecTools has it.

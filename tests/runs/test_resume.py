@@ -109,7 +109,7 @@ def test_other_cores_and_dispatches_are_told(run, finished, tmp_path):
   machine = {'device': 'cpu', 'devices': 1, 'cores': cores, 'threads': cores}
   assert record['machine'] == machine
   record['machine'] = machine | {'cores': 98, 'threads': 99}
-  record['config']['dtype'] = 'float32'  # As a CPU computes anyway.
+  record['config']['dtype'] = 'float32'  # A CPU computes in it anyway.
   path.write_text(json.dumps(record))
   done = run(workdir, '--config.steps_per_dispatch=2', '--config.num_epochs=5')
   assert done.returncode == 0, done.stderr

@@ -82,7 +82,7 @@ def visible_memory(mask: Array, queries: int) -> Visible:
   return Visible(jnp.zeros(mask.shape, jnp.int32), jnp.where(mask, queries, 0))
 
 
-@jax.named_scope('attention')  # So that profiles tell it from the dense layer before it.
+@jax.named_scope('attention')  # Profiles then tell it from the dense layer before it.
 def self_attention(
   query_key_value: Array, visible: Visible, num_heads: int, window: int = 0
 ) -> Array:
@@ -227,7 +227,7 @@ def _attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
 def _attend_forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, tuple]:
   # A finite number, so that a query without visible keys gives an average instead of NaN.
   scores = _products(query, key, 2, 2) * query.shape[-1] ** -0.5
-  scores = jnp.where(_of_heads(mask, scores), scores, jnp.finfo(jnp.float32).min)
+  scores = _where_visible(mask, scores, jnp.finfo(jnp.float32).min)
   weights = jnp.exp(scores - scores.max(-1, keepdims=True))
   total = weights.sum(-1, keepdims=True)
   weights = weights.astype(value.dtype)
@@ -243,7 +243,7 @@ def _attend_backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, A
   gradient = gradient.astype(value.dtype)
   of_scores = weights * (_products(gradient, value, 2, 2) - along)
   # A query without visible keys has weights all the same, but they do not depend on its scores.
-  of_scores = jnp.where(_of_heads(mask, of_scores), of_scores, 0).astype(query.dtype)
+  of_scores = _where_visible(mask, of_scores, 0).astype(query.dtype)
   scale = query.shape[-1] ** -0.5
   return (
     (_products(of_scores, key, 2, 1) * scale).astype(query.dtype),
@@ -253,11 +253,10 @@ def _attend_backward(residuals: tuple, gradient: Array) -> tuple[Array, Array, A
   )
 
 
-def _of_heads(mask: Array, scores: Array) -> Array:
-  """Repeats a mask `[batch, queries, keys]` for each head of `scores`."""
-  batch = mask.shape[0]
-  heads = scores.reshape(batch, -1, *scores.shape[1:]).shape[1]
-  return jnp.broadcast_to(mask[:, None], (batch, heads, *mask.shape[1:])).reshape(scores.shape)
+def _where_visible(mask: Array, scores: Array, other: float) -> Array:
+  """Keeps the scores of separate heads where `mask` `[batch, queries, keys]` is True."""
+  by_head = scores.reshape(mask.shape[0], -1, *scores.shape[1:])
+  return jnp.where(mask[:, None], by_head, other).reshape(scores.shape)
 
 
 def _products(left: Array, right: Array, of_left: int, of_right: int) -> Array:

@@ -31,13 +31,15 @@ async def add_reasons(
   Returns:
     Remarks for the reader: why no item of the history is named, if none can be named now.
   """
+  if not rows:
+    return []
   recommender, passages = model.recommender, model.passages
   numbers = np.array([recommender.number_of(row['item']) for row in rows], np.int32)
   history = job.query.histories[0][-recommender.max_length :]
   left_out = history[-MOST_LEFT_OUT:]
   found = np.zeros((len(left_out), len(numbers)))
-  remarks = _why_not(model, 1 + len(left_out)) if len(numbers) else []
-  if len(numbers) and not remarks:
+  remarks = _why_not(model, 1 + len(left_out))
+  if not remarks:
     found = await _influences(model, job, history, numbers)
   if told is not None:
     found[[item not in told for item in left_out.tolist()]] = 0

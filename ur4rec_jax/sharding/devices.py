@@ -463,7 +463,7 @@ def shard_map(
   )
 
 
-# Of the mapped function that was started last, on several CPU devices.
+# The mapped function that was started last gave it; None unless a CPU has several devices.
 _last_output: jax.Array | None = None
 
 
