@@ -146,3 +146,10 @@ def test_categories_and_descriptions_of_products_count_if_no_usual_name_is_there
   assert read_note(table).endswith('title = product_name, genres = product_category')
   table = write_table(tmp_path / 'goods.csv', f'{header},category', [[*row, 'Home']])
   assert read_note(table).endswith('genres = category; ignored: product_category')
+
+
+def test_the_mark_of_films_without_genres_is_no_genre(tmp_path):
+  rows = [['1', 'A', '(no genres listed)'], ['2', 'B', 'Drama||War']]
+  table = write_table(tmp_path / 'movies.csv', 'movieId,title,genres', rows)
+  found, _ = items.read(table)
+  assert [item.genres for item in found.values()] == [(), ('Drama', 'War')]

@@ -16,6 +16,7 @@ from ur4rec_jax.errors import InputError
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
 # The first of several picture files in one field, as shops list them, and the character behind it.
 _FIRST_FILE = re.compile(rf'(.+?({"|".join(map(re.escape, PICTURES))}))[\s,;|]', re.IGNORECASE)
+_NO_GENRES = ('', '(no genres listed)')  # MovieLens 20M and later mark films without genres so.
 # Flags of the table and their defaults; None recognises the column by its name.
 PARAMETERS: Mapping[str, Any] = {
   **{f'{role}_column': None for role in column_names.ITEMS},
@@ -165,7 +166,8 @@ def genres(value: Any) -> tuple[str, ...]:
   """Returns the distinct names in a list, nested or not, or in a text separated by `|`."""
   if isinstance(value, list | tuple):
     return tuple(dict.fromkeys(name for part in value for name in genres(part)))
-  return tuple(dict.fromkeys(part.strip() for part in text(value).split('|') if part.strip()))
+  names = dict.fromkeys(part.strip() for part in text(value).split('|'))
+  return tuple(name for name in names if name not in _NO_GENRES)
 
 
 def _choose_columns(
