@@ -114,7 +114,7 @@ ACCURACY = Folded(
 RUNS = Folded(
   'Size, time and command of all variants',
   '**best epoch** is the epoch of the parameters that were kept, one number a seed. **features** '
-  'names the encoder of each modality. **command** also needs `--workdir`, `--config.data_dir` and '
+  'names the encoder of each modality, and who wrote the texts where that was recorded. **command** also needs `--workdir`, `--config.data_dir` and '
   '`--config.seed`.',
 )
 
@@ -527,6 +527,7 @@ def _features(found: dict[str, Any], name: str = '') -> Iterator[str]:
   """Yields every encoder in the features of a results.json, with its true `is_...` marks."""
   if 'encoder' in found:
     marks = [key.removeprefix('is_') for key, value in found.items() if value is True]
+    marks += [f'texts by {found["written_by"]}'] if 'written_by' in found else []
     yield f'{name.strip()}: {found["encoder"]}' + (f' ({", ".join(marks)})' if marks else '')
   else:
     for key, value in found.items():

@@ -56,7 +56,8 @@ def test_a_variant_beside_its_baseline(tmp_path):
 
 def test_what_a_table_says_of_its_runs(tmp_path):
   origin = {'encoder': 'minilm', 'is_builtin': False, 'is_mock': True, 'fingerprint': 'f'}
-  features = {'item': {'text': origin, 'image': origin | {'is_mock': False}}}
+  written = origin | {'is_mock': False, 'written_by': 'openai gpt'}
+  features = {'item': {'text': origin, 'image': origin | {'is_mock': False}, 'other': written}}
   store(tmp_path, 'plain', BASE)
   store(tmp_path, 'content', BASE, dataset={'features': features}, command='python a|b')
   page = accuracy.results_page(accuracy.load_results(tmp_path))
@@ -74,7 +75,9 @@ def test_what_a_table_says_of_its_runs(tmp_path):
     'features': 'none',
     'command': '`python -m ur4rec_jax.main --config=plain.py`',
   }
-  assert found['content']['features'] == 'item text: minilm (mock)<br>item image: minilm'
+  assert found['content']['features'] == (
+    'item text: minilm (mock)<br>item image: minilm<br>item other: minilm (texts by openai gpt)'
+  )
   assert found['content']['command'] == '`python a or b`'
 
 

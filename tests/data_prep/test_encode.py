@@ -214,6 +214,16 @@ def test_own_descriptions_are_not_said_to_be_made_up(build, capsys):
     assert (said in capsys.readouterr().out) == is_mock
 
 
+@pytest.mark.parametrize(('provider', 'written_by'), [('local', 'local m.gguf'), ('mock', None)])
+def test_results_name_who_wrote_the_texts(build, provider, written_by):
+  data_dir = build([{'title': 'Pan'}, {'title': 'Pot'}])
+  origin = {'provider': provider, 'model': 'm.gguf', 'is_mock': provider == 'mock'}
+  write_about(data_dir, 'item', {'i001': 'A pot for everybody.'}, **origin)
+  run(data_dir, '--modality=text', '--encoder=hashing')
+  found = load_features(data_dir, 'item', 'text').origin
+  assert (found.get('written_by'), found['is_mock']) == (written_by, provider == 'mock')
+
+
 def test_texts_about_users_belong_to_a_split(build, capsys):
   data_dir = build([{}] * 4)
   info = prepared.read_info(data_dir)

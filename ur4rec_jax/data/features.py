@@ -84,16 +84,20 @@ class Features:
 
   @property
   def origin(self) -> dict[str, Any]:
-    """Encoder and kind of the features, which are stored with every result."""
-    encoder = self.info['encoder']
+    """Encoder and kind of the features, and who wrote the texts; stored with every result."""
+    encoder, is_mock = self.info['encoder'], self.info.get('is_mock', False)
+    texts = {} if is_mock else self.info.get('texts', {})
+    writer = ' '.join(texts[key] for key in ('provider', 'model') if texts.get(key))
+    written = {'written_by': writer} if writer else {}
     of_users = {'hold_back': self.info['hold_back']} if self.info['of'] == 'user' else {}
     return {
       'encoder': encoder['name'],
       'is_builtin': encoder['is_builtin'],
-      'is_mock': self.info.get('is_mock', False),
+      'is_mock': is_mock,
       'is_shuffled': self.is_shuffled,
       'max_tokens': self.max_tokens,
       **of_users,
+      **written,
       'fingerprint': self.info['fingerprint'],
     }
 

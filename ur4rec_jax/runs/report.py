@@ -307,6 +307,7 @@ def _features(features: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
   for of, by_name in features.items():
     for name, origin in by_name.items():
       marks = [key.removeprefix('is_') for key, value in origin.items() if value is True]
+      marks += [f'texts by {origin["written_by"]}'] if 'written_by' in origin else []
       text = ', '.join([origin['encoder'], *marks, f'fingerprint {origin["fingerprint"][:16]}'])
       rows.append((f'{of} {name}', text))
   return rows or [('features', 'none: ids only')]

@@ -63,6 +63,8 @@ def _feature_lines(run: Run) -> list[str]:
       rows, tokens, width = found.shape
       origin = found.origin
       marks = ' (built in)' * origin['is_builtin'] + ' (mock texts)' * origin['is_mock']
+      if writer := origin.get('written_by'):
+        marks += f' (texts by {writer})'
       marks += ' (shuffled)' * origin['is_shuffled']
       marks += f' (first {found.max_tokens} read)' * bool(found.max_tokens)
       lines.append(
