@@ -65,9 +65,14 @@ READING = f"""
   batches and less dropout. On MovieLens-1M, `-kept` has all this and a causal filter beside
   attention. `ml-1m` and `ml-1m-sequences` have all this, and their softmax leaves out the other
   items of a user. `ml-100k-kept` has the positions and the filter, `ml-100k` also that softmax,
-  and `amazon-beauty` the positions and the filter. `ml-100k-multimodal` has the recipe of
-  `ml-100k` for ids, and a retriever on texts and posters beside it. The other variants with
-  content have none of this, and on MovieLens both of their branches know the items by content.
+  and `amazon-beauty` the positions and the filter. `ml-100k-text` and `ml-100k-multimodal` have the
+  recipe of `ml-100k` for ids, and a retriever on texts, or on texts and posters, beside it. The
+  variants with content that end in `-kept` or `-four-stages`, and those of MovieLens-1M, have none
+  of this, and both of their branches know the items by content.
+- The texts of `ml-100k-text` are descriptions that an LLM wrote elsewhere. `-mock` has texts made of
+  titles and genres by the mock writer, and `-local` has those of SmolLM2, a model of 135 million
+  parameters, from `generate_text --backend=local`. `-local-users` also reads what this model wrote
+  about the preferences of 806 of the 943 users.
 - `-followers` is the variant without the ending, whose rankings add what other users had after the
   items of a history.
 - `-bfloat16` computes in bfloat16, which the CPU imitates.
