@@ -69,10 +69,10 @@ READING = f"""
   recipe of `ml-100k` for ids, and a retriever on texts, or on texts and posters, beside it. The
   variants with content that end in `-kept` or `-four-stages`, and those of MovieLens-1M, have none
   of this, and both of their branches know the items by content.
-- The texts of `ml-100k-text` are descriptions that an LLM wrote elsewhere. `-mock` has texts made of
-  titles and genres by the mock writer, and `-local` has those of SmolLM2, a model of 135 million
-  parameters, from `generate_text --backend=local`. `-local-users` also reads what this model wrote
-  about the preferences of 806 of the 943 users.
+- The texts of `ml-100k-text` are descriptions that an LLM wrote elsewhere. `-mock` has texts that
+  repeat titles and genres, and `-local` has those of SmolLM2, a model of 135 million parameters,
+  from `generate_text --backend=local`. `-local-users` also reads what this model wrote about the
+  preferences of 806 of the 943 users.
 - `-followers` is the variant without the ending, whose rankings add what other users had after the
   items of a history.
 - `-bfloat16` computes in bfloat16, which the CPU imitates.
@@ -119,8 +119,8 @@ ACCURACY = Folded(
 RUNS = Folded(
   'Size, time and command of all variants',
   '**best epoch** is the epoch of the parameters that were kept, one number a seed. **features** '
-  'names the encoder of each modality, and who wrote the texts where that was recorded. **command** also needs `--workdir`, `--config.data_dir` and '
-  '`--config.seed`.',
+  'names the encoder of each modality, and who wrote the texts where that was recorded. '
+  '**command** also needs `--workdir`, `--config.data_dir` and `--config.seed`.',
 )
 
 
