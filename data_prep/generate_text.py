@@ -103,11 +103,14 @@ def _add_writer(add: Callable) -> None:
   models = ', '.join(f'{name} {module.DEFAULT_MODEL}' for name, module in PROVIDERS.items())
   add('--model', help=f"the provider's name of the model, local: its file; defaults: {models}")
   add('--base_url', help='another server with the same API, such as http://localhost:8000/v1')
+  limits = ', '.join(
+    f'{name} {module.PARAMETERS[module.MAX_OUTPUT]}' for name, module in PROVIDERS.items()
+  )
   add(
     '--max_output_tokens',
     type=int,
-    help='longest answer in tokens, reasoning included; longer ones are cut off; default 1000,'
-    ' local 300',
+    help='longest answer in tokens, reasoning included; longer ones are cut off; defaults:'
+    f' {limits}',
   )
   add(
     '--parameters',

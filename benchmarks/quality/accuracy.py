@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ur4rec_jax.data.features import marks_of
 from ur4rec_jax.errors import InputError, exit_on_reported_error
 from ur4rec_jax.evaluation.metrics import POPULARITY_GROUPS
 from ur4rec_jax.files import write_file
@@ -529,11 +530,10 @@ def _time(entry: dict[str, Any]) -> str:
 
 
 def _features(found: dict[str, Any], name: str = '') -> Iterator[str]:
-  """Yields every encoder in the features of a results.json, with its true `is_...` marks."""
+  """Yields every encoder in the features of a results.json, with its marks."""
   if 'encoder' in found:
-    marks = [key.removeprefix('is_') for key, value in found.items() if value is True]
-    marks += [f'texts by {found["written_by"]}'] if 'written_by' in found else []
-    yield f'{name.strip()}: {found["encoder"]}' + (f' ({", ".join(marks)})' if marks else '')
+    marks = ', '.join(marks_of(found))
+    yield f'{name.strip()}: {found["encoder"]}' + (f' ({marks})' if marks else '')
   else:
     for key, value in found.items():
       yield from _features(value, f'{name} {key}')

@@ -47,8 +47,8 @@ def read_movielens_1m(data: Path, items: Path) -> Raw:
         f"{items}, line {number}: expected 3 columns separated by '::' (id, title, genres),"
         f' found {len(fields)}: {shown(line)}; correct the line'
       )
-    genres = tuple(name for name in fields[2].split('|') if name)
-    _add_item(table, items, number, fields[0], Item(title=fields[1], genres=genres))
+    item = Item(title=fields[1], genres=item_tables.genres(fields[2]))
+    _add_item(table, items, number, fields[0], item)
   return read_ratings(data, '::', table)
 
 

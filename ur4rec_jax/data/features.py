@@ -166,6 +166,12 @@ class Features:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
+def marks_of(origin: dict[str, Any]) -> list[str]:
+  """Returns what is to be said of features beside the encoder, from `Features.origin`."""
+  marks = [key.removeprefix('is_') for key, value in origin.items() if value is True]
+  return marks + ([f'texts by {origin["written_by"]}'] if 'written_by' in origin else [])
+
+
 def decoded(arrays: dict[str, np.ndarray]) -> np.ndarray:
   """Converts stored arrays of some rows to tokens."""
   if 'scale' not in arrays:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ur4rec_jax.data.features import marks_of
 from ur4rec_jax.errors import counted
 from ur4rec_jax.files import write_file
 from ur4rec_jax.page import Bar, Curve, plot, render, round_ticks
@@ -306,8 +307,7 @@ def _features(features: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
   rows = []
   for of, by_name in features.items():
     for name, origin in by_name.items():
-      marks = [key.removeprefix('is_') for key, value in origin.items() if value is True]
-      marks += [f'texts by {origin["written_by"]}'] if 'written_by' in origin else []
-      text = ', '.join([origin['encoder'], *marks, f'fingerprint {origin["fingerprint"][:16]}'])
+      fingerprint = f'fingerprint {origin["fingerprint"][:16]}'
+      text = ', '.join([origin['encoder'], *marks_of(origin), fingerprint])
       rows.append((f'{of} {name}', text))
   return rows or [('features', 'none: ids only')]

@@ -16,7 +16,7 @@ from ur4rec_jax.errors import InputError
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
 # The first of several picture files in one field, as shops list them, and the character behind it.
 _FIRST_FILE = re.compile(rf'(.+?({"|".join(map(re.escape, PICTURES))}))[\s,;|]', re.IGNORECASE)
-_NO_GENRES = ('', '(no genres listed)')  # MovieLens 20M and later mark films without genres so.
+_NO_GENRES = ('', '(no genres listed)')  # MovieLens marks films without genres so.
 # Flags of the table and their defaults; None recognises the column by its name.
 PARAMETERS: Mapping[str, Any] = {
   **{f'{role}_column': None for role in column_names.ITEMS},
